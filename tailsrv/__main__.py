@@ -1,0 +1,8 @@
+"""`python -m tailsrv` is the command `tailsrv`."""
+
+import sys
+
+from tailsrv.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

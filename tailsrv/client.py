@@ -1,0 +1,36 @@
+"""One connection: socket, state, offset."""
+
+import socket
+from enum import Enum
+
+from tailsrv.listener import endpoint
+
+
+class State(Enum):
+    """Where a connection is in its life."""
+
+    AWAITING_HEADER = "awaiting header"
+    STREAMING = "streaming"
+    FINISHED = "finished"  # all is sent and the FIN behind it; what the peer still says is read until it has all
+    CLOSED = "closed"  # no longer served; its socket is closed at the end of the turn
+
+
+class Client:
+    """A worker's record of one connection.
+
+    `offset` is the next byte to send, except while the client is caught up: then it is the size of the file,
+    which `Streams` keeps once for all of them.
+    """
+
+    __slots__ = ("accepted", "fd", "offset", "peer", "sock", "state")
+
+    def __init__(self, sock: socket.socket, peer: tuple[str, int], accepted: float) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()  # asked for once: this is the hot path's name for the client
+        self.peer = peer
+        self.accepted = accepted
+        self.state = State.AWAITING_HEADER
+        self.offset = 0
+
+    def __str__(self) -> str:
+        return endpoint(*self.peer) if self.peer else "unknown"

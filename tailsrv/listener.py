@@ -1,0 +1,121 @@
+"""Makes the SO_REUSEPORT listening sockets, one for each slot and address."""
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# A storm of reconnects fills the queue of a slot before its worker sees the first; the kernel cuts this to
+# net.core.somaxconn, which is 4096 by default.
+BACKLOG = 4096
+
+# What a stalled reader may pin in the kernel beyond what is in flight. Measured: see README, "Limits".
+NOTSENT_LOWAT = 256 << 10
+
+# Accepted sockets inherit these (tcp(7) has a list; measured for all of them), so that a connection costs
+# no system call for them. Keepalive finds the clients that left while the file was quiet: after
+# 60 + 4 x 15 seconds. TCP_USER_TIMEOUT stays off: it would end readers that pause.
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
+)
+
+
+class ListenError(Exception):
+    """Listening is not possible; the message says where and why, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One address to listen on, resolved: its family, what bind(2) takes, and how a person writes it."""
+
+    family: socket.AddressFamily
+    host: str
+    scope: int = 0
+
+    def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+        """Return what bind(2) takes."""
+        return (self.host, port, 0, self.scope) if self.family == socket.AF_INET6 else (self.host, port)
+
+
+EVERY_ADDRESS = (Address(socket.AF_INET, "0.0.0.0"), Address(socket.AF_INET6, "::"))  # noqa: S104 a server's default
+
+
+def endpoint(host: str, port: int) -> str:
+    """Return host and port as people write them, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def endpoints(bind: Sequence[str], port: int) -> list[str]:
+    """Return how each address that is listened on is written, `*` for all of them."""
+    return [endpoint(host.strip("[]"), port) for host in dict.fromkeys(bind)] or [f"*:{port}"]
+
+
+def resolve(bind: Sequence[str]) -> list[Address]:
+    """Return the addresses that `bind` names, each once; every address where it is empty."""
+    if not bind:
+        return list(EVERY_ADDRESS)
+    found: dict[Address, None] = {}
+    for host in bind:
+        try:
+            answers = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except (OSError, UnicodeError) as error:
+            raise ListenError(f"no such address: {host} ({getattr(error, 'strerror', None) or error})") from error
+        for family, _, _, _, sockaddr in answers:
+            scope = int(sockaddr[3]) if len(sockaddr) > 3 else 0
+            found[Address(family, str(sockaddr[0]), scope)] = None
+    return list(found)
+
+
+def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[socket.socket]]:
+    """Return the listening sockets of each slot, one for each address.
+
+    A port of 0 lets the kernel choose; all addresses then share its choice. Raises ListenError.
+    """
+    seats: list[list[socket.socket]] = [[] for _ in range(slots)]
+    for address in resolve(bind):
+        try:
+            first = _listen(address, port, exclusive=True)
+        except OSError as error:
+            if not bind and address.family == socket.AF_INET6 and error.errno in _NO_SUCH_FAMILY:
+                continue  # a machine without IPv6: IPv4 alone is all of its addresses
+            raise ListenError(f"cannot listen on {endpoint(address.host, port)}: {os.strerror(error.errno or 0)}") from error
+        port = first.getsockname()[1]
+        seats[0].append(first)
+        for seat in seats[1:]:
+            seat.append(_listen(address, port, exclusive=False))
+    return seats
+
+
+_NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
+
+
+def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
+    """Return a listening socket that its later siblings can join.
+
+    An exclusive one listens *before* it gets SO_REUSEPORT, so that the kernel refuses a second server on the
+    port, also one that starts in the same instant; with the option from the start it would share the clients.
+    """
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
+        if address.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if not exclusive:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for level, option, value in _OPTIONS:
+            sock.setsockopt(level, option, value)
+        sock.bind(address.sockaddr(port))
+        sock.listen(BACKLOG)
+        if exclusive:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,91 @@
+"""Writes the log to standard error: one line an event, fields at its end."""
+
+import logging
+import os
+import select
+import sys
+import time
+
+from tailsrv.policy import Allowance
+
+logger = logging.getLogger("tailsrv")
+
+# sd-daemon(3): the journal takes a line's priority from its first characters.
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+def fields(**values: object) -> str:
+    """Return `key=value ...`; a value that would break the line or the fields is quoted."""
+    return " ".join(f"{key}={printable(str(value))}" for key, value in values.items() if value is not None)
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line and without undecodable bytes, quoted if it holds more than plain characters."""
+    return text if text and text.isprintable() and not set(text) & set(" \"'=") else ascii(text)
+
+
+class Formatter(logging.Formatter):
+    """One line a record: with a priority for the journal, which adds time and name itself, or with these."""
+
+    def __init__(self, journal: bool) -> None:
+        super().__init__("%(message)s" if journal else "%(asctime)s tailsrv[%(process)d] %(levelname)s: %(message)s")
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line; only our own faults bring a traceback, its lines joined to one for the journal."""
+        line = super().format(record)
+        if not self._journal:
+            return line
+        return f"<{_PRIORITIES.get(record.levelno, 6)}>" + line.replace("\n", " | ")
+
+
+class Handler(logging.Handler):
+    """Writes to standard error, and drops a line rather than wait: a stalled reader of the log must not stall clients."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record in one write(2), so that the lines of several processes do not mix."""
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+            poll = select.poll()
+            poll.register(2, select.POLLOUT)
+            if any(events & select.POLLOUT for _, events in poll.poll(0)):
+                os.write(2, line)
+        except OSError:
+            pass  # nobody is left to tell
+
+
+def set_up(verbosity: int) -> None:
+    """Send the log to standard error: 0 for what an operator acts on, 1 also each connection, -1 warnings only."""
+    handler = Handler()
+    handler.setFormatter(Formatter(_is_journal()))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
+    logging.raiseExceptions = False
+    for level in _PRIORITIES:
+        logging.addLevelName(level, logging.getLevelName(level).lower())
+
+
+def _is_journal() -> bool:
+    """Tell whether standard error is the journal's socket, as systemd.exec(5) says how to ($JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(sys.__stderr__.fileno() if sys.__stderr__ else 2)
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class Limited:
+    """Logs what a stranger can cause: at most so many lines an interval, and with the next one how many were left out."""
+
+    def __init__(self, level: int, burst: int = 10, interval: float = 10.0) -> None:
+        self._level = level
+        self._allowance = Allowance(burst, interval)
+
+    def __call__(self, message: str, **values: object) -> None:
+        """Log `message` and the fields, if this line is within the limit."""
+        if not logger.isEnabledFor(self._level):
+            return
+        held_back = self._allowance.ask(time.monotonic())
+        if held_back is not None:
+            logger.log(self._level, "%s: %s", message, fields(**values, suppressed=held_back or None))

@@ -1,0 +1,116 @@
+"""Decides how much to send, when to respawn, when to speak. Pure: time and facts are arguments."""
+
+import os
+import signal
+from dataclasses import dataclass
+from enum import Enum
+
+from tailsrv.config import ExitStatus
+
+# The most that one sendfile moves. A bigger chunk makes fewer system calls, and lets a client that replays
+# a large file keep the others waiting longer: at 1 MiB that is a fraction of a millisecond.
+CHUNK = 1 << 20
+
+# The most that is sent to clients that are behind before the loop looks for news of the file again.
+TURN = 1 << 20
+
+ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
+STALL_PAUSE = 0.2  # seconds without accepting after running out of descriptors: no spin, and soon back
+
+LONG_LIFE = 1.0  # seconds; a worker that lived so long did not die of how it starts
+MAX_UNREADY = 5  # deaths in a row before a slot's worker was ready: the next would fare no better
+FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds; the backoff doubles from one to the other
+
+KILL_MARGIN = 1.0  # seconds beyond the grace before workers that do not end are killed
+
+
+def next_chunk(offset: int, size: int) -> int:
+    """Return how many bytes one turn may send to a client at `offset` of a file of `size` bytes."""
+    return max(0, min(size - offset, CHUNK))
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """How a slot's workers have fared: lives under LONG_LIFE in a row, and deaths before ready in a row."""
+
+    short: int = 0
+    unready: int = 0
+
+    def after_life(self, seconds: float, ready: bool) -> "Failures":
+        """Return the record after one more worker has died at that age."""
+        return Failures(0 if seconds >= LONG_LIFE else self.short + 1, 0 if ready else self.unready + 1)
+
+    def delay(self) -> float:
+        """Return the seconds to wait before the slot is filled again: none after the first short life."""
+        if self.short <= 1:
+            return 0.0
+        return float(min(MAX_DELAY, FIRST_DELAY * 2 ** min(self.short - 2, 30)))
+
+    def hopeless(self) -> bool:
+        """Tell whether another worker in this slot would be of no use."""
+        return self.unready >= MAX_UNREADY
+
+
+class Verdict(Enum):
+    """What a worker's wait status says about it."""
+
+    DONE = "ended"  # exit status 0
+    CANNOT_BOOT = "cannot boot"  # its own exit code: do not respawn
+    FAULT = "died by its own fault"  # a crash of its own making
+    KILLED = "was killed"  # somebody else's doing
+
+
+_FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
+
+
+def verdict(status: int) -> Verdict:
+    """Return what the wait status `status`, as waitpid(2) gives it, says about a worker."""
+    if os.WIFSIGNALED(status):
+        return Verdict.FAULT if os.WTERMSIG(status) in _FAULTS else Verdict.KILLED
+    match os.WEXITSTATUS(status):
+        case ExitStatus.DONE:
+            return Verdict.DONE
+        case ExitStatus.CANNOT_BOOT:
+            return Verdict.CANNOT_BOOT
+        case _:
+            return Verdict.FAULT
+
+
+def describe_status(status: int) -> str:
+    """Return the wait status `status` as an operator reads it: `signal=SIGKILL` or `status=1`."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            return f"signal={signal.Signals(number).name}"
+        except ValueError:  # a real-time signal has no name of its own
+            return f"signal={number}"
+    return f"status={os.WEXITSTATUS(status)}"
+
+
+class Allowance:
+    """Lets through so many per interval and counts the rest: what a stranger can cause must have a bound."""
+
+    def __init__(self, burst: int, interval: float) -> None:
+        self._burst, self._interval = burst, interval
+        self._since, self._used, self._held_back = float("-inf"), 0, 0
+
+    def ask(self, now: float) -> int | None:
+        """Return None if this one must be held back, else how many were since the last that was not."""
+        if now - self._since >= self._interval:
+            self._since, self._used = now, 0
+        if self._used >= self._burst:
+            self._held_back += 1
+            return None
+        self._used += 1
+        held_back, self._held_back = self._held_back, 0
+        return held_back
+
+
+def usable_processors(affinity: int, quotas: list[tuple[int, int]]) -> int:
+    """Return how many workers `-w auto` means.
+
+    `affinity` is the number of processors this process may run on; each of `quotas` is a cgroup's CPU time
+    and the period it is for, in the same unit. The smallest share counts, rounded up.
+    """
+    shares = [-(-quota // period) for quota, period in quotas if quota > 0 and period > 0]
+    return max(1, min([affinity, *shares]))

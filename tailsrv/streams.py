@@ -1,0 +1,129 @@
+"""The clients that are streamed to, by what each waits for: nothing, room in its socket, or a longer file."""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from itertools import count as counter
+
+from tailsrv.client import Client, State
+from tailsrv.policy import CHUNK, TURN, next_chunk
+from tailsrv.syscalls import Outcome, send_chunk
+
+
+class Streams:
+    """Sends the file's bytes. Each client is in one of four places:
+
+    - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
+    - `behind`: can be sent more, in turn;
+    - `blocked`: behind as well, but its socket is full: it waits for `writable`;
+    - `ahead`: wants an offset that the file has yet to grow beyond.
+
+    `drop(client, error)` is called for one that has hung up (error None) or cannot be served.
+    """
+
+    def __init__(self, file: int, size: int, drop: Callable[[Client, OSError | None], None]) -> None:
+        self.file = file
+        self.size = size  # as last learned by the worker's look()
+        self.caught_up: dict[int, Client] = {}
+        self.behind: deque[Client] = deque()
+        self.blocked: dict[int, Client] = {}
+        self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left are skipped when met
+        self._tie = counter()
+        self._drop = drop
+        self.shrunk = False  # a sendfile found less than `size`: somebody must look at the file again
+
+    def add(self, client: Client, offset: int) -> None:
+        """Start streaming to `client` from `offset`."""
+        client.state = State.STREAMING
+        client.offset = offset
+        self._place(client)
+
+    def remove(self, client: Client) -> None:
+        """Forget `client`, whose state says that it is not streamed to any more."""
+        if self.caught_up.pop(client.fd, None):
+            client.offset = self.size
+        self.blocked.pop(client.fd, None)
+
+    def idle(self) -> list[Client]:
+        """Return the clients that have nothing to be sent."""
+        waiting = [client for _, _, client in self._ahead if client.state is State.STREAMING]
+        return [*self.caught_up.values(), *waiting]
+
+    def offset_of(self, client: Client) -> int:
+        """Return the next byte that `client` gets."""
+        return self.size if client.fd in self.caught_up else client.offset
+
+    def writable(self, client: Client) -> None:
+        """Note that the socket of `client` has room again, if it waited for that."""
+        if self.blocked.pop(client.fd, None):
+            self.behind.append(client)
+
+    def resize(self, size: int) -> None:
+        """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
+        start, self.size = self.size, size
+        if start < size <= start + CHUNK:
+            self._fan_out(start, size - start)
+        elif start != size:  # too much for one chunk, or less than the caught-up have: one by one, in turn
+            followers, self.caught_up = self.caught_up, {}
+            for client in followers.values():
+                client.offset = start
+                self._place(client)
+        while self._ahead and self._ahead[0][0] < size:
+            client = heapq.heappop(self._ahead)[2]
+            if client.state is State.STREAMING:
+                self.behind.append(client)
+
+    def _fan_out(self, start: int, count: int) -> None:
+        """Send the same bytes to every caught-up client; nothing else happens for one that takes them all."""
+        file, left = self.file, []
+        for fd, client in self.caught_up.items():
+            try:
+                sent = send_chunk(fd, file, start, count)
+            except OSError as error:
+                left.append((client, error))
+                continue
+            if sent != count:
+                left.append((client, sent))
+        for client, result in left:
+            del self.caught_up[client.fd]
+            client.offset = start
+            self._settle(client, result)
+
+    def pump(self, budget: int = TURN) -> None:
+        """Send one chunk to each client that is behind, in turn, until about `budget` bytes have gone."""
+        for _ in range(len(self.behind)):
+            if budget <= 0 or self.shrunk:
+                return
+            client = self.behind.popleft()
+            if client.state is not State.STREAMING:
+                continue
+            wanted = next_chunk(client.offset, self.size)
+            result: int | Outcome | OSError = 0
+            if wanted:
+                try:
+                    result = send_chunk(client.fd, self.file, client.offset, wanted)
+                except OSError as error:
+                    result = error
+                if result == 0:
+                    self.shrunk = True
+            if isinstance(result, int):
+                budget -= result
+            self._settle(client, result)
+
+    def _settle(self, client: Client, result: int | Outcome | OSError) -> None:
+        """Put `client` where it belongs after a send from its offset had that result."""
+        if isinstance(result, int):
+            client.offset += result
+            self._place(client)
+        elif result is Outcome.WOULD_BLOCK:
+            self.blocked[client.fd] = client
+        else:
+            self._drop(client, result if isinstance(result, OSError) else None)
+
+    def _place(self, client: Client) -> None:
+        if client.offset < self.size:
+            self.behind.append(client)
+        elif client.offset == self.size:
+            self.caught_up[client.fd] = client
+        else:
+            heapq.heappush(self._ahead, (client.offset, next(self._tie), client))

@@ -1,0 +1,123 @@
+"""sendfile, recv and the like, with would-block, hang-up and out-of-descriptors as values."""
+
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import socket
+import struct
+import termios
+from enum import Enum
+
+from tailsrv.protocol import PEEK
+
+
+class Outcome(Enum):
+    """Why a system call moved nothing."""
+
+    WOULD_BLOCK = "would block"
+    HUNG_UP = "hung up"
+    NO_ROOM = "out of descriptors or memory"
+
+
+# TimeoutError: keepalive gave up. The unreachable ones: a router said so while keepalive was asking.
+PEER_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, TimeoutError)
+PEER_GONE_ERRNOS = frozenset({errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
+
+NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+# accept(2) hands on errors that the new connection met on the network; they say nothing about the listener.
+TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENOPROTOOPT,
+    errno.ENONET,
+    errno.EOPNOTSUPP,
+    errno.EPERM,  # a firewall rule
+    errno.ETIMEDOUT,
+}
+
+# Discarding never writes to its buffer (MSG_TRUNC), so its pages are never there. Larger than the largest
+# receive buffer (tcp_rmem[2], 6 MiB by default), so that one call empties the socket.
+_DISCARD = mmap.mmap(-1, 64 << 20)
+
+
+def send_chunk(out: int, file: int, offset: int, count: int) -> int | Outcome:
+    """Send up to `count` bytes of `file` from `offset` to the socket `out`; 0 means that they are not there."""
+    try:
+        return os.sendfile(out, file, offset, count)
+    except BlockingIOError:
+        return Outcome.WOULD_BLOCK
+    except PEER_GONE:
+        return Outcome.HUNG_UP
+    except OSError as error:
+        if error.errno in PEER_GONE_ERRNOS:
+            return Outcome.HUNG_UP
+        raise
+
+
+def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome:
+    """Take one connection, non-blocking, with its peer's address and port."""
+    while True:
+        try:
+            sock, address = listener.accept()
+        except BlockingIOError:
+            return Outcome.WOULD_BLOCK
+        except OSError as error:
+            if error.errno in NO_ROOM_ERRNOS:
+                return Outcome.NO_ROOM
+            if error.errno in TRANSIENT_ACCEPT_ERRNOS:
+                continue
+            raise
+        sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
+        return sock, address[:2]
+
+
+def peek_header(sock: socket.socket) -> bytes | Outcome:
+    """Return what the client has sent so far, as far as a header can reach, and leave it in the socket."""
+    try:
+        return sock.recv(PEEK, socket.MSG_PEEK)
+    except BlockingIOError:
+        return Outcome.WOULD_BLOCK
+    except OSError:
+        return Outcome.HUNG_UP
+
+
+def consume(sock: socket.socket, count: int) -> None:
+    """Take `count` bytes, which have been seen with peek_header, out of the socket."""
+    sock.recv_into(_DISCARD, count, socket.MSG_TRUNC)
+
+
+def discard(sock: socket.socket) -> bool:
+    """Throw away all that the client has sent, and tell whether that was the end of its input."""
+    try:
+        return sock.recv_into(_DISCARD, 0, socket.MSG_TRUNC) == 0  # tcp(7): MSG_TRUNC discards without a copy
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def unsent(sock: socket.socket) -> int:
+    """Return how many bytes the peer has not acknowledged yet, our FIN among them (tcp(7), SIOCOUTQ)."""
+    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+
+
+def finish_sending(sock: socket.socket) -> None:
+    """Send a FIN behind what is queued, whoever else holds the socket."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # the peer is gone already
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open descriptors to the hard one and return what it is now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # a sandbox may forbid it; the soft limit then is what we have
+            return soft
+    return hard

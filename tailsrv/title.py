@@ -1,0 +1,60 @@
+"""Shows in the process title what a process is and how it does; read by people, `ps` and psutil."""
+
+from collections.abc import Callable, Sequence
+
+from setproctitle import setproctitle
+
+from tailsrv.timers import Timers
+
+INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 client`, `2 clients`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def supervisor_title(endpoints: Sequence[str], path: str, state: str, workers: int, clients: int) -> str:
+    """Return the supervisor's title; `state` is empty, `starting`, `waiting for file` or `draining`."""
+    status = [state] if state else []
+    if state not in ("starting", "waiting for file"):
+        status += [counted(workers, "worker"), counted(clients, "client")]
+    name = path if path.isprintable() else ascii(path)  # a title is one line of decodable text
+    return f"tailsrv: supervisor {','.join(endpoints)} {name} [{', '.join(status)}]"
+
+
+def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) -> str:
+    """Return the title of a slot's worker; `state` is empty, `starting` or `draining`."""
+    status = [state] if state else []
+    if state != "starting":
+        status.append(counted(clients, "client"))
+    return f"tailsrv: worker {slot} {','.join(endpoints)} [{', '.join(status)}]"
+
+
+class Title:
+    """The title of this process, which follows `render()` at a bounded pace: `changed` may be called at any time.
+
+    `publish`, if given, is called along with each change.
+    """
+
+    def __init__(self, timers: Timers, render: Callable[[], str], publish: Callable[[], object] | None = None) -> None:
+        self._timers, self._render, self._publish = timers, render, publish
+        self._shown = ""
+        self._next = float("-inf")
+        self._now = float("-inf")
+
+    def changed(self, now: float) -> None:
+        """Note at the time `now` that the title may be out of date: it is renewed at once, or when its interval is over."""
+        self._now = now
+        if now >= self._next:
+            self._renew()
+        elif self._renew not in self._timers:
+            self._timers.set(self._renew, self._next)
+
+    def _renew(self) -> None:
+        self._next = max(self._now, self._next) + INTERVAL
+        if (title := self._render()) != self._shown:
+            self._shown = title
+            setproctitle(title)
+            if self._publish:
+                self._publish()

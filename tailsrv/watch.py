@@ -1,0 +1,181 @@
+"""One file: says grown, shrunk or gone."""
+
+import os
+import stat
+import struct
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from inotify_simple import INotify, flags
+
+POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify does not report
+
+# File systems whose files change only through this kernel, so that inotify(7) tells of every write. On all others
+# (NFS, SMB, FUSE, ...) another host or a daemon may append, and nobody says so.
+LOCAL_FILE_SYSTEMS = frozenset(
+    "bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs fat jfs msdos nilfs2 ntfs3 overlay ramfs reiserfs tmpfs udf"
+    " vfat xfs zfs".split()
+)
+
+_END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
+_STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
+_MAX_LINKS = 40  # as in path_resolution(7)
+
+
+class CannotServe(Exception):
+    """The file cannot be served; the message says why, in one line."""
+
+
+def open_file(path: str) -> int | None:
+    """Return a descriptor of the regular file `path`, None if there is nothing of that name. Raises CannotServe."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before open(2), which would wait at a FIFO or rewind a tape
+            raise CannotServe("not a regular file")
+        file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CannotServe(os.strerror(error.errno or 0)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise CannotServe("not a regular file")
+        _try_sendfile(file)
+    except CannotServe:
+        os.close(file)
+        raise
+    return file
+
+
+def _try_sendfile(file: int) -> None:
+    """Find out now, not with the first client, whether this file's contents can be sent."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.sendfile(sink, file, 0, 1)
+    except OSError as error:
+        raise CannotServe(f"its file system cannot sendfile(2): {os.strerror(error.errno or 0)}") from error
+    finally:
+        os.close(sink)
+
+
+def is_gone(file: int, path: str) -> bool:
+    """Tell whether `path` names something else than the open `file`, or nothing."""
+    held = os.fstat(file)
+    try:
+        named = os.stat(path)
+    except OSError:
+        return True
+    return (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino)
+
+
+class Watch:
+    """The inotify watch on one open file and on what its path leads through.
+
+    Its events are hints, and fstat is the truth: whoever wakes up asks `size()`, and `is_gone()` if `read()`
+    says so. Where inotify cannot help, `polling` says why, and one has to look every POLL_INTERVAL.
+    """
+
+    def __init__(self, file: int, path: str) -> None:
+        self.file = file
+        self.path = path
+        self.polling = _why_poll(file)
+        self._inotify: INotify | None = None
+        self._following = False
+        if self.polling is None:
+            try:
+                self._inotify = INotify(nonblocking=True)
+                self._watch_file()
+                self._watch_path()
+            except OSError as error:
+                self.polling = f"no inotify: {os.strerror(error.errno or 0)}; see fs.inotify.max_user_instances and max_user_watches"
+                self.close()
+
+    def close(self) -> None:
+        """Give the inotify instance back."""
+        if self._inotify is not None:
+            self._inotify.close()
+            self._inotify = None
+
+    def fileno(self) -> int | None:
+        """Return the descriptor that becomes readable when there is something to look at, None if polling."""
+        return self._inotify.fileno() if self._inotify is not None else None
+
+    def follow(self, following: bool) -> None:
+        """Ask to be woken by appends, or not; either way the file's end is reported."""
+        if following is not self._following:
+            self._following = following
+            if self._inotify is not None:
+                self._watch_file()
+
+    def size(self) -> int:
+        """Return how many bytes are in the file now."""
+        return os.fstat(self.file).st_size
+
+    def read(self) -> bool:
+        """Take what inotify has to say, and tell whether it may mean that the file is gone."""
+        if self._inotify is None:
+            return True
+        try:
+            events = os.read(self._inotify.fileno(), 4096)
+        except BlockingIOError:
+            return False
+        if events == self._append:  # the common case: however many appends there were, they merge into this
+            return False
+        self._watch_path()  # a link or folder may have been replaced by one that leads to the same file
+        return True
+
+    def _watch_file(self) -> None:
+        # Through /proc, so that the watch is on the inode that we hold, whatever its path names by now.
+        assert self._inotify is not None
+        mask = _END | flags.MODIFY if self._following else _END
+        watch = self._inotify.add_watch(f"/proc/self/fd/{self.file}", mask)
+        self._append = struct.pack("iIII", watch, flags.MODIFY, 0, 0)  # inotify(7), struct inotify_event
+
+    def _watch_path(self) -> None:
+        """Watch the links and folders on the way to the file: one that moves away takes the file's name with it."""
+        assert self._inotify is not None
+        for step in steps_to(self.path):
+            try:
+                self._inotify.add_watch(step, _STEP)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                pass  # gone, which is_gone() will say; or a folder that we may pass but not read
+
+
+def steps_to(path: str) -> Iterator[str]:
+    """Yield every name that the kernel goes through to resolve `path`, links and what they lead to, the file last."""
+    here, names, links = "/", deque(Path(os.path.join(os.getcwd(), path)).parts[1:]), 0
+    while names:
+        step = os.path.join(here, names.popleft())
+        yield step
+        try:
+            target = Path(os.readlink(step))
+        except OSError:  # not a link
+            here = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            return
+        if target.is_absolute():
+            here = "/"
+            names.extendleft(reversed(target.parts[1:]))
+        else:
+            names.extendleft(reversed(target.parts))
+
+
+def _why_poll(file: int) -> str | None:
+    """Return why inotify will not tell of appends to `file`, None if it will as far as we can see."""
+    kind = _file_system(file)
+    return None if kind is None or kind in LOCAL_FILE_SYSTEMS else f"inotify does not report every change on {kind}"
+
+
+def _file_system(file: int) -> str | None:
+    """Return the type of the file system that the open `file` is on, None where /proc does not say (proc(5))."""
+    try:
+        info = dict(line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{file}").read_text().splitlines() if ":\t" in line)
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    for mount in mounts:
+        if mount.split(" ", 1)[0] == info.get("mnt_id", "").strip():
+            return mount.partition(" - ")[2].split(" ", 1)[0]
+    return None

@@ -1,0 +1,376 @@
+"""Runs the epoll loop of one process: accepts, reads headers, streams, and drains when told to.
+
+Nothing here may wait for a client, and nothing is held that the supervisor or the kernel does not know.
+"""
+
+import gc
+import logging
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from tailsrv import policy
+from tailsrv.client import Client, State
+from tailsrv.config import Config, ExitStatus
+from tailsrv.listener import BACKLOG
+from tailsrv.log import Limited, fields, logger
+from tailsrv.messages import MAX_MESSAGE, Drain, Report, decode, encode
+from tailsrv.protocol import HeaderError, parse_header
+from tailsrv.signals import Wakeup
+from tailsrv.slot import Inheritance
+from tailsrv.streams import Streams
+from tailsrv.syscalls import Outcome, accept, consume, discard, finish_sending, peek_header, unsent
+from tailsrv.timers import Timers
+from tailsrv.title import Title, worker_title
+from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
+
+# Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once.
+CLIENT_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+HUNG_UP = select.EPOLLHUP | select.EPOLLERR
+INPUT = select.EPOLLIN | select.EPOLLRDHUP
+
+LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
+RETRY_REPORT = 0.1  # seconds; the supervisor was too busy to take a report
+
+
+def work(inheritance: Inheritance, config: Config) -> int:
+    """Serve one slot until the supervisor says `drain` or is gone; return the exit status."""
+    gc.freeze()  # what the supervisor made stays shared memory
+    gc.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sendfile(2) has no MSG_NOSIGNAL
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    wakeup = Wakeup([signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    try:
+        worker = Worker(inheritance, config, wakeup)
+    except OSError as error:
+        logger.critical("worker cannot boot: %s", fields(slot=inheritance.slot, reason=error))
+        return ExitStatus.CANNOT_BOOT
+    return worker.run()
+
+
+class Worker:
+    """The clients of one slot, and the loop that serves them."""
+
+    def __init__(self, inheritance: Inheritance, config: Config, wakeup: Wakeup, clock: Callable[[], float] = time.monotonic) -> None:
+        self.slot = inheritance.slot
+        self.config = config
+        self.clock = clock
+        self.now = clock()  # read once a turn
+        self.clients: dict[int, Client] = {}
+        self.headerless: dict[int, Client] = {}  # the oldest first
+        self.finished: dict[int, Client] = {}  # drained; waiting for the peer to acknowledge
+        self.dropped: list[Client] = []  # to be closed at the end of the turn
+        self.draining = False
+        self.ended = False
+        self.gone = False
+        self.news = Report()
+        self.timers = Timers()
+        self.title = Title(self.timers, self.render_title, self.publish_clients)
+        self.refused = Limited(logging.WARNING)
+        self.short_of_room = Limited(logging.WARNING, burst=1)
+        self.failed = Limited(logging.ERROR)
+
+        self.channel = inheritance.channel
+        self.listeners = list(inheritance.listeners)
+        self.endpoints = inheritance.endpoints
+        self.wakeup = wakeup
+        self.watch = Watch(inheritance.file, config.path)
+        self.streams = Streams(inheritance.file, self.watch.size(), self.drop)
+        self.epoll = select.epoll()
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.register(self.channel.fileno(), self.handle_channel)
+        self.register(wakeup.fileno(), self.handle_signal)
+        if (watch := self.watch.fileno()) is not None:
+            self.register(watch, self.handle_watch)
+        self.start_accepting()
+
+    def register(self, fd: int, handler: Callable[[], None]) -> None:
+        self.handlers[fd] = handler
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def unregister(self, fd: int) -> None:
+        del self.handlers[fd]
+        self.epoll.unregister(fd)
+
+    # The loop
+
+    def run(self) -> int:
+        """Serve until the end and return the exit status."""
+        self.news = Report(ready=True, polling=self.watch.polling)
+        self.title.changed(self.now)
+        if self.watch.polling:
+            self.poll_file()
+        self.check_path()  # it may have gone since the supervisor opened it
+        self.send_news()
+        while not self.ended:
+            self.step(0 if self.streams.behind else self.timers.timeout(self.clock()))
+        return ExitStatus.DONE
+
+    def step(self, timeout: float | None) -> None:
+        """Run one turn: wait, then serve whatever is ready."""
+        events = self.epoll.poll(timeout)
+        self.now = self.clock()
+        for fd, mask in events:
+            if (client := self.clients.get(fd)) is not None:
+                self.handle_client(client, mask)
+            elif (handler := self.handlers.get(fd)) is not None:  # else: it went earlier in this turn
+                handler()
+        self.timers.run(self.now)
+        if self.streams.behind:
+            self.streams.pump()
+            if self.streams.shrunk:
+                self.look()
+        if self.draining:
+            self.finish_drained()
+        if self.dropped:
+            self.close_dropped()
+        if self.news is not _NO_NEWS:
+            self.send_news()
+
+    # The file
+
+    def handle_watch(self) -> None:
+        if self.watch.read():
+            self.check_path()
+        self.look()
+
+    def look(self) -> None:
+        """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
+        size, before = self.watch.size(), self.streams.size
+        self.streams.shrunk = False
+        if size != before:
+            self.streams.resize(size)
+            if size < before:
+                self.news = replace(self.news, truncated=size)
+
+    def check_path(self) -> None:
+        if not self.gone and is_gone(self.watch.file, self.watch.path):
+            self.gone = True
+            self.news = replace(self.news, gone=True)
+
+    def poll_file(self) -> None:
+        """Do by the clock what handle_watch does where inotify cannot help."""
+        self.timers.set(self.poll_file, self.now + POLL_INTERVAL)
+        self.check_path()
+        if self.clients:
+            self.look()
+
+    # Connections
+
+    def start_accepting(self) -> None:
+        for listener in self.listeners:
+            self.register(listener.fileno(), partial(self.handle_listener, listener))
+
+    def stop_accepting(self) -> None:
+        self.timers.cancel(self.start_accepting)
+        for listener in self.listeners:
+            if listener.fileno() in self.handlers:
+                self.unregister(listener.fileno())
+
+    def handle_listener(self, listener: socket.socket) -> None:
+        self.accept_clients(listener, policy.ACCEPTS)
+
+    def accept_clients(self, listener: socket.socket, limit: int) -> None:
+        for _ in range(limit):
+            match accept(listener):
+                case Outcome.NO_ROOM:
+                    self.make_room()
+                    return
+                case Outcome():
+                    return
+                case sock, peer:
+                    self.add_client(Client(sock, peer, self.now))
+
+    def add_client(self, client: Client) -> None:
+        if not self.clients:
+            self.watch.follow(True)
+            self.look()  # nobody kept the size up to date while there was no client
+        self.clients[client.fd] = client
+        self.headerless[client.fd] = client
+        self.epoll.register(client.fd, CLIENT_EVENTS)
+        if self.config.header_timeout and len(self.headerless) == 1:
+            self.timers.set(self.expire_headerless, self.now + self.config.header_timeout)
+        self.title.changed(self.now)
+
+    def make_room(self) -> None:
+        """Out of descriptors: the oldest connection without a header goes; without one, stop listening for a moment."""
+        oldest = next(iter(self.headerless.values()), None)
+        if oldest is not None:
+            self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
+            self.drop(oldest)
+        elif not self.dropped:  # else there is room at the end of this turn
+            self.short_of_room("short of descriptors, not accepting for a moment", slot=self.slot, clients=len(self.clients))
+            self.stop_accepting()
+            self.timers.set(self.start_accepting, self.now + policy.STALL_PAUSE)
+
+    def expire_headerless(self) -> None:
+        """End the connections whose header has not come in time."""
+        for client in list(self.headerless.values()):
+            if (due := client.accepted + self.config.header_timeout) > self.now:
+                self.timers.set(self.expire_headerless, due)
+                return
+            self.refuse(client, f"no header in {self.config.header_timeout:g} seconds")
+
+    def handle_client(self, client: Client, mask: int) -> None:
+        try:
+            if mask & HUNG_UP:
+                self.drop(client)
+                return
+            if mask & INPUT:
+                if client.state is State.AWAITING_HEADER:
+                    self.read_header(client, ended=bool(mask & select.EPOLLRDHUP))
+                else:
+                    discard(client.sock)  # also after its FIN, which is not a hang-up
+            if mask & select.EPOLLOUT:
+                self.streams.writable(client)
+        except Exception as error:  # whatever it is, it must not reach the other clients
+            self.drop(client, error)
+
+    def read_header(self, client: Client, ended: bool) -> None:
+        """Start streaming if the header is whole; it stays in the socket until its offset is known."""
+        received = peek_header(client.sock)
+        if received is Outcome.HUNG_UP:
+            self.drop(client)
+            return
+        try:
+            header = parse_header(b"" if isinstance(received, Outcome) else received, ended)
+        except HeaderError as error:
+            self.refuse(client, str(error))
+            return
+        if header is None:
+            return
+        start, length = header
+        if start.from_end:
+            self.look()  # the end is where it is now
+        offset = start.offset(self.streams.size)
+        consume(client.sock, length)
+        discard(client.sock)
+        del self.headerless[client.fd]
+        logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
+        self.streams.add(client, offset)
+
+    def refuse(self, client: Client, reason: str) -> None:
+        self.refused("client refused", slot=self.slot, peer=client, reason=reason)
+        self.drop(client)
+
+    def drop(self, client: Client, error: Exception | None = None) -> None:
+        """Stop serving `client`. Its socket is closed at the end of the turn, so that no other gets its number in it."""
+        if client.state is State.CLOSED:
+            return
+        if error is not None:
+            self.failed("client failed", slot=self.slot, peer=client, offset=self.streams.offset_of(client), reason=repr(error))
+        elif logger.isEnabledFor(logging.DEBUG):
+            logger.debug("client left: %s", fields(slot=self.slot, peer=client, offset=self.streams.offset_of(client)))
+        client.state = State.CLOSED
+        self.streams.remove(client)
+        self.headerless.pop(client.fd, None)
+        self.finished.pop(client.fd, None)
+        del self.clients[client.fd]
+        self.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
+        self.dropped.append(client)
+        self.title.changed(self.now)
+
+    def close_dropped(self) -> None:
+        for client in self.dropped:
+            discard(client.sock)  # unread input would turn the close into a reset, and that destroys what is queued
+            finish_sending(client.sock)
+            client.sock.close()
+        self.dropped.clear()
+        if not self.clients:
+            self.watch.follow(False)
+
+    # The end
+
+    def handle_signal(self) -> None:
+        """SIGTERM: drain if the supervisor has said so on the channel, else end as in a crash."""
+        if self.wakeup.read():
+            self.handle_channel()
+            self.ended = self.ended or not self.draining
+
+    def handle_channel(self) -> None:
+        try:
+            packet = self.channel.recv(MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            packet = b""
+        if not packet:
+            self.ended = True  # the supervisor is gone, and nobody is left to serve for
+        elif isinstance(decode(packet), Drain) and not self.draining:
+            self.drain()
+
+    def drain(self) -> None:
+        """Stop accepting, and bring every stream to what is in the file now."""
+        self.draining = True
+        for listener in self.listeners:
+            self.accept_clients(listener, 2 * BACKLOG)  # those who have connected are clients already
+        self.stop_accepting()
+        for listener in self.listeners:
+            listener.close()
+        for client in list(self.headerless.values()):
+            self.read_header(client, ended=False)
+        for client in list(self.headerless.values()):
+            self.drop(client)  # it has not asked for anything
+        self.look()
+        if (watch := self.watch.fileno()) is not None:
+            self.unregister(watch)
+        self.timers.cancel(self.poll_file)
+        self.timers.set(self.end_drain, self.now + self.config.grace)
+        self.title.changed(self.now)
+
+    def finish_drained(self) -> None:
+        """See off the clients that have all there is."""
+        for client in self.streams.idle():
+            client.state = State.FINISHED
+            self.streams.remove(client)
+            discard(client.sock)
+            finish_sending(client.sock)
+            self.finished[client.fd] = client
+        self.check_finished()
+        self.ended = self.ended or not self.clients
+
+    def check_finished(self) -> None:
+        """Close the connections whose peers have acknowledged everything."""
+        for client in list(self.finished.values()):
+            discard(client.sock)
+            if unsent(client.sock) == 0:
+                self.drop(client)
+        if self.finished:
+            self.timers.set(self.check_finished, self.now + LINGER_CHECK)
+
+    def end_drain(self) -> None:
+        """The grace is over: whoever has not got everything keeps what the kernel has queued for it."""
+        logger.warning("grace is over: %s", fields(slot=self.slot, clients=len(self.clients)))
+        for client in list(self.clients.values()):
+            self.drop(client)
+        self.ended = True
+
+    # What others see
+
+    def render_title(self) -> str:
+        return worker_title(self.slot, self.endpoints, "draining" if self.draining else "", len(self.clients))
+
+    def publish_clients(self) -> None:
+        self.news = replace(self.news, clients=len(self.clients))
+
+    def send_news(self) -> None:
+        """Tell the supervisor what has happened since the last report, in one message."""
+        try:
+            self.channel.send(encode(self.news), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self.timers.set(self.send_news, self.now + RETRY_REPORT)
+        except OSError:
+            self.ended = True  # the supervisor is gone
+        else:
+            self.news = _NO_NEWS
+
+
+_NO_NEWS = Report()
