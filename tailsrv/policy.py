@@ -14,6 +14,7 @@ CHUNK = 1 << 20
 # The most that is sent to clients that are behind before the loop looks for news of the file again.
 TURN = 1 << 20
 
+EVENTS = 64  # taken from epoll in one turn; more wait for the next, behind the news of the file
 ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
 STALL_PAUSE = 0.2  # seconds without accepting after running out of descriptors: no spin, and soon back
 

@@ -1,6 +1,7 @@
 """The clients that are streamed to, by what each waits for: nothing, room in its socket, or a longer file."""
 
 import heapq
+from os import sendfile
 from collections import deque
 from collections.abc import Callable
 from itertools import count as counter
@@ -78,7 +79,7 @@ class Streams:
         file, left = self.file, []
         for fd, client in self.caught_up.items():
             try:
-                sent = send_chunk(fd, file, start, count)
+                sent = sendfile(fd, file, start, count)
             except OSError as error:
                 left.append((client, error))
                 continue

@@ -20,6 +20,7 @@ LOCAL_FILE_SYSTEMS = frozenset(
 
 _END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
 _STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
+_EVENTS_BYTES = 256  # room for 16 events, which have no names; more than Python's small objects hold costs a malloc(3)
 _MAX_LINKS = 40  # as in path_resolution(7)
 
 
@@ -119,7 +120,7 @@ class Watch:
     def read(self) -> bool:
         """Take what inotify has to say, and tell whether it may mean that the file is gone."""
         try:
-            events = os.read(self._fd, 4096)
+            events = os.read(self._fd, _EVENTS_BYTES)
         except BlockingIOError:
             return False
         if events == self._append:  # the common case: however many appends there were, they merge into this

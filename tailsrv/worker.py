@@ -116,7 +116,7 @@ class Worker:
 
     def step(self, timeout: float | None) -> None:
         """Run one turn: wait, then serve whatever is ready."""
-        events = self.epoll.poll(timeout)
+        events = self.epoll.poll(timeout, policy.EVENTS)
         self.now = self.clock()
         for fd, mask in events:
             if (client := self.clients.get(fd)) is not None:
@@ -138,9 +138,10 @@ class Worker:
     # The file
 
     def handle_watch(self) -> None:
+        self.look()  # before anything else: somebody waits for the bytes, nobody for the event
         if self.watch.read():
             self.check_path()
-        self.look()
+        self.look()  # an append before the read has no event of its own any more
 
     def look(self) -> None:
         """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
