@@ -11,13 +11,13 @@ from inotify_simple import INotify
 
 from tailsrv import __version__
 from tailsrv.config import DEFAULT_GRACE, Config, ConfigError, ExitStatus
-from tailsrv.control import AlreadyServed, Control, describe_holder, find_supervisor
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
 from tailsrv.listener import ListenError, endpoints, open_listeners
 from tailsrv.log import fields, logger, set_up
 from tailsrv.processors import count_processors
 from tailsrv.supervisor import Supervisor
 from tailsrv.syscalls import raise_descriptor_limit
-from tailsrv.watch import CannotServe, open_file
+from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
 
 EPILOG = """\
@@ -112,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up(verbosity)
     try:
         return serve(config)
-    except (CannotServe, ListenError, AlreadyServed) as error:
+    except (CannotServeError, ListenError, AlreadyServedError) as error:
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
 
 
 def serve(config: Config) -> int:
-    """Serve as `config` says; return the exit status. Raises CannotServe, ListenError, AlreadyServed."""
+    """Serve as `config` says; return the exit status. Raises CannotServeError, ListenError, AlreadyServedError."""
     descriptors = raise_descriptor_limit()
     file = open_file(config.path)
     prepare_to_fork()
@@ -139,7 +139,7 @@ def listen(config: Config) -> tuple[list[list[socket.socket]], int]:
     except ListenError:
         for endpoint in endpoints(config.bind, config.port):
             if find_supervisor(endpoint) is not None:
-                raise AlreadyServed(describe_holder(endpoint)) from None
+                raise AlreadyServedError(describe_holder(endpoint)) from None
         raise
     return listeners, listeners[0][0].getsockname()[1]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7)
 
 
-class AlreadyServed(Exception):
+class AlreadyServedError(Exception):
     """Another server holds the lock for an endpoint; the message says who."""
 
 
@@ -27,7 +27,7 @@ class Control:
                 self.close()
                 if error.errno != errno.EADDRINUSE:
                     raise
-                raise AlreadyServed(describe_holder(endpoint)) from error
+                raise AlreadyServedError(describe_holder(endpoint)) from error
             sock.listen()
             sock.setblocking(False)
 

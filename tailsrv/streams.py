@@ -1,7 +1,6 @@
 """The clients that are streamed to, by what each waits for: nothing, room in its socket, or a longer file."""
 
 import heapq
-from os import sendfile
 from collections import deque
 from collections.abc import Callable
 from itertools import count as counter
@@ -12,7 +11,7 @@ from tailsrv.syscalls import Outcome, send_chunk
 
 
 class Streams:
-    """Sends the file's bytes. Each client is in one of four places:
+    """Sends the file's bytes to its clients, each of which is in one of four places.
 
     - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
     - `behind`: can be sent more, in turn;
@@ -76,10 +75,11 @@ class Streams:
 
     def _fan_out(self, start: int, count: int) -> None:
         """Send the same bytes to every caught-up client; nothing else happens for one that takes them all."""
-        file, left = self.file, []
+        file = self.file
+        left: list[tuple[Client, int | Outcome | OSError]] = []
         for fd, client in self.caught_up.items():
             try:
-                sent = sendfile(fd, file, start, count)
+                sent = send_chunk(fd, file, start, count)
             except OSError as error:
                 left.append((client, error))
                 continue

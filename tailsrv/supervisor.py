@@ -24,7 +24,7 @@ from tailsrv.signals import Wakeup, blocked
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.timers import Timers
 from tailsrv.title import Title, supervisor_title
-from tailsrv.watch import CannotServe, is_gone, open_file
+from tailsrv.watch import CannotServeError, is_gone, open_file
 
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
@@ -127,7 +127,7 @@ class Supervisor:
     def look_for_file(self) -> None:
         try:
             self.file = open_file(self.config.path)
-        except CannotServe as error:
+        except CannotServeError as error:
             logger.critical("cannot serve: %s", fields(path=self.config.path, reason=error))
             self.status = ExitStatus.CANNOT_SERVE
             self.terminate()
@@ -138,7 +138,7 @@ class Supervisor:
             self.start_workers()
 
     def handle_gone(self) -> None:
-        """A worker has seen that the path does not name our file any more; look for ourselves."""
+        """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
         assert self.file is not None
         if self.file_gone or self.phase is not Phase.RUNNING or not is_gone(self.file, self.config.path):
             return
@@ -369,7 +369,11 @@ class Supervisor:
             "state": self.state() or "serving",
             "started": self.started,
             "endpoints": list(self.endpoints),
-            "file": {"path": self.config.path, "gone": self.file_gone, "size": os.fstat(self.file).st_size if self.file is not None else None},
+            "file": {
+                "path": self.config.path,
+                "gone": self.file_gone,
+                "size": os.fstat(self.file).st_size if self.file is not None else None,
+            },
             "clients": sum(slot.clients for slot in self.slots),
             "workers": [
                 {"slot": slot.index, "pid": slot.pid, "ready": slot.ready, "clients": slot.clients, "restarts": slot.restarts}

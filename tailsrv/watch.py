@@ -14,8 +14,8 @@ POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify doe
 # File systems whose files change only through this kernel, so that inotify(7) tells of every write. On all others
 # (NFS, SMB, FUSE, ...) another host or a daemon may append, and nobody says so.
 LOCAL_FILE_SYSTEMS = frozenset(
-    "bcachefs btrfs erofs exfat ext2 ext3 ext4 f2fs fat jfs msdos nilfs2 ntfs3 overlay ramfs reiserfs tmpfs udf"
-    " vfat xfs zfs".split()
+    ["bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fat", "jfs", "msdos", "nilfs2", "ntfs3", "overlay"]
+    + ["ramfs", "reiserfs", "tmpfs", "udf", "vfat", "xfs", "zfs"]
 )
 
 _END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
@@ -24,25 +24,25 @@ _EVENTS_BYTES = 256  # room for 16 events, which have no names; more than Python
 _MAX_LINKS = 40  # as in path_resolution(7)
 
 
-class CannotServe(Exception):
+class CannotServeError(Exception):
     """The file cannot be served; the message says why, in one line."""
 
 
 def open_file(path: str) -> int | None:
-    """Return a descriptor of the regular file `path`, None if there is nothing of that name. Raises CannotServe."""
+    """Return a descriptor of the regular file `path`, None if there is nothing of that name. Raises CannotServeError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before open(2), which would wait at a FIFO or rewind a tape
-            raise CannotServe("not a regular file")
+            raise CannotServeError("not a regular file")
         file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CannotServe(os.strerror(error.errno or 0)) from error
+        raise CannotServeError(os.strerror(error.errno or 0)) from error
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise CannotServe("not a regular file")
+            raise CannotServeError("not a regular file")
         _try_sendfile(file)
-    except CannotServe:
+    except CannotServeError:
         os.close(file)
         raise
     return file
@@ -54,7 +54,7 @@ def _try_sendfile(file: int) -> None:
     try:
         os.sendfile(sink, file, 0, 1)
     except OSError as error:
-        raise CannotServe(f"its file system cannot sendfile(2): {os.strerror(error.errno or 0)}") from error
+        raise CannotServeError(f"its file system cannot sendfile(2): {os.strerror(error.errno or 0)}") from error
     finally:
         os.close(sink)
 

@@ -348,7 +348,7 @@ class Worker:
             self.timers.set(self.check_finished, self.now + LINGER_CHECK)
 
     def end_drain(self) -> None:
-        """The grace is over: whoever has not got everything keeps what the kernel has queued for it."""
+        """End where the grace is over: whoever has not got everything keeps what the kernel has queued for it."""
         logger.warning("grace is over: %s", fields(slot=self.slot, clients=len(self.clients)))
         for client in list(self.clients.values()):
             self.drop(client)
