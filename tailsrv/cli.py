@@ -2,12 +2,14 @@
 
 import argparse
 import gc
+import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
 from inotify_simple import INotify
+from setproctitle import getproctitle
 
 from tailsrv import __version__
 from tailsrv.config import DEFAULT_GRACE, Config, ConfigError, ExitStatus
@@ -15,8 +17,11 @@ from tailsrv.control import AlreadyServedError, Control, describe_holder, find_s
 from tailsrv.listener import ListenError, endpoints, open_listeners
 from tailsrv.log import fields, logger, set_up
 from tailsrv.processors import count_processors
+from tailsrv.slot import Slot
+from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
 from tailsrv.syscalls import raise_descriptor_limit
+from tailsrv.upgrade import answer_check, is_check, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
 
@@ -24,7 +29,7 @@ EPILOG = """\
 A client sends one line, where to start: N (from byte N), -N (the last N bytes), -0 (only what is new).
 It gets the file from there, and then every byte appended:  echo 0 | nc HOST PORT
 
-signals: TERM or INT drain and end, QUIT ends at once
+signals: TERM or INT drain and end, QUIT ends at once, HUP upgrades to the installed version in place
 exit status: 0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 workers cannot start
 """
 
@@ -108,11 +113,16 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tailsrv` with `argv` (sys.argv if None) until it is told to end; return the exit status."""
+    getproctitle()  # setproctitle finds its room only while the environment is as the kernel laid it out
     config, verbosity = parse(argv)
+    if is_check():
+        return answer_check()
+    occupy_standard_descriptors()
     set_up(verbosity)
     try:
-        return serve(config)
-    except (CannotServeError, ListenError, AlreadyServedError) as error:
+        handed_on = read_state()
+        return serve(config) if handed_on is None else go_on(config, handed_on)
+    except (CannotServeError, ListenError, AlreadyServedError, StateError) as error:
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
 
@@ -124,12 +134,30 @@ def serve(config: Config) -> int:
     prepare_to_fork()
     listeners, port = listen(config)
     names = endpoints(config.bind, port)
-    control = Control(names)
+    control = Control.lock(names)
     logger.info(
         "listening: %s",
         fields(version=__version__, endpoints=",".join(names), port=port, workers=config.workers, descriptors=descriptors),
     )
-    return Supervisor(config, listeners, names, control, partial(work, config=config)).run(file)
+    slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
+    return Supervisor(config, slots, names, control, partial(work, config=config)).run(file)
+
+
+def go_on(config: Config, handed_on: State) -> int:
+    """Serve on from what the version before us handed on; return the exit status."""
+    raise_descriptor_limit()
+    keep_private(handed_on.descriptors())
+    prepare_to_fork()
+    slots = [Slot.load(index, saved) for index, saved in enumerate(handed_on.slots)]
+    control = Control([socket.socket(fileno=fd) for fd in handed_on.control])
+    return Supervisor(config, slots, handed_on.endpoints, control, partial(work, config=config), handed_on).run(handed_on.file)
+
+
+def occupy_standard_descriptors() -> None:
+    """See to it that 0, 1 and 2 are open: a client's socket under such a number would be sent the log."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def listen(config: Config) -> tuple[list[list[socket.socket]], int]:

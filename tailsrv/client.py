@@ -22,9 +22,10 @@ class Client:
     which `Streams` keeps once for all of them.
     """
 
-    __slots__ = ("accepted", "fd", "offset", "peer", "sock", "state")
+    __slots__ = ("accepted", "fd", "number", "offset", "peer", "sock", "state")
 
-    def __init__(self, sock: socket.socket, peer: tuple[str, int], accepted: float) -> None:
+    def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None, accepted: float) -> None:
+        self.number = number  # its name in the roster; unlike `fd`, never used again in this slot
         self.sock = sock
         self.fd = sock.fileno()  # asked for once: this is the hot path's name for the client
         self.peer = peer

@@ -16,20 +16,24 @@ class AlreadyServedError(Exception):
 class Control:
     """The supervisor's end: it holds the lock as long as it lives, and the kernel lets go of it when it dies."""
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
-        self.sockets: list[socket.socket] = []
-        for endpoint in endpoints:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sockets.append(sock)
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        self.sockets = sockets
+
+    @classmethod
+    def lock(cls, endpoints: Sequence[str]) -> "Control":
+        """Take the lock for all of `endpoints`. Raises AlreadyServedError."""
+        control = cls([socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in endpoints])
+        for sock, endpoint in zip(control.sockets, endpoints, strict=True):
             try:
                 sock.bind(_name(endpoint))
             except OSError as error:
-                self.close()
+                control.close()
                 if error.errno != errno.EADDRINUSE:
                     raise
                 raise AlreadyServedError(describe_holder(endpoint)) from error
             sock.listen()
             sock.setblocking(False)
+        return control
 
     def close(self) -> None:
         """Let go of the lock (a forked child: of its copy)."""

@@ -19,6 +19,7 @@ ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hol
 STALL_PAUSE = 0.2  # seconds without accepting after running out of descriptors: no spin, and soon back
 
 LONG_LIFE = 1.0  # seconds; a worker that lived so long did not die of how it starts
+MAX_SUSPECT = 2  # deaths in a row, each soon after adopting: one of the clients is what kills
 MAX_UNREADY = 5  # deaths in a row before a slot's worker was ready: the next would fare no better
 FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds; the backoff doubles from one to the other
 
@@ -32,20 +33,30 @@ def next_chunk(offset: int, size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """How a slot's workers have fared: lives under LONG_LIFE in a row, and deaths before ready in a row."""
+    """How a slot's workers have fared, each figure a number of deaths in a row."""
 
-    short: int = 0
-    unready: int = 0
+    short: int = 0  # under LONG_LIFE
+    unready: int = 0  # before the worker was ready
+    suspect: int = 0  # by the worker's own fault, soon after it had adopted clients
 
-    def after_life(self, seconds: float, ready: bool) -> "Failures":
+    def after_life(self, seconds: float, ready: bool, fault: bool, adopted: bool) -> "Failures":
         """Return the record after one more worker has died at that age."""
-        return Failures(0 if seconds >= LONG_LIFE else self.short + 1, 0 if ready else self.unready + 1)
+        short = seconds < LONG_LIFE
+        return Failures(
+            short=self.short + 1 if short else 0,
+            unready=0 if ready else self.unready + 1,
+            suspect=self.suspect + 1 if short and fault and adopted else 0,
+        )
 
     def delay(self) -> float:
         """Return the seconds to wait before the slot is filled again: none after the first short life."""
         if self.short <= 1:
             return 0.0
         return float(min(MAX_DELAY, FIRST_DELAY * 2 ** min(self.short - 2, 30)))
+
+    def poisoned(self) -> bool:
+        """Tell whether the slot's clients must be given up, or one of them would keep the slot down."""
+        return self.suspect >= MAX_SUSPECT
 
     def hopeless(self) -> bool:
         """Tell whether another worker in this slot would be of no use."""

@@ -37,6 +37,16 @@ def _note(*_: object) -> None:
     """Do nothing: the byte in the pipe is what counts."""
 
 
+def hold() -> None:
+    """Block all signals; those that come wait until somebody unblocks them."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+
+
+def release() -> None:
+    """Let all signals through, also those that were held back by the program that exec'd this one."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 @contextmanager
 def blocked() -> Iterator[None]:
     """Hold all signals back, so that none falls between fork(2) and the child's own handlers."""

@@ -5,7 +5,9 @@ can be relied on. It has no threads, and makes no epoll or inotify object that a
 """
 
 import json
+import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -14,21 +16,24 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 
-from tailsrv import __version__
+from tailsrv import __version__, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
-from tailsrv.log import fields, logger
-from tailsrv.messages import MAX_MESSAGE, Drain, MessageError, Report, decode, encode
+from tailsrv.log import Limited, fields, logger
+from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, Drain, MessageError, Report, decode, encode
 from tailsrv.policy import KILL_MARGIN, Verdict, describe_status, verdict
-from tailsrv.signals import Wakeup, blocked
+from tailsrv.signals import Wakeup, blocked, release
 from tailsrv.slot import Inheritance, Slot
+from tailsrv.state import State
 from tailsrv.timers import Timers
 from tailsrv.title import Title, supervisor_title
+from tailsrv.upgrade import Upgrader
 from tailsrv.watch import CannotServeError, is_gone, open_file
 
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
+RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
@@ -46,17 +51,18 @@ class Phase(Enum):
 class Supervisor:
     """The slots, the workers in them, and what they inherit.
 
-    `listeners` holds the listening sockets of each slot; `work` is what a worker does, called in the forked
-    child, which ends with the exit status that it returns.
+    `work` is what a worker does, called in the forked child, which ends with the exit status that it returns.
+    `handed_on` is the state of the version before us where we are the outcome of an upgrade.
     """
 
     def __init__(
         self,
         config: Config,
-        listeners: Sequence[list[socket.socket]],
+        slots: Sequence[Slot],
         endpoints: Sequence[str],
         control: Control,
         work: Callable[[Inheritance], int],
+        handed_on: State | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -65,24 +71,32 @@ class Supervisor:
         self.work = work
         self.clock = clock
         self.now = clock()
-        self.started = time.time()
-        self.slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
+        self.started = handed_on.started if handed_on else time.time()
+        self.slots = list(slots)
+        self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
+        self.replacing = handed_on is not None
         self.file: int | None = None
         self.phase = Phase.WAITING
         self.status = ExitStatus.DONE
         self.ended = False
-        self.file_gone = False
+        self.file_gone = handed_on.file_gone if handed_on else False
         self.started_up = False  # every slot has had a worker that was ready
-        self.polling: str | None = None
+        self.polling = handed_on.polling if handed_on else None
+        self.drain_until = float("-inf")
+        self.highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
         self.truncation_seen = float("-inf")
         self.timers = Timers()
         self.title = Title(self.timers, self.render_title)
+        self.upgrader = Upgrader(self.timers, self.save, busy=self.replacing)
+        self.unprotected = Limited(logging.WARNING, burst=1)
         self.wakeup = Wakeup(CAUGHT)
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
         self.register(self.wakeup.fileno(), self.handle_signals)
         for sock in control.sockets:
             self.register(sock.fileno(), partial(self.handle_control, sock))
+        for slot, _ in self.outdated:
+            self.listen_to(slot)
 
     def register(self, fd: int, handler: Callable[[], None]) -> None:
         self.handlers[fd] = handler
@@ -97,7 +111,12 @@ class Supervisor:
     def run(self, file: int | None) -> int:
         """Serve the open `file`, or wait for it if None; return the exit status at the end."""
         self.file = file
+        release()  # what the program that exec'd us held back comes now
+        self.reap()
         if file is None:
+            self.started_up = True  # as far as it can be
+            self.replace_next()
+            self.started_up = False
             logger.info("waiting for file: %s", fields(path=self.config.path))
             self.timers.set(self.look_for_file, self.now + LOOK_INTERVAL)
         else:
@@ -156,28 +175,53 @@ class Supervisor:
         self.phase = Phase.RUNNING
         logger.info("serving: %s", fields(path=self.config.path, size=os.fstat(self.file).st_size, workers=len(self.slots)))
         for slot in self.slots:
-            self.spawn(slot)
+            if slot.pid is None and slot.fill_at is None:
+                self.spawn(slot)
+        self.replace_next()
+
+    def replace_next(self) -> None:
+        """Replace the next worker of the version before us: kill it, and let its successor adopt its clients."""
+        self.outdated = [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
+        if self.outdated:
+            os.kill(self.outdated[0][1], signal.SIGKILL)
+        elif self.replacing and self.started_up:
+            self.replacing = False
+            logger.info("upgraded: %s", fields(version=__version__, clients=self.count_clients()))
+            self.upgrader.done(self.now)
 
     def spawn(self, slot: Slot) -> None:
         """Fill `slot` with a worker."""
-        assert self.file is not None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self.postpone(slot, error)
+            return
         with blocked():
             try:
                 pid = os.fork()
             except OSError as error:
-                logger.error("cannot fork: %s", fields(slot=slot.index, reason=error.strerror))
                 ours.close()
                 theirs.close()
-                self.fill_at(slot, self.now + FORK_RETRY)
+                self.postpone(slot, error)
                 return
             if pid == 0:  # here the worker leaves the supervisor's code, never to return
                 self.become_worker(slot, ours, theirs)
         theirs.close()
         ours.setblocking(False)
-        slot.pid, slot.channel, slot.spawned, slot.ready, slot.clients = pid, ours, self.now, False, 0
-        self.register(ours.fileno(), partial(self.handle_channel, slot))
-        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid))
+        slot.pid, slot.channel, slot.spawned, slot.ready = pid, ours, self.now, False
+        slot.adopted = bool(slot.roster.clients)
+        self.listen_to(slot)
+        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
+        if self.phase is Phase.DRAINING:
+            self.order_drain(slot)
+
+    def postpone(self, slot: Slot, error: OSError) -> None:
+        logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
+        self.fill_at(slot, self.now + FORK_RETRY)
+
+    def listen_to(self, slot: Slot) -> None:
+        assert slot.channel is not None
+        self.register(slot.channel.fileno(), partial(self.handle_channel, slot))
 
     def become_worker(self, slot: Slot, ours: socket.socket, theirs: socket.socket) -> None:
         """Let go of all that is the supervisor's, do a worker's work, and end the process."""
@@ -191,11 +235,12 @@ class Supervisor:
                 if other.channel is not None:
                     other.channel.close()  # or its worker would not see our supervisor's end
                 if other is not slot:
+                    other.roster.close()
                     for listener in other.listeners:
                         listener.close()  # or clients would wait at one that nobody accepts from
             theirs.setblocking(False)
             assert self.file is not None
-            status = self.work(Inheritance(slot.index, self.file, slot.listeners, theirs, self.endpoints))
+            status = self.work(Inheritance(slot.index, self.file, slot.listeners, theirs, self.endpoints, slot.roster.clients))
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
@@ -223,29 +268,43 @@ class Supervisor:
                 return
             if pid == 0:
                 return
+            if self.upgrader.reaped(pid, status, self.now, ending=self.phase in (Phase.DRAINING, Phase.KILLING)):
+                continue
             slot = next((slot for slot in self.slots if slot.pid == pid), None)
             if slot is not None:  # else: as PID 1 we are everybody's parent
                 self.bury(slot, status)
 
     def bury(self, slot: Slot, status: int) -> None:
-        """Take in that the worker of `slot` has ended, and decide what becomes of the slot."""
+        """Take in that the worker of `slot` has ended, and decide what becomes of the slot and its clients."""
         self.handle_channel(slot)  # its last words
         assert slot.channel is not None
+        assert slot.pid is not None
         self.unregister(slot.channel.fileno())
         slot.channel.close()
-        pid, life = slot.pid, self.now - slot.spawned
-        slot.pid, slot.channel, slot.clients = None, None, 0
-        what = verdict(status)
-        if self.phase is not Phase.RUNNING:
-            logger.debug("worker %s: %s %s", what.value, fields(slot=slot.index, pid=pid), describe_status(status))
-            return
-        slot.failures = slot.failures.after_life(life, slot.ready)
-        logger.warning("worker %s: %s %s", what.value, fields(slot=slot.index, pid=pid), describe_status(status))
+        pid, life, what = slot.pid, self.now - slot.spawned, verdict(status)
+        slot.pid, slot.channel = None, None
+        lost = slot.roster.lose_unprotected()
+        level = logging.WARNING if self.phase is Phase.RUNNING and (slot, pid) not in self.outdated else logging.DEBUG
+        detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
+        logger.log(level, "worker %s: %s %s", what.value, detail, describe_status(status))
+        if self.phase is Phase.RUNNING and (slot, pid) in self.outdated:
+            self.spawn(slot)
+        elif self.phase is Phase.RUNNING:
+            self.refill(slot, life, what, status)
+        elif self.phase is Phase.DRAINING and what is not Verdict.DONE and slot.roster.clients and self.now < self.drain_until:
+            self.spawn(slot)  # somebody still has to finish these streams
+
+    def refill(self, slot: Slot, life: float, what: Verdict, status: int) -> None:
+        """Plan the next worker of a slot whose last one has died."""
+        slot.failures = slot.failures.after_life(life, slot.ready, what is Verdict.FAULT, slot.adopted)
         if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
             logger.critical("workers cannot start: %s %s", fields(slot=slot.index), describe_status(status))
             self.status = ExitStatus.CANNOT_BOOT
             self.terminate()
             return
+        if slot.failures.poisoned():
+            ended = slot.roster.hang_up()
+            logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
         slot.restarts += 1
         delay = slot.failures.delay()
         if delay:
@@ -257,7 +316,7 @@ class Supervisor:
         assert slot.channel is not None
         while True:
             try:
-                packet = slot.channel.recv(MAX_MESSAGE)
+                packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, ConnectionResetError):
                 return
             if not packet:  # the worker is ending: SIGCHLD comes next, and the slot is buried then
@@ -271,15 +330,22 @@ class Supervisor:
                 logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
                 continue
             if isinstance(message, Report):
-                self.handle_report(slot, message)
+                self.handle_report(slot, message, sockets)
 
-    def handle_report(self, slot: Slot, report: Report) -> None:
+    def handle_report(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
+        if slot.roster.join(report.joined, sockets, self.highest):
+            total = sum(len(slot.roster.unprotected) for slot in self.slots)
+            self.unprotected("no descriptor to protect a client with, it will not survive its worker", slot=slot.index, unprotected=total)
+        for client, offset in report.started:
+            slot.roster.start(client, offset)
+        slot.roster.leave(report.left)
         if report.ready:
             slot.ready = True
-            logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid))
-            self.started_up = self.started_up or all(slot.ready for slot in self.slots)
-        if report.clients is not None:
-            slot.clients = report.clients
+            logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
+            if not self.started_up and all(slot.ready for slot in self.slots):
+                self.started_up = True
+                systemd.notify("READY=1")
+            self.replace_next()
         if report.polling is not None and self.polling is None:
             self.polling = report.polling
             logger.warning("looking at the file once a second: %s", fields(reason=report.polling))
@@ -301,31 +367,43 @@ class Supervisor:
                     self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
-                case signal.SIGHUP:
-                    logger.warning("SIGHUP is ignored: upgrade in place is not there yet")
+                case signal.SIGHUP if self.phase in (Phase.WAITING, Phase.RUNNING):
+                    self.upgrader.request(self.now)
         self.reap()  # after any signal: a full pipe may have lost SIGCHLD's byte
 
     def drain(self) -> None:
         """Let the workers bring every stream to what is in the file now, and end with them."""
         self.phase = Phase.DRAINING
+        self.drain_until = self.now + self.config.grace
+        systemd.notify("STOPPING=1")
         self.stop_filling()
         for slot in self.slots:
             for listener in slot.listeners:
                 listener.close()  # the worker's is the last: it empties the queue, then closes
         for slot in self.running():
-            assert slot.channel is not None
-            try:
-                slot.channel.send(encode(Drain()))
-            except OSError:
-                pass  # it is ending already
-        self.signal_workers(signal.SIGTERM)
-        self.timers.set(self.terminate, self.now + self.config.grace + KILL_MARGIN)
+            self.order_drain(slot)
+        for slot in self.slots:
+            if slot.pid is None and slot.roster.clients:  # in backoff: its clients have waited for this worker
+                self.spawn(slot)
+        self.timers.set(self.terminate, self.drain_until + KILL_MARGIN)
+
+    def order_drain(self, slot: Slot) -> None:
+        """Tell the worker of `slot` to drain, in what is left of the grace."""
+        assert slot.channel is not None
+        assert slot.pid is not None
+        try:
+            slot.channel.send(encode(Drain(max(0.0, self.drain_until - self.now))))
+        except OSError:
+            return  # it is ending already
+        os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
 
     def terminate(self) -> None:
         """End at once."""
         self.phase = Phase.KILLING
         self.stop_filling()
-        self.signal_workers(signal.SIGKILL)
+        for slot in self.running():
+            assert slot.pid is not None
+            os.kill(slot.pid, signal.SIGKILL)
         self.timers.set(self.give_up, self.now + KILL_PATIENCE)
 
     def give_up(self) -> None:
@@ -336,17 +414,28 @@ class Supervisor:
         self.timers.cancel(self.look_for_file)
         self.timers.cancel(self.terminate)
         self.timers.cancel(self.fill)
+        self.upgrader.abandon()
 
-    def signal_workers(self, number: signal.Signals) -> None:
-        for slot in self.running():
-            assert slot.pid is not None
-            os.kill(slot.pid, number)  # ours until we reap it: no other process can have this pid
+    def save(self) -> State:
+        """Return all that the next version of this program needs to go on from here."""
+        return State(
+            version=__version__,
+            endpoints=list(self.endpoints),
+            started=self.started,
+            file=self.file,
+            file_gone=self.file_gone,
+            polling=self.polling,
+            control=[sock.fileno() for sock in self.control.sockets],
+            slots=[slot.save() for slot in self.slots],
+        )
 
     # What others see
 
     def render_title(self) -> str:
-        workers, clients = len(self.running()), sum(slot.clients for slot in self.slots)
-        return supervisor_title(self.endpoints, self.config.path, self.state(), workers, clients)
+        return supervisor_title(self.endpoints, self.config.path, self.state(), len(self.running()), self.count_clients())
+
+    def count_clients(self) -> int:
+        return sum(len(slot.roster) for slot in self.slots)
 
     def state(self) -> str:
         """Return the state as titles and status show it, empty while all is as it should be."""
@@ -374,9 +463,10 @@ class Supervisor:
                 "gone": self.file_gone,
                 "size": os.fstat(self.file).st_size if self.file is not None else None,
             },
-            "clients": sum(slot.clients for slot in self.slots),
+            "clients": self.count_clients(),
+            "unprotected": sum(len(slot.roster.unprotected) for slot in self.slots),
             "workers": [
-                {"slot": slot.index, "pid": slot.pid, "ready": slot.ready, "clients": slot.clients, "restarts": slot.restarts}
+                {"slot": slot.index, "pid": slot.pid, "ready": slot.ready, "clients": len(slot.roster), "restarts": slot.restarts}
                 for slot in self.slots
             ],
         }

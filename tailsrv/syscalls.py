@@ -104,6 +104,40 @@ def unsent(sock: socket.socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
 
 
+# struct tcp_info of linux/tcp.h, part of the kernel's interface: tcpi_state is its first byte, tcpi_bytes_acked
+# (since Linux 4.1) the u64 at byte 120.
+_TCP_INFO = 128
+_ACKED = struct.Struct("=120xQ")
+_OPEN = frozenset({1, 8})  # TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
+
+
+def streamed(sock: socket.socket) -> int | None:
+    """Return how many bytes have ever been put into `sock`, by whomever; None if its connection is not open any more.
+
+    What the peer has acknowledged plus what it has not. The two come from separate calls, so that an
+    acknowledgement may fall between them: they are read until they agree.
+    """
+    before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+    while True:
+        if before[0] not in _OPEN:
+            return None
+        waiting = unsent(sock)
+        after = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+        acked = int(_ACKED.unpack(after)[0])
+        if acked == _ACKED.unpack(before)[0]:
+            return acked + waiting
+        before = after
+
+
+def take_socket(fd: int) -> tuple[socket.socket, tuple[str, int] | None]:
+    """Return the socket behind an inherited descriptor, and its peer if it still has one."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return sock, sock.getpeername()[:2]
+    except OSError:
+        return sock, None
+
+
 def finish_sending(sock: socket.socket) -> None:
     """Send a FIN behind what is queued, whoever else holds the socket."""
     try:

@@ -13,10 +13,10 @@ POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify doe
 
 # File systems whose files change only through this kernel, so that inotify(7) tells of every write. On all others
 # (NFS, SMB, FUSE, ...) another host or a daemon may append, and nobody says so.
-LOCAL_FILE_SYSTEMS = frozenset(
-    ["bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fat", "jfs", "msdos", "nilfs2", "ntfs3", "overlay"]
-    + ["ramfs", "reiserfs", "tmpfs", "udf", "vfat", "xfs", "zfs"]
-)
+LOCAL_FILE_SYSTEMS = frozenset({
+    "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fat", "jfs", "msdos", "nilfs2", "ntfs3", "overlay",
+    "ramfs", "reiserfs", "tmpfs", "udf", "vfat", "xfs", "zfs",
+})  # fmt: skip
 
 _END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
 _STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD

@@ -9,21 +9,23 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import count
+from typing import Any
 
 from tailsrv import policy
 from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
 from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited, fields, logger
-from tailsrv.messages import MAX_MESSAGE, Drain, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, Drain, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
+from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
 from tailsrv.streams import Streams
-from tailsrv.syscalls import Outcome, accept, consume, discard, finish_sending, peek_header, unsent
+from tailsrv.syscalls import Outcome, accept, consume, discard, finish_sending, peek_header, streamed, take_socket, unsent
 from tailsrv.timers import Timers
 from tailsrv.title import Title, worker_title
 from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
@@ -71,9 +73,13 @@ class Worker:
         self.draining = False
         self.ended = False
         self.gone = False
-        self.news = Report()
+        self.joined: list[Client] = []  # news for the supervisor, as are the next three
+        self.starting: list[tuple[Client, int, int]] = []  # with the start offset and the length of the header
+        self.left: list[int] = []
+        self.notices: dict[str, Any] = {}
+        self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.timers = Timers()
-        self.title = Title(self.timers, self.render_title, self.publish_clients)
+        self.title = Title(self.timers, self.render_title)
         self.refused = Limited(logging.WARNING)
         self.short_of_room = Limited(logging.WARNING, burst=1)
         self.failed = Limited(logging.ERROR)
@@ -90,6 +96,7 @@ class Worker:
         self.register(wakeup.fileno(), self.handle_signal)
         if (watch := self.watch.fileno()) is not None:
             self.register(watch, self.handle_watch)
+        self.adopt(inheritance.clients)
         self.start_accepting()
 
     def register(self, fd: int, handler: Callable[[], None]) -> None:
@@ -104,7 +111,7 @@ class Worker:
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
-        self.news = Report(ready=True, polling=self.watch.polling)
+        self.notices = {"ready": True, "polling": self.watch.polling}
         self.title.changed(self.now)
         if self.watch.polling:
             self.poll_file()
@@ -132,7 +139,7 @@ class Worker:
             self.finish_drained()
         if self.dropped:
             self.close_dropped()
-        if self.news is not _NO_NEWS:
+        if self.left or self.joined or self.starting or self.notices:
             self.send_news()
 
     # The file
@@ -150,12 +157,12 @@ class Worker:
         if size != before:
             self.streams.resize(size)
             if size < before:
-                self.news = replace(self.news, truncated=size)
+                self.notices["truncated"] = size
 
     def check_path(self) -> None:
         if not self.gone and is_gone(self.watch.file, self.watch.path):
             self.gone = True
-            self.news = replace(self.news, gone=True)
+            self.notices["gone"] = True
 
     def poll_file(self) -> None:
         """Do by the clock what handle_watch does where inotify cannot help."""
@@ -188,7 +195,21 @@ class Worker:
                 case Outcome():
                     return
                 case sock, peer:
-                    self.add_client(Client(sock, peer, self.now))
+                    client = Client(next(self.numbers), sock, peer, self.now)
+                    self.joined.append(client)
+                    self.add_client(client)
+
+    def adopt(self, entries: Mapping[int, Entry]) -> None:
+        """Take over the clients of the worker before us, each where the kernel says that its stream is."""
+        for number, entry in entries.items():
+            sock, peer = take_socket(entry.fd)
+            client = Client(number, sock, peer, self.now)
+            self.add_client(client)
+            if (sent := streamed(sock)) is None:
+                self.drop(client)
+            elif entry.start is not None:
+                del self.headerless[client.fd]
+                self.streams.add(client, entry.start + sent)
 
     def add_client(self, client: Client) -> None:
         if not self.clients:
@@ -226,9 +247,9 @@ class Worker:
                 self.drop(client)
                 return
             if mask & INPUT:
-                if client.state is State.AWAITING_HEADER:
+                if client.fd in self.headerless:
                     self.read_header(client, ended=bool(mask & select.EPOLLRDHUP))
-                else:
+                elif client.state is not State.AWAITING_HEADER:  # its header may still be in the socket
                     discard(client.sock)  # also after its FIN, which is not a hang-up
             if mask & select.EPOLLOUT:
                 self.streams.writable(client)
@@ -251,10 +272,17 @@ class Worker:
         start, length = header
         if start.from_end:
             self.look()  # the end is where it is now
-        offset = start.offset(self.streams.size)
-        consume(client.sock, length)
-        discard(client.sock)
         del self.headerless[client.fd]
+        self.starting.append((client, start.offset(self.streams.size), length))
+
+    def start_stream(self, client: Client, offset: int, length: int) -> None:
+        """Start streaming to `client`, now that the supervisor knows where from."""
+        try:
+            consume(client.sock, length)
+            discard(client.sock)
+        except OSError:
+            self.drop(client)
+            return
         logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
         self.streams.add(client, offset)
 
@@ -277,6 +305,10 @@ class Worker:
         del self.clients[client.fd]
         self.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
         self.dropped.append(client)
+        if client in self.joined:
+            self.joined.remove(client)
+        else:
+            self.left.append(client.number)
         self.title.changed(self.now)
 
     def close_dropped(self) -> None:
@@ -305,10 +337,10 @@ class Worker:
             packet = b""
         if not packet:
             self.ended = True  # the supervisor is gone, and nobody is left to serve for
-        elif isinstance(decode(packet), Drain) and not self.draining:
-            self.drain()
+        elif isinstance(order := decode(packet), Drain) and not self.draining:
+            self.drain(order.grace)
 
-    def drain(self) -> None:
+    def drain(self, grace: float) -> None:
         """Stop accepting, and bring every stream to what is in the file now."""
         self.draining = True
         for listener in self.listeners:
@@ -318,13 +350,14 @@ class Worker:
             listener.close()
         for client in list(self.headerless.values()):
             self.read_header(client, ended=False)
+        self.send_news()  # starts the streams of those
         for client in list(self.headerless.values()):
             self.drop(client)  # it has not asked for anything
         self.look()
         if (watch := self.watch.fileno()) is not None:
             self.unregister(watch)
         self.timers.cancel(self.poll_file)
-        self.timers.set(self.end_drain, self.now + self.config.grace)
+        self.timers.set(self.end_drain, self.now + grace)
         self.title.changed(self.now)
 
     def finish_drained(self) -> None:
@@ -359,19 +392,31 @@ class Worker:
     def render_title(self) -> str:
         return worker_title(self.slot, self.endpoints, "draining" if self.draining else "", len(self.clients))
 
-    def publish_clients(self) -> None:
-        self.news = replace(self.news, clients=len(self.clients))
-
     def send_news(self) -> None:
-        """Tell the supervisor what has happened since the last report, in one message."""
-        try:
-            self.channel.send(encode(self.news), socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self.timers.set(self.send_news, self.now + RETRY_REPORT)
-        except OSError:
-            self.ended = True  # the supervisor is gone
-        else:
-            self.news = _NO_NEWS
+        """Tell the supervisor what has happened since the last report, in one message if it fits.
 
-
-_NO_NEWS = Report()
+        Only then do the new streams start: should we die before, their headers are still in their sockets, and
+        should we die after, the supervisor knows where they started.
+        """
+        while self.left or self.joined or self.starting or self.notices:
+            joined, left = self.joined[:MAX_SOCKETS], self.left[:MAX_NEWS]
+            starting = self.starting[:MAX_NEWS] if len(joined) == len(self.joined) else []
+            report = Report(
+                joined=tuple(client.number for client in joined),
+                started=tuple((client.number, offset) for client, offset, _ in starting if client.state is not State.CLOSED),
+                left=tuple(left),
+                **self.notices,
+            )
+            try:
+                socket.send_fds(self.channel, [encode(report)], [client.fd for client in joined], socket.MSG_DONTWAIT)
+            except (BrokenPipeError, ConnectionResetError):
+                self.ended = True  # the supervisor is gone
+                return
+            except OSError:  # it is too busy, or the kernel short of memory
+                self.timers.set(self.send_news, self.now + RETRY_REPORT)
+                return
+            del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]
+            self.notices = {}
+            for client, offset, length in starting:
+                if client.state is State.AWAITING_HEADER:
+                    self.start_stream(client, offset, length)

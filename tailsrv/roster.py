@@ -1,0 +1,95 @@
+"""Who is connected, and where each started; the sockets that let a successor go on where a worker was killed.
+
+The supervisor keeps a duplicate of each client's socket here, and does nothing with it but close it.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+Saved = list[list[int | None]]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One client: our descriptor of its socket, and the offset its stream started from, None before its header."""
+
+    fd: int
+    start: int | None = None
+
+
+@dataclass(slots=True)
+class Roster:
+    """The clients of one slot, by the number that its workers know them by."""
+
+    clients: dict[int, Entry] = field(default_factory=dict)
+    unprotected: set[int] = field(default_factory=set)  # there was no room for their duplicates: they die with their worker
+
+    def __len__(self) -> int:
+        return len(self.clients) + len(self.unprotected)
+
+    def join(self, clients: Sequence[int], sockets: Sequence[int], highest: int) -> int:
+        """Take in new clients with their sockets and return how many of them had to stay unprotected.
+
+        The kernel leaves out the last sockets where descriptors run out (MSG_CTRUNC of recvmsg(2)), and we close
+        those above `highest`: the supervisor needs some for the next worker's channel.
+        """
+        before = len(self.unprotected)
+        for client, fd in zip(clients, sockets, strict=False):
+            if fd <= highest:
+                self.clients[client] = Entry(fd)
+            else:
+                os.close(fd)
+                self.unprotected.add(client)
+        self.unprotected.update(clients[len(sockets) :])
+        return len(self.unprotected) - before
+
+    def start(self, client: int, offset: int) -> None:
+        """Note where the stream of `client` starts."""
+        if (entry := self.clients.get(client)) is not None:
+            entry.start = offset
+
+    def leave(self, clients: Iterable[int]) -> None:
+        """Forget clients that are not served any more; our duplicate is what kept their connections half open."""
+        for client in clients:
+            self.unprotected.discard(client)
+            if (entry := self.clients.pop(client, None)) is not None:
+                os.close(entry.fd)
+
+    def lose_unprotected(self) -> int:
+        """Forget the clients that died with their worker and return how many they were."""
+        lost = len(self.unprotected)
+        self.unprotected.clear()
+        return lost
+
+    def hang_up(self) -> int:
+        """End every connection and return how many there were."""
+        for entry in self.clients.values():
+            with socket.socket(fileno=entry.fd) as sock:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # gone already
+        ended = len(self.clients)
+        self.clients.clear()
+        return ended
+
+    def close(self) -> None:
+        """Let go of the sockets, in a forked child that they are no business of."""
+        for entry in self.clients.values():
+            os.close(entry.fd)
+
+    def save(self) -> Saved:
+        """Return what load() takes, as JSON can hold it; unprotected clients cannot be handed on."""
+        return [[client, entry.fd, entry.start] for client, entry in self.clients.items()]
+
+    @classmethod
+    def load(cls, saved: Iterable[Sequence[int | None]], unprotected: Iterable[int]) -> "Roster":
+        """Return the roster that save() was called on."""
+        roster = cls(unprotected=set(unprotected))
+        for client, fd, start in saved:
+            assert client is not None
+            assert fd is not None
+            roster.clients[client] = Entry(fd, start)
+        return roster

@@ -1,0 +1,198 @@
+"""Upgrade in place: has the installed program prove that it starts, and execs it.
+
+The program is started by the very command that started us, with the environment variable TAILSRV_UPGRADE:
+
+- `check`: parse the arguments, read the state on standard input, say on standard output which version this is, exit 0;
+- a number: the descriptor of the state to go on from.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from tailsrv import __version__, state, systemd
+from tailsrv.log import fields, logger
+from tailsrv.signals import hold, release
+from tailsrv.timers import Timers
+
+VARIABLE = "TAILSRV_UPGRADE"
+CHECK = "check"
+PROOF_TIMEOUT = 30.0  # seconds that the new program may take to start
+
+
+def command() -> tuple[str, list[str]]:
+    """Return the executable and the arguments that this process was started with."""
+    return sys.executable, sys.orig_argv
+
+
+def environment(value: str) -> dict[str, str]:
+    """Return our environment with the variable set to `value`."""
+    return {**os.environ, VARIABLE: value}
+
+
+def read_state() -> state.State | None:
+    """Return the state that this process is to go on from, None if it is not the outcome of an upgrade.
+
+    Takes the variable out of the environment. Raises state.StateError.
+    """
+    value = os.environ.pop(VARIABLE, "")
+    if not value.isdigit():
+        return None
+    with open(int(value), "rb") as memory:
+        return state.decode(memory.read())
+
+
+def answer_check() -> int:
+    """Prove to a running server that this version can take over from it; return the exit status."""
+    try:
+        state.decode(sys.stdin.buffer.read())
+    except state.StateError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(json.dumps({"version": __version__, "format": state.FORMAT}) + "\n")
+    return 0
+
+
+def is_check() -> bool:
+    """Tell whether this process was started to prove that it can take over."""
+    return os.environ.get(VARIABLE) == CHECK
+
+
+def memory(data: bytes = b"") -> int:
+    """Return the descriptor of a new anonymous file that holds `data`, at its start."""
+    fd = os.memfd_create("tailsrv")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _take(fd: int) -> str:
+    """Return what is in an anonymous file, and close it."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    with open(fd, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+class Proof:
+    """A child that runs the installed program to see whether it starts. Raises OSError if not even that can be tried."""
+
+    def __init__(self, data: bytes) -> None:
+        executable, arguments = command()
+        given, self._answer, self._complaints = memory(data), memory(), memory()
+        files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
+        try:
+            self.pid = os.posix_spawn(
+                executable, arguments, environment(CHECK), file_actions=files, setsigmask=(), setsigdef=(signal.SIGPIPE,)
+            )
+        finally:
+            os.close(given)
+
+    def kill(self) -> None:
+        """End the child, which has not been reaped."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def result(self, status: int) -> tuple[str | None, str]:
+        """Return the version that has proved itself, or None and the reason, once the child ended with `status`."""
+        answer, complaints = _take(self._answer), _take(self._complaints)
+        try:
+            if status == 0:
+                return str(json.loads(answer)["version"]), ""
+        except (ValueError, KeyError, TypeError):
+            pass
+        lines = complaints.strip().splitlines() or answer.strip().splitlines() or ["it did not answer"]
+        return None, lines[-1]
+
+
+def execute(handed_on: state.State) -> None:
+    """Become the installed program, which goes on from `handed_on`. Returns only by raising OSError."""
+    fd = memory(state.encode(handed_on))
+    descriptors = [fd, *handed_on.descriptors()]
+    executable, arguments = command()
+    hold()  # a signal now is for the new program; the mask and what is pending live through exec(2)
+    try:
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, True)
+        os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
+    finally:  # still here
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        os.close(fd)
+        release()
+
+
+def keep_private(descriptors: list[int]) -> None:
+    """Keep the descriptors that came through exec(2) from going any further."""
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+
+
+class Upgrader:
+    """One upgrade at a time: proof, then exec. Requests that come meanwhile are one more, to be asked for again.
+
+    `snapshot()` returns the state to hand on. While the new program replaces the workers, `busy` stays set.
+    """
+
+    def __init__(self, timers: Timers, snapshot: Callable[[], state.State], busy: bool) -> None:
+        self._timers, self._snapshot = timers, snapshot
+        self._proof: Proof | None = None
+        self._again = False
+        self._busy = busy
+
+    def request(self, now: float) -> None:
+        """Start an upgrade, or note that one more is wanted after the one that is under way."""
+        if self._busy:
+            self._again = True
+            return
+        systemd.notify_reloading()
+        try:
+            self._proof = Proof(state.encode(self._snapshot()))
+        except OSError as error:
+            self._fail(error.strerror or str(error), now)
+            return
+        self._busy = True
+        self._timers.set(self.expire, now + PROOF_TIMEOUT)
+        logger.info("upgrade: asking the installed program whether it starts")
+
+    def expire(self) -> None:
+        """End a program that takes too long to start."""
+        if self._proof is not None:
+            self._proof.kill()
+
+    def abandon(self) -> None:
+        """Forget all about it: the server is ending."""
+        self.expire()
+        self._timers.cancel(self.expire)
+
+    def reaped(self, pid: int, status: int, now: float, ending: bool) -> bool:
+        """Tell whether the child `pid` was our proof; if it was and succeeded, and nothing is `ending`, exec."""
+        if self._proof is None or pid != self._proof.pid:
+            return False
+        version, reason = self._proof.result(status)
+        self._proof = None
+        self._timers.cancel(self.expire)
+        if ending:
+            return True
+        if version is None:
+            self._fail(reason, now)
+            return True
+        logger.info("upgrade: %s", fields(old=__version__, new=version))
+        try:
+            execute(self._snapshot())
+        except OSError as error:
+            self._fail(error.strerror or str(error), now)
+        return True
+
+    def done(self, now: float) -> None:
+        """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
+        self._busy = False
+        systemd.notify("READY=1")
+        if self._again:
+            self._again = False
+            self.request(now)
+
+    def _fail(self, reason: str, now: float) -> None:
+        logger.error("upgrade failed, nothing has changed: %s", fields(reason=reason))
+        self.done(now)
