@@ -1,18 +1,26 @@
 """The words that worker and supervisor say to each other on a slot's channel. Pure: bytes in, values out.
 
-One message is one packet (SOCK_SEQPACKET): a JSON object with the version of this vocabulary. The sockets of the
+One message is one packet (SOCK_SEQPACKET). It begins with the version of this vocabulary and the kind of message.
+A report goes on with the numbers of the clients it speaks of, in the machine's own 64-bit integers, since one is
+written for every client that comes or goes; then, as JSON, come the notices, which are rare. The sockets of the
 clients in `joined` travel with their packet, in the same order.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+import struct
+from array import array
+from dataclasses import asdict, dataclass, field
 
 VERSION = 1
 
 MAX_SOCKETS = 253  # that one packet can carry: SCM_MAX_FD of unix(7)
-MAX_NEWS = 1000  # clients of one kind that one packet speaks of, so that it fits
-MAX_MESSAGE = 64 << 10
+MAX_NEWS = 200  # clients of one kind that one packet speaks of, so that it fits
+MAX_MESSAGE = 16 << 10
+
+_KIND = struct.Struct("=B4s")
+_REPORT, _DRAIN = b"rept", b"drai"
+_COUNTS = struct.Struct("=5sHHH")  # version and kind; how many joined, started and left
+_GRACE = struct.Struct("=5sd")
 
 
 class MessageError(ValueError):
@@ -20,16 +28,26 @@ class MessageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """A worker's news of one turn, to the supervisor. What is empty, None or False has not happened."""
+class Notices:
+    """What a worker has to say that is not about its clients."""
 
     ready: bool = False
-    joined: tuple[int, ...] = ()  # clients that have connected
-    started: tuple[tuple[int, int], ...] = ()  # clients whose header is read, each with the offset it starts from
-    left: tuple[int, ...] = ()  # clients that are not served any more
     gone: bool = False  # the path does not name the file any more
     truncated: int | None = None  # the file's size after it
     polling: str | None = None  # why the worker has to look at the file by the clock
+
+
+NO_NOTICES = Notices()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A worker's news of one turn, to the supervisor. What is empty, None or False has not happened."""
+
+    joined: list[int] = field(default_factory=list)  # clients that have connected
+    started: list[tuple[int, int]] = field(default_factory=list)  # clients with the offset that their stream starts from
+    left: list[int] = field(default_factory=list)  # clients that are not served any more
+    notices: Notices = NO_NOTICES
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +58,45 @@ class Drain:
 
 
 Message = Report | Drain
-_KINDS: dict[str, type[Report] | type[Drain]] = {"report": Report, "drain": Drain}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 def encode(message: Message) -> bytes:
-    """Return the packet for `message`; what has not happened is left out."""
-    said = {name: value for name, value in asdict(message).items() if value not in ((), None, False)}
-    return json.dumps({"v": VERSION, "kind": _NAMES[type(message)], **said}).encode()
+    """Return the packet for `message`."""
+    if isinstance(message, Drain):
+        return _GRACE.pack(_KIND.pack(VERSION, _DRAIN), message.grace)
+    numbers = array("q", message.joined)
+    for client, offset in message.started:
+        numbers.append(client)
+        numbers.append(offset)
+    numbers.extend(message.left)
+    head = _COUNTS.pack(_KIND.pack(VERSION, _REPORT), len(message.joined), len(message.started), len(message.left))
+    notices = b"" if message.notices == NO_NOTICES else json.dumps(asdict(message.notices)).encode()
+    return head + numbers.tobytes() + notices
 
 
 def decode(packet: bytes) -> Message:
     """Return the message in `packet`. Raises MessageError for what encode() of this version cannot have made."""
     try:
-        said: dict[str, Any] = json.loads(packet)
-        if said.pop("v") != VERSION:
-            raise MessageError(f"not version {VERSION}: {packet[:80]!r}")
-        kind = _KINDS[said.pop("kind")]
-        return kind(**{name: _as_tuple(value) for name, value in said.items()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        version, kind = _KIND.unpack_from(packet)
+        if version == VERSION and kind == _REPORT:
+            return _decode_report(packet)
+        if version == VERSION and kind == _DRAIN:
+            return Drain(_GRACE.unpack(packet)[1])
+    except (struct.error, ValueError, TypeError) as error:
         raise MessageError(f"not a message: {packet[:80]!r}") from error
+    raise MessageError(f"not a message of version {VERSION}: {packet[:80]!r}")
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def _decode_report(packet: bytes) -> Report:
+    _, joined, started, left = _COUNTS.unpack_from(packet)
+    end = _COUNTS.size + 8 * (joined + 2 * started + left)
+    if len(packet) < end:
+        raise ValueError("cut short")
+    numbers = array("q", packet[_COUNTS.size : end]).tolist()
+    pairs = numbers[joined : joined + 2 * started]
+    return Report(
+        joined=numbers[:joined],
+        started=list(zip(pairs[::2], pairs[1::2], strict=True)),
+        left=numbers[joined + 2 * started :],
+        notices=Notices(**json.loads(packet[end:])) if len(packet) > end else NO_NOTICES,
+    )

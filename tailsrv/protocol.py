@@ -27,8 +27,8 @@ class Start:
         return max(0, size - self.count) if self.from_end else self.count
 
 
-def parse_header(received: bytes, ended: bool = False) -> tuple[Start, int] | None:
-    """Return the header's start and its length with the newline, or None if more is needed.
+def parse_header(received: bytes, ended: bool = False) -> Start | None:
+    """Return where the stream is to start, or None if more is needed.
 
     `received` holds the first bytes a client has sent, PEEK of them or all there are; `ended` says that
     no more will come. Raises HeaderError where no continuation could make it a header.
@@ -46,4 +46,4 @@ def parse_header(received: bytes, ended: bool = False) -> tuple[Start, int] | No
     count, from_end = int(digits), sign == b"-"
     if count > _INT64_MAX + from_end:
         raise HeaderError(f"number does not fit 64 bits: {line!r}")
-    return Start(count, from_end), len(line) + 1
+    return Start(count, from_end)

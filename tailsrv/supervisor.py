@@ -20,8 +20,8 @@ from tailsrv import __version__, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.log import Limited, fields, logger
-from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, Drain, MessageError, Report, decode, encode
-from tailsrv.policy import KILL_MARGIN, Verdict, describe_status, verdict
+from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Report, decode, encode
+from tailsrv.policy import EVENTS, KILL_MARGIN, Verdict, describe_status, verdict
 from tailsrv.signals import Wakeup, blocked, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.state import State
@@ -33,6 +33,7 @@ from tailsrv.watch import CannotServeError, is_gone, open_file
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
+REST = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 
@@ -81,6 +82,7 @@ class Supervisor:
         self.ended = False
         self.file_gone = handed_on.file_gone if handed_on else False
         self.started_up = False  # every slot has had a worker that was ready
+        self.reported = False  # a worker has, in this turn
         self.polling = handed_on.polling if handed_on else None
         self.drain_until = float("-inf")
         self.highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
@@ -91,14 +93,14 @@ class Supervisor:
         self.unprotected = Limited(logging.WARNING, burst=1)
         self.wakeup = Wakeup(CAUGHT)
         self.epoll = select.epoll()
-        self.handlers: dict[int, Callable[[], None]] = {}
+        self.handlers: dict[int, Callable[[], object]] = {}
         self.register(self.wakeup.fileno(), self.handle_signals)
         for sock in control.sockets:
             self.register(sock.fileno(), partial(self.handle_control, sock))
         for slot, _ in self.outdated:
             self.listen_to(slot)
 
-    def register(self, fd: int, handler: Callable[[], None]) -> None:
+    def register(self, fd: int, handler: Callable[[], object]) -> None:
         self.handlers[fd] = handler
         self.epoll.register(fd, select.EPOLLIN)
 
@@ -129,12 +131,15 @@ class Supervisor:
 
     def step(self, timeout: float | None) -> None:
         """Run one turn: wait, then act on what has happened."""
-        events = self.epoll.poll(timeout)
+        events = self.epoll.poll(timeout, EVENTS)
         self.now = self.clock()
         for fd, _ in events:
             if (handler := self.handlers.get(fd)) is not None:  # else: it went earlier in this turn
                 handler()
         self.timers.run(self.now)
+        if self.reported:
+            self.reported = False
+            time.sleep(REST)
         if self.phase in (Phase.DRAINING, Phase.KILLING) and not self.running():
             self.ended = True
 
@@ -312,25 +317,28 @@ class Supervisor:
         self.fill_at(slot, self.now + delay)
 
     def handle_channel(self, slot: Slot) -> None:
-        """Take in what the worker of `slot` has reported."""
+        """Take in all that the worker of `slot` has reported."""
+        while self.take_report(slot):
+            pass
+
+    def take_report(self, slot: Slot) -> bool:
+        """Take in one report of the worker of `slot` and tell whether there may be more."""
         assert slot.channel is not None
-        while True:
-            try:
-                packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
-            except (BlockingIOError, ConnectionResetError):
-                return
-            if not packet:  # the worker is ending: SIGCHLD comes next, and the slot is buried then
-                fd = slot.channel.fileno()
-                if fd in self.handlers:
-                    self.epoll.modify(fd, 0)
-                return
-            try:
-                message = decode(packet)
-            except MessageError as error:
-                logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
-                continue
+        try:
+            packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, ConnectionResetError):
+            return False
+        if not packet:  # the worker is ending: SIGCHLD comes next, and the slot is buried then
+            self.epoll.modify(slot.channel.fileno(), 0)
+            return False
+        try:
+            message = decode(packet)
+        except MessageError as error:
+            logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
+        else:
             if isinstance(message, Report):
                 self.handle_report(slot, message, sockets)
+        return True
 
     def handle_report(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
         if slot.roster.join(report.joined, sockets, self.highest):
@@ -339,20 +347,25 @@ class Supervisor:
         for client, offset in report.started:
             slot.roster.start(client, offset)
         slot.roster.leave(report.left)
-        if report.ready:
+        self.reported = True
+        if report.notices != NO_NOTICES:
+            self.handle_notices(slot, report.notices)
+
+    def handle_notices(self, slot: Slot, notices: Notices) -> None:
+        if notices.ready:
             slot.ready = True
             logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
             if not self.started_up and all(slot.ready for slot in self.slots):
                 self.started_up = True
                 systemd.notify("READY=1")
             self.replace_next()
-        if report.polling is not None and self.polling is None:
-            self.polling = report.polling
-            logger.warning("looking at the file once a second: %s", fields(reason=report.polling))
-        if report.truncated is not None and self.now - self.truncation_seen >= TRUNCATION_INTERVAL:
+        if notices.polling is not None and self.polling is None:
+            self.polling = notices.polling
+            logger.warning("looking at the file once a second: %s", fields(reason=notices.polling))
+        if notices.truncated is not None and self.now - self.truncation_seen >= TRUNCATION_INTERVAL:
             self.truncation_seen = self.now
-            logger.warning("file was truncated: %s", fields(path=self.config.path, size=report.truncated))
-        if report.gone:
+            logger.warning("file was truncated: %s", fields(path=self.config.path, size=notices.truncated))
+        if notices.gone:
             self.handle_gone()
 
     # Signals, and the end

@@ -84,11 +84,6 @@ def peek_header(sock: socket.socket) -> bytes | Outcome:
         return Outcome.HUNG_UP
 
 
-def consume(sock: socket.socket, count: int) -> None:
-    """Take `count` bytes, which have been seen with peek_header, out of the socket."""
-    sock.recv_into(_DISCARD, count, socket.MSG_TRUNC)
-
-
 def discard(sock: socket.socket) -> bool:
     """Throw away all that the client has sent, and tell whether that was the end of its input."""
     try:

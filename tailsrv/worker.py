@@ -10,22 +10,22 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any
 
 from tailsrv import policy
 from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
 from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited, fields, logger
-from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, Drain, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Notices, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
 from tailsrv.streams import Streams
-from tailsrv.syscalls import Outcome, accept, consume, discard, finish_sending, peek_header, streamed, take_socket, unsent
+from tailsrv.syscalls import Outcome, accept, discard, finish_sending, peek_header, streamed, take_socket, unsent
 from tailsrv.timers import Timers
 from tailsrv.title import Title, worker_title
 from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
@@ -36,7 +36,8 @@ HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
 LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
-RETRY_REPORT = 0.1  # seconds; the supervisor was too busy to take a report
+LEFT_DELAY = 0.05  # seconds; who left is reported with other news, or after this
+RETRY_REPORT = 0.005  # seconds; the supervisor was too busy to take a report
 
 
 def work(inheritance: Inheritance, config: Config) -> int:
@@ -74,9 +75,9 @@ class Worker:
         self.ended = False
         self.gone = False
         self.joined: list[Client] = []  # news for the supervisor, as are the next three
-        self.starting: list[tuple[Client, int, int]] = []  # with the start offset and the length of the header
+        self.starting: list[tuple[Client, int]] = []  # with the offset to start from
         self.left: list[int] = []
-        self.notices: dict[str, Any] = {}
+        self.notices = NO_NOTICES
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.timers = Timers()
         self.title = Title(self.timers, self.render_title)
@@ -111,7 +112,7 @@ class Worker:
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
-        self.notices = {"ready": True, "polling": self.watch.polling}
+        self.notices = Notices(ready=True, polling=self.watch.polling)
         self.title.changed(self.now)
         if self.watch.polling:
             self.poll_file()
@@ -119,6 +120,7 @@ class Worker:
         self.send_news()
         while not self.ended:
             self.step(0 if self.streams.behind else self.timers.timeout(self.clock()))
+        self.send_news()  # who left in the last turn
         return ExitStatus.DONE
 
     def step(self, timeout: float | None) -> None:
@@ -139,8 +141,10 @@ class Worker:
             self.finish_drained()
         if self.dropped:
             self.close_dropped()
-        if self.left or self.joined or self.starting or self.notices:
+        if self.joined or self.starting or self.notices is not NO_NOTICES:
             self.send_news()
+        elif self.left and self.send_news not in self.timers:
+            self.timers.set(self.send_news, self.now + LEFT_DELAY)  # nothing is urgent about those who left
 
     # The file
 
@@ -157,12 +161,12 @@ class Worker:
         if size != before:
             self.streams.resize(size)
             if size < before:
-                self.notices["truncated"] = size
+                self.notices = replace(self.notices, truncated=size)
 
     def check_path(self) -> None:
         if not self.gone and is_gone(self.watch.file, self.watch.path):
             self.gone = True
-            self.notices["gone"] = True
+            self.notices = replace(self.notices, gone=True)
 
     def poll_file(self) -> None:
         """Do by the clock what handle_watch does where inotify cannot help."""
@@ -198,6 +202,7 @@ class Worker:
                     client = Client(next(self.numbers), sock, peer, self.now)
                     self.joined.append(client)
                     self.add_client(client)
+                    self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
@@ -263,26 +268,20 @@ class Worker:
             self.drop(client)
             return
         try:
-            header = parse_header(b"" if isinstance(received, Outcome) else received, ended)
+            start = parse_header(b"" if isinstance(received, Outcome) else received, ended)
         except HeaderError as error:
             self.refuse(client, str(error))
             return
-        if header is None:
+        if start is None:
             return
-        start, length = header
         if start.from_end:
             self.look()  # the end is where it is now
         del self.headerless[client.fd]
-        self.starting.append((client, start.offset(self.streams.size), length))
+        self.starting.append((client, start.offset(self.streams.size)))
 
-    def start_stream(self, client: Client, offset: int, length: int) -> None:
+    def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
-        try:
-            consume(client.sock, length)
-            discard(client.sock)
-        except OSError:
-            self.drop(client)
-            return
+        discard(client.sock)  # the header, and all behind it
         logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
         self.streams.add(client, offset)
 
@@ -398,14 +397,15 @@ class Worker:
         Only then do the new streams start: should we die before, their headers are still in their sockets, and
         should we die after, the supervisor knows where they started.
         """
-        while self.left or self.joined or self.starting or self.notices:
+        self.timers.cancel(self.send_news)
+        while self.left or self.joined or self.starting or self.notices is not NO_NOTICES:
             joined, left = self.joined[:MAX_SOCKETS], self.left[:MAX_NEWS]
             starting = self.starting[:MAX_NEWS] if len(joined) == len(self.joined) else []
             report = Report(
-                joined=tuple(client.number for client in joined),
-                started=tuple((client.number, offset) for client, offset, _ in starting if client.state is not State.CLOSED),
-                left=tuple(left),
-                **self.notices,
+                joined=[client.number for client in joined],
+                started=[(client.number, offset) for client, offset in starting if client.state is not State.CLOSED],
+                left=left,
+                notices=self.notices,
             )
             try:
                 socket.send_fds(self.channel, [encode(report)], [client.fd for client in joined], socket.MSG_DONTWAIT)
@@ -416,7 +416,7 @@ class Worker:
                 self.timers.set(self.send_news, self.now + RETRY_REPORT)
                 return
             del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]
-            self.notices = {}
-            for client, offset, length in starting:
+            self.notices = NO_NOTICES
+            for client, offset in starting:
                 if client.state is State.AWAITING_HEADER:
-                    self.start_stream(client, offset, length)
+                    self.start_stream(client, offset)
