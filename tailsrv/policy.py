@@ -36,16 +36,16 @@ class Failures:
     """How a slot's workers have fared, each figure a number of deaths in a row."""
 
     short: int = 0  # under LONG_LIFE
-    unready: int = 0  # before the worker was ready
+    unready: int = 0  # before the worker was ready, and not because somebody killed it
     suspect: int = 0  # by the worker's own fault, soon after it had adopted clients
 
-    def after_life(self, seconds: float, ready: bool, fault: bool, adopted: bool) -> "Failures":
+    def after_life(self, seconds: float, ready: bool, end: "Verdict", adopted: bool) -> "Failures":
         """Return the record after one more worker has died at that age."""
         short = seconds < LONG_LIFE
         return Failures(
             short=self.short + 1 if short else 0,
-            unready=0 if ready else self.unready + 1,
-            suspect=self.suspect + 1 if short and fault and adopted else 0,
+            unready=0 if ready or end is Verdict.KILLED else self.unready + 1,
+            suspect=self.suspect + 1 if short and adopted and end is Verdict.FAULT else 0,
         )
 
     def delay(self) -> float:

@@ -81,7 +81,7 @@ class Supervisor:
         self.status = ExitStatus.DONE
         self.ended = False
         self.file_gone = handed_on.file_gone if handed_on else False
-        self.started_up = False  # every slot has had a worker that was ready
+        self.started_up = handed_on is not None  # every slot has had a worker that was ready
         self.reported = False  # a worker has, in this turn
         self.polling = handed_on.polling if handed_on else None
         self.drain_until = float("-inf")
@@ -116,10 +116,9 @@ class Supervisor:
         release()  # what the program that exec'd us held back comes now
         self.reap()
         if file is None:
-            self.started_up = True  # as far as it can be
-            self.replace_next()
-            self.started_up = False
             logger.info("waiting for file: %s", fields(path=self.config.path))
+            systemd.notify("READY=1", "STATUS=waiting for file")  # clients can connect
+            self.replace_next()
             self.timers.set(self.look_for_file, self.now + LOOK_INTERVAL)
         else:
             self.start_workers()
@@ -189,7 +188,7 @@ class Supervisor:
         self.outdated = [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
         if self.outdated:
             os.kill(self.outdated[0][1], signal.SIGKILL)
-        elif self.replacing and self.started_up:
+        elif self.replacing and (self.phase is Phase.WAITING or all(slot.ready for slot in self.slots)):
             self.replacing = False
             logger.info("upgraded: %s", fields(version=__version__, clients=self.count_clients()))
             self.upgrader.done(self.now)
@@ -301,7 +300,7 @@ class Supervisor:
 
     def refill(self, slot: Slot, life: float, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
-        slot.failures = slot.failures.after_life(life, slot.ready, what is Verdict.FAULT, slot.adopted)
+        slot.failures = slot.failures.after_life(life, slot.ready, what, slot.adopted)
         if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
             logger.critical("workers cannot start: %s %s", fields(slot=slot.index), describe_status(status))
             self.status = ExitStatus.CANNOT_BOOT

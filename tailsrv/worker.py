@@ -207,7 +207,11 @@ class Worker:
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
         for number, entry in entries.items():
-            sock, peer = take_socket(entry.fd)
+            try:
+                sock, peer = take_socket(entry.fd)
+            except OSError:
+                self.left.append(number)
+                continue
             client = Client(number, sock, peer, self.now)
             self.add_client(client)
             if (sent := streamed(sock)) is None:
