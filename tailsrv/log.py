@@ -43,13 +43,15 @@ class Handler(logging.Handler):
     """Writes to standard error, and drops a line rather than wait: a stalled reader of the log must not stall clients."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record in one write(2), so that the lines of several processes do not mix."""
+        """Write one record, in one write(2) unless it is very long, so that the lines of several processes do not mix."""
         try:
             line = (self.format(record) + "\n").encode(errors="backslashreplace")
             poll = select.poll()
             poll.register(2, select.POLLOUT)
-            if any(events & select.POLLOUT for _, events in poll.poll(0)):
-                os.write(2, line)
+            for start in range(0, len(line), select.PIPE_BUF):  # poll(2) promises room for no more than that
+                if not any(events & select.POLLOUT for _, events in poll.poll(0)):
+                    return
+                os.write(2, line[start : start + select.PIPE_BUF])
         except OSError:
             pass  # nobody is left to tell
 

@@ -27,7 +27,8 @@ class Streams:
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
-        self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left are skipped when met
+        self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
+        self._sweep_at = 64
         self._tie = counter()
         self._drop = drop
         self.shrunk = False  # a sendfile found less than `size`: somebody must look at the file again
@@ -127,4 +128,8 @@ class Streams:
         elif client.offset == self.size:
             self.caught_up[client.fd] = client
         else:
+            if len(self._ahead) >= self._sweep_at:  # the file may never get to those who left
+                self._ahead = [entry for entry in self._ahead if entry[2].state is State.STREAMING]
+                heapq.heapify(self._ahead)
+                self._sweep_at = 2 * len(self._ahead) + 64
             heapq.heappush(self._ahead, (client.offset, next(self._tie), client))

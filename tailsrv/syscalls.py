@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import resource
+import select
 import socket
 import struct
 import termios
@@ -66,12 +67,19 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
             return Outcome.WOULD_BLOCK
         except OSError as error:
             if error.errno in NO_ROOM_ERRNOS:
-                return Outcome.NO_ROOM
+                # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
+                return Outcome.NO_ROOM if _is_readable(listener) else Outcome.WOULD_BLOCK
             if error.errno in TRANSIENT_ACCEPT_ERRNOS:
                 continue
             raise
         sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
         return sock, address[:2]
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def peek_header(sock: socket.socket) -> bytes | Outcome:

@@ -233,11 +233,12 @@ class Worker:
 
     def make_room(self) -> None:
         """Out of descriptors: the oldest connection without a header goes; without one, stop listening for a moment."""
-        oldest = next(iter(self.headerless.values()), None)
-        if oldest is not None:
-            self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
-            self.drop(oldest)
-        elif not self.dropped:  # else there is room at the end of this turn
+        while not self.dropped and (oldest := next(iter(self.headerless.values()), None)) is not None:
+            self.handle_client(oldest, select.EPOLLIN)  # its header may have come in this very turn
+            if oldest.fd in self.headerless:
+                self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
+                self.drop(oldest)
+        if not self.dropped:  # else there is room at the end of this turn
             self.short_of_room("short of descriptors, not accepting for a moment", slot=self.slot, clients=len(self.clients))
             self.stop_accepting()
             self.timers.set(self.start_accepting, self.now + policy.STALL_PAUSE)
@@ -352,7 +353,7 @@ class Worker:
         for listener in self.listeners:
             listener.close()
         for client in list(self.headerless.values()):
-            self.read_header(client, ended=False)
+            self.handle_client(client, select.EPOLLIN)
         self.send_news()  # starts the streams of those
         for client in list(self.headerless.values()):
             self.drop(client)  # it has not asked for anything

@@ -1,0 +1,45 @@
+"""The fixtures of the tests of the whole program."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from helpers import TAILSRV, Serve, Server
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return where the served file is to be; it does not exist yet."""
+    return tmp_path / "file.log"
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start real servers, and at the end assert that each ended as expected and left nothing behind."""
+    with ExitStack() as stack:
+        started: list[Server] = []
+
+        def start(
+            path: str | bytes | Path, *options: str, status: int = 0, wrapper: Sequence[str] = (), program: Sequence[str] = TAILSRV
+        ) -> Server:
+            command = [*wrapper, *program, "-p", "0", *options, path]
+            server = Server(command, tmp_path / f"stderr-{len(started)}", status)
+            started.append(server)
+            stack.callback(server.finish)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Return a folder that every user may enter, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp(prefix="tailsrv-"))
+    try:
+        folder.chmod(0o755)
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,168 @@
+"""The control socket: lock, discovery and status in one."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
+
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
+
+STATUS = b'{"clients": 3}\n'
+
+
+@pytest.fixture
+def endpoint() -> str:
+    """Give a name that no server and no other test run has."""
+    return f"test-{os.getpid()}-{os.urandom(4).hex()}:0"
+
+
+@contextmanager
+def held(*names: str) -> Iterator[Control]:
+    """Hold the lock for these names."""
+    control = Control(names)
+    try:
+        yield control
+    finally:
+        control.close()
+
+
+def connect(endpoint: str) -> socket.socket:
+    """Connect as a client of the status does."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    sock.connect(f"\0tailsrv:{endpoint}")
+    return sock
+
+
+def test_nobody_serves(endpoint: str) -> None:
+    """Where no server is there is no supervisor to find."""
+    assert find_supervisor(endpoint) is None
+
+
+def test_find_supervisor(endpoint: str) -> None:
+    """The supervisor's pid is found by each of its names as long as it lives, without its doing anything."""
+    with held(endpoint, endpoint + "1"):
+        assert [find_supervisor(endpoint), find_supervisor(endpoint + "1")] == [os.getpid()] * 2
+        assert find_supervisor(endpoint + "2") is None
+    assert find_supervisor(endpoint) is None
+
+
+def test_find_supervisor_in_another_process(endpoint: str) -> None:
+    """The pid is that of the process that holds the lock, not that of the one that asks."""
+    with held(endpoint):
+        done = run_python("import sys; from tailsrv.control import find_supervisor; print(find_supervisor(sys.argv[1]))", endpoint)
+    assert done.stdout == f"{os.getpid()}\n"
+
+
+def test_lock(endpoint: str) -> None:
+    """A second server for the same endpoint is refused and told who is there; afterwards the name is free."""
+    with held(endpoint):
+        with pytest.raises(AlreadyServedError) as caught:
+            Control([endpoint])
+        assert endpoint in str(caught.value)
+        assert str(os.getpid()) in str(caught.value)
+    with held(endpoint):
+        assert find_supervisor(endpoint) == os.getpid()
+
+
+def test_lock_is_all_or_nothing(endpoint: str) -> None:
+    """A server that gets only some of its names holds none of them."""
+    with held(endpoint):
+        with pytest.raises(AlreadyServedError):
+            Control([endpoint + "1", endpoint])
+        assert find_supervisor(endpoint + "1") is None
+
+
+def test_lock_dies_with_its_holder(endpoint: str) -> None:
+    """A server that was killed leaves nothing behind."""
+    code = "import os, sys; from tailsrv.control import Control; control = Control(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    assert run_python(code, endpoint).returncode == -9
+    with held(endpoint):
+        assert find_supervisor(endpoint) == os.getpid()
+
+
+def test_closed_copy_keeps_the_lock(endpoint: str) -> None:
+    """A forked child that closes its copy leaves the lock to the parent."""
+    code = """
+import os, sys
+from tailsrv.control import Control, find_supervisor
+control = Control(sys.argv[1:])
+if (pid := os.fork()) == 0:
+    control.close()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert find_supervisor(sys.argv[1]) == os.getpid()
+control.close()
+"""
+    done = run_python(code, endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_describe_holder(endpoint: str) -> None:
+    """The holder is described with its pid, as far as it can be found."""
+    assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv"
+    with held(endpoint):
+        assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv, pid {os.getpid()}"
+
+
+def test_answer(endpoint: str) -> None:
+    """Everyone who waits gets the status, once, and the end; with nobody waiting nothing happens."""
+    with held(endpoint) as control:
+        [listener] = control.sockets
+        control.answer(listener, STATUS)
+        with connect(endpoint) as one, connect(endpoint) as two:
+            wait_readable(listener)
+            control.answer(listener, STATUS)
+            assert [recv_all(one), recv_all(two)] == [STATUS, STATUS]
+        with connect(endpoint) as three:
+            control.answer(listener, b"{}\n")
+            assert json.loads(recv_all(three)) == {}
+
+
+def test_answer_to_one_that_is_gone(endpoint: str) -> None:
+    """Somebody who does not wait for the answer does not keep the next from getting it."""
+    with held(endpoint) as control:
+        connect(endpoint).close()
+        with connect(endpoint) as patient:
+            control.answer(control.sockets[0], STATUS)
+            assert recv_all(patient) == STATUS
+
+
+SERVE_AS_NOBODY = """
+import os, select, sys, socket
+from tailsrv.control import Control
+server, asker = int(sys.argv[2]), int(sys.argv[3])
+ready, told = os.pipe()
+if (pid := os.fork()) == 0:
+    os.read(ready, 1)
+    os.setgroups([])
+    os.setuid(asker)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect("\\0tailsrv:" + sys.argv[1])
+        print(sock.recv(1000).decode(), flush=True)
+    os._exit(0)
+os.setgroups([])
+os.setuid(server)
+control = Control([sys.argv[1]])
+os.write(told, b"!")
+assert select.select(control.sockets, [], [], 20)[0]
+control.answer(control.sockets[0], b"status")
+control.close()
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.parametrize(
+    ("server", "asker", "answer"),
+    [(0, 0, "status"), (65534, 65534, "status"), (65534, 0, "status"), (0, 65534, ""), (65534, 65533, "")],
+)
+def test_answer_only_to_the_same_user_and_root(endpoint: str, server: int, asker: int, answer: str) -> None:
+    """A stranger gets no status, only the end."""
+    done = run_python(SERVE_AS_NOBODY, endpoint, str(server), str(asker))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{answer}\n")

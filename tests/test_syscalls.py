@@ -1,0 +1,335 @@
+"""The edge to the kernel, tried on real sockets and files."""
+
+import os
+import resource
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from unit import append, opened, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
+
+from tailsrv.protocol import PEEK
+from tailsrv.syscalls import Outcome, accept, consume, discard, finish_sending, peek_header, raise_descriptor_limit, send_chunk, unsent
+
+DATA = bytes(range(256)) * 1024
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of 256 KiB."""
+    path = tmp_path / "log"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture
+def file(path: Path) -> Iterator[int]:
+    """Give a descriptor of that file."""
+    with opened(path) as fd:
+        yield fd
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give both ends of a TCP connection."""
+    with tcp_pair() as ends:
+        yield ends
+
+
+@pytest.mark.parametrize(("offset", "count"), [(0, 1), (0, 1000), (7, 1000), (len(DATA) - 10, 10)])
+def test_send_chunk(pair: tuple[socket.socket, socket.socket], file: int, offset: int, count: int) -> None:
+    """The bytes that arrive are the file's from that offset, and no file position is moved."""
+    near, far = pair
+    assert send_chunk(near.fileno(), file, offset, count) == count
+    assert recv_exactly(far, count) == DATA[offset : offset + count]
+    assert os.lseek(file, 0, os.SEEK_CUR) == 0
+
+
+def test_send_chunk_at_the_end(pair: tuple[socket.socket, socket.socket], path: Path, file: int) -> None:
+    """At and beyond the end nothing is sent, up to the end what is there, and what is appended afterwards is there then."""
+    near, far = pair
+    assert send_chunk(near.fileno(), file, len(DATA), 10) == 0
+    assert send_chunk(near.fileno(), file, len(DATA) + 1000, 10) == 0
+    assert send_chunk(near.fileno(), file, len(DATA) - 3, 10) == 3
+    append(path, b"more")
+    assert send_chunk(near.fileno(), file, len(DATA), 10) == 4
+    assert recv_exactly(far, 7) == DATA[-3:] + b"more"
+
+
+def test_send_chunk_to_a_full_socket(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """A socket that takes no more would block; what it took is whole, and more goes when the peer has read."""
+    near, far = pair
+    sent = 0
+    while (result := send_chunk(near.fileno(), file, 0, len(DATA))) is not Outcome.WOULD_BLOCK:
+        assert isinstance(result, int)
+        assert result > 0
+        sent += result
+    assert sent > len(DATA)
+    assert len(recv_exactly(far, sent)) == sent
+    wait_for(near, select.POLLOUT)
+    assert isinstance(send_chunk(near.fileno(), file, 0, 10), int)
+
+
+def test_send_chunk_to_a_unix_socket(file: int) -> None:
+    """A full socketpair would block as well, and one whose other end is closed has hung up."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    with near:
+        with far:
+            while (result := send_chunk(near.fileno(), file, 0, len(DATA))) is not Outcome.WOULD_BLOCK:
+                assert isinstance(result, int)
+        assert send_chunk(near.fileno(), file, 0, 10) is Outcome.HUNG_UP
+
+
+def test_send_chunk_after_a_reset(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """A peer that has reset the connection has hung up, at the first send and at every later one."""
+    near, far = pair
+    reset(far)
+    assert wait_for(near, select.POLLIN) & select.POLLERR
+    assert [send_chunk(near.fileno(), file, 0, 10) for _ in range(3)] == [Outcome.HUNG_UP] * 3
+
+
+def test_send_chunk_after_our_own_end(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """A socket that we have shut down counts as hung up."""
+    near, _ = pair
+    near.shutdown(socket.SHUT_WR)
+    assert send_chunk(near.fileno(), file, 0, 10) is Outcome.HUNG_UP
+
+
+def test_send_chunk_to_one_that_has_only_half_closed(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """A peer that has shut down its sending side goes on receiving."""
+    near, far = pair
+    far.shutdown(socket.SHUT_WR)
+    wait_readable(near)
+    assert send_chunk(near.fileno(), file, 0, 10) == 10
+    assert recv_exactly(far, 10) == DATA[:10]
+
+
+def test_send_chunk_of_what_is_no_file(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+    """An error that is not about the peer is raised."""
+    near, _ = pair
+    with opened(tmp_path) as folder, pytest.raises(OSError, match="Invalid argument"):
+        send_chunk(near.fileno(), folder, 0, 10)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Give a listening socket on loopback."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        sock.setblocking(False)
+        yield sock
+
+
+def test_accept(listener: socket.socket) -> None:
+    """A connection comes non-blocking, not inheritable, and with the peer's address and port; without one it would block."""
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    with socket.create_connection(listener.getsockname()) as far:
+        wait_readable(listener)
+        accepted = accept(listener)
+        assert not isinstance(accepted, Outcome)
+        sock, peer = accepted
+        with sock:
+            assert peer == far.getsockname()
+            assert not sock.getblocking()
+            assert not sock.get_inheritable()
+            assert sock.getpeername() == far.getsockname()
+    assert accept(listener) is Outcome.WOULD_BLOCK
+
+
+def test_accept_over_ipv6() -> None:
+    """An IPv6 peer is an address and a port, too."""
+    with socket.socket(socket.AF_INET6) as listener:
+        try:
+            listener.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        listener.listen()
+        with socket.create_connection(listener.getsockname()[:2]) as far:
+            accepted = accept(listener)
+            assert not isinstance(accepted, Outcome)
+            accepted[0].close()
+            assert accepted[1] == ("::1", far.getsockname()[1])
+
+
+def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
+    """A connection that was reset while it waited is accepted, or left out, but is no error."""
+    with socket.create_connection(listener.getsockname()) as far:
+        wait_readable(listener)
+        reset(far)
+    accepted = accept(listener)
+    if not isinstance(accepted, Outcome):
+        sock, _ = accepted
+        with sock:
+            assert peek_header(sock) is Outcome.HUNG_UP
+    else:
+        assert accepted is Outcome.WOULD_BLOCK
+
+
+def test_accept_without_descriptors() -> None:
+    """Out of descriptors is an outcome, and the connection is still there when one is free again."""
+    done = run_python("""
+import os, resource, socket
+from tailsrv.syscalls import Outcome, accept
+with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+    spare = os.open("/", os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, spare + 1))
+    assert accept(listener) is Outcome.NO_ROOM
+    assert accept(listener) is Outcome.NO_ROOM
+    os.close(spare)
+    accept(listener)[0].close()
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) -> None:
+    """What has come can be seen again and again, and no more of it than a header can be."""
+    near, far = pair
+    assert peek_header(near) is Outcome.WOULD_BLOCK
+    far.sendall(b"12")
+    wait_readable(near)
+    assert [peek_header(near), peek_header(near)] == [b"12", b"12"]
+    far.sendall(b"x" * 100)
+    while len(seen := near.recv(1000, socket.MSG_PEEK)) < 102:
+        assert seen.startswith(b"12")
+    assert peek_header(near) == b"12" + b"x" * (PEEK - 2)
+    assert near.recv(1000) == b"12" + b"x" * 100
+
+
+def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The end of input is no bytes, behind what has come before it."""
+    near, far = pair
+    far.sendall(b"12")
+    far.shutdown(socket.SHUT_WR)
+    wait_for(near, select.POLLRDHUP)
+    assert peek_header(near) == b"12"
+    consume(near, 2)
+    assert peek_header(near) == b""
+
+
+def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A reset is a hang-up."""
+    near, far = pair
+    reset(far)
+    wait_for(near, select.POLLERR)
+    assert peek_header(near) is Outcome.HUNG_UP
+
+
+def test_consume_takes_the_header_only(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Exactly the header goes; what is behind it stays."""
+    near, far = pair
+    far.sendall(b"12\njunk")
+    wait_readable(near)
+    consume(near, 3)
+    assert near.recv(100) == b"junk"
+
+
+def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:
+    """All that has come is thrown away, and that is no end; then nothing is there, and that is none either."""
+    near, far = pair
+    total = far.send(bytes(20_000))
+    while len(near.recv(total, socket.MSG_PEEK)) < total:
+        wait_readable(near)
+    assert discard(near) is False
+    assert peek_header(near) is Outcome.WOULD_BLOCK
+    assert discard(near) is False
+    far.sendall(b"later")
+    wait_readable(near)
+    assert peek_header(near) == b"later"
+
+
+def test_discard_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The end of input is told of behind the last bytes, as often as it is asked for."""
+    near, far = pair
+    far.sendall(b"last")
+    far.shutdown(socket.SHUT_WR)
+    wait_for(near, select.POLLRDHUP)
+    assert [discard(near), discard(near), discard(near)] == [False, True, True]
+
+
+def test_discard_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A reset is the end of input."""
+    near, far = pair
+    reset(far)
+    wait_for(near, select.POLLERR)
+    assert [discard(near), discard(near)] == [True, True]
+
+
+def test_discard_keeps_the_stream_alive(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A peer that sends more than the buffers hold never blocks as long as we discard."""
+    near, far = pair
+    far.setblocking(False)
+    left = 32 << 20
+    while left > 0:
+        wait_for(far, select.POLLOUT)
+        left -= far.send(bytes(1 << 20))
+        discard(near)
+    near.sendall(b"alive")
+    far.settimeout(20)
+    assert far.recv(10) == b"alive"
+
+
+def test_close_after_discard_loses_nothing(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """Input that was discarded does not turn the close into a reset that destroys what is queued."""
+    near, far = pair
+    far.sendall(b"stray")
+    wait_readable(near)
+    sent = send_chunk(near.fileno(), file, 0, len(DATA))
+    assert isinstance(sent, int)
+    discard(near)
+    finish_sending(near)
+    near.close()
+    assert recv_all(far) == DATA[:sent]
+
+
+def test_unsent(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """What the peer has not acknowledged is counted, our FIN among it, and when it has read all it is 0."""
+    near, far = pair
+    assert unsent(near) == 0
+    sent = 0
+    while isinstance(result := send_chunk(near.fileno(), file, 0, len(DATA)), int):
+        sent += result
+    before = unsent(near)
+    assert 0 < before <= sent
+    finish_sending(near)
+    assert 0 < unsent(near) <= before + 1
+    assert len(recv_all(far)) == sent
+    far.close()
+    assert wait_for(near, select.POLLHUP) & select.POLLHUP
+    assert unsent(near) == 0
+
+
+def test_finish_sending_reaches_the_peer_past_a_duplicate(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The peer sees the end although somebody else holds the socket, and it may be said twice or too late."""
+    near, far = pair
+    with near.dup():
+        finish_sending(near)
+        assert far.recv(10) == b""
+        finish_sending(near)
+        reset(far)
+        wait_for(near, select.POLLHUP)
+        finish_sending(near)
+
+
+def test_raise_descriptor_limit() -> None:
+    """The soft limit becomes the hard one, which is returned."""
+    done = run_python("""
+import resource
+from tailsrv.syscalls import raise_descriptor_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
+assert raise_descriptor_limit() == 200
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
+assert raise_descriptor_limit() == 200
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_raise_descriptor_limit_here() -> None:
+    """Where both limits are the same nothing is changed."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[0] != before[1]:
+        pytest.skip("the limits of this process differ, and are not ours to change")
+    assert raise_descriptor_limit() == before[1]

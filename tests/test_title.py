@@ -1,0 +1,133 @@
+"""Process titles: their words, and how often they change."""
+
+from collections.abc import Iterator
+
+import pytest
+from setproctitle import getproctitle, setproctitle
+
+from tailsrv.timers import Timers
+from tailsrv.title import Title, counted, supervisor_title, worker_title
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 clients"), (1, "1 client"), (2, "2 clients"), (1000, "1000 clients")])
+def test_counted(number: int, words: str) -> None:
+    """One is singular, and nothing else is."""
+    assert words == counted(number, "client")
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "path", "state", "workers", "clients", "title"),
+    [
+        (["*:4321"], "/log", "", 4, 137, "tailsrv: supervisor *:4321 /log [4 workers, 137 clients]"),
+        (["*:4321"], "/log", "", 1, 1, "tailsrv: supervisor *:4321 /log [1 worker, 1 client]"),
+        (["*:4321"], "/log", "starting", 1, 0, "tailsrv: supervisor *:4321 /log [starting]"),
+        (["*:4321"], "/log", "waiting for file", 0, 0, "tailsrv: supervisor *:4321 /log [waiting for file]"),
+        (["*:4321"], "/log", "draining", 2, 1, "tailsrv: supervisor *:4321 /log [draining, 2 workers, 1 client]"),
+        (["127.0.0.1:1", "[::1]:1"], "/log", "", 1, 0, "tailsrv: supervisor 127.0.0.1:1,[::1]:1 /log [1 worker, 0 clients]"),
+        (["*:1"], "a b", "", 1, 0, "tailsrv: supervisor *:1 a b [1 worker, 0 clients]"),
+        (["*:1"], "a\nb", "", 1, 0, "tailsrv: supervisor *:1 'a\\nb' [1 worker, 0 clients]"),
+        (["*:1"], "a\udcff", "", 1, 0, "tailsrv: supervisor *:1 'a\\udcff' [1 worker, 0 clients]"),
+        (["*:1"], "/lög", "", 1, 0, "tailsrv: supervisor *:1 /lög [1 worker, 0 clients]"),
+    ],
+)
+def test_supervisor_title(endpoints: list[str], path: str, state: str, workers: int, clients: int, title: str) -> None:
+    """The supervisor's title says where, what and how it does, on one line that can be encoded."""
+    assert title == supervisor_title(endpoints, path, state, workers, clients)
+    assert title.encode().decode().isprintable()
+
+
+@pytest.mark.parametrize(
+    ("slot", "state", "clients", "title"),
+    [
+        (2, "", 35, "tailsrv: worker 2 *:4321 [35 clients]"),
+        (0, "", 1, "tailsrv: worker 0 *:4321 [1 client]"),
+        (0, "starting", 0, "tailsrv: worker 0 *:4321 [starting]"),
+        (1, "draining", 3, "tailsrv: worker 1 *:4321 [draining, 3 clients]"),
+    ],
+)
+def test_worker_title(slot: int, state: str, clients: int, title: str) -> None:
+    """A worker's title names its slot and its clients."""
+    assert title == worker_title(slot, ["*:4321"], state, clients)
+
+
+class Process:
+    """What a Title shows: the state is set by the test, what is published is counted."""
+
+    def __init__(self) -> None:
+        self.timers = Timers()
+        self.text = "one"
+        self.rendered = 0
+        self.published = 0
+        self.title = Title(self.timers, self.render, self.publish)
+
+    def render(self) -> str:
+        self.rendered += 1
+        return f"tailsrv: test {self.text}"
+
+    def publish(self) -> None:
+        self.published += 1
+
+    def change(self, text: str, now: float) -> None:
+        """Have something new to show at that time, as a loop does that runs its timers afterwards."""
+        self.text = text
+        self.title.changed(now)
+        self.timers.run(now)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    """Give a process with a title, and have the title of this one back afterwards."""
+    before = getproctitle()
+    yield Process()
+    setproctitle(before)
+
+
+def test_first_title_at_once(process: Process) -> None:
+    """The first title is there at once, and nothing is planned while nothing changes."""
+    process.change("one", 100.0)
+    assert getproctitle() == "tailsrv: test one"
+    assert process.published == 1
+    assert process.timers.timeout(100.0) is None
+
+
+def test_at_most_one_a_second(process: Process) -> None:
+    """Changes within a second show once, when it is over, and as they are by then."""
+    process.change("one", 100.0)
+    for number in range(50):
+        process.change(f"number {number}", 100.1 + number / 100)
+    assert getproctitle() == "tailsrv: test one"
+    assert pytest.approx(process.timers.timeout(100.0)) == 1.0
+    process.timers.run(100.99)
+    assert getproctitle() == "tailsrv: test one"
+    process.timers.run(101.0)
+    assert getproctitle() == "tailsrv: test number 49"
+    assert process.published == 2
+    assert process.timers.timeout(101.0) is None
+
+
+def test_the_interval_counts_from_the_last_one_shown(process: Process) -> None:
+    """A change just after a delayed title waits for a second of its own."""
+    process.change("one", 100.0)
+    process.change("two", 100.5)
+    process.timers.run(101.0)
+    process.change("three", 101.5)
+    assert getproctitle() == "tailsrv: test two"
+    assert pytest.approx(process.timers.timeout(101.5)) == 0.5
+    process.timers.run(102.0)
+    assert getproctitle() == "tailsrv: test three"
+
+
+def test_nothing_new_is_not_published(process: Process) -> None:
+    """A title that would be the same again is neither set nor published."""
+    process.change("one", 100.0)
+    setproctitle("tailsrv: set by somebody else")
+    process.change("one", 200.0)
+    assert getproctitle() == "tailsrv: set by somebody else"
+    assert (process.rendered, process.published) == (2, 1)
+
+
+def test_after_a_quiet_time_at_once(process: Process) -> None:
+    """A change after more than a second of quiet shows at once."""
+    process.change("one", 100.0)
+    process.change("two", 105.0)
+    assert getproctitle() == "tailsrv: test two"
