@@ -237,3 +237,14 @@ def gone(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that the process `pid` has used."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def switches(pid: int) -> int:
+    """Return how often the process `pid` has gone to sleep: one that is woken must do so again."""
+    return int(psutil.Process(pid).num_ctx_switches().voluntary)
