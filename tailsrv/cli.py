@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         handed_on = read_state()
         return serve(config) if handed_on is None else go_on(config, handed_on)
-    except (CannotServeError, ListenError, AlreadyServedError, StateError) as error:
+    except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
 

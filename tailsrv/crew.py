@@ -1,0 +1,254 @@
+"""Fills the slots: forks workers, reaps them, takes their reports into the roster.
+
+A worker's death is nothing special here: its clients stay in the slot's roster, and its successor adopts them.
+"""
+
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from tailsrv.log import Limited, fields, logger
+from tailsrv.loop import Loop
+from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Report, decode, encode
+from tailsrv.policy import Verdict, describe_status, verdict
+from tailsrv.signals import blocked
+from tailsrv.slot import Inheritance, Slot
+
+FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
+RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
+
+
+class Crew:
+    """The slots and the workers in them.
+
+    `enter(slot, channel)` is called in each forked child and does not return. `notice(slot, notices)` is called with
+    what a worker has to say beyond its clients, `give_up(reason)` when workers cannot start.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        loop: Loop,
+        enter: Callable[[Slot, socket.socket], None],
+        notice: Callable[[Slot, Notices], None],
+        give_up: Callable[[str], None],
+    ) -> None:
+        self.slots = list(slots)
+        self.filling = False  # empty slots are to be filled
+        self.drain_until: float | None = None
+        self.busy = False  # reports came in this turn
+        self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
+        self._loop = loop
+        self._enter, self._notice, self._give_up = enter, notice, give_up
+        self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
+        self._unprotected = Limited(logging.WARNING, burst=1)
+        for slot, _ in self.outdated:
+            self._listen_to(slot)
+
+    def running(self) -> list[Slot]:
+        """Return the slots that have a worker."""
+        return [slot for slot in self.slots if slot.pid is not None]
+
+    def all_ready(self) -> bool:
+        """Tell whether every slot has a worker that serves."""
+        return all(slot.ready for slot in self.slots)
+
+    def clients(self) -> int:
+        """Return the number of clients."""
+        return sum(len(slot.roster) for slot in self.slots)
+
+    def unprotected(self) -> int:
+        """Return the number of clients that would die with their worker."""
+        return sum(len(slot.roster.unprotected) for slot in self.slots)
+
+    # Filling
+
+    def fill_all(self) -> None:
+        """Fill the slots, and keep them filled."""
+        self.filling = True
+        for slot in self.slots:
+            if slot.pid is None:
+                self.spawn(slot)
+
+    def replace_next(self) -> bool:
+        """Kill the next worker that is outdated, for its successor to adopt its clients; tell whether there was one."""
+        self.outdated = [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
+        if self.outdated:
+            os.kill(self.outdated[0][1], signal.SIGKILL)
+        return bool(self.outdated)
+
+    def spawn(self, slot: Slot) -> None:
+        """Fill `slot` with a worker, or plan to if that is not possible now."""
+        slot.fill_at = None
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self._postpone(slot, error)
+            return
+        with blocked():
+            try:
+                pid = os.fork()
+            except OSError as error:
+                ours.close()
+                theirs.close()
+                self._postpone(slot, error)
+                return
+            if pid == 0:  # here the worker leaves the supervisor's code, never to return
+                ours.close()
+                self._enter(slot, theirs)
+        theirs.close()
+        ours.setblocking(False)
+        slot.pid, slot.channel, slot.spawned, slot.ready = pid, ours, self._loop.now, False
+        slot.adopted = bool(slot.roster.clients)
+        self._listen_to(slot)
+        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
+        if self.drain_until is not None:
+            self._order_drain(slot, self.drain_until)
+
+    def inherit(self, slot: Slot, file: int, channel: socket.socket, endpoints: Sequence[str]) -> Inheritance:
+        """Let go, in the child, of all that is not of `slot`, and return what is."""
+        for other in self.slots:
+            if other.channel is not None:
+                other.channel.close()  # or its worker would not see our supervisor's end
+            if other is not slot:
+                other.roster.close()
+                for listener in other.listeners:
+                    listener.close()  # or clients would wait at one that nobody accepts from
+        channel.setblocking(False)
+        return Inheritance(slot.index, file, slot.listeners, channel, endpoints, slot.roster.clients)
+
+    def _listen_to(self, slot: Slot) -> None:
+        assert slot.channel is not None
+        self._loop.register(slot.channel.fileno(), partial(self.take_reports, slot))
+
+    def _postpone(self, slot: Slot, error: OSError) -> None:
+        logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
+        self._fill_at(slot, self._loop.now + FORK_RETRY)
+
+    def _fill_at(self, slot: Slot, when: float) -> None:
+        slot.fill_at = when
+        self._plan()
+
+    def _plan(self) -> None:
+        if planned := [slot.fill_at for slot in self.slots if slot.fill_at is not None]:
+            self._loop.timers.set(self._fill, min(planned))
+
+    def _fill(self) -> None:
+        """Spawn workers into the slots whose time has come."""
+        for slot in self.slots:
+            if slot.fill_at is not None and slot.fill_at <= self._loop.now:
+                self.spawn(slot)
+        self._plan()
+
+    # Dying
+
+    def bury(self, pid: int, status: int) -> None:
+        """Take in that the child `pid` has ended, and decide what becomes of its slot and its clients."""
+        slot = next((slot for slot in self.slots if slot.pid == pid), None)
+        if slot is None:  # as PID 1 we are everybody's parent
+            return
+        assert slot.channel is not None
+        self.take_reports(slot)  # its last words
+        self._loop.unregister(slot.channel.fileno())
+        slot.channel.close()
+        slot.pid, slot.channel = None, None
+        lost = slot.roster.lose_unprotected()
+        what, expected = verdict(status), not self.filling or (slot, pid) in self.outdated
+        detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
+        logger.log(logging.DEBUG if expected else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_status(status))
+        if not expected:
+            self._refill(slot, what, status)
+        elif self.filling:
+            self.spawn(slot)
+        elif self.drain_until is not None and what is not Verdict.DONE and slot.roster.clients and self._loop.now < self.drain_until:
+            self.spawn(slot)  # somebody still has to finish these streams
+
+    def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
+        """Plan the next worker of a slot whose last one has died."""
+        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted)
+        if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
+            self._give_up(f"slot={slot.index} {describe_status(status)}")
+            return
+        if slot.failures.poisoned():
+            ended = slot.roster.hang_up()
+            logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
+        slot.restarts += 1
+        if delay := slot.failures.delay():
+            logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
+        self._fill_at(slot, self._loop.now + delay)
+
+    def stop_filling(self) -> None:
+        """Leave slots empty from now on."""
+        self.filling = False
+        self._loop.timers.cancel(self._fill)
+
+    def drain(self, until: float) -> None:
+        """Have every stream brought to what is in the file now, and all workers end, by the time `until`."""
+        self.stop_filling()
+        self.drain_until = until
+        for slot in self.slots:
+            for listener in slot.listeners:
+                listener.close()  # the worker's is the last: it empties the queue, then closes
+        for slot in self.slots:
+            if slot.pid is not None:
+                self._order_drain(slot, until)
+            elif slot.roster.clients:  # in backoff: its clients have waited for this worker
+                self.spawn(slot)
+
+    def _order_drain(self, slot: Slot, until: float) -> None:
+        assert slot.channel is not None
+        assert slot.pid is not None
+        try:
+            slot.channel.send(encode(Drain(max(0.0, until - self._loop.now))))
+        except OSError:
+            return  # it is ending already
+        os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        self.stop_filling()
+        self.drain_until = None
+        for slot in self.running():
+            assert slot.pid is not None
+            os.kill(slot.pid, signal.SIGKILL)
+
+    # Reports
+
+    def take_reports(self, slot: Slot) -> None:
+        """Take in all that the worker of `slot` has reported."""
+        while self._take_report(slot):
+            self.busy = True
+
+    def _take_report(self, slot: Slot) -> bool:
+        """Take in one report and tell whether there may be more."""
+        assert slot.channel is not None
+        try:
+            packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, ConnectionResetError):
+            return False
+        if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
+            self._loop.epoll.modify(slot.channel.fileno(), 0)
+            return False
+        try:
+            message = decode(packet)
+        except MessageError as error:
+            logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
+        else:
+            if isinstance(message, Report):
+                self._take_in(slot, message, sockets)
+        return True
+
+    def _take_in(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
+        if slot.roster.join(report.joined, sockets, self._highest):
+            self._unprotected(
+                "no descriptor left to protect clients with, they would not survive their worker", unprotected=self.unprotected()
+            )
+        for client, offset in report.started:
+            slot.roster.start(client, offset)
+        slot.roster.leave(report.left)
+        if report.notices != NO_NOTICES:
+            self._notice(slot, report.notices)

@@ -1,0 +1,42 @@
+"""Waits for descriptors and for times that have come: what the loops of supervisor and worker share."""
+
+import select
+import time
+from collections.abc import Callable
+
+from tailsrv.policy import EVENTS
+from tailsrv.timers import Timers
+
+
+class Loop:
+    """An epoll object, who is to be called for which descriptor, and what is to be done when."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.now = clock()  # read once a turn
+        self.timers = Timers()
+        self.epoll = select.epoll()
+        self.handlers: dict[int, Callable[[], None]] = {}
+
+    def register(self, fd: int, handler: Callable[[], None]) -> None:
+        """Call `handler` whenever `fd` is readable."""
+        self.handlers[fd] = handler
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def unregister(self, fd: int) -> None:
+        """Forget `fd`; to be called before it is closed, since the kernel goes on reporting what a duplicate keeps open."""
+        del self.handlers[fd]
+        self.epoll.unregister(fd)
+
+    def wait(self, busy: bool = False) -> list[tuple[int, int]]:
+        """Return the descriptors that are ready, each with its events; sleep until there is one or a time comes, unless busy."""
+        events = self.epoll.poll(0 if busy else self.timers.timeout(self.clock()), EVENTS)
+        self.now = self.clock()
+        return events
+
+    def turn(self) -> None:
+        """Wait, then call everyone whose descriptor is ready and do what is due."""
+        for fd, _ in self.wait():
+            if (handler := self.handlers.get(fd)) is not None:  # else: it went earlier in this turn
+                handler()
+        self.timers.run(self.now)
