@@ -193,6 +193,7 @@ class Crew:
         for slot in self.slots:
             for listener in slot.listeners:
                 listener.close()  # the worker's is the last: it empties the queue, then closes
+            slot.listeners = []
         for slot in self.slots:
             if slot.pid is not None:
                 self._order_drain(slot, until)
@@ -228,7 +229,7 @@ class Crew:
         assert slot.channel is not None
         try:
             packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
-        except (BlockingIOError, ConnectionResetError):
+        except OSError:  # none now, or its end is gone
             return False
         if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
             self._loop.epoll.modify(slot.channel.fileno(), 0)

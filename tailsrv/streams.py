@@ -106,8 +106,10 @@ class Streams:
                     result = send_chunk(client.fd, self.file, client.offset, wanted)
                 except OSError as error:
                     result = error
-                if result == 0:
+                if result == 0:  # not there, whatever the size says: not again before that has changed
                     self.shrunk = True
+                    self._wait(client)
+                    continue
             if isinstance(result, int):
                 budget -= result
             self._settle(client, result)

@@ -32,15 +32,12 @@ def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) 
 
 
 class Title:
-    """The title of this process, which follows `render()` at a bounded pace: `changed` may be called at any time.
+    """The title of this process, which follows `render()` at a bounded pace: `changed` may be called at any time."""
 
-    `publish`, if given, is called along with each change.
-    """
-
-    def __init__(self, timers: Timers, render: Callable[[], str], publish: Callable[[], object] | None = None) -> None:
-        self._timers, self._render, self._publish = timers, render, publish
+    def __init__(self, timers: Timers, render: Callable[[], str]) -> None:
+        self._timers, self._render = timers, render
         self._shown = ""
-        self._next = float("-inf")
+        self._next = float("-inf")  # the title must not change before
         self._now = float("-inf")
 
     def changed(self, now: float) -> None:
@@ -48,13 +45,11 @@ class Title:
         self._now = now
         if now >= self._next:
             self._renew()
-        elif self._renew not in self._timers:
+        elif self._renew not in self._timers and self._render() != self._shown:
             self._timers.set(self._renew, self._next)
 
     def _renew(self) -> None:
-        self._next = max(self._now, self._next) + INTERVAL
         if (title := self._render()) != self._shown:
+            self._next = max(self._now, self._next) + INTERVAL
             self._shown = title
             setproctitle(title)
-            if self._publish:
-                self._publish()

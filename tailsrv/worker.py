@@ -14,6 +14,8 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 
+from setproctitle import setproctitle
+
 from tailsrv import policy
 from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
@@ -42,6 +44,7 @@ RETRY_REPORT = 0.005  # seconds; the supervisor was too busy to take a report
 
 def work(inheritance: Inheritance, config: Config) -> int:
     """Serve one slot until the supervisor says `drain` or is gone; return the exit status."""
+    setproctitle(worker_title(inheritance.slot, inheritance.endpoints, "starting", 0))
     gc.freeze()  # what the supervisor made stays shared memory
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group
