@@ -130,8 +130,12 @@ class Streams:
         elif client.offset == self.size:
             self.caught_up[client.fd] = client
         else:
-            if len(self._ahead) >= self._sweep_at:  # the file may never get to those who left
-                self._ahead = [entry for entry in self._ahead if entry[2].state is State.STREAMING]
-                heapq.heapify(self._ahead)
-                self._sweep_at = 2 * len(self._ahead) + 64
-            heapq.heappush(self._ahead, (client.offset, next(self._tie), client))
+            self._wait(client)
+
+    def _wait(self, client: Client) -> None:
+        """Leave `client` alone until the file's size changes to more than its offset."""
+        if len(self._ahead) >= self._sweep_at:  # the file may never get to those who left
+            self._ahead = [entry for entry in self._ahead if entry[2].state is State.STREAMING]
+            heapq.heapify(self._ahead)
+            self._sweep_at = 2 * len(self._ahead) + 64
+        heapq.heappush(self._ahead, (client.offset, next(self._tie), client))
