@@ -1,0 +1,693 @@
+"""A worker's turns, run in this process: real connections, a real file, and the clock in hand."""
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from setproctitle import getproctitle, setproctitle
+from unit import (
+    PATIENCE,
+    append,
+    as_root,
+    closing_all,
+    opened,
+    readable,
+    recv_all,
+    reset,
+    run_python,
+    wait_for,
+    wait_readable,
+)
+
+from tailsrv.client import Client, State
+from tailsrv.config import Config, ExitStatus
+from tailsrv.listener import open_listeners
+from tailsrv.messages import MAX_MESSAGE, Drain, Report, decode, encode
+from tailsrv.protocol import Start, parse_header
+from tailsrv.signals import Wakeup
+from tailsrv.slot import Inheritance
+from tailsrv.worker import Worker
+
+BIG = os.urandom(1 << 16) * 64  # 4 MiB: more than the buffers on loopback take
+
+
+class Bench:
+    """One worker with its file, its listener and the supervisor's end of its channel."""
+
+    def __init__(self, stack: ExitStack, path: Path, header_timeout: float, grace: float) -> None:
+        self.stack = stack
+        self.path = path
+        self.skew = 0.0  # seconds that the worker's clock is ahead
+        file = stack.enter_context(opened(path))
+        self.listeners = open_listeners(["127.0.0.1"], 0, 1)
+        stack.enter_context(closing_all(self.listeners[0]))
+        self.address = self.listeners[0][0].getsockname()
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(self.channel)
+        stack.enter_context(theirs)
+        theirs.setblocking(False)
+        self.channel.settimeout(PATIENCE)
+        before = signal.getsignal(signal.SIGTERM)
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        stack.callback(setproctitle, getproctitle())
+        wakeup = Wakeup([signal.SIGTERM])
+        stack.callback(wakeup.close)
+        config = Config(str(path), self.address[1], grace=grace, header_timeout=header_timeout)
+        inheritance = Inheritance(0, file, self.listeners[0], theirs, ["127.0.0.1:0"])
+        self.worker = Worker(inheritance, config, wakeup, lambda: time.monotonic() + self.skew)
+        stack.callback(self.close)
+
+    def close(self) -> None:
+        """Close what a worker leaves to the end of its process."""
+        worker = self.worker
+        worker.epoll.close()
+        worker.watch.close()
+        for client in [*worker.clients.values(), *worker.dropped]:
+            client.sock.close()
+
+    def until(self, check: Callable[[], object]) -> None:
+        """Run turns until `check` says that it is so."""
+        deadline = time.monotonic() + PATIENCE
+        while not check():
+            assert time.monotonic() < deadline, "it did not come about"
+            self.worker.step(0 if self.worker.streams.behind else 0.01)
+
+    def settle(self) -> None:
+        """Run turns until there is nothing left to do: what has reached a socket by now has been acted on."""
+        while readable(self.worker.epoll.fileno()) or self.worker.streams.behind or self.worker.dropped:
+            self.worker.step(0)
+
+    def connect(self, said: bytes = b"", receive: int | None = None) -> tuple[socket.socket, Client]:
+        """Connect, say something, and run turns until it is taken in; return the far end, and the worker's record."""
+        far = self.stack.enter_context(socket.socket())
+        far.settimeout(PATIENCE)
+        if receive:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+        far.connect(self.address)
+        name = far.getsockname()
+        self.until(lambda: any(client.peer == name for client in self.worker.clients.values()))
+        [client] = [client for client in self.worker.clients.values() if client.peer == name]
+        if said:
+            far.sendall(said)
+            self.until(lambda: client.state is not State.AWAITING_HEADER)
+        return far, client
+
+    def receive(self, far: socket.socket, count: int) -> bytes:
+        """Run turns until `far` has got that many bytes."""
+        parts = list[bytes]()
+
+        def all_there() -> bool:
+            while readable(far) and sum(map(len, parts)) < count:
+                part = far.recv(count - sum(map(len, parts)))
+                assert part, "the stream ended"
+                parts.append(part)
+            return sum(map(len, parts)) == count
+
+        self.until(all_there)
+        return b"".join(parts)
+
+    def receive_to_the_end(self, *fars: socket.socket) -> list[bytes]:
+        """Run turns until the worker has ended, and read from all; return what each has got before its end."""
+        got = dict.fromkeys(fars, b"")
+
+        def ended() -> bool:
+            for far in select.select(fars, [], [], 0)[0]:
+                got[far] += far.recv(1 << 20)
+            return self.worker.ended
+
+        self.until(ended)
+        return [got[far] + recv_all(far) for far in fars]
+
+    def reports(self) -> list[Report]:
+        """Return what the worker has told the supervisor since the last call."""
+        reports = []
+        while readable(self.channel):
+            report = decode(self.channel.recv(MAX_MESSAGE))
+            assert isinstance(report, Report)
+            reports.append(report)
+        return reports
+
+
+@contextmanager
+def working(path: Path, header_timeout: float = 0.0, grace: float = 5.0) -> Iterator[Bench]:
+    """Give a bench with a worker on it."""
+    with ExitStack() as stack:
+        yield Bench(stack, path, header_timeout, grace)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of ten bytes."""
+    path = tmp_path / "log"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+@pytest.fixture
+def bench(path: Path) -> Iterator[Bench]:
+    """Give a bench with a worker that serves that file."""
+    with working(path) as bench:
+        yield bench
+
+
+# Headers
+
+
+@pytest.mark.parametrize(
+    ("said", "first"), [(b"0\n", b"0123456789"), (b"7\n", b"789"), (b"-2\n", b"89"), (b"-99\n", b"0123456789"), (b"-0\r\n", b"")]
+)
+def test_stream(bench: Bench, said: bytes, first: bytes) -> None:
+    """A client gets the file from where it said, and then what is appended."""
+    far, _ = bench.connect(said)
+    append(bench.path, b"more")
+    assert bench.receive(far, len(first) + 4) == first + b"more"
+
+
+def test_header_in_pieces(bench: Bench) -> None:
+    """A header may come byte by byte; nothing is sent before it is whole, and it stays in the socket until then."""
+    far, client = bench.connect()
+    for sent in range(1, 5):
+        far.sendall(b" -3\n"[sent - 1 : sent])
+        wait_readable(client.sock)
+        if sent < 4:
+            while len(client.sock.recv(10, socket.MSG_PEEK)) < sent:
+                pass
+        bench.settle()
+        assert client.state is (State.AWAITING_HEADER if sent < 4 else State.STREAMING)
+    assert bench.receive(far, 3) == b"789"
+
+
+def test_junk_behind_the_newline(bench: Bench) -> None:
+    """What comes behind the header is read and thrown away, for ever, so that its sender never blocks."""
+    far, client = bench.connect(b"8\njunk\n0\n")
+    far.setblocking(False)
+    left = 16 << 20
+    while left > 0:
+        if select.select([], [far], [], 0)[1]:
+            left -= far.send(bytes(1 << 20))
+        bench.worker.step(0)
+    append(bench.path, b"more")
+    assert bench.receive(far, 6) == b"89more"
+    assert client.state is State.STREAMING
+
+
+@pytest.mark.parametrize("when", ["with the header", "later", "later, with junk"])
+def test_half_close(bench: Bench, when: str) -> None:
+    """A client that has shut down its sending side goes on being served, and costs no turns."""
+    if when == "with the header":
+        far, client = bench.connect()
+        far.sendall(b"8\n")
+        far.shutdown(socket.SHUT_WR)
+        wait_for(client.sock, select.POLLRDHUP)
+    else:
+        far, client = bench.connect(b"8\n")
+        if when == "later, with junk":
+            far.sendall(b"junk")
+        far.shutdown(socket.SHUT_WR)
+        wait_for(client.sock, select.POLLRDHUP)
+    assert bench.receive(far, 2) == b"89"
+    bench.settle()
+    assert not readable(bench.worker.epoll.fileno())
+    for _ in range(3):
+        append(bench.path, b"more")
+        assert bench.receive(far, 4) == b"more"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"abc\n", "not a number"),
+        (b"\n", "not a number"),
+        (b"x" * 100, "too long"),
+        (b"1_000\n0\n", "not a number"),
+        (b"9" * 19 + b"\n", "64 bits"),
+    ],
+)
+def test_bad_header(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str) -> None:
+    """A bad header ends the connection cleanly and without a byte; one line tells of the peer and the reason."""
+    far, client = bench.connect(said)
+    bench.settle()
+    assert recv_all(far) == b""
+    assert client.state is State.CLOSED
+    assert client.sock.fileno() == -1
+    [record] = caplog.records
+    assert record.levelname.lower() == "warning"
+    assert f"peer=127.0.0.1:{far.getsockname()[1]}" in record.getMessage()
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("said", [b"", b"5", b"-"])
+def test_end_of_input_before_the_newline(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes) -> None:
+    """Input that ends before the newline ends the connection, even though it might have been a number."""
+    far, client = bench.connect()
+    far.sendall(said)
+    far.shutdown(socket.SHUT_WR)
+    bench.until(lambda: client.state is State.CLOSED)
+    bench.settle()
+    assert recv_all(far) == b""
+    assert "ended" in caplog.text
+
+
+def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Connections without a header end when their own time is over; those that stream have all the time they like."""
+    with working(path, header_timeout=1000.0) as bench:
+        streaming, _ = bench.connect(b"-0\n")
+        early, first = bench.connect()
+        bench.skew = 600.0
+        late, second = bench.connect()
+        late.sendall(b"5")
+        bench.until(lambda: readable(second.sock))
+        bench.skew = 990.0
+        bench.worker.step(0)
+        assert first.state is State.AWAITING_HEADER
+        bench.skew = 1010.0
+        bench.until(lambda: first.state is State.CLOSED)
+        bench.settle()
+        assert recv_all(early) == b""
+        assert second.state is State.AWAITING_HEADER
+        bench.skew = 1590.0
+        bench.worker.step(0)
+        assert second.state is State.AWAITING_HEADER
+        bench.skew = 1610.0
+        bench.until(lambda: second.state is State.CLOSED)
+        bench.settle()
+        assert recv_all(late) == b""
+        assert caplog.text.count("no header in 1000 seconds") == 2
+        append(path, b"more")
+        assert bench.receive(streaming, 4) == b"more"
+
+
+def test_no_header_timeout(bench: Bench) -> None:
+    """Without a timeout a connection may be silent for years, and nothing is planned for it."""
+    far, client = bench.connect()
+    bench.skew = 1e8
+    bench.worker.step(0)
+    bench.worker.step(0)
+    assert client.state is State.AWAITING_HEADER
+    far.sendall(b"8\n")
+    assert bench.receive(far, 2) == b"89"
+
+
+@pytest.mark.slow
+def test_out_of_descriptors(path: Path) -> None:
+    """Short of descriptors, the oldest connection without a header goes, and never one that streams."""
+    done = run_python(
+        """
+import os, resource, socket, sys
+from pathlib import Path
+from test_worker import working
+from tailsrv.client import State
+with working(Path(sys.argv[1])) as bench:
+    streaming, client = bench.connect(b"8\\n")
+    oldest, first = bench.connect()
+    older, second = bench.connect()
+    waiting = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(3)]
+    spare = os.open("/", os.O_RDONLY)
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    bench.until(lambda: second.state is State.CLOSED)
+    assert first.state is State.CLOSED
+    assert client.state is State.STREAMING
+    bench.until(lambda: len(bench.worker.clients) == 3)
+    bench.settle()
+    for sock in (oldest, older):
+        assert sock.recv(1) == b""
+    for sock in waiting[1:]:
+        sock.settimeout(20)
+        sock.sendall(b"9\\n")
+        assert bench.receive(sock, 1) == b"9"
+    assert bench.receive(streaming, 2) == b"89"
+""",
+        str(path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
+    """If everyone streams, the worker does not spin: it stops listening for a moment, and takes the next when there is room."""
+    done = run_python(
+        """
+import os, resource, socket, sys
+from pathlib import Path
+from unit import readable
+from test_worker import working
+with working(Path(sys.argv[1])) as bench:
+    streaming, client = bench.connect(b"8\\n")
+    bench.receive(streaming, 2)
+    waiting = bench.stack.enter_context(socket.create_connection(bench.address))
+    spare = os.open("/", os.O_RDONLY)
+    os.close(spare)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    listener = bench.listeners[0][0].fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
+    bench.until(lambda: listener not in bench.worker.handlers)
+    while readable(bench.worker.epoll.fileno()):
+        bench.worker.step(0)
+    assert bench.worker.start_accepting in bench.worker.timers
+    assert list(bench.worker.clients.values()) == [client]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    bench.skew = 60.0
+    bench.until(lambda: len(bench.worker.clients) == 2)
+    waiting.sendall(b"0\\n")
+    assert bench.receive(waiting, 10) == b"0123456789"
+""",
+        str(path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Streams
+
+
+def test_slow_reader_does_not_stall_a_fast_one(bench: Bench) -> None:
+    """While one client does not read at all, another gets everything, and every append at once."""
+    append(bench.path, BIG)
+    slow, stalled = bench.connect(b"0\n", receive=4096)
+    fast, _ = bench.connect(b"0\n")
+    assert bench.receive(fast, 10 + len(BIG)) == b"0123456789" + BIG
+    for _ in range(10):
+        append(bench.path, b"more\n")
+        assert bench.receive(fast, 5) == b"more\n"
+    assert stalled.fd in bench.worker.streams.blocked
+    assert stalled.offset < len(BIG)
+    assert bench.receive(slow, 10 + len(BIG) + 50) == b"0123456789" + BIG + b"more\n" * 10
+
+
+def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> None:
+    """When a `-N` header makes the worker look at the file, those who are caught up get what it finds, and only once."""
+    follower, _ = bench.connect(b"-0\n")
+    far, client = bench.connect()
+    bench.settle()
+    append(bench.path, b"abc")
+    far.sendall(b"-1\n")
+    wait_readable(client.sock)
+    bench.worker.handle_client(client, select.EPOLLIN)
+    assert follower.recv(100) == b"abc"
+    bench.settle()
+    append(bench.path, b"def")
+    assert bench.receive(follower, 3) == b"def"
+    assert bench.receive(far, 4) == b"cdef"
+
+
+def test_error_with_one_client_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of ours while serving one client ends that one, with a line in the log; the others notice nothing."""
+
+    def parse(received: bytes, ended: bool) -> tuple[Start, int] | None:
+        if received.startswith(b"7"):
+            raise ZeroDivisionError("poison")
+        return parse_header(received, ended)
+
+    monkeypatch.setattr("tailsrv.worker.parse_header", parse)
+    before, _ = bench.connect(b"-0\n")
+    poisoned, client = bench.connect(b"7\n")
+    bench.settle()
+    after, _ = bench.connect(b"-0\n")
+    assert recv_all(poisoned) == b""
+    assert client.state is State.CLOSED
+    [record] = caplog.records
+    assert record.levelname.lower() == "error"
+    assert "poison" in record.getMessage()
+    append(bench.path, b"more")
+    assert [bench.receive(far, 4) for far in (before, after)] == [b"more", b"more"]
+
+
+def test_reset(bench: Bench) -> None:
+    """A client that has reset its connection is forgotten, whatever its state, without an append."""
+    waiting, first = bench.connect()
+    caught_up, second = bench.connect(b"-0\n")
+    ahead, third = bench.connect(b"1000\n")
+    other, _ = bench.connect(b"-0\n")
+    for far in (waiting, caught_up, ahead):
+        reset(far)
+    bench.until(lambda: len(bench.worker.clients) == 1)
+    bench.settle()
+    assert [client.sock.fileno() for client in (first, second, third)] == [-1, -1, -1]
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
+    """A client that gets the descriptor number of a dropped one gets none of its events, though somebody holds a duplicate."""
+    far, client = bench.connect()
+    other = bench.stack.enter_context(socket.socket())  # made now, so that the number is free for the server's side
+    with client.sock.dup() as duplicate:
+        bench.worker.drop(client)
+        bench.settle()
+        other.connect(bench.address)
+        other.sendall(b"-0\n")
+        bench.until(lambda: bench.worker.streams.caught_up)
+        assert list(bench.worker.clients) == [client.fd]
+        bench.settle()
+        far.sendall(b"junk")
+        wait_readable(duplicate)
+        assert not readable(bench.worker.epoll.fileno())
+        reset(far)
+        wait_for(duplicate, select.POLLERR)
+        assert not readable(bench.worker.epoll.fileno())
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
+    """A worker without clients sleeps through appends; the first one that comes finds the file as it is."""
+    append(bench.path, b"a")
+    assert not readable(bench.worker.epoll.fileno())
+    far, _ = bench.connect(b"-3\n")
+    assert bench.receive(far, 3) == b"89a"
+    far.close()
+    append(bench.path, b"b")
+    bench.until(lambda: readable(bench.worker.epoll.fileno()) or bench.worker.streams.size == 12)
+    append(bench.path, b"c")  # its answer is a reset, as the client has closed
+    bench.until(lambda: not bench.worker.clients)
+    bench.settle()
+    append(bench.path, b"d")
+    assert not readable(bench.worker.epoll.fileno())
+    again, _ = bench.connect(b"10\n")
+    assert bench.receive(again, 4) == b"abcd"
+
+
+def test_truncation_is_reported(bench: Bench) -> None:
+    """A truncated file is reported with its new size; a client beyond its end waits, and goes on when the file has grown."""
+    far, _ = bench.connect(b"-0\n")
+    bench.settle()
+    bench.reports()
+    os.truncate(bench.path, 3)
+    bench.until(lambda: bench.worker.streams.size == 3)
+    assert [report.truncated for report in bench.reports()] == [3]
+    append(bench.path, b"abcdefghij")
+    assert bench.receive(far, 3) == b"hij"
+
+
+def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
+    """The supervisor is told that the file is gone; what it decides is its own business, and the clients stay."""
+    far, _ = bench.connect(b"-0\n")
+    bench.settle()
+    bench.reports()
+    moved = bench.path.with_name("log.1")
+    bench.path.rename(moved)
+    bench.until(lambda: bench.worker.gone)
+    moved.chmod(0o600)
+    append(moved, b"more")
+    assert bench.receive(far, 4) == b"more"
+    assert [report.gone for report in bench.reports()] == [True]
+
+
+def test_clients_are_reported(bench: Bench) -> None:
+    """The supervisor learns how many clients there are, at most once a second, and the last number is right."""
+    fars = [bench.connect(b"-0\n")[0] for _ in range(3)]
+    bench.skew = 10.0
+    bench.until(lambda: [report.clients for report in bench.reports()][-1:] == [3])
+    assert getproctitle() == "tailsrv: worker 0 127.0.0.1:0 [3 clients]"
+    reset(fars[0])
+    bench.until(lambda: len(bench.worker.clients) == 2)
+    bench.skew = 20.0
+    bench.until(lambda: [report.clients for report in bench.reports()][-1:] == [2])
+
+
+def test_busy_supervisor(bench: Bench) -> None:
+    """A report that the supervisor has no room for is told later, and nobody waits for it."""
+    worker_end = bench.worker.channel
+    packets = 0
+    for size in (4096, 1):  # until there is not even room for a byte
+        with suppress(BlockingIOError):
+            while worker_end.send(bytes(size), socket.MSG_DONTWAIT):
+                packets += 1
+    far, _ = bench.connect(b"8\n")
+    assert bench.receive(far, 2) == b"89"
+    os.truncate(bench.path, 3)
+    bench.until(lambda: bench.worker.streams.size == 3)
+    for _ in range(packets):
+        assert not bench.channel.recv(MAX_MESSAGE).strip(b"\0")
+    assert not readable(bench.channel)
+    bench.skew = 10.0
+    bench.until(lambda: readable(bench.channel))
+    assert bench.reports()[0].truncated == 3
+
+
+@pytest.mark.slow
+def test_no_inotify(path: Path) -> None:
+    """Out of inotify instances, the worker says why it polls, and serves appends by the clock."""
+    if not as_root:
+        pytest.skip("only root can be a user whose inotify instances nobody else needs")
+    code = """
+import encodings.idna, os
+from contextlib import ExitStack
+from pathlib import Path
+from inotify_simple import INotify
+from test_worker import working
+from unit import append
+os.setgroups([]), os.setuid(3_000_000_000 + os.getpid())
+with ExitStack() as held:
+    try:
+        while True:
+            held.enter_context(INotify())
+    except OSError:
+        pass
+    bench = held.enter_context(working(Path("log")))
+    assert "max_user_instances" in bench.worker.watch.polling, bench.worker.watch.polling
+    bench.worker.poll_file()
+    far, client = bench.connect(b"-0\\n")
+    for number in range(1, 4):
+        append(Path("log"), b"more")
+        bench.skew = 10.0 * number
+        assert bench.receive(far, 4) == b"more"
+    os.rename("log", "log.1")
+    bench.skew = 50.0
+    bench.until(lambda: bench.worker.gone)
+"""
+    path.parent.chmod(0o777)
+    path.chmod(0o666)
+    done = run_python(f"import os; os.chdir({str(path.parent)!r})\n{code}")
+    assert done.returncode == 0, done.stderr
+
+
+# The end
+
+
+def test_drain(bench: Bench) -> None:
+    """Told to drain, the worker gives everyone what is in the file now, also those who have just connected, and ends."""
+    append(bench.path, BIG)
+    whole = b"0123456789" + BIG
+    replaying, _ = bench.connect(b"0\n")
+    caught_up, _ = bench.connect(b"-0\n")
+    chatty, _ = bench.connect(b"-5\n")
+    silent, _ = bench.connect()
+    ahead, _ = bench.connect(b"99999999\n")
+    half_closed, _ = bench.connect(b"-2\n")
+    half_closed.shutdown(socket.SHUT_WR)
+    unread, client = bench.connect()
+    unread.sendall(b"-3\n")
+    wait_readable(client.sock)
+    chatty.sendall(b"stray")
+    queued = bench.stack.enter_context(socket.create_connection(bench.address, timeout=PATIENCE))
+    queued.sendall(b"-4\n")
+    wait_readable(bench.listeners[0][0])
+    append(bench.path, b"last")
+    bench.channel.sendall(encode(Drain()))
+    fars = (replaying, caught_up, chatty, silent, ahead, half_closed, unread, queued)
+    whole += b"last"
+    expected = [whole, b"last", whole[-9:], b"", b"", whole[-6:], whole[-3:], whole[-4:]]
+    got = bench.receive_to_the_end(*fars)
+    assert [len(part) for part in got] == [len(part) for part in expected]
+    assert got == expected
+    assert not bench.worker.clients
+
+
+def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
+    """After the word to drain nobody is accepted any more, and what is appended is not sent."""
+    far, _ = bench.connect(b"8\n")
+    bench.channel.sendall(encode(Drain()))
+    bench.until(lambda: bench.worker.draining)
+    append(bench.path, b"too late")
+    with socket.socket() as late:
+        assert late.connect_ex(bench.address) != 0
+    assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_drain_without_clients(bench: Bench) -> None:
+    """A worker with nobody to see off ends at once."""
+    bench.channel.sendall(encode(Drain()))
+    bench.worker.step(PATIENCE)
+    assert bench.worker.ended
+
+
+def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: Bench) -> None:
+    """A client that keeps its side open is done when it has got everything."""
+    far, _ = bench.connect(b"0\n")
+    bench.channel.sendall(encode(Drain()))
+    bench.until(lambda: bench.worker.ended)
+    assert recv_all(far) == b"0123456789"
+
+
+def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that does not read has until the end of the grace, and not a moment longer; the log says so."""
+    append(path, BIG)
+    with working(path, grace=100.0) as bench:
+        far, client = bench.connect(b"0\n", receive=4096)
+        bench.until(lambda: client.fd in bench.worker.streams.blocked)
+        bench.channel.sendall(encode(Drain()))
+        bench.until(lambda: bench.worker.draining)
+        bench.skew = 90.0
+        bench.worker.step(0)
+        assert not bench.worker.ended
+        bench.skew = 110.0
+        bench.until(lambda: bench.worker.ended)
+        bench.settle()
+        assert "grace is over" in caplog.text
+        got = recv_all(far)
+        assert 0 < len(got) < len(BIG)
+        assert (b"0123456789" + BIG).startswith(got)
+
+
+def test_term_without_drain_is_like_a_crash(bench: Bench) -> None:
+    """SIGTERM alone ends the worker and touches no client: the successor has them."""
+    _, client = bench.connect(b"-0\n")
+    signal.raise_signal(signal.SIGTERM)
+    bench.worker.step(PATIENCE)
+    assert bench.worker.ended
+    assert client.state is State.STREAMING
+    assert client.sock.fileno() == client.fd
+
+
+def test_term_after_drain(bench: Bench) -> None:
+    """SIGTERM behind the word to drain drains, even if the signal is seen first."""
+    far, _ = bench.connect(b"8\n")
+    bench.settle()
+    bench.channel.sendall(encode(Drain()))
+    signal.raise_signal(signal.SIGTERM)
+    bench.worker.handle_signal()
+    assert bench.worker.draining
+    assert not bench.worker.ended
+    assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_orphan_ends(bench: Bench) -> None:
+    """A worker whose supervisor is gone ends."""
+    bench.settle()
+    bench.channel.close()
+    bench.worker.step(PATIENCE)
+    assert bench.worker.ended
+
+
+def test_run(bench: Bench) -> None:
+    """run() says that the worker is ready, and returns the exit status when it is told to drain."""
+    bench.channel.sendall(encode(Drain()))
+    assert bench.worker.run() == ExitStatus.DONE
+    assert bench.reports()[0].ready is True
+
+
+def test_run_on_a_file_that_has_gone_already(bench: Bench) -> None:
+    """A file that went between the supervisor's look and the worker's watch is reported with the first word."""
+    bench.path.unlink()
+    bench.channel.sendall(encode(Drain()))
+    assert bench.worker.run() == ExitStatus.DONE
+    assert bench.reports()[0].gone is True
