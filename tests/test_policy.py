@@ -92,38 +92,80 @@ def test_describe_status(status: int, words: str) -> None:
     assert words == describe_status(status)
 
 
-def after(*lives: tuple[float, bool]) -> Failures:
-    """Return the record of a slot after these lives: seconds, and whether the worker was ready."""
+# A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
+Life = tuple[float, bool, Verdict, bool]
+
+SOON, LATE = LONG_LIFE - 0.001, LONG_LIFE
+DONE, FAULT, KILLED = Verdict.DONE, Verdict.FAULT, Verdict.KILLED
+
+
+def after(*lives: Life) -> Failures:
+    """Return the record of a slot after these lives."""
     failures = Failures()
-    for seconds, ready in lives:
-        failures = failures.after_life(seconds, ready)
+    for life in lives:
+        failures = failures.after_life(*life)
     return failures
 
 
 @pytest.mark.parametrize(
-    ("short", "delay"),
-    [(0, 0.0), (1, 0.0), (2, 0.1), (3, 0.2), (4, 0.4), (5, 0.8), (6, 1.6), (7, 3.2), (8, 5.0), (9, 5.0), (100_000, 5.0)],
+    ("life", "record"),
+    [  # short, unready, suspect, each after a record of 3, 3 and 1
+        ((SOON, True, FAULT, True), Failures(4, 0, 2)),
+        ((SOON, False, FAULT, True), Failures(4, 4, 2)),
+        ((SOON, True, FAULT, False), Failures(4, 0, 0)),
+        ((SOON, False, FAULT, False), Failures(4, 4, 0)),
+        ((LATE, True, FAULT, True), Failures(0, 0, 0)),
+        ((LATE, False, FAULT, True), Failures(0, 4, 0)),
+        ((SOON, True, KILLED, True), Failures(4, 0, 0)),
+        ((SOON, False, KILLED, True), Failures(4, 0, 0)),
+        ((SOON, False, KILLED, False), Failures(4, 0, 0)),
+        ((LATE, False, KILLED, True), Failures(0, 0, 0)),
+        ((SOON, True, DONE, True), Failures(4, 0, 0)),
+        ((SOON, False, DONE, True), Failures(4, 4, 0)),
+        ((LATE, True, DONE, True), Failures(0, 0, 0)),
+    ],
 )
-def test_delay(short: int, delay: float) -> None:
-    """The first short life costs no delay; from the second on it doubles from 0.1 to 5 seconds, and never overflows."""
-    assert delay == pytest.approx(Failures(short=short).delay())
-    assert Failures(short=short).delay() <= MAX_DELAY
+def test_after_life(life: Life, record: Failures) -> None:
+    """What one more death adds to the record of a slot, and what it wipes out."""
+    assert record == Failures(short=3, unready=3, suspect=1).after_life(*life)
 
 
-def test_a_long_life_forgives() -> None:
-    """A life of a second or more is no failure and wipes out those before."""
-    assert after((LONG_LIFE, True)) == Failures()
-    assert after((0.1, True), (0.1, True), (0.1, True)).short == 3
-    assert after((0.1, True), (0.1, True), (LONG_LIFE, True)) == Failures()
-    assert after((0.1, True), (LONG_LIFE - 0.001, True)).short == 2
+def test_delays() -> None:
+    """The first short life costs no delay; from the second on it doubles from 0.1 to 5 seconds; a long life starts anew."""
+    short = (SOON, True, KILLED, True)
+    delays = [after(*[short] * deaths).delay() for deaths in range(11)]
+    assert delays == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5])
+    assert max(delays) == MAX_DELAY
+    assert Failures(short=100_000).delay() == MAX_DELAY  # no overflow
+    assert after(short, short, short, (LATE, True, KILLED, True)).delay() == 0
+    assert after(short, short, short, (LATE, True, KILLED, True), short).delay() == 0
+
+
+def test_poisoned() -> None:
+    """Two deaths in a row by their own fault soon after adopting are enough; any other death between them starts the count anew."""
+    suspect = (SOON, True, FAULT, True)
+    assert [after(*[suspect] * deaths).poisoned() for deaths in range(4)] == [False, False, True, True]
+    assert after((SOON, False, FAULT, True), suspect).poisoned()
+    for innocent in [(LATE, True, FAULT, True), (SOON, True, KILLED, True), (SOON, True, DONE, True), (SOON, True, FAULT, False)]:
+        assert not after(suspect, innocent, suspect).poisoned()
+        assert not after(*[innocent] * 100).poisoned()
 
 
 def test_hopeless() -> None:
     """Five deaths in a row before ready are enough, long lives or short; one that was ready starts the count anew."""
-    assert [after(*[(0.1, False)] * deaths).hopeless() for deaths in range(1, 6)] == [False] * 4 + [True]
-    assert after(*[(60.0, False)] * MAX_UNREADY).hopeless()
-    assert not after(*[(0.1, False)] * 4, (0.1, True), *[(0.1, False)] * 4).hopeless()
-    assert not after(*[(0.1, True)] * 1000).hopeless()
+    unready, ready = (SOON, False, FAULT, False), (SOON, True, FAULT, False)
+    assert [after(*[unready] * deaths).hopeless() for deaths in range(1, 6)] == [False] * 4 + [True]
+    assert after(*[(60.0, False, FAULT, False)] * MAX_UNREADY).hopeless()
+    assert after(*[(SOON, False, DONE, True)] * MAX_UNREADY).hopeless()
+    assert not after(*[unready] * 4, ready, *[unready] * 4).hopeless()
+    assert not after(*[ready] * 1000).hopeless()
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.booleans(), st.just(KILLED), st.booleans())))
+def test_somebody_who_kills_costs_no_client(lives: list[Life]) -> None:
+    """Whoever kills workers, however soon and often, makes no client suspect and no slot hopeless."""
+    assert not after(*lives).poisoned()
+    assert not after(*lives).hopeless()
 
 
 def test_allowance() -> None:

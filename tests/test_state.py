@@ -1,0 +1,86 @@
+"""What one supervisor hands to the next: all of it, and only to a version that understands."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailsrv import messages
+from tailsrv.state import FORMAT, SlotState, State, StateError, decode, encode
+
+SLOTS = [
+    SlotState(
+        listeners=[10, 11], pid=4711, channel=12, spawned=17.25, ready=True, adopted=True, restarts=3, failures=[1, 0, 1],
+        clients=[[0, 20, None], [5, 21, 0], [7, 22, 2**62]], unprotected=[6, 9],
+    ),
+    SlotState(
+        listeners=[13], pid=None, channel=None, spawned=0.0, ready=False, adopted=False, restarts=0, failures=[0, 0, 0],
+        clients=[], unprotected=[],
+    ),
+]  # fmt: skip
+
+
+def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'") -> State:
+    """Return a state with everything in it."""
+    return State(
+        version="0.1.0", endpoints=["*:4321", "[::1]:4321"], started=1.5, file=file, file_gone=True, polling=polling,
+        control=[31, 32], slots=SLOTS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [make_state(), make_state(file=None, polling=None)])
+def test_round_trip(state: State) -> None:
+    """A state comes out as it went in."""
+    assert state == decode(encode(state))
+
+
+def test_descriptors() -> None:
+    """Every descriptor that the next version needs is in the list, each once."""
+    found = make_state().descriptors()
+    assert sorted(found) == [10, 11, 12, 13, 20, 21, 22, 30, 31, 32]
+
+
+def test_descriptors_while_waiting_for_the_file() -> None:
+    """Without a file there is no descriptor of it; no None is in the list."""
+    assert sorted(make_state(file=None).descriptors()) == [10, 11, 12, 13, 20, 21, 22, 31, 32]
+
+
+def changed(**values: object) -> bytes:
+    """Return the encoded state with `values` in place of its own."""
+    return json.dumps({**json.loads(encode(make_state())), **values}).encode()
+
+
+@pytest.mark.parametrize("theirs", [(FORMAT + 1, messages.VERSION), (FORMAT, messages.VERSION + 1), (0, 0)])
+def test_another_format(theirs: tuple[int, int]) -> None:
+    """The state of another format, or of a version whose workers speak otherwise, is refused, with both formats as the reason."""
+    with pytest.raises(StateError) as caught:
+        decode(changed(format=theirs[0], messages=theirs[1]))
+    assert str(theirs) in str(caught.value)
+    assert str((FORMAT, messages.VERSION)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"junk", b"\xff\xfe", b"null", b"7", b"[]", b"{}", b'"format"',
+        encode(make_state())[:-1],
+        json.dumps({"format": FORMAT, "messages": messages.VERSION}).encode(),
+        changed(slots=None),
+        changed(slots=[7]),
+        changed(slots=[{"listeners": []}]),
+        changed(dance=True),
+        json.dumps({name: value for name, value in json.loads(encode(make_state())).items() if name != "control"}).encode(),
+    ],
+)  # fmt: skip
+def test_junk(data: bytes) -> None:
+    """What is no state is a StateError, and no other."""
+    with pytest.raises(StateError):
+        decode(data)
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_at_all(data: bytes) -> None:
+    """Bytes that are no state never raise anything but StateError."""
+    with pytest.raises(StateError):
+        decode(data)
