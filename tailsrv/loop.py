@@ -28,15 +28,19 @@ class Loop:
         del self.handlers[fd]
         self.epoll.unregister(fd)
 
-    def wait(self, busy: bool = False) -> list[tuple[int, int]]:
-        """Return the descriptors that are ready, each with its events; sleep until there is one or a time comes, unless busy."""
-        events = self.epoll.poll(0 if busy else self.timers.timeout(self.clock()), EVENTS)
+    def timeout(self) -> float | None:
+        """Return the seconds until the next thing is due, None if nothing is planned."""
+        return self.timers.timeout(self.clock())
+
+    def wait(self, timeout: float | None) -> list[tuple[int, int]]:
+        """Return the descriptors that are ready, each with its events, after `timeout` seconds at the latest."""
+        events = self.epoll.poll(timeout, EVENTS)
         self.now = self.clock()
         return events
 
     def turn(self) -> None:
         """Wait, then call everyone whose descriptor is ready and do what is due."""
-        for fd, _ in self.wait():
+        for fd, _ in self.wait(self.timeout()):
             if (handler := self.handlers.get(fd)) is not None:  # else: it went earlier in this turn
                 handler()
         self.timers.run(self.now)

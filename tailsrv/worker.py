@@ -21,6 +21,7 @@ from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
 from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited, fields, logger
+from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Notices, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
@@ -28,7 +29,6 @@ from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
 from tailsrv.streams import Streams
 from tailsrv.syscalls import Outcome, accept, discard, finish_sending, peek_header, streamed, take_socket, unsent
-from tailsrv.timers import Timers
 from tailsrv.title import Title, worker_title
 from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
 
@@ -68,8 +68,7 @@ class Worker:
     def __init__(self, inheritance: Inheritance, config: Config, wakeup: Wakeup, clock: Callable[[], float] = time.monotonic) -> None:
         self.slot = inheritance.slot
         self.config = config
-        self.clock = clock
-        self.now = clock()  # read once a turn
+        self.loop = Loop(clock)
         self.clients: dict[int, Client] = {}
         self.headerless: dict[int, Client] = {}  # the oldest first
         self.finished: dict[int, Client] = {}  # drained; waiting for the peer to acknowledge
@@ -82,8 +81,7 @@ class Worker:
         self.left: list[int] = []
         self.notices = NO_NOTICES
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
-        self.timers = Timers()
-        self.title = Title(self.timers, self.render_title)
+        self.title = Title(self.loop.timers, self.render_title)
         self.refused = Limited(logging.WARNING)
         self.short_of_room = Limited(logging.WARNING, burst=1)
         self.failed = Limited(logging.ERROR)
@@ -94,48 +92,36 @@ class Worker:
         self.wakeup = wakeup
         self.watch = Watch(inheritance.file, config.path)
         self.streams = Streams(inheritance.file, self.watch.size(), self.drop)
-        self.epoll = select.epoll()
-        self.handlers: dict[int, Callable[[], None]] = {}
-        self.register(self.channel.fileno(), self.handle_channel)
-        self.register(wakeup.fileno(), self.handle_signal)
+        self.loop.register(self.channel.fileno(), self.handle_channel)
+        self.loop.register(wakeup.fileno(), self.handle_signal)
         if (watch := self.watch.fileno()) is not None:
-            self.register(watch, self.handle_watch)
+            self.loop.register(watch, self.handle_watch)
         self.adopt(inheritance.clients)
         self.start_accepting()
-
-    def register(self, fd: int, handler: Callable[[], None]) -> None:
-        self.handlers[fd] = handler
-        self.epoll.register(fd, select.EPOLLIN)
-
-    def unregister(self, fd: int) -> None:
-        del self.handlers[fd]
-        self.epoll.unregister(fd)
 
     # The loop
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
         self.notices = Notices(ready=True, polling=self.watch.polling)
-        self.title.changed(self.now)
+        self.title.changed(self.loop.now)
         if self.watch.polling:
             self.poll_file()
         self.check_path()  # it may have gone since the supervisor opened it
         self.send_news()
         while not self.ended:
-            self.step(0 if self.streams.behind else self.timers.timeout(self.clock()))
+            self.step(0 if self.streams.behind else self.loop.timeout())
         self.send_news()  # who left in the last turn
         return ExitStatus.DONE
 
     def step(self, timeout: float | None) -> None:
         """Run one turn: wait, then serve whatever is ready."""
-        events = self.epoll.poll(timeout, policy.EVENTS)
-        self.now = self.clock()
-        for fd, mask in events:
+        for fd, mask in self.loop.wait(timeout):
             if (client := self.clients.get(fd)) is not None:
                 self.handle_client(client, mask)
-            elif (handler := self.handlers.get(fd)) is not None:  # else: it went earlier in this turn
+            elif (handler := self.loop.handlers.get(fd)) is not None:  # else: it went earlier in this turn
                 handler()
-        self.timers.run(self.now)
+        self.loop.timers.run(self.loop.now)
         if self.streams.behind:
             self.streams.pump()
             if self.streams.shrunk:
@@ -146,8 +132,8 @@ class Worker:
             self.close_dropped()
         if self.joined or self.starting or self.notices is not NO_NOTICES:
             self.send_news()
-        elif self.left and self.send_news not in self.timers:
-            self.timers.set(self.send_news, self.now + LEFT_DELAY)  # nothing is urgent about those who left
+        elif self.left and self.send_news not in self.loop.timers:
+            self.loop.timers.set(self.send_news, self.loop.now + LEFT_DELAY)  # nothing is urgent about those who left
 
     # The file
 
@@ -173,7 +159,7 @@ class Worker:
 
     def poll_file(self) -> None:
         """Do by the clock what handle_watch does where inotify cannot help."""
-        self.timers.set(self.poll_file, self.now + POLL_INTERVAL)
+        self.loop.timers.set(self.poll_file, self.loop.now + POLL_INTERVAL)
         self.check_path()
         if self.clients:
             self.look()
@@ -182,13 +168,13 @@ class Worker:
 
     def start_accepting(self) -> None:
         for listener in self.listeners:
-            self.register(listener.fileno(), partial(self.handle_listener, listener))
+            self.loop.register(listener.fileno(), partial(self.handle_listener, listener))
 
     def stop_accepting(self) -> None:
-        self.timers.cancel(self.start_accepting)
+        self.loop.timers.cancel(self.start_accepting)
         for listener in self.listeners:
-            if listener.fileno() in self.handlers:
-                self.unregister(listener.fileno())
+            if listener.fileno() in self.loop.handlers:
+                self.loop.unregister(listener.fileno())
 
     def handle_listener(self, listener: socket.socket) -> None:
         self.accept_clients(listener, policy.ACCEPTS)
@@ -202,7 +188,7 @@ class Worker:
                 case Outcome():
                     return
                 case sock, peer:
-                    client = Client(next(self.numbers), sock, peer, self.now)
+                    client = Client(next(self.numbers), sock, peer, self.loop.now)
                     self.joined.append(client)
                     self.add_client(client)
                     self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
@@ -215,7 +201,7 @@ class Worker:
             except OSError:
                 self.left.append(number)
                 continue
-            client = Client(number, sock, peer, self.now)
+            client = Client(number, sock, peer, self.loop.now)
             self.add_client(client)
             if (sent := streamed(sock)) is None:
                 self.drop(client)
@@ -229,10 +215,10 @@ class Worker:
             self.look()  # nobody kept the size up to date while there was no client
         self.clients[client.fd] = client
         self.headerless[client.fd] = client
-        self.epoll.register(client.fd, CLIENT_EVENTS)
+        self.loop.epoll.register(client.fd, CLIENT_EVENTS)
         if self.config.header_timeout and len(self.headerless) == 1:
-            self.timers.set(self.expire_headerless, self.now + self.config.header_timeout)
-        self.title.changed(self.now)
+            self.loop.timers.set(self.expire_headerless, self.loop.now + self.config.header_timeout)
+        self.title.changed(self.loop.now)
 
     def make_room(self) -> None:
         """Out of descriptors: the oldest connection without a header goes; without one, stop listening for a moment."""
@@ -244,13 +230,13 @@ class Worker:
         if not self.dropped:  # else there is room at the end of this turn
             self.short_of_room("short of descriptors, not accepting for a moment", slot=self.slot, clients=len(self.clients))
             self.stop_accepting()
-            self.timers.set(self.start_accepting, self.now + policy.STALL_PAUSE)
+            self.loop.timers.set(self.start_accepting, self.loop.now + policy.STALL_PAUSE)
 
     def expire_headerless(self) -> None:
         """End the connections whose header has not come in time."""
         for client in list(self.headerless.values()):
-            if (due := client.accepted + self.config.header_timeout) > self.now:
-                self.timers.set(self.expire_headerless, due)
+            if (due := client.accepted + self.config.header_timeout) > self.loop.now:
+                self.loop.timers.set(self.expire_headerless, due)
                 return
             self.refuse(client, f"no header in {self.config.header_timeout:g} seconds")
 
@@ -310,13 +296,13 @@ class Worker:
         self.headerless.pop(client.fd, None)
         self.finished.pop(client.fd, None)
         del self.clients[client.fd]
-        self.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
+        self.loop.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
         self.dropped.append(client)
         if client in self.joined:
             self.joined.remove(client)
         else:
             self.left.append(client.number)
-        self.title.changed(self.now)
+        self.title.changed(self.loop.now)
 
     def close_dropped(self) -> None:
         for client in self.dropped:
@@ -362,10 +348,10 @@ class Worker:
             self.drop(client)  # it has not asked for anything
         self.look()
         if (watch := self.watch.fileno()) is not None:
-            self.unregister(watch)
-        self.timers.cancel(self.poll_file)
-        self.timers.set(self.end_drain, self.now + grace)
-        self.title.changed(self.now)
+            self.loop.unregister(watch)
+        self.loop.timers.cancel(self.poll_file)
+        self.loop.timers.set(self.end_drain, self.loop.now + grace)
+        self.title.changed(self.loop.now)
 
     def finish_drained(self) -> None:
         """See off the clients that have all there is."""
@@ -385,7 +371,7 @@ class Worker:
             if unsent(client.sock) == 0:
                 self.drop(client)
         if self.finished:
-            self.timers.set(self.check_finished, self.now + LINGER_CHECK)
+            self.loop.timers.set(self.check_finished, self.loop.now + LINGER_CHECK)
 
     def end_drain(self) -> None:
         """End where the grace is over: whoever has not got everything keeps what the kernel has queued for it."""
@@ -405,7 +391,7 @@ class Worker:
         Only then do the new streams start: should we die before, their headers are still in their sockets, and
         should we die after, the supervisor knows where they started.
         """
-        self.timers.cancel(self.send_news)
+        self.loop.timers.cancel(self.send_news)
         while self.left or self.joined or self.starting or self.notices is not NO_NOTICES:
             joined, left = self.joined[:MAX_SOCKETS], self.left[:MAX_NEWS]
             starting = self.starting[:MAX_NEWS] if len(joined) == len(self.joined) else []
@@ -421,7 +407,7 @@ class Worker:
                 self.ended = True  # the supervisor is gone
                 return
             except OSError:  # it is too busy, or the kernel short of memory
-                self.timers.set(self.send_news, self.now + RETRY_REPORT)
+                self.loop.timers.set(self.send_news, self.loop.now + RETRY_REPORT)
                 return
             del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]
             self.notices = NO_NOTICES

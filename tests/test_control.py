@@ -23,7 +23,7 @@ def endpoint() -> str:
 @contextmanager
 def held(*names: str) -> Iterator[Control]:
     """Hold the lock for these names."""
-    control = Control(names)
+    control = Control.lock(names)
     try:
         yield control
     finally:
@@ -62,7 +62,7 @@ def test_lock(endpoint: str) -> None:
     """A second server for the same endpoint is refused and told who is there; afterwards the name is free."""
     with held(endpoint):
         with pytest.raises(AlreadyServedError) as caught:
-            Control([endpoint])
+            Control.lock([endpoint])
         assert endpoint in str(caught.value)
         assert str(os.getpid()) in str(caught.value)
     with held(endpoint):
@@ -73,13 +73,13 @@ def test_lock_is_all_or_nothing(endpoint: str) -> None:
     """A server that gets only some of its names holds none of them."""
     with held(endpoint):
         with pytest.raises(AlreadyServedError):
-            Control([endpoint + "1", endpoint])
+            Control.lock([endpoint + "1", endpoint])
         assert find_supervisor(endpoint + "1") is None
 
 
 def test_lock_dies_with_its_holder(endpoint: str) -> None:
     """A server that was killed leaves nothing behind."""
-    code = "import os, sys; from tailsrv.control import Control; control = Control(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    code = "import os, sys; from tailsrv.control import Control; control = Control.lock(sys.argv[1:]); os.kill(os.getpid(), 9)"
     assert run_python(code, endpoint).returncode == -9
     with held(endpoint):
         assert find_supervisor(endpoint) == os.getpid()
@@ -90,7 +90,7 @@ def test_closed_copy_keeps_the_lock(endpoint: str) -> None:
     code = """
 import os, sys
 from tailsrv.control import Control, find_supervisor
-control = Control(sys.argv[1:])
+control = Control.lock(sys.argv[1:])
 if (pid := os.fork()) == 0:
     control.close()
     os._exit(0)
@@ -148,7 +148,7 @@ if (pid := os.fork()) == 0:
     os._exit(0)
 os.setgroups([])
 os.setuid(server)
-control = Control([sys.argv[1]])
+control = Control.lock([sys.argv[1]])
 os.write(told, b"!")
 assert select.select(control.sockets, [], [], 20)[0]
 control.answer(control.sockets[0], b"status")

@@ -38,7 +38,7 @@ class Bench:
     def client(self, offset: int, receive: int | None = None, send: int | None = None) -> Client:
         """Add a client at `offset`."""
         near, far = self.stack.enter_context(tcp_pair(receive, send))
-        client = Client(near, far.getsockname(), 0.0)
+        client = Client(0, near, far.getsockname(), 0.0)
         self.fars[client] = far
         self.streams.add(client, offset)
         return client
@@ -386,7 +386,7 @@ def test_memory_of_those_who_were_ahead(bench: Bench) -> None:
     stays = bench.client(2)
     near, far = bench.stack.enter_context(tcp_pair())
     for number in range(1000):
-        client = Client(near, far.getsockname(), 0.0)
+        client = Client(number, near, far.getsockname(), 0.0)
         bench.streams.add(client, 2**62 + number)
         client.state = State.CLOSED
         bench.streams.remove(client)

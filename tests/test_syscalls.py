@@ -11,7 +11,7 @@ import pytest
 from unit import append, opened, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
 
 from tailsrv.protocol import PEEK
-from tailsrv.syscalls import Outcome, accept, consume, discard, finish_sending, peek_header, raise_descriptor_limit, send_chunk, unsent
+from tailsrv.syscalls import Outcome, accept, discard, finish_sending, peek_header, raise_descriptor_limit, send_chunk, unsent
 
 DATA = bytes(range(256)) * 1024
 
@@ -206,7 +206,7 @@ def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socke
     far.shutdown(socket.SHUT_WR)
     wait_for(near, select.POLLRDHUP)
     assert peek_header(near) == b"12"
-    consume(near, 2)
+    near.recv(2)
     assert peek_header(near) == b""
 
 
@@ -216,15 +216,6 @@ def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) ->
     reset(far)
     wait_for(near, select.POLLERR)
     assert peek_header(near) is Outcome.HUNG_UP
-
-
-def test_consume_takes_the_header_only(pair: tuple[socket.socket, socket.socket]) -> None:
-    """Exactly the header goes; what is behind it stays."""
-    near, far = pair
-    far.sendall(b"12\njunk")
-    wait_readable(near)
-    consume(near, 3)
-    assert near.recv(100) == b"junk"
 
 
 def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:

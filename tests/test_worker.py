@@ -58,15 +58,15 @@ class Bench:
         stack.callback(setproctitle, getproctitle())
         wakeup = Wakeup([signal.SIGTERM])
         stack.callback(wakeup.close)
-        config = Config(str(path), self.address[1], grace=grace, header_timeout=header_timeout)
-        inheritance = Inheritance(0, file, self.listeners[0], theirs, ["127.0.0.1:0"])
+        self.config = config = Config(str(path), self.address[1], grace=grace, header_timeout=header_timeout)
+        inheritance = Inheritance(0, file, self.listeners[0], theirs, ["127.0.0.1:0"], {})
         self.worker = Worker(inheritance, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)
 
     def close(self) -> None:
         """Close what a worker leaves to the end of its process."""
         worker = self.worker
-        worker.epoll.close()
+        worker.loop.epoll.close()
         worker.watch.close()
         for client in [*worker.clients.values(), *worker.dropped]:
             client.sock.close()
@@ -80,7 +80,7 @@ class Bench:
 
     def settle(self) -> None:
         """Run turns until there is nothing left to do: what has reached a socket by now has been acted on."""
-        while readable(self.worker.epoll.fileno()) or self.worker.streams.behind or self.worker.dropped:
+        while readable(self.worker.loop.epoll.fileno()) or self.worker.streams.behind or self.worker.dropped:
             self.worker.step(0)
 
     def connect(self, said: bytes = b"", receive: int | None = None) -> tuple[socket.socket, Client]:
@@ -213,7 +213,7 @@ def test_half_close(bench: Bench, when: str) -> None:
         wait_for(client.sock, select.POLLRDHUP)
     assert bench.receive(far, 2) == b"89"
     bench.settle()
-    assert not readable(bench.worker.epoll.fileno())
+    assert not readable(bench.worker.loop.epoll.fileno())
     for _ in range(3):
         append(bench.path, b"more")
         assert bench.receive(far, 4) == b"more"
@@ -347,10 +347,10 @@ with working(Path(sys.argv[1])) as bench:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     listener = bench.listeners[0][0].fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
-    bench.until(lambda: listener not in bench.worker.handlers)
-    while readable(bench.worker.epoll.fileno()):
+    bench.until(lambda: listener not in bench.worker.loop.handlers)
+    while readable(bench.worker.loop.epoll.fileno()):
         bench.worker.step(0)
-    assert bench.worker.start_accepting in bench.worker.timers
+    assert bench.worker.start_accepting in bench.worker.loop.timers
     assert list(bench.worker.clients.values()) == [client]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     bench.skew = 60.0
@@ -401,7 +401,7 @@ def test_error_with_one_client_ends_that_client_only(
 ) -> None:
     """A fault of ours while serving one client ends that one, with a line in the log; the others notice nothing."""
 
-    def parse(received: bytes, ended: bool) -> tuple[Start, int] | None:
+    def parse(received: bytes, ended: bool) -> Start | None:
         if received.startswith(b"7"):
             raise ZeroDivisionError("poison")
         return parse_header(received, ended)
@@ -449,10 +449,10 @@ def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
         bench.settle()
         far.sendall(b"junk")
         wait_readable(duplicate)
-        assert not readable(bench.worker.epoll.fileno())
+        assert not readable(bench.worker.loop.epoll.fileno())
         reset(far)
         wait_for(duplicate, select.POLLERR)
-        assert not readable(bench.worker.epoll.fileno())
+        assert not readable(bench.worker.loop.epoll.fileno())
     append(bench.path, b"more")
     assert bench.receive(other, 4) == b"more"
 
@@ -460,17 +460,17 @@ def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
 def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
     """A worker without clients sleeps through appends; the first one that comes finds the file as it is."""
     append(bench.path, b"a")
-    assert not readable(bench.worker.epoll.fileno())
+    assert not readable(bench.worker.loop.epoll.fileno())
     far, _ = bench.connect(b"-3\n")
     assert bench.receive(far, 3) == b"89a"
     far.close()
     append(bench.path, b"b")
-    bench.until(lambda: readable(bench.worker.epoll.fileno()) or bench.worker.streams.size == 12)
+    bench.until(lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.size == 12)
     append(bench.path, b"c")  # its answer is a reset, as the client has closed
     bench.until(lambda: not bench.worker.clients)
     bench.settle()
     append(bench.path, b"d")
-    assert not readable(bench.worker.epoll.fileno())
+    assert not readable(bench.worker.loop.epoll.fileno())
     again, _ = bench.connect(b"10\n")
     assert bench.receive(again, 4) == b"abcd"
 
@@ -482,7 +482,7 @@ def test_truncation_is_reported(bench: Bench) -> None:
     bench.reports()
     os.truncate(bench.path, 3)
     bench.until(lambda: bench.worker.streams.size == 3)
-    assert [report.truncated for report in bench.reports()] == [3]
+    assert [report.notices.truncated for report in bench.reports()] == [3]
     append(bench.path, b"abcdefghij")
     assert bench.receive(far, 3) == b"hij"
 
@@ -498,39 +498,49 @@ def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
     moved.chmod(0o600)
     append(moved, b"more")
     assert bench.receive(far, 4) == b"more"
-    assert [report.gone for report in bench.reports()] == [True]
+    assert [report.notices.gone for report in bench.reports()] == [True]
 
 
 def test_clients_are_reported(bench: Bench) -> None:
-    """The supervisor learns how many clients there are, at most once a second, and the last number is right."""
-    fars = [bench.connect(b"-0\n")[0] for _ in range(3)]
+    """The supervisor learns who has joined, where each starts and who has left; the title counts them."""
+    far, client = bench.connect(b"-4\n")
+    bench.settle()
+    reports = bench.reports()
+    assert [number for report in reports for number in report.joined] == [client.number]
+    assert [pair for report in reports for pair in report.started] == [(client.number, 6)]
+    assert bench.receive(far, 4) == b"6789"
     bench.skew = 10.0
-    bench.until(lambda: [report.clients for report in bench.reports()][-1:] == [3])
-    assert getproctitle() == "tailsrv: worker 0 127.0.0.1:0 [3 clients]"
-    reset(fars[0])
-    bench.until(lambda: len(bench.worker.clients) == 2)
+    bench.until(lambda: getproctitle() == "tailsrv: worker 0 127.0.0.1:0 [1 client]")
+    reset(far)
+    bench.until(lambda: not bench.worker.clients)
     bench.skew = 20.0
-    bench.until(lambda: [report.clients for report in bench.reports()][-1:] == [2])
+    bench.until(lambda: [report.left for report in bench.reports()][-1:] == [[client.number]])
 
 
-def test_busy_supervisor(bench: Bench) -> None:
-    """A report that the supervisor has no room for is told later, and nobody waits for it."""
-    worker_end = bench.worker.channel
+def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> None:
+    """While the supervisor has no room for the news nothing is consumed and nothing sent; a follower notices nothing."""
+    follower, _ = bench.connect(b"-0\n")
+    bench.settle()
+    bench.reports()
     packets = 0
     for size in (4096, 1):  # until there is not even room for a byte
         with suppress(BlockingIOError):
-            while worker_end.send(bytes(size), socket.MSG_DONTWAIT):
+            while bench.worker.channel.send(bytes(size), socket.MSG_DONTWAIT):
                 packets += 1
-    far, _ = bench.connect(b"8\n")
-    assert bench.receive(far, 2) == b"89"
-    os.truncate(bench.path, 3)
-    bench.until(lambda: bench.worker.streams.size == 3)
+    far = bench.stack.enter_context(socket.create_connection(bench.address, timeout=PATIENCE))
+    far.sendall(b"8\n")
+    bench.until(lambda: bench.worker.starting)
+    append(bench.path, b"ab")
+    assert bench.receive(follower, 2) == b"ab"
+    [(client, offset)] = bench.worker.starting
+    assert offset == 8
+    assert client.sock.recv(10, socket.MSG_PEEK) == b"8\n"
+    assert not readable(far)
     for _ in range(packets):
         assert not bench.channel.recv(MAX_MESSAGE).strip(b"\0")
-    assert not readable(bench.channel)
     bench.skew = 10.0
-    bench.until(lambda: readable(bench.channel))
-    assert bench.reports()[0].truncated == 3
+    assert bench.receive(far, 4) == b"89ab"
+    assert [pair for report in bench.reports() for pair in report.started] == [(client.number, 8)]
 
 
 @pytest.mark.slow
@@ -592,7 +602,7 @@ def test_drain(bench: Bench) -> None:
     queued.sendall(b"-4\n")
     wait_readable(bench.listeners[0][0])
     append(bench.path, b"last")
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     fars = (replaying, caught_up, chatty, silent, ahead, half_closed, unread, queued)
     whole += b"last"
     expected = [whole, b"last", whole[-9:], b"", b"", whole[-6:], whole[-3:], whole[-4:]]
@@ -605,7 +615,7 @@ def test_drain(bench: Bench) -> None:
 def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
     """After the word to drain nobody is accepted any more, and what is appended is not sent."""
     far, _ = bench.connect(b"8\n")
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.until(lambda: bench.worker.draining)
     append(bench.path, b"too late")
     with socket.socket() as late:
@@ -615,7 +625,7 @@ def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
 
 def test_drain_without_clients(bench: Bench) -> None:
     """A worker with nobody to see off ends at once."""
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.worker.step(PATIENCE)
     assert bench.worker.ended
 
@@ -623,7 +633,7 @@ def test_drain_without_clients(bench: Bench) -> None:
 def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: Bench) -> None:
     """A client that keeps its side open is done when it has got everything."""
     far, _ = bench.connect(b"0\n")
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.until(lambda: bench.worker.ended)
     assert recv_all(far) == b"0123456789"
 
@@ -634,7 +644,7 @@ def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with working(path, grace=100.0) as bench:
         far, client = bench.connect(b"0\n", receive=4096)
         bench.until(lambda: client.fd in bench.worker.streams.blocked)
-        bench.channel.sendall(encode(Drain()))
+        bench.channel.sendall(encode(Drain(bench.config.grace)))
         bench.until(lambda: bench.worker.draining)
         bench.skew = 90.0
         bench.worker.step(0)
@@ -662,7 +672,7 @@ def test_term_after_drain(bench: Bench) -> None:
     """SIGTERM behind the word to drain drains, even if the signal is seen first."""
     far, _ = bench.connect(b"8\n")
     bench.settle()
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     signal.raise_signal(signal.SIGTERM)
     bench.worker.handle_signal()
     assert bench.worker.draining
@@ -680,14 +690,14 @@ def test_orphan_ends(bench: Bench) -> None:
 
 def test_run(bench: Bench) -> None:
     """run() says that the worker is ready, and returns the exit status when it is told to drain."""
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     assert bench.worker.run() == ExitStatus.DONE
-    assert bench.reports()[0].ready is True
+    assert bench.reports()[0].notices.ready is True
 
 
 def test_run_on_a_file_that_has_gone_already(bench: Bench) -> None:
     """A file that went between the supervisor's look and the worker's watch is reported with the first word."""
     bench.path.unlink()
-    bench.channel.sendall(encode(Drain()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
     assert bench.worker.run() == ExitStatus.DONE
-    assert bench.reports()[0].gone is True
+    assert bench.reports()[0].notices.gone is True
