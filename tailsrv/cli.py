@@ -176,4 +176,5 @@ def prepare_to_fork() -> None:
     """Do once what every worker would otherwise do for itself, so that they share the memory."""
     with suppress(OSError):  # a worker that gets no instance says so itself, and polls
         INotify().close()  # looks for the C library, by way of a child process
-    gc.disable()  # a collection before the fork would leave holes that workers then fill, each with its own copy
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to every page that it looks at, and get its own copy

@@ -46,7 +46,6 @@ def work(inheritance: Inheritance, config: Config) -> int:
     """Serve one slot until the supervisor says `drain` or is gone; return the exit status."""
     setproctitle(worker_title(inheritance.slot, inheritance.endpoints, "starting", 0))
     gc.freeze()  # what the supervisor made stays shared memory
-    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sendfile(2) has no MSG_NOSIGNAL
