@@ -48,7 +48,7 @@ class Title:
         self._now = now
         if now >= self._next:
             self._renew()
-        elif self._renew not in self._timers:
+        elif self._renew not in self._timers and self._render() != self._shown:
             self._timers.set(self._renew, self._next)
 
     def _renew(self) -> None:
