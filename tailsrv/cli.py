@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from tailsrv.control import AlreadyServedError, Control, describe_holder, find_s
 from tailsrv.listener import ListenError, endpoints, open_listeners
 from tailsrv.log import fields, logger, set_up
 from tailsrv.processors import count_processors
-from tailsrv.supervisor import Supervisor
+from tailsrv.supervisor import CAUGHT, Supervisor
 from tailsrv.syscalls import raise_descriptor_limit
 from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
@@ -129,7 +130,10 @@ def serve(config: Config) -> int:
         "listening: %s",
         fields(version=__version__, endpoints=",".join(names), port=port, workers=config.workers, descriptors=descriptors),
     )
-    return Supervisor(config, listeners, names, control, partial(work, config=config)).run(file)
+    status = Supervisor(config, listeners, names, control, partial(work, config=config)).run(file)
+    # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
+    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+    return status
 
 
 def listen(config: Config) -> tuple[list[list[socket.socket]], int]:
