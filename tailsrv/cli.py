@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from tailsrv.log import fields, logger, set_up
 from tailsrv.processors import count_processors
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
-from tailsrv.supervisor import Supervisor
+from tailsrv.supervisor import CAUGHT, Supervisor
 from tailsrv.syscalls import raise_descriptor_limit
 from tailsrv.upgrade import answer_check, is_check, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
@@ -121,10 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up(verbosity)
     try:
         handed_on = read_state()
-        return serve(config) if handed_on is None else go_on(config, handed_on)
+        status = serve(config) if handed_on is None else go_on(config, handed_on)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
+    # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
+    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+    return status
 
 
 def serve(config: Config) -> int:

@@ -55,7 +55,7 @@ def endpoint(host: str, port: int) -> str:
 
 def endpoints(bind: Sequence[str], port: int) -> list[str]:
     """Return how each address that is listened on is written, `*` for all of them."""
-    return [endpoint(host.strip("[]"), port) for host in dict.fromkeys(bind)] or [f"*:{port}"]
+    return [endpoint(host, port) for host in dict.fromkeys(host.strip("[]") for host in bind)] or [f"*:{port}"]
 
 
 def resolve(bind: Sequence[str]) -> list[Address]:

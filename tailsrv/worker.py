@@ -188,9 +188,9 @@ class Worker:
                     return
                 case sock, peer:
                     client = Client(next(self.numbers), sock, peer, self.loop.now)
-                    self.joined.append(client)
-                    self.add_client(client)
-                    self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
+                    if self.add_client(client):
+                        self.joined.append(client)
+                        self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
@@ -201,23 +201,31 @@ class Worker:
                 self.left.append(number)
                 continue
             client = Client(number, sock, peer, self.loop.now)
-            self.add_client(client)
-            if (sent := streamed(sock)) is None:
+            if not self.add_client(client):
+                self.left.append(number)
+            elif (sent := streamed(sock)) is None:
                 self.drop(client)
             elif entry.start is not None:
                 del self.headerless[client.fd]
                 self.streams.add(client, entry.start + sent)
 
-    def add_client(self, client: Client) -> None:
+    def add_client(self, client: Client) -> bool:
+        """Take `client` in and tell whether that was possible."""
+        try:
+            self.loop.epoll.register(client.fd, CLIENT_EVENTS)
+        except OSError as error:  # fs.epoll.max_user_watches
+            self.failed("client failed", slot=self.slot, peer=client, reason=error)
+            client.sock.close()
+            return False
         if not self.clients:
             self.watch.follow(True)
             self.look()  # nobody kept the size up to date while there was no client
         self.clients[client.fd] = client
         self.headerless[client.fd] = client
-        self.loop.epoll.register(client.fd, CLIENT_EVENTS)
         if self.config.header_timeout and len(self.headerless) == 1:
             self.loop.timers.set(self.expire_headerless, self.loop.now + self.config.header_timeout)
         self.title.changed(self.loop.now)
+        return True
 
     def make_room(self) -> None:
         """Out of descriptors: the oldest connection without a header goes; without one, stop listening for a moment."""

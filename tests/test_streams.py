@@ -171,7 +171,9 @@ def test_full_socket(bench: Bench) -> None:
 def test_full_socket_at_an_append(bench: Bench) -> None:
     """A caught-up client that takes only a part of an append gets the rest later, and the others get theirs at once."""
     slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
-    total = b""
+    total = BIG[:10]
+    bench.grow(total[:5])
+    bench.grow(total[5:])
     while slow.fd in bench.streams.caught_up:
         total += BIG[len(total) : len(total) + 65536]
         bench.grow(BIG[len(total) - 65536 : len(total)])
@@ -355,19 +357,23 @@ def test_error_of_one_client(bench: Bench, offset: int) -> None:
 
 def test_remove(bench: Bench) -> None:
     """A client that has been removed gets nothing more, wherever it was, and its offset is what it has got to."""
+    caught_up = bench.client(0)
     bench.grow(b"data")
-    caught_up, behind, blocked = bench.client(4), bench.client(1), bench.client(2)
+    behind, blocked = bench.client(1), bench.client(2)
     bench.streams.behind.remove(blocked)
     bench.streams.blocked[blocked.fd] = blocked
     for client in (caught_up, behind, blocked):
         client.state = State.CLOSED
         bench.streams.remove(client)
+    assert not bench.streams.blocked
+    for client in (caught_up, behind, blocked):
         bench.streams.writable(client)
     bench.grow(b"more")
     bench.streams.pump()
-    assert [bench.received(client) for client in (caught_up, behind, blocked)] == [b""] * 3
+    assert [bench.received(client) for client in (caught_up, behind, blocked)] == [b"data", b"", b""]
     assert [caught_up.offset, behind.offset, blocked.offset] == [4, 1, 2]
     assert bench.streams.idle() == []
+    assert not bench.streams.behind
 
 
 def test_idle(bench: Bench) -> None:

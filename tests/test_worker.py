@@ -19,6 +19,7 @@ from unit import (
     opened,
     readable,
     recv_all,
+    recv_exactly,
     reset,
     run_python,
     wait_for,
@@ -80,8 +81,7 @@ class Bench:
 
     def settle(self) -> None:
         """Run turns until there is nothing left to do: what has reached a socket by now has been acted on."""
-        while readable(self.worker.loop.epoll.fileno()) or self.worker.streams.behind or self.worker.dropped:
-            self.worker.step(0)
+        self.until(lambda: not (readable(self.worker.loop.epoll.fileno()) or self.worker.streams.behind or self.worker.dropped))
 
     def connect(self, said: bytes = b"", receive: int | None = None) -> tuple[socket.socket, Client]:
         """Connect, say something, and run turns until it is taken in; return the far end, and the worker's record."""
@@ -396,6 +396,38 @@ def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> Non
     assert bench.receive(far, 4) == b"cdef"
 
 
+def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An append between the look at the file and the reading of the event that told of it is not left lying."""
+    follower, _ = bench.connect(b"-0\n")
+    bench.settle()
+    read = bench.worker.watch.read
+
+    def read_late() -> bool:
+        append(bench.path, b"def")
+        return read()
+
+    monkeypatch.setattr(bench.worker.watch, "read", read_late)
+    append(bench.path, b"abc")
+    bench.worker.handle_watch()
+    assert not readable(bench.worker.loop.epoll.fileno())
+    assert recv_exactly(follower, 6) == b"abcdef"
+
+
+def test_file_that_shrank_unseen(bench: Bench) -> None:
+    """A send that finds less than we thought makes the worker look again, and not try for ever."""
+    far, client = bench.connect(b"15\n")
+    bench.settle()
+    bench.reports()
+    bench.worker.streams.resize(20)  # as if it had been that long
+    assert client in bench.worker.streams.behind
+    bench.worker.step(0)
+    assert bench.worker.streams.size == 10
+    bench.settle()
+    assert [report.notices.truncated for report in bench.reports()] == [10]
+    append(bench.path, b"abcdefghij")
+    assert bench.receive(far, 5) == b"fghij"
+
+
 def test_error_with_one_client_ends_that_client_only(
     bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +568,7 @@ def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> Non
     assert offset == 8
     assert client.sock.recv(10, socket.MSG_PEEK) == b"8\n"
     assert not readable(far)
+    assert not bench.worker.ended
     for _ in range(packets):
         assert not bench.channel.recv(MAX_MESSAGE).strip(b"\0")
     bench.skew = 10.0
@@ -603,6 +636,7 @@ def test_drain(bench: Bench) -> None:
     wait_readable(bench.listeners[0][0])
     append(bench.path, b"last")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.worker.handle_channel()  # before the turn that would have taken in the others
     fars = (replaying, caught_up, chatty, silent, ahead, half_closed, unread, queued)
     whole += b"last"
     expected = [whole, b"last", whole[-9:], b"", b"", whole[-6:], whole[-3:], whole[-4:]]
@@ -636,6 +670,32 @@ def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: Bench) -
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.until(lambda: bench.worker.ended)
     assert recv_all(far) == b"0123456789"
+
+
+def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
+    """A client whose bytes are still on the way stays until it has them, and what it says meanwhile does not cost it any."""
+    path.write_bytes(BIG[: 1 << 16])
+    with working(path) as bench:
+        far, client = bench.connect(b"0\n", receive=4096)
+        bench.channel.sendall(encode(Drain(bench.config.grace)))
+        bench.until(lambda: client.state is State.FINISHED)
+        bench.worker.step(0)
+        assert list(bench.worker.clients.values()) == [client]
+        far.sendall(b"stray")
+        assert bench.receive_to_the_end(far) == [BIG[: 1 << 16]]
+
+
+def test_grace_leaves_what_is_queued(path: Path) -> None:
+    """A client that is let go still gets what was sent to it, though it has said something that nobody has read."""
+    append(path, BIG)
+    with working(path) as bench:
+        far, client = bench.connect(b"0\n", receive=4096)
+        bench.until(lambda: client.fd in bench.worker.streams.blocked)
+        far.sendall(b"stray")
+        wait_readable(client.sock)
+        bench.worker.end_drain()
+        bench.worker.close_dropped()
+        assert recv_all(far) == (b"0123456789" + BIG)[: client.offset]
 
 
 def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,441 @@
+"""No client is lost: workers die at any moment, and every byte of every stream is compared."""
+
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from helpers import Serve, Server, append, eventually, expect, gone, random_bytes, recv_all, stop
+from survival import NO_CORE, await_clients, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
+
+pytestmark = pytest.mark.slow
+
+DATA = random_bytes(12 << 20)
+SMALL = DATA[:1000]
+NEWS = b"appended later, by somebody else"
+
+
+# Any moment
+
+
+def test_two_hundred_kills(serve: Serve, path: Path) -> None:
+    """Fifty clients of all paces lose nothing while their workers are killed at random moments, two hundred times."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "8")
+    dice, kills = random.Random(3), 0
+    with loaded(server, path, seed=3) as load:
+        while kills < 200:
+            load.run(dice.uniform(0, 0.24))
+            if living := children(server.pid):  # also those that have only just been forked
+                os.kill(dice.choice(living), signal.SIGKILL)
+                kills += 1
+    assert len(server.lines("worker was killed", "signal=SIGKILL")) > 190  # some were hit twice before they were gone
+    assert not server.lines("error")
+
+
+@pytest.mark.parametrize(("number", "deaths", "age"), [(signal.SIGSEGV, 12, 1.1), (signal.SIGTERM, 24, 0.5)])
+def test_other_deaths(serve: Serve, path: Path, number: signal.Signals, deaths: int, age: float) -> None:
+    """Neither crashes that are spaced out nor SIGTERM to a worker by hand cost a client anything."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "4", wrapper=NO_CORE)
+    seen: dict[int, float] = {}  # pids, with the time when each was first seen
+    killed: set[int] = set()
+
+    def kill_one() -> bool:
+        living = [pid for pid in workers(server) if pid not in killed]
+        for pid in living:
+            seen.setdefault(pid, time.monotonic())
+        pid = min(living, key=lambda pid: seen[pid], default=0)
+        if not pid or time.monotonic() - seen[pid] < age:
+            return False
+        os.kill(pid, number)
+        killed.add(pid)
+        return True
+
+    with loaded(server, path, seed=number) as load:
+        for _ in range(deaths):
+            load.run_until(kill_one)
+    assert sum(worker["restarts"] for worker in status(server)["workers"]) == deaths
+    assert not server.lines("error")
+
+
+def test_visitors_while_workers_are_killed(serve: Serve, path: Path) -> None:
+    """Who connects while workers are killed gets an exact stream or, if it was not passed up yet, an end at once: none hangs."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "4")
+    server.workers(4)
+    dice, served, lost = random.Random(5), 0, 0
+    for _ in range(30):
+        os.kill(dice.choice(eventually(lambda: children(server.pid))), signal.SIGKILL)
+        for _ in range(10):
+            start = dice.randrange(1000)
+            visitor = server.connect(b"%d\n" % start)
+            try:
+                some = visitor.recv(1)
+            except ConnectionResetError:
+                some = b""
+            if some:
+                expect(visitor, SMALL[start + 1 :])
+                served += 1
+            else:
+                lost += 1
+            visitor.close()
+    assert served > 200
+    assert lost < 60
+
+
+# A chosen moment: the worker is stopped while a client connects, so that it finds connection and header at once
+
+
+@pytest.mark.parametrize("bystanders", [0, 3])
+def test_killed_between_accept_and_report(serve: Serve, path: Path, bystanders: int) -> None:
+    """A connection that was accepted but not passed up is ended, not left to hang; nobody else notices."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    others = [server.connect(b"0\n") for _ in range(bystanders)]
+    for other in others:
+        expect(other, SMALL)
+    stop(worker)
+    lost = server.connect(b"0\n")
+    with strace(worker, "sendmsg:signal=SIGKILL:when=1"):
+        os.kill(worker, signal.SIGCONT)
+        assert not outcome(lost)
+        eventually(lambda: gone(worker))
+    ready_workers(server, [worker])
+    append(path, NEWS)
+    for other in others:
+        expect(other, NEWS)
+    expect(server.connect(b"0\n"), SMALL + NEWS)
+
+
+def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
+    """A stream whose start is known goes on from there, also where the header is still in the socket and the file has grown."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    stop(worker)
+    clients = [server.connect(header) for header in (b"-5\n", b"-0\n", b"7\njunk")]
+    clients[2].shutdown(socket.SHUT_WR)
+    with strace(worker, "recvfrom:delay_enter=60000000:when=4"):  # three headers are looked at, then the first is consumed
+        os.kill(worker, signal.SIGCONT)
+        await_clients(server, 3)
+        append(path, NEWS)
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: gone(worker))
+    for client, start in zip(clients, (-5, 1000, 7), strict=True):
+        expect(client, SMALL[start:] + NEWS)
+    append(path, SMALL)
+    for client in clients:
+        expect(client, SMALL)
+
+
+def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
+    """A client without a whole header keeps its connection, and what it has sent of it."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    silent, halting = server.connect(), server.connect(b"99")
+    await_clients(server, 2)
+    os.kill(worker, signal.SIGKILL)
+    ready_workers(server, [worker])
+    halting.sendall(b"8\n")
+    expect(halting, SMALL[998:])
+    silent.sendall(b"0\n")
+    expect(silent, SMALL)
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
+def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) -> None:
+    """A worker that dies before, in or after a sendfile(2), whose result it never learned, loses and doubles nothing."""
+    path.write_bytes(DATA)
+    server = serve(path, wrapper=NO_CORE)
+    (worker,) = server.workers(1)
+    stop(worker)
+    clients = [server.connect(b"0\n", receive_buffer=size) for size in (0, 4096, 1 << 16)]
+    with strace(worker, f"sendfile:{what}:when={when}"):
+        os.kill(worker, signal.SIGCONT)
+        if what.startswith("delay"):
+            eventually(lambda: "sendfile" in where(worker))
+            os.kill(worker, signal.SIGKILL)
+        eventually(lambda: gone(worker))
+    for client in clients:
+        expect(client, DATA)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+
+
+def where(pid: int) -> str:
+    """Return the system call that strace holds `pid` in."""
+    process = psutil.Process(pid)
+    before = Path(f"/proc/{pid}/syscall").read_text().split()
+    held = process.status() == psutil.STATUS_TRACING_STOP and before == Path(f"/proc/{pid}/syscall").read_text().split()
+    return "sendfile" if held and before[0] == "40" else ""
+
+
+# A client that kills
+
+POISONED = '''
+"""A tailsrv whose workers die of any client that wants to start at byte 666."""
+
+import os, signal, sys
+from tailsrv import cli, worker
+from tailsrv.config import ExitStatus
+from tailsrv.control import Control
+from tailsrv.listener import endpoints
+from tailsrv.log import logger, set_up
+from tailsrv.slot import Slot
+from tailsrv.supervisor import Supervisor
+from tailsrv.watch import open_file
+
+
+def die():
+    match how:
+        case "raise":
+            raise RuntimeError("poison")
+        case "exit":
+            os._exit(1)
+        case _:
+            os.kill(os.getpid(), getattr(signal, how))
+
+
+class Poisoned(worker.Worker):
+    def adopt(self, entries):
+        if any(entry.start == 666 for entry in entries.values()):
+            die()
+        super().adopt(entries)
+
+    def send_news(self):
+        poison = any(offset == 666 for _, offset in self.starting)
+        super().send_news()
+        if poison:
+            die()
+
+
+def work(inheritance):
+    worker.Worker = Poisoned  # in this child only
+    return worker.work(inheritance, config)
+
+
+how = sys.argv.pop(1)
+config, verbosity = cli.parse(None)
+set_up(verbosity)
+file = open_file(config.path)
+listeners, port = cli.listen(config)
+names = endpoints(config.bind, port)
+logger.info("listening: port=%d", port)
+slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
+sys.exit(Supervisor(config, slots, names, Control.lock(names), work).run(file))
+'''
+
+
+def slot_of(server: Server, sock: socket.socket) -> int:
+    """Return the slot that serves `sock`; takes a server with -v."""
+    line = server.logged("client streams: ", f" peer=127.0.0.1:{sock.getsockname()[1]} ")
+    return int(line.partition(" slot=")[2].split()[0])
+
+
+def spread(server: Server, count: int) -> list[list[socket.socket]]:
+    """Return streaming clients of the first two slots, at least `count` of each."""
+    found: list[list[socket.socket]] = [[], []]
+    while min(map(len, found)) < count:
+        client = server.connect(b"0\n")
+        found[slot_of(server, client)].append(client)
+    return found
+
+
+@pytest.mark.parametrize("how", ["raise", "exit", "SIGABRT", "SIGSEGV"])
+def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
+    """A client that kills every worker which adopts it ends with those of its slot, soon; the others and newcomers are served."""
+    path.write_bytes(SMALL)
+    program = path.with_name("poisoned.py")
+    program.write_text(POISONED)
+    server = serve(path, "-v", "-w", "2", wrapper=NO_CORE, program=(sys.executable, str(program), how))
+    server.may_fail = True
+    server.workers(2)
+    clients = spread(server, 3)
+    for client in clients[0] + clients[1]:
+        expect(client, SMALL)
+    poison = server.connect(b"666\n")
+    line = server.logged("a client kills the worker that adopts it")
+    slot = int(line.partition(" slot=")[2].split()[0])
+    assert not outcome(poison)
+    for client in clients[slot]:
+        assert not outcome(client)
+    append(path, NEWS)
+    for client in clients[1 - slot]:
+        expect(client, NEWS)
+    for client in [client for newcomers in spread(server, 2) for client in newcomers]:
+        expect(client, SMALL + NEWS)
+    assert [worker["restarts"] > 0 for worker in status(server)["workers"]] == [slot == 0, slot == 1]
+
+
+# Descriptors
+
+
+def counts(server: Server) -> list[int]:
+    """Return the number of descriptors of the supervisor and of each worker."""
+    return [descriptors(pid) for pid in [server.pid, *workers(server)]]
+
+
+def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
+    """After a thousand clients that came and left in every manner, and some deaths, all processes have the descriptors they had."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    ready_workers(server)
+    before = counts(server)
+    headers = (b"0\n", b"-0\n", b"", b"rubbish\n", b"12", b"5\njunk")
+    for batch in range(20):
+        clients = [server.connect(headers[(batch + number) % len(headers)]) for number in range(50)]
+        if batch % 4 == 3:
+            living = ready_workers(server)
+            os.kill(living[batch % 2], signal.SIGKILL)
+        for client in clients[::2]:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        for client in clients:
+            client.close()
+        append(path, b"x")
+    ready_workers(server)
+
+    def none_left() -> bool:
+        append(path, b"x")  # sending it tells a close from a half-close
+        return bool(status(server)["clients"] == 0)
+
+    eventually(none_left)
+    eventually(lambda: counts(server) == before)
+    assert sum(worker["restarts"] for worker in status(server)["workers"]) == 5
+
+
+def test_unprotected_clients(serve: Serve, path: Path) -> None:
+    """Where the supervisor runs out of descriptors, all clients are served; those without protection are counted and told of once."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-v", "-w", "2", wrapper=("prlimit", "--nofile=64:64"))
+    living = server.workers(2)
+    clients = [server.connect(b"0\n") for _ in range(60)]
+    for client in clients:
+        expect(client, SMALL)
+    await_clients(server, 60)
+    unprotected = status(server)["unprotected"]
+    assert 20 < unprotected < 60
+    assert len(server.lines("warning: no descriptor left to protect clients with", "unprotected=")) == 1
+    slots = [slot_of(server, client) for client in clients]
+    os.kill(living[0], signal.SIGKILL)
+    line = server.logged("worker was killed", "slot=0")
+    ready_workers(server, living[:1])
+    lost = int(line.partition(" lost=")[2].split()[0])
+    append(path, NEWS)
+    fates = [outcome_of(client, NEWS) for client in clients]
+    assert fates.count(False) == lost
+    assert all(fate for fate, slot in zip(fates, slots, strict=True) if slot == 1)
+    assert status(server)["unprotected"] == unprotected - lost
+    assert status(server)["clients"] == 60 - lost
+    newcomer = server.connect(b"0\n")
+    expect(newcomer, SMALL + NEWS)
+
+
+def outcome_of(client: socket.socket, news: bytes) -> bool:
+    """Tell whether `client` gets `news`, or its end."""
+    try:
+        some = client.recv(len(news))
+    except ConnectionResetError:
+        return False
+    assert some in (news, b"")
+    return bool(some)
+
+
+def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
+    """A slot that cannot be filled for lack of descriptors keeps its clients, and is filled as soon as there are some."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    limits = psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)
+    psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (5, limits[1]))
+    os.kill(worker, signal.SIGKILL)
+    server.logged("error: cannot spawn a worker: slot=0")
+    append(path, NEWS)
+    waiting = server.connect(b"0\n")
+    psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, limits)
+    expect(client, NEWS)
+    expect(waiting, SMALL + NEWS)
+
+
+# The end
+
+
+def kill_into_backoff(server: Server) -> None:
+    """Kill the only worker again and again, until its slot is to stay empty for more than a second."""
+    while not server.lines("respawning after a delay: slot=0 seconds=1.6"):
+        for pid in children(server.pid):
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: gone(pid))  # type: ignore[misc]
+
+
+def test_drain_of_a_slot_in_backoff(serve: Serve, path: Path) -> None:
+    """SIGTERM while a slot has no worker: its clients and those in its queue still get the whole file, and a proper end."""
+    path.write_bytes(DATA)
+    server = serve(path, "--grace", "20")
+    clients = [server.connect(b"0\n", receive_buffer=4096), server.connect(b"-0\n"), server.connect(b"1000\n")]
+    clients[2].shutdown(socket.SHUT_WR)
+    expect(clients[0], DATA[:1000])
+    await_clients(server, 3)
+    kill_into_backoff(server)
+    append(path, NEWS)
+    queued = server.connect(b"-5\n")
+    server.signal(signal.SIGTERM)
+    whole = DATA + NEWS
+    received = [recv_all(client) for client in (*clients, queued)]
+    lengths = [len(stream) for stream in received]
+    assert lengths == [len(whole) - 1000, len(NEWS), len(whole) - 1000, 5]
+    assert received == [whole[1000:], NEWS, whole[1000:], whole[-5:]]
+    server.wait()
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_killed_while_draining(serve: Serve, path: Path, deaths: int) -> None:
+    """A successor finishes the drain that its predecessor was killed in."""
+    path.write_bytes(DATA)
+    server = serve(path, "--grace", "20")
+    server.workers(1)
+    stalled, half = server.connect(b"0\n", receive_buffer=4096), server.connect(b"7\n", receive_buffer=4096)
+    half.shutdown(socket.SHUT_WR)
+    expect(stalled, DATA[:1000])
+    expect(half, DATA[7:1000])
+    server.signal(signal.SIGTERM)
+    seen: list[int] = []
+    for _ in range(deaths):
+        worker = eventually(lambda: [pid for pid in server_draining(server) if pid not in seen])[0]
+        seen.append(worker)
+        os.kill(worker, signal.SIGKILL)
+    assert recv_all(stalled) == DATA[1000:]
+    assert recv_all(half) == DATA[1000:]
+    server.wait()
+
+
+def server_draining(server: Server) -> list[int]:
+    """Return the pids of the workers that drain."""
+    return [pid for pid in children(server.pid) if "draining" in server.title(pid)]
+
+
+def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> None:
+    """A drain in which nobody is left to serve ends, though its worker was killed."""
+    path.write_bytes(DATA)
+    server = serve(path, "--grace", "20")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(stalled, DATA[:1000])
+    server.signal(signal.SIGTERM)
+    worker = eventually(lambda: server_draining(server))[0]
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stop(worker)
+    stalled.close()
+    os.kill(worker, signal.SIGKILL)
+    server.wait()
