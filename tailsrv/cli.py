@@ -114,7 +114,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tailsrv` with `argv` (sys.argv if None) until it is told to end; return the exit status."""
-    getproctitle()  # setproctitle finds its room only while the environment is as the kernel laid it out
+    with suppress(UnicodeDecodeError):  # of a file name; it has looked by then
+        getproctitle()  # setproctitle finds its room only while the environment is as the kernel laid it out
     config, verbosity = parse(argv)
     if is_check():
         return answer_check()

@@ -165,7 +165,7 @@ class Server:
 
         def look() -> list[int]:
             found = [pid for pid in children(self.pid) if title(pid).startswith("tailsrv: worker ")]
-            ready = {f"pid={pid}" for pid in found} <= {line.split()[-1] for line in self.lines("worker ready: ")}
+            ready = {f"pid={pid}" for pid in found} <= {word for line in self.lines("worker ready: ") for word in line.split()}
             return found if ready and len(found) == (count or 1) else []
 
         return sorted(eventually(look), key=lambda pid: int(title(pid).split()[2]))
