@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -250,3 +251,12 @@ def cpu_seconds(pid: int) -> float:
 def switches(pid: int) -> int:
     """Return how often the process `pid` has gone to sleep: one that is woken must do so again."""
     return int(psutil.Process(pid).num_ctx_switches().voluntary)
+
+
+def ask(endpoint: str) -> tuple[bytes, int]:
+    """Return what the control socket of `endpoint` says, and the pid of who holds it."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(DEADLINE)
+        sock.connect(f"\0tailsrv:{endpoint}")
+        pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return recv_all(sock), pid

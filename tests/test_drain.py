@@ -34,6 +34,7 @@ def end(request: pytest.FixtureRequest) -> Ending:
     return ending
 
 
+@pytest.mark.slow
 def test_everyone_gets_everything(serve: Serve, path: Path, end: Ending) -> None:
     """Every client gets the file up to its end and then EOF, wherever it is."""
     path.write_bytes(BIG)
@@ -50,6 +51,7 @@ def test_everyone_gets_everything(serve: Serve, path: Path, end: Ending) -> None
     server.wait()
 
 
+@pytest.mark.slow
 def test_slow_reader(serve: Serve, path: Path, end: Ending) -> None:
     """A client that was stalled when the draining began gets all within the grace."""
     path.write_bytes(BIG)
@@ -64,6 +66,7 @@ def test_slow_reader(serve: Serve, path: Path, end: Ending) -> None:
     assert server.lines("grace is over") == []
 
 
+@pytest.mark.slow
 def test_stray_input(serve: Serve, path: Path) -> None:
     """Bytes that a client has sent after its header, and nobody has read, do not cost it what is queued for it."""
     path.write_bytes(BIG)
@@ -86,6 +89,25 @@ def test_stray_input(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
+    """A client that has all from us but not from the kernel, and goes on talking, is not reset: we wait for its acknowledgement."""
+    path.write_bytes(data := BIG[:100_000])
+    server = serve(path, "-v", "--grace", "60")
+    client = server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(client)
+    (worker,) = server.workers(1)
+    server.signal(signal.SIGTERM)
+    eventually(lambda: "[draining, 1 client]" in title(worker))
+    for place in range(0, 50_000, 10_000):
+        client.sendall(b"stray while the kernel holds the rest")
+        assert server.lines("client left") == []
+        expect(client, data[place : place + 10_000])
+    expect(client, data[50_000:])
+    expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.slow
 def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
     """A client that does not read cannot keep the server from ending; what the kernel has for it is a part of the file."""
     path.write_bytes(BIG)
@@ -94,6 +116,7 @@ def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
     done = server.connect(b"0\n")
     expect(stalled, BIG[:10])
     expect(done, BIG)
+    stalled.sendall(b"stray bytes, which must not turn the end into a reset")
     end(server, path)
     expect_eof(done)
     server.wait()
@@ -124,6 +147,7 @@ def test_worker_that_does_not_drain(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.slow
 def test_accept_queue(serve: Serve, path: Path, end: Ending) -> None:
     """Connections that nobody had accepted when the draining began are served like the others."""
     path.write_bytes(DATA)

@@ -1,5 +1,6 @@
 """What happens to the file, and what the server then does: section 3 of the design, row by row."""
 
+import json
 import os
 import socket
 import sys
@@ -15,6 +16,7 @@ from helpers import (
     TAILSRV,
     Serve,
     append,
+    ask,
     cpu_seconds,
     expect,
     expect_eof,
@@ -343,6 +345,7 @@ def replace_by_link_to_the_same(path: Path) -> None:
 HARMLESS: list[Action] = [add_hard_link, add_and_remove_hard_link, change_mode, touch, make_other_files, replace_by_link_to_the_same]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", HARMLESS, ids=lambda action: str(action.__name__))
 def test_not_gone(serve: Serve, path: Path, action: Action) -> None:
     """What leaves the path naming the same inode changes nothing; later its end is noticed all the same."""
@@ -358,6 +361,7 @@ def test_not_gone(serve: Serve, path: Path, action: Action) -> None:
     expect(late, NEWS)
     append(path, NEWS)
     expect(late, NEWS)
+    assert json.loads(ask(f"*:{server.port}")[0])["file"]["gone"] is False  # by now the worker has said what it had to say
     assert server.lines("file is gone") == []
     assert server.workers(1) == [worker]
     path.resolve().unlink()

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -20,13 +19,13 @@ from helpers import (
     Serve,
     Server,
     append,
+    ask,
     children,
     eventually,
     expect,
     expect_eof,
     gone,
     random_bytes,
-    recv_all,
     run_tailsrv,
     runs,
     stop,
@@ -174,6 +173,7 @@ def test_every_connection_is_answered(serve: Serve, path: Path) -> None:
     assert min(shares) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bind", [(), ("--bind", "127.0.0.1")])
 def test_second_instance(serve: Serve, path: Path, bind: Sequence[str]) -> None:
     """A second server on the port ends with status 1 and names the first by its pid; the first goes on undisturbed."""
@@ -202,6 +202,7 @@ def test_port_of_another_program(path: Path) -> None:
     assert ended.returncode == 1
 
 
+@pytest.mark.slow
 def test_same_port_on_different_addresses(serve: Serve, path: Path, tmp_path: Path) -> None:
     """Two servers may have the same port on different addresses, each with its file."""
     path.write_bytes(DATA)
@@ -213,6 +214,7 @@ def test_same_port_on_different_addresses(serve: Serve, path: Path, tmp_path: Pa
     expect(other.connect(b"0\n", "127.0.0.2"), NEWS)
 
 
+@pytest.mark.slow
 def test_port_is_free_after_the_end(serve: Serve, path: Path) -> None:
     """A server that has had clients can be started again at once on the same port."""
     path.write_bytes(DATA)
@@ -308,6 +310,7 @@ def test_supervisor_killed(serve: Serve, path: Path) -> None:
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, DATA)
+    eventually(lambda: server.title().endswith("[3 workers, 10 clients]"))  # from here on nobody has anything to say
     server.signal(signal.SIGKILL)
     eventually(lambda: all(gone(worker) for worker in workers))
     server.wait()
@@ -340,6 +343,7 @@ def test_ends_while_waiting_for_the_file(serve: Serve, path: Path, number: signa
     server.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -374,6 +378,7 @@ def test_signals_to_the_very_end(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.slow
 def test_interrupt_of_the_whole_group(serve: Serve, path: Path) -> None:
     """Ctrl-C, which reaches the workers too, drains."""
     path.write_bytes(data := random_bytes(4 << 20))
@@ -458,15 +463,6 @@ def test_worker_that_raises(serve: Serve, path: Path) -> None:
 
 
 # The control socket
-
-
-def ask(endpoint: str) -> tuple[bytes, int]:
-    """Return what the control socket of `endpoint` says, and the pid of who holds it."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(DEADLINE)
-        sock.connect(f"\0tailsrv:{endpoint}")
-        pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return recv_all(sock), pid
 
 
 @pytest.mark.slow
