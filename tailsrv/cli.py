@@ -3,7 +3,6 @@
 import argparse
 import gc
 import os
-import signal
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,9 +17,10 @@ from tailsrv.control import AlreadyServedError, Control, describe_holder, find_s
 from tailsrv.listener import ListenError, endpoints, open_listeners
 from tailsrv.log import fields, logger, set_up
 from tailsrv.processors import count_processors
+from tailsrv.signals import hold
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
-from tailsrv.supervisor import CAUGHT, Supervisor
+from tailsrv.supervisor import Supervisor
 from tailsrv.syscalls import raise_descriptor_limit
 from tailsrv.upgrade import answer_check, is_check, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, verbosity = parse(argv)
     if is_check():
         return answer_check()
+    hold()  # until the supervisor's handlers are there
     occupy_standard_descriptors()
     set_up(verbosity)
     try:
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
     # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
-    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+    hold()
     return status
 
 

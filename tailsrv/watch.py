@@ -53,8 +53,9 @@ def _try_sendfile(file: int) -> None:
     sink = os.open(os.devnull, os.O_WRONLY)
     try:
         os.sendfile(sink, file, 0, 1)
+        os.lseek(file, 0, os.SEEK_END)
     except OSError as error:
-        raise CannotServeError(f"its file system cannot sendfile(2): {os.strerror(error.errno or 0)}") from error
+        raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
     finally:
         os.close(sink)
 

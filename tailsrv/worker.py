@@ -25,7 +25,7 @@ from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Notices, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
-from tailsrv.signals import Wakeup
+from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance
 from tailsrv.streams import Streams
 from tailsrv.syscalls import Outcome, accept, discard, finish_sending, peek_header, streamed, take_socket, unsent
@@ -51,9 +51,9 @@ def work(inheritance: Inheritance, config: Config) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sendfile(2) has no MSG_NOSIGNAL
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-    wakeup = Wakeup([signal.SIGTERM])
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     try:
+        wakeup = Wakeup([signal.SIGTERM])
+        release()
         worker = Worker(inheritance, config, wakeup)
     except OSError as error:
         logger.critical("worker cannot boot: %s", fields(slot=inheritance.slot, reason=error))

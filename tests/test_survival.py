@@ -7,17 +7,21 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import Serve, Server, append, eventually, expect, gone, random_bytes, recv_all, stop
+from helpers import DEADLINE, Serve, Server, append, eventually, expect, gone, random_bytes, recv_all, recv_exactly, stop
 from survival import NO_CORE, await_clients, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
+
+import tailsrv
 
 pytestmark = pytest.mark.slow
 
 DATA = random_bytes(12 << 20)
 SMALL = DATA[:1000]
+PACKAGE = Path(tailsrv.__file__).parent.parent
 NEWS = b"appended later, by somebody else"
 
 
@@ -128,7 +132,6 @@ def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
         await_clients(server, 3)
         append(path, NEWS)
         os.kill(worker, signal.SIGKILL)
-        eventually(lambda: gone(worker))
     for client, start in zip(clients, (-5, 1000, 7), strict=True):
         expect(client, SMALL[start:] + NEWS)
     append(path, SMALL)
@@ -160,25 +163,34 @@ def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) 
     (worker,) = server.workers(1)
     stop(worker)
     clients = [server.connect(b"0\n", receive_buffer=size) for size in (0, 4096, 1 << 16)]
+    received = b""
     with strace(worker, f"sendfile:{what}:when={when}"):
         os.kill(worker, signal.SIGCONT)
         if what.startswith("delay"):
-            eventually(lambda: "sendfile" in where(worker))
+            clients[0].settimeout(0.1)
+            while not is_held(worker):
+                with suppress(TimeoutError):
+                    received += clients[0].recv(1 << 16)
             os.kill(worker, signal.SIGKILL)
-        eventually(lambda: gone(worker))
-    for client in clients:
+            clients[0].settimeout(DEADLINE)
+        else:
+            received += recv_exactly(clients[0], len(DATA))
+    assert received == DATA[: len(received)]
+    expect(clients[0], DATA[len(received) :])
+    for client in clients[1:]:
         expect(client, DATA)
+    assert gone(worker)
     append(path, NEWS)
     for client in clients:
         expect(client, NEWS)
 
 
-def where(pid: int) -> str:
-    """Return the system call that strace holds `pid` in."""
-    process = psutil.Process(pid)
-    before = Path(f"/proc/{pid}/syscall").read_text().split()
-    held = process.status() == psutil.STATUS_TRACING_STOP and before == Path(f"/proc/{pid}/syscall").read_text().split()
-    return "sendfile" if held and before[0] == "40" else ""
+def is_held(pid: int) -> bool:
+    """Tell whether strace holds `pid` at a sendfile(2) for longer than it takes to look at it twice."""
+    before = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
+    time.sleep(0.02)  # no event says that nothing happens
+    after = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
+    return before == after and psutil.Process(pid).status() == psutil.STATUS_TRACING_STOP
 
 
 # A client that kills
@@ -258,7 +270,7 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     path.write_bytes(SMALL)
     program = path.with_name("poisoned.py")
     program.write_text(POISONED)
-    server = serve(path, "-v", "-w", "2", wrapper=NO_CORE, program=(sys.executable, str(program), how))
+    server = serve(path, "-v", "-w", "2", wrapper=("env", f"PYTHONPATH={PACKAGE}", *NO_CORE), program=(sys.executable, str(program), how))
     server.may_fail = True
     server.workers(2)
     clients = spread(server, 3)
