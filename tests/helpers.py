@@ -110,7 +110,6 @@ class Server:
 
     def __init__(self, command: Sequence[str | bytes | Path], log: Path, status: int) -> None:
         self.expected_status = status
-        self.may_fail = False  # its log may hold tracebacks
         self.traceback_expected = False
         self.clients: list[socket.socket] = []
         self._log = log

@@ -1,0 +1,425 @@
+"""Upgrade in place: the program is replaced under its own pid, and no client notices."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, random_bytes, recv_exactly
+from survival import await_clients, children, descriptors, loaded, ready_workers, status, strace
+
+import tailsrv
+
+pytestmark = pytest.mark.slow
+
+DATA = random_bytes(12 << 20)
+SMALL = DATA[:1000]
+NEWS = b"appended later, by somebody else"
+
+
+class Installed:
+    """A tailsrv of its own, installed in a folder, for the test to replace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.package = folder / "tailsrv"
+        self.package.mkdir(parents=True)
+        self.install(tailsrv.__version__)
+        # The folder of the tests is the current one, and `python -m` would find the package beside it first.
+        self.program = ("env", "-C", str(folder), "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-m", "tailsrv")
+
+    def install(self, version: str) -> None:
+        """Install `version`, over what was there, as an installer does: file by file."""
+        for source in Path(tailsrv.__file__).parent.glob("*.py"):
+            shutil.copy(source, self.package / "new")
+            (self.package / "new").rename(self.package / source.name)
+        self.edit("__init__.py", f'"{tailsrv.__version__}"', f'"{version}"')
+
+    def edit(self, module: str, old: str, new: str) -> None:
+        """Replace `old` by `new` in a module, in one step."""
+        source = (self.package / module).read_text()
+        assert old in source
+        (self.package / "new").write_text(source.replace(old, new))
+        (self.package / "new").rename(self.package / module)
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    """Install the program in a folder of its own."""
+    return Installed(tmp_path / "installed")
+
+
+def upgrade(server: Server, count: int = 1) -> None:
+    """Ask for an upgrade and wait until the `count`th is over."""
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: version=", count=count)
+
+
+@contextmanager
+def visited(server: Server, data: bytes) -> Iterator[list[int]]:
+    """Have a visitor connect all the while, read `data`, and leave; its list has an entry for each visit."""
+    visits: list[int] = []
+    faults: list[str] = []
+    enough = threading.Event()
+    port = server.port
+
+    def visit() -> None:
+        while not enough.is_set():
+            start = len(visits) % len(data)
+            try:
+                with connect(port, b"%d\n" % start) as sock:
+                    if (got := recv_exactly(sock, len(data) - start)) != data[start:]:
+                        faults.append(f"visit {len(visits)}: {len(got)} bytes of {len(data) - start}")
+            except OSError as error:
+                faults.append(f"visit {len(visits)}: {error}")
+            visits.append(start)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    try:
+        yield visits
+    finally:
+        enough.set()
+        visitor.join()
+    assert faults == []
+
+
+def test_twenty_upgrades_under_load(serve: Serve, path: Path) -> None:
+    """Fifty clients of all paces go through twenty upgrades: the same pid, other workers each time, nothing lost or leaked."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2")
+    living = ready_workers(server)
+    with loaded(server, path, seed=20) as load:
+        before = descriptors(server.pid)
+        for count in range(1, 21):
+            server.signal(signal.SIGHUP)
+            load.run_until(lambda count=count: len(server.lines("upgraded: version=")) == count)  # type: ignore[misc]
+            living = ready_workers(server, besides=living)
+        eventually(lambda: descriptors(server.pid) == before)
+    assert find_pid(server) == server.pid
+    assert sum(worker["restarts"] for worker in status(server)["workers"]) == 0
+    assert not server.lines("warning")
+
+
+def find_pid(server: Server) -> int:
+    """Return the pid that the control socket says."""
+    return int(status(server)["pid"])
+
+
+def test_visitors_during_upgrades(serve: Serve, path: Path) -> None:
+    """Whoever connects during an upgrade, at any moment, is served."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    ready_workers(server)
+    with visited(server, SMALL) as visits:
+        for count in range(1, 21):
+            upgrade(server, count)
+    assert len(visits) > 100
+
+
+def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
+    """An upgrade is over when every slot has a worker again, also one that was in backoff."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, SMALL)
+    ready_workers(server)
+    while not server.lines("respawning after a delay: ", "seconds=0.8"):
+        for pid in children(server.pid)[:1]:
+            os.kill(pid, signal.SIGKILL)
+    upgrade(server)
+    assert all(worker["pid"] for worker in status(server)["workers"])
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+
+
+# Another program
+
+
+def test_another_version(serve: Serve, path: Path, installed: Installed) -> None:
+    """The installed version goes on where the old one was, in the supervisor and in the workers."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2", program=installed.program)
+    ready_workers(server)
+    with loaded(server, path, seed=7, count=20) as load:
+        load.run(0.2)
+        started = status(server)["started"]
+        installed.install("99.0")
+        installed.edit("worker.py", 'logger.debug("client streams: ', 'logger.warning("client of the new worker streams: ')
+        server.signal(signal.SIGHUP)
+        load.run_until(lambda: server.lines("upgraded: version=99.0 clients=20"))
+        server.logged(f"upgrade: old={tailsrv.__version__} new=99.0")
+        assert (status(server)["version"], status(server)["pid"], status(server)["started"]) == ("99.0", server.pid, started)
+        load.run(0.2)
+    for _ in range(4):
+        expect(server.connect(b"0\n"), DATA[:1000])
+    assert len(server.lines("client of the new worker streams: ")) >= 4
+    installed.install("98.0")
+    upgrade(server, 2)
+    assert status(server)["version"] == "98.0"
+
+
+def check_nothing_changed(server: Server, path: Path, client: socket.socket, living: list[int], reason: str) -> None:
+    """Ask for an upgrade that must fail, and assert that nothing but one line in the log has come of it."""
+    connected = connect(server.port)
+    await_clients(server, 2)
+    before = status(server)
+    server.signal(signal.SIGHUP)
+    line = server.logged("upgrade failed, nothing has changed: reason=")
+    assert re.search(reason, line)
+    assert status(server) == before
+    assert before["version"] == tailsrv.__version__
+    assert [worker["pid"] for worker in before["workers"]] == living
+    assert "Traceback" not in server.log
+    append(path, NEWS)
+    expect(client, NEWS)
+    with connected:
+        connected.sendall(b"0\n")
+        expect(connected, SMALL + NEWS)
+
+
+BREAKS = {
+    "syntax": ("worker.py", "import gc", "import gc gc", "SyntaxError"),
+    "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
+    "early end": ("cli.py", "    return config, args.verbose", "    sys.exit(0)\n    return config, args.verbose", "NameError"),
+    "silence": ("upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
+    "option gone": ("cli.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
+    "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
+    "state": ("state.py", "FORMAT = 1", "FORMAT = 1000", r"format \(1, \d+\).*\(1000, \d+\)"),
+    "channel": ("messages.py", "VERSION = 1", "VERSION = 1000", r"format \(\d+, 1\).*\(\d+, 1000\)"),
+}
+
+
+@pytest.mark.parametrize("which", BREAKS)
+def test_a_program_that_cannot_take_over(serve: Serve, path: Path, installed: Installed, which: str) -> None:
+    """Where the installed program does not start, or does not understand our state, all stays as it is and the log says why."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", program=installed.program, wrapper=("prlimit", "--core=0:0"))
+    living = ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    before = descriptors(server.pid)
+    *edit, reason = BREAKS[which]
+    installed.edit(*edit)
+    check_nothing_changed(server, path, client, living, reason)
+    eventually(lambda: descriptors(server.pid) <= before + 1)  # the client that came last
+    installed.install("2.0")
+    upgrade(server)
+    assert status(server)["version"] == "2.0"
+    append(path, SMALL)
+    expect(client, SMALL)
+
+
+def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> None:
+    """Where the program has been removed, all stays as it is and the log says why."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=installed.program)
+    living = ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    installed.package.rename(installed.package.with_name("elsewhere"))
+    check_nothing_changed(server, path, client, living, "No module named tailsrv")
+
+
+# Requests that come at odd moments
+
+
+def slow_to_start(installed: Installed, flag: Path) -> None:
+    """Make the installed program prove itself only once there is a line to read from the named pipe `flag`."""
+    os.mkfifo(flag)
+    installed.edit("cli.py", "    if is_check():\n", f"    if is_check():\n        open({str(flag)!r}).read()\n")
+
+
+def let_go(flag: Path) -> None:
+    """Let the program that waits at the pipe go on."""
+    with flag.open("w"):  # waits for its reader
+        pass
+
+
+def await_proof(server: Server, living: list[int]) -> int:
+    """Return the pid of the program that is to prove itself, once it runs."""
+    return eventually(lambda: [pid for pid in children(server.pid) if pid not in living])[0]
+
+
+def test_requests_during_an_upgrade_are_one_more(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+    """However often one asks while an upgrade is under way, exactly one more follows: it may be for something newer."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=installed.program)
+    living = ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    slow_to_start(installed, tmp_path / "flag")
+    server.signal(signal.SIGHUP)
+    await_proof(server, living)
+    for _ in range(5):
+        before = status(server)
+        server.signal(signal.SIGHUP)
+        assert before == status(server)  # asked after the signal: it has been taken
+    let_go(tmp_path / "flag")
+    server.logged("upgraded: version=")
+    let_go(tmp_path / "flag")
+    server.logged("upgraded: version=", count=2)
+    ready_workers(server)
+    server.signal(signal.SIGTERM)
+    expect_eof(client)
+    server.wait()
+    assert len(server.lines("upgrade: asking the installed program")) == 2
+
+
+def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
+    """A storm of requests ends in an upgraded server, with every client."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    for count in range(1, 4):
+        for _ in range(100):
+            server.signal(signal.SIGHUP)
+        server.logged("upgraded: version=", count=count)
+    append(path, NEWS)
+    expect(client, NEWS)
+
+
+def test_while_waiting_for_the_file(serve: Serve, path: Path, installed: Installed) -> None:
+    """A server whose file is not there yet is upgraded too, and those who wait are served when it comes."""
+    server = serve(path, "-w", "2", program=installed.program)
+    server.logged("waiting for file")
+    waiting = [server.connect(b"0\n") for _ in range(5)]
+    for count, version in enumerate(("2.0", "3.0"), 1):
+        installed.install(version)
+        upgrade(server, count)
+        assert (status(server)["version"], status(server)["state"]) == (version, "waiting for file")
+    path.write_bytes(SMALL)
+    for client in waiting:
+        expect(client, SMALL)
+    upgrade(server, 3)
+    append(path, NEWS)
+    for client in waiting:
+        expect(client, NEWS)
+
+
+def test_the_end_during_a_proof(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+    """SIGTERM while the installed program proves itself: the server drains and ends, and the program with it."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=installed.program)
+    living = ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    slow_to_start(installed, tmp_path / "flag")
+    server.signal(signal.SIGHUP)
+    await_proof(server, living)
+    append(path, NEWS)
+    server.signal(signal.SIGTERM)
+    expect(client, NEWS)
+    expect_eof(client)
+    server.wait()
+    assert not server.lines("upgraded: ")
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
+    """SIGTERM at whatever moment of an upgrade: the streams end in good order, with all that is in the file."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2", "--grace", "20")
+    ready_workers(server)
+    clients = [server.connect(b"0\n", receive_buffer=4096), server.connect(b"-1000\n")]
+    expect(clients[0], DATA[:10])
+    expect(clients[1], DATA[-1000:])
+    server.signal(signal.SIGHUP)
+    match attempt:
+        case 0:
+            pass
+        case 1 | 2 | 3:
+            server.logged("upgrade: asking")
+        case 4 | 5 | 6:
+            server.logged("upgrade: old=")
+        case _:
+            server.logged("worker ready: ", count=3)
+    append(path, NEWS)
+    server.signal(signal.SIGTERM)
+    expect(clients[0], DATA[10:] + NEWS)
+    expect(clients[1], NEWS)
+    for client in clients:
+        expect_eof(client)
+    server.wait()
+
+
+def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
+    """A signal that comes when the old program has looked for signals for the last time reaches the new one."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    with strace(server.pid, "memfd_create:delay_enter=500000:when=4"):  # three are the proof's, the fourth is the state
+        server.signal(signal.SIGHUP)
+        server.logged("upgrade: old=")
+        server.signal(signal.SIGTERM)
+        expect_eof(client)
+    server.wait()
+
+
+def test_a_worker_dies_during_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+    """A worker that is killed while the installed program proves itself has a successor at once, and both are replaced."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", program=installed.program)
+    living = ready_workers(server)
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, SMALL)
+    slow_to_start(installed, tmp_path / "flag")
+    server.signal(signal.SIGHUP)
+    await_proof(server, living)
+    os.kill(living[0], signal.SIGKILL)
+    successors = ready_workers(server, besides=living[:1])
+    let_go(tmp_path / "flag")
+    server.logged("upgraded: version=", " clients=10")
+    ready_workers(server, besides=living + successors)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+
+
+# The service manager
+
+
+def test_the_service_manager_is_told(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RELOADING=1 comes with the request, READY=1 when all workers are new, or when nothing has changed after all."""
+    path.write_bytes(SMALL)
+    installed = Installed(tmp_path / "installed")
+    address = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(DEADLINE)
+
+        def told() -> list[str]:
+            return manager.recv(4096).decode().split("\n")
+
+        def drop_status(word: str) -> list[str]:
+            while (words := told())[0].startswith("STATUS="):
+                pass
+            assert words[0] == word
+            return words
+
+        server = serve(path, "-w", "2", program=installed.program)
+        drop_status("READY=1")
+        living = ready_workers(server)
+        server.signal(signal.SIGHUP)
+        words = drop_status("RELOADING=1")
+        assert re.fullmatch(r"MONOTONIC_USEC=\d+", words[1])
+        drop_status("READY=1")
+        ready_workers(server, besides=living)
+        installed.edit("worker.py", "import gc", "import gc gc")
+        server.signal(signal.SIGHUP)
+        drop_status("RELOADING=1")
+        drop_status("READY=1")
+        server.logged("upgrade failed")
