@@ -170,6 +170,7 @@ class Crew:
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
         slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted)
+        slot.ready = False
         if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
             self._give_up(f"slot={slot.index} {describe_status(status)}")
             return
@@ -190,15 +191,16 @@ class Crew:
         """Have every stream brought to what is in the file now, and all workers end, by the time `until`."""
         self.stop_filling()
         self.drain_until = until
+        draining = [slot for slot in self.slots if slot.pid is not None]
+        for slot in self.slots:
+            if slot.fill_at is not None:  # in backoff: its clients and its queue have waited for this worker
+                self.spawn(slot)
         for slot in self.slots:
             for listener in slot.listeners:
                 listener.close()  # the worker's is the last: it empties the queue, then closes
             slot.listeners = []
-        for slot in self.slots:
-            if slot.pid is not None:
-                self._order_drain(slot, until)
-            elif slot.roster.clients:  # in backoff: its clients have waited for this worker
-                self.spawn(slot)
+        for slot in draining:
+            self._order_drain(slot, until)
 
     def _order_drain(self, slot: Slot, until: float) -> None:
         assert slot.channel is not None

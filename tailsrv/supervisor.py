@@ -78,8 +78,8 @@ class Supervisor:
         self.ended = False
         self.truncation_seen = float("-inf")
         self.title = Title(self.loop.timers, self.render_title)
-        self.upgrader = Upgrader(self.loop.timers, self.save, busy=self.replacing)
         self.wakeup = Wakeup(CAUGHT)
+        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         for sock in control.sockets:
             self.loop.register(sock.fileno(), partial(self.handle_control, sock))

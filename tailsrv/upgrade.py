@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tailsrv import __version__, state, systemd
 from tailsrv.log import fields, logger
@@ -106,8 +106,11 @@ class Proof:
         return None, lines[-1]
 
 
-def execute(handed_on: state.State) -> None:
-    """Become the installed program, which goes on from `handed_on`. Returns only by raising OSError."""
+def execute(handed_on: state.State, pending: Callable[[], Iterable[int]]) -> None:
+    """Become the installed program, which goes on from `handed_on`. Returns only by raising OSError.
+
+    `pending()` returns the signals that have been caught and not acted on: they are sent again.
+    """
     fd = memory(state.encode(handed_on))
     descriptors = [fd, *handed_on.descriptors()]
     executable, arguments = command()
@@ -115,6 +118,8 @@ def execute(handed_on: state.State) -> None:
     try:
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
+        for number in pending():
+            os.kill(os.getpid(), number)
         os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
     finally:  # still here
         for descriptor in descriptors:
@@ -132,11 +137,12 @@ def keep_private(descriptors: list[int]) -> None:
 class Upgrader:
     """One upgrade at a time: proof, then exec. Requests that come meanwhile are one more, to be asked for again.
 
-    `snapshot()` returns the state to hand on. While the new program replaces the workers, `busy` stays set.
+    `snapshot()` returns the state to hand on, `pending()` the signals that have been caught and not acted on.
+    While the new program replaces the workers, `busy` stays set.
     """
 
-    def __init__(self, timers: Timers, snapshot: Callable[[], state.State], busy: bool) -> None:
-        self._timers, self._snapshot = timers, snapshot
+    def __init__(self, timers: Timers, snapshot: Callable[[], state.State], pending: Callable[[], list[int]], busy: bool) -> None:
+        self._timers, self._snapshot, self._pending = timers, snapshot, pending
         self._proof: Proof | None = None
         self._again = False
         self._busy = busy
@@ -180,7 +186,7 @@ class Upgrader:
             return True
         logger.info("upgrade: %s", fields(old=__version__, new=version))
         try:
-            execute(self._snapshot())
+            execute(self._snapshot(), self._left_to_do)
         except OSError as error:
             self._fail(error.strerror or str(error), now)
         return True
@@ -192,6 +198,9 @@ class Upgrader:
         if self._again:
             self._again = False
             self.request(now)
+
+    def _left_to_do(self) -> list[int]:
+        return [*self._pending(), *([signal.SIGHUP] if self._again else [])]
 
     def _fail(self, reason: str, now: float) -> None:
         logger.error("upgrade failed, nothing has changed: %s", fields(reason=reason))

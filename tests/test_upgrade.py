@@ -240,8 +240,15 @@ def slow_to_start(installed: Installed, flag: Path) -> None:
 
 def let_go(flag: Path) -> None:
     """Let the program that waits at the pipe go on."""
-    with flag.open("w"):  # waits for its reader
-        pass
+
+    def opened() -> bool:
+        try:
+            os.close(os.open(flag, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody reads yet
+            return False
+        return True
+
+    eventually(opened)
 
 
 def await_proof(server: Server, living: list[int]) -> int:
