@@ -19,6 +19,7 @@ from tailsrv.signals import blocked
 from tailsrv.slot import Inheritance, Slot
 
 FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
+REPLACE_PATIENCE = 1.0  # seconds that an outdated worker gets to finish its turn
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 
 
@@ -75,11 +76,21 @@ class Crew:
                 self.spawn(slot)
 
     def replace_next(self) -> bool:
-        """Kill the next worker that is outdated, for its successor to adopt its clients; tell whether there was one."""
+        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there was one.
+
+        SIGTERM lets it finish its turn: what it has accepted in it is passed up, which SIGKILL would lose.
+        """
         self.outdated = [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
         if self.outdated:
-            os.kill(self.outdated[0][1], signal.SIGKILL)
+            os.kill(self.outdated[0][1], signal.SIGTERM)
+            self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
         return bool(self.outdated)
+
+    def _insist(self) -> None:
+        """Kill the outdated worker that has been asked to end and does not."""
+        for slot, pid in self.outdated[:1]:
+            if slot.pid == pid:
+                os.kill(pid, signal.SIGKILL)
 
     def spawn(self, slot: Slot) -> None:
         """Fill `slot` with a worker, or plan to if that is not possible now."""
@@ -164,7 +175,7 @@ class Crew:
             self._refill(slot, what, status)
         elif self.filling:
             self.spawn(slot)
-        elif self.drain_until is not None and what is not Verdict.DONE and slot.roster.clients and self._loop.now < self.drain_until:
+        elif self.drain_until is not None and slot.roster.clients and self._loop.now < self.drain_until:
             self.spawn(slot)  # somebody still has to finish these streams
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:

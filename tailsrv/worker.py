@@ -39,6 +39,7 @@ INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
 LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
 LEFT_DELAY = 0.05  # seconds; who left is reported with other news, or after this
+FAREWELL = 0.5  # seconds that the last report may wait for a supervisor that is too busy to take it
 RETRY_REPORT = 0.005  # seconds; the supervisor was too busy to take a report
 
 
@@ -110,7 +111,12 @@ class Worker:
         self.send_news()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
-        self.send_news()  # who left in the last turn
+        self.send_news()  # of the last turn
+        if self.joined:  # not passed up, they would be lost with us: wait for a supervisor that is busy
+            poll = select.poll()
+            poll.register(self.channel, select.POLLOUT)
+            poll.poll(FAREWELL * 1000)
+            self.send_news()
         return ExitStatus.DONE
 
     def step(self, timeout: float | None) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, random_bytes, recv_exactly
+from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, random_bytes, recv_exactly, stop
 from survival import await_clients, children, descriptors, loaded, ready_workers, status, strace
 
 import tailsrv
@@ -118,9 +118,25 @@ def test_visitors_during_upgrades(serve: Serve, path: Path) -> None:
     server = serve(path, "-w", "2")
     ready_workers(server)
     with visited(server, SMALL) as visits:
-        for count in range(1, 21):
+        for count in range(1, 9):
             upgrade(server, count)
     assert len(visits) > 100
+
+
+def test_a_worker_that_does_not_end(serve: Serve, path: Path) -> None:
+    """A worker that is stuck is killed when its turn to be replaced has come; its clients go on."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    living = ready_workers(server)
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, SMALL)
+    stop(living[1])
+    upgrade(server)
+    ready_workers(server, besides=living)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
 
 
 def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
