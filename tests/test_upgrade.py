@@ -222,6 +222,7 @@ def test_a_program_that_cannot_take_over(serve: Serve, path: Path, installed: In
     living = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
+    await_clients(server, 1)
     before = descriptors(server.pid)
     *edit, reason = BREAKS[which]
     installed.edit(*edit)
