@@ -54,6 +54,10 @@ class Crew:
         """Return the slots that have a worker."""
         return [slot for slot in self.slots if slot.pid is not None]
 
+    def finished(self) -> bool:
+        """Tell whether no slot has a worker, or is to get one."""
+        return all(slot.pid is None and slot.fill_at is None for slot in self.slots)
+
     def all_ready(self) -> bool:
         """Tell whether every slot has a worker that serves."""
         return all(slot.ready for slot in self.slots)
@@ -176,22 +180,27 @@ class Crew:
         elif self.filling:
             self.spawn(slot)
         elif self.drain_until is not None and slot.roster.clients and self._loop.now < self.drain_until:
-            self.spawn(slot)  # somebody still has to finish these streams
+            self._note_failure(slot, what)  # somebody still has to finish these streams
+            self._fill_at(slot, self._loop.now + slot.failures.delay())
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
-        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted)
-        slot.ready = False
+        self._note_failure(slot, what)
         if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
             self._give_up(f"slot={slot.index} {describe_status(status)}")
             return
-        if slot.failures.poisoned():
-            ended = slot.roster.hang_up()
-            logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
         slot.restarts += 1
         if delay := slot.failures.delay():
             logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
         self._fill_at(slot, self._loop.now + delay)
+
+    def _note_failure(self, slot: Slot, what: Verdict) -> None:
+        """Take the death into the slot's record, and give its clients up if one of them seems to be the cause."""
+        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted)
+        slot.ready = False
+        if slot.failures.poisoned():
+            ended = slot.roster.hang_up()
+            logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
 
     def stop_filling(self) -> None:
         """Leave slots empty from now on."""
@@ -226,9 +235,10 @@ class Crew:
         """End every worker at once."""
         self.stop_filling()
         self.drain_until = None
-        for slot in self.running():
-            assert slot.pid is not None
-            os.kill(slot.pid, signal.SIGKILL)
+        for slot in self.slots:
+            slot.fill_at = None
+            if slot.pid is not None:
+                os.kill(slot.pid, signal.SIGKILL)
 
     # Reports
 
@@ -251,6 +261,8 @@ class Crew:
             message = decode(packet)
         except MessageError as error:
             logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
+            for fd in sockets:
+                os.close(fd)
         else:
             if isinstance(message, Report):
                 self._take_in(slot, message, sockets)

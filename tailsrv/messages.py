@@ -82,7 +82,7 @@ def decode(packet: bytes) -> Message:
             return _decode_report(packet)
         if version == VERSION and kind == _DRAIN:
             return Drain(_GRACE.unpack(packet)[1])
-    except (struct.error, ValueError, TypeError) as error:
+    except (struct.error, ValueError, TypeError, RecursionError) as error:
         raise MessageError(f"not a message: {packet[:80]!r}") from error
     raise MessageError(f"not a message of version {VERSION}: {packet[:80]!r}")
 

@@ -68,5 +68,5 @@ def decode(data: bytes) -> State:
         return State(slots=slots, **values)
     except StateError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StateError(f"not a state: {error!r}") from error

@@ -110,7 +110,7 @@ class Supervisor:
         if self.crew.busy:
             self.crew.busy = False
             time.sleep(REST)
-        if self.is_ending() and not self.crew.running():
+        if self.is_ending() and self.crew.finished():
             self.ended = True
 
     def is_ending(self) -> bool:
@@ -167,6 +167,7 @@ class Supervisor:
             self.wakeup.close()
             self.loop.epoll.close()
             self.control.close()
+            self.upgrader.let_go()
             assert self.file is not None
             status = self.work(self.crew.inherit(slot, self.file, channel, self.endpoints))
         except BaseException:

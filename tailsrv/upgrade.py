@@ -90,6 +90,11 @@ class Proof:
         finally:
             os.close(given)
 
+    def close(self) -> None:
+        """Close what the child writes to."""
+        os.close(self._answer)
+        os.close(self._complaints)
+
     def kill(self) -> None:
         """End the child, which has not been reaped."""
         os.kill(self.pid, signal.SIGKILL)
@@ -171,6 +176,11 @@ class Upgrader:
         """Forget all about it: the server is ending."""
         self.expire()
         self._timers.cancel(self.expire)
+
+    def let_go(self) -> None:
+        """Close, in a forked child, what is the supervisor's."""
+        if self._proof is not None:
+            self._proof.close()
 
     def reaped(self, pid: int, status: int, now: float, ending: bool) -> bool:
         """Tell whether the child `pid` was our proof; if it was and succeeded, and nothing is `ending`, exec."""
