@@ -290,6 +290,24 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     assert [worker["restarts"] > 0 for worker in status(server)["workers"]] == [slot == 0, slot == 1]
 
 
+def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
+    """A client that kills every worker which adopts it does not keep a drain busy until its grace is over."""
+    path.write_bytes(SMALL)
+    program = path.with_name("poisoned.py")
+    program.write_text(POISONED)
+    server = serve(path, "-v", "--grace", "3600", wrapper=("env", f"PYTHONPATH={PACKAGE}"), program=(sys.executable, str(program), "exit"))
+    (worker,) = server.workers(1)
+    stop(worker)
+    poison = server.connect(b"666\n")  # waits in the accept queue, which a drain empties
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(worker, signal.SIGCONT)
+    server.logged("a client kills the worker that adopts it")
+    assert not outcome(poison)
+    server.wait()
+    assert len(server.lines("worker died by its own fault")) == 3
+
+
 # Descriptors
 
 
