@@ -77,7 +77,7 @@ def whole(text: str) -> int:
     """Return the whole number `text`; int() alone would also take `1_000` and other people's digits."""
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
-    return int(text[:20])
+    return int(text.lstrip("0")[:20] or "0")  # enough to be too much
 
 
 def workers(text: str) -> int:
@@ -124,17 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up(verbosity)
     try:
         handed_on = read_state()
-        status = serve(config) if handed_on is None else go_on(config, handed_on)
+        supervisor, file = prepare(config) if handed_on is None else take_over(config, handed_on)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
+    status = supervisor.run(file)
     # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
     hold()
     return status
 
 
-def serve(config: Config) -> int:
-    """Serve as `config` says; return the exit status. Raises CannotServeError, ListenError, AlreadyServedError."""
+def prepare(config: Config) -> tuple[Supervisor, int | None]:
+    """Return a supervisor that listens as `config` says, and the open file, None if there is none yet.
+
+    Raises CannotServeError, ListenError, AlreadyServedError.
+    """
     descriptors = raise_descriptor_limit()
     file = open_file(config.path)
     prepare_to_fork()
@@ -146,17 +150,17 @@ def serve(config: Config) -> int:
         fields(version=__version__, endpoints=",".join(names), port=port, workers=config.workers, descriptors=descriptors),
     )
     slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
-    return Supervisor(config, slots, names, control, partial(work, config=config)).run(file)
+    return Supervisor(config, slots, names, control, partial(work, config=config)), file
 
 
-def go_on(config: Config, handed_on: State) -> int:
-    """Serve on from what the version before us handed on; return the exit status."""
+def take_over(config: Config, handed_on: State) -> tuple[Supervisor, int | None]:
+    """Return a supervisor that goes on from what the version before us handed on, and the open file if there is one."""
     raise_descriptor_limit()
     keep_private(handed_on.descriptors())
     prepare_to_fork()
     slots = [Slot.load(index, saved) for index, saved in enumerate(handed_on.slots)]
     control = Control([socket.socket(fileno=fd) for fd in handed_on.control])
-    return Supervisor(config, slots, handed_on.endpoints, control, partial(work, config=config), handed_on).run(handed_on.file)
+    return Supervisor(config, slots, handed_on.endpoints, control, partial(work, config=config), handed_on), handed_on.file
 
 
 def occupy_standard_descriptors() -> None:

@@ -6,6 +6,8 @@ import socket
 import struct
 from collections.abc import Sequence
 
+ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
+
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7)
 
 
@@ -42,7 +44,7 @@ class Control:
 
     def answer(self, sock: socket.socket, status: bytes) -> None:
         """Give `status` to everyone who waits at `sock` and is the same user or root; close on all others."""
-        while True:
+        for _ in range(ANSWERS):
             try:
                 peer, _ = sock.accept()
             except OSError:  # nobody waits any more, or no descriptor is left for whoever does

@@ -60,7 +60,7 @@ class Crew:
 
     def all_ready(self) -> bool:
         """Tell whether every slot has a worker that serves."""
-        return all(slot.ready for slot in self.slots)
+        return all(slot.pid is not None and slot.ready for slot in self.slots)
 
     def clients(self) -> int:
         """Return the number of clients."""
@@ -141,6 +141,7 @@ class Crew:
         self._loop.register(slot.channel.fileno(), partial(self.take_reports, slot))
 
     def _postpone(self, slot: Slot, error: OSError) -> None:
+        slot.ready = False
         logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
         self._fill_at(slot, self._loop.now + FORK_RETRY)
 
@@ -167,14 +168,17 @@ class Crew:
         if slot is None:  # as PID 1 we are everybody's parent
             return
         assert slot.channel is not None
+        slot.pid = None  # at once: it may be another process's by now
         self.take_reports(slot)  # its last words
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
-        slot.pid, slot.channel = None, None
+        slot.channel = None
         lost = slot.roster.lose_unprotected()
         what, expected = verdict(status), not self.filling or (slot, pid) in self.outdated
         detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
-        logger.log(logging.DEBUG if expected else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_status(status))
+        logger.log(
+            logging.DEBUG if expected and not lost else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_status(status)
+        )
         if not expected:
             self._refill(slot, what, status)
         elif self.filling:
@@ -203,8 +207,9 @@ class Crew:
             logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
 
     def stop_filling(self) -> None:
-        """Leave slots empty from now on."""
+        """Leave slots empty from now on, and workers as they are."""
         self.filling = False
+        self.outdated = []
         self._loop.timers.cancel(self._fill)
 
     def drain(self, until: float) -> None:
@@ -255,7 +260,7 @@ class Crew:
         except OSError:  # none now, or its end is gone
             return False
         if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
-            self._loop.epoll.modify(slot.channel.fileno(), 0)
+            self._loop.unregister(slot.channel.fileno())
             return False
         try:
             message = decode(packet)
@@ -269,7 +274,7 @@ class Crew:
         return True
 
     def _take_in(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
-        if slot.roster.join(report.joined, sockets, self._highest):
+        if slot.roster.join(report.joined, [self._lower(fd) for fd in sockets], self._highest):
             self._unprotected(
                 "no descriptor left to protect clients with, they would not survive their worker", unprotected=self.unprotected()
             )
@@ -278,3 +283,14 @@ class Crew:
         slot.roster.leave(report.left)
         if report.notices != NO_NOTICES:
             self._notice(slot, report.notices)
+
+    def _lower(self, fd: int) -> int:
+        """Return `fd`, under a lower number if it is one of those that clients do not get.
+
+        That takes a place from the oldest client that has not sent its header: strangers must not use up what protects others.
+        """
+        if fd <= self._highest or not any(slot.roster.expose_headerless() for slot in self.slots):
+            return fd
+        lower = os.dup(fd)
+        os.close(fd)
+        return lower

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from tailsrv.policy import EVENTS
 from tailsrv.timers import Timers
 
+LONGEST = 86400.0  # seconds; epoll_wait(2) counts milliseconds in an int, which holds 24 days
+
 
 class Loop:
     """An epoll object, who is to be called for which descriptor, and what is to be done when."""
@@ -24,9 +26,9 @@ class Loop:
         self.epoll.register(fd, select.EPOLLIN)
 
     def unregister(self, fd: int) -> None:
-        """Forget `fd`; to be called before it is closed, since the kernel goes on reporting what a duplicate keeps open."""
-        del self.handlers[fd]
-        self.epoll.unregister(fd)
+        """Forget `fd` if it is known; before it is closed, since the kernel goes on reporting what a duplicate keeps open."""
+        if self.handlers.pop(fd, None) is not None:
+            self.epoll.unregister(fd)
 
     def timeout(self) -> float | None:
         """Return the seconds until the next thing is due, None if nothing is planned."""
@@ -34,7 +36,7 @@ class Loop:
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         """Return the descriptors that are ready, each with its events, after `timeout` seconds at the latest."""
-        events = self.epoll.poll(timeout, EVENTS)
+        events = self.epoll.poll(timeout if timeout is None else min(timeout, LONGEST), EVENTS)
         self.now = self.clock()
         return events
 

@@ -25,6 +25,7 @@ class Roster:
 
     clients: dict[int, Entry] = field(default_factory=dict)
     unprotected: set[int] = field(default_factory=set)  # there was no room for their duplicates: they die with their worker
+    headerless: dict[int, None] = field(default_factory=dict)  # the clients that have not started yet, the oldest first
 
     def __len__(self) -> int:
         return len(self.clients) + len(self.unprotected)
@@ -39,21 +40,35 @@ class Roster:
         for client, fd in zip(clients, sockets, strict=False):
             if fd <= highest:
                 self.clients[client] = Entry(fd)
+                self.headerless[client] = None
             else:
                 os.close(fd)
                 self.unprotected.add(client)
         self.unprotected.update(clients[len(sockets) :])
+        for fd in sockets[len(clients) :]:
+            os.close(fd)
         return len(self.unprotected) - before
 
     def start(self, client: int, offset: int) -> None:
         """Note where the stream of `client` starts."""
         if (entry := self.clients.get(client)) is not None:
             entry.start = offset
+            self.headerless.pop(client, None)
+
+    def expose_headerless(self) -> bool:
+        """Stop protecting the oldest client that has not started yet, and tell whether there was one."""
+        oldest = next(iter(self.headerless), None)
+        if oldest is None:
+            return False
+        self.leave([oldest])
+        self.unprotected.add(oldest)
+        return True
 
     def leave(self, clients: Iterable[int]) -> None:
         """Forget clients that are not served any more; our duplicate is what kept their connections half open."""
         for client in clients:
             self.unprotected.discard(client)
+            self.headerless.pop(client, None)
             if (entry := self.clients.pop(client, None)) is not None:
                 os.close(entry.fd)
 
@@ -73,6 +88,7 @@ class Roster:
                     pass  # gone already
         ended = len(self.clients)
         self.clients.clear()
+        self.headerless.clear()
         return ended
 
     def close(self) -> None:
@@ -92,4 +108,6 @@ class Roster:
             assert client is not None
             assert fd is not None
             roster.clients[client] = Entry(fd, start)
+            if start is None:
+                roster.headerless[client] = None
         return roster

@@ -26,7 +26,7 @@ from tailsrv.slot import Inheritance, Slot
 from tailsrv.state import State
 from tailsrv.title import Title, supervisor_title
 from tailsrv.upgrade import Upgrader
-from tailsrv.watch import CannotServeError, is_gone, open_file
+from tailsrv.watch import CannotServeError, is_gone, open_file, size_of
 
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
@@ -71,7 +71,7 @@ class Supervisor:
         self.file: int | None = None
         self.file_gone = handed_on.file_gone if handed_on else False
         self.polling = handed_on.polling if handed_on else None
-        self.started_up = handed_on is not None  # every slot has had a worker that was ready
+        self.started_up = handed_on is not None and handed_on.file is not None  # every slot has had a worker that was ready
         self.replacing = handed_on is not None  # the workers of the version before us
         self.phase = Phase.WAITING
         self.status = ExitStatus.DONE
@@ -148,8 +148,7 @@ class Supervisor:
     def start_workers(self) -> None:
         assert self.file is not None
         self.phase = Phase.RUNNING
-        size = os.fstat(self.file).st_size
-        logger.info("serving: %s", fields(path=self.config.path, size=size, workers=len(self.crew.slots)))
+        logger.info("serving: %s", fields(path=self.config.path, size=size_of(self.file), workers=len(self.crew.slots)))
         self.crew.fill_all()
         self.go_on_replacing()
 
@@ -245,6 +244,7 @@ class Supervisor:
         self.loop.timers.set(self.abandon_workers, self.loop.now + KILL_PATIENCE)
 
     def stop_waiting(self) -> None:
+        self.replacing = False
         self.loop.timers.cancel(self.look_for_file)
         self.loop.timers.cancel(self.terminate)
         self.upgrader.abandon()
@@ -296,7 +296,7 @@ class Supervisor:
             "file": {
                 "path": self.config.path,
                 "gone": self.file_gone,
-                "size": os.fstat(self.file).st_size if self.file is not None else None,
+                "size": size_of(self.file) if self.file is not None else None,
             },
             "clients": self.crew.clients(),
             "unprotected": self.crew.unprotected(),

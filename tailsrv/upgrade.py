@@ -87,6 +87,9 @@ class Proof:
             self.pid = os.posix_spawn(
                 executable, arguments, environment(CHECK), file_actions=files, setsigmask=(), setsigdef=(signal.SIGPIPE,)
             )
+        except OSError:
+            self.close()
+            raise
         finally:
             os.close(given)
 

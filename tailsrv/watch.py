@@ -1,5 +1,6 @@
 """One file: says grown, shrunk or gone."""
 
+import errno
 import os
 import stat
 import struct
@@ -50,24 +51,34 @@ def open_file(path: str) -> int | None:
 
 def _try_sendfile(file: int) -> None:
     """Find out now, not with the first client, whether this file's contents can be sent."""
-    sink = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.sendfile(sink, file, 0, 1)
+        with open(os.devnull, "wb", buffering=0) as sink:
+            os.sendfile(sink.fileno(), file, 0, 1)
         os.lseek(file, 0, os.SEEK_END)
     except OSError as error:
         raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
-    finally:
-        os.close(sink)
 
 
 def is_gone(file: int, path: str) -> bool:
-    """Tell whether `path` names something else than the open `file`, or nothing."""
-    held = os.fstat(file)
+    """Tell whether `path` names something else than the open `file`, or nothing.
+
+    That one may not look, or that a file server does not answer, is no sign of it.
+    """
     try:
-        named = os.stat(path)
-    except OSError:
+        held, named = os.fstat(file), os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return True
+    except OSError as error:
+        return error.errno == errno.ELOOP
     return (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino)
+
+
+def size_of(file: int) -> int | None:
+    """Return the size of the open `file` in bytes, None where a file server does not say."""
+    try:
+        return os.fstat(file).st_size
+    except OSError:
+        return None
 
 
 class Watch:
@@ -83,6 +94,7 @@ class Watch:
         self.polling = _why_poll(file)
         self._inotify: INotify | None = None
         self._following = False
+        self._size = 0
         if self.polling is None:
             try:
                 self._inotify = INotify(nonblocking=True)
@@ -116,7 +128,11 @@ class Watch:
         lseek(2) knows it as fstat(2) does, and spares making a stat_result, which costs more than the system
         call [measured: a fifth of a caught-up client's latency]. The file position that it moves is used by nobody.
         """
-        return os.lseek(self.file, 0, os.SEEK_END)
+        try:
+            self._size = os.lseek(self.file, 0, os.SEEK_END)
+        except OSError:  # a file server that does not answer: it is as long as it was
+            pass
+        return self._size
 
     def read(self) -> bool:
         """Take what inotify has to say, and tell whether it may mean that the file is gone."""
@@ -126,7 +142,10 @@ class Watch:
             return False
         if events == self._append:  # the common case: however many appends there were, they merge into this
             return False
-        self._watch_path()  # a link or folder may have been replaced by one that leads to the same file
+        try:
+            self._watch_path()  # a link or folder may have been replaced by one that leads to the same file
+        except OSError:
+            pass  # no watches left: the next change of a folder goes unnoticed, that of the file does not
         return True
 
     def _watch_file(self) -> None:
@@ -148,7 +167,11 @@ class Watch:
 
 def steps_to(path: str) -> Iterator[str]:
     """Yield every name that the kernel goes through to resolve `path`, links and what they lead to, the file last."""
-    here, names, links = "/", deque(Path(os.path.join(os.getcwd(), path)).parts[1:]), 0
+    try:
+        whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+    except FileNotFoundError:  # the folder that we started in is gone, and the file's name with it
+        return
+    here, names, links = "/", deque(Path(whole).parts[1:]), 0
     while names:
         step = os.path.join(here, names.popleft())
         yield step

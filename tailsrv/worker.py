@@ -22,7 +22,7 @@ from tailsrv.config import Config, ExitStatus
 from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
-from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Notices, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup, release
@@ -38,6 +38,7 @@ HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
 LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
+LINGER_SHARE = 20e-6  # seconds more for each: a look costs some microseconds, which the others' bytes need
 LEFT_DELAY = 0.05  # seconds; who left is reported with other news, or after this
 FAREWELL = 0.5  # seconds that the last report may wait for a supervisor that is too busy to take it
 RETRY_REPORT = 0.005  # seconds; the supervisor was too busy to take a report
@@ -103,7 +104,7 @@ class Worker:
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
-        self.notices = Notices(ready=True, polling=self.watch.polling)
+        self.notices = replace(self.notices, ready=True, polling=self.watch.polling)
         self.title.changed(self.loop.now)
         if self.watch.polling:
             self.poll_file()
@@ -158,8 +159,8 @@ class Worker:
                 self.notices = replace(self.notices, truncated=size)
 
     def check_path(self) -> None:
-        if not self.gone and is_gone(self.watch.file, self.watch.path):
-            self.gone = True
+        before, self.gone = self.gone, is_gone(self.watch.file, self.watch.path)
+        if self.gone and not before:  # it may come back, and go again
             self.notices = replace(self.notices, gone=True)
 
     def poll_file(self) -> None:
@@ -178,8 +179,7 @@ class Worker:
     def stop_accepting(self) -> None:
         self.loop.timers.cancel(self.start_accepting)
         for listener in self.listeners:
-            if listener.fileno() in self.loop.handlers:
-                self.loop.unregister(listener.fileno())
+            self.loop.unregister(listener.fileno())
 
     def handle_listener(self, listener: socket.socket) -> None:
         self.accept_clients(listener, policy.ACCEPTS)
@@ -374,7 +374,8 @@ class Worker:
             discard(client.sock)
             finish_sending(client.sock)
             self.finished[client.fd] = client
-        self.check_finished()
+        if self.finished and self.check_finished not in self.loop.timers:
+            self.check_finished()
         self.ended = self.ended or not self.clients
 
     def check_finished(self) -> None:
@@ -384,7 +385,7 @@ class Worker:
             if unsent(client.sock) == 0:
                 self.drop(client)
         if self.finished:
-            self.loop.timers.set(self.check_finished, self.loop.now + LINGER_CHECK)
+            self.loop.timers.set(self.check_finished, self.loop.now + LINGER_CHECK + len(self.finished) * LINGER_SHARE)
 
     def end_drain(self) -> None:
         """End where the grace is over: whoever has not got everything keeps what the kernel has queued for it."""
