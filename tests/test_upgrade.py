@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -238,12 +239,41 @@ def test_a_program_that_cannot_take_over(serve: Serve, path: Path, installed: In
 def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> None:
     """Where the program has been removed, all stays as it is and the log says why."""
     path.write_bytes(SMALL)
-    server = serve(path, program=installed.program)
+    script = installed.package.with_name("serve.py")
+    script.write_text("import sys; from tailsrv.cli import main; sys.exit(main())\n")
+    server = serve(path, program=(sys.executable, "-B", str(script)))
     living = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    installed.package.rename(installed.package.with_name("elsewhere"))
-    check_nothing_changed(server, path, client, living, "No module named tailsrv")
+    script.unlink()
+    check_nothing_changed(server, path, client, living, "can't open file")
+
+
+@pytest.mark.slow
+def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """What the README says: install the next version over this one in its environment, and send HUP."""
+    if not (source := Path(tailsrv.__file__).parent.parent / "pyproject.toml").exists():
+        source = Path.cwd() / "pyproject.toml"
+    checkout, home = tmp_path / "checkout", tmp_path / "venv"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "UNLICENSE"):
+        shutil.copy(source.with_name(name), checkout)
+    shutil.copytree(Path(tailsrv.__file__).parent, checkout / "tailsrv", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    pip = [str(home / "bin/python"), "-m", "pip", "install", "-q", str(checkout)]
+    subprocess.run(pip, check=True)
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", program=(str(home / "bin/tailsrv"),))
+    ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    before = checkout / "tailsrv/__init__.py"
+    before.write_text(before.read_text().replace(tailsrv.__version__, "77.0"))
+    subprocess.run(pip, check=True)
+    upgrade(server)
+    assert status(server)["version"] == "77.0"
+    append(path, NEWS)
+    expect(client, NEWS)
 
 
 # Requests that come at odd moments
