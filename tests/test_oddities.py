@@ -12,6 +12,7 @@ DATA = b"0123456789\n"
 NEWS = b"news\n"
 
 
+@pytest.mark.slow
 def test_time_that_epoll_cannot_count(serve: Serve, path: Path) -> None:
     """Times of more than 24 days are times like others."""
     path.write_bytes(DATA)
@@ -19,8 +20,11 @@ def test_time_that_epoll_cannot_count(serve: Serve, path: Path) -> None:
     living = server.workers(1)
     silent, client = server.connect(), server.connect(b"0\n")
     expect(client, DATA)
+    eventually(lambda: server.title(server.workers(1)[0]).endswith("[2 clients]"))  # nothing nearer is planned any more
+    append(path, NEWS)
+    expect(client, NEWS)
     silent.sendall(b"0\n")
-    expect(silent, DATA)
+    expect(silent, DATA + NEWS)
     assert server.workers(1) == living
 
 
