@@ -14,7 +14,7 @@ from functools import partial
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Report, decode, encode
-from tailsrv.policy import Verdict, describe_status, verdict
+from tailsrv.policy import MAX_DELAY, Verdict, describe_status, verdict
 from tailsrv.signals import blocked
 from tailsrv.slot import Inheritance, Slot
 
@@ -27,7 +27,8 @@ class Crew:
     """The slots and the workers in them.
 
     `enter(slot, channel)` is called in each forked child and does not return. `notice(slot, notices)` is called with
-    what a worker has to say beyond its clients, `give_up(reason)` when workers cannot start.
+    what a worker has to say beyond its clients, `give_up(reason)` when workers cannot start, and `stuck(reason)` when
+    that is so in an upgrade, while workers of the version before us still serve.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Crew:
         enter: Callable[[Slot, socket.socket], None],
         notice: Callable[[Slot, Notices], None],
         give_up: Callable[[str], None],
+        stuck: Callable[[str], None],
     ) -> None:
         self.slots = list(slots)
         self.filling = False  # empty slots are to be filled
@@ -44,7 +46,8 @@ class Crew:
         self.busy = False  # reports came in this turn
         self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
         self._loop = loop
-        self._enter, self._notice, self._give_up = enter, notice, give_up
+        self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
+        self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
         self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
         self._unprotected = Limited(logging.WARNING, burst=1)
         for slot, _ in self.outdated:
@@ -189,6 +192,12 @@ class Crew:
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
+        if self._unproven and not slot.ready and what is not Verdict.KILLED:  # it is the program, not the clients
+            self.outdated = []
+            slot.restarts += 1
+            self._fill_at(slot, self._loop.now + MAX_DELAY)
+            self._stuck(f"slot={slot.index} {describe_status(status)}")
+            return
         self._note_failure(slot, what)
         if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
             self._give_up(f"slot={slot.index} {describe_status(status)}")
@@ -281,6 +290,8 @@ class Crew:
         for client, offset in report.started:
             slot.roster.start(client, offset)
         slot.roster.leave(report.left)
+        if report.notices.ready and (slot, slot.pid) not in self.outdated:
+            self._unproven = False
         if report.notices != NO_NOTICES:
             self._notice(slot, report.notices)
 

@@ -66,7 +66,7 @@ class Supervisor:
         self.control = control
         self.work = work
         self.loop = Loop()
-        self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up)
+        self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others)
         self.started = handed_on.started if handed_on else time.time()
         self.file: int | None = None
         self.file_gone = handed_on.file_gone if handed_on else False
@@ -198,6 +198,13 @@ class Supervisor:
         logger.critical("workers cannot start: %s", reason)
         self.status = ExitStatus.CANNOT_BOOT
         self.terminate()
+
+    def keep_others(self, reason: str) -> None:
+        """End the replacement of workers where ours do not start: those of the version before us go on."""
+        logger.error("workers of this version do not start, those of the last one go on; install another and send HUP: %s", reason)
+        if self.replacing:
+            self.replacing = False
+            self.upgrader.done(self.loop.now)
 
     # Signals, and the end
 

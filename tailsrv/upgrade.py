@@ -153,14 +153,19 @@ class Upgrader:
         self._timers, self._snapshot, self._pending = timers, snapshot, pending
         self._proof: Proof | None = None
         self._again = False
+        self._stale = False  # a request has come since the proof began: what it proves may not be what is installed now
         self._busy = busy
 
     def request(self, now: float) -> None:
         """Start an upgrade, or note that one more is wanted after the one that is under way."""
         if self._busy:
-            self._again = True
+            self._again = self._stale = True
             return
         systemd.notify_reloading()
+        self._prove(now)
+
+    def _prove(self, now: float) -> None:
+        self._stale = False
         try:
             self._proof = Proof(state.encode(self._snapshot()))
         except OSError as error:
@@ -196,6 +201,9 @@ class Upgrader:
             return True
         if version is None:
             self._fail(reason, now)
+            return True
+        if self._stale:
+            self._prove(now)
             return True
         logger.info("upgrade: %s", fields(old=__version__, new=version))
         try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -150,7 +150,8 @@ def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
     ready_workers(server)
     while not server.lines("respawning after a delay: ", "seconds=0.8"):
         for pid in children(server.pid)[:1]:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # killed in the last round, reaped in this
+                os.kill(pid, signal.SIGKILL)
     upgrade(server)
     assert all(worker["pid"] for worker in status(server)["workers"])
     append(path, NEWS)
@@ -250,6 +251,29 @@ def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> No
 
 
 @pytest.mark.slow
+def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installed) -> None:
+    """A version whose workers fail replaces none but the first, costs no client, and gives way to the next."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", program=installed.program)
+    server.traceback_expected = True
+    living = ready_workers(server)
+    clients = [server.connect(b"0\n") for _ in range(20)]
+    for client in clients:
+        expect(client, SMALL)
+    await_clients(server, 20)
+    installed.edit("worker.py", "    try:\n        wakeup =", '    raise RuntimeError("no worker")\n    try:\n        wakeup =')
+    server.signal(signal.SIGHUP)
+    server.logged("workers of this version do not start", "slot=0", count=2)
+    assert [worker["pid"] for worker in status(server)["workers"]][1] == living[1]
+    assert status(server)["clients"] == 20
+    installed.install("98.0")
+    upgrade(server)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+
+
+@pytest.mark.slow
 def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Path) -> None:
     """What the README says: install the next version over this one in its environment, and send HUP."""
     if not (source := Path(tailsrv.__file__).parent.parent / "pyproject.toml").exists():
@@ -317,15 +341,18 @@ def test_requests_during_an_upgrade_are_one_more(serve: Serve, path: Path, insta
         before = status(server)
         server.signal(signal.SIGHUP)
         assert before == status(server)  # asked after the signal: it has been taken
-    let_go(tmp_path / "flag")
+    first, flag = await_proof(server, living), tmp_path / "flag"
+    let_go(flag)
+    await_proof(server, [*living, first])  # what is installed may have changed since: it is asked anew
+    let_go(flag)
     server.logged("upgraded: version=")
-    let_go(tmp_path / "flag")
+    let_go(flag)
     server.logged("upgraded: version=", count=2)
     ready_workers(server)
     server.signal(signal.SIGTERM)
     expect_eof(client)
     server.wait()
-    assert len(server.lines("upgrade: asking the installed program")) == 2
+    assert len(server.lines("upgrade: asking the installed program")) == 3
 
 
 def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
