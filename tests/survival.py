@@ -73,7 +73,7 @@ def strace(pid: int, *inject: str) -> Iterator[None]:
             assert line.endswith("attached\n"), line
             yield
         finally:
-            tracer.terminate()
+            tracer.kill()  # asked to end, it may wait for a process that is held, or gone
             tracer.communicate(timeout=DEADLINE)
 
 
