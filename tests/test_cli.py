@@ -16,7 +16,7 @@ DATA = random_bytes(100)
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} tailsrv\[\d+\] (debug|info|warning|error|critical): [ -~]+")
 
 USAGE_ERRORS = [
-    ([], "the following arguments are required: FILE, -p/--port"),
+    ([], "the following arguments are required: FILE"),
     (["file"], "the following arguments are required: -p/--port"),
     (["-p", "0"], "the following arguments are required: FILE"),
     (["-p", "0", "one", "two"], "unrecognized arguments: two"),
@@ -24,7 +24,7 @@ USAGE_ERRORS = [
     (["-p", "0", "--gra=1", "file"], "unrecognized arguments: --gra=1"),
     (["-p", "0", ""], "FILE must be a path that is not empty"),
     (["-p", "abc", "file"], "argument -p/--port: not a whole number: 'abc'"),
-    (["-p", "", "file"], "argument -p/--port: not a whole number: ''"),
+    (["-p", "", "file"], "the following arguments are required: -p/--port"),
     (["-p", "-1", "file"], "argument -p/--port: "),
     (["-p", "1_0", "file"], "argument -p/--port: not a whole number: '1_0'"),
     (["-p", "٣", "file"], "argument -p/--port: not a whole number: "),
@@ -35,6 +35,16 @@ USAGE_ERRORS = [
     (["-p", "0", "-w", "abc", "file"], "argument -w/--workers: not a whole number: 'abc'"),
     (["-p", "0", "-w", "1_0", "file"], "argument -w/--workers: not a whole number: '1_0'"),
     (["-p", "0", "-w=-1", "file"], "argument -w/--workers: not a whole number: '-1'"),
+    (["-p", "0", "--max-clients", "many", "file"], "argument --max-clients: not a whole number: 'many'"),
+    (["-p", "0", "--max-clients", "9" * 20, "file"], "max-clients must be from 0 to "),
+    (["-p", "0", "--allow", "", "file"], "argument --allow: not a network: "),
+    (["-p", "0", "--allow", "10.0.0.0/33", "file"], "argument --allow: not a network: '10.0.0.0/33'"),
+    (
+        ["-p", "0", "--allow", "10.0.0.1/8", "file"],
+        "argument --allow: not a network: 10.0.0.1/8 has host bits set; did you mean 10.0.0.0/8?",
+    ),
+    (["-p", "0", "--allow", "example.com", "file"], "argument --allow: not a network: 'example.com'"),
+    (["-p", "0", "--follow-name", "--linger-after-file-is-gone", "file"], "linger-after-file-is-gone and follow-name exclude each other"),
     (["-p", "0", "--grace", "abc", "file"], "argument --grace: not a number of seconds: 'abc'"),
     (["-p", "0", "--grace=-1", "file"], "grace must be 0 or more seconds, not -1.0"),
     (["-p", "0", "--grace", "nan", "file"], "grace must be 0 or more seconds, not nan"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tailsrv
-from tailsrv.cli import make_parser
+from tailsrv.arguments import make_parser
 from tailsrv.config import DEFAULT_GRACE, ExitStatus
 
 ROOT = Path(__file__).parent.parent

@@ -249,7 +249,7 @@ how = sys.argv.pop(1)
 config, verbosity = cli.parse(None)
 set_up(verbosity)
 file = open_file(config.path)
-listeners, port = cli.listen(config)
+listeners, port = cli.listen(config, config.port)
 names = endpoints(config.bind, port)
 logger.info("listening: port=%d", port)
 slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]

@@ -209,7 +209,7 @@ BREAKS = {
     "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
     "early end": ("cli.py", "    return config, args.verbose", "    sys.exit(0)\n    return config, args.verbose", "NameError"),
     "silence": ("upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
-    "option gone": ("cli.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
+    "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
     "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
     "state": ("state.py", "FORMAT = 1", "FORMAT = 1000", r"format \(1, \d+\).*\(1000, \d+\)"),
     "channel": ("messages.py", "VERSION = 1", "VERSION = 1000", r"format \(\d+, 1\).*\(\d+, 1000\)"),
