@@ -350,7 +350,7 @@ with working(Path(sys.argv[1])) as bench:
     bench.until(lambda: listener not in bench.worker.loop.handlers)
     while readable(bench.worker.loop.epoll.fileno()):
         bench.worker.step(0)
-    assert bench.worker.start_accepting in bench.worker.loop.timers
+    assert bench.worker.acceptor.start in bench.worker.loop.timers
     assert list(bench.worker.clients.values()) == [client]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     bench.skew = 60.0
