@@ -42,7 +42,7 @@ def cannot_see(path: str) -> str | None:
 
 def _sandbox(path: str) -> str | None:
     """Return which setting of a systemd service hides `path` from it, None if none is known to."""
-    if "INVOCATION_ID" not in os.environ:  # systemd.exec(5)
+    if not os.environ.get("INVOCATION_ID"):  # systemd.exec(5)
         return None
     path = os.path.abspath(path)
     for folder, setting in _HIDDEN.items():
