@@ -21,7 +21,7 @@ from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
-from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Ping, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Message, Ping, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup, release
@@ -327,16 +327,21 @@ class Worker:
             self.ended = self.ended or not self.draining
 
     def handle_channel(self) -> None:
-        try:
-            packet = self.channel.recv(MAX_MESSAGE)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            packet = b""
-        if not packet:
-            self.ended = True  # the supervisor is gone, and nobody is left to serve for
-            return
-        match decode(packet):
+        """Do all that the supervisor has asked for by now."""
+        while not self.ended:
+            try:
+                packet = self.channel.recv(MAX_MESSAGE)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                packet = b""
+            if packet:
+                self.obey(decode(packet))
+            else:
+                self.ended = True  # the supervisor is gone, and nobody is left to serve for
+
+    def obey(self, order: Message) -> None:
+        match order:
             case Drain(grace, rotating) if not self.draining:
                 self.drain(grace, rotating)
             case Ping():

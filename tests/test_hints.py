@@ -60,12 +60,12 @@ print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
 @pytest.mark.parametrize(
     ("path", "setting"),
     [
-        ("/home/me/log", "ProtectHome=no"),
-        ("/root/log", "ProtectHome=no"),
-        ("/run/user/1000/log", "ProtectHome=no"),
-        ("/tmp/log", "PrivateTmp=no"),
-        ("/var/tmp/a/log", "PrivateTmp=no"),
-        ("/var/log/../tmp/log", "PrivateTmp=no"),
+        ("/home/me/log", "ProtectHome=read-only"),
+        ("/root/log", "ProtectHome=read-only"),
+        ("/run/user/1000/log", "ProtectHome=read-only"),
+        ("/tmp/log", "BindReadOnlyPaths=/tmp"),
+        ("/var/tmp/a/log", "BindReadOnlyPaths=/var/tmp/a"),
+        ("/var/log/../tmp/log", "BindReadOnlyPaths=/var/tmp"),
         ("/var/log/app.log", None),
         ("/homes/log", None),
         ("/run/log", None),
