@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.health_report import Level, Server
+from tailsrv.control import CLIENTS, PREFIX, credentials
+from tailsrv.health_report import STOPPED, Level, Server
 from tailsrv.health_status import AnswerError, Client, Status, decode_clients, decode_status
 
 PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
@@ -25,7 +26,7 @@ CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabyt
 LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
 
 _LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
-_NAME = re.compile(r"@tailsrv:(\S+:([1-9][0-9]{0,4}))")
+_NAME = re.compile(rf"@{PREFIX}(\S+:([1-9][0-9]{{0,4}}))")
 
 Figure = TypeVar("Figure")
 
@@ -92,7 +93,7 @@ def _find_holder(endpoint: str) -> Server:
             _connect(sock, endpoint, patience=None)
         except BlockingIOError:
             return Server((endpoint,), None, None, None, ours=False)
-        pid, uid = _credentials(sock)
+        pid, uid, _ = credentials(sock)
         return Server((endpoint,), pid, uid, _user(uid), ours=uid == os.geteuid())
 
 
@@ -120,16 +121,11 @@ def _connect(sock: socket.socket, name: str, patience: float | None) -> None:
     else:  # a non-blocking connect(2) to a full unix socket does not wait, so that there is nothing to poll for
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience), 0))
     try:
-        sock.connect(f"\0tailsrv:{name}")
+        sock.connect(f"\0{PREFIX}{name}")
     except BlockingIOError:
         raise
     except OSError as error:
         raise EndedError("the server has ended", Level.CRITICAL) from error
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int]:
-    pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
 
 
 def _ask(server: Server, suffix: str, patience: float) -> _Answer:
@@ -139,7 +135,7 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
             _connect(sock, server.endpoints[0] + suffix, patience)
         except BlockingIOError:
             raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
-        pid, uid = _credentials(sock)
+        pid, uid, _ = credentials(sock)
         _check_user(uid)
         if server.pid is not None and pid != server.pid:
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
@@ -190,7 +186,7 @@ def _describe(pid: int) -> str:
     if not pid:
         return "it is in another pid namespace"
     state = state_of(pid)
-    return f"pid {pid} " + ("is stopped" if state == psutil.STATUS_STOPPED else f"({state or 'state unknown'})")
+    return f"pid {pid} " + ("is stopped" if state == STOPPED else f"({state or 'state unknown'})")
 
 
 def ask_status(server: Server) -> Status:
@@ -212,7 +208,7 @@ def ask_status(server: Server) -> Status:
 
 def ask_clients(server: Server) -> tuple[Client, ...]:
     """Return the clients of `server`. Raises InspectError."""
-    answer = _ask(server, "/clients", CLIENTS_PATIENCE)
+    answer = _ask(server, CLIENTS, CLIENTS_PATIENCE)
     try:
         pid, clients = decode_clients(answer.data)
     except AnswerError as error:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import psutil  # type: ignore[import-untyped]
 
 from tailsrv.health_ask import EndedError, Stat, ask_clients, ask_status, attempt, read_stat, state_of
-from tailsrv.health_report import HUNG_AFTER, Level, Process, Report, Server, Totals, Worker, total
+from tailsrv.health_report import HUNG_AFTER, STOPPED, Level, Process, Report, Server, Totals, Worker, total
 from tailsrv.health_status import SlotStatus, Status
 
 PAUSE = 0.25  # seconds between two questions: pings are answered by then, and CPU time, counted in 10 ms, shows
@@ -110,11 +110,10 @@ def _is_open(worker: SlotStatus) -> bool:
     """Tell whether it remains to be seen if a silent worker hangs."""
     if not 0 < worker.silent < HUNG_AFTER or worker.pid is None:
         return False
-    return state_of(worker.pid) != psutil.STATUS_STOPPED
+    return state_of(worker.pid) != STOPPED
 
 
 def _add_up(status: Status, processes: Sequence[Process]) -> Totals:
-    pss, descriptors = total(process.pss for process in processes), total(process.descriptors for process in processes)
     return Totals(
         clients=status.clients,
         unprotected=status.unprotected,
@@ -122,6 +121,6 @@ def _add_up(status: Status, processes: Sequence[Process]) -> Totals:
         restarts=sum(worker.restarts for worker in status.workers),
         queued=sum(listener.queued for listener in status.listeners),
         cpu=total(process.cpu for process in processes),
-        pss=None if pss is None else int(pss),
-        descriptors=None if descriptors is None else int(descriptors),
+        pss=total(process.pss for process in processes),
+        descriptors=total(process.descriptors for process in processes),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 from tailsrv.health_status import Client, Listener, ServedFile
 from tailsrv.title import counted
@@ -12,7 +13,11 @@ HUNG_AFTER = 2.0  # seconds without an answer to a ping; a healthy worker takes 
 RECENTLY = 60.0  # seconds in which a restarted worker is news
 
 WORKING = frozenset({"serving", "starting"})  # in every other state workers may rightly be missing, and the file gone
+STOPPED = "stopped"  # psutil.STATUS_STOPPED
 ENDED = frozenset({"zombie", "dead"})  # a process of which only the entry in the process table is left
+
+
+Number = TypeVar("Number", int, float)
 
 
 class Level(IntEnum):
@@ -91,7 +96,7 @@ class Worker:
     @property
     def stopped(self) -> bool:
         """Whether a signal has stopped it (SIGSTOP and the like, signal(7))."""
-        return self.process is not None and self.process.state == "stopped"
+        return self.process is not None and self.process.state == STOPPED
 
     @property
     def hung(self) -> bool:
@@ -170,10 +175,14 @@ def ready(report: Report) -> int:
     return sum(worker.alive and worker.ready for worker in report.workers)
 
 
-def total(figures: Iterable[float | None]) -> float | None:
+def total(figures: Iterable[Number | None]) -> Number | None:
     """Return the sum, None if a part of it is unknown."""
-    known = list(figures)
-    return None if None in known else sum(figure for figure in known if figure is not None)
+    known = []
+    for figure in figures:
+        if figure is None:
+            return None
+        known.append(figure)
+    return sum(known[1:], known[0]) if known else None
 
 
 def _critical(report: Report) -> Iterator[str]:
