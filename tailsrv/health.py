@@ -40,12 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(make_health_parser(), argv)
         level, text = check(options)
     except SystemExit as end:
-        return Level.UNKNOWN if end.code else Level.OK  # argparse's 2 would read as CRITICAL
-    except OSError as error:
-        level, text = Level.UNKNOWN, f"UNKNOWN: cannot look for servers: {error}\n"
+        return write("", Level.UNKNOWN if end.code else Level.OK)  # argparse's 2 would read as CRITICAL
     except KeyboardInterrupt:
         return INTERRUPTED
-    return write(text, level)
+    return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
@@ -59,8 +57,11 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
 
 
 def check(options: Namespace) -> tuple[Level, str]:
-    """Return how well the servers are that `options` ask for, and the text that says so. Raises OSError as `find` does."""
-    servers = find(options.port, options.pid)
+    """Return how well the servers are that `options` ask for, and the text that says so."""
+    try:
+        servers = find(options.port, options.pid)
+    except OSError as error:
+        return Level.UNKNOWN, render([], options.format, Level.UNKNOWN, f"cannot look for servers: {error}")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         outcomes = list(pool.map(lambda server: examine(server, options.clients), servers))
     asked_for = options.port is not None or options.pid is not None
@@ -71,13 +72,18 @@ def check(options: Namespace) -> tuple[Level, str]:
     ]  # fmt: skip
     strangers = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
     level, summary = summarize(findings, say_none(options, strangers))
-    match options.format:
+    return level, render(findings, options.format, level, summary)
+
+
+def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -> str:
+    """Return what is to be said, in the form that `--format` names."""
+    match form:
         case "json":
-            return level, render_json(findings, level, summary)
+            return render_json(findings, level, summary)
         case "prometheus":
-            return level, render_metrics(findings)
+            return render_metrics(findings)
         case _:
-            return level, render_text(findings, level, summary, wants_colour(os.environ))
+            return render_text(findings, level, summary, wants_colour(os.environ))
 
 
 def examine(server: Server, clients: bool) -> Report | InspectError:
@@ -86,6 +92,8 @@ def examine(server: Server, clients: bool) -> Report | InspectError:
         return inspect(server, clients=clients)
     except InspectError as error:
         return error
+    except OSError as error:  # no descriptors, no memory
+        return InspectError(f"cannot be asked: {error}")
 
 
 def weigh(server: Server, outcome: Report | InspectError, asked_for: bool) -> Finding | None:
@@ -130,11 +138,14 @@ def wants_colour(environ: Mapping[str, str]) -> bool:
     return bool(sys.stdout and sys.stdout.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
 
 
-def write(text: str, level: Level) -> int:
-    """Write `text` to standard output and return the exit status; a reader who has seen enough is no error."""
+def write(text: str, level: Level, encoding: str | None = None) -> int:
+    """Write `text` to standard output, in the user's encoding if None, and return the exit status.
+
+    A reader who has seen enough is no error.
+    """
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # of any locale; Prometheus takes nothing else
+            sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -48,7 +48,7 @@ FAMILIES = {  # name: type, help
 
 def render_metrics(findings: Sequence[Finding]) -> str:
     """Return the findings as metrics, each family with its HELP and TYPE; a figure that is not known is left out."""
-    samples = [("tailsrv_servers", {}, float(len(findings))), *(sample for finding in findings for sample in _measure(finding))]
+    samples: list[Sample] = [("tailsrv_servers", {}, len(findings)), *(sample for finding in findings for sample in _measure(finding))]
     lines = []
     for name, (kind, text) in FAMILIES.items():
         own = [f"{name}{_labels(labels)} {_value(value)}" for family, labels, value in samples if family == name and value is not None]

@@ -68,9 +68,9 @@ def _say_state(report: Report) -> tuple[str, str]:
         case "waiting for file":
             return "waits for file", ""
         case "draining":
-            return "is draining", f", {clients}"
+            return "is draining", f", {clients} left"
         case "rotating":
-            return "ends the streams of the file that was", f", {clients}"
+            return "ends the streams of the file that was", f", {clients} left"
         case other:
             return f"is {printable(other)},", f", {clients}"
 
@@ -129,19 +129,19 @@ def _render_report(report: Report, colour: bool) -> list[str]:
 
 def _render_facts(report: Report) -> list[str]:
     file, totals = report.file, report.totals
-    path = printable(file.path)
-    about = [size(file.size) if file.size is not None else "not there yet"] + ["gone from its path"] * file.gone
+    about = [printable(file.path), "not there yet" if file.size is None else size(file.size)] + ["gone from its path"] * file.gone
     clients = [str(totals.clients)]
     clients += [f"{totals.unprotected} unprotected"] * bool(totals.unprotected)
     clients += [f"at most {totals.max_clients}"] * bool(totals.max_clients)
-    facts = [
-        ("file", [path[start : start + WIDTH - 9] for start in range(0, len(path), WIDTH - 9)]),
-        ("", [", ".join(about)]),
-        ("state", [f"{printable(report.state)}, {ready(report)} of {counted(len(report.workers), 'worker')}, "
-                   f"version {printable(report.version)}, user {report.server.user}"]),
-        ("clients", [", ".join(clients)]),
-    ]  # fmt: skip
-    return [f"{name if place == 0 else '':9}{line}" for name, lines in facts for place, line in enumerate(lines)]
+    state = [report.state, f"{ready(report)} of {counted(len(report.workers), 'worker')}", f"version {report.version}"]
+    state += [f"user {report.server.user}"] * bool(report.server.user)
+    return [*_fact("file", about), *_fact("state", [printable(part) for part in state]), *_fact("clients", clients)]
+
+
+def _fact(name: str, parts: Iterable[str]) -> list[str]:
+    """Return a fact on as many lines as it takes."""
+    text, room = ", ".join(parts), WIDTH - 9
+    return [f"{'' if start else name:9}{text[start : start + room]}" for start in range(0, len(text), room)]
 
 
 def _render_processes(report: Report, colour: bool) -> list[str]:
