@@ -106,7 +106,7 @@ def weigh(server: Server, outcome: Report | InspectError, asked_for: bool) -> Fi
         case NotOursError() if not asked_for:
             return None
         case _:
-            alarming = asked_for or server.uid is not None  # a stranger who fills a queue must not raise an alarm
+            alarming = asked_for or server.uid is not None  # it may be a stranger's, who fills a queue to alarm us
             return Finding(server, Verdict(outcome.level if alarming else Level.UNKNOWN, (str(outcome),)))
 
 

@@ -26,7 +26,9 @@ CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabyt
 LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
 
 _LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
-_NAME = re.compile(rf"@{PREFIX}(\S+:([1-9][0-9]{{0,4}}))")
+_LISTENER = re.compile(  # address, references, protocol, flags, type, state, inode, name, which is anybody's text
+    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +[0-9]+ @{PREFIX}(\S+:[1-9][0-9]{{0,4}})$", re.ASCII
+)
 
 Figure = TypeVar("Figure")
 
@@ -76,10 +78,9 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
 def list_endpoints() -> list[str]:
     """Return the endpoints that somebody holds a control socket for, whoever that is."""
-    with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
-        rows = [line.split(maxsplit=7) for line in file]
-    names = [_NAME.fullmatch(row[7].rstrip("\n")) for row in rows[1:] if len(row) == 8 and int(row[3], 16) & _LISTENS]
-    return sorted({match[1] for match in names if match and match[1].isprintable()})
+    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:  # there also where the rest of /proc is hidden
+        matches = [_LISTENER.match(line) for line in file]
+    return sorted({match[2] for match in matches if match and int(match[1], 16) & _LISTENS and match[2].isprintable()})
 
 
 def _port(endpoint: str) -> int:

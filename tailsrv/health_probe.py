@@ -18,36 +18,28 @@ PAUSE = 0.25  # seconds between two questions: pings are answered by then, and C
 ASKING = HUNG_AFTER + 0.5  # seconds after which a silent worker is what it is
 
 
-def _cpu_seconds(process: psutil.Process) -> float | None:
-    times = attempt(process.cpu_times)
+def _cpu_seconds(pid: int) -> float | None:
+    times = attempt(lambda: psutil.Process(pid).cpu_times())
     return None if times is None else float(times.user + times.system)
 
 
 def _sample(pids: Iterable[int]) -> dict[int, tuple[float, float]]:
     """Return for each process the time now and the processor time that it has used, both in seconds."""
-    samples = {}
-    for pid in pids:
-        used = attempt(lambda pid=pid: _cpu_seconds(psutil.Process(pid)))  # type: ignore[misc]
-        if used is not None:
-            samples[pid] = (time.monotonic(), used)
-    return samples
+    return {pid: (time.monotonic(), used) for pid in pids if (used := _cpu_seconds(pid)) is not None}
 
 
 def _look(pid: int, stat: Stat, before: tuple[float, float] | None) -> Process | None:
     """Return the figures of a process that started as `stat` says, None if it has ended meanwhile."""
-    process = attempt(lambda: psutil.Process(pid))
-    if process is None:
-        return None
-    used = _cpu_seconds(process)
-    limit = attempt(lambda: int(process.rlimit(psutil.RLIMIT_NOFILE)[0]))
+    used = _cpu_seconds(pid)
+    limit = attempt(lambda: int(psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE)[0]))
     seen = Process(
         pid=pid,
-        state=attempt(lambda: str(process.status())),
+        state=state_of(pid),
         uptime=time.clock_gettime(time.CLOCK_BOOTTIME) - stat.ticks / os.sysconf("SC_CLK_TCK"),
         cpu=None if used is None or before is None else max(0.0, 100 * (used - before[1]) / (time.monotonic() - before[0])),
         cpu_seconds=used,
-        pss=attempt(lambda: int(process.memory_full_info().pss)),
-        descriptors=attempt(lambda: int(process.num_fds())),
+        pss=attempt(lambda: int(psutil.Process(pid).memory_full_info().pss)),
+        descriptors=attempt(lambda: int(psutil.Process(pid).num_fds())),
         descriptor_limit=None if limit == psutil.RLIM_INFINITY else limit,
     )
     return seen if read_stat(pid) == stat else None  # looked at last: before it the pid was the same process's

@@ -29,6 +29,8 @@ from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
+HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")  # runs what follows so
+
 root_only = pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 
 
@@ -479,6 +481,52 @@ def test_full_queue() -> None:
         done = health("-p", str(port))
     assert done.returncode == Level.CRITICAL
     assert done.stdout == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
+
+
+def test_forged_list_of_sockets(tmp_path: Path) -> None:
+    """A name that forges lines of the kernel's list of sockets, or looks like ours, is passed over."""
+    port = free_port()
+    names = [
+        f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}", f"\0tailsrv:127.9.9.9:{port}/clients",
+        f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0", f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        for name in names:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(name)
+            listener.listen()
+        stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
+        assert find(port=port) == []
+
+
+@root_only
+@pytest.mark.skipif(not runs(*HIDDEN, "true"), reason="no mount namespaces here")
+def test_hidden_proc(serve: Serve, path: Path) -> None:
+    """Where /proc shows nothing but processes (systemd's ProcSubset=pid), what can be seen is reported, and is well."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    [worker] = server.workers()
+    done = health("-p", str(server.port), "--format", "json", wrapper=HIDDEN)
+    [found] = json.loads(done.stdout)["servers"]
+    assert (done.returncode, found["level"], found["pid"]) == (Level.OK, "OK", server.pid)
+    assert found["report"]["workers"][0]["process"]["pid"] == worker
+
+
+def test_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C ends a check that waits, without a word."""
+    port = free_port()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.settimeout(DEADLINE)
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        with (tmp_path / "stderr").open("wb") as stderr:
+            process = subprocess.Popen([*HEALTH, "-p", str(port)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+        listener.accept()[0].close()  # it finds us
+        asked, _ = listener.accept()
+        process.send_signal(signal.SIGINT)
+        asked.close()
+        assert process.wait(DEADLINE) == 130
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 SQUAT = """
