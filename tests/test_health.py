@@ -31,7 +31,8 @@ HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
 HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")  # runs what follows so
 
-root_only = pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+root_only = pytest.mark.skipif(not as_root, reason="only root can make namespaces")
+needs_nobody = pytest.mark.skipif(not runs(*AS_NOBODY, sys.executable, "-c", ""), reason="not root, or nobody cannot run this Python")
 
 
 def health(
@@ -363,7 +364,7 @@ def test_no_server_at_all() -> None:
     assert (done.returncode, done.stdout) == (Level.CRITICAL, "CRITICAL: no tailsrv of this user\n")
 
 
-@root_only
+@needs_nobody
 def test_other_users(serve: Serve, open_folder: Path) -> None:
     """Root sees everybody's servers and whose they are; others are refused what is not theirs, and do not list it."""
     path = open_folder / "file.log"
@@ -540,7 +541,7 @@ input()
 """
 
 
-@root_only
+@needs_nobody
 def test_stranger_is_not_believed() -> None:
     """A name that another user has taken says nothing: it is not even waited for."""
     name = f"127.9.9.9:{free_port()}"
