@@ -1,0 +1,168 @@
+"""Finds tailsrv's servers, looks at them, and says whether they are well: the command `tailsrv-health`, and a library.
+
+from tailsrv.health import find, inspect, judge
+
+for server in find(port=4321):
+    report = inspect(server)
+    print(judge(report).level.name, report.totals.clients)
+"""
+
+import dataclasses
+import io
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tailsrv.arguments import make_health_parser
+from tailsrv.health_ask import EndedError, InspectError, NotOursError, find
+from tailsrv.health_metrics import render_metrics
+from tailsrv.health_probe import inspect
+from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge
+from tailsrv.health_status import Client, Listener, ServedFile
+from tailsrv.health_text import render_text, summarize
+
+__all__ = [
+    "Client", "EndedError", "InspectError", "Level", "Listener", "NotOursError", "Process", "Report", "ServedFile", "Server",
+    "Totals", "Verdict", "Worker", "find", "inspect", "judge",
+]  # fmt: skip
+
+AT_ONCE = 32  # servers that are looked at in parallel: most of the time is spent waiting for answers
+
+INTERRUPTED = 130  # what a shell makes of SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tailsrv-health` with `argv` (sys.argv if None); return the exit status, which is a Level."""
+    try:
+        options = parse(make_health_parser(), argv)
+        level, text = check(options)
+    except SystemExit as end:
+        return write("", Level.UNKNOWN if end.code else Level.OK)  # argparse's 2 would read as CRITICAL
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """Return the options in `argv`; a usage error is told, and raises SystemExit."""
+    options = parser.parse_args(argv)
+    if options.port is not None and not 1 <= options.port <= 65535:
+        parser.error(f"port must be from 1 to 65535, not {options.port}")
+    if options.pid == 0:
+        parser.error("pid must be 1 or more")
+    return options
+
+
+def check(options: Namespace) -> tuple[Level, str]:
+    """Return how well the servers are that `options` ask for, and the text that says so."""
+    try:
+        servers = find(options.port, options.pid)
+    except OSError as error:
+        return Level.UNKNOWN, render([], options.format, Level.UNKNOWN, f"cannot look for servers: {error}")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = list(pool.map(lambda server: examine(server, options.clients), servers))
+    asked_for = options.port is not None or options.pid is not None
+    findings = [
+        finding
+        for server, outcome in zip(servers, outcomes, strict=True)
+        if (finding := weigh(server, outcome, asked_for)) is not None
+    ]  # fmt: skip
+    strangers = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
+    level, summary = summarize(findings, say_none(options, strangers))
+    return level, render(findings, options.format, level, summary)
+
+
+def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -> str:
+    """Return what is to be said, in the form that `--format` names."""
+    match form:
+        case "json":
+            return render_json(findings, level, summary)
+        case "prometheus":
+            return render_metrics(findings)
+        case _:
+            return render_text(findings, level, summary, wants_colour(os.environ))
+
+
+def examine(server: Server, clients: bool) -> Report | InspectError:
+    """Return what `inspect` returns or raises."""
+    try:
+        return inspect(server, clients=clients)
+    except InspectError as error:
+        return error
+    except OSError as error:  # no descriptors, no memory
+        return InspectError(f"cannot be asked: {error}")
+
+
+def weigh(server: Server, outcome: Report | InspectError, asked_for: bool) -> Finding | None:
+    """Return what is to be said of a server, None if that is nothing: it has ended, or it is a stranger's that nobody asked for."""
+    match outcome:
+        case Report():
+            return Finding(outcome.server, judge(outcome), outcome)
+        case EndedError():
+            return None
+        case NotOursError() if not asked_for:
+            return None
+        case _:
+            alarming = asked_for or server.uid is not None  # it may be a stranger's, who fills a queue to alarm us
+            return Finding(server, Verdict(outcome.level if alarming else Level.UNKNOWN, (str(outcome),)))
+
+
+def say_none(options: Namespace, strangers: int) -> str:
+    """Return the sentence for the case that no server was found."""
+    if options.port is not None:
+        return f"no tailsrv on port {options.port}"
+    if options.pid is not None:
+        return f"no tailsrv has pid {options.pid}"
+    return "no tailsrv of this user" + (f", {strangers} of other users" if strangers else "")
+
+
+def render_json(findings: Sequence[Finding], level: Level, summary: str) -> str:
+    """Return the findings as one JSON object on one line, all figures exact."""
+    servers = [
+        {
+            **dataclasses.asdict(finding.server),
+            "level": finding.verdict.level.name,
+            "reasons": finding.verdict.reasons,
+            "report": finding.report and {name: value for name, value in dataclasses.asdict(finding.report).items() if name != "server"},
+        }
+        for finding in findings
+    ]
+    return json.dumps({"level": level.name, "status": level, "summary": summary, "servers": servers}) + "\n"
+
+
+def wants_colour(environ: Mapping[str, str]) -> bool:
+    """Tell whether standard output is a terminal that wants colour (https://no-color.org)."""
+    return bool(sys.stdout and sys.stdout.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
+
+
+def write(text: str, level: Level, encoding: str | None = None) -> int:
+    """Write `text` to standard output, in the user's encoding if None, and return the exit status.
+
+    A reader who has seen enough is no error.
+    """
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+    except OSError as error:
+        discard_output()
+        print(f"tailsrv-health: cannot write: {error}", file=sys.stderr)
+        return Level.UNKNOWN
+    return level
+
+
+def discard_output() -> None:
+    """Let the interpreter's own flush at the end go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Finds servers by their control sockets, and asks them.
+
+Nothing here opens a service port: a health check must not be a client. Nobody is believed whose user is not ours
+(root believes all), and no pid that does not belong to the process that it belonged to when it was named.
+"""
+
+import os
+import pwd
+import re
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import psutil  # type: ignore[import-untyped]
+
+from tailsrv.control import CLIENTS, PREFIX, credentials
+from tailsrv.health_report import STOPPED, Level, Server
+from tailsrv.health_status import AnswerError, Client, Status, decode_clients, decode_status
+
+PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
+CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabytes
+LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
+
+_LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
+_LISTENER = re.compile(  # address, references, protocol, flags, type, state, inode, name, which is anybody's text
+    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +[0-9]+ @{PREFIX}(\S+:[1-9][0-9]{{0,4}})$", re.ASCII
+)
+
+Figure = TypeVar("Figure")
+
+
+class InspectError(Exception):
+    """A server cannot be inspected; the message says why, in one line, and `level` what that means for a check."""
+
+    def __init__(self, message: str, level: Level = Level.UNKNOWN) -> None:
+        super().__init__(message)
+        self.level = level
+
+
+class NotOursError(InspectError):
+    """The server is another user's, who alone gets answers, besides root."""
+
+
+class EndedError(InspectError):
+    """The server has ended since it was found, or another has taken its place."""
+
+
+# Finding
+
+
+def find(port: int | None = None, pid: int | None = None) -> list[Server]:
+    """Return the servers of this machine, in the order of their endpoints.
+
+    `port` leaves those that listen on that TCP port, `pid` the one whose supervisor has that pid. Other users'
+    servers are among them: `inspect` cannot tell more about these, unless we are root. "This machine" is our network
+    namespace, whose abstract sockets (unix(7)) are listed in /proc/net/unix. A server that listens on
+    several addresses is listed once. Raises OSError if there is no /proc to look in.
+    """
+    found: dict[object, Server] = {}
+    for endpoint in list_endpoints():
+        try:
+            server = _find_holder(endpoint)
+        except EndedError:
+            continue
+        key = server.pid or endpoint
+        known = found.get(key)
+        found[key] = replace(server, endpoints=(*known.endpoints, endpoint)) if known else server
+    return [
+        server
+        for server in found.values()
+        if pid in (None, server.pid) and (port is None or any(_port(endpoint) == port for endpoint in server.endpoints))
+    ]
+
+
+def list_endpoints() -> list[str]:
+    """Return the endpoints that somebody holds a control socket for, whoever that is."""
+    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:  # there also where the rest of /proc is hidden
+        matches = [_LISTENER.match(line) for line in file]
+    return sorted({match[2] for match in matches if match and int(match[1], 16) & _LISTENS and match[2].isprintable()})
+
+
+def _port(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2])
+
+
+def _find_holder(endpoint: str) -> Server:
+    """Return who listens at an endpoint's control socket. Raises EndedError."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            _connect(sock, endpoint, patience=None)
+        except BlockingIOError:
+            return Server((endpoint,), None, None, None, ours=False)
+        pid, uid, _ = credentials(sock)
+        return Server((endpoint,), pid, uid, _user(uid), ours=uid == os.geteuid())
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OSError):
+        return str(uid)
+
+
+# Asking
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    pid: int
+    uid: int
+    data: bytes
+
+
+def _connect(sock: socket.socket, name: str, patience: float | None) -> None:
+    """Connect to a control socket; raises BlockingIOError if its queue stays full for `patience` seconds (None: is full)."""
+    if patience is None:
+        sock.setblocking(False)
+    else:  # a non-blocking connect(2) to a full unix socket does not wait, so that there is nothing to poll for
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience), 0))
+    try:
+        sock.connect(f"\0{PREFIX}{name}")
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise EndedError("the server has ended", Level.CRITICAL) from error
+
+
+def _ask(server: Server, suffix: str, patience: float) -> _Answer:
+    """Return what `server` answers. Raises InspectError."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            _connect(sock, server.endpoints[0] + suffix, patience)
+        except BlockingIOError:
+            raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
+        pid, uid, _ = credentials(sock)
+        _check_user(uid)
+        if server.pid is not None and pid != server.pid:
+            raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
+        try:
+            data = _receive(sock, time.monotonic() + patience)
+        except TimeoutError:
+            raise InspectError(f"supervisor does not answer: {_describe(pid)}", Level.CRITICAL) from None
+        except ConnectionError:
+            raise EndedError("the server has ended", Level.CRITICAL) from None
+    if not data:
+        _explain_silence(pid, uid)
+    return _Answer(pid, uid, data)
+
+
+def _check_user(uid: int) -> None:
+    """Raise NotOursError if whoever holds the name could be anybody: abstract names are for the first to come."""
+    ours = os.geteuid()
+    if ours not in (0, uid) and uid != 0:
+        raise NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
+
+
+def _explain_silence(pid: int, uid: int) -> None:
+    """Raise what it means that a supervisor has closed the connection without a word."""
+    if os.geteuid() not in (0, uid):
+        raise NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
+    if pid and read_stat(pid) is None:
+        raise EndedError("the server has ended", Level.CRITICAL)
+    raise InspectError("supervisor gives an empty answer")
+
+
+def _receive(sock: socket.socket, deadline: float) -> bytes:
+    """Return all that comes until the end. Raises TimeoutError, ConnectionError, InspectError."""
+    received = bytearray()
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        some = sock.recv(1 << 20)
+        if not some:
+            return bytes(received)
+        received += some
+        if len(received) > LARGEST:
+            raise InspectError("the answer has no end")
+    raise TimeoutError
+
+
+def _describe(pid: int) -> str:
+    """Return what a person wants to know of a process that does not answer."""
+    if not pid:
+        return "it is in another pid namespace"
+    state = state_of(pid)
+    return f"pid {pid} " + ("is stopped" if state == STOPPED else f"({state or 'state unknown'})")
+
+
+def ask_status(server: Server) -> Status:
+    """Return the status of `server`, who must be the process that it says it is. Raises InspectError."""
+    answer = _ask(server, "", PATIENCE)
+    try:
+        status = decode_status(answer.data)
+    except AnswerError as error:
+        raise InspectError(f"supervisor cannot be understood, perhaps it is of another version: {error}") from error
+    if status.pid != answer.pid:
+        raise InspectError(f"supervisor says that it is pid {status.pid}, here it is pid {answer.pid}: another pid namespace? Ask there")
+    stat = read_stat(status.pid)
+    if stat is None:
+        raise EndedError("the server has ended", Level.CRITICAL)
+    if stat.ticks != status.ticks:
+        raise InspectError(f"supervisor is not what started as pid {status.pid}")
+    return status
+
+
+def ask_clients(server: Server) -> tuple[Client, ...]:
+    """Return the clients of `server`. Raises InspectError."""
+    answer = _ask(server, CLIENTS, CLIENTS_PATIENCE)
+    try:
+        pid, clients = decode_clients(answer.data)
+    except AnswerError as error:
+        raise InspectError(f"list of clients cannot be understood, perhaps it is of another version: {error}") from error
+    if pid != answer.pid:
+        raise InspectError(f"list of clients is by pid {pid}, here that is pid {answer.pid}")
+    return clients
+
+
+# Looking
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """A process's parent and its start in clock ticks since boot, fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5))."""
+
+    parent: int
+    ticks: int
+
+
+def read_stat(pid: int) -> Stat | None:
+    """Return parent and start time of a process, None if there is none of that pid."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            values = file.read().rpartition(b")")[2].split()  # a name can hold anything, also brackets
+        return Stat(int(values[1]), int(values[19]))
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def attempt(get: Callable[[], Figure]) -> Figure | None:
+    """Return a figure, None if it may not be had: not ours, gone, or not in a /proc that shows little (systemd's ProcSubset=)."""
+    try:
+        return get()
+    except (psutil.Error, OSError, AttributeError, NotImplementedError):
+        return None
+
+
+def state_of(pid: int) -> str | None:
+    """Return psutil's word for what a process does, None if that cannot be seen."""
+    return attempt(lambda: str(psutil.Process(pid).status()))

@@ -1,0 +1,188 @@
+"""What the control sockets say, read strictly: an answer is either understood as a whole or refused. Pure."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TypeVar
+
+Read = TypeVar("Read")
+
+
+class AnswerError(ValueError):
+    """An answer is not what this version understands; the message says what is wrong, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFile:
+    """The file as the supervisor knows it: `size` in bytes, None while there is no file; `gone`: the path names it no more."""
+
+    path: str
+    size: int | None
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One listening socket: `queued` of at most `backlog` connections wait to be accepted. `slot` None: all slots share it."""
+
+    slot: int | None
+    endpoint: str
+    queued: int
+    backlog: int
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client: `start`, `position` and `lag` are bytes, None until its header is read; `peer` None: it has gone already.
+
+    `lag` is how far the position is behind the end of the file; 0 also where a client waits beyond the end.
+    """
+
+    slot: int
+    peer: str | None
+    start: int | None
+    position: int | None
+    lag: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStatus:
+    """A slot as the supervisor knows it; `restarted` and `silent` are seconds, see `Worker` in health_report."""
+
+    slot: int
+    pid: int | None
+    ticks: int | None
+    ready: bool
+    clients: int
+    unprotected: int
+    restarts: int
+    restarted: float | None
+    silent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the supervisor says of itself; `ticks` and `started` are when it started, in clock ticks since boot and in Unix time."""
+
+    version: str
+    pid: int
+    ticks: int
+    state: str
+    started: float
+    file: ServedFile
+    clients: int
+    unprotected: int
+    max_clients: int
+    workers: tuple[SlotStatus, ...]
+    listeners: tuple[Listener, ...]
+
+
+def decode_status(answer: bytes) -> Status:
+    """Return the status that `answer` holds. Raises AnswerError."""
+    return _decode(answer, _read_status)
+
+
+def decode_clients(answer: bytes) -> tuple[int, tuple[Client, ...]]:
+    """Return the supervisor's pid and the clients that `answer` holds. Raises AnswerError."""
+    return _decode(answer, _read_clients)
+
+
+def _decode(answer: bytes, read: Callable[[Any], Read]) -> Read:
+    try:
+        return read(json.loads(answer))
+    except KeyError as error:
+        raise AnswerError(f"the answer has no {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:  # ValueError: also JSON's own errors, and text that is not UTF-8
+        raise AnswerError(f"the answer is not to be understood: {str(error)!a}") from error
+
+
+def _read_status(said: Any) -> Status:
+    return Status(
+        version=_text(said["version"]),
+        pid=_count(said["pid"]),
+        ticks=_count(said["ticks"]),
+        state=_text(said["state"]),
+        started=_number(said["started"]),
+        file=ServedFile(
+            path=_text(said["file"]["path"]), size=_maybe(_count, said["file"]["size"]), gone=_flag(said["file"]["gone"])
+        ),
+        clients=_count(said["clients"]),
+        unprotected=_count(said["unprotected"]),
+        max_clients=_count(said["max_clients"]),
+        workers=tuple(_read_slot(worker) for worker in _all(said["workers"])),
+        listeners=tuple(_read_listener(listener) for listener in _all(said["listeners"])),
+    )  # fmt: skip
+
+
+def _read_slot(said: Any) -> SlotStatus:
+    return SlotStatus(
+        slot=_count(said["slot"]),
+        pid=_maybe(_count, said["pid"]),
+        ticks=_maybe(_count, said["ticks"]),
+        ready=_flag(said["ready"]),
+        clients=_count(said["clients"]),
+        unprotected=_count(said["unprotected"]),
+        restarts=_count(said["restarts"]),
+        restarted=_maybe(_number, said["restarted"]),
+        silent=_number(said["silent"]),
+    )
+
+
+def _read_listener(said: Any) -> Listener:
+    return Listener(
+        slot=_maybe(_count, said["slot"]),
+        endpoint=_text(said["endpoint"]),
+        queued=_count(said["queued"]),
+        backlog=_count(said["backlog"]),
+    )
+
+
+def _read_clients(said: Any) -> tuple[int, tuple[Client, ...]]:
+    size = _maybe(_count, said["size"])
+    return _count(said["pid"]), tuple(_read_client(client, size) for client in _all(said["clients"]))
+
+
+def _read_client(said: Any, size: int | None) -> Client:
+    position = _maybe(_count, said["position"])
+    return Client(
+        slot=_count(said["slot"]),
+        peer=_maybe(_text, said["peer"]),
+        start=_maybe(_count, said["start"]),
+        position=position,
+        lag=None if size is None or position is None else max(0, size - position),
+    )
+
+
+def _maybe(read: Callable[[Any], Read], value: Any) -> Read | None:
+    return None if value is None else read(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:  # a bool would be an int, too
+        raise TypeError(f"not a count: {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not isfinite(value):
+        raise TypeError(f"not a number: {value!r}")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"not a text: {value!r}")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"neither true nor false: {value!r}")
+    return value
+
+
+def _all(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"not a list: {value!r}")
+    return value
