@@ -14,24 +14,34 @@ from tailsrv import __version__
 from tailsrv.arguments import make_parser
 from tailsrv.config import Config, ConfigError, ExitStatus
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
-from tailsrv.listener import ListenError, endpoints, open_listeners
+from tailsrv.crew import RESERVE
+from tailsrv.listener import BACKLOG, ListenError, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up
 from tailsrv.signals import hold
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
-from tailsrv.syscalls import raise_descriptor_limit
-from tailsrv.upgrade import answer_check, is_check, keep_private, read_state
+from tailsrv.syscalls import accept_queue, raise_descriptor_limit
+from tailsrv.systemd import passed_sockets, take_sockets
+from tailsrv.upgrade import answer_check, is_check, is_upgrade, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
+
+NO_PORT = (
+    "the following arguments are required: -p/--port"
+    " (or sockets from a service manager; with tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env)"
+)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
     """Return what `argv` asks for, and how much is to be logged; a usage error ends the program with status 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.port is None:
-        parser.error("the following arguments are required: -p/--port")
+    passed = bool(passed_sockets())
+    if passed and (args.port is not None or args.bind):
+        parser.error("-p/--port and --bind do not go with the sockets that the service manager passes: leave them out (PORT= empty)")
+    if not passed and args.port is None and not is_upgrade():
+        parser.error(NO_PORT)
     try:
         config = Config(
             path=args.path,
@@ -78,18 +88,40 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
     Raises CannotServeError, ListenError, AlreadyServedError.
     """
     descriptors = raise_descriptor_limit()
+    passed = take_sockets()
     file = open_file(config.path)
     prepare_to_fork()
-    assert config.port is not None
-    listeners, port = listen(config, config.port)
-    names = endpoints(config.bind, port)
+    if config.port is None:
+        listeners, shared = take_listeners(passed, config.workers)
+        names = names_of([sock for sockets in listeners for sock in sockets])
+    else:
+        listeners, shared = listen(config, config.port), False
+        names = endpoints(config.bind, listeners[0][0].getsockname()[1])
     control = Control.lock(names)
+    port = listeners[0][0].getsockname()[1]
     logger.info(
         "listening: %s",
         fields(version=__version__, endpoints=",".join(names), port=port, workers=config.workers, descriptors=descriptors),
     )
-    slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
+    warn_of_limits(config, listeners, descriptors)
+    slots = [Slot(index, sockets, shared) for index, sockets in enumerate(listeners)]
     return Supervisor(config, slots, names, control, partial(work, config=config)), file
+
+
+def warn_of_limits(config: Config, listeners: Sequence[Sequence[socket.socket]], descriptors: int) -> None:
+    """Say which limits of the system will be met before ours."""
+    _, backlog = accept_queue(listeners[0][0])
+    if backlog < BACKLOG:
+        logger.warning(
+            "accept queues are cut short, in a storm of connections some wait longer: %s",
+            fields(backlog=backlog, wanted=BACKLOG, hint="raise net.core.somaxconn, or Backlog= of the socket unit"),
+        )
+    needed = config.max_clients + RESERVE + sum(map(len, listeners)) + config.workers
+    if config.max_clients and needed > descriptors:
+        logger.warning(
+            "descriptors do not suffice for --max-clients, in a worker and once more in the supervisor: %s",
+            fields(max_clients=config.max_clients, needed=needed, descriptors=descriptors, hint="raise LimitNOFILE= or ulimit -Hn"),
+        )
 
 
 def take_over(config: Config, handed_on: State) -> tuple[Supervisor, int | None]:
@@ -109,16 +141,15 @@ def occupy_standard_descriptors() -> None:
     os.close(fd)
 
 
-def listen(config: Config, port: int) -> tuple[list[list[socket.socket]], int]:
-    """Return the listeners of each slot and their port. Raises ListenError, naming another tailsrv on the port."""
+def listen(config: Config, port: int) -> list[list[socket.socket]]:
+    """Return the listeners of each slot. Raises ListenError, naming another tailsrv on the port."""
     try:
-        listeners = open_listeners(config.bind, port, config.workers)
+        return open_listeners(config.bind, port, config.workers)
     except ListenError:
         for endpoint in endpoints(config.bind, port):
             if find_supervisor(endpoint) is not None:
                 raise AlreadyServedError(describe_holder(endpoint)) from None
         raise
-    return listeners, listeners[0][0].getsockname()[1]
 
 
 def prepare_to_fork() -> None:

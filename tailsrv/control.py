@@ -1,12 +1,14 @@
-"""The abstract socket: lock against a second server, discovery of the supervisor, status as JSON."""
+"""The abstract sockets: lock against a second server, discovery of the supervisor, its status and its clients as JSON."""
 
 import errno
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
+PREFIX = "tailsrv:"
+CLIENTS = "/clients"  # an endpoint's second socket has this behind its name
 
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7)
 
@@ -20,19 +22,22 @@ class Control:
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self.sockets = sockets
+        half = len(sockets) // 2
+        self.status, self.clients = sockets[:half], sockets[half:]  # who connects is told the one or the other
 
     @classmethod
     def lock(cls, endpoints: Sequence[str]) -> "Control":
         """Take the lock for all of `endpoints`. Raises AlreadyServedError."""
-        control = cls([socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in endpoints])
-        for sock, endpoint in zip(control.sockets, endpoints, strict=True):
+        names = [*endpoints, *(endpoint + CLIENTS for endpoint in endpoints)]
+        control = cls([socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in names])
+        for sock, name in zip(control.sockets, names, strict=True):
             try:
-                sock.bind(_name(endpoint))
+                sock.bind(_address(name))
             except OSError as error:
                 control.close()
                 if error.errno != errno.EADDRINUSE:
                     raise
-                raise AlreadyServedError(describe_holder(endpoint)) from error
+                raise AlreadyServedError(describe_holder(name)) from error
             sock.listen()
             sock.setblocking(False)
         return control
@@ -43,7 +48,15 @@ class Control:
             sock.close()
 
     def answer(self, sock: socket.socket, status: bytes) -> None:
-        """Give `status` to everyone who waits at `sock` and is the same user or root; close on all others."""
+        """Give `status`, which must fit a socket's buffer, to everyone who waits at `sock` and may know it."""
+        for peer in self.askers(sock):
+            try:
+                peer.send(status)
+            except OSError:
+                pass  # gone already
+
+    def askers(self, sock: socket.socket) -> Iterator[socket.socket]:
+        """Yield a connection, non-blocking, to everyone who waits at `sock` and is the same user or root; close on all others."""
         for _ in range(ANSWERS):
             try:
                 peer, _ = sock.accept()
@@ -51,12 +64,8 @@ class Control:
                 return
             with peer:
                 peer.setblocking(False)
-                _, uid, _ = _credentials(peer)
-                if uid in (0, os.geteuid()):
-                    try:
-                        peer.send(status)  # fits the socket's buffer
-                    except OSError:
-                        pass  # gone already
+                if credentials(peer)[1] in (0, os.geteuid()):
+                    yield peer
 
 
 def find_supervisor(endpoint: str) -> int | None:
@@ -64,10 +73,10 @@ def find_supervisor(endpoint: str) -> int | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         try:
-            sock.connect(_name(endpoint))
+            sock.connect(_address(endpoint))
         except OSError:
             return None
-        return _credentials(sock)[0]
+        return credentials(sock)[0]
 
 
 def describe_holder(endpoint: str) -> str:
@@ -76,10 +85,23 @@ def describe_holder(endpoint: str) -> str:
     return f"{endpoint} is served by another tailsrv" + (f", pid {pid}" if pid else "")
 
 
-def _name(endpoint: str) -> str:
-    return f"\0tailsrv:{endpoint}"  # abstract: no file to go stale, and as wide as the port is: a network namespace
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+def credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of the other end of a unix socket (unix(7), SO_PEERCRED); pid 0: in no namespace of ours."""
     pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return pid, uid, gid
+
+
+def start_ticks(pid: int) -> int | None:
+    """Return when the process `pid` started, in clock ticks since boot: field 22 of /proc/PID/stat (proc(5)); None if it is gone.
+
+    A pid and its start time together name a process for good; a pid alone may be another's by now.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _address(name: str) -> str:
+    return f"\0{PREFIX}{name}"  # abstract: no file to go stale, and as wide as the port is: a network namespace

@@ -13,8 +13,9 @@ from functools import partial
 
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
-from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Ping, Report, decode, encode
 from tailsrv.policy import MAX_DELAY, Verdict, describe_status, verdict
+from tailsrv.quota import Quota
 from tailsrv.signals import blocked
 from tailsrv.slot import Inheritance, Slot
 
@@ -43,6 +44,7 @@ class Crew:
         self.slots = list(slots)
         self.filling = False  # empty slots are to be filled
         self.drain_until: float | None = None
+        self.rotating = False  # the drain is for a next file, not for the end
         self.busy = False  # reports came in this turn
         self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
         self._loop = loop
@@ -73,11 +75,21 @@ class Crew:
         """Return the number of clients that would die with their worker."""
         return sum(len(slot.roster.unprotected) for slot in self.slots)
 
+    def ask(self) -> None:
+        """Ask every worker whether it still turns, unless it owes us that answer already."""
+        for slot in self.running():
+            if slot.asked is None and slot.channel is not None:
+                slot.asked = self._loop.now
+                try:
+                    slot.channel.send(encode(Ping()))
+                except OSError:
+                    pass  # it ends, or does not even read: either shows
+
     # Filling
 
     def fill_all(self) -> None:
         """Fill the slots, and keep them filled."""
-        self.filling = True
+        self.filling, self.drain_until = True, None
         for slot in self.slots:
             if slot.pid is None:
                 self.spawn(slot)
@@ -121,23 +133,30 @@ class Crew:
         theirs.close()
         ours.setblocking(False)
         slot.pid, slot.channel, slot.spawned, slot.ready = pid, ours, self._loop.now, False
+        slot.asked = self._loop.now
         slot.adopted = bool(slot.roster.clients)
         self._listen_to(slot)
         logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
         if self.drain_until is not None:
             self._order_drain(slot, self.drain_until)
 
-    def inherit(self, slot: Slot, file: int, channel: socket.socket, endpoints: Sequence[str]) -> Inheritance:
+    def inherit(self, slot: Slot, file: int, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
         """Let go, in the child, of all that is not of `slot`, and return what is."""
+        self.let_go(keep=slot)
         for other in self.slots:
-            if other.channel is not None:
-                other.channel.close()  # or its worker would not see our supervisor's end
             if other is not slot:
                 other.roster.close()
-                for listener in other.listeners:
-                    listener.close()  # or clients would wait at one that nobody accepts from
         channel.setblocking(False)
-        return Inheritance(slot.index, file, slot.listeners, channel, endpoints, slot.roster.clients)
+        return Inheritance(slot.index, file, slot.listeners, slot.shared, channel, endpoints, quota, slot.roster.clients)
+
+    def let_go(self, keep: Slot | None = None) -> None:
+        """Close, in a forked child, the channels and the listeners, but for those of the slot to `keep`."""
+        for slot in self.slots:
+            if slot.channel is not None:
+                slot.channel.close()  # or its worker would not see our supervisor's end
+            if slot is not keep:
+                for listener in slot.listeners:
+                    listener.close()  # or clients would wait at one that nobody accepts from
 
     def _listen_to(self, slot: Slot) -> None:
         assert slot.channel is not None
@@ -186,7 +205,7 @@ class Crew:
             self._refill(slot, what, status)
         elif self.filling:
             self.spawn(slot)
-        elif self.drain_until is not None and slot.roster.clients and self._loop.now < self.drain_until:
+        elif self.drain_until is not None and slot.roster.is_streaming() and self._loop.now < self.drain_until:
             self._note_failure(slot, what)  # somebody still has to finish these streams
             self._fill_at(slot, self._loop.now + slot.failures.delay())
 
@@ -203,6 +222,7 @@ class Crew:
             self._give_up(f"slot={slot.index} {describe_status(status)}")
             return
         slot.restarts += 1
+        slot.restarted = self._loop.now
         if delay := slot.failures.delay():
             logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
         self._fill_at(slot, self._loop.now + delay)
@@ -221,15 +241,18 @@ class Crew:
         self.outdated = []
         self._loop.timers.cancel(self._fill)
 
-    def drain(self, until: float) -> None:
-        """Have every stream brought to what is in the file now, and all workers end, by the time `until`."""
+    def drain(self, until: float, rotating: bool = False) -> None:
+        """Have every stream brought to what is in the file now, and all workers end, by the time `until`.
+
+        Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
+        """
         self.stop_filling()
-        self.drain_until = until
+        self.drain_until, self.rotating = until, rotating
         draining = [slot for slot in self.slots if slot.pid is not None]
         for slot in self.slots:
             if slot.fill_at is not None:  # in backoff: its clients and its queue have waited for this worker
                 self.spawn(slot)
-        for slot in self.slots:
+        for slot in self.slots if not rotating else ():
             for listener in slot.listeners:
                 listener.close()  # the worker's is the last: it empties the queue, then closes
             slot.listeners = []
@@ -240,7 +263,7 @@ class Crew:
         assert slot.channel is not None
         assert slot.pid is not None
         try:
-            slot.channel.send(encode(Drain(max(0.0, until - self._loop.now))))
+            slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
             return  # it is ending already
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
@@ -290,6 +313,8 @@ class Crew:
         for client, offset in report.started:
             slot.roster.start(client, offset)
         slot.roster.leave(report.left)
+        if report.notices.ready or report.notices.alive:
+            slot.asked = None
         if report.notices.ready and (slot, slot.pid) not in self.outdated:
             self._unproven = False
         if report.notices != NO_NOTICES:

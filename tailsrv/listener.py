@@ -1,10 +1,12 @@
-"""Makes the SO_REUSEPORT listening sockets, one for each slot and address."""
+"""Makes the SO_REUSEPORT listening sockets, one for each slot and address, or takes those that a service manager passes."""
 
 import errno
 import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tailsrv.hints import cannot_bind
 
 # A storm of reconnects fills the queue of a slot before its worker sees the first; the kernel cuts this to
 # net.core.somaxconn, which is 4096 by default.
@@ -86,12 +88,46 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
         except OSError as error:
             if not bind and address.family == socket.AF_INET6 and error.errno in _NO_SUCH_FAMILY:
                 continue  # a machine without IPv6: IPv4 alone is all of its addresses
-            raise ListenError(f"cannot listen on {endpoint(address.host, port)}: {os.strerror(error.errno or 0)}") from error
+            raise ListenError(f"cannot listen on {endpoint(address.host, port)}: {cannot_bind(error, port)}") from error
         port = first.getsockname()[1]
         seats[0].append(first)
         for seat in seats[1:]:
             seat.append(_listen(address, port, exclusive=False))
     return seats
+
+
+def take_listeners(passed: Sequence[int], slots: int) -> tuple[list[list[socket.socket]], bool]:
+    """Return the listeners of each slot, made of the descriptors that were `passed`, and whether all slots share them.
+
+    As many as there are slots are used one each; otherwise each slot gets a copy of all. Raises ListenError.
+    """
+    sockets = [_take_listener(fd) for fd in passed]
+    if len(sockets) == slots:
+        return [[sock] for sock in sockets], False
+    if slots == 1:
+        return [sockets], False
+    copies = [[sock.dup() for sock in sockets] for _ in range(slots)]
+    for sock in sockets:
+        sock.close()
+    return copies, True
+
+
+def _take_listener(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ListenError(f"descriptor {fd}, passed by the service manager, is no socket: {os.strerror(error.errno or 0)}") from error
+    if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6) or not listens:
+        raise ListenError(f"descriptor {fd}, passed by the service manager, is no listening TCP socket; use ListenStream=PORT")
+    _set_options(sock)
+    return sock
+
+
+def names_of(listeners: Sequence[socket.socket]) -> list[str]:
+    """Return how the addresses of `listeners` are written, each once, `*` for all of the machine's."""
+    names = (sock.getsockname()[:2] for sock in listeners)
+    return list(dict.fromkeys(endpoint("*" if host in ("0.0.0.0", "::") else host, port) for host, port in names))  # noqa: S104
 
 
 _NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
@@ -110,14 +146,18 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if not exclusive:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        for level, option, value in _OPTIONS:
-            sock.setsockopt(level, option, value)
+        _set_options(sock)
         sock.bind(address.sockaddr(port))
         sock.listen(BACKLOG)
         if exclusive:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.setblocking(False)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def _set_options(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    for level, option, value in _OPTIONS:
+        sock.setsockopt(level, option, value)

@@ -20,10 +20,10 @@ class Loop:
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
 
-    def register(self, fd: int, handler: Callable[[], None]) -> None:
-        """Call `handler` whenever `fd` is readable."""
+    def register(self, fd: int, handler: Callable[[], None], flags: int = 0) -> None:
+        """Call `handler` whenever `fd` is readable; `flags` are more of epoll_ctl(2)'s."""
         self.handlers[fd] = handler
-        self.epoll.register(fd, select.EPOLLIN)
+        self.epoll.register(fd, select.EPOLLIN | flags)
 
     def unregister(self, fd: int) -> None:
         """Forget `fd` if it is known; before it is closed, since the kernel goes on reporting what a duplicate keeps open."""

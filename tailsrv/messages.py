@@ -11,16 +11,16 @@ import struct
 from array import array
 from dataclasses import asdict, dataclass, field
 
-VERSION = 1
+VERSION = 2
 
 MAX_SOCKETS = 253  # that one packet can carry: SCM_MAX_FD of unix(7)
 MAX_NEWS = 200  # clients of one kind that one packet speaks of, so that it fits
 MAX_MESSAGE = 16 << 10
 
 _KIND = struct.Struct("=B4s")
-_REPORT, _DRAIN = b"rept", b"drai"
+_REPORT, _DRAIN, _PING = b"rept", b"drai", b"ping"
 _COUNTS = struct.Struct("=5sHHH")  # version and kind; how many joined, started and left
-_GRACE = struct.Struct("=5sd")
+_END = struct.Struct("=5sd?")  # version and kind; the fields of Drain
 
 
 class MessageError(ValueError):
@@ -35,6 +35,7 @@ class Notices:
     gone: bool = False  # the path does not name the file any more
     truncated: int | None = None  # the file's size after it
     polling: str | None = None  # why the worker has to look at the file by the clock
+    alive: bool = False  # the answer to a ping
 
 
 NO_NOTICES = Notices()
@@ -55,15 +56,23 @@ class Drain:
     """The supervisor's order to stop accepting, to finish every stream at what is in the file now, and to end."""
 
     grace: float  # seconds for that
+    rotating: bool = False  # a next file comes: who has not started a stream waits for it, and the old one may still grow
 
 
-Message = Report | Drain
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """The supervisor's question whether the worker's loop still turns; `Notices.alive` is the answer."""
+
+
+Message = Report | Drain | Ping
 
 
 def encode(message: Message) -> bytes:
     """Return the packet for `message`."""
     if isinstance(message, Drain):
-        return _GRACE.pack(_KIND.pack(VERSION, _DRAIN), message.grace)
+        return _END.pack(_KIND.pack(VERSION, _DRAIN), message.grace, message.rotating)
+    if isinstance(message, Ping):
+        return _KIND.pack(VERSION, _PING)
     numbers = array("q", message.joined)
     for client, offset in message.started:
         numbers.append(client)
@@ -81,7 +90,9 @@ def decode(packet: bytes) -> Message:
         if version == VERSION and kind == _REPORT:
             return _decode_report(packet)
         if version == VERSION and kind == _DRAIN:
-            return Drain(_GRACE.unpack(packet)[1])
+            return Drain(*_END.unpack(packet)[1:])
+        if version == VERSION and kind == _PING:
+            return Ping()
     except (struct.error, ValueError, TypeError, RecursionError) as error:
         raise MessageError(f"not a message: {packet[:80]!r}") from error
     raise MessageError(f"not a message of version {VERSION}: {packet[:80]!r}")

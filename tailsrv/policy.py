@@ -2,10 +2,12 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from ipaddress import ip_address
 
-from tailsrv.config import ExitStatus
+from tailsrv.config import ExitStatus, Network
 
 # The most that one sendfile moves. A bigger chunk makes fewer system calls, and lets a client that replays
 # a large file keep the others waiting longer: at 1 MiB that is a fraction of a millisecond.
@@ -16,7 +18,9 @@ TURN = 1 << 20
 
 EVENTS = 64  # taken from epoll in one turn; more wait for the next, behind the news of the file
 ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
-STALL_PAUSE = 0.2  # seconds without accepting after running out of descriptors: no spin, and soon back
+SHARED_ACCEPTS = 4  # the same from a listener that all workers share: more would let the first to wake take them all
+STALL_PAUSE = 0.2  # seconds without accepting after running out of room: no spin, and soon back
+SETTLE = 1.0  # seconds without an append after which a file that was moved away is taken to be complete
 
 LONG_LIFE = 1.0  # seconds; a worker that lived so long did not die of how it starts
 MAX_SUSPECT = 2  # deaths in a row, each soon after adopting: one of the clients is what kills
@@ -24,6 +28,13 @@ MAX_UNREADY = 5  # deaths in a row before a slot's worker was ready: the next wo
 FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds; the backoff doubles from one to the other
 
 KILL_MARGIN = 1.0  # seconds beyond the grace before workers that do not end are killed
+
+
+def is_allowed(host: str, networks: Sequence[Network]) -> bool:
+    """Tell whether a client at the address `host` may be served; an IPv4 address mapped into IPv6 is an IPv4 address."""
+    address = ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network for network in networks)
 
 
 def next_chunk(offset: int, size: int) -> int:

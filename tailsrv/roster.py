@@ -8,6 +8,9 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tailsrv.listener import endpoint
+from tailsrv.syscalls import streamed
+
 Saved = list[list[int | None]]
 
 
@@ -78,14 +81,23 @@ class Roster:
         self.unprotected.clear()
         return lost
 
+    def is_streaming(self) -> bool:
+        """Tell whether any protected client has started its stream."""
+        return len(self.headerless) < len(self.clients)
+
+    def end_streams(self) -> None:
+        """End the connections whose streams have started."""
+        for client in [client for client in self.clients if client not in self.headerless]:
+            _hang_up(self.clients.pop(client))
+
+    def describe(self) -> list[dict[str, object]]:
+        """Return who each protected client is, where its stream started and where it stands, as the kernel knows it."""
+        return [_describe(entry) for entry in self.clients.values()]
+
     def hang_up(self) -> int:
         """End every connection and return how many there were."""
         for entry in self.clients.values():
-            with socket.socket(fileno=entry.fd) as sock:
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # gone already
+            _hang_up(entry)
         ended = len(self.clients)
         self.clients.clear()
         self.headerless.clear()
@@ -111,3 +123,23 @@ class Roster:
             if start is None:
                 roster.headerless[client] = None
         return roster
+
+
+def _describe(entry: Entry) -> dict[str, object]:
+    sock = socket.socket(fileno=entry.fd)
+    try:
+        peer, sent = endpoint(*sock.getpeername()[:2]), streamed(sock)
+    except OSError:  # gone already
+        peer, sent = None, None
+    finally:
+        sock.detach()  # it stays ours
+    position = entry.start + sent if entry.start is not None and sent is not None else None
+    return {"peer": peer, "start": entry.start, "position": position}
+
+
+def _hang_up(entry: Entry) -> None:
+    with socket.socket(fileno=entry.fd) as sock:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # gone already

@@ -6,7 +6,7 @@ from typing import Any
 
 from tailsrv import messages
 
-FORMAT = 1  # of this state; a program that cannot read it must not be exec'd
+FORMAT = 2  # of this state; a program that cannot read it must not be exec'd
 
 
 class StateError(ValueError):
@@ -18,12 +18,14 @@ class SlotState:
     """One slot: its sockets by descriptor number, the worker in it, and its clients."""
 
     listeners: list[int]
+    shared: bool
     pid: int | None
     channel: int | None
     spawned: float  # of the monotonic clock, which exec(2) does not touch
     ready: bool
     adopted: bool
     restarts: int
+    restarted: float | None
     failures: list[int]
     clients: list[list[int | None]]
     unprotected: list[int]
@@ -40,11 +42,12 @@ class State:
     file_gone: bool
     polling: str | None
     control: list[int]
+    quota: list[int]
     slots: list[SlotState]
 
     def descriptors(self) -> list[int]:
         """Return every descriptor that must live through exec(2)."""
-        found = [*self.control, *([] if self.file is None else [self.file])]
+        found = [*self.control, *self.quota, *([] if self.file is None else [self.file])]
         for slot in self.slots:
             found += slot.listeners
             found += [] if slot.channel is None else [slot.channel]

@@ -13,25 +13,33 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 
+from setproctitle import setproctitle
+
 from tailsrv import __version__, systemd
 from tailsrv.config import Config, ExitStatus
-from tailsrv.control import Control
+from tailsrv.control import Control, start_ticks
 from tailsrv.crew import Crew
+from tailsrv.hints import cannot_see
 from tailsrv.log import fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
 from tailsrv.policy import KILL_MARGIN
+from tailsrv.quota import Quota
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.state import State
-from tailsrv.title import Title, supervisor_title
+from tailsrv.teller import tell
+from tailsrv.title import STATUS_INTERVAL, Title, service_status, status_title, supervisor_title
 from tailsrv.upgrade import Upgrader
 from tailsrv.watch import CannotServeError, is_gone, open_file, size_of
+from tailsrv.watchdog import Watchdog
 
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 REST = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
+
+AT_ONCE = 64 << 10  # bytes of an answer that surely fit the buffer of a unix socket (net.core.wmem_default is 208 KiB)
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
 
@@ -41,6 +49,7 @@ class Phase(Enum):
 
     WAITING = "waiting for file"
     RUNNING = "running"
+    ROTATING = "rotating"  # the file is gone, and the next one of its name is to be served when its streams have ended
     DRAINING = "draining"
     KILLING = "killing"
 
@@ -77,12 +86,16 @@ class Supervisor:
         self.status = ExitStatus.DONE
         self.ended = False
         self.truncation_seen = float("-inf")
+        self.trouble = ""  # why the next file cannot be opened
+        self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.title = Title(self.loop.timers, self.render_title)
+        self.service_status = Title(self.loop.timers, self.render_status, self.notify_status, STATUS_INTERVAL)
+        self.told: dict[int, socket.socket] = {}  # children that answer, and where to those who asked
         self.wakeup = Wakeup(CAUGHT)
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         for sock in control.sockets:
-            self.loop.register(sock.fileno(), partial(self.handle_control, sock))
+            self.listen_to_control(sock)
 
     # The loop
 
@@ -92,14 +105,17 @@ class Supervisor:
         release()  # what the program that exec'd us held back comes now
         self.reap()
         if file is None:
-            logger.info("waiting for file: %s", fields(path=self.config.path))
-            systemd.notify("READY=1", "STATUS=waiting for file")  # clients can connect
-            self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+            self.wait_for_file()
+            systemd.notify("READY=1")  # clients can connect
             self.go_on_replacing()
         else:
             self.start_workers()
+        if (interval := systemd.watchdog_seconds()) is not None:
+            Watchdog(self.loop, self.crew, interval).beat()
         while not self.ended:
             self.title.changed(self.loop.now)
+            if systemd.is_managed():
+                self.service_status.changed(self.loop.now)
             self.step()
         logger.info("ended: %s", fields(status=int(self.status)))
         return self.status
@@ -112,24 +128,40 @@ class Supervisor:
             time.sleep(REST)
         if self.is_ending() and self.crew.finished():
             self.ended = True
+        elif self.phase is Phase.ROTATING and self.crew.finished():
+            self.go_over()
 
     def is_ending(self) -> bool:
         return self.phase in (Phase.DRAINING, Phase.KILLING)
 
     # The file
 
+    def wait_for_file(self) -> None:
+        logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
+        self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+
     def look_for_file(self) -> None:
         try:
             self.file = open_file(self.config.path)
         except CannotServeError as error:
-            logger.critical("cannot serve: %s", fields(path=self.config.path, reason=error))
-            self.status = ExitStatus.CANNOT_SERVE
-            self.terminate()
+            self.handle_unusable(str(error))
             return
         if self.file is None:
             self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
         else:
             self.start_workers()
+
+    def handle_unusable(self, reason: str) -> None:
+        """Give up, unless we follow the name: who rotates a file may set its owner and mode a moment after making it."""
+        if not self.config.follow_name:
+            logger.critical("cannot serve: %s", fields(path=self.config.path, reason=reason))
+            self.status = ExitStatus.CANNOT_SERVE
+            self.terminate()
+            return
+        if reason != self.trouble:
+            logger.error("cannot serve the file of that name, looking again: %s", fields(path=self.config.path, reason=reason))
+        self.trouble = reason
+        self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
@@ -139,15 +171,43 @@ class Supervisor:
         self.file_gone = True
         if self.config.linger:
             logger.warning("file is gone, serving on what it was: %s", fields(path=self.config.path))
+        elif self.config.follow_name:
+            logger.info("file is gone, going over to the next: %s", fields(path=self.config.path, clients=self.crew.clients()))
+            self.rotate()
         else:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
+
+    def rotate(self) -> None:
+        """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
+        self.phase = Phase.ROTATING
+        self.upgrader.pause()
+        if self.replacing:
+            self.replacing = False
+            self.upgrader.done(self.loop.now)
+        until = self.loop.now + self.config.grace
+        self.crew.drain(until, rotating=True)
+        self.loop.timers.set(self.crew.kill, until + KILL_MARGIN)
+
+    def go_over(self) -> None:
+        """Let go of the file that is gone, now that nobody is served from it, and look for the next."""
+        assert self.file is not None
+        self.loop.timers.cancel(self.crew.kill)
+        for slot in self.crew.slots:
+            slot.roster.end_streams()
+        os.close(self.file)
+        self.file, self.file_gone, self.polling = None, False, None
+        self.phase = Phase.WAITING
+        self.upgrader.resume(self.loop.now)
+        self.look_for_file()
+        if self.file is None:
+            self.wait_for_file()
 
     # Workers
 
     def start_workers(self) -> None:
         assert self.file is not None
-        self.phase = Phase.RUNNING
+        self.phase, self.trouble = Phase.RUNNING, ""
         logger.info("serving: %s", fields(path=self.config.path, size=size_of(self.file), workers=len(self.crew.slots)))
         self.crew.fill_all()
         self.go_on_replacing()
@@ -163,16 +223,20 @@ class Supervisor:
         """Let go of all that is the supervisor's, do a worker's work, and end the process."""
         status = os.EX_SOFTWARE
         try:
-            self.wakeup.close()
-            self.loop.epoll.close()
-            self.control.close()
-            self.upgrader.let_go()
+            self.let_go()
             assert self.file is not None
-            status = self.work(self.crew.inherit(slot, self.file, channel, self.endpoints))
+            status = self.work(self.crew.inherit(slot, self.file, channel, self.endpoints, self.quota))
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
             os._exit(status)  # no clean-up of the supervisor's, no buffers flushed twice
+
+    def let_go(self) -> None:
+        """Close, in a forked child, what is the supervisor's alone."""
+        self.wakeup.close()
+        self.loop.epoll.close()
+        self.control.close()
+        self.upgrader.let_go()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
@@ -231,7 +295,9 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            if not self.upgrader.reaped(pid, status, self.loop.now, ending=self.is_ending()):
+            if (sock := self.told.pop(pid, None)) is not None:
+                self.listen_to_control(sock)
+            elif not self.upgrader.reaped(pid, status, self.loop.now, ending=self.is_ending()):
                 self.crew.bury(pid, status)
 
     def drain(self) -> None:
@@ -254,6 +320,7 @@ class Supervisor:
         self.replacing = False
         self.loop.timers.cancel(self.look_for_file)
         self.loop.timers.cancel(self.terminate)
+        self.loop.timers.cancel(self.crew.kill)
         self.upgrader.abandon()
 
     def abandon_workers(self) -> None:
@@ -271,6 +338,7 @@ class Supervisor:
             file_gone=self.file_gone,
             polling=self.polling,
             control=[sock.fileno() for sock in self.control.sockets],
+            quota=[self.quota.fd] if self.quota else [],
             slots=[slot.save() for slot in self.crew.slots],
         )
 
@@ -286,17 +354,50 @@ class Supervisor:
                 return "waiting for file"
             case Phase.RUNNING:
                 return "" if self.started_up else "starting"
+            case Phase.ROTATING:
+                return "rotating"
             case _:
                 return "draining"
 
-    def handle_control(self, sock: socket.socket) -> None:
-        self.control.answer(sock, (json.dumps(self.describe()) + "\n").encode())
+    def render_status(self) -> str:
+        return service_status(self.state(), len(self.crew.running()), self.crew.clients())
 
-    def describe(self) -> dict[str, object]:
-        """Return the status that the control socket gives as JSON."""
-        return {
+    def notify_status(self, status: str) -> None:
+        systemd.notify(f"STATUS={status}")
+
+    def listen_to_control(self, sock: socket.socket) -> None:
+        handler = self.handle_clients_asked if sock in self.control.clients else self.handle_status_asked
+        self.loop.register(sock.fileno(), partial(handler, sock))
+
+    def handle_status_asked(self, sock: socket.socket) -> None:
+        status = self.describe()
+        self.crew.ask()  # whoever asks again soon learns who does not answer
+        if len(status) > AT_ONCE:
+            self.tell(sock, lambda: status)
+        else:
+            self.control.answer(sock, status)
+
+    def handle_clients_asked(self, sock: socket.socket) -> None:
+        self.tell(sock, self.describe_clients)
+
+    def tell(self, sock: socket.socket, answer: Callable[[], bytes]) -> None:
+        """Answer those who wait at `sock` from a child; others wait there until it has ended."""
+        if (pid := tell(self.control.askers(sock), answer, self.become_teller)) is not None:
+            self.loop.unregister(sock.fileno())
+            self.told[pid] = sock
+
+    def become_teller(self) -> None:
+        """Let go, in a child that only answers, of all that others must not find open when we are gone."""
+        setproctitle(status_title(self.endpoints))
+        self.let_go()
+        self.crew.let_go()
+
+    def describe(self) -> bytes:
+        """Return the status as JSON."""
+        status = {
             "version": __version__,
             "pid": os.getpid(),
+            "ticks": start_ticks(os.getpid()),
             "state": self.state() or "serving",
             "started": self.started,
             "endpoints": list(self.endpoints),
@@ -307,8 +408,14 @@ class Supervisor:
             },
             "clients": self.crew.clients(),
             "unprotected": self.crew.unprotected(),
-            "workers": [
-                {"slot": slot.index, "pid": slot.pid, "ready": slot.ready, "clients": len(slot.roster), "restarts": slot.restarts}
-                for slot in self.crew.slots
-            ],
+            "max_clients": self.config.max_clients,
+            "workers": [slot.describe(self.loop.now) for slot in self.crew.slots],
+            "listeners": [listener for slot in self.crew.slots for listener in slot.describe_listeners()],
         }
+        return (json.dumps(status) + "\n").encode()
+
+    def describe_clients(self) -> bytes:
+        """Return as JSON who is connected and where each stream stands; takes time, and is for a child that has it."""
+        clients = [{"slot": slot.index, **client} for slot in self.crew.slots for client in slot.roster.describe()]
+        size = size_of(self.file) if self.file is not None else None
+        return (json.dumps({"pid": os.getppid(), "size": size, "clients": clients}) + "\n").encode()

@@ -111,6 +111,7 @@ def unsent(sock: socket.socket) -> int:
 # (since Linux 4.1) the u64 at byte 120.
 _TCP_INFO = 128
 _ACKED = struct.Struct("=120xQ")
+_QUEUE = struct.Struct("=24xII")  # tcpi_unacked and tcpi_sacked, which for a listener are its queue's length and limit
 _OPEN = frozenset({1, 8})  # TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
 
 
@@ -132,6 +133,13 @@ def streamed(sock: socket.socket) -> int | None:
         before = after
 
 
+def accept_queue(listener: socket.socket) -> tuple[int, int]:
+    """Return how many connections wait in the queue of `listener`, and how many it holds (where listen(2) was cut, less)."""
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+    queued, backlog = _QUEUE.unpack_from(info)
+    return int(queued), int(backlog)
+
+
 def take_socket(fd: int) -> tuple[socket.socket, tuple[str, int] | None]:
     """Return the socket behind an inherited descriptor, and its peer if it still has one."""
     sock = socket.socket(fileno=fd)
@@ -147,6 +155,15 @@ def finish_sending(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the peer is gone already
+
+
+def memory(data: bytes = b"") -> int:
+    """Return the descriptor of a new anonymous file that holds `data`, at its start."""
+    fd = os.memfd_create("tailsrv")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def raise_descriptor_limit() -> int:

@@ -1,4 +1,4 @@
-"""Shows in the process title what a process is and how it does; read by people, `ps` and psutil."""
+"""Shows what a process is and how it does, in its title, which people, `ps` and psutil read, and to the service manager."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,6 +7,7 @@ from setproctitle import setproctitle
 from tailsrv.timers import Timers
 
 INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
+STATUS_INTERVAL = 5.0  # seconds; the service manager wakes up for each status
 
 
 def counted(number: int, noun: str) -> str:
@@ -23,6 +24,16 @@ def supervisor_title(endpoints: Sequence[str], path: str, state: str, workers: i
     return f"tailsrv: supervisor {','.join(endpoints)} {name} [{', '.join(status)}]"
 
 
+def status_title(endpoints: Sequence[str]) -> str:
+    """Return the title of a child that tells somebody about the clients."""
+    return f"tailsrv: status {','.join(endpoints)}"
+
+
+def service_status(state: str, workers: int, clients: int) -> str:
+    """Return the status as `systemctl status` shows it: what is in the brackets of the title."""
+    return supervisor_title([], "", state, workers, clients).rpartition("[")[2].rstrip("]")
+
+
 def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) -> str:
     """Return the title of a slot's worker; `state` is empty, `starting` or `draining`."""
     status = [state] if state else []
@@ -32,10 +43,12 @@ def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) 
 
 
 class Title:
-    """The title of this process, which follows `render()` at a bounded pace: `changed` may be called at any time."""
+    """A text that follows `render()` at a bounded pace, by default this process's title: `changed` may be called at any time."""
 
-    def __init__(self, timers: Timers, render: Callable[[], str]) -> None:
-        self._timers, self._render = timers, render
+    def __init__(
+        self, timers: Timers, render: Callable[[], str], show: Callable[[str], None] = setproctitle, interval: float = INTERVAL
+    ) -> None:
+        self._timers, self._render, self._show, self._interval = timers, render, show, interval
         self._shown = ""
         self._next = float("-inf")  # the title must not change before
         self._now = float("-inf")
@@ -50,6 +63,6 @@ class Title:
 
     def _renew(self) -> None:
         if (title := self._render()) != self._shown:
-            self._next = max(self._now, self._next) + INTERVAL
+            self._next = max(self._now, self._next) + self._interval
             self._shown = title
-            setproctitle(title)
+            self._show(title)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from tailsrv import __version__, state, systemd
 from tailsrv.log import fields, logger
 from tailsrv.signals import hold, release
+from tailsrv.syscalls import memory
 from tailsrv.timers import Timers
 
 VARIABLE = "TAILSRV_UPGRADE"
@@ -55,18 +56,14 @@ def answer_check() -> int:
     return 0
 
 
+def is_upgrade() -> bool:
+    """Tell whether this process is the outcome of an upgrade, or a proof for one: it gets its sockets from the state."""
+    return VARIABLE in os.environ
+
+
 def is_check() -> bool:
     """Tell whether this process was started to prove that it can take over."""
     return os.environ.get(VARIABLE) == CHECK
-
-
-def memory(data: bytes = b"") -> int:
-    """Return the descriptor of a new anonymous file that holds `data`, at its start."""
-    fd = os.memfd_create("tailsrv")
-    with open(fd, "wb", closefd=False) as file:
-        file.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _take(fd: int) -> str:
@@ -153,12 +150,13 @@ class Upgrader:
         self._timers, self._snapshot, self._pending = timers, snapshot, pending
         self._proof: Proof | None = None
         self._again = False
+        self._paused = False
         self._stale = False  # a request has come since the proof began: what it proves may not be what is installed now
         self._busy = busy
 
     def request(self, now: float) -> None:
         """Start an upgrade, or note that one more is wanted after the one that is under way."""
-        if self._busy:
+        if self._busy or self._paused:
             self._again = self._stale = True
             return
         systemd.notify_reloading()
@@ -179,6 +177,15 @@ class Upgrader:
         """End a program that takes too long to start."""
         if self._proof is not None:
             self._proof.kill()
+
+    def pause(self) -> None:
+        """Put upgrades off, also the one whose proof is under way: there is no good moment for an exec until `resume`."""
+        self._paused = True
+
+    def resume(self, now: float) -> None:
+        """Do what was asked for since `pause`."""
+        self._paused = False
+        self._take_up(now)
 
     def abandon(self) -> None:
         """Forget all about it: the server is ending."""
@@ -202,6 +209,10 @@ class Upgrader:
         if version is None:
             self._fail(reason, now)
             return True
+        if self._paused:
+            self._again = True
+            self.done(now)
+            return True
         if self._stale:
             self._prove(now)
             return True
@@ -216,7 +227,10 @@ class Upgrader:
         """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
         self._busy = False
         systemd.notify("READY=1")
-        if self._again:
+        self._take_up(now)
+
+    def _take_up(self, now: float) -> None:
+        if self._again and not self._busy and not self._paused:
             self._again = False
             self.request(now)
 

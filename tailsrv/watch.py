@@ -10,6 +10,8 @@ from pathlib import Path
 
 from inotify_simple import INotify, flags
 
+from tailsrv.hints import cannot_open
+
 POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify does not report
 
 # File systems whose files change only through this kernel, so that inotify(7) tells of every write. On all others
@@ -38,7 +40,7 @@ def open_file(path: str) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CannotServeError(os.strerror(error.errno or 0)) from error
+        raise CannotServeError(cannot_open(path, error)) from error
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise CannotServeError("not a regular file")

@@ -19,10 +19,10 @@ from setproctitle import setproctitle
 from tailsrv import policy
 from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
-from tailsrv.listener import BACKLOG
+from tailsrv.listener import BACKLOG, endpoint
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
-from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup, release
@@ -75,6 +75,8 @@ class Worker:
         self.finished: dict[int, Client] = {}  # drained; waiting for the peer to acknowledge
         self.dropped: list[Client] = []  # to be closed at the end of the turn
         self.draining = False
+        self.settling = False  # a drain that waits for the last appends to a file that was moved away
+        self.waiting: list[Client] = []  # for the next file, at the end of such a drain
         self.ended = False
         self.gone = False
         self.joined: list[Client] = []  # news for the supervisor, as are the next three
@@ -84,11 +86,14 @@ class Worker:
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.title = Title(self.loop.timers, self.render_title)
         self.refused = Limited(logging.WARNING)
+        self.not_allowed = Limited(logging.WARNING, burst=1)
         self.short_of_room = Limited(logging.WARNING, burst=1)
         self.failed = Limited(logging.ERROR)
 
         self.channel = inheritance.channel
         self.listeners = list(inheritance.listeners)
+        self.shared = inheritance.shared
+        self.quota = inheritance.quota
         self.endpoints = inheritance.endpoints
         self.wakeup = wakeup
         self.watch = Watch(inheritance.file, config.path)
@@ -98,6 +103,7 @@ class Worker:
         if (watch := self.watch.fileno()) is not None:
             self.loop.register(watch, self.handle_watch)
         self.adopt(inheritance.clients)
+        self.note_clients()
         self.start_accepting()
 
     # The loop
@@ -155,6 +161,8 @@ class Worker:
         self.streams.shrunk = False
         if size != before:
             self.streams.resize(size)
+            if self.settling:
+                self.settle()
             if size < before:
                 self.notices = replace(self.notices, truncated=size)
 
@@ -174,7 +182,11 @@ class Worker:
 
     def start_accepting(self) -> None:
         for listener in self.listeners:
-            self.loop.register(listener.fileno(), partial(self.handle_listener, listener))
+            self.accept_from(listener)
+
+    def accept_from(self, listener: socket.socket) -> None:
+        flags = select.EPOLLEXCLUSIVE if self.shared else 0  # wake one of the workers that share it, not all
+        self.loop.register(listener.fileno(), partial(self.handle_listener, listener), flags)
 
     def stop_accepting(self) -> None:
         self.loop.timers.cancel(self.start_accepting)
@@ -182,21 +194,47 @@ class Worker:
             self.loop.unregister(listener.fileno())
 
     def handle_listener(self, listener: socket.socket) -> None:
-        self.accept_clients(listener, policy.ACCEPTS)
+        self.accept_clients(listener, policy.SHARED_ACCEPTS if self.shared else policy.ACCEPTS)
+        if self.shared and listener.fileno() in self.loop.handlers:
+            # The kernel wakes whoever registered first: go to the end of its list, or one worker would get them all.
+            self.loop.unregister(listener.fileno())
+            self.accept_from(listener)
 
     def accept_clients(self, listener: socket.socket, limit: int) -> None:
         for _ in range(limit):
+            if self.quota is not None and not self.quota.claim(self.slot, len(self.clients) + 1):
+                self.short_of_room("as many clients as --max-clients allows, more wait", slot=self.slot, clients=len(self.clients))
+                self.pause_accepting()
+                return
             match accept(listener):
                 case Outcome.NO_ROOM:
                     self.make_room()
-                    return
+                    break
                 case Outcome():
-                    return
+                    break
                 case sock, peer:
-                    client = Client(next(self.numbers), sock, peer, self.loop.now)
-                    if self.add_client(client):
-                        self.joined.append(client)
-                        self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
+                    self.welcome(sock, peer)
+        self.note_clients()
+
+    def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+        """Take in a connection that has just been accepted."""
+        if self.config.allow and not policy.is_allowed(peer[0], self.config.allow):
+            self.not_allowed("client is not in an allowed network", slot=self.slot, peer=endpoint(*peer))
+            sock.close()
+            return
+        client = Client(next(self.numbers), sock, peer, self.loop.now)
+        if self.add_client(client):
+            self.joined.append(client)
+            self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
+
+    def note_clients(self) -> None:
+        """Say how many clients this slot has, where their number is limited."""
+        if self.quota is not None:
+            self.quota.note(self.slot, len(self.clients))
+
+    def pause_accepting(self) -> None:
+        self.stop_accepting()
+        self.loop.timers.set(self.start_accepting, self.loop.now + policy.STALL_PAUSE)
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
@@ -242,8 +280,7 @@ class Worker:
                 self.drop(oldest)
         if not self.dropped:  # else there is room at the end of this turn
             self.short_of_room("short of descriptors, not accepting for a moment", slot=self.slot, clients=len(self.clients))
-            self.stop_accepting()
-            self.loop.timers.set(self.start_accepting, self.loop.now + policy.STALL_PAUSE)
+            self.pause_accepting()
 
     def expire_headerless(self) -> None:
         """End the connections whose header has not come in time."""
@@ -323,6 +360,7 @@ class Worker:
             finish_sending(client.sock)
             client.sock.close()
         self.dropped.clear()
+        self.note_clients()
         if not self.clients:
             self.watch.follow(False)
 
@@ -343,14 +381,23 @@ class Worker:
             packet = b""
         if not packet:
             self.ended = True  # the supervisor is gone, and nobody is left to serve for
-        elif isinstance(order := decode(packet), Drain) and not self.draining:
-            self.drain(order.grace)
+            return
+        match decode(packet):
+            case Drain(grace, rotating) if not self.draining:
+                self.drain(grace, rotating)
+            case Ping():
+                self.notices = replace(self.notices, alive=True)
 
-    def drain(self, grace: float) -> None:
-        """Stop accepting, and bring every stream to what is in the file now."""
-        self.draining = True
-        for listener in self.listeners:
-            self.accept_clients(listener, 2 * BACKLOG)  # those who have connected are clients already
+    def drain(self, grace: float, rotating: bool) -> None:
+        """Stop accepting, and bring every stream to what is in the file now.
+
+        Where a next file follows this one (`rotating`), whoever has not started a stream waits for it, and this one's
+        streams end only when the appends have: its writer may need a moment to go over to the next.
+        """
+        self.draining, self.settling = True, rotating
+        if not rotating:
+            for listener in self.listeners:
+                self.accept_clients(listener, 2 * BACKLOG)  # those who have connected are clients already
         self.stop_accepting()
         for listener in self.listeners:
             listener.close()
@@ -358,17 +405,38 @@ class Worker:
             self.handle_client(client, select.EPOLLIN)
         self.send_news()  # starts the streams of those
         for client in list(self.headerless.values()):
-            self.drop(client)  # it has not asked for anything
+            (self.set_aside if rotating else self.drop)(client)  # it has not asked for anything
         self.look()
-        if (watch := self.watch.fileno()) is not None:
-            self.loop.unregister(watch)
-        self.loop.timers.cancel(self.poll_file)
+        if rotating:
+            self.settle()
+        else:
+            self.stop_watching()
         self.loop.timers.set(self.end_drain, self.loop.now + grace)
         self.title.changed(self.loop.now)
 
+    def set_aside(self, client: Client) -> None:
+        """Leave `client` to the worker of the next file, which finds it in the roster as it is."""
+        self.loop.epoll.unregister(client.fd)
+        del self.headerless[client.fd], self.clients[client.fd]
+        self.waiting.append(client)
+
+    def settle(self) -> None:
+        """Wait for the file to be quiet for a while."""
+        pause = policy.SETTLE + (POLL_INTERVAL if self.watch.polling else 0)
+        self.loop.timers.set(self.end_settling, self.loop.now + pause)
+
+    def end_settling(self) -> None:
+        self.settling = False
+        self.stop_watching()
+
+    def stop_watching(self) -> None:
+        if (watch := self.watch.fileno()) is not None:
+            self.loop.unregister(watch)
+        self.loop.timers.cancel(self.poll_file)
+
     def finish_drained(self) -> None:
         """See off the clients that have all there is."""
-        for client in self.streams.idle():
+        for client in self.streams.idle() if not self.settling else ():
             client.state = State.FINISHED
             self.streams.remove(client)
             discard(client.sock)

@@ -112,7 +112,7 @@ def test_describe_holder(endpoint: str) -> None:
 def test_answer(endpoint: str) -> None:
     """Everyone who waits gets the status, once, and the end; with nobody waiting nothing happens."""
     with held(endpoint) as control:
-        [listener] = control.sockets
+        [listener] = control.status
         control.answer(listener, STATUS)
         with connect(endpoint) as one, connect(endpoint) as two:
             wait_readable(listener)
@@ -150,7 +150,7 @@ os.setgroups([])
 os.setuid(server)
 control = Control.lock([sys.argv[1]])
 os.write(told, b"!")
-assert select.select(control.sockets, [], [], 20)[0]
+assert select.select(control.status, [], [], 20)[0]
 control.answer(control.sockets[0], b"status")
 control.close()
 os.waitpid(pid, 0)

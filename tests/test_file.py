@@ -132,7 +132,7 @@ def test_unreadable(open_folder: Path) -> None:
     path.chmod(0)
     ended = run_tailsrv("-p", "0", path, wrapper=wrapper)
     (line,) = ended.stderr.splitlines()
-    assert line.endswith(f"critical: cannot serve: path={path} reason='Permission denied'")
+    assert f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user root and group root, and we are " in line
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
@@ -146,7 +146,7 @@ def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> Non
     hidden.chmod(0)
     hidden.rename(path)
     server.wait()
-    assert len(server.lines(f"critical: cannot serve: path={path} reason='Permission denied'")) == 1
+    assert len(server.lines(f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, ")) == 1
 
 
 # It grows

@@ -6,7 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, VERSION, Drain, Message, MessageError, Notices, Report, decode, encode
+from tailsrv.messages import (
+    MAX_MESSAGE,
+    MAX_NEWS,
+    MAX_SOCKETS,
+    VERSION,
+    Drain,
+    Message,
+    MessageError,
+    Notices,
+    Ping,
+    Report,
+    decode,
+    encode,
+)
 
 numbers = st.integers(0, 2**63 - 1)
 notices = st.builds(
@@ -34,6 +47,8 @@ reports = st.builds(
         Report(left=[2**63 - 1]),
         Drain(0.0),
         Drain(5.25),
+        Drain(5.25, rotating=True),
+        Ping(),
     ],
 )
 def test_round_trip(message: Message) -> None:

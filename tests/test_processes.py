@@ -198,7 +198,10 @@ def test_port_of_another_program(path: Path) -> None:
         port = other.getsockname()[1]
         ended = run_tailsrv("-p", str(port), "--bind", "127.0.0.1", path)
     (line,) = ended.stderr.splitlines()
-    assert line.endswith(f"critical: cannot serve: path={path} reason='cannot listen on 127.0.0.1:{port}: Address already in use'")
+    assert (
+        f"critical: cannot serve: path={path} reason='cannot listen on 127.0.0.1:{port}: Address already in use; choose another port"
+        in line
+    )
     assert ended.returncode == 1
 
 

@@ -11,12 +11,12 @@ from tailsrv.state import FORMAT, SlotState, State, StateError, decode, encode
 
 SLOTS = [
     SlotState(
-        listeners=[10, 11], pid=4711, channel=12, spawned=17.25, ready=True, adopted=True, restarts=3, failures=[1, 0, 1],
-        clients=[[0, 20, None], [5, 21, 0], [7, 22, 2**62]], unprotected=[6, 9],
+        listeners=[10, 11], shared=False, pid=4711, channel=12, spawned=17.25, ready=True, adopted=True, restarts=3, restarted=18.5,
+        failures=[1, 0, 1], clients=[[0, 20, None], [5, 21, 0], [7, 22, 2**62]], unprotected=[6, 9],
     ),
     SlotState(
-        listeners=[13], pid=None, channel=None, spawned=0.0, ready=False, adopted=False, restarts=0, failures=[0, 0, 0],
-        clients=[], unprotected=[],
+        listeners=[13], shared=True, pid=None, channel=None, spawned=0.0, ready=False, adopted=False, restarts=0, restarted=None,
+        failures=[0, 0, 0], clients=[], unprotected=[],
     ),
 ]  # fmt: skip
 
@@ -25,7 +25,7 @@ def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'
     """Return a state with everything in it."""
     return State(
         version="0.1.0", endpoints=["*:4321", "[::1]:4321"], started=1.5, file=file, file_gone=True, polling=polling,
-        control=[31, 32], slots=SLOTS,
+        control=[31, 32], quota=[33], slots=SLOTS,
     )  # fmt: skip
 
 
@@ -38,12 +38,12 @@ def test_round_trip(state: State) -> None:
 def test_descriptors() -> None:
     """Every descriptor that the next version needs is in the list, each once."""
     found = make_state().descriptors()
-    assert sorted(found) == [10, 11, 12, 13, 20, 21, 22, 30, 31, 32]
+    assert sorted(found) == [10, 11, 12, 13, 20, 21, 22, 30, 31, 32, 33]
 
 
 def test_descriptors_while_waiting_for_the_file() -> None:
     """Without a file there is no descriptor of it; no None is in the list."""
-    assert sorted(make_state(file=None).descriptors()) == [10, 11, 12, 13, 20, 21, 22, 31, 32]
+    assert sorted(make_state(file=None).descriptors()) == [10, 11, 12, 13, 20, 21, 22, 31, 32, 33]
 
 
 def changed(**values: object) -> bytes:

@@ -60,7 +60,7 @@ class Bench:
         wakeup = Wakeup([signal.SIGTERM])
         stack.callback(wakeup.close)
         self.config = config = Config(str(path), self.address[1], grace=grace, header_timeout=header_timeout)
-        inheritance = Inheritance(0, file, self.listeners[0], theirs, ["127.0.0.1:0"], {})
+        inheritance = Inheritance(0, file, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, {})
         self.worker = Worker(inheritance, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)
 

@@ -1,0 +1,85 @@
+"""Says what an operator can do about it, where the kernel's own words leave that open."""
+
+import errno
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Callable
+from typing import Any
+
+# What ProtectHome= and PrivateTmp= of systemd.exec(5) hide from a service.
+_HIDDEN = {"/home": "ProtectHome", "/root": "ProtectHome", "/run/user": "ProtectHome", "/tmp": "PrivateTmp", "/var/tmp": "PrivateTmp"}  # noqa: S108
+
+
+def cannot_bind(error: OSError, port: int) -> str:
+    """Return why a port cannot be listened on, and what to change."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno == errno.EADDRINUSE:
+        return f"{reason}; choose another port, or see who has this one: ss -ltnp sport = :{port}"
+    if error.errno == errno.EACCES and port < 1024:
+        return f"{reason}; choose a port above 1023, or give the service CAP_NET_BIND_SERVICE"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{reason}; no interface of this machine has it: ip addr"
+    return reason
+
+
+def cannot_open(path: str, error: OSError) -> str:
+    """Return why the file cannot be opened, and what to change."""
+    reason = os.strerror(error.errno or 0)
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return reason
+    if sandbox := _sandbox(path):
+        return f"{reason}; if users can read it: {sandbox}"
+    return f"{reason}; {_permissions(path)}, and we are {_ourselves()}: chmod or chgrp it, or give the service a group that may read it"
+
+
+def cannot_see(path: str) -> str | None:
+    """Return why a file may look as if it did not exist, None if there is no reason to think so."""
+    sandbox = _sandbox(path)
+    return f"if it exists: {sandbox}" if sandbox else None
+
+
+def _sandbox(path: str) -> str | None:
+    """Return which setting of a systemd service hides `path` from it, None if none is known to."""
+    if "INVOCATION_ID" not in os.environ:  # systemd.exec(5)
+        return None
+    path = os.path.abspath(path)
+    for folder, setting in _HIDDEN.items():
+        if path.startswith(folder + "/"):
+            return f"the service cannot see it in {folder}, set {setting}=no (systemctl edit) or move the file"
+    return None
+
+
+def _permissions(path: str) -> str:
+    """Return who may read `path`, or which folder keeps even that from us."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        folder = os.path.dirname(os.path.abspath(path))
+        while folder != "/" and not _is_reachable(folder):
+            path, folder = folder, os.path.dirname(folder)
+        return f"{folder} may not be entered" if not os.access(folder, os.X_OK) else f"{path} may not be looked at"
+    mode = f"{stat.S_IMODE(status.st_mode):04o}"
+    return f"it has mode {mode}, user {_name(pwd.getpwuid, status.st_uid)} and group {_name(grp.getgrgid, status.st_gid)}"
+
+
+def _is_reachable(folder: str) -> bool:
+    try:
+        os.stat(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _ourselves() -> str:
+    groups = sorted({os.getegid(), *os.getgroups()})
+    return f"user {_name(pwd.getpwuid, os.geteuid())} with groups {','.join(_name(grp.getgrgid, group) for group in groups)}"
+
+
+def _name(look_up: Callable[[int], Any], number: int) -> str:
+    """Return the name of a user or group, the number where the database has none."""
+    try:
+        return str(look_up(number)[0])
+    except KeyError:
+        return str(number)
