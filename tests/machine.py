@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from helpers import DEADLINE, Seen, connect, eventually
+from helpers import DEADLINE, Seen, ask, connect, eventually
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -198,6 +200,7 @@ class Machine:
 
     def use_wheels(self) -> None:
         """Have its pip take from the wheels what it would ask the network for, which is not there."""
+        self.write("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")  # an installer would
         self.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version-check = true\n")
 
     def in_network(self, action: Callable[[], Seen]) -> Seen:
@@ -227,7 +230,8 @@ class Service:
 
     def configure(self, **settings: str) -> None:
         """Write its file of settings."""
-        self.machine.write(f"/etc/tailsrv/{self.instance}.env", "".join(f"{name}={value}\n" for name, value in settings.items()))
+        name = self.instance.replace("\\", "")  # EnvironmentFile= is a pattern
+        self.machine.write(f"/etc/tailsrv/{name}.env", "".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def override(self, *lines: str, unit: str = "") -> None:
         """Write a drop-in of the service or of another `unit`."""
@@ -243,9 +247,21 @@ class Service:
         with (self.machine.files / self.path.lstrip("/")).open("ab", buffering=0) as file:
             assert file.write(data) == len(data)
 
-    def start(self) -> None:
-        """Start it and wait until it says that it is ready."""
-        self.machine.run("systemctl", "start", self.unit)
+    def start(self, succeeds: bool = True) -> None:
+        """Start it and wait until it says that it is ready, or for the first failure."""
+        done = self.machine.ask("systemctl", "start", self.unit)
+        assert (done.returncode == 0) == succeeds, "\n".join([done.stdout, *self.log])
+
+    def listen(self, *directives: str) -> None:
+        """Start its socket, with these instead of the port that the unit has."""
+        self.override("[Socket]", "ListenStream=", *directives, unit=self.socket_unit)
+        self.machine.run("systemctl", "start", self.socket_unit)
+
+    def fails(self) -> str:
+        """Start it, wait until it has failed for good, and return its exit status."""
+        self.machine.ask("systemctl", "start", self.unit)
+        self.reaches("failed")
+        return self.show("ExecMainStatus")
 
     def show(self, name: str) -> str:
         """Return a property of the service, as systemd knows it."""
@@ -272,14 +288,22 @@ class Service:
         """The lines that the program itself has logged."""
         return self.machine.run("journalctl", "--quiet", "--output=cat", "--unit", self.unit, "--identifier=tailsrv").splitlines()
 
+    def lines(self, *parts: str) -> list[str]:
+        """Return the log's lines that hold all of `parts`."""
+        return [line for line in self.log if all(part in line for part in parts)]
+
     def logged(self, *parts: str, count: int = 1) -> str:
         """Wait for `count` log lines that hold all of `parts`, and return the last."""
 
         def look() -> list[str]:
-            found = [line for line in self.log if all(part in line for part in parts)]
+            found = self.lines(*parts)
             return found if len(found) >= count else []
 
         return eventually(look, COMMAND_DEADLINE)[-1]
+
+    def status(self, port: int) -> Any:
+        """Return what its status socket says to root."""
+        return json.loads(self.machine.in_network(lambda: ask(f"*:{port}"))[0])
 
     def connect(self, port: int, header: bytes = b"", receive_buffer: int = 0) -> socket.socket:
         """Return a connection that is closed in the end, `header` sent."""
