@@ -15,7 +15,7 @@ from tailsrv.arguments import make_parser
 from tailsrv.config import Config, ConfigError, ExitStatus
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
 from tailsrv.crew import RESERVE
-from tailsrv.listener import BACKLOG, ListenError, endpoints, names_of, open_listeners, take_listeners
+from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up
 from tailsrv.signals import hold
 from tailsrv.slot import Slot
@@ -88,12 +88,12 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
     Raises CannotServeError, ListenError, AlreadyServedError.
     """
     descriptors = raise_descriptor_limit()
-    passed = take_sockets()
+    passed = take_listeners(take_sockets())  # before anything else is opened: they have their numbers
     file = open_file(config.path)
     prepare_to_fork()
     if config.port is None:
-        listeners, shared = take_listeners(passed, config.workers)
-        names = names_of([sock for sockets in listeners for sock in sockets])
+        names = names_of(passed)
+        listeners, shared = assign(passed, config.workers)
     else:
         listeners, shared = listen(config, config.port), False
         names = endpoints(config.bind, listeners[0][0].getsockname()[1])

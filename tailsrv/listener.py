@@ -96,18 +96,22 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
     return seats
 
 
-def take_listeners(passed: Sequence[int], slots: int) -> tuple[list[list[socket.socket]], bool]:
-    """Return the listeners of each slot, made of the descriptors that were `passed`, and whether all slots share them.
+def take_listeners(passed: Sequence[int]) -> list[socket.socket]:
+    """Return the listening sockets behind the descriptors that a service manager has passed. Raises ListenError."""
+    return [_take_listener(fd) for fd in passed]
 
-    As many as there are slots are used one each; otherwise each slot gets a copy of all. Raises ListenError.
+
+def assign(listeners: Sequence[socket.socket], slots: int) -> tuple[list[list[socket.socket]], bool]:
+    """Return the listeners of each slot, and whether all slots share them.
+
+    As many as there are slots are used one each; otherwise each slot gets a copy of all.
     """
-    sockets = [_take_listener(fd) for fd in passed]
-    if len(sockets) == slots:
-        return [[sock] for sock in sockets], False
+    if len(listeners) == slots:
+        return [[sock] for sock in listeners], False
     if slots == 1:
-        return [sockets], False
-    copies = [[sock.dup() for sock in sockets] for _ in range(slots)]
-    for sock in sockets:
+        return [list(listeners)], False
+    copies = [[sock.dup() for sock in listeners] for _ in range(slots)]  # each slot's own, to keep and to close
+    for sock in listeners:
         sock.close()
     return copies, True
 

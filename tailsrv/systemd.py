@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from contextlib import suppress
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
 
@@ -50,7 +51,8 @@ def take_sockets() -> list[int]:
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     for fd in sockets:
-        os.set_inheritable(fd, False)
+        with suppress(OSError):  # one that is not there is found out when it is used
+            os.set_inheritable(fd, False)
     return sockets
 
 

@@ -19,7 +19,15 @@ DEADLINE = 20.0  # seconds that an event may take on a busy machine; no test wai
 TAILSRV = (sys.executable, "-m", "tailsrv")
 
 NOBODY = 65534
+ACTIVATE = Path(__file__).with_name("activate.py")
+
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")  # it execs: the pid stays
+
+
+def activated(*kinds: str) -> tuple[str, ...]:
+    """Return a wrapper that starts a program with these sockets as a service manager does; activate.py has the kinds."""
+    return (sys.executable, str(ACTIVATE), ",".join(kinds))
+
 
 Seen = TypeVar("Seen")
 

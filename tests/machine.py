@@ -92,9 +92,12 @@ def make_wheels(folder: Path) -> Path:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     wheels = folder / "wheels"
     wheels.mkdir(exist_ok=True)
+    pip, to = (sys.executable, "-m", "pip", "--quiet"), ("--find-links", str(wheels))
+    # What builds the project is the same for every Python, but not all of it is there as wheels.
+    call(*pip, "wheel", *to, "--wheel-dir", str(wheels), "wheel", *project["build-system"]["requires"], deadline=BOOTSTRAP_DEADLINE)
     call(
-        sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--python-version={PYTHON}", f"--dest={wheels}",
-        *project["build-system"]["requires"], *project["project"]["dependencies"], "wheel", deadline=BOOTSTRAP_DEADLINE,
+        *pip, "download", *to, "--dest", str(wheels), "--only-binary=:all:", f"--python-version={PYTHON}",
+        *project["project"]["dependencies"], deadline=BOOTSTRAP_DEADLINE,
     )  # fmt: skip
     return wheels
 

@@ -19,7 +19,7 @@ NO_CORE = ("prlimit", "--core=0:0")  # workers that die of SIGSEGV leave no file
 
 
 def status(server: Server) -> dict[str, Any]:
-    """Return what the control socket says."""
+    """Return what the control socket says, but for what changes by asking."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(DEADLINE)
         sock.connect(f"\0tailsrv:*:{server.port}")
@@ -27,6 +27,8 @@ def status(server: Server) -> dict[str, Any]:
         while some := sock.recv(1 << 16):
             received += some
     found: dict[str, Any] = json.loads(received)
+    for worker in found["workers"]:
+        del worker["silent"]
     return found
 
 

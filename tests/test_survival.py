@@ -249,7 +249,8 @@ how = sys.argv.pop(1)
 config, verbosity = cli.parse(None)
 set_up(verbosity)
 file = open_file(config.path)
-listeners, port = cli.listen(config, config.port)
+listeners = cli.listen(config, config.port)
+port = listeners[0][0].getsockname()[1]
 names = endpoints(config.bind, port)
 logger.info("listening: port=%d", port)
 slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]

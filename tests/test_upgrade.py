@@ -211,8 +211,8 @@ BREAKS = {
     "silence": ("upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
     "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
     "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
-    "state": ("state.py", "FORMAT = 1", "FORMAT = 1000", r"format \(1, \d+\).*\(1000, \d+\)"),
-    "channel": ("messages.py", "VERSION = 1", "VERSION = 1000", r"format \(\d+, 1\).*\(\d+, 1000\)"),
+    "state": ("state.py", "FORMAT = 2", "FORMAT = 1000", r"format \(2, \d+\).*\(1000, \d+\)"),
+    "channel": ("messages.py", "VERSION = 2", "VERSION = 1000", r"format \(\d+, 2\).*\(\d+, 1000\)"),
 }
 
 

@@ -1,0 +1,334 @@
+"""--follow-name: the streams of a file that is gone end at its end, and the next file of its name is served."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import DEADLINE, NOBODY, Serve, Server, append, children, eventually, expect, expect_eof, random_bytes, recv_all, stop, title
+
+OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)
+
+
+@pytest.fixture
+def server(serve: Serve, path: Path) -> Server:
+    """Start a server that follows the name of a file that is there."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name", "-w", "2", "-v")
+    server.workers(2)
+    return server
+
+
+def rotate(path: Path, data: bytes = b"") -> Path:
+    """Move the file away as logrotate does, make the next one, and return where the old one is."""
+    old = path.with_suffix(".1")
+    path.rename(old)
+    path.write_bytes(data)
+    return old
+
+
+def test_rotation(server: Server, path: Path) -> None:
+    """Streams get the old file to its end and then end; who connects afterwards gets the next one, at the same port, to the end."""
+    streams = [server.connect(b"0\n") for _ in range(10)]
+    for stream in streams:
+        expect(stream, OLD)
+    before = server.workers(2)
+    rotate(path, NEW)
+    for stream in streams:
+        expect_eof(stream)
+    later = server.connect(b"0\n")
+    expect(later, NEW)
+    append(path, MORE)
+    expect(later, MORE)
+    assert not set(before) & set(children(server.pid))
+
+
+def test_late_appends(server: Server, path: Path) -> None:
+    """What the writer appends to the old file before it has gone over to the next is part of the old file's streams."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    old = rotate(path)
+    server.logged("going over to the next")
+    append(old, LATE)
+    expect(stream, LATE)
+    append(old, MORE)
+    expect(stream, MORE)
+    expect_eof(stream)
+
+
+def test_who_connects_in_between_waits(server: Server, path: Path) -> None:
+    """Between two files nobody is refused: not with a header, not without, not before the rotation and not after."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    early = [server.connect() for _ in range(8)]
+    eventually(lambda: "9 clients" in server.title())
+    path.unlink()
+    server.logged("going over to the next")
+    meanwhile = [server.connect(b"0\n") for _ in range(8)]
+    expect_eof(stream)
+    server.logged("waiting for file")
+    eventually(lambda: server.title().endswith("[waiting for file]"))
+    waiting = [server.connect(b"0\n") for _ in range(8)]
+    for sock in early[::2]:
+        sock.sendall(b"0\n")
+    path.write_bytes(NEW)
+    for sock in early[1::2]:
+        sock.sendall(b"0\n")
+    for sock in [*early, *meanwhile, *waiting]:
+        expect(sock, NEW)
+
+
+@pytest.mark.parametrize("times", [5])
+def test_again_and_again(server: Server, path: Path, times: int) -> None:
+    """Each of several files is streamed to its very end, and no descriptor is left over from the ones before."""
+    held = []
+    for number in range(times):
+        data = random_bytes(100_000, number)
+        rotate(path, data)
+        server.logged("serving: ", f"size={len(data)} ", count=number + 1)
+        stream = server.connect(b"0\n")
+        expect(stream, data)
+        held.append(len(os.listdir(f"/proc/{server.pid}/fd")))
+        append(path, LATE)
+        expect(stream, LATE)
+    assert len(set(held)) == 1
+
+
+def test_replaced_by_a_move(server: Server, path: Path) -> None:
+    """A file that is moved over ours is the next one."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    other = path.with_suffix(".new")
+    other.write_bytes(NEW)
+    other.rename(path)
+    expect_eof(stream)
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_moved_away_and_back(server: Server, path: Path) -> None:
+    """The same file under its old name is a next file like any other."""
+    away = path.rename(path.with_suffix(".away"))
+    server.logged("waiting for file")
+    away.rename(path)
+    expect(server.connect(b"0\n"), OLD)
+
+
+def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: Path) -> None:
+    """One that stalls keeps the others from the next file for as long as the grace, and no longer."""
+    path.write_bytes(random_bytes(20_000_000))
+    server = serve(path, "--follow-name", "--grace", "0.5", "-v")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(stalled)
+    rotate(path, NEW)
+    server.logged("grace is over")
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path) -> None:
+    """A worker that does not end its streams does not keep the server from the next file, whose clients know nothing of it."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name", "--grace", "0.2")
+    (worker,) = server.workers(1)
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    stop(worker)
+    # The supervisor learns from a worker that the file is gone: here from one that is stopped, as soon as it has said so.
+    os.kill(worker, signal.SIGCONT)
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    stop_if_there(worker)
+    expect(server.connect(b"0\n"), NEW)
+
+
+def stop_if_there(pid: int) -> None:
+    """Stop a process that may have ended."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+    except ProcessLookupError:
+        pass
+
+
+def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
+    """A worker that dies while its streams are being ended has a successor that ends them, to the byte."""
+    streams = [server.connect(b"0\n") for _ in range(10)]
+    for stream in streams:
+        expect(stream, OLD)
+    workers = server.workers(2)
+    old = rotate(path, NEW)
+    server.logged("going over to the next")
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    append(old, LATE)
+    for stream in streams:
+        assert recv_all(stream) in (LATE, b"")  # the successor looks at once: it may be done before the append
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
+    """A next file that may not be read is looked at again until it may, and the log says so once."""
+    path = open_folder / "file.log"
+    path.write_bytes(OLD)
+    path.chmod(0o644)
+    server = serve(path, "--follow-name", wrapper=("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"))
+    server.workers(1)
+    path.unlink()
+    server.logged("waiting for file")
+    hidden = open_folder / "hidden"
+    hidden.write_bytes(NEW)
+    hidden.chmod(0o600)
+    hidden.rename(path)
+    line = server.logged("error: cannot serve the file of that name, looking again: ")
+    assert "it has mode 0600" in line
+    waiting = server.connect(b"0\n")
+    path.chmod(0o644)
+    expect(waiting, NEW)
+    assert len(server.lines("looking again")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_end_while_going_over(server: Server, path: Path, number: signal.Signals) -> None:
+    """A server that is told to end between two files ends, with status 0."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    server.signal(number)
+    server.wait()
+
+
+def test_end_while_waiting_for_the_next(server: Server, path: Path) -> None:
+    """So does one that waits for the next file, whoever waits with it."""
+    path.unlink()
+    server.logged("waiting for file")
+    waiting = server.connect(b"0\n")
+    server.signal(signal.SIGTERM)
+    server.wait()
+    with pytest.raises(ConnectionResetError):  # it was in the accept queue: nobody has ever served it
+        waiting.recv(1)
+
+
+def test_upgrade_while_going_over(server: Server, path: Path) -> None:
+    """A HUP between two files is acted on when the next one is served, or waited for."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    server.signal(signal.SIGHUP)
+    expect_eof(stream)
+    server.logged("upgraded: ")
+    later = server.connect(b"0\n")
+    expect(later, NEW)
+    rotate(path, MORE)
+    expect_eof(later)
+    expect(server.connect(b"0\n"), MORE)
+
+
+def test_rotation_while_upgrading(server: Server, path: Path) -> None:
+    """A file that goes while an upgrade is under way delays it, and loses nobody."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    server.signal(signal.SIGHUP)
+    rotate(path, NEW)
+    expect_eof(stream)
+    server.logged("upgraded: ")
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_upgrade_while_waiting_for_the_next(server: Server, path: Path) -> None:
+    """An upgrade between two files keeps who waits, with a header or without."""
+    early = server.connect()
+    eventually(lambda: "1 client]" in server.title())
+    path.unlink()
+    server.logged("waiting for file")
+    waiting = server.connect(b"0\n")
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: ")
+    path.write_bytes(NEW)
+    early.sendall(b"0\n")
+    expect(early, NEW)
+    expect(waiting, NEW)
+
+
+def test_title_says_so(server: Server, path: Path) -> None:
+    """While streams of the old file are being ended, the supervisor's title says that it is rotating."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    eventually(lambda: "1 client]" in title(server.pid))
+    rotate(path, NEW)
+    eventually(lambda: "[rotating, " in title(server.pid))
+
+
+def follow_link(path: Path, number: int) -> None:
+    """Point the link `path` at a new file."""
+    target = path.with_name(f"target-{number}")
+    target.write_bytes(random_bytes(1000, number))
+    link = path.with_name("link")
+    link.symlink_to(target)
+    link.rename(path)
+
+
+def test_links(serve: Serve, path: Path) -> None:
+    """A name that is a link leads to the next file when it is pointed there."""
+    follow_link(path, 1)
+    server = serve(path, "--follow-name")
+    stream = server.connect(b"0\n")
+    expect(stream, random_bytes(1000, 1))
+    follow_link(path, 2)
+    expect_eof(stream)
+    expect(server.connect(b"0\n"), random_bytes(1000, 2))
+
+
+# The real logrotate
+
+LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
+needs_logrotate = pytest.mark.skipif(not Path(LOGROTATE).exists(), reason="logrotate is not installed")
+
+
+def logrotate(path: Path, *directives: str) -> None:
+    """Rotate `path` with the real logrotate."""
+    config, state = path.with_name("logrotate.conf"), path.with_name("logrotate.state")
+    config.write_text("\n".join([f"{path} {{", "su root root" if os.getuid() == 0 else "", "rotate 3", *directives, "}", ""]))
+    config.chmod(0o644)
+    done = subprocess.run([LOGROTATE, "--force", "--state", state, config], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_logrotate
+def test_logrotate_create(server: Server, path: Path) -> None:
+    """Rotated with `create`, every byte of every file arrives, and the file that logrotate makes is served."""
+    data = OLD
+    for number in range(3):
+        stream: socket.socket = server.connect(b"0\n")
+        expect(stream, data)
+        logrotate(path, "create")
+        expect_eof(stream)
+        data = random_bytes(50_000, 10 + number)
+        append(path, data)
+
+
+@needs_logrotate
+def test_logrotate_nocreate(server: Server, path: Path) -> None:
+    """Rotated with `nocreate`, clients wait until the writer has made the next file."""
+    logrotate(path, "nocreate")
+    server.logged("waiting for file")
+    waiting = server.connect(b"0\n")
+    append(path, NEW)
+    expect(waiting, NEW)
+
+
+@needs_logrotate
+def test_logrotate_copytruncate(server: Server, path: Path) -> None:
+    """Rotated with `copytruncate` it stays the same file: its clients get nothing until it is longer than what they have."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    logrotate(path, "copytruncate")
+    server.logged("warning: file was truncated: ", "size=0")
+    append(path, OLD[:1000])
+    later = server.connect(b"0\n")
+    expect(later, OLD[:1000])
+    append(path, OLD[1000:] + MORE)
+    expect(stream, MORE)
+    assert not server.lines("going over")
