@@ -82,7 +82,8 @@ def make_root(folder: Path) -> Path:
     root, unfinished = folder / "root", folder / "unfinished"
     if not root.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
-        call("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(unfinished), deadline=BOOTSTRAP_DEADLINE)
+        options = ("--variant=minbase", f"--include={PACKAGES}")
+        call(*UNSHARE, "debootstrap", *options, SUITE, str(unfinished), deadline=BOOTSTRAP_DEADLINE)  # it mounts things there
         unfinished.rename(root)
     return root
 
@@ -289,6 +290,7 @@ class Service:
     @property
     def log(self) -> list[str]:
         """The lines that the program itself has logged."""
+        self.machine.run("journalctl", "--sync")  # what has been written by now is to be found
         return self.machine.run("journalctl", "--quiet", "--output=cat", "--unit", self.unit, "--identifier=tailsrv").splitlines()
 
     def lines(self, *parts: str) -> list[str]:

@@ -218,7 +218,7 @@ def test_a_file_that_comes_later_is_waited_for(make_service: MakeService) -> Non
 def test_a_hung_worker_is_healed(make_service: MakeService, reloaded: bool) -> None:
     """A worker that does not answer is killed and replaced; its clients go on, and the service never ends."""
     service = make_service(PORT=str(PORT), WORKERS="2")
-    service.override("[Service]", "WatchdogSec=3")
+    service.override("[Service]", "WatchdogSec=6")
     service.create(b"first\n")
     service.start()
     if reloaded:
@@ -298,6 +298,7 @@ def seated(service: Service, clients: int) -> list[dict[str, int]]:
 def test_nobody_is_refused_while_systemd_holds_the_socket(make_service: MakeService) -> None:
     """Who connects while a killed service is down waits, and is served by the next."""
     service = make_service(PORT="")
+    service.override("[Service]", "RestartSec=5")
     service.create(b"first\n")
     service.listen("ListenStream=4322")
     expect(service.connect(4322, b"0\n"), b"first\n")
