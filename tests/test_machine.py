@@ -298,7 +298,7 @@ def seated(service: Service, clients: int) -> list[dict[str, int]]:
 def test_nobody_is_refused_while_systemd_holds_the_socket(make_service: MakeService) -> None:
     """Who connects while a killed service is down waits, and is served by the next."""
     service = make_service(PORT="")
-    service.override("[Service]", "RestartSec=5")
+    service.override("[Service]", "RestartSec=3")
     service.create(b"first\n")
     service.listen("ListenStream=4322")
     expect(service.connect(4322, b"0\n"), b"first\n")
