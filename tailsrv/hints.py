@@ -8,8 +8,8 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
-# What ProtectHome= and PrivateTmp= of systemd.exec(5) hide from a service.
-_HIDDEN = {"/home": "ProtectHome", "/root": "ProtectHome", "/run/user": "ProtectHome", "/tmp": "PrivateTmp", "/var/tmp": "PrivateTmp"}  # noqa: S108
+# What ProtectHome= and PrivateTmp= of systemd.exec(5) hide from a service. DynamicUser= has a private /tmp whatever PrivateTmp= says.
+_HOMES, _TEMPORARY = ("/home", "/root", "/run/user"), ("/tmp", "/var/tmp")  # noqa: S108
 
 
 def cannot_bind(error: OSError, port: int) -> str:
@@ -42,12 +42,13 @@ def cannot_see(path: str) -> str | None:
 
 def _sandbox(path: str) -> str | None:
     """Return which setting of a systemd service hides `path` from it, None if none is known to."""
-    if "INVOCATION_ID" not in os.environ:  # systemd.exec(5)
+    if not os.environ.get("INVOCATION_ID"):  # systemd.exec(5)
         return None
     path = os.path.abspath(path)
-    for folder, setting in _HIDDEN.items():
+    for folder in (*_HOMES, *_TEMPORARY):
         if path.startswith(folder + "/"):
-            return f"the service cannot see it in {folder}, set {setting}=no (systemctl edit) or move the file"
+            setting = "ProtectHome=read-only" if folder in _HOMES else f"BindReadOnlyPaths={os.path.dirname(path)}"
+            return f"the service cannot see it in {folder}, set {setting} (systemctl edit) or move the file"
     return None
 
 

@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import partial
 
 from setproctitle import setproctitle
 
@@ -28,7 +27,7 @@ from tailsrv.quota import Quota
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.state import State
-from tailsrv.teller import tell
+from tailsrv.teller import Teller
 from tailsrv.title import STATUS_INTERVAL, Title, service_status, status_title, supervisor_title
 from tailsrv.upgrade import Upgrader
 from tailsrv.watch import CannotServeError, is_gone, open_file, size_of
@@ -38,8 +37,6 @@ LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 REST = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
-
-AT_ONCE = 64 << 10  # bytes of an answer that surely fit the buffer of a unix socket (net.core.wmem_default is 208 KiB)
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
 
@@ -90,12 +87,10 @@ class Supervisor:
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.title = Title(self.loop.timers, self.render_title)
         self.service_status = Title(self.loop.timers, self.render_status, self.notify_status, STATUS_INTERVAL)
-        self.told: dict[int, socket.socket] = {}  # children that answer, and where to those who asked
         self.wakeup = Wakeup(CAUGHT)
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
-        for sock in control.sockets:
-            self.listen_to_control(sock)
+        self.teller = Teller(self.loop, control, self.tell_status, self.describe_clients, self.become_teller)
 
     # The loop
 
@@ -295,9 +290,8 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            if (sock := self.told.pop(pid, None)) is not None:
-                self.listen_to_control(sock)
-            elif not self.upgrader.reaped(pid, status, self.loop.now, ending=self.is_ending()):
+            known = self.teller.reaped(pid) or self.upgrader.reaped(pid, status, self.loop.now, ending=self.is_ending())
+            if not known:
                 self.crew.bury(pid, status)
 
     def drain(self) -> None:
@@ -365,36 +359,21 @@ class Supervisor:
     def notify_status(self, status: str) -> None:
         systemd.notify(f"STATUS={status}")
 
-    def listen_to_control(self, sock: socket.socket) -> None:
-        handler = self.handle_clients_asked if sock in self.control.clients else self.handle_status_asked
-        self.loop.register(sock.fileno(), partial(handler, sock))
-
-    def handle_status_asked(self, sock: socket.socket) -> None:
-        status = self.describe()
-        self.crew.ask()  # whoever asks again soon learns who does not answer
-        if len(status) > AT_ONCE:
-            self.tell(sock, lambda: status)
-        else:
-            self.control.answer(sock, status)
-
-    def handle_clients_asked(self, sock: socket.socket) -> None:
-        self.tell(sock, self.describe_clients)
-
-    def tell(self, sock: socket.socket, answer: Callable[[], bytes]) -> None:
-        """Answer those who wait at `sock` from a child; others wait there until it has ended."""
-        if (pid := tell(self.control.askers(sock), answer, self.become_teller)) is not None:
-            self.loop.unregister(sock.fileno())
-            self.told[pid] = sock
-
     def become_teller(self) -> None:
         """Let go, in a child that only answers, of all that others must not find open when we are gone."""
         setproctitle(status_title(self.endpoints))
         self.let_go()
         self.crew.let_go()
 
-    def describe(self) -> bytes:
-        """Return the status as JSON."""
-        status = {
+    def tell_status(self) -> bytes:
+        """Return the status as JSON, and have the workers asked: whoever wants to know again soon learns who does not answer."""
+        status = (json.dumps(self.describe()) + "\n").encode()
+        self.crew.ask()
+        return status
+
+    def describe(self) -> dict[str, object]:
+        """Return the status."""
+        return {
             "version": __version__,
             "pid": os.getpid(),
             "ticks": start_ticks(os.getpid()),
@@ -412,7 +391,6 @@ class Supervisor:
             "workers": [slot.describe(self.loop.now) for slot in self.crew.slots],
             "listeners": [listener for slot in self.crew.slots for listener in slot.describe_listeners()],
         }
-        return (json.dumps(status) + "\n").encode()
 
     def describe_clients(self) -> bytes:
         """Return as JSON who is connected and where each stream stands; takes time, and is for a child that has it."""

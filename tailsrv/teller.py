@@ -1,49 +1,89 @@
-"""Gives long answers from a forked child, so that the supervisor waits for nobody who asks."""
+"""Answers at the control sockets; what takes time is told by a forked child, so that the supervisor waits for nobody."""
 
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 
+from tailsrv.control import Control
+from tailsrv.loop import Loop
 from tailsrv.signals import blocked, release
 
-PATIENCE = 10  # seconds that those who asked have to take their answer
+PATIENCE = 10  # seconds that those who asked have to take their answer from a child
+AT_ONCE = 64 << 10  # bytes of an answer that surely fit the buffer of a unix socket (net.core.wmem_default is 208 KiB)
+
+Answer = Callable[[], bytes]
 
 
-def tell(peers: Iterable[socket.socket], answer: Callable[[], bytes], let_go: Callable[[], None]) -> int | None:
-    """Send `answer()` to each of `peers` from a child, and return its pid; None if nobody asks or fork(2) fails.
+class Teller:
+    """What is told at the control sockets: `status()` at once, `clients()` by a child.
 
-    The child first calls `let_go()`, to close what is the supervisor's: it must not outlive it in a forgotten child.
+    A child first calls `let_go()`, to close what must not outlive the supervisor in a forgotten child. There is one
+    at a time for each socket: others who ask there wait until it has ended.
     """
-    asked: list[socket.socket] = []
-    try:
-        asked.extend(peer.dup() for peer in peers)
-        with blocked():
-            pid = os.fork() if asked else None
-            if pid == 0:
-                _answer(asked, answer, let_go)
-    except OSError:
-        return None
-    finally:
-        for peer in asked:
-            peer.close()
-    return pid
 
+    def __init__(self, loop: Loop, control: Control, status: Answer, clients: Answer, let_go: Callable[[], None]) -> None:
+        self._loop, self._control = loop, control
+        self._status, self._clients, self._let_go = status, clients, let_go
+        self._children: dict[int, Callable[[], None]] = {}  # and what is to be done when one has ended
+        for sock in control.status:
+            self._listen(sock, self._tell_status)
+        for sock in control.clients:
+            self._listen(sock, self._tell_clients)
 
-def _answer(peers: Iterable[socket.socket], answer: Callable[[], bytes], let_go: Callable[[], None]) -> None:
-    """Do the child's work, and end it."""
-    try:
-        let_go()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.alarm(PATIENCE)
-        release()
-        data = answer()
-        for peer in peers:
-            peer.settimeout(PATIENCE)
-            try:
-                peer.sendall(data)
-            except OSError:
-                pass  # gone already
-    finally:
-        os._exit(0)
+    def reaped(self, pid: int) -> bool:
+        """Tell whether the child `pid` was one of ours; if so, others may ask again."""
+        if (listen := self._children.pop(pid, None)) is None:
+            return False
+        listen()
+        return True
+
+    def _listen(self, sock: socket.socket, handler: Callable[[socket.socket], None]) -> None:
+        self._loop.register(sock.fileno(), partial(handler, sock))
+
+    def _tell_status(self, sock: socket.socket) -> None:
+        status = self._status()
+        if len(status) > AT_ONCE:
+            self._fork(sock, lambda: status, partial(self._listen, sock, self._tell_status))
+        else:
+            self._control.answer(sock, status)
+
+    def _tell_clients(self, sock: socket.socket) -> None:
+        self._fork(sock, self._clients, partial(self._listen, sock, self._tell_clients))
+
+    def _fork(self, sock: socket.socket, answer: Answer, afterwards: Callable[[], None]) -> None:
+        """Give `answer()` to those who wait at `sock`, from a child."""
+        asked: list[socket.socket] = []
+        try:
+            asked.extend(peer.dup() for peer in self._control.askers(sock))
+            with blocked():
+                pid = os.fork() if asked else None
+                if pid == 0:
+                    self._become(asked, answer)
+        except OSError:  # no descriptor, no process: they may ask again
+            pid = None
+        finally:
+            for peer in asked:
+                peer.close()
+        if pid is not None:
+            self._loop.unregister(sock.fileno())
+            self._children[pid] = afterwards
+
+    def _become(self, peers: Sequence[socket.socket], answer: Answer) -> None:
+        """Do a child's work, and end it."""
+        try:
+            self._let_go()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.alarm(PATIENCE)
+            release()
+            data = answer()
+            for peer in peers:
+                peer.settimeout(PATIENCE)
+                try:
+                    peer.sendall(data)
+                except OSError:
+                    pass  # gone already
+        finally:
+            os._exit(0)

@@ -11,24 +11,23 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import count
 
 from setproctitle import setproctitle
 
 from tailsrv import policy
+from tailsrv.acceptor import Acceptor
 from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
-from tailsrv.listener import BACKLOG, endpoint
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
-from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Ping, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Message, Ping, Report, decode, encode
 from tailsrv.protocol import HeaderError, parse_header
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance
 from tailsrv.streams import Streams
-from tailsrv.syscalls import Outcome, accept, discard, finish_sending, peek_header, streamed, take_socket, unsent
+from tailsrv.syscalls import Outcome, discard, finish_sending, peek_header, streamed, take_socket, unsent
 from tailsrv.title import Title, worker_title
 from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
 
@@ -86,14 +85,10 @@ class Worker:
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.title = Title(self.loop.timers, self.render_title)
         self.refused = Limited(logging.WARNING)
-        self.not_allowed = Limited(logging.WARNING, burst=1)
         self.short_of_room = Limited(logging.WARNING, burst=1)
         self.failed = Limited(logging.ERROR)
 
         self.channel = inheritance.channel
-        self.listeners = list(inheritance.listeners)
-        self.shared = inheritance.shared
-        self.quota = inheritance.quota
         self.endpoints = inheritance.endpoints
         self.wakeup = wakeup
         self.watch = Watch(inheritance.file, config.path)
@@ -103,8 +98,18 @@ class Worker:
         if (watch := self.watch.fileno()) is not None:
             self.loop.register(watch, self.handle_watch)
         self.adopt(inheritance.clients)
-        self.note_clients()
-        self.start_accepting()
+        self.acceptor = Acceptor(
+            self.slot,
+            self.loop,
+            inheritance.listeners,
+            inheritance.shared,
+            self.welcome,
+            lambda: len(self.clients),
+            self.make_room,
+            config.allow,
+            inheritance.quota,
+        )
+        self.acceptor.start()
 
     # The loop
 
@@ -180,61 +185,12 @@ class Worker:
 
     # Connections
 
-    def start_accepting(self) -> None:
-        for listener in self.listeners:
-            self.accept_from(listener)
-
-    def accept_from(self, listener: socket.socket) -> None:
-        flags = select.EPOLLEXCLUSIVE if self.shared else 0  # wake one of the workers that share it, not all
-        self.loop.register(listener.fileno(), partial(self.handle_listener, listener), flags)
-
-    def stop_accepting(self) -> None:
-        self.loop.timers.cancel(self.start_accepting)
-        for listener in self.listeners:
-            self.loop.unregister(listener.fileno())
-
-    def handle_listener(self, listener: socket.socket) -> None:
-        self.accept_clients(listener, policy.SHARED_ACCEPTS if self.shared else policy.ACCEPTS)
-        if self.shared and listener.fileno() in self.loop.handlers:
-            # The kernel wakes whoever registered first: go to the end of its list, or one worker would get them all.
-            self.loop.unregister(listener.fileno())
-            self.accept_from(listener)
-
-    def accept_clients(self, listener: socket.socket, limit: int) -> None:
-        for _ in range(limit):
-            if self.quota is not None and not self.quota.claim(self.slot, len(self.clients) + 1):
-                self.short_of_room("as many clients as --max-clients allows, more wait", slot=self.slot, clients=len(self.clients))
-                self.pause_accepting()
-                return
-            match accept(listener):
-                case Outcome.NO_ROOM:
-                    self.make_room()
-                    break
-                case Outcome():
-                    break
-                case sock, peer:
-                    self.welcome(sock, peer)
-        self.note_clients()
-
     def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Take in a connection that has just been accepted."""
-        if self.config.allow and not policy.is_allowed(peer[0], self.config.allow):
-            self.not_allowed("client is not in an allowed network", slot=self.slot, peer=endpoint(*peer))
-            sock.close()
-            return
         client = Client(next(self.numbers), sock, peer, self.loop.now)
         if self.add_client(client):
             self.joined.append(client)
             self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
-
-    def note_clients(self) -> None:
-        """Say how many clients this slot has, where their number is limited."""
-        if self.quota is not None:
-            self.quota.note(self.slot, len(self.clients))
-
-    def pause_accepting(self) -> None:
-        self.stop_accepting()
-        self.loop.timers.set(self.start_accepting, self.loop.now + policy.STALL_PAUSE)
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
@@ -271,16 +227,14 @@ class Worker:
         self.title.changed(self.loop.now)
         return True
 
-    def make_room(self) -> None:
-        """Out of descriptors: the oldest connection without a header goes; without one, stop listening for a moment."""
+    def make_room(self) -> bool:
+        """Out of descriptors: the oldest connection without a header goes. Tell whether there is room at the end of this turn."""
         while not self.dropped and (oldest := next(iter(self.headerless.values()), None)) is not None:
             self.handle_client(oldest, select.EPOLLIN)  # its header may have come in this very turn
             if oldest.fd in self.headerless:
                 self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
                 self.drop(oldest)
-        if not self.dropped:  # else there is room at the end of this turn
-            self.short_of_room("short of descriptors, not accepting for a moment", slot=self.slot, clients=len(self.clients))
-            self.pause_accepting()
+        return bool(self.dropped)
 
     def expire_headerless(self) -> None:
         """End the connections whose header has not come in time."""
@@ -360,7 +314,7 @@ class Worker:
             finish_sending(client.sock)
             client.sock.close()
         self.dropped.clear()
-        self.note_clients()
+        self.acceptor.note_count()
         if not self.clients:
             self.watch.follow(False)
 
@@ -373,16 +327,21 @@ class Worker:
             self.ended = self.ended or not self.draining
 
     def handle_channel(self) -> None:
-        try:
-            packet = self.channel.recv(MAX_MESSAGE)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            packet = b""
-        if not packet:
-            self.ended = True  # the supervisor is gone, and nobody is left to serve for
-            return
-        match decode(packet):
+        """Do all that the supervisor has asked for by now."""
+        while not self.ended:
+            try:
+                packet = self.channel.recv(MAX_MESSAGE)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                packet = b""
+            if packet:
+                self.obey(decode(packet))
+            else:
+                self.ended = True  # the supervisor is gone, and nobody is left to serve for
+
+    def obey(self, order: Message) -> None:
+        match order:
             case Drain(grace, rotating) if not self.draining:
                 self.drain(grace, rotating)
             case Ping():
@@ -395,12 +354,7 @@ class Worker:
         streams end only when the appends have: its writer may need a moment to go over to the next.
         """
         self.draining, self.settling = True, rotating
-        if not rotating:
-            for listener in self.listeners:
-                self.accept_clients(listener, 2 * BACKLOG)  # those who have connected are clients already
-        self.stop_accepting()
-        for listener in self.listeners:
-            listener.close()
+        self.acceptor.close(empty_queues=not rotating)
         for client in list(self.headerless.values()):
             self.handle_client(client, select.EPOLLIN)
         self.send_news()  # starts the streams of those

@@ -6,7 +6,7 @@ import pytest
 from setproctitle import getproctitle, setproctitle
 
 from tailsrv.timers import Timers
-from tailsrv.title import Title, counted, supervisor_title, worker_title
+from tailsrv.title import Title, counted, service_status, supervisor_title, worker_title
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 clients"), (1, "1 client"), (2, "2 clients"), (1000, "1000 clients")])
@@ -124,3 +124,16 @@ def test_after_a_quiet_time_at_once(process: Process) -> None:
     process.change("one", 100.0)
     process.change("two", 105.0)
     assert getproctitle() == "tailsrv: test two"
+
+
+@pytest.mark.parametrize(
+    ("state", "workers", "clients", "status"),
+    [
+        ("", 4, 137, "4 workers, 137 clients"),
+        ("waiting for file", 0, 0, "waiting for file"),
+        ("rotating", 2, 1, "rotating, 2 workers, 1 client"),
+    ],
+)
+def test_service_status(state: str, workers: int, clients: int, status: str) -> None:
+    """The service manager shows what the title has in its brackets."""
+    assert service_status(state, workers, clients) == status

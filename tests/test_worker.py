@@ -29,7 +29,7 @@ from unit import (
 from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
 from tailsrv.listener import open_listeners
-from tailsrv.messages import MAX_MESSAGE, Drain, Report, decode, encode
+from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import Start, parse_header
 from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
@@ -350,7 +350,7 @@ with working(Path(sys.argv[1])) as bench:
     bench.until(lambda: listener not in bench.worker.loop.handlers)
     while readable(bench.worker.loop.epoll.fileno()):
         bench.worker.step(0)
-    assert bench.worker.start_accepting in bench.worker.loop.timers
+    assert bench.worker.acceptor.start in bench.worker.loop.timers
     assert list(bench.worker.clients.values()) == [client]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     bench.skew = 60.0
@@ -655,6 +655,30 @@ def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
     with socket.socket() as late:
         assert late.connect_ex(bench.address) != 0
     assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_orders_that_came_together(bench: Bench) -> None:
+    """Whatever else waits in the channel, a SIGTERM that comes with the word to drain is one: no client is left behind."""
+    far, _ = bench.connect(b"8\n")
+    bench.settle()
+    bench.channel.sendall(encode(Ping()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    os.kill(os.getpid(), signal.SIGTERM)
+    bench.worker.handle_signal()
+    assert (bench.worker.draining, bench.worker.ended) == (True, False)
+    assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_ping(bench: Bench) -> None:
+    """A ping is answered, while draining as well."""
+    bench.connect(b"8\n", receive=4096)
+    for order in (Ping(), Drain(bench.config.grace, rotating=True), Ping()):
+        bench.reports()
+        bench.channel.sendall(encode(order))
+        if isinstance(order, Ping):
+            bench.until(lambda: any(report.notices.alive for report in bench.reports()))
+        else:
+            bench.until(lambda: bench.worker.draining)
 
 
 def test_drain_without_clients(bench: Bench) -> None:

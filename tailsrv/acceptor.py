@@ -1,0 +1,106 @@
+"""Takes connections from a slot's listeners, as far as room and rules allow."""
+
+import logging
+import select
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from tailsrv import policy
+from tailsrv.config import Network
+from tailsrv.listener import BACKLOG, endpoint
+from tailsrv.log import Limited
+from tailsrv.loop import Loop
+from tailsrv.quota import Quota
+from tailsrv.syscalls import Outcome, accept
+
+Peer = tuple[str, int]
+
+
+class Acceptor:
+    """The listeners of one slot, which may be `shared` with all others.
+
+    `welcome(sock, peer)` is called with each connection, `count()` returns how many clients there are, and
+    `make_room()` frees a descriptor and tells whether it could. Without room the listeners are left alone for a
+    moment: who wants to connect waits in their queues, and nobody spins.
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        loop: Loop,
+        listeners: Sequence[socket.socket],
+        shared: bool,
+        welcome: Callable[[socket.socket, Peer], None],
+        count: Callable[[], int],
+        make_room: Callable[[], bool],
+        allow: Sequence[Network] = (),
+        quota: Quota | None = None,
+    ) -> None:
+        self._slot, self._loop, self._listeners, self._shared = slot, loop, listeners, shared
+        self._welcome, self._count, self._make_room = welcome, count, make_room
+        self._allow, self._quota = allow, quota
+        self._turned_away = Limited(logging.WARNING, burst=1)
+        self._short_of_room = Limited(logging.WARNING, burst=1)
+        self.note_count()
+
+    def start(self) -> None:
+        """Accept from now on."""
+        for listener in self._listeners:
+            self._register(listener)
+
+    def stop(self) -> None:
+        """Leave those who want to connect in the queues."""
+        self._loop.timers.cancel(self.start)
+        for listener in self._listeners:
+            self._loop.unregister(listener.fileno())
+
+    def close(self, empty_queues: bool) -> None:
+        """Stop for good; those who have connected are clients already, unless a successor is to serve them."""
+        if empty_queues:
+            for listener in self._listeners:
+                self._accept(listener, 2 * BACKLOG)
+        self.stop()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = ()
+
+    def note_count(self) -> None:
+        """Say how many clients this slot has, where their number is limited."""
+        if self._quota is not None:
+            self._quota.note(self._slot, self._count())
+
+    def _register(self, listener: socket.socket) -> None:
+        flags = select.EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
+        self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
+
+    def _handle(self, listener: socket.socket) -> None:
+        self._accept(listener, policy.SHARED_ACCEPTS if self._shared else policy.ACCEPTS)
+        if self._shared and listener.fileno() in self._loop.handlers:
+            # The kernel wakes whoever registered first: go to the end of its list, or one worker would get them all.
+            self._loop.unregister(listener.fileno())
+            self._register(listener)
+
+    def _accept(self, listener: socket.socket, limit: int) -> None:
+        for _ in range(limit):
+            if self._quota is not None and not self._quota.claim(self._slot, self._count() + 1):
+                self._pause("as many clients as --max-clients allows, more wait")
+                return
+            match accept(listener):
+                case Outcome.NO_ROOM:
+                    if not self._make_room():
+                        self._pause("short of descriptors, not accepting for a moment")
+                    break
+                case Outcome():
+                    break
+                case sock, peer if self._allow and not policy.is_allowed(peer[0], self._allow):
+                    self._turned_away("client is not in an allowed network", slot=self._slot, peer=endpoint(*peer))
+                    sock.close()
+                case sock, peer:
+                    self._welcome(sock, peer)
+        self.note_count()
+
+    def _pause(self, reason: str) -> None:
+        self._short_of_room(reason, slot=self._slot, clients=self._count())
+        self.stop()
+        self._loop.timers.set(self.start, self._loop.now + policy.STALL_PAUSE)

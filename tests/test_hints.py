@@ -1,0 +1,90 @@
+"""What an operator is told to change."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from unit import as_root, run_python
+
+from tailsrv.hints import cannot_bind, cannot_open, cannot_see
+
+
+def error(number: int) -> OSError:
+    """Return the exception for an error number."""
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("number", "port", "hint"),
+    [
+        (errno.EADDRINUSE, 4321, "Address already in use; choose another port, or see who has this one: ss -ltnp sport = :4321"),
+        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or give the service CAP_NET_BIND_SERVICE"),
+        (errno.EACCES, 8080, "Permission denied"),
+        (errno.EADDRNOTAVAIL, 1, "Cannot assign requested address; no interface of this machine has it: ip addr"),
+        (errno.EMFILE, 1, "Too many open files"),
+    ],
+)
+def test_cannot_bind(number: int, port: int, hint: str) -> None:
+    """The kernel's words come first, and what to do where that is known."""
+    assert cannot_bind(error(number), port) == hint
+
+
+def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that may not be read is described with its mode and owner, beside who we are; other errors speak for themselves."""
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    path = tmp_path / "log"
+    path.touch()
+    path.chmod(0o640)
+    assert cannot_open(str(path), error(errno.EIO)) == "Input/output error"
+    hint = cannot_open(str(path), error(errno.EACCES))
+    assert hint.startswith("Permission denied; it has mode 0640, user ")
+    assert "and we are user " in hint
+
+
+@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+def test_closed_folder(open_folder: Path) -> None:
+    """Where the file cannot even be looked at, the folder that keeps us from it is named, the outermost one."""
+    (open_folder / "a" / "b" / "c").mkdir(parents=True)
+    (open_folder / "a" / "b").chmod(0o700)
+    code = """
+import errno, os, sys
+from tailsrv.hints import cannot_open
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
+"""
+    done = run_python(code, str(open_folder / "a" / "b" / "c" / "log"), env={"INVOCATION_ID": ""})
+    assert f"; {open_folder}/a/b may not be entered, and we are user nobody with groups nogroup: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "setting"),
+    [
+        ("/home/me/log", "ProtectHome=read-only"),
+        ("/root/log", "ProtectHome=read-only"),
+        ("/run/user/1000/log", "ProtectHome=read-only"),
+        ("/tmp/log", "BindReadOnlyPaths=/tmp"),
+        ("/var/tmp/a/log", "BindReadOnlyPaths=/var/tmp/a"),
+        ("/var/log/../tmp/log", "BindReadOnlyPaths=/var/tmp"),
+        ("/var/log/app.log", None),
+        ("/homes/log", None),
+        ("/run/log", None),
+    ],
+)
+def test_cannot_see(path: str, setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sandbox of systemd's hides is named, with the setting; a program that systemd did not start has no such hint."""
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    assert cannot_see(path) is None
+    monkeypatch.setenv("INVOCATION_ID", "0123456789abcdef")
+    hint = cannot_see(path)
+    assert (setting is None and hint is None) or (setting is not None and hint is not None and f"set {setting} " in hint)
+
+
+def test_names_that_are_not_known(tmp_path: Path) -> None:
+    """A user or group without a name is given by its number."""
+    if not as_root:
+        pytest.skip("only root can give files away")
+    path = tmp_path / "log"
+    path.touch()
+    os.chown(path, 54321, 54322)
+    assert "user 54321 and group 54322" in cannot_open(str(path), error(errno.EACCES))
