@@ -45,6 +45,8 @@ exec systemd-nspawn --quiet --register=no --keep-unit --boot --private-network -
     --link-journal=no --console=pipe --machine="$MACHINE" --bind-ro="$WHEELS:/wheels" --directory="$ROOT"
 """
 
+LOGIN = ("env", "-i", "HOME=/root", "LANG=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+
 # What is not a part of a checkout as a user would get it.
 NOT_COPIED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 
@@ -171,18 +173,9 @@ class Machine:
 
     def ask(self, *command: str, deadline: float = COMMAND_DEADLINE) -> "subprocess.CompletedProcess[str]":
         """Run `command` in it as root would after logging in; return how it ended and what it printed."""
-        inside = [
-            "nsenter",
-            f"--target={self.leader}",
-            "--all",
-            "env",
-            "-i",
-            "HOME=/root",
-            "LANG=C.UTF-8",
-            "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
-        ]
+        enter = ("nsenter", f"--target={self.leader}", "--all", *LOGIN)
         return subprocess.run(
-            [*inside, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=deadline
+            [*enter, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=deadline
         )
 
     def run(self, *command: str, deadline: float = COMMAND_DEADLINE) -> str:
