@@ -212,6 +212,17 @@ def test_a_file_that_comes_later_is_waited_for(make_service: MakeService) -> Non
     expect(sock, b"first\n")
 
 
+def test_health_is_for_root(service: Service) -> None:
+    """A health check by root sees through the sandbox; one by somebody else says that it may not look."""
+    health = ("/opt/tailsrv/bin/tailsrv-health", "-p", str(PORT))
+    first, *_ = service.machine.run(*health).splitlines()
+    assert first.startswith("OK: ")
+    assert first.endswith(" to 0 clients with 2 workers")
+    assert service.machine.ask("setpriv", "--reuid=nobody", "--clear-groups", *health).returncode == 3
+    service.kill(service.workers()[0], signal.SIGSTOP)
+    assert service.machine.ask(*health).returncode == 2
+
+
 @pytest.mark.parametrize("reloaded", [False, True])
 def test_a_hung_worker_is_healed(make_service: MakeService, reloaded: bool) -> None:
     """A worker that does not answer is killed and replaced; its clients go on, and the service never ends."""
@@ -521,4 +532,5 @@ def test_the_readme(boot: Boot, request: pytest.FixtureRequest) -> None:
     assert said["serve"].endswith("1000")
     assert "Status:" in said["look"]
     assert "serving: path=/var/log/app.log" in said["look"]
+    assert re.search(r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE)
     assert said["activate"].endswith("new")
