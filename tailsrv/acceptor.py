@@ -11,14 +11,14 @@ from tailsrv.config import Network
 from tailsrv.listener import BACKLOG, endpoint
 from tailsrv.log import Limited
 from tailsrv.loop import Loop
-from tailsrv.quota import Quota
+from tailsrv.slot import Inheritance
 from tailsrv.syscalls import Outcome, accept
 
 Peer = tuple[str, int]
 
 
 class Acceptor:
-    """The listeners of one slot, which may be `shared` with all others.
+    """The listeners of one slot, and who may come in by them.
 
     `welcome(sock, peer)` is called with each connection, `count()` returns how many clients there are, and
     `make_room()` frees a descriptor and tells whether it could. Without room the listeners are left alone for a
@@ -27,19 +27,17 @@ class Acceptor:
 
     def __init__(
         self,
-        slot: int,
+        inheritance: Inheritance,
         loop: Loop,
-        listeners: Sequence[socket.socket],
-        shared: bool,
+        allow: Sequence[Network],
         welcome: Callable[[socket.socket, Peer], None],
         count: Callable[[], int],
         make_room: Callable[[], bool],
-        allow: Sequence[Network] = (),
-        quota: Quota | None = None,
     ) -> None:
-        self._slot, self._loop, self._listeners, self._shared = slot, loop, listeners, shared
+        self._slot, self._listeners, self._shared = inheritance.slot, inheritance.listeners, inheritance.shared
+        self._quota = inheritance.quota
+        self._loop, self._allow = loop, allow
         self._welcome, self._count, self._make_room = welcome, count, make_room
-        self._allow, self._quota = allow, quota
         self._turned_away = Limited(logging.WARNING, burst=1)
         self._short_of_room = Limited(logging.WARNING, burst=1)
         self.note_count()

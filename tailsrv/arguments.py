@@ -46,6 +46,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--header-timeout", type=seconds, default=0.0, metavar="SECONDS",
         help="end connections that have not sent their line by then (default: 0, never)",
     )  # fmt: skip
+    _add_endings(parser)
+    _add_limits(parser)
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="store_true", help="log each connection, too")
+    volume.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def _add_endings(parser: argparse.ArgumentParser) -> None:
+    """Add what becomes of the server when the file is gone."""
     parser.add_argument(
         "--linger-after-file-is-gone", action="store_true",
         help="go on serving the file when it is deleted, moved away or replaced, instead of ending",
@@ -54,6 +65,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--follow-name", action="store_true",
         help="when the file is deleted, moved away or replaced, end its streams and serve the next file of that name: like tail -F",
     )  # fmt: skip
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add how many clients there may be, and whose."""
     parser.add_argument(
         "--max-clients", type=whole, default=0, metavar="N",
         help="connections to serve at a time; more wait until one ends (default: 0, no limit)",
@@ -62,11 +77,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--allow", action="append", default=[], type=network, metavar="CIDR",
         help="network that clients may come from, may be repeated; all others are closed at once (default: everybody may)",
     )  # fmt: skip
-    volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="store_true", help="log each connection, too")
-    volume.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser
 
 
 def whole(text: str) -> int:

@@ -195,7 +195,7 @@ class Supervisor:
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
         self.look_for_file()
-        if self.file is None:
+        if self.file is None and not self.trouble:
             self.wait_for_file()
 
     # Workers

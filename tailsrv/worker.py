@@ -98,17 +98,7 @@ class Worker:
         if (watch := self.watch.fileno()) is not None:
             self.loop.register(watch, self.handle_watch)
         self.adopt(inheritance.clients)
-        self.acceptor = Acceptor(
-            self.slot,
-            self.loop,
-            inheritance.listeners,
-            inheritance.shared,
-            self.welcome,
-            lambda: len(self.clients),
-            self.make_room,
-            config.allow,
-            inheritance.quota,
-        )
+        self.acceptor = Acceptor(inheritance, self.loop, config.allow, self.welcome, lambda: len(self.clients), self.make_room)
         self.acceptor.start()
 
     # The loop
