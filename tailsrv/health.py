@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         level, text = check(options)
     except SystemExit as end:
         return write("", Level.UNKNOWN if end.code else Level.OK)  # argparse's 2 would read as CRITICAL
+    except OSError as error:  # argparse, at the help: everything else handles its own
+        return give_up_writing(error, Level.OK)
     except KeyboardInterrupt:
         return INTERRUPTED
     return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)
@@ -148,20 +150,20 @@ def write(text: str, level: Level, encoding: str | None = None) -> int:
             sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        discard_output()
     except OSError as error:
-        discard_output()
-        print(f"tailsrv-health: cannot write: {error}", file=sys.stderr)
-        return Level.UNKNOWN
+        return give_up_writing(error, level)
     return level
 
 
-def discard_output() -> None:
-    """Let the interpreter's own flush at the end go nowhere."""
+def give_up_writing(error: OSError, level: Level) -> Level:
+    """Return the exit status after standard output has failed, and let the interpreter's own flush at the end go nowhere."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
+    if isinstance(error, BrokenPipeError):
+        return level
+    print(f"tailsrv-health: cannot write: {error}", file=sys.stderr)
+    return Level.UNKNOWN
 
 
 if __name__ == "__main__":

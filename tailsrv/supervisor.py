@@ -381,7 +381,7 @@ class Supervisor:
             "started": self.started,
             "endpoints": list(self.endpoints),
             "file": {
-                "path": self.config.path,
+                "path": absolute(self.config.path),
                 "gone": self.file_gone,
                 "size": size_of(self.file) if self.file is not None else None,
             },
@@ -397,3 +397,11 @@ class Supervisor:
         clients = [{"slot": slot.index, **client} for slot in self.crew.slots for client in slot.roster.describe()]
         size = size_of(self.file) if self.file is not None else None
         return (json.dumps({"pid": os.getppid(), "size": size, "clients": clients}) + "\n").encode()
+
+
+def absolute(path: str) -> str:
+    """Return `path` as somebody who works in another folder would have to write it."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:  # our own folder is gone
+        return path

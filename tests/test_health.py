@@ -620,11 +620,12 @@ def test_closed_pipe(arguments: tuple[str, ...], serve: Serve, path: Path) -> No
     assert (done.returncode, done.stderr) == (Level.OK, "")
 
 
-def test_full_disk() -> None:
-    """An answer that cannot be written is UNKNOWN, with the reason on one line."""
+@pytest.mark.parametrize("arguments", [("-p", "1"), ("--help",)])
+def test_full_disk(arguments: tuple[str, ...]) -> None:
+    """What cannot be written is UNKNOWN, with the reason on one line."""
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        done = health("-p", str(free_port()), stdout=full)
+        done = health(*arguments, stdout=full)
     finally:
         os.close(full)
     assert (done.returncode, done.stderr.count("\n")) == (Level.UNKNOWN, 1)

@@ -59,6 +59,14 @@ def test_status(server: Server, path: Path) -> None:
     assert all(listener["queued"] == 0 and listener["backlog"] == 4096 for listener in found["listeners"])
 
 
+def test_path_is_absolute(serve: Serve, path: Path) -> None:
+    """The file's path can be used in any folder, also where the server was given a relative one."""
+    path.write_bytes(DATA[:1000])
+    server = serve("file.log", wrapper=("env", "-C", str(path.parent)))
+    server.workers(1)
+    assert status(server)["file"]["path"] == str(path)
+
+
 def test_restarts(server: Server) -> None:
     """A worker that was replaced shows, with how long ago."""
     workers = server.workers(2)
