@@ -167,8 +167,13 @@ class Machine:
 
     def end(self) -> None:
         """End it at once, by its pid, and leave nothing behind."""
-        self._process.kill()
-        self._process.wait(DEADLINE)
+        with suppress(psutil.NoSuchProcess):
+            for nspawn in psutil.Process(self._process.pid).children():
+                nspawn.kill()  # and with it all in its namespace; then unshare ends, having waited for it
+        try:
+            self._process.wait(DEADLINE)
+        finally:
+            self._process.kill()
         eventually(lambda: all(remove_cgroup(cgroup) for cgroup in self._cgroups))
 
     def ask(self, *command: str, deadline: float = COMMAND_DEADLINE) -> "subprocess.CompletedProcess[str]":
