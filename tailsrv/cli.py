@@ -29,7 +29,7 @@ from tailsrv.worker import work
 
 NO_PORT = (
     "the following arguments are required: -p/--port"
-    " (or sockets from a service manager; with tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env)"
+    " (or sockets from a service manager; with tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env, INSTANCE without any backslash)"
 )
 
 

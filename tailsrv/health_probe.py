@@ -28,10 +28,19 @@ def _sample(pids: Iterable[int]) -> dict[int, tuple[float, float]]:
     return {pid: (time.monotonic(), used) for pid in pids if (used := _cpu_seconds(pid)) is not None}
 
 
+def _descriptor_limit(pid: int) -> int | None:
+    """Return the soft limit of a process's descriptors, None if there is no limit (proc(5), /proc/PID/limits).
+
+    psutil asks prlimit(2), which refuses root in a container where the process is another user's.
+    """
+    with open(f"/proc/{pid}/limits", encoding="ascii") as file:
+        soft = [line.split()[3] for line in file if line.startswith("Max open files ")]
+    return int(soft[0]) if soft and soft[0].isdigit() else None
+
+
 def _look(pid: int, stat: Stat, before: tuple[float, float] | None) -> Process | None:
     """Return the figures of a process that started as `stat` says, None if it has ended meanwhile."""
     used = _cpu_seconds(pid)
-    limit = attempt(lambda: int(psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE)[0]))
     seen = Process(
         pid=pid,
         state=state_of(pid),
@@ -40,7 +49,7 @@ def _look(pid: int, stat: Stat, before: tuple[float, float] | None) -> Process |
         cpu_seconds=used,
         pss=attempt(lambda: int(psutil.Process(pid).memory_full_info().pss)),
         descriptors=attempt(lambda: int(psutil.Process(pid).num_fds())),
-        descriptor_limit=None if limit == psutil.RLIM_INFINITY else limit,
+        descriptor_limit=attempt(lambda: _descriptor_limit(pid)),
     )
     return seen if read_stat(pid) == stat else None  # looked at last: before it the pid was the same process's
 

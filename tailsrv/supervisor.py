@@ -250,7 +250,7 @@ class Supervisor:
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
         if not self.started_up and self.crew.all_ready():
             self.started_up = True
-            systemd.notify("READY=1")
+            systemd.notify("READY=1", f"STATUS={self.render_status()}")
         self.go_on_replacing()
 
     def give_up(self, reason: str) -> None:

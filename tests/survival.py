@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import DEADLINE, Server, append, eventually, random_bytes
+from helpers import DEADLINE, Server, append, ask, eventually, random_bytes
+
+from tailsrv.control import CLIENTS
 
 NO_CORE = ("prlimit", "--core=0:0")  # workers that die of SIGSEGV leave no files behind
 
@@ -35,6 +37,11 @@ def status(server: Server) -> dict[str, Any]:
 def await_clients(server: Server, count: int) -> None:
     """Wait until the supervisor knows of `count` clients."""
     eventually(lambda: status(server)["clients"] == count)
+
+
+def await_protected(server: Server, count: int) -> None:
+    """Wait until the supervisor holds `count` clients, without its asking any worker anything."""
+    eventually(lambda: len(json.loads(ask(f"*:{server.port}{CLIENTS}")[0])["clients"]) == count)
 
 
 def workers(server: Server) -> list[int]:

@@ -215,9 +215,10 @@ def test_a_file_that_comes_later_is_waited_for(make_service: MakeService) -> Non
 def test_health_is_for_root(service: Service) -> None:
     """A health check by root sees through the sandbox; one by somebody else says that it may not look."""
     health = ("/opt/tailsrv/bin/tailsrv-health", "-p", str(PORT))
-    first, *_ = service.machine.run(*health).splitlines()
+    first, *rest = service.machine.run(*health).splitlines()
     assert first.startswith("OK: ")
     assert first.endswith(" to 0 clients with 2 workers")
+    assert sum("/524288" in line for line in rest) == 3
     assert service.machine.ask("setpriv", "--reuid=nobody", "--clear-groups", *health).returncode == 3
     service.kill(service.workers()[0], signal.SIGSTOP)
     assert service.machine.ask(*health).returncode == 2

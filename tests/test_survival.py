@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 from helpers import DEADLINE, Serve, Server, append, eventually, expect, gone, random_bytes, recv_all, recv_exactly, stop
-from survival import NO_CORE, await_clients, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
+from survival import NO_CORE, await_clients, await_protected, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
 
 import tailsrv
 
@@ -130,7 +130,7 @@ def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
     clients[2].shutdown(socket.SHUT_WR)
     with strace(worker, "recvfrom:delay_enter=60000000:when=4"):  # three headers are looked at, then the first is consumed
         os.kill(worker, signal.SIGCONT)
-        await_clients(server, 3)
+        await_protected(server, 3)
         append(path, NEWS)
         os.kill(worker, signal.SIGKILL)
     for client, start in zip(clients, (-5, 1000, 7), strict=True):

@@ -24,7 +24,7 @@ class Manager:
     def until(self, word: str) -> list[str]:
         """Wait until `word` is said, and return all that was said since the last time, it too."""
         said: list[str] = []
-        while not said or said[-1] != word:
+        while word not in said:
             said += self.sock.recv(4096).decode().split("\n")
         return said
 
