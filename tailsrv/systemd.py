@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
+MAX_SOCKETS = 1024  # as many as there may be workers; more is no number of sockets that somebody passes
 
 
 def is_managed() -> bool:
@@ -33,16 +34,16 @@ def notify_reloading() -> None:
 
 def watchdog_seconds() -> float | None:
     """Return how often the service manager wants to hear `WATCHDOG=1`, None if it does not."""
-    microseconds, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID") or str(os.getpid())
-    return int(microseconds) / 1e6 if _is_number(microseconds) and int(microseconds) and pid == str(os.getpid()) else None
+    microseconds, pid = _number("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID") or str(os.getpid())
+    return microseconds / 1e6 if microseconds and pid == str(os.getpid()) else None
 
 
 def passed_sockets() -> list[int]:
     """Return the descriptors of the sockets that the service manager has passed to this very process."""
-    count = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not _is_number(count):
+    count = _number("LISTEN_FDS")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count > MAX_SOCKETS:
         return []
-    return list(range(FIRST_SOCKET, FIRST_SOCKET + int(count)))
+    return list(range(FIRST_SOCKET, FIRST_SOCKET + count))
 
 
 def take_sockets() -> list[int]:
@@ -56,5 +57,7 @@ def take_sockets() -> list[int]:
     return sockets
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+def _number(name: str) -> int:
+    """Return the number in an environment variable, 0 where there is none, or none that makes sense."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

@@ -58,7 +58,7 @@ def answer_check() -> int:
 
 def is_upgrade() -> bool:
     """Tell whether this process is the outcome of an upgrade, or a proof for one: it gets its sockets from the state."""
-    return VARIABLE in os.environ
+    return is_check() or os.environ.get(VARIABLE, "").isdigit()
 
 
 def is_check() -> bool:

@@ -147,6 +147,10 @@ def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:
         {"LISTEN_FDS": "-1", "LISTEN_PID": "$$"},
         {"LISTEN_FDS": "0", "LISTEN_PID": "$$"},
         {"LISTEN_FDS": "", "LISTEN_PID": "$$"},
+        {"LISTEN_FDS": "100000000", "LISTEN_PID": "$$"},
+        {"LISTEN_FDS": "9" * 5000, "LISTEN_PID": "$$"},
+        {"TAILSRV_UPGRADE": "abc"},
+        {"TAILSRV_UPGRADE": ""},
     ],
 )
 def test_not_for_us(path: Path, variables: dict[str, str]) -> None:

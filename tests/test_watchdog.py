@@ -108,7 +108,10 @@ def next_child(pid: int, before: int) -> int:
                 return child
 
 
-@pytest.mark.parametrize("variables", [(), ("WATCHDOG_USEC=900000", "WATCHDOG_PID=1"), ("WATCHDOG_USEC=0",), ("WATCHDOG_USEC=abc",)])
+@pytest.mark.parametrize(
+    "variables",
+    [(), ("WATCHDOG_USEC=900000", "WATCHDOG_PID=1"), ("WATCHDOG_USEC=0",), ("WATCHDOG_USEC=abc",), ("WATCHDOG_USEC=" + "9" * 5000,)],
+)
 def test_nobody_wants_to_know(serve: Serve, path: Path, manager: Manager, variables: tuple[str, ...]) -> None:
     """Where no watchdog is asked for, or it is for another process, nobody is told, and no worker is asked."""
     server = serve(path, wrapper=manager.wrapper(*variables))
