@@ -24,6 +24,7 @@ from helpers import (
     runs,
     switches,
 )
+from unit import needs_ipv6
 
 DATA = random_bytes(1000)
 QUIET = 1.0  # seconds in which a server that admits somebody every 0.2 seconds would have done so
@@ -155,17 +156,7 @@ def closed(sock: socket.socket) -> bool:
         return True
 
 
-def has_ipv6() -> bool:
-    """Tell whether this machine has an IPv6 loopback address."""
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@needs_ipv6
 def test_allow_ipv6(serve: Serve, path: Path) -> None:
     """IPv6 networks are for IPv6 addresses."""
     server = serve(path, "--allow", "::1")
@@ -173,7 +164,7 @@ def test_allow_ipv6(serve: Serve, path: Path) -> None:
     assert closed(server.connect(b"0\n"))
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+@needs_ipv6
 def test_allow_mapped(serve: Serve, path: Path) -> None:
     """An IPv4 client of a dual-stack socket matches the rules for IPv4."""
     server = serve(path, "-p", "", "--allow", "127.0.0.0/8", wrapper=activated("tcp6"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from unit import PATIENCE, closing_all, wait_readable
+from unit import PATIENCE, closing_all, needs_ipv6, wait_readable
 
 from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoint, endpoints, open_listeners, resolve
 
@@ -20,19 +20,6 @@ def listening(bind: list[str], port: int, slots: int) -> Iterator[list[list[sock
     seats = open_listeners(bind, port, slots)
     with closing_all([sock for seat in seats for sock in seat]):
         yield seats
-
-
-def can_ipv6() -> bool:
-    """Tell whether this machine has an IPv6 loopback address."""
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not can_ipv6(), reason="this machine has no IPv6")
 
 
 @pytest.mark.parametrize(

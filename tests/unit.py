@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds until a wait counts as failed; never how long a test takes
 
@@ -115,3 +117,16 @@ def reset(sock: socket.socket) -> None:
     """Close `sock` so that the peer sees a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     sock.close()
+
+
+def can_ipv6() -> bool:
+    """Tell whether this machine has an IPv6 loopback address."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not can_ipv6(), reason="this machine has no IPv6")
