@@ -92,6 +92,7 @@ def decode(packet: bytes) -> Message:
         if version == VERSION and kind == _DRAIN:
             return Drain(*_END.unpack(packet)[1:])
         if version == VERSION and kind == _PING:
+            _KIND.unpack(packet)  # which is all of it
             return Ping()
     except (struct.error, ValueError, TypeError, RecursionError) as error:
         raise MessageError(f"not a message: {packet[:80]!r}") from error

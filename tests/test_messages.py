@@ -89,6 +89,7 @@ HEAD = struct.Struct("=B4sHHH")
         bytes([VERSION]) + b"rept",
         bytes([VERSION]) + b"drai",
         encode(Drain(1.0)) + b"\0",
+        encode(Ping()) + b"\0",
         HEAD.pack(VERSION + 1, b"rept", 0, 0, 0),
         HEAD.pack(VERSION, b"rept", 1, 0, 0),
         HEAD.pack(VERSION, b"rept", 65535, 65535, 65535) + bytes(100),
