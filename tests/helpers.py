@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import psutil  # type: ignore[import-untyped]
+import pytest
 
 DEADLINE = 20.0  # seconds that an event may take on a busy machine; no test waits for it to pass
 
@@ -105,6 +106,15 @@ def runs(*command: str) -> bool:
         return subprocess.run(command, capture_output=True, timeout=DEADLINE).returncode == 0
     except FileNotFoundError:
         return False
+
+
+def wrapper_without_rights() -> tuple[str, ...]:
+    """Return what starts a server that a file's mode can keep out."""
+    if os.geteuid() != 0:
+        return ()
+    if not runs(*AS_NOBODY, *TAILSRV, "--version"):
+        pytest.skip("root may read every file, and another user cannot be had")
+    return AS_NOBODY
 
 
 def run_tailsrv(*arguments: str | bytes | Path, wrapper: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import (
-    AS_NOBODY,
     DEADLINE,
-    TAILSRV,
     Serve,
     append,
     ask,
@@ -24,6 +22,7 @@ from helpers import (
     recv_exactly,
     run_tailsrv,
     runs,
+    wrapper_without_rights,
 )
 
 DATA = random_bytes(1000)
@@ -113,15 +112,6 @@ def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind:
     assert len(server.lines(f"critical: cannot serve: path={path} reason='not a regular file'")) == 1
     with pytest.raises(ConnectionResetError):  # it has waited in the accept queue
         client.recv(1)
-
-
-def wrapper_without_rights() -> tuple[str, ...]:
-    """Return what starts a server that a file's mode can keep out."""
-    if os.geteuid() != 0:
-        return ()
-    if not runs(*AS_NOBODY, *TAILSRV, "--version"):
-        pytest.skip("root may read every file, and another user cannot be had")
-    return AS_NOBODY
 
 
 @pytest.mark.slow

@@ -8,7 +8,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE, NOBODY, Serve, Server, append, children, eventually, expect, expect_eof, random_bytes, recv_all, stop, title
+from helpers import (
+    DEADLINE,
+    Serve,
+    Server,
+    append,
+    children,
+    eventually,
+    expect,
+    expect_eof,
+    random_bytes,
+    recv_all,
+    stop,
+    title,
+    wrapper_without_rights,
+)
 
 OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)
 
@@ -168,7 +182,7 @@ def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
     path = open_folder / "file.log"
     path.write_bytes(OLD)
     path.chmod(0o644)
-    server = serve(path, "--follow-name", wrapper=("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"))
+    server = serve(path, "--follow-name", wrapper=wrapper_without_rights())
     server.workers(1)
     path.unlink()
     server.logged("waiting for file")
