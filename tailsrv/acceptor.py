@@ -14,6 +14,8 @@ from tailsrv.loop import Loop
 from tailsrv.slot import Inheritance
 from tailsrv.syscalls import Outcome, accept
 
+FULL_INTERVAL = 600.0  # seconds between two lines that say that the server is full: that is no trouble, and may last for years
+
 Peer = tuple[str, int]
 
 
@@ -40,6 +42,7 @@ class Acceptor:
         self._welcome, self._count, self._make_room = welcome, count, make_room
         self._turned_away = Limited(logging.WARNING, burst=1)
         self._short_of_room = Limited(logging.WARNING, burst=1)
+        self._full = Limited(logging.WARNING, burst=1, interval=FULL_INTERVAL)
         self.note_count()
 
     def start(self) -> None:
@@ -80,14 +83,17 @@ class Acceptor:
             self._register(listener)
 
     def _accept(self, listener: socket.socket, limit: int) -> None:
-        for _ in range(limit):
+        for turn in range(limit):
             if self._quota is not None and not self._quota.claim(self._slot, self._count() + 1):
-                self._pause("as many clients as --max-clients allows, more wait")
+                if turn == 0:  # else it is not known whether anybody waits: the next wake-up says so
+                    self._full("as many clients as --max-clients allows, more wait", slot=self._slot, max_clients=self._quota.limit)
+                    self._pause()
                 return
             match accept(listener):
                 case Outcome.NO_ROOM:
                     if not self._make_room():
-                        self._pause("short of descriptors, not accepting for a moment")
+                        self._short_of_room("short of descriptors, not accepting for a moment", slot=self._slot, clients=self._count())
+                        self._pause()
                     break
                 case Outcome():
                     break
@@ -98,7 +104,6 @@ class Acceptor:
                     self._welcome(sock, peer)
         self.note_count()
 
-    def _pause(self, reason: str) -> None:
-        self._short_of_room(reason, slot=self._slot, clients=self._count())
+    def _pause(self) -> None:
         self.stop()
         self._loop.timers.set(self.start, self._loop.now + policy.STALL_PAUSE)

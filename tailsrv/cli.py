@@ -22,15 +22,13 @@ from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
 from tailsrv.syscalls import accept_queue, raise_descriptor_limit
-from tailsrv.systemd import passed_sockets, take_sockets
+from tailsrv.systemd import is_service, passed_sockets, take_sockets
 from tailsrv.upgrade import answer_check, is_check, is_upgrade, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
 
-NO_PORT = (
-    "the following arguments are required: -p/--port"
-    " (or sockets from a service manager; with tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env, INSTANCE without any backslash)"
-)
+NO_PORT = "the following arguments are required: -p/--port"
+NO_PORT_HINT = " (or a socket unit; for tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env, INSTANCE without any backslash)"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
@@ -41,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
     if passed and (args.port is not None or args.bind):
         parser.error("-p/--port and --bind do not go with the sockets that the service manager passes: leave them out (PORT= empty)")
     if not passed and args.port is None and not is_upgrade():
-        parser.error(NO_PORT)
+        parser.error(NO_PORT + (NO_PORT_HINT if is_service() else ""))
     try:
         config = Config(
             path=args.path,

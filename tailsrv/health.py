@@ -145,6 +145,8 @@ def write(text: str, level: Level, encoding: str | None = None) -> int:
 
     A reader who has seen enough is no error.
     """
+    if sys.stdout is None:  # closed before we started
+        return Level.UNKNOWN
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")

@@ -22,6 +22,7 @@ FAMILIES = {  # name: type, help
     "tailsrv_start_time_seconds": ("gauge", "When the server started, in Unix time; kept through upgrades."),
     "tailsrv_file_size_bytes": ("gauge", "Size of the file."),
     "tailsrv_file_gone": ("gauge", "1 if the path does not name the file any more."),
+    "tailsrv_file_unusable": ("gauge", "1 if the next file of that name cannot be opened."),
     "tailsrv_clients": ("gauge", "Clients that are connected."),
     "tailsrv_clients_unprotected": ("gauge", "Clients that would be lost with their worker."),
     "tailsrv_clients_max": ("gauge", "Clients that are served at a time; +Inf: no limit."),
@@ -75,6 +76,7 @@ def _measure_server(server: Labels, report: Report) -> Iterator[Sample]:
     yield "tailsrv_start_time_seconds", server, report.started
     yield "tailsrv_file_size_bytes", server, report.file.size
     yield "tailsrv_file_gone", server, report.file.gone
+    yield "tailsrv_file_unusable", server, report.file.error is not None
     yield "tailsrv_clients", server, report.totals.clients
     yield "tailsrv_clients_unprotected", server, report.totals.unprotected
     yield "tailsrv_clients_max", server, report.totals.max_clients or float("inf")

@@ -193,6 +193,8 @@ def _critical(report: Report) -> Iterator[str]:
     yield from _named([worker for worker in report.workers if worker.hung], "hangs", "hang")
     if working and report.file.gone:
         yield "the file is gone"
+    if report.file.error is not None:
+        yield f"cannot open the file: {report.file.error}"
 
 
 def _warning(report: Report) -> Iterator[str]:
@@ -206,6 +208,8 @@ def _warning(report: Report) -> Iterator[str]:
         if listener.backlog and listener.queued > NEARLY_ALL * listener.backlog:
             whose = "" if listener.slot is None else f" of slot {listener.slot}"
             yield f"the queue{whose} at {listener.endpoint} holds {listener.queued} of {listener.backlog}"
+    if (most := report.totals.max_clients) and report.totals.clients >= most and report.totals.queued:
+        yield f"as many clients as --max-clients allows ({most}), {report.totals.queued} wait"
     recent = [worker for worker in report.workers if worker.restarted is not None and worker.restarted < RECENTLY]
     yield from _named(recent, "was restarted in the last minute", "were restarted in the last minute")
 

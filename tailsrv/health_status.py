@@ -15,11 +15,15 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """The file as the supervisor knows it: `size` in bytes, None while there is no file; `gone`: the path names it no more."""
+    """The file as the supervisor knows it: `size` in bytes, None while none is open; `gone`: the path names it no more.
+
+    `error` is why the next file of that name cannot be opened, None if nothing is wrong with it.
+    """
 
     path: str
     size: int | None
     gone: bool
+    error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class Listener:
 class Client:
     """One client: `start`, `position` and `lag` are bytes, None until its header is read; `peer` None: it has gone already.
 
-    `lag` is how far the position is behind the end of the file; 0 also where a client waits beyond the end.
+    `lag` is how far the position is behind the end of the file, 0 also for a client that waits `beyond` the end.
     """
 
     slot: int
@@ -44,6 +48,7 @@ class Client:
     start: int | None
     position: int | None
     lag: int | None
+    beyond: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +109,22 @@ def _read_status(said: Any) -> Status:
         ticks=_count(said["ticks"]),
         state=_text(said["state"]),
         started=_number(said["started"]),
-        file=ServedFile(
-            path=_text(said["file"]["path"]), size=_maybe(_count, said["file"]["size"]), gone=_flag(said["file"]["gone"])
-        ),
+        file=_read_file(said["file"]),
         clients=_count(said["clients"]),
         unprotected=_count(said["unprotected"]),
         max_clients=_count(said["max_clients"]),
         workers=tuple(_read_slot(worker) for worker in _all(said["workers"])),
         listeners=tuple(_read_listener(listener) for listener in _all(said["listeners"])),
     )  # fmt: skip
+
+
+def _read_file(said: Any) -> ServedFile:
+    return ServedFile(
+        path=_text(said["path"]),
+        size=_maybe(_count, said["size"]),
+        gone=_flag(said["gone"]),
+        error=_maybe(_text, said["error"]),
+    )
 
 
 def _read_slot(said: Any) -> SlotStatus:
@@ -151,6 +163,7 @@ def _read_client(said: Any, size: int | None) -> Client:
         start=_maybe(_count, said["start"]),
         position=position,
         lag=None if size is None or position is None else max(0, size - position),
+        beyond=size is not None and position is not None and position > size,
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from tailsrv.health_report import Finding, Level, Process, Report, Worker, ready, worst
-from tailsrv.health_status import Client, Listener
+from tailsrv.health_report import WORKING, Finding, Level, Process, Report, Worker, ready, worst
+from tailsrv.health_status import Client, Listener, ServedFile
 from tailsrv.title import counted
 
 WIDTH = 100
@@ -129,13 +129,19 @@ def _render_report(report: Report, colour: bool) -> list[str]:
 
 def _render_facts(report: Report) -> list[str]:
     file, totals = report.file, report.totals
-    about = [printable(file.path), "not there yet" if file.size is None else size(file.size)] + ["gone from its path"] * file.gone
+    about = [printable(file.path), _say_size(file)] + ["gone from its path"] * file.gone
     clients = [str(totals.clients)]
     clients += [f"{totals.unprotected} unprotected"] * bool(totals.unprotected)
     clients += [f"at most {totals.max_clients}"] * bool(totals.max_clients)
     state = [report.state, f"{ready(report)} of {counted(len(report.workers), 'worker')}", f"version {report.version}"]
     state += [f"user {report.server.user}"] * bool(report.server.user)
     return [*_fact("file", about), *_fact("state", [printable(part) for part in state]), *_fact("clients", clients)]
+
+
+def _say_size(file: ServedFile) -> str:
+    if file.size is not None:
+        return size(file.size)
+    return "not there yet" if file.error is None else "cannot be opened"
 
 
 def _fact(name: str, parts: Iterable[str]) -> list[str]:
@@ -147,14 +153,19 @@ def _fact(name: str, parts: Iterable[str]) -> list[str]:
 def _render_processes(report: Report, colour: bool) -> list[str]:
     supervisor, totals = report.supervisor, report.totals
     head = ("process", "pid", "state", "uptime", "CPU", "PSS", "descriptors", "clients", "restarts")
+    working = report.state in WORKING
     rows = [("supervisor", *_figures(supervisor, supervisor.state or "-"), "", "")]
     rows += [
-        (f"worker {worker.slot}", *_figures(worker.process, _say_worker(worker)), str(worker.clients), str(worker.restarts))
+        (f"worker {worker.slot}", *_figures(worker.process, _say_worker(worker, working)), str(worker.clients), str(worker.restarts))
         for worker in report.workers
     ]
     rows.append(("total", "", "", "", _number(totals.cpu, " %"), size(totals.pss), _number(totals.descriptors),
                  str(totals.clients), str(totals.restarts)))  # fmt: skip
-    bad = {1 + place for place, worker in enumerate(report.workers) if not worker.alive or worker.stopped or worker.hung}
+    bad = {
+        1 + place
+        for place, worker in enumerate(report.workers)
+        if (working and not worker.alive) or worker.stopped or worker.hung
+    }  # fmt: skip
     return _table(head, rows, left={0, 2}, colour=colour, bad=bad)
 
 
@@ -167,9 +178,9 @@ def _figures(process: Process | None, state: str) -> Row:
     return (str(process.pid), state, span(process.uptime), _number(process.cpu, " %"), size(process.pss), descriptors)
 
 
-def _say_worker(worker: Worker) -> str:
+def _say_worker(worker: Worker, working: bool) -> str:
     if worker.process is None:
-        return "missing"
+        return "missing" if working else "not started"
     if worker.hung:
         return f"hangs {span(worker.silent).partition(' ')[0]}"
     if not worker.ready and not worker.stopped:
@@ -198,7 +209,7 @@ def _render_clients(clients: Iterable[Client], colour: bool) -> list[str]:
     rows = []
     for client in sorted(clients, key=lambda client: -1 if client.lag is None else client.lag, reverse=True):
         offsets = (_number(client.start), _number(client.position), _number(client.lag))
-        rows.append((printable(client.peer or "-"), str(client.slot), *offsets, size(client.lag)))
+        rows.append((printable(client.peer or "-"), str(client.slot), *offsets, "beyond the end" if client.beyond else size(client.lag)))
     return _table(("client", "slot", "start", "position", "lag in bytes", "lag"), rows, left={0}, colour=colour)
 
 

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+from tailsrv.systemd import is_service
+
 # What ProtectHome= and PrivateTmp= of systemd.exec(5) hide from a service. DynamicUser= has a private /tmp whatever PrivateTmp= says.
 _HOMES, _TEMPORARY = ("/home", "/root", "/run/user"), ("/tmp", "/var/tmp")  # noqa: S108
 
@@ -36,13 +38,15 @@ def cannot_open(path: str, error: OSError) -> str:
 
 def cannot_see(path: str) -> str | None:
     """Return why a file may look as if it did not exist, None if there is no reason to think so."""
-    sandbox = _sandbox(path)
-    return f"if it exists: {sandbox}" if sandbox else None
+    if sandbox := _sandbox(path):
+        return f"if it exists: {sandbox}"
+    folder = os.path.dirname(os.path.abspath(path))
+    return None if os.path.exists(folder) else f"there is no folder {folder}"
 
 
 def _sandbox(path: str) -> str | None:
     """Return which setting of a systemd service hides `path` from it, None if none is known to."""
-    if not os.environ.get("INVOCATION_ID"):  # systemd.exec(5)
+    if not is_service():
         return None
     path = os.path.abspath(path)
     for folder in (*_HOMES, *_TEMPORARY):

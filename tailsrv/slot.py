@@ -38,7 +38,7 @@ class Slot:
             "slot": self.index,
             "pid": self.pid,
             "ticks": start_ticks(self.pid) if self.pid is not None else None,
-            "ready": self.ready,
+            "ready": self.ready and self.pid is not None,
             "clients": len(self.roster),
             "unprotected": len(self.roster.unprotected),
             "restarts": self.restarts,

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -375,6 +376,7 @@ class Supervisor:
         """Return the status."""
         return {
             "version": __version__,
+            "command": sys.orig_argv,
             "pid": os.getpid(),
             "ticks": start_ticks(os.getpid()),
             "state": self.state() or "serving",
@@ -383,6 +385,7 @@ class Supervisor:
             "file": {
                 "path": absolute(self.config.path),
                 "gone": self.file_gone,
+                "error": self.trouble or None,
                 "size": size_of(self.file) if self.file is not None else None,
             },
             "clients": self.crew.clients(),

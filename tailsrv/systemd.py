@@ -14,6 +14,11 @@ def is_managed() -> bool:
     return os.environ.get("NOTIFY_SOCKET", "")[:1] in ("/", "@")
 
 
+def is_service() -> bool:
+    """Tell whether systemd has started us: systemd.exec(5), $INVOCATION_ID."""
+    return bool(os.environ.get("INVOCATION_ID"))
+
+
 def notify(*assignments: str) -> None:
     """Send `NAME=value` assignments to the service manager, if there is one; never waits, never fails."""
     if not is_managed():

@@ -232,7 +232,7 @@ class Worker:
             if (due := client.accepted + self.config.header_timeout) > self.loop.now:
                 self.loop.timers.set(self.expire_headerless, due)
                 return
-            self.refuse(client, f"no header in {self.config.header_timeout:g} seconds")
+            self.refuse(client, f"no header in {self.config.header_timeout:g} s")
 
     def handle_client(self, client: Client, mask: int) -> None:
         try:

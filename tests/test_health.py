@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -109,7 +110,7 @@ def test_json_is_exact(serve: Serve, path: Path) -> None:
     said = ask_json(server)
     report = said["report"]
     assert (said["level"], said["reasons"], said["pid"], said["uid"]) == ("OK", [], server.pid, os.geteuid())
-    assert report["file"] == {"path": str(path), "size": 12345, "gone": False}
+    assert report["file"] == {"path": str(path), "size": 12345, "gone": False, "error": None}
     assert [worker["process"]["pid"] for worker in report["workers"]] == workers
     assert [worker["ready"] for worker in report["workers"]] == [True, True]
     process = report["supervisor"]
@@ -181,7 +182,7 @@ def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
     assert figures == [(0, 900, 1000, 234), (0, 5000, 5000, 0), (0, None, None, None)]
     assert [line.split() for line in table] == [
         [peers[0], "0", "900", "1000", "234", "234", "B"],
-        [peers[1], "0", "5000", "5000", "0", "0", "B"],
+        [peers[1], "0", "5000", "5000", "0", "beyond", "the", "end"],
         [peers[2], "0", "-", "-", "-", "-"],
     ]
 
@@ -272,7 +273,7 @@ def test_gone_file(serve: Serve, path: Path) -> None:
     path.unlink()
     server.logged("file is gone")
     assert ask(server) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: the file is gone")
-    assert ask_json(server)["report"]["file"] == {"path": str(path), "size": 4, "gone": True}
+    assert ask_json(server)["report"]["file"] == {"path": str(path), "size": 4, "gone": True, "error": None}
 
 
 @pytest.mark.slow
@@ -366,6 +367,42 @@ def test_no_server_at_all() -> None:
     assert (done.returncode, done.stdout) == (Level.CRITICAL, "CRITICAL: no tailsrv of this user\n")
 
 
+def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
+    """A server that follows the name and cannot open what is there now is CRITICAL, with the reason, although it waits."""
+    path.write_bytes(b"data")
+    server = serve(path, "--follow-name")
+    server.workers(1)
+    path.unlink()
+    path.mkdir()
+    server.logged("looking again")
+    assert ask(server) == (
+        Level.CRITICAL,
+        f"CRITICAL: tailsrv *:{server.port} (waiting for file): cannot open the file: not a regular file",
+    )
+    path.rmdir()
+
+
+def test_full_and_others_wait(serve: Serve, path: Path) -> None:
+    """Clients that --max-clients keeps waiting are a WARNING; being full is not."""
+    path.write_bytes(b"data")
+    server = serve(path, "--max-clients", "1")
+    expect(server.connect(b"0\n"), b"data")
+    assert ask(server)[0] == Level.OK
+    server.connect(b"0\n")
+    server.logged("more wait")
+    assert ask(server) == (
+        Level.WARNING,
+        f"WARNING: tailsrv *:{server.port}: as many clients as --max-clients allows (1), 1 wait",
+    )
+
+
+def test_no_standard_output() -> None:
+    """Where there is nothing to write to, that is UNKNOWN, without a word."""
+    command = f"exec {shlex.quote(sys.executable)} -m tailsrv.health -p 1 >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+
+
 @needs_nobody
 def test_other_users(serve: Serve, open_folder: Path) -> None:
     """Root sees everybody's servers and whose they are; others are refused what is not theirs, and do not list it."""
@@ -420,7 +457,7 @@ def give(listener: socket.socket, answer: bytes) -> None:
 
 def status_of(pid: int, **changes: object) -> bytes:
     """Return a status as the process `pid` might give it."""
-    file = {"path": "/log", "gone": False, "size": 1}
+    file = {"path": "/log", "gone": False, "size": 1, "error": None}
     said = {
         "version": "0.1.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving", "started": 1767225600.0, "endpoints": ["*:1"],
         "file": file, "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
@@ -467,7 +504,7 @@ def test_worker_that_is_another_process() -> None:
 def test_text_that_a_terminal_would_obey() -> None:
     """What a terminal would act on reaches none, whoever says it."""
     evil = "\x1b[2J\n"
-    file = {"path": f"/log{evil}", "gone": False, "size": 1}
+    file = {"path": f"/log{evil}", "gone": False, "size": 1, "error": None}
     listeners = [{"slot": 0, "endpoint": evil, "queued": 0, "backlog": 1}]
     with pretending(status_of(os.getpid(), state=evil, version=evil, file=file, listeners=listeners)) as port:
         done = health("-p", str(port))

@@ -19,7 +19,7 @@ REPORT = Report(
     version="0.1.0",
     state="serving",
     started=1767225600.0,
-    file=ServedFile("/var/log/app.log", 588895, gone=False),
+    file=ServedFile("/var/log/app.log", 588895, gone=False, error=None),
     supervisor=PROCESS,
     workers=(WORKER, replace(WORKER, slot=1)),
     listeners=(LISTENER, replace(LISTENER, slot=1)),
@@ -40,7 +40,7 @@ def with_process(**changes: object) -> Report:
 
 EMPTY = (replace(WORKER, process=None, ready=False),)
 FULL = "the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100"
-GONE = ServedFile("/log", 1, gone=True)
+GONE = ServedFile("/log", 1, gone=True, error=None)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,17 @@ GONE = ServedFile("/log", 1, gone=True)
         (replace(REPORT, workers=EMPTY, state="rotating"), Level.OK, ()),
         (replace(REPORT, workers=EMPTY, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE), Level.CRITICAL, ("the file is gone",)),
+        (
+            replace(REPORT, state="waiting for file", file=ServedFile("/log", None, gone=False, error="Permission denied")),
+            Level.CRITICAL,
+            ("cannot open the file: Permission denied",),
+        ),
+        (
+            replace(REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=3)),
+            Level.WARNING,
+            (f"as many clients as --max-clients allows ({REPORT.totals.clients}), 3 wait",),
+        ),
+        (replace(REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=0)), Level.OK, ()),
         (replace(REPORT, file=GONE, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE, state="rotating"), Level.OK, ()),
         (with_process(state="stopped"), Level.CRITICAL, ("worker 1 is stopped",)),
@@ -181,7 +192,7 @@ def test_table_fits() -> None:
         supervisor=process,
         workers=workers,
         listeners=(Listener(1023, endpoint, 4096, 4096),),
-        file=ServedFile(path, 1 << 45, gone=True),
+        file=ServedFile(path, 1 << 45, gone=True, error=None),
         totals=Totals(1000000, 1000000, 1 << 30, 99999, 4096, 800.0, 1 << 35, 3 << 20),
         state="waiting for file",
     )

@@ -200,7 +200,7 @@ def test_header_timeout(serve: Serve, path: Path) -> None:
     expect_eof(silent)
     expect_eof(halting)
     for client in (silent, halting):
-        server.logged("client refused: ", f":{client.getsockname()[1]} ", "no header in 0.1 seconds")
+        server.logged("client refused: ", f":{client.getsockname()[1]} ", "no header in 0.1 s")
     append(path, NEWS)
     expect(streaming, NEWS)
 

@@ -53,7 +53,7 @@ def test_status(server: Server, path: Path) -> None:
     assert (found["pid"], found["ticks"]) == (server.pid, start_ticks(server.pid))
     assert [(worker["pid"], worker["ticks"]) for worker in found["workers"]] == [(pid, start_ticks(pid)) for pid in workers]
     assert all(worker["ready"] and worker["restarts"] == 0 and worker["restarted"] is None for worker in found["workers"])
-    assert found["file"] == {"path": str(path), "gone": False, "size": 1000}
+    assert found["file"] == {"path": str(path), "gone": False, "error": None, "size": 1000}
     assert (found["state"], found["clients"], found["unprotected"], found["max_clients"]) == ("serving", 0, 0, 0)
     assert {listener["slot"] for listener in found["listeners"]} == {0, 1}
     assert all(listener["queued"] == 0 and listener["backlog"] == 4096 for listener in found["listeners"])
