@@ -82,7 +82,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def whole(text: str) -> int:
     """Return the whole number `text`; int() alone would also take `1_000` and other people's digits."""
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
+        raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!r}")
     return int(text.lstrip("0")[:20] or "0")  # enough to be too much
 
 
