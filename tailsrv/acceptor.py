@@ -88,7 +88,7 @@ class Acceptor:
                 if turn == 0:  # else it is not known whether anybody waits: the next wake-up says so
                     self._full("as many clients as --max-clients allows, more wait", slot=self._slot, max_clients=self._quota.limit)
                     self._pause()
-                return
+                break
             match accept(listener):
                 case Outcome.NO_ROOM:
                     if not self._make_room():

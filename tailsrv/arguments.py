@@ -1,7 +1,7 @@
 """The command lines: their parsers, and nothing that runs them, so that a build can make manual pages of them."""
 
 import argparse
-from ipaddress import ip_network
+from ipaddress import IPv6Network, ip_network
 
 from tailsrv import __version__
 from tailsrv.config import DEFAULT_GRACE, Network
@@ -94,7 +94,10 @@ def port(text: str) -> int | None:
 def network(text: str) -> Network:
     """Return the network `text`, as RFC 4632 and RFC 4291 write it: `10.0.0.0/8`, `2001:db8::/32`, or one address."""
     try:
-        return ip_network(text)
+        found = ip_network(text)
+        if isinstance(found, IPv6Network) and (found.network_address.scope_id or found.network_address.ipv4_mapped):
+            raise argparse.ArgumentTypeError(f"not a network: {text!r}; leave out %scope, and ::ffff: before an IPv4 address")
+        return found
     except ValueError as error:
         try:
             meant = f"; did you mean {ip_network(text, strict=False)}?"

@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
 PREFIX = "tailsrv:"
@@ -47,25 +47,20 @@ class Control:
         for sock in self.sockets:
             sock.close()
 
-    def answer(self, sock: socket.socket, status: bytes) -> None:
-        """Give `status`, which must fit a socket's buffer, to everyone who waits at `sock` and may know it."""
-        for peer in self.askers(sock):
-            try:
-                peer.send(status)
-            except OSError:
-                pass  # gone already
-
-    def askers(self, sock: socket.socket) -> Iterator[socket.socket]:
-        """Yield a connection, non-blocking, to everyone who waits at `sock` and is the same user or root; close on all others."""
+    def askers(self, sock: socket.socket) -> list[socket.socket]:
+        """Return a connection, non-blocking, to everyone who waits at `sock` and is the same user or root; close on all others."""
+        found = []
         for _ in range(ANSWERS):
             try:
                 peer, _ = sock.accept()
             except OSError:  # nobody waits any more, or no descriptor is left for whoever does
-                return
-            with peer:
-                peer.setblocking(False)
-                if credentials(peer)[1] in (0, os.geteuid()):
-                    yield peer
+                break
+            peer.setblocking(False)
+            if credentials(peer)[1] in (0, os.geteuid()):
+                found.append(peer)
+            else:
+                peer.close()
+        return found
 
 
 def find_supervisor(endpoint: str) -> int | None:

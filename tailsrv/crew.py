@@ -14,7 +14,7 @@ from functools import partial
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Ping, Report, decode, encode
-from tailsrv.policy import MAX_DELAY, Verdict, describe_status, verdict
+from tailsrv.policy import FIRST_DELAY, MAX_DELAY, Failures, Verdict, describe_status, verdict
 from tailsrv.quota import Quota
 from tailsrv.signals import blocked
 from tailsrv.slot import Inheritance, Slot
@@ -90,6 +90,7 @@ class Crew:
     def fill_all(self) -> None:
         """Fill the slots, and keep them filled."""
         self.filling, self.drain_until = True, None
+        self._unproven = bool(self.outdated)  # without workers of the version before us there is nobody else to go on
         for slot in self.slots:
             if slot.pid is None:
                 self.spawn(slot)
@@ -147,7 +148,10 @@ class Crew:
             if other is not slot:
                 other.roster.close()
         channel.setblocking(False)
-        return Inheritance(slot.index, file, slot.listeners, slot.shared, channel, endpoints, quota, slot.roster.clients)
+        listeners, clients = slot.listeners, slot.roster.clients
+        if self.drain_until is not None and self.rotating:  # only the old file's streams: all others are for the next worker
+            listeners, clients = [], {client: entry for client, entry in clients.items() if entry.start is not None}
+        return Inheritance(slot.index, file, listeners, slot.shared, channel, endpoints, quota, clients)
 
     def let_go(self, keep: Slot | None = None) -> None:
         """Close, in a forked child, the channels and the listeners, but for those of the slot to `keep`."""
@@ -197,6 +201,8 @@ class Crew:
         slot.channel = None
         lost = slot.roster.lose_unprotected()
         what, expected = verdict(status), not self.filling or (slot, pid) in self.outdated
+        if expected and what is Verdict.DONE:
+            slot.failures = Failures()
         detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
         logger.log(
             logging.DEBUG if expected and not lost else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_status(status)
@@ -206,8 +212,8 @@ class Crew:
         elif self.filling:
             self.spawn(slot)
         elif self.drain_until is not None and slot.roster.is_streaming() and self._loop.now < self.drain_until:
-            self._note_failure(slot, what)  # somebody still has to finish these streams
-            self._fill_at(slot, self._loop.now + slot.failures.delay())
+            self._note_failure(slot, what)  # somebody still has to finish these streams, and the grace bounds how often
+            self._fill_at(slot, self._loop.now + min(slot.failures.delay(), FIRST_DELAY))
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""

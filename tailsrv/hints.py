@@ -14,6 +14,14 @@ from tailsrv.systemd import is_service
 _HOMES, _TEMPORARY = ("/home", "/root", "/run/user"), ("/tmp", "/var/tmp")  # noqa: S108
 
 
+def absolute(path: str) -> str:
+    """Return `path` as somebody who works in another folder would have to write it."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:  # our own folder is gone
+        return path
+
+
 def cannot_bind(error: OSError, port: int) -> str:
     """Return why a port cannot be listened on, and what to change."""
     reason = os.strerror(error.errno or 0)
@@ -40,7 +48,7 @@ def cannot_see(path: str) -> str | None:
     """Return why a file may look as if it did not exist, None if there is no reason to think so."""
     if sandbox := _sandbox(path):
         return f"if it exists: {sandbox}"
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(absolute(path))
     return None if os.path.exists(folder) else f"there is no folder {folder}"
 
 
@@ -48,7 +56,7 @@ def _sandbox(path: str) -> str | None:
     """Return which setting of a systemd service hides `path` from it, None if none is known to."""
     if not is_service():
         return None
-    path = os.path.abspath(path)
+    path = absolute(path)
     for folder in (*_HOMES, *_TEMPORARY):
         if path.startswith(folder + "/"):
             setting = "ProtectHome=read-only" if folder in _HOMES else f"BindReadOnlyPaths={os.path.dirname(path)}"
@@ -61,8 +69,8 @@ def _permissions(path: str) -> str:
     try:
         status = os.stat(path)
     except OSError:
-        folder = os.path.dirname(os.path.abspath(path))
-        while folder != "/" and not _is_reachable(folder):
+        folder = os.path.dirname(absolute(path))
+        while folder not in ("/", "") and not _is_reachable(folder):
             path, folder = folder, os.path.dirname(folder)
         return f"{folder} may not be entered" if not os.access(folder, os.X_OK) else f"{path} may not be looked at"
     mode = f"{stat.S_IMODE(status.st_mode):04o}"

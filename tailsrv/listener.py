@@ -104,9 +104,9 @@ def take_listeners(passed: Sequence[int]) -> list[socket.socket]:
 def assign(listeners: Sequence[socket.socket], slots: int) -> tuple[list[list[socket.socket]], bool]:
     """Return the listeners of each slot, and whether all slots share them.
 
-    As many as there are slots are used one each; otherwise each slot gets a copy of all.
+    As many as there are slots, all at one address (SO_REUSEPORT), are used one each; otherwise each slot gets a copy of all.
     """
-    if len(listeners) == slots:
+    if len(listeners) == slots and len({sock.getsockname() for sock in listeners}) == 1:
         return [[sock] for sock in listeners], False
     if slots == 1:
         return [list(listeners)], False

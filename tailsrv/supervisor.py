@@ -19,7 +19,7 @@ from tailsrv import __version__, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control, start_ticks
 from tailsrv.crew import Crew
-from tailsrv.hints import cannot_see
+from tailsrv.hints import absolute, cannot_see
 from tailsrv.log import fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
@@ -191,6 +191,8 @@ class Supervisor:
         self.loop.timers.cancel(self.crew.kill)
         for slot in self.crew.slots:
             slot.roster.end_streams()
+            if self.quota is not None:  # those who wait for the next file have their places
+                self.quota.note(slot.index, len(slot.roster))
         os.close(self.file)
         self.file, self.file_gone, self.polling = None, False, None
         self.phase = Phase.WAITING
@@ -249,7 +251,7 @@ class Supervisor:
     def handle_ready(self, slot: Slot) -> None:
         slot.ready = True
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
-        if not self.started_up and self.crew.all_ready():
+        if not self.started_up and self.crew.all_ready() and not self.is_ending():
             self.started_up = True
             systemd.notify("READY=1", f"STATUS={self.render_status()}")
         self.go_on_replacing()
@@ -400,11 +402,3 @@ class Supervisor:
         clients = [{"slot": slot.index, **client} for slot in self.crew.slots for client in slot.roster.describe()]
         size = size_of(self.file) if self.file is not None else None
         return (json.dumps({"pid": os.getppid(), "size": size, "clients": clients}) + "\n").encode()
-
-
-def absolute(path: str) -> str:
-    """Return `path` as somebody who works in another folder would have to write it."""
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError:  # our own folder is gone
-        return path

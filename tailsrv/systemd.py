@@ -15,8 +15,8 @@ def is_managed() -> bool:
 
 
 def is_service() -> bool:
-    """Tell whether systemd has started us: systemd.exec(5), $INVOCATION_ID."""
-    return bool(os.environ.get("INVOCATION_ID"))
+    """Tell whether systemd has started this very process: systemd.exec(5), $SYSTEMD_EXEC_PID."""
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
 def notify(*assignments: str) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from tailsrv.control import Control
@@ -43,32 +44,33 @@ class Teller:
         self._loop.register(sock.fileno(), partial(handler, sock))
 
     def _tell_status(self, sock: socket.socket) -> None:
-        status = self._status()
-        if len(status) > AT_ONCE:
-            self._fork(sock, lambda: status, partial(self._listen, sock, self._tell_status))
-        else:
-            self._control.answer(sock, status)
+        with ExitStack() as stack:
+            # Who asks comes first: a stranger gets nothing, and is to cost next to nothing.
+            if not (asked := [stack.enter_context(peer) for peer in self._control.askers(sock)]):
+                return
+            status = self._status()
+            if len(status) > AT_ONCE:
+                self._fork(sock, asked, lambda: status, self._tell_status)
+                return
+            for peer in asked:
+                with suppress(OSError):  # gone already
+                    peer.send(status)
 
     def _tell_clients(self, sock: socket.socket) -> None:
-        self._fork(sock, self._clients, partial(self._listen, sock, self._tell_clients))
+        with ExitStack() as stack:
+            if asked := [stack.enter_context(peer) for peer in self._control.askers(sock)]:
+                self._fork(sock, asked, self._clients, self._tell_clients)
 
-    def _fork(self, sock: socket.socket, answer: Answer, afterwards: Callable[[], None]) -> None:
-        """Give `answer()` to those who wait at `sock`, from a child."""
-        asked: list[socket.socket] = []
+    def _fork(self, sock: socket.socket, asked: Sequence[socket.socket], answer: Answer, handler: Callable[[socket.socket], None]) -> None:
+        """Give `answer()` to those who `asked` at `sock`, from a child; afterwards `handler` is for others who ask there."""
         try:
-            asked.extend(peer.dup() for peer in self._control.askers(sock))
             with blocked():
-                pid = os.fork() if asked else None
-                if pid == 0:
+                if (pid := os.fork()) == 0:
                     self._become(asked, answer)
-        except OSError:  # no descriptor, no process: they may ask again
-            pid = None
-        finally:
-            for peer in asked:
-                peer.close()
-        if pid is not None:
-            self._loop.unregister(sock.fileno())
-            self._children[pid] = afterwards
+        except OSError:  # they may ask again
+            return
+        self._loop.unregister(sock.fileno())
+        self._children[pid] = partial(self._listen, sock, handler)
 
     def _become(self, peers: Sequence[socket.socket], answer: Answer) -> None:
         """Do a child's work, and end it."""

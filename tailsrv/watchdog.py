@@ -8,6 +8,7 @@ from tailsrv.crew import Crew
 from tailsrv.log import fields, logger
 from tailsrv.loop import Loop
 
+SHORTEST = 0.1  # seconds; a healthy worker may take some milliseconds to answer
 BEATS = 3  # in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
 
 
@@ -19,17 +20,23 @@ class Watchdog:
 
     def __init__(self, loop: Loop, crew: Crew, interval: float) -> None:
         self._loop, self._crew = loop, crew
-        self._pause = interval / BEATS
+        self._pause = max(interval / BEATS, SHORTEST)
+        self._killed: set[int] = set()
 
     def beat(self) -> None:
         """Act on the answers to the last question, and ask again."""
         now = self._loop.now
         hung = [slot for slot in self._crew.running() if slot.asked is not None and now - slot.asked >= self._pause]
+        self._killed &= {slot.pid for slot in hung if slot.pid is not None}
         for slot in hung:
             assert slot.pid is not None
             assert slot.asked is not None
-            logger.error("worker does not answer, killing it: %s", fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.asked:.1f}"))
-            os.kill(slot.pid, signal.SIGKILL)  # ours until we reap it
+            if slot.pid not in self._killed:  # else it waits for a disk, and cannot even be killed
+                logger.error(
+                    "worker does not answer, killing it: %s", fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.asked:.1f}")
+                )
+                os.kill(slot.pid, signal.SIGKILL)  # ours until we reap it
+                self._killed.add(slot.pid)
         if not hung:
             systemd.notify("WATCHDOG=1")
         self._crew.ask()

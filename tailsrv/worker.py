@@ -370,8 +370,10 @@ class Worker:
         self.loop.timers.set(self.end_settling, self.loop.now + pause)
 
     def end_settling(self) -> None:
-        self.settling = False
-        self.stop_watching()
+        self.look()  # an append that nobody has told of yet means to wait once more
+        if self.end_settling not in self.loop.timers:
+            self.settling = False
+            self.stop_watching()
 
     def stop_watching(self) -> None:
         if (watch := self.watch.fileno()) is not None:

@@ -156,8 +156,8 @@ def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:
 def test_not_for_us(path: Path, variables: dict[str, str]) -> None:
     """Variables that are for another process, or make no sense, are none: then a port is required."""
     exports = " ".join(f"{name}={value}" for name, value in variables.items())
-    for invocation, hint in (("", False), ("0123456789abcdef", True)):
-        ended = run_tailsrv(path, wrapper=("sh", "-c", f'export {exports} INVOCATION_ID={invocation}; exec "$@"', "sh"))
+    for started, hint in (("", False), ("1", False), ("$$", True)):
+        ended = run_tailsrv(path, wrapper=("sh", "-c", f'export {exports} SYSTEMD_EXEC_PID={started}; exec "$@"', "sh"))
         assert ended.returncode == 2
         assert ended.stderr.splitlines()[-1].startswith(NO_PORT)
         assert ("/etc/tailsrv/" in ended.stderr) is hint

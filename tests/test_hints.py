@@ -32,7 +32,7 @@ def test_cannot_bind(number: int, port: int, hint: str) -> None:
 
 def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that may not be read is described with its mode and owner, beside who we are; other errors speak for themselves."""
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     path = tmp_path / "log"
     path.touch()
     path.chmod(0o640)
@@ -53,7 +53,7 @@ from tailsrv.hints import cannot_open
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
 """
-    done = run_python(code, str(open_folder / "a" / "b" / "c" / "log"), env={"INVOCATION_ID": ""})
+    done = run_python(code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""})
     assert f"; {open_folder}/a/b may not be entered, and we are user nobody with groups nogroup: " in done.stdout
 
 
@@ -73,16 +73,16 @@ print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
 )
 def test_cannot_see(path: str, setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a sandbox of systemd's hides is named, with the setting; a program that systemd did not start has no such hint."""
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     assert "set " not in (cannot_see(path) or "")
-    monkeypatch.setenv("INVOCATION_ID", "0123456789abcdef")
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
     hint = cannot_see(path) or ""
     assert ("set " in hint, f"set {setting} " in hint) == (setting is not None, setting is not None)
 
 
 def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that is not there either is more likely a slip than a file that is yet to come."""
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     assert cannot_see(str(tmp_path / "log")) is None
     assert cannot_see(str(tmp_path / "lost" / "log")) == f"there is no folder {tmp_path}/lost"
 
