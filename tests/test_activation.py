@@ -71,6 +71,13 @@ def connect_to(server: Server, name: str) -> socket.socket:
     return sock
 
 
+def test_different_addresses_are_shared(serve: Serve, path: Path) -> None:
+    """Sockets of different addresses belong to all workers, however many: no address depends on a single one."""
+    server = serve(path, "-p", "", "-w", "2", wrapper=activated("tcp4", "tcp4"))
+    server.workers(2)
+    assert [listener["slot"] for listener in status_of(server)["listeners"]] == [None, None]
+
+
 def test_all_share_what_does_not_come_out_even(serve: Serve, path: Path) -> None:
     """With another number of sockets than workers, every worker serves all of them."""
     server = serve(path, "-p", "", "-w", "3", wrapper=activated("tcp4", "again"))

@@ -1,6 +1,7 @@
 """--follow-name: the streams of a file that is gone end at its end, and the next file of its name is served."""
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -23,7 +24,9 @@ from helpers import (
     title,
     wrapper_without_rights,
 )
+from survival import status
 
+BIG = random_bytes(20_000_000)
 OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)
 
 
@@ -137,7 +140,7 @@ def test_moved_away_and_back(server: Server, path: Path) -> None:
 
 def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: Path) -> None:
     """One that stalls keeps the others from the next file for as long as the grace, and no longer."""
-    path.write_bytes(random_bytes(20_000_000))
+    path.write_bytes(BIG)
     server = serve(path, "--follow-name", "--grace", "0.5", "-v")
     stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
@@ -175,6 +178,56 @@ def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
     for stream in streams:
         assert recv_all(stream) in (LATE, b"")  # the successor looks at once: it may be done before the append
     expect(server.connect(b"0\n"), NEW)
+
+
+def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
+    """A worker that takes over in the middle of a rotation leaves those who wait for the next file alone."""
+    path.write_bytes(BIG)
+    server = serve(path, "--follow-name", "--grace", "10", "-v")
+    (worker,) = server.workers(1)
+    early, stalled = server.connect(), server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(stalled)
+    eventually(lambda: "2 clients" in server.title())
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    early.sendall(b"0\n")
+    os.kill(worker, signal.SIGKILL)
+    server.logged("worker ready: ", count=2)
+    expect(stalled, BIG)
+    expect_eof(stalled)
+    expect(early, NEW)
+
+
+def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
+    """Those who wait for the next file count for --max-clients: nobody else gets their places."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name", "--max-clients", "10", "-w", "4")
+    server.workers(4)
+    early = [server.connect() for _ in range(10)]
+    eventually(lambda: "10 clients" in server.title())
+    later = [server.connect(b"0\n") for _ in range(20)]
+    server.logged("more wait")
+    rotate(path, NEW)
+    server.logged("worker ready: ", count=8)
+    server.logged("more wait", count=2)
+    assert status(server)["clients"] == 10
+    for sock in early:
+        sock.sendall(b"0\n")
+        expect(sock, NEW)
+    assert not select.select(later, [], [], 0)[0]
+
+
+def test_the_folder_goes(serve: Serve, path: Path) -> None:
+    """A folder that is gone with the file, and that we work in, is waited for like the file."""
+    folder = path.parent / "folder"
+    folder.mkdir()
+    (folder / "log").write_bytes(OLD)
+    server = serve("log", "--follow-name", wrapper=("env", "-C", str(folder)))
+    expect(server.connect(b"0\n"), OLD)
+    shutil.rmtree(folder)
+    server.logged("waiting for file")
+    server.signal(signal.SIGTERM)
+    server.wait()
 
 
 def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import DEADLINE, Serve, Server, append, eventually, expect, gone, random_bytes, recv_all, recv_exactly, stop
+from helpers import DEADLINE, Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop
 from survival import NO_CORE, await_clients, await_protected, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
 
 import tailsrv
@@ -478,3 +478,24 @@ def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> No
     stalled.close()
     os.kill(worker, signal.SIGKILL)
     server.wait()
+
+
+def test_backoff_does_not_outlast_a_drain(serve: Serve, path: Path) -> None:
+    """However often a slot's workers have died: in a drain the next comes at once, while there is time for its streams."""
+    data = random_bytes(20_000_000)
+    path.write_bytes(data)
+    server = serve(path, "--grace", "4")
+    client = server.connect(b"0\n", receive_buffer=4096)
+    await_clients(server, 1)
+    count = 1
+    while not server.lines("respawning after a delay: ", "seconds=1.6"):
+        server.logged("worker ready: ", count=count)
+        os.kill(workers(server)[0], signal.SIGKILL)
+        server.logged("worker was killed: ", count=count)
+        count += 1
+    server.logged("worker ready: ", count=count)
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(workers(server)[0], signal.SIGKILL)
+    expect(client, data)
+    expect_eof(client)

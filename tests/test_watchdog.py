@@ -139,6 +139,22 @@ def test_status(serve: Serve, path: Path, manager: Manager) -> None:
     manager.until("STOPPING=1")
 
 
+def test_ended_before_it_was_ready(serve: Serve, path: Path, manager: Manager) -> None:
+    """A server that is told to end while it starts does not say that it is ready after that."""
+    server = serve(path, "-w", "8", wrapper=manager.wrapper())
+    server.logged("serving: ")
+    server.signal(signal.SIGTERM)
+    said = manager.until("STOPPING=1")
+    server.wait()
+    manager.sock.setblocking(False)
+    while True:
+        try:
+            said += manager.sock.recv(4096).decode().split("\n")
+        except BlockingIOError:
+            break
+    assert "READY=1" not in said[said.index("STOPPING=1") :]
+
+
 @pytest.mark.parametrize("address", ["", "relative", "/nowhere/at/all", "@nobody"])
 def test_nobody_listens(serve: Serve, path: Path, address: str) -> None:
     """A service manager that is not there, or that has a strange address, changes nothing."""
