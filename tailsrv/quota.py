@@ -13,7 +13,8 @@ class Quota:
     A count is what the slot has, not a sum of what came and went, so that a worker's death leaves nothing to be
     put right: its successor writes the count that it begins with. A worker claims room *before* it accepts, by
     raising its count; if all counts together are too many it takes that back. Two that claim the last place in the
-    same instant may both go without, for a moment, but never both get it.
+    same instant may both go without, for a moment, but not both get it: between the store and the loads lie far more
+    instructions of the interpreter's than a processor holds a store back for.
     """
 
     def __init__(self, limit: int, slots: int, fd: int | None = None) -> None:

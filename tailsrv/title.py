@@ -16,7 +16,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def supervisor_title(endpoints: Sequence[str], path: str, state: str, workers: int, clients: int) -> str:
-    """Return the supervisor's title; `state` is empty, `starting`, `waiting for file` or `draining`."""
+    """Return the supervisor's title; `state` is empty, `starting`, `waiting for file`, `rotating` or `draining`."""
     status = [state] if state else []
     if state not in ("starting", "waiting for file"):
         status += [counted(workers, "worker"), counted(clients, "client")]

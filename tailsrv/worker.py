@@ -75,7 +75,7 @@ class Worker:
         self.dropped: list[Client] = []  # to be closed at the end of the turn
         self.draining = False
         self.settling = False  # a drain that waits for the last appends to a file that was moved away
-        self.waiting: list[Client] = []  # for the next file, at the end of such a drain
+        self.aside: list[Client] = []  # for the next file, at the end of such a drain
         self.ended = False
         self.gone = False
         self.joined: list[Client] = []  # news for the supervisor, as are the next three
@@ -362,7 +362,7 @@ class Worker:
         """Leave `client` to the worker of the next file, which finds it in the roster as it is."""
         self.loop.epoll.unregister(client.fd)
         del self.headerless[client.fd], self.clients[client.fd]
-        self.waiting.append(client)
+        self.aside.append(client)
 
     def settle(self) -> None:
         """Wait for the file to be quiet for a while."""
