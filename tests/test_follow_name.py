@@ -108,6 +108,7 @@ def test_again_and_again(server: Server, path: Path, times: int) -> None:
         server.logged("serving: ", f"size={len(data)} ", count=number + 1)
         stream = server.connect(b"0\n")
         expect(stream, data)
+        eventually(lambda: status(server)["clients"] == 1)
         held = held or descriptors(server.pid)
         append(path, LATE)
         expect(stream, LATE)
