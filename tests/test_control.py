@@ -158,7 +158,9 @@ os.setuid(server)
 control = Control.lock([sys.argv[1]])
 os.write(told, b"!")
 assert select.select(control.status, [], [], 20)[0]
-control.answer(control.sockets[0], b"status")
+for peer in control.askers(control.status[0]):
+    with peer:
+        peer.send(b"status")
 control.close()
 os.waitpid(pid, 0)
 """
