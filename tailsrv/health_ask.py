@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.control import CLIENTS, PREFIX, credentials
+from tailsrv.control import CLIENTS, PREFIX, credentials, read_stat
 from tailsrv.health_report import STOPPED, Level, Server
 from tailsrv.health_status import AnswerError, Client, Status, decode_clients, decode_status
 
@@ -111,7 +111,6 @@ def _user(uid: int) -> str:
 @dataclass(frozen=True, slots=True)
 class _Answer:
     pid: int
-    uid: int
     data: bytes
 
 
@@ -148,20 +147,24 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
             raise EndedError("the server has ended", Level.CRITICAL) from None
     if not data:
         _explain_silence(pid, uid)
-    return _Answer(pid, uid, data)
+    return _Answer(pid, data)
 
 
 def _check_user(uid: int) -> None:
     """Raise NotOursError if whoever holds the name could be anybody: abstract names are for the first to come."""
     ours = os.geteuid()
     if ours not in (0, uid) and uid != 0:
-        raise NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
+        raise _not_ours(uid)
+
+
+def _not_ours(uid: int) -> NotOursError:
+    return NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
 
 
 def _explain_silence(pid: int, uid: int) -> None:
     """Raise what it means that a supervisor has closed the connection without a word."""
     if os.geteuid() not in (0, uid):
-        raise NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
+        raise _not_ours(uid)
     if pid and read_stat(pid) is None:
         raise EndedError("the server has ended", Level.CRITICAL)
     raise InspectError("supervisor gives an empty answer")
@@ -220,24 +223,6 @@ def ask_clients(server: Server) -> tuple[Client, ...]:
 
 
 # Looking
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """A process's parent and its start in clock ticks since boot, fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5))."""
-
-    parent: int
-    ticks: int
-
-
-def read_stat(pid: int) -> Stat | None:
-    """Return parent and start time of a process, None if there is none of that pid."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            values = file.read().rpartition(b")")[2].split()  # a name can hold anything, also brackets
-        return Stat(int(values[1]), int(values[19]))
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def attempt(get: Callable[[], Figure]) -> Figure | None:

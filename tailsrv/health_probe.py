@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.health_ask import EndedError, Stat, ask_clients, ask_status, attempt, read_stat, state_of
+from tailsrv.control import Stat, read_stat
+from tailsrv.health_ask import EndedError, ask_clients, ask_status, attempt, state_of
 from tailsrv.health_report import HUNG_AFTER, STOPPED, Level, Process, Report, Server, Totals, Worker, total
 from tailsrv.health_status import SlotStatus, Status
 

@@ -17,11 +17,8 @@ def counted(number: int, noun: str) -> str:
 
 def supervisor_title(endpoints: Sequence[str], path: str, state: str, workers: int, clients: int) -> str:
     """Return the supervisor's title; `state` is empty, `starting`, `waiting for file`, `rotating` or `draining`."""
-    status = [state] if state else []
-    if state not in ("starting", "waiting for file"):
-        status += [counted(workers, "worker"), counted(clients, "client")]
     name = path if path.isprintable() else ascii(path)  # a title is one line of decodable text
-    return f"tailsrv: supervisor {','.join(endpoints)} {name} [{', '.join(status)}]"
+    return f"tailsrv: supervisor {','.join(endpoints)} {name} [{service_status(state, workers, clients)}]"
 
 
 def status_title(endpoints: Sequence[str]) -> str:
@@ -31,7 +28,10 @@ def status_title(endpoints: Sequence[str]) -> str:
 
 def service_status(state: str, workers: int, clients: int) -> str:
     """Return the status as `systemctl status` shows it: what is in the brackets of the title."""
-    return supervisor_title([], "", state, workers, clients).rpartition("[")[2].rstrip("]")
+    status = [state] if state else []
+    if state not in ("starting", "waiting for file"):
+        status += [counted(workers, "worker"), counted(clients, "client")]
+    return ", ".join(status)
 
 
 def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) -> str:
