@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import count as counter
 
-from tailsrv.client import Client, State
+from tailsrv.connection import Client, State
 from tailsrv.policy import CHUNK, TURN, next_chunk
 from tailsrv.syscalls import Outcome, send_chunk
 

@@ -17,8 +17,8 @@ from setproctitle import setproctitle
 
 from tailsrv import policy
 from tailsrv.acceptor import Acceptor
-from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
+from tailsrv.connection import Client, State
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_NEWS, MAX_SOCKETS, NO_NOTICES, Drain, Message, Ping, Report, decode, encode

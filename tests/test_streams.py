@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from unit import append, opened, recv_all, reset, tcp_pair, wait_for
 
-from tailsrv.client import Client, State
+from tailsrv.connection import Client, State
 from tailsrv.policy import CHUNK
 from tailsrv.streams import Streams
 

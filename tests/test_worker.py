@@ -26,8 +26,8 @@ from unit import (
     wait_readable,
 )
 
-from tailsrv.client import Client, State
 from tailsrv.config import Config, ExitStatus
+from tailsrv.connection import Client, State
 from tailsrv.listener import open_listeners
 from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import Start, parse_header
@@ -302,7 +302,7 @@ def test_out_of_descriptors(path: Path) -> None:
 import os, resource, socket, sys
 from pathlib import Path
 from test_worker import working
-from tailsrv.client import State
+from tailsrv.connection import State
 with working(Path(sys.argv[1])) as bench:
     streaming, client = bench.connect(b"8\\n")
     oldest, first = bench.connect()
