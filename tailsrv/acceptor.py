@@ -89,19 +89,18 @@ class Acceptor:
                     self._full("as many clients as --max-clients allows, more wait", slot=self._slot, max_clients=self._quota.limit)
                     self._pause()
                 break
-            match accept(listener):
-                case Outcome.NO_ROOM:
-                    if not self._make_room():
-                        self._short_of_room("short of descriptors, not accepting for a moment", slot=self._slot, clients=self._count())
-                        self._pause()
-                    break
-                case Outcome():
-                    break
-                case sock, peer if self._allow and not policy.is_allowed(peer[0], self._allow):
-                    self._turned_away("client is not in an allowed network", slot=self._slot, peer=endpoint(*peer))
-                    sock.close()
-                case sock, peer:
-                    self._welcome(sock, peer)
+            accepted = accept(listener)
+            if isinstance(accepted, Outcome):
+                if accepted is Outcome.NO_ROOM and not self._make_room():
+                    self._short_of_room("short of descriptors, not accepting for a moment", slot=self._slot, clients=self._count())
+                    self._pause()
+                break
+            sock, peer = accepted
+            if self._allow and not policy.is_allowed(peer[0], self._allow):
+                self._turned_away("client is not in an allowed network", slot=self._slot, peer=endpoint(*peer))
+                sock.close()
+            else:
+                self._welcome(sock, peer)
         self.note_count()
 
     def _pause(self) -> None:

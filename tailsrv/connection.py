@@ -16,22 +16,22 @@ class State(Enum):
 
 
 class Client:
-    """A worker's record of one connection.
+    """A worker's record of one connection, of which there may be very many: it holds no more than it must.
 
     `offset` is the next byte to send, except while the client is caught up: then it is the size of the file,
     which `Streams` keeps once for all of them.
     """
 
-    __slots__ = ("accepted", "fd", "number", "offset", "peer", "sock", "state")
+    __slots__ = ("fd", "has_blocked", "number", "offset", "peer", "sock", "state")
 
-    def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None, accepted: float) -> None:
+    def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None) -> None:
         self.number = number  # its name in the roster; unlike `fd`, never used again in this slot
         self.sock = sock
         self.fd = sock.fileno()  # asked for once: this is the hot path's name for the client
-        self.peer = peer
-        self.accepted = accepted
+        self.peer = endpoint(*peer) if peer else "unknown"  # one string takes less than half of what the pair does
         self.state = State.AWAITING_HEADER
         self.offset = 0
+        self.has_blocked = False  # its socket has been full: epoll tells when it has room, from then on
 
     def __str__(self) -> str:
-        return endpoint(*self.peer) if self.peer else "unknown"
+        return self.peer

@@ -10,6 +10,7 @@ import json
 import struct
 from array import array
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 VERSION = 2
 
@@ -21,6 +22,7 @@ _KIND = struct.Struct("=B4s")
 _REPORT, _DRAIN, _PING = b"rept", b"drai", b"ping"
 _COUNTS = struct.Struct("=5sHHH")  # version and kind; how many joined, started and left
 _END = struct.Struct("=5sd?")  # version and kind; the fields of Drain
+_REPORT_HEAD = _KIND.pack(VERSION, _REPORT)  # made once: one report is written for each turn with news
 
 
 class MessageError(ValueError):
@@ -73,12 +75,9 @@ def encode(message: Message) -> bytes:
         return _END.pack(_KIND.pack(VERSION, _DRAIN), message.grace, message.rotating)
     if isinstance(message, Ping):
         return _KIND.pack(VERSION, _PING)
-    numbers = array("q", message.joined)
-    for client, offset in message.started:
-        numbers.append(client)
-        numbers.append(offset)
-    numbers.extend(message.left)
-    head = _COUNTS.pack(_KIND.pack(VERSION, _REPORT), len(message.joined), len(message.started), len(message.left))
+    joined, started, left = message.joined, message.started, message.left
+    head = _COUNTS.pack(_REPORT_HEAD, len(joined), len(started), len(left))
+    numbers = array("q", [*joined, *chain.from_iterable(started), *left])
     notices = b"" if message.notices == NO_NOTICES else json.dumps(asdict(message.notices)).encode()
     return head + numbers.tobytes() + notices
 

@@ -1,36 +1,47 @@
-"""The clients that are streamed to, by what each waits for: nothing, room in its socket, or a longer file."""
+"""The clients that are streamed to, by what each waits for: nothing, room in its socket, the disk, or a longer file."""
 
 import heapq
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import count as counter
 
 from tailsrv.connection import Client, State
 from tailsrv.policy import CHUNK, TURN, next_chunk
-from tailsrv.syscalls import Outcome, send_chunk
+from tailsrv.readahead import ReadAhead
+from tailsrv.syscalls import Outcome, Sent, is_cached, read_ahead, send_chunk, send_to_all
 
 
 class Streams:
-    """Sends the file's bytes to its clients, each of which is in one of four places.
+    """Sends the file's bytes to its clients, each of which is in one of five places.
 
     - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
     - `behind`: can be sent more, in turn;
     - `blocked`: behind as well, but its socket is full: it waits for `writable`;
+    - `read_ahead`: behind as well, but its next bytes are still on the disk: it waits for `look_again`;
     - `ahead`: wants an offset that the file has yet to grow beyond.
 
-    `drop(client, error)` is called for one that has hung up (error None) or cannot be served.
+    `drop(client, error)` is called for one that has hung up (error None) or cannot be served, and `await_room(client)`
+    before one is blocked for the first time.
     """
 
-    def __init__(self, file: int, size: int, drop: Callable[[Client, OSError | None], None]) -> None:
+    def __init__(
+        self,
+        file: int,
+        size: int,
+        drop: Callable[[Client, OSError | None], None],
+        await_room: Callable[[Client], None],
+    ) -> None:
         self.file = file
         self.size = size  # as last learned by the worker's look()
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
+        self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
         self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
         self._sweep_at = 64
         self._tie = counter()
-        self._drop = drop
+        self._drop, self._await_room = drop, await_room
         self.shrunk = False  # a sendfile found less than `size`: somebody must look at the file again
 
     def add(self, client: Client, offset: int) -> None:
@@ -44,6 +55,7 @@ class Streams:
         if self.caught_up.pop(client.fd, None):
             client.offset = self.size
         self.blocked.pop(client.fd, None)
+        self.read_ahead.forget(client)
 
     def idle(self) -> list[Client]:
         """Return the clients that have nothing to be sent."""
@@ -58,6 +70,10 @@ class Streams:
         """Note that the socket of `client` has room again, if it waited for that."""
         if self.blocked.pop(client.fd, None):
             self.behind.append(client)
+
+    def look_again(self) -> None:
+        """Give those who wait for the disk another turn."""
+        self.behind.extend(self.read_ahead.again())
 
     def resize(self, size: int) -> None:
         """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
@@ -75,21 +91,11 @@ class Streams:
                 self.behind.append(client)
 
     def _fan_out(self, start: int, count: int) -> None:
-        """Send the same bytes to every caught-up client; nothing else happens for one that takes them all."""
-        file = self.file
-        left: list[tuple[Client, int | Outcome | OSError]] = []
-        for fd, client in self.caught_up.items():
-            try:
-                sent = send_chunk(fd, file, start, count)
-            except OSError as error:
-                left.append((client, error))
-                continue
-            if sent != count:
-                left.append((client, sent))
-        for client, result in left:
-            del self.caught_up[client.fd]
+        """Send the same bytes to every caught-up client."""
+        for fd, sent in send_to_all(self.caught_up, self.file, start, count).items():
+            client = self.caught_up.pop(fd)
             client.offset = start
-            self._settle(client, result)
+            self._settle(client, sent)
 
     def pump(self, budget: int = TURN) -> None:
         """Send one chunk to each client that is behind, in turn, until about `budget` bytes have gone."""
@@ -100,29 +106,29 @@ class Streams:
             if client.state is not State.STREAMING:
                 continue
             wanted = next_chunk(client.offset, self.size)
-            result: int | Outcome | OSError = 0
-            if wanted:
-                try:
-                    result = send_chunk(client.fd, self.file, client.offset, wanted)
-                except OSError as error:
-                    result = error
-                if result == 0:  # not there, whatever the size says: not again before that has changed
+            if not wanted:  # the file has shrunk since
+                self._place(client)
+            elif self.read_ahead.admit(client, wanted):
+                sent = send_chunk(client.fd, self.file, client.offset, wanted)
+                if sent == 0:  # not there, whatever the size says: not again before that has changed
                     self.shrunk = True
                     self._wait(client)
                     continue
-            if isinstance(result, int):
-                budget -= result
-            self._settle(client, result)
+                budget -= sent if isinstance(sent, int) else 0
+                self._settle(client, sent)
 
-    def _settle(self, client: Client, result: int | Outcome | OSError) -> None:
-        """Put `client` where it belongs after a send from its offset had that result."""
-        if isinstance(result, int):
-            client.offset += result
+    def _settle(self, client: Client, sent: Sent) -> None:
+        """Put `client` where it belongs after a send from its offset came to that."""
+        if isinstance(sent, int):
+            client.offset += sent
             self._place(client)
-        elif result is Outcome.WOULD_BLOCK:
+        elif sent is Outcome.WOULD_BLOCK:
+            if not client.has_blocked:
+                client.has_blocked = True
+                self._await_room(client)
             self.blocked[client.fd] = client
         else:
-            self._drop(client, result if isinstance(result, OSError) else None)
+            self._drop(client, sent if isinstance(sent, OSError) else None)
 
     def _place(self, client: Client) -> None:
         if client.offset < self.size:

@@ -9,8 +9,10 @@ import select
 import socket
 import struct
 import termios
+from collections.abc import Iterable
 from enum import Enum
 
+from tailsrv.policy import SMALL
 from tailsrv.protocol import PEEK
 
 
@@ -44,18 +46,79 @@ TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
 _DISCARD = mmap.mmap(-1, 64 << 20)
 
 
-def send_chunk(out: int, file: int, offset: int, count: int) -> int | Outcome:
+Sent = int | Outcome | OSError  # how many bytes went, or why none did; an error itself where it is none to be expected
+
+
+def send_chunk(out: int, file: int, offset: int, count: int) -> Sent:
     """Send up to `count` bytes of `file` from `offset` to the socket `out`; 0 means that they are not there."""
     try:
         return os.sendfile(out, file, offset, count)
-    except BlockingIOError:
-        return Outcome.WOULD_BLOCK
-    except PEER_GONE:
-        return Outcome.HUNG_UP
     except OSError as error:
-        if error.errno in PEER_GONE_ERRNOS:
-            return Outcome.HUNG_UP
-        raise
+        return _outcome_of(error)
+
+
+def send_to_all(outs: Iterable[int], file: int, offset: int, count: int) -> dict[int, Sent]:
+    """Send the same `count` bytes of `file` from `offset` to each of the sockets `outs`; return those that did not take them all.
+
+    Nothing else happens for one that does: this is what an append costs each client.
+    """
+    short: dict[int, Sent] = {}
+    out, left = -1, iter(outs)
+    data = _read(file, offset, count) if count <= SMALL else b""
+    write, sendfile = os.write, os.sendfile
+    while True:
+        try:
+            if data:
+                for out in left:
+                    if (sent := write(out, data)) != count:
+                        short[out] = sent
+            else:
+                for out in left:
+                    if (sent := sendfile(out, file, offset, count)) != count:
+                        short[out] = sent
+            return short
+        except OSError as error:  # of one; the others are still to come
+            short[out] = _outcome_of(error)
+
+
+def _read(file: int, offset: int, count: int) -> bytes:
+    try:
+        return os.pread(file, count, offset)
+    except OSError:  # sendfile(2) will say so to each
+        return b""
+
+
+def _outcome_of(error: OSError) -> Outcome | OSError:
+    if isinstance(error, BlockingIOError):
+        return Outcome.WOULD_BLOCK
+    return Outcome.HUNG_UP if isinstance(error, PEER_GONE) or error.errno in PEER_GONE_ERRNOS else error
+
+
+_BYTE = [bytearray(1)]
+
+
+def is_cached(file: int, offset: int, count: int) -> bool:
+    """Tell whether `count` bytes of `file` can be had without waiting for the disk, judged by the first and the last of them.
+
+    preadv2(2), RWF_NOWAIT. Where that is not known (EOPNOTSUPP), or nothing is there, the answer is yes: sendfile(2) has the last word.
+    """
+    try:
+        os.preadv(file, _BYTE, offset, os.RWF_NOWAIT)
+        if count > mmap.PAGESIZE:
+            os.preadv(file, _BYTE, offset + count - 1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def read_ahead(file: int, offset: int, count: int) -> None:
+    """Have `count` bytes of `file` read into the page cache, and do not wait for them (posix_fadvise(2))."""
+    try:
+        os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        pass  # a hint; without it they come when they are sent
 
 
 def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome:

@@ -31,8 +31,9 @@ from tailsrv.syscalls import Outcome, discard, finish_sending, peek_header, stre
 from tailsrv.title import Title, worker_title
 from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
 
-# Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once.
-CLIENT_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+# Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once. EPOLLOUT is
+# added when a client blocks for the first time: asked for earlier, each new client's socket would be told of once more.
+CLIENT_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -70,7 +71,7 @@ class Worker:
         self.config = config
         self.loop = Loop(clock)
         self.clients: dict[int, Client] = {}
-        self.headerless: dict[int, Client] = {}  # the oldest first
+        self.headerless: dict[Client, float] = {}  # and when each was accepted; the oldest first
         self.finished: dict[int, Client] = {}  # drained; waiting for the peer to acknowledge
         self.dropped: list[Client] = []  # to be closed at the end of the turn
         self.draining = False
@@ -92,7 +93,7 @@ class Worker:
         self.endpoints = inheritance.endpoints
         self.wakeup = wakeup
         self.watch = Watch(inheritance.file, config.path)
-        self.streams = Streams(inheritance.file, self.watch.size(), self.drop)
+        self.streams = Streams(inheritance.file, self.watch.size(), self.drop, self.await_room)
         self.loop.register(self.channel.fileno(), self.handle_channel)
         self.loop.register(wakeup.fileno(), self.handle_signal)
         if (watch := self.watch.fileno()) is not None:
@@ -129,18 +130,33 @@ class Worker:
             elif (handler := self.loop.handlers.get(fd)) is not None:  # else: it went earlier in this turn
                 handler()
         self.loop.timers.run(self.loop.now)
+        self.start_streams()
         if self.streams.behind:
-            self.streams.pump()
-            if self.streams.shrunk:
-                self.look()
+            self.pump()
         if self.draining:
             self.finish_drained()
         if self.dropped:
             self.close_dropped()
-        if self.joined or self.starting or self.notices is not NO_NOTICES:
+        if self.notices is not NO_NOTICES:
             self.send_news()
         elif self.left and self.send_news not in self.loop.timers:
             self.loop.timers.set(self.send_news, self.loop.now + LEFT_DELAY)  # nothing is urgent about those who left
+
+    def start_streams(self) -> None:
+        """Start the streams whose headers are there; before anything is sent in this turn, so that their first bytes are, too."""
+        for client in tuple(self.joined):
+            if client in self.headerless:  # most have sent their header by now: one report for both
+                self.handle_client(client, select.EPOLLIN)
+        if self.joined or self.starting:
+            self.send_news()
+
+    def pump(self) -> None:
+        """Send to those who are behind, as much as one turn may."""
+        self.streams.pump()
+        if self.streams.shrunk:
+            self.look()
+        if self.streams.read_ahead and self.streams.look_again not in self.loop.timers:
+            self.loop.timers.set(self.streams.look_again, self.loop.now + policy.DISK_PAUSE)
 
     # The file
 
@@ -177,10 +193,9 @@ class Worker:
 
     def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Take in a connection that has just been accepted."""
-        client = Client(next(self.numbers), sock, peer, self.loop.now)
+        client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
             self.joined.append(client)
-            self.handle_client(client, select.EPOLLIN)  # most have sent their header by now: one report for both
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
@@ -190,13 +205,13 @@ class Worker:
             except OSError:
                 self.left.append(number)
                 continue
-            client = Client(number, sock, peer, self.loop.now)
+            client = Client(number, sock, peer)
             if not self.add_client(client):
                 self.left.append(number)
             elif (sent := streamed(sock)) is None:
                 self.drop(client)
             elif entry.start is not None:
-                del self.headerless[client.fd]
+                del self.headerless[client]
                 self.streams.add(client, entry.start + sent)
 
     def add_client(self, client: Client) -> bool:
@@ -211,25 +226,29 @@ class Worker:
             self.watch.follow(True)
             self.look()  # nobody kept the size up to date while there was no client
         self.clients[client.fd] = client
-        self.headerless[client.fd] = client
+        self.headerless[client] = self.loop.now
         if self.config.header_timeout and len(self.headerless) == 1:
             self.loop.timers.set(self.expire_headerless, self.loop.now + self.config.header_timeout)
         self.title.changed(self.loop.now)
         return True
 
+    def await_room(self, client: Client) -> None:
+        """Ask to be told when the full socket of `client` has room; should it have some already, that is told at once."""
+        self.loop.epoll.modify(client.fd, CLIENT_EVENTS | select.EPOLLOUT)
+
     def make_room(self) -> bool:
         """Out of descriptors: the oldest connection without a header goes. Tell whether there is room at the end of this turn."""
-        while not self.dropped and (oldest := next(iter(self.headerless.values()), None)) is not None:
+        while not self.dropped and (oldest := next(iter(self.headerless), None)) is not None:
             self.handle_client(oldest, select.EPOLLIN)  # its header may have come in this very turn
-            if oldest.fd in self.headerless:
+            if oldest in self.headerless:
                 self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
                 self.drop(oldest)
         return bool(self.dropped)
 
     def expire_headerless(self) -> None:
         """End the connections whose header has not come in time."""
-        for client in list(self.headerless.values()):
-            if (due := client.accepted + self.config.header_timeout) > self.loop.now:
+        for client, accepted in list(self.headerless.items()):
+            if (due := accepted + self.config.header_timeout) > self.loop.now:
                 self.loop.timers.set(self.expire_headerless, due)
                 return
             self.refuse(client, f"no header in {self.config.header_timeout:g} s")
@@ -240,7 +259,7 @@ class Worker:
                 self.drop(client)
                 return
             if mask & INPUT:
-                if client.fd in self.headerless:
+                if client in self.headerless:
                     self.read_header(client, ended=bool(mask & select.EPOLLRDHUP))
                 elif client.state is not State.AWAITING_HEADER:  # its header may still be in the socket
                     discard(client.sock)  # also after its FIN, which is not a hang-up
@@ -264,13 +283,14 @@ class Worker:
             return
         if start.from_end:
             self.look()  # the end is where it is now
-        del self.headerless[client.fd]
+        del self.headerless[client]
         self.starting.append((client, start.offset(self.streams.size)))
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
         discard(client.sock)  # the header, and all behind it
-        logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
         self.streams.add(client, offset)
 
     def refuse(self, client: Client, reason: str) -> None:
@@ -287,7 +307,7 @@ class Worker:
             logger.debug("client left: %s", fields(slot=self.slot, peer=client, offset=self.streams.offset_of(client)))
         client.state = State.CLOSED
         self.streams.remove(client)
-        self.headerless.pop(client.fd, None)
+        self.headerless.pop(client, None)
         self.finished.pop(client.fd, None)
         del self.clients[client.fd]
         self.loop.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
@@ -345,10 +365,10 @@ class Worker:
         """
         self.draining, self.settling = True, rotating
         self.acceptor.close(empty_queues=not rotating)
-        for client in list(self.headerless.values()):
+        for client in list(self.headerless):
             self.handle_client(client, select.EPOLLIN)
         self.send_news()  # starts the streams of those
-        for client in list(self.headerless.values()):
+        for client in list(self.headerless):
             (self.set_aside if rotating else self.drop)(client)  # it has not asked for anything
         self.look()
         if rotating:
@@ -361,7 +381,7 @@ class Worker:
     def set_aside(self, client: Client) -> None:
         """Leave `client` to the worker of the next file, which finds it in the roster as it is."""
         self.loop.epoll.unregister(client.fd)
-        del self.headerless[client.fd], self.clients[client.fd]
+        del self.headerless[client], self.clients[client.fd]
         self.aside.append(client)
 
     def settle(self) -> None:

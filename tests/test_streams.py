@@ -26,7 +26,8 @@ class Bench:
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
         self.dropped: list[tuple[Client, OSError | None]] = []
-        self.streams = Streams(self.file, 0, self.drop)
+        self.blocked_first: list[Client] = []  # whom to be told of when they have room
+        self.streams = Streams(self.file, 0, self.drop, self.blocked_first.append)
         self.fars: dict[Client, socket.socket] = {}
 
     def drop(self, client: Client, error: OSError | None) -> None:
@@ -38,7 +39,7 @@ class Bench:
     def client(self, offset: int, receive: int | None = None, send: int | None = None) -> Client:
         """Add a client at `offset`."""
         near, far = self.stack.enter_context(tcp_pair(receive, send))
-        client = Client(0, near, far.getsockname(), 0.0)
+        client = Client(0, near, far.getsockname())
         self.fars[client] = far
         self.streams.add(client, offset)
         return client
@@ -392,7 +393,7 @@ def test_memory_of_those_who_were_ahead(bench: Bench) -> None:
     stays = bench.client(2)
     near, far = bench.stack.enter_context(tcp_pair())
     for number in range(1000):
-        client = Client(number, near, far.getsockname(), 0.0)
+        client = Client(number, near, far.getsockname())
         bench.streams.add(client, 2**62 + number)
         client.state = State.CLOSED
         bench.streams.remove(client)

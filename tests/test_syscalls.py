@@ -1,17 +1,33 @@
 """The edge to the kernel, tried on real sockets and files."""
 
+import errno
 import os
 import resource
 import select
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from unit import append, opened, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
+from helpers import eventually
+from unit import append, evict, opened, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
 
+from tailsrv.policy import SMALL
 from tailsrv.protocol import PEEK
-from tailsrv.syscalls import Outcome, accept, discard, finish_sending, peek_header, raise_descriptor_limit, send_chunk, unsent
+from tailsrv.syscalls import (
+    Outcome,
+    accept,
+    discard,
+    finish_sending,
+    is_cached,
+    peek_header,
+    raise_descriptor_limit,
+    read_ahead,
+    send_chunk,
+    send_to_all,
+    unsent,
+)
 
 DATA = bytes(range(256)) * 1024
 
@@ -108,10 +124,50 @@ def test_send_chunk_to_one_that_has_only_half_closed(pair: tuple[socket.socket, 
 
 
 def test_send_chunk_of_what_is_no_file(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
-    """An error that is not about the peer is raised."""
+    """An error that is not about the peer is handed on."""
     near, _ = pair
-    with opened(tmp_path) as folder, pytest.raises(OSError, match="Invalid argument"):
-        send_chunk(near.fileno(), folder, 0, 10)
+    with opened(tmp_path) as folder:
+        sent = send_chunk(near.fileno(), folder, 0, 10)
+    assert isinstance(sent, OSError)
+    assert sent.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("count", [1, SMALL, SMALL + 1, 100_000])
+def test_send_to_all(file: int, count: int) -> None:
+    """Everybody gets the same bytes, whether there are few or many; who has hung up, or has no room, is told apart."""
+    with ExitStack() as stack:
+        pairs = [stack.enter_context(tcp_pair()) for _ in range(4)]
+        near = [pair[0] for pair in pairs]
+        reset(pairs[1][1])
+        wait_for(near[1], select.POLLIN)
+        while send_chunk(near[2].fileno(), file, 0, len(DATA)) is not Outcome.WOULD_BLOCK:
+            pass
+        short = send_to_all([sock.fileno() for sock in near], file, 7, count)
+        assert short == {near[1].fileno(): Outcome.HUNG_UP, near[2].fileno(): Outcome.WOULD_BLOCK}
+        for index in (0, 3):
+            assert recv_exactly(pairs[index][1], count) == DATA[7 : 7 + count]
+
+
+def test_send_to_all_of_what_has_gone(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """Where the file has shrunk, a client is sent what is left of it, and none is nothing."""
+    near, far = pair
+    assert send_to_all([near.fileno()], file, len(DATA) - 5, 10) == {near.fileno(): 5}
+    assert recv_exactly(far, 5) == DATA[-5:]
+    assert send_to_all([near.fileno()], file, len(DATA), 10) == {near.fileno(): 0}
+
+
+def test_is_cached(tmp_path: Path) -> None:
+    """Bytes that have been written are in memory, until the kernel lets them go; read ahead, they soon are again."""
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    with opened(path) as file:
+        assert is_cached(file, 0, len(DATA))
+        assert is_cached(file, len(DATA), 10)  # nothing is there to wait for
+        evict(file)
+        if is_cached(file, 0, len(DATA)):
+            pytest.skip("this file system keeps its files in memory, or does not tell")
+        read_ahead(file, 0, len(DATA))
+        eventually(lambda: is_cached(file, 0, len(DATA)))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from unit import (
 
 from tailsrv.config import Config, ExitStatus
 from tailsrv.connection import Client, State
-from tailsrv.listener import open_listeners
+from tailsrv.listener import endpoint, open_listeners
 from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import Start, parse_header
 from tailsrv.signals import Wakeup
@@ -91,8 +91,8 @@ class Bench:
             far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
         far.connect(self.address)
         name = far.getsockname()
-        self.until(lambda: any(client.peer == name for client in self.worker.clients.values()))
-        [client] = [client for client in self.worker.clients.values() if client.peer == name]
+        self.until(lambda: any(client.peer == endpoint(*name) for client in self.worker.clients.values()))
+        [client] = [client for client in self.worker.clients.values() if client.peer == endpoint(*name)]
         if said:
             far.sendall(said)
             self.until(lambda: client.state is not State.AWAITING_HEADER)

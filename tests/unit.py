@@ -48,6 +48,12 @@ def opened(path: Path | str) -> Iterator[int]:
         os.close(fd)
 
 
+def evict(file: int) -> None:
+    """Have the kernel forget what it has in memory of `file`; one that is in memory alone stays there."""
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextmanager
 def closing_all(sockets: Iterable[socket.socket]) -> Iterator[None]:
     """Close the sockets that are in `sockets` at the end."""

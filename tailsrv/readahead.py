@@ -1,0 +1,56 @@
+"""Keeps clients whose next bytes are still on the disk from holding up the others: has them read, and lets these clients wait."""
+
+from collections import deque
+from collections.abc import Callable
+
+from tailsrv.connection import Client
+from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS
+
+
+class ReadAhead:
+    """Who waits for the disk, and whom it works for.
+
+    `is_cached(offset, count)` tells whether these bytes of the file are in memory, `read(offset, count)` has the disk get
+    them there. It works for READERS clients at a time, so that their bytes are still in memory when their turn comes;
+    more wait in a queue.
+    """
+
+    def __init__(self, is_cached: Callable[[int, int], bool], read: Callable[[int, int], None]) -> None:
+        self._is_cached, self._read = is_cached, read
+        self._misses: dict[Client, int] = {}  # of those whom the disk works for: how often they have looked in vain
+        self._looking: list[Client] = []  # those of them that are to look again
+        self._queue: deque[Client] = deque()
+
+    def __bool__(self) -> bool:
+        """Tell whether anybody waits."""
+        return bool(self._looking or self._queue)
+
+    def admit(self, client: Client, count: int) -> bool:
+        """Tell whether `client` can be sent its next `count` bytes at once; if not, it waits until `again` returns it."""
+        if self._is_cached(client.offset, count):
+            if self._misses.pop(client, 0):
+                self._read(client.offset + count, READ_AHEAD)  # while these are sent
+            return True
+        misses = self._misses.get(client, 0)
+        if misses >= MAX_MISSES:  # sendfile(2) will tell what is wrong
+            del self._misses[client]
+            return True
+        if not misses and len(self._misses) >= READERS:
+            self._queue.append(client)
+            return False
+        if not misses:
+            self._read(client.offset, READ_AHEAD)
+        self._misses[client] = misses + 1
+        self._looking.append(client)
+        return False
+
+    def again(self) -> list[Client]:
+        """Return those who should try again now; some may have left in the meantime."""
+        clients, self._looking = self._looking, []
+        for _ in range(min(len(self._queue), READERS - len(self._misses))):
+            clients.append(self._queue.popleft())
+        return clients
+
+    def forget(self, client: Client) -> None:
+        """Give the place of a client that has left to another."""
+        self._misses.pop(client, None)

@@ -1,0 +1,89 @@
+"""Clients whose next bytes are on the disk wait for them, and hold nobody up. The disk is one whose pace is in hand."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from unit import tcp_pair
+
+from tailsrv.connection import Client
+from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS
+from tailsrv.readahead import ReadAhead
+
+
+class Disk:
+    """What is in memory of a file, and what has been asked for."""
+
+    def __init__(self) -> None:
+        self.ahead = ReadAhead(self.is_cached, self.read)
+        self.cached_to = 0
+        self.asked: list[tuple[int, int]] = []
+
+    def is_cached(self, offset: int, count: int) -> bool:
+        """Tell whether these bytes are in memory."""
+        return offset + count <= self.cached_to
+
+    def read(self, offset: int, count: int) -> None:
+        """Note that these bytes are wanted."""
+        self.asked.append((offset, count))
+
+
+@pytest.fixture
+def disk() -> Disk:
+    """Give a disk that has read nothing yet."""
+    return Disk()
+
+
+@pytest.fixture
+def clients() -> Iterator[list[Client]]:
+    """Give more clients, at offset 0, than the disk works for."""
+    with ExitStack() as stack:
+        ends = [stack.enter_context(tcp_pair()) for _ in range(READERS + 2)]
+        yield [Client(number, near, far.getsockname()) for number, (near, far) in enumerate(ends)]
+
+
+def test_what_is_in_memory(disk: Disk, clients: list[Client]) -> None:
+    """A client whose next bytes are in memory gets them at once, and the disk is left alone."""
+    disk.cached_to = 1000
+    assert disk.ahead.admit(clients[0], 1000)
+    assert not disk.ahead
+    assert disk.asked == []
+
+
+def test_what_is_on_the_disk(disk: Disk, clients: list[Client]) -> None:
+    """A client whose next bytes are not has them read, and looks again until they are there; meanwhile what follows is read, too."""
+    for _ in range(3):
+        assert not disk.ahead.admit(clients[0], 1000)
+        assert disk.ahead
+        assert disk.ahead.again() == clients[:1]
+        assert not disk.ahead
+    assert disk.asked == [(0, READ_AHEAD)]
+    disk.cached_to = 1000
+    assert disk.ahead.admit(clients[0], 1000)
+    assert not disk.ahead
+    assert disk.asked == [(0, READ_AHEAD), (1000, READ_AHEAD)]
+    assert disk.ahead.admit(clients[0], 1000)  # from memory, as if it had never been otherwise
+    assert len(disk.asked) == 2
+
+
+def test_those_whom_the_disk_works_for_are_few(disk: Disk, clients: list[Client]) -> None:
+    """READERS clients have bytes read for them at a time; when one has got its own, or leaves, another has its turn."""
+    few, others = clients[:READERS], clients[READERS:]
+    assert not any(disk.ahead.admit(client, 1000) for client in clients)
+    assert disk.ahead.again() == few
+    assert len(disk.asked) == READERS
+    assert not any(disk.ahead.admit(client, 1000) for client in few[2:])
+    disk.cached_to = 1000
+    assert disk.ahead.admit(few[0], 1000)
+    disk.ahead.forget(few[1])
+    assert disk.ahead.again() == [*few[2:], *others]
+    assert not disk.ahead
+
+
+def test_a_disk_that_cannot_read(disk: Disk, clients: list[Client]) -> None:
+    """Where bytes do not come for a long time, sendfile(2) is to find out why."""
+    for _ in range(MAX_MISSES):
+        assert not disk.ahead.admit(clients[0], 1000)
+        disk.ahead.again()
+    assert disk.ahead.admit(clients[0], 1000)
+    assert not disk.ahead
