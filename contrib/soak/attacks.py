@@ -4,6 +4,7 @@ As a program, `attacks.py NAME PORT`, it goes on until it is killed. Only for se
 """
 
 import contextlib
+import os
 import random
 import socket
 import struct
@@ -175,7 +176,8 @@ ATTACKS: dict[str, Callable[[int, random.Random], Attack]] = {
 
 
 def main(name: str, port: str) -> None:
-    """Attack until somebody ends it."""
+    """Attack until somebody ends it, with the processor time that nobody else wants: real attackers bring their own."""
+    os.nice(19)
     steps = ATTACKS[name](int(port), random.Random(1))
     while True:
         with contextlib.suppress(OSError):  # the server is too busy to be connected to: go on

@@ -1,7 +1,7 @@
 """Measures what attacks cost the honest: from append to arrival, without an attack and beside it, medians of several rounds.
 
-Attacker, honest clients and server share this machine's processors. What that alone costs is seen where the same
-attack hits another server: the column `elsewhere`.
+Attacker, honest clients and server share this machine's processors, though the attacker is the last to get one. What that
+alone costs is seen where the same attack hits another server: the column `elsewhere`.
 """
 
 import argparse
@@ -150,9 +150,11 @@ def play(name: str, seconds: float, workers: int) -> Figures:
         return Figures(alone, elsewhere, here, memory, len(server.log) - lines)
 
 
-HEAD = f"""\
-{"":11}{"alone":>14}{"elsewhere":>14}{"here":>14}{"here/alone":>14}{"here/elsewhere":>16}{"memory in MiB":>22}{"log":>7}
-{"attack":11}{"p50    p99":>14}{"p50    p99":>14}{"p50    p99":>14}{"p50    p99":>14}{"p50    p99":>16}{"before during  after":>22}{"lines":>7}"""
+_PAIR = "    p50    p99"
+HEAD = (
+    f"{'':11}{'alone':>14}{'elsewhere':>14}{'here':>14}{'here/alone':>14}{'here/elsewhere':>16}{'memory in MiB':>22}    log\n"
+    f"{'attack':11}{_PAIR}{_PAIR}{_PAIR}{_PAIR}  {_PAIR}  before during  after  lines"
+)
 
 
 def row(name: str, rounds: Sequence[Figures]) -> str:
