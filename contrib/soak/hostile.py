@@ -27,7 +27,7 @@ from served import Server, until
 HONEST = 10  # clients
 RECORD = 1024  # bytes
 PAUSE = 0.005  # seconds between two appends
-RAMP = 2.0  # seconds until an attack is in full swing: 10,000 connections
+RAMP = 1.5  # seconds until an attack is in full swing: 10,000 connections
 MIB = 1 << 20
 
 
