@@ -96,8 +96,6 @@ def test_attack(serve: Serve, path: Path, name: str) -> None:
         for _ in range(STEPS.get(name, 40)):
             next(attack)
             honest.turn()
-    if name in ("fuzz", "http", "tls"):  # one line of ten would be left out in the next ten seconds
-        assert len(honest.server.lines("client refused: ", " reason=")) <= 2 * 10
 
 
 @pytest.fixture

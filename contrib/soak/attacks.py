@@ -6,6 +6,7 @@ As a program, `attacks.py NAME PORT`, it goes on until it is killed. Only for se
 import contextlib
 import os
 import random
+import resource
 import socket
 import struct
 import sys
@@ -178,6 +179,8 @@ ATTACKS: dict[str, Callable[[int, random.Random], Attack]] = {
 def main(name: str, port: str) -> None:
     """Attack until somebody ends it, with the processor time that nobody else wants: real attackers bring their own."""
     os.nice(19)
+    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     steps = ATTACKS[name](int(port), random.Random(1))
     while True:
         with contextlib.suppress(OSError):  # the server is too busy to be connected to: go on

@@ -215,6 +215,7 @@ class Stranger:
 
     def __init__(self, sock: socket.socket, tally: Tally) -> None:
         self.sock, self.tally = sock, tally
+        self.connected = time.monotonic()
         self.closed = False
 
     def read(self) -> bool:

@@ -5,6 +5,7 @@ The exit status is 0 if all was well, 1 if anything was wrong, 2 for a wrong com
 
 import argparse
 import random
+import resource
 import shlex
 import sys
 import tempfile
@@ -101,8 +102,10 @@ class Soak:
             self.warm_up()
             self.work()
             status = self.server.end()
-        except ServerError as error:
+        except (ServerError, OSError) as error:  # the latter: of the disk, for instance
             self.tally.note_wrong(str(error))
+        except KeyboardInterrupt:
+            self.tally.note_wrong("interrupted")
         finally:
             self.traffic.clear()
             self.server.end()
@@ -193,12 +196,20 @@ class Soak:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line says, and return the exit status."""
-    arguments = make_parser().parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="tailsrv-soak-", dir=arguments.folder) as folder:
-        summary = Soak(arguments, Path(folder)).run()
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    try:
+        json = open(arguments.json, "w") if arguments.json else None  # now: after hours it would be a pity  # noqa: SIM115
+        with tempfile.TemporaryDirectory(prefix="tailsrv-soak-", dir=arguments.folder) as folder:
+            summary = Soak(arguments, Path(folder)).run()
+    except OSError as error:
+        parser.error(str(error))
     print(summary.text())
-    if arguments.json:
-        Path(arguments.json).write_text(summary.json() + "\n")
+    if json:
+        with json:
+            print(summary.json(), file=json)
     return 1 if summary.reasons() else 0
 
 

@@ -6,6 +6,7 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import clients
@@ -82,18 +83,27 @@ class Traffic:
         self.later(self.dice.expovariate(1) * count / self.rate, self._write)
 
     def _watch(self) -> None:
-        """Look, once a second, for clients that are owed bytes and do not get them."""
+        """Look, once a second, for clients that are owed something and do not get it."""
         now = time.monotonic()
         self._history.append((now, self.file.generation, self.file.size))
         for reader in list(self.readers):
-            since = None if reader.pause or reader.released > now else reader.waiting_since(self._history)
-            if since is not None and reader.started:
-                self.tally.longest_wait = max(self.tally.longest_wait, now - since)
-                if now - since > STARVED:
-                    self.tally.note_wrong(f"{reader}: nothing for {now - since:.0f} seconds")
-                    self.part(reader)
+            self._look_at(reader, now)
+        for stranger in list(self.strangers):
+            if now - stranger.connected > STARVED:
+                self.tally.note_wrong(f"a stranger was not turned away in {STARVED:g} seconds")
+                self.part(stranger)
         if self.busy:
             self.later(1.0, self._watch)
+
+    def _look_at(self, reader: Reader, now: float) -> None:
+        if reader.pause or reader.released > now or not reader.started:
+            return  # it does not want to read, or has not asked for anything
+        if (since := reader.waiting_since(self._history)) is None:
+            return
+        self.tally.longest_wait = max(self.tally.longest_wait, now - since)
+        if now - since > STARVED:
+            self.tally.note_wrong(f"{reader}: nothing for {now - since:.0f} seconds")
+            self.part(reader)
 
     # Clients
 
@@ -173,10 +183,11 @@ class Traffic:
         """Let a stranger come."""
         try:
             sock = clients.connect(self.server.port)
-            sock.send(says)
         except OSError as error:
             self.tally.note_wrong(f"a stranger cannot connect: {error}")
             return
+        with suppress(OSError):  # its worker was killed in that very moment
+            sock.send(says)
         self.tally.connections["stranger"] += 1
         stranger = Stranger(sock, self.tally)
         self.strangers.add(stranger)
