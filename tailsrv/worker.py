@@ -193,6 +193,7 @@ class Worker:
 
     def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Take in a connection that has just been accepted."""
+        self.look()  # in a burst of connections the caught-up wait for one of them at most, not for all
         client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
             self.joined.append(client)
@@ -256,6 +257,7 @@ class Worker:
     def handle_client(self, client: Client, mask: int) -> None:
         try:
             if mask & HUNG_UP:
+                self.look()  # the same, for a burst of those who leave
                 self.drop(client)
                 return
             if mask & INPUT:

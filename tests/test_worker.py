@@ -396,6 +396,30 @@ def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> Non
     assert bench.receive(far, 4) == b"cdef"
 
 
+@pytest.mark.parametrize("method", ["add_client", "drop"])
+def test_caught_up_do_not_wait_for_the_end_of_a_burst(bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """In a turn that takes in or sees off many, the caught-up get an append after the next of these, not after the last."""
+    follower, _ = bench.connect(b"-0\n")
+    bench.settle()
+    served: list[bool] = []
+    act = getattr(bench.worker, method)
+
+    def act_late(client: Client, *error: Exception) -> object:
+        served.append(readable(follower))
+        if len(served) == 1:
+            append(bench.path, b"abc")
+        return act(client, *error)
+
+    monkeypatch.setattr(bench.worker, method, act_late)
+    fars = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(5)]
+    if method == "drop":
+        bench.until(lambda: len(bench.worker.clients) == 6)
+        for far in fars:
+            reset(far)
+    bench.worker.step(0)
+    assert served == [False, True, True, True, True]
+
+
 def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An append between the look at the file and the reading of the event that told of it is not left lying."""
     follower, _ = bench.connect(b"-0\n")

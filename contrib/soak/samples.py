@@ -1,0 +1,44 @@
+"""What a server holds at a moment: memory, descriptors, threads, and what the kernel holds for sockets."""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The figures of all processes together; memory in bytes, and `sockets` for all TCP sockets of the machine."""
+
+    processes: int
+    pss: int
+    descriptors: int
+    threads: int
+    sockets: int
+
+
+def take(pids: Iterable[int]) -> Sample:
+    """Look at these processes; one that ends meanwhile counts for nothing."""
+    found = [figures for pid in pids if (figures := _look(pid))]
+    pss, descriptors, threads = (sum(column) for column in zip(*found, strict=True)) if found else (0, 0, 0)
+    return Sample(len(found), pss, descriptors, threads, _socket_memory())
+
+
+def _look(pid: int) -> tuple[int, int, int] | None:
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+        threads = len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return None
+    pss = re.search(r"^Pss: *(\d+) kB$", rollup, re.MULTILINE)
+    return (int(pss[1]) << 10, descriptors, threads) if pss else None
+
+
+def _socket_memory() -> int:
+    """Return what the kernel holds for TCP, as it counts it: in pages."""
+    pages = re.search(r"^TCP: .* mem (\d+)$", Path("/proc/net/sockstat").read_text(), re.MULTILINE)
+    return int(pages[1]) * PAGE if pages else 0
