@@ -105,10 +105,9 @@ class Worker:
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
-        self.notices = replace(self.notices, ready=True, polling=self.watch.polling)
+        self.notices = replace(self.notices, ready=True)
         self.title.changed(self.loop.now)
-        if self.watch.polling:
-            self.poll_file()
+        self.poll_if_needed()
         self.check_path()  # it may have gone since the supervisor opened it
         self.send_news()
         while not self.ended:
@@ -166,6 +165,11 @@ class Worker:
         if self.gone and not before:  # it may come back, and go again
             self.notices = replace(self.notices, gone=True)
 
+    def poll_if_needed(self) -> None:
+        if self.watch.polling and self.poll_file not in self.loop.timers:
+            self.notices = replace(self.notices, polling=self.watch.polling)
+            self.poll_file()
+
     def poll_file(self) -> None:
         """Do by the clock what handle_watch does where inotify cannot help."""
         self.loop.timers.set(self.poll_file, self.loop.now + POLL_INTERVAL)
@@ -209,6 +213,7 @@ class Worker:
             return False
         if not self.clients:
             self.watch.follow(True)
+            self.poll_if_needed()
             self.look()  # nobody kept the size up to date while there was no client
         self.clients[client.fd] = client
         self.headerless[client.fd] = client
