@@ -326,10 +326,10 @@ class Worker:
         while not self.ended:
             try:
                 packet = self.channel.recv(MAX_MESSAGE)
-            except BlockingIOError:
-                return
             except ConnectionResetError:
                 packet = b""
+            except OSError:  # nothing more; or no memory for it, then it is told of again
+                return
             if packet:
                 self.obey(decode(packet))
             else:
