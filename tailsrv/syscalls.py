@@ -88,8 +88,12 @@ def peek_header(sock: socket.socket) -> bytes | Outcome:
         return sock.recv(PEEK, socket.MSG_PEEK)
     except BlockingIOError:
         return Outcome.WOULD_BLOCK
-    except OSError:
+    except PEER_GONE:
         return Outcome.HUNG_UP
+    except OSError as error:
+        if error.errno in PEER_GONE_ERRNOS:
+            return Outcome.HUNG_UP
+        raise
 
 
 def discard(sock: socket.socket) -> bool:
