@@ -164,9 +164,13 @@ def finish_sending(sock: socket.socket) -> None:
 def memory(data: bytes = b"") -> int:
     """Return the descriptor of a new anonymous file that holds `data`, at its start."""
     fd = os.memfd_create("tailsrv")
-    with open(fd, "wb", closefd=False) as file:
-        file.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
