@@ -7,15 +7,16 @@ from itertools import count as counter
 
 from tailsrv.connection import Client, State
 from tailsrv.policy import CHUNK, TURN, next_chunk
-from tailsrv.syscalls import Outcome, send_chunk
+from tailsrv.syscalls import Outcome, send_chunk, unsent
 
 
 class Streams:
-    """Sends the file's bytes to its clients, each of which is in one of four places.
+    """Sends the file's bytes to its clients, each of which is in one of five places.
 
     - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
     - `behind`: can be sent more, in turn;
     - `blocked`: behind as well, but its socket is full: it waits for `writable`;
+    - `starved`: behind as well, but the kernel had no memory for its bytes: it waits for `try_again`;
     - `ahead`: wants an offset that the file has yet to grow beyond.
 
     `drop(client, error)` is called for one that has hung up (error None) or cannot be served.
@@ -27,6 +28,7 @@ class Streams:
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
+        self.starved: list[Client] = []  # those who left stay until then
         self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
         self._sweep_at = 64
         self._tie = counter()
@@ -58,6 +60,11 @@ class Streams:
         """Note that the socket of `client` has room again, if it waited for that."""
         if self.blocked.pop(client.fd, None):
             self.behind.append(client)
+
+    def try_again(self) -> None:
+        """Give those who are starved another turn."""
+        self.behind.extend(self.starved)
+        self.starved.clear()
 
     def resize(self, size: int) -> None:
         """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
@@ -119,6 +126,8 @@ class Streams:
         if isinstance(result, int):
             client.offset += result
             self._place(client)
+        elif result is Outcome.NO_ROOM or (result is Outcome.WOULD_BLOCK and not unsent(client.sock)):
+            self.starved.append(client)  # a socket that refuses while it is empty never tells that it has room
         elif result is Outcome.WOULD_BLOCK:
             self.blocked[client.fd] = client
         else:

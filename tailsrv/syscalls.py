@@ -55,6 +55,8 @@ def send_chunk(out: int, file: int, offset: int, count: int) -> int | Outcome:
     except OSError as error:
         if error.errno in PEER_GONE_ERRNOS:
             return Outcome.HUNG_UP
+        if error.errno in NO_ROOM_ERRNOS:
+            return Outcome.NO_ROOM
         raise
 
 

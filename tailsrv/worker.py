@@ -132,10 +132,19 @@ class Worker:
             self.streams.pump()
             if self.streams.shrunk:
                 self.look()
+        if self.streams.starved:
+            self.wait_for_memory()
         if self.draining:
             self.finish_drained()
         if self.dropped:
             self.close_dropped()
+        self.report()
+
+    def wait_for_memory(self) -> None:
+        if self.streams.try_again not in self.loop.timers:
+            self.loop.timers.set(self.streams.try_again, self.loop.now + policy.MEMORY_PAUSE)
+
+    def report(self) -> None:
         if self.joined or self.starting or self.notices is not NO_NOTICES:
             self.send_news()
         elif self.left and self.send_news not in self.loop.timers:
