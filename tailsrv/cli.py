@@ -16,7 +16,7 @@ from tailsrv.config import Config, ConfigError, ExitStatus
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
 from tailsrv.crew import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
-from tailsrv.log import fields, logger, set_up
+from tailsrv.log import fields, logger, set_up, trouble
 from tailsrv.signals import hold
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
@@ -74,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
-    status = supervisor.run(file)
+    try:
+        status = supervisor.run(file)
+    except (OSError, MemoryError) as error:  # the workers see it, and end as well
+        logger.critical("cannot go on: %s", trouble(error))
+        status = ExitStatus.CANNOT_SERVE
     # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
     hold()
     return status

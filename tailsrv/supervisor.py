@@ -20,7 +20,7 @@ from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control, start_ticks
 from tailsrv.crew import Crew
 from tailsrv.hints import absolute, cannot_see
-from tailsrv.log import fields, logger
+from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
 from tailsrv.policy import KILL_MARGIN
@@ -224,6 +224,8 @@ class Supervisor:
             self.let_go()
             assert self.file is not None
             status = self.work(self.crew.inherit(slot, self.file, channel, self.endpoints, self.quota))
+        except (OSError, MemoryError) as error:
+            logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
