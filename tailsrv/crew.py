@@ -79,11 +79,11 @@ class Crew:
         """Ask every worker whether it still turns, unless it owes us that answer already."""
         for slot in self.running():
             if slot.asked is None and slot.channel is not None:
-                slot.asked = self._loop.now
                 try:
                     slot.channel.send(encode(Ping()))
                 except OSError:
-                    pass  # it ends, or does not even read: either shows
+                    continue  # it ends, which shows; or there was no memory for the question: it owes no answer then
+                slot.asked = self._loop.now
 
     # Filling
 
