@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_check():
         return answer_check()
     hold()  # until the supervisor's handlers are there
-    occupy_standard_descriptors()
     set_up(verbosity)
     try:
+        occupy_standard_descriptors()
         handed_on = read_state()
         supervisor, file = prepare(config) if handed_on is None else take_over(config, handed_on)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
