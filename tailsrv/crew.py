@@ -275,7 +275,7 @@ class Crew:
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
-            return  # it is ending already
+            pass  # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
 
     def kill(self) -> None:
