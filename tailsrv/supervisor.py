@@ -161,8 +161,12 @@ class Supervisor:
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
+        if self.file_gone or self.phase is not Phase.RUNNING:
+            return
         assert self.file is not None
-        if self.file_gone or self.phase is not Phase.RUNNING or not is_gone(self.file, self.config.path):
+        if not (gone := is_gone(self.file, self.config.path)):
+            if gone is None:  # nobody will say so again
+                self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
             return
         self.file_gone = True
         if self.config.linger:

@@ -61,8 +61,8 @@ def _try_sendfile(file: int) -> None:
         raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
 
 
-def is_gone(file: int, path: str) -> bool:
-    """Tell whether `path` names something else than the open `file`, or nothing.
+def is_gone(file: int, path: str) -> bool | None:
+    """Tell whether `path` names something else than the open `file`, or nothing; None if that cannot be seen now.
 
     That one may not look, or that a file server does not answer, is no sign of it.
     """
@@ -71,7 +71,7 @@ def is_gone(file: int, path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError as error:
-        return error.errno == errno.ELOOP
+        return True if error.errno == errno.ELOOP else None
     return (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino)
 
 

@@ -170,7 +170,10 @@ class Worker:
                 self.notices = replace(self.notices, truncated=size)
 
     def check_path(self) -> None:
-        before, self.gone = self.gone, is_gone(self.watch.file, self.watch.path)
+        before, gone = self.gone, is_gone(self.watch.file, self.watch.path)
+        if gone is None:  # no event will tell when it can be seen
+            self.loop.timers.set(self.check_path, self.loop.now + POLL_INTERVAL)
+        self.gone = bool(gone)
         if self.gone and not before:  # it may come back, and go again
             self.notices = replace(self.notices, gone=True)
 
