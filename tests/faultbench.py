@@ -85,7 +85,8 @@ class Bench:
         self.new_file()
         self.starts += 1
         self.lost = 0
-        command = ["env", f"TAILSRV_TEST_HOLD={self.hold}", sys.executable, str(HELD), "-p", "0", "--follow-name", *options, str(self.path)]
+        environment = ("-u", "LANGUAGE", "LC_ALL=C", f"TAILSRV_TEST_HOLD={self.hold}")  # no look for translations, among the first calls
+        command = ["env", *environment, sys.executable, str(HELD), "-p", "0", "--follow-name", *options, str(self.path)]
         self.server = Server(command, self.folder / f"stderr-{self.starts}", 0)
         return self.server
 

@@ -32,7 +32,7 @@ def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
 
 if __name__ == "__main__":
     policy.LONG_LIFE = 0.0  # faults come too fast one after another for a backoff
-    policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = worker.POLL_INTERVAL = 0.05
+    policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = worker.POLL_INTERVAL = 0.05  # type: ignore[attr-defined]
     Supervisor.become_worker = holding("worker", Supervisor.become_worker)  # type: ignore[method-assign]
     Supervisor.become_teller = holding("status", Supervisor.become_teller)  # type: ignore[method-assign]
     hold("proof" if upgrade.is_check() else "main")
