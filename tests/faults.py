@@ -236,6 +236,8 @@ Tracer = Callable[[int], AbstractContextManager[Trace]]
 
 def perform(bench: Bench, act: Act, process: str, tracer: Tracer) -> Trace:
     """Perform `act` until the fault has happened or all its turns are over, while the process is traced."""
+    if act.begin is not begin_start:
+        bench.ready()
     if act.held:
         (bench.hold / act.held).touch()
     act.begin(bench)
