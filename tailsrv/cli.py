@@ -16,7 +16,7 @@ from tailsrv.config import Config, ConfigError, ExitStatus
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
 from tailsrv.crew import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
-from tailsrv.log import fields, logger, set_up
+from tailsrv.log import fields, logger, set_up, trouble
 from tailsrv.signals import hold
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
@@ -66,15 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_check():
         return answer_check()
     hold()  # until the supervisor's handlers are there
-    occupy_standard_descriptors()
     set_up(verbosity)
     try:
+        occupy_standard_descriptors()
         handed_on = read_state()
         supervisor, file = prepare(config) if handed_on is None else take_over(config, handed_on)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
-    status = supervisor.run(file)
+    try:
+        status = supervisor.run(file)
+    except (OSError, MemoryError) as error:  # the workers see it, and end as well
+        logger.critical("cannot go on: %s", trouble(error))
+        status = ExitStatus.CANNOT_SERVE
     # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
     hold()
     return status

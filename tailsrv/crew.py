@@ -79,11 +79,11 @@ class Crew:
         """Ask every worker whether it still turns, unless it owes us that answer already."""
         for slot in self.running():
             if slot.asked is None and slot.channel is not None:
-                slot.asked = self._loop.now
                 try:
                     slot.channel.send(encode(Ping()))
                 except OSError:
-                    pass  # it ends, or does not even read: either shows
+                    continue  # it ends, which shows; or there was no memory for the question: it owes no answer then
+                slot.asked = self._loop.now
 
     # Filling
 
@@ -116,30 +116,34 @@ class Crew:
         """Fill `slot` with a worker, or plan to if that is not possible now."""
         slot.fill_at = None
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            pid = self._fork(slot)
         except OSError as error:
             self._postpone(slot, error)
             return
-        with blocked():
-            try:
-                pid = os.fork()
-            except OSError as error:
-                ours.close()
-                theirs.close()
-                self._postpone(slot, error)
-                return
-            if pid == 0:  # here the worker leaves the supervisor's code, never to return
-                ours.close()
-                self._enter(slot, theirs)
-        theirs.close()
-        ours.setblocking(False)
-        slot.pid, slot.channel, slot.spawned, slot.ready = pid, ours, self._loop.now, False
+        slot.pid, slot.spawned, slot.ready = pid, self._loop.now, False
         slot.asked = self._loop.now
         slot.adopted = bool(slot.roster.clients)
-        self._listen_to(slot)
         logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
         if self.drain_until is not None:
             self._order_drain(slot, self.drain_until)
+
+    def _fork(self, slot: Slot) -> int:
+        """Fork a worker for `slot`, with a channel to it, and return its pid; all that may be refused comes before."""
+        slot.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            slot.channel.setblocking(False)
+            self._listen_to(slot)
+            with blocked():
+                if (pid := os.fork()) == 0:  # here the worker leaves the supervisor's code, never to return
+                    self._enter(slot, theirs)
+        except OSError:
+            self._loop.unregister(slot.channel.fileno())
+            slot.channel.close()
+            slot.channel = None
+            raise
+        finally:
+            theirs.close()
+        return pid
 
     def inherit(self, slot: Slot, file: int, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
         """Let go, in the child, of all that is not of `slot`, and return what is."""
@@ -271,7 +275,7 @@ class Crew:
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
-            return  # it is ending already
+            pass  # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
 
     def kill(self) -> None:

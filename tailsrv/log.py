@@ -5,6 +5,7 @@ import os
 import select
 import sys
 import time
+import traceback
 
 from tailsrv.policy import Allowance
 
@@ -22,6 +23,13 @@ def fields(**values: object) -> str:
 def printable(text: str) -> str:
     """Return `text` on one line and without undecodable bytes, quoted if it holds more than plain characters."""
     return text if text and text.isprintable() and not set(text) & set(" \"'=") else ascii(text)
+
+
+def trouble(error: Exception) -> str:
+    """Return the fields that say what the kernel has refused us, and where in our code; a traceback is for our own mistakes."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.dirname(frame.filename) == os.path.dirname(__file__)]
+    place = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else None
+    return fields(reason=str(error) or "out of memory", at=place)
 
 
 class Formatter(logging.Formatter):

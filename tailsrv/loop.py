@@ -22,13 +22,21 @@ class Loop:
 
     def register(self, fd: int, handler: Callable[[], None], flags: int = 0) -> None:
         """Call `handler` whenever `fd` is readable; `flags` are more of epoll_ctl(2)'s."""
-        self.handlers[fd] = handler
         self.epoll.register(fd, select.EPOLLIN | flags)
+        self.handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:
         """Forget `fd` if it is known; before it is closed, since the kernel goes on reporting what a duplicate keeps open."""
         if self.handlers.pop(fd, None) is not None:
             self.epoll.unregister(fd)
+
+    def pause(self, fd: int) -> None:
+        """Leave `fd` alone until `resume`, which cannot be refused: registering it anew might be, for lack of room or memory."""
+        self.epoll.modify(fd, 0)
+
+    def resume(self, fd: int) -> None:
+        """Heed `fd` again."""
+        self.epoll.modify(fd, select.EPOLLIN)
 
     def timeout(self) -> float | None:
         """Return the seconds until the next thing is due, None if nothing is planned."""

@@ -29,6 +29,7 @@ EVENTS = 64  # taken from epoll in one turn; more wait for the next, behind the 
 ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
 SHARED_ACCEPTS = 4  # the same from a listener that all workers share: more would let the first to wake take them all
 STALL_PAUSE = 0.2  # seconds without accepting after running out of room: no spin, and soon back
+MEMORY_PAUSE = 0.05  # seconds until those are tried again whose bytes the kernel had no memory for
 SETTLE = 1.0  # seconds without an append after which a file that was moved away is taken to be complete
 
 LONG_LIFE = 1.0  # seconds; a worker that lived so long did not die of how it starts

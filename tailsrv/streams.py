@@ -9,7 +9,7 @@ from itertools import count as counter
 from tailsrv.connection import Client, State
 from tailsrv.policy import CHUNK, TURN, next_chunk
 from tailsrv.readahead import ReadAhead
-from tailsrv.syscalls import Outcome, Sent, is_cached, read_ahead, send_chunk, send_to_all
+from tailsrv.syscalls import Outcome, Sent, is_cached, read_ahead, send_chunk, send_to_all, unsent
 
 
 class Streams:
@@ -19,6 +19,7 @@ class Streams:
     - `behind`: can be sent more, in turn;
     - `blocked`: behind as well, but its socket is full: it waits for `writable`;
     - `read_ahead`: behind as well, but its next bytes are still on the disk: it waits for `look_again`;
+    - `starved`: behind as well, but the kernel had no memory for its bytes: it waits for `try_again`;
     - `ahead`: wants an offset that the file has yet to grow beyond.
 
     `drop(client, error)` is called for one that has hung up (error None) or cannot be served, and `await_room(client)`
@@ -38,6 +39,7 @@ class Streams:
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
         self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
+        self.starved: list[Client] = []  # those who left stay until then
         self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
         self._sweep_at = 64
         self._tie = counter()
@@ -74,6 +76,11 @@ class Streams:
     def look_again(self) -> None:
         """Give those who wait for the disk another turn."""
         self.behind.extend(self.read_ahead.again())
+
+    def try_again(self) -> None:
+        """Give those who are starved another turn."""
+        self.behind.extend(self.starved)
+        self.starved.clear()
 
     def resize(self, size: int) -> None:
         """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
@@ -122,6 +129,8 @@ class Streams:
         if isinstance(sent, int):
             client.offset += sent
             self._place(client)
+        elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
+            self.starved.append(client)  # a socket that refuses while it is empty never tells that it has room
         elif sent is Outcome.WOULD_BLOCK:
             if not client.has_blocked:
                 client.has_blocked = True

@@ -20,7 +20,7 @@ from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control, start_ticks
 from tailsrv.crew import Crew
 from tailsrv.hints import absolute, cannot_see
-from tailsrv.log import fields, logger
+from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
 from tailsrv.policy import KILL_MARGIN
@@ -161,8 +161,12 @@ class Supervisor:
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
+        if self.file_gone or self.phase is not Phase.RUNNING:
+            return
         assert self.file is not None
-        if self.file_gone or self.phase is not Phase.RUNNING or not is_gone(self.file, self.config.path):
+        if not (gone := is_gone(self.file, self.config.path)):
+            if gone is None:  # nobody will say so again
+                self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
             return
         self.file_gone = True
         if self.config.linger:
@@ -224,6 +228,8 @@ class Supervisor:
             self.let_go()
             assert self.file is not None
             status = self.work(self.crew.inherit(slot, self.file, channel, self.endpoints, self.quota))
+        except (OSError, MemoryError) as error:
+            logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:

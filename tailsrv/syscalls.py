@@ -91,7 +91,9 @@ def _read(file: int, offset: int, count: int) -> bytes:
 def _outcome_of(error: OSError) -> Outcome | OSError:
     if isinstance(error, BlockingIOError):
         return Outcome.WOULD_BLOCK
-    return Outcome.HUNG_UP if isinstance(error, PEER_GONE) or error.errno in PEER_GONE_ERRNOS else error
+    if isinstance(error, PEER_GONE) or error.errno in PEER_GONE_ERRNOS:
+        return Outcome.HUNG_UP
+    return Outcome.NO_ROOM if error.errno in NO_ROOM_ERRNOS else error
 
 
 _BYTE = [bytearray(1)]
@@ -151,8 +153,12 @@ def peek_header(sock: socket.socket) -> bytes | Outcome:
         return sock.recv(PEEK, socket.MSG_PEEK)
     except BlockingIOError:
         return Outcome.WOULD_BLOCK
-    except OSError:
+    except PEER_GONE:
         return Outcome.HUNG_UP
+    except OSError as error:
+        if error.errno in PEER_GONE_ERRNOS:
+            return Outcome.HUNG_UP
+        raise
 
 
 def discard(sock: socket.socket) -> bool:
@@ -223,9 +229,13 @@ def finish_sending(sock: socket.socket) -> None:
 def memory(data: bytes = b"") -> int:
     """Return the descriptor of a new anonymous file that holds `data`, at its start."""
     fd = os.memfd_create("tailsrv")
-    with open(fd, "wb", closefd=False) as file:
-        file.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -29,19 +29,16 @@ class Teller:
         self._status, self._clients, self._let_go = status, clients, let_go
         self._children: dict[int, Callable[[], None]] = {}  # and what is to be done when one has ended
         for sock in control.status:
-            self._listen(sock, self._tell_status)
+            loop.register(sock.fileno(), partial(self._tell_status, sock))
         for sock in control.clients:
-            self._listen(sock, self._tell_clients)
+            loop.register(sock.fileno(), partial(self._tell_clients, sock))
 
     def reaped(self, pid: int) -> bool:
         """Tell whether the child `pid` was one of ours; if so, others may ask again."""
-        if (listen := self._children.pop(pid, None)) is None:
+        if (resume := self._children.pop(pid, None)) is None:
             return False
-        listen()
+        resume()
         return True
-
-    def _listen(self, sock: socket.socket, handler: Callable[[socket.socket], None]) -> None:
-        self._loop.register(sock.fileno(), partial(handler, sock))
 
     def _tell_status(self, sock: socket.socket) -> None:
         with ExitStack() as stack:
@@ -50,7 +47,7 @@ class Teller:
                 return
             status = self._status()
             if len(status) > AT_ONCE:
-                self._fork(sock, asked, lambda: status, self._tell_status)
+                self._fork(sock, asked, lambda: status)
                 return
             for peer in asked:
                 with suppress(OSError):  # gone already
@@ -59,18 +56,18 @@ class Teller:
     def _tell_clients(self, sock: socket.socket) -> None:
         with ExitStack() as stack:
             if asked := [stack.enter_context(peer) for peer in self._control.askers(sock)]:
-                self._fork(sock, asked, self._clients, self._tell_clients)
+                self._fork(sock, asked, self._clients)
 
-    def _fork(self, sock: socket.socket, asked: Sequence[socket.socket], answer: Answer, handler: Callable[[socket.socket], None]) -> None:
-        """Give `answer()` to those who `asked` at `sock`, from a child; afterwards `handler` is for others who ask there."""
+    def _fork(self, sock: socket.socket, asked: Sequence[socket.socket], answer: Answer) -> None:
+        """Give `answer()` to those who `asked` at `sock`, from a child; others who ask there wait for its end."""
         try:
             with blocked():
                 if (pid := os.fork()) == 0:
                     self._become(asked, answer)
         except OSError:  # they may ask again
             return
-        self._loop.unregister(sock.fileno())
-        self._children[pid] = partial(self._listen, sock, handler)
+        self._loop.pause(sock.fileno())
+        self._children[pid] = partial(self._loop.resume, sock.fileno())
 
     def _become(self, peers: Sequence[socket.socket], answer: Answer) -> None:
         """Do a child's work, and end it."""

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from tailsrv import __version__, state, systemd
 from tailsrv.log import fields, logger
@@ -73,22 +74,25 @@ def _take(fd: int) -> str:
         return file.read()
 
 
+def _closing(fd: int, stack: ExitStack) -> int:
+    """Have `fd` closed with `stack`, and return it."""
+    stack.callback(os.close, fd)
+    return fd
+
+
 class Proof:
     """A child that runs the installed program to see whether it starts. Raises OSError if not even that can be tried."""
 
     def __init__(self, data: bytes) -> None:
         executable, arguments = command()
-        given, self._answer, self._complaints = memory(data), memory(), memory()
-        files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
-        try:
+        with ExitStack() as refused:
+            given, self._answer, self._complaints = (_closing(memory(content), refused) for content in (data, b"", b""))
+            files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
             self.pid = os.posix_spawn(
                 executable, arguments, environment(CHECK), file_actions=files, setsigmask=(), setsigdef=(signal.SIGPIPE,)
             )
-        except OSError:
-            self.close()
-            raise
-        finally:
-            os.close(given)
+            refused.pop_all()
+        os.close(given)
 
     def close(self) -> None:
         """Close what the child writes to."""

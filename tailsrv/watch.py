@@ -61,8 +61,8 @@ def _try_sendfile(file: int) -> None:
         raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
 
 
-def is_gone(file: int, path: str) -> bool:
-    """Tell whether `path` names something else than the open `file`, or nothing.
+def is_gone(file: int, path: str) -> bool | None:
+    """Tell whether `path` names something else than the open `file`, or nothing; None if that cannot be seen now.
 
     That one may not look, or that a file server does not answer, is no sign of it.
     """
@@ -71,7 +71,7 @@ def is_gone(file: int, path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError as error:
-        return error.errno == errno.ELOOP
+        return True if error.errno == errno.ELOOP else None
     return (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino)
 
 
@@ -104,7 +104,7 @@ class Watch:
                 self._watch_file()
                 self._watch_path()
             except OSError as error:
-                self.polling = f"no inotify: {os.strerror(error.errno or 0)}; see fs.inotify.max_user_instances and max_user_watches"
+                self.polling = _why_refused(error)
                 self.close()
 
     def close(self) -> None:
@@ -118,11 +118,15 @@ class Watch:
         return self._inotify.fileno() if self._inotify is not None else None
 
     def follow(self, following: bool) -> None:
-        """Ask to be woken by appends, or not; either way the file's end is reported."""
+        """Ask to be woken by appends, or not; either way the file's end is reported. Where that is refused, one has to poll."""
         if following is not self._following:
             self._following = following
             if self._inotify is not None:
-                self._watch_file()
+                try:
+                    self._watch_file()
+                except OSError as error:  # the file may not be read any more, for instance
+                    if following:
+                        self.polling = _why_refused(error)
 
     def size(self) -> int:
         """Return how many bytes are in the file now.
@@ -190,6 +194,12 @@ def steps_to(path: str) -> Iterator[str]:
             names.extendleft(reversed(target.parts[1:]))
         else:
             names.extendleft(reversed(target.parts))
+
+
+def _why_refused(error: OSError) -> str:
+    """Return why inotify cannot be used, and what to change."""
+    hint = "; see fs.inotify.max_user_instances and max_user_watches" if error.errno in (errno.EMFILE, errno.ENOSPC) else ""
+    return f"no inotify: {os.strerror(error.errno or 0)}{hint}"
 
 
 def _why_poll(file: int) -> str | None:

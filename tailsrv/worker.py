@@ -106,10 +106,9 @@ class Worker:
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
-        self.notices = replace(self.notices, ready=True, polling=self.watch.polling)
+        self.notices = replace(self.notices, ready=True)
         self.title.changed(self.loop.now)
-        if self.watch.polling:
-            self.poll_file()
+        self.poll_if_needed()
         self.check_path()  # it may have gone since the supervisor opened it
         self.send_news()
         while not self.ended:
@@ -133,14 +132,12 @@ class Worker:
         self.start_streams()
         if self.streams.behind:
             self.pump()
+        self.plan_another_try()
         if self.draining:
             self.finish_drained()
         if self.dropped:
             self.close_dropped()
-        if self.notices is not NO_NOTICES:
-            self.send_news()
-        elif self.left and self.send_news not in self.loop.timers:
-            self.loop.timers.set(self.send_news, self.loop.now + LEFT_DELAY)  # nothing is urgent about those who left
+        self.report()
 
     def start_streams(self) -> None:
         """Start the streams whose headers are there; before anything is sent in this turn, so that their first bytes are, too."""
@@ -155,8 +152,20 @@ class Worker:
         self.streams.pump()
         if self.streams.shrunk:
             self.look()
+
+    def plan_another_try(self) -> None:
+        """Come back in a moment to those for whom the disk, or the kernel's memory, was not ready."""
         if self.streams.read_ahead and self.streams.look_again not in self.loop.timers:
             self.loop.timers.set(self.streams.look_again, self.loop.now + policy.DISK_PAUSE)
+        if self.streams.starved and self.streams.try_again not in self.loop.timers:
+            self.loop.timers.set(self.streams.try_again, self.loop.now + policy.MEMORY_PAUSE)
+
+    def report(self) -> None:
+        """Tell the supervisor what there is to tell, now or soon."""
+        if self.notices is not NO_NOTICES:
+            self.send_news()
+        elif self.left and self.send_news not in self.loop.timers:
+            self.loop.timers.set(self.send_news, self.loop.now + LEFT_DELAY)  # nothing is urgent about those who left
 
     # The file
 
@@ -178,9 +187,17 @@ class Worker:
                 self.notices = replace(self.notices, truncated=size)
 
     def check_path(self) -> None:
-        before, self.gone = self.gone, is_gone(self.watch.file, self.watch.path)
+        before, gone = self.gone, is_gone(self.watch.file, self.watch.path)
+        if gone is None:  # no event will tell when it can be seen
+            self.loop.timers.set(self.check_path, self.loop.now + POLL_INTERVAL)
+        self.gone = bool(gone)
         if self.gone and not before:  # it may come back, and go again
             self.notices = replace(self.notices, gone=True)
+
+    def poll_if_needed(self) -> None:
+        if self.watch.polling and self.poll_file not in self.loop.timers:
+            self.notices = replace(self.notices, polling=self.watch.polling)
+            self.poll_file()
 
     def poll_file(self) -> None:
         """Do by the clock what handle_watch does where inotify cannot help."""
@@ -225,6 +242,7 @@ class Worker:
             return False
         if not self.clients:
             self.watch.follow(True)
+            self.poll_if_needed()
             self.look()  # nobody kept the size up to date while there was no client
         self.clients[client.fd] = client
         self.headerless[client] = self.loop.now
@@ -343,10 +361,10 @@ class Worker:
         while not self.ended:
             try:
                 packet = self.channel.recv(MAX_MESSAGE)
-            except BlockingIOError:
-                return
             except ConnectionResetError:
                 packet = b""
+            except OSError:  # nothing more; or no memory for it, then it is told of again
+                return
             if packet:
                 self.obey(decode(packet))
             else:

@@ -51,7 +51,7 @@ def gone(watch: Watch) -> bool:
     suspicious = False
     while not quiet(watch):
         suspicious |= watch.read()
-    return suspicious and is_gone(watch.file, watch.path)
+    return suspicious and bool(is_gone(watch.file, watch.path))
 
 
 # Appends

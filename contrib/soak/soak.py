@@ -16,10 +16,10 @@ from pathlib import Path
 
 import samples
 from content import Content
-from faults import FAULTS, Faults
 from growing import GrowingFile
 from samples import Sample
 from served import Server, ServerError, until
+from strikes import FAULTS, Faults
 from summary import Summary, peak
 from tally import Tally
 from traffic import Traffic

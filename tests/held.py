@@ -1,0 +1,39 @@
+"""Runs tailsrv, in more of a hurry, with places at which a test can hold it: a process stops itself there, for strace to be attached.
+
+A process stops at a place if a file of its name is in the folder $TAILSRV_TEST_HOLD: `main` (the program begins, also
+by an upgrade), `proof` (it is to say whether it starts), `worker` and `status` (such a child begins its work).
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tailsrv import cli, crew, policy, supervisor, upgrade, worker
+from tailsrv.supervisor import Supervisor
+
+
+def hold(place: str) -> None:
+    """Stop here, if somebody has asked for that."""
+    if os.access(os.path.join(os.environ["TAILSRV_TEST_HOLD"], place), os.F_OK):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
+    """Return what holds at `place`, then does what `go_on` does."""
+
+    def held(*arguments: Any) -> None:
+        hold(place)
+        go_on(*arguments)
+
+    return held
+
+
+if __name__ == "__main__":
+    policy.LONG_LIFE = 0.0  # faults come too fast one after another for a backoff
+    policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = worker.POLL_INTERVAL = 0.05  # type: ignore[attr-defined]
+    Supervisor.become_worker = holding("worker", Supervisor.become_worker)  # type: ignore[method-assign]
+    Supervisor.become_teller = holding("status", Supervisor.become_teller)  # type: ignore[method-assign]
+    hold("proof" if upgrade.is_check() else "main")
+    sys.exit(cli.main())
