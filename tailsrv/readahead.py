@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 from tailsrv.connection import Client
-from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS
+from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS, disk_pause
 
 
 class ReadAhead:
@@ -25,24 +25,27 @@ class ReadAhead:
         """Tell whether anybody waits."""
         return bool(self._looking or self._queue)
 
-    def admit(self, client: Client, count: int) -> bool:
-        """Tell whether `client` can be sent its next `count` bytes at once; if not, it waits until `again` returns it."""
-        if self._is_cached(client.offset, count):
-            if self._misses.pop(client, 0):
-                self._read(client.offset + count, READ_AHEAD)  # while these are sent
-            return True
+    def admit(self, client: Client, wanted: int) -> int:
+        """Return how many of the next `wanted` bytes `client` can be sent at once; if 0, it waits until `again` returns it."""
         misses = self._misses.get(client, 0)
-        if misses >= MAX_MISSES:  # sendfile(2) will tell what is wrong
-            del self._misses[client]
-            return True
+        count = min(wanted, READ_AHEAD) if misses else wanted
+        if self._is_cached(client.offset, count) or misses >= MAX_MISSES:  # then sendfile(2) will tell what is wrong
+            if misses:
+                del self._misses[client]
+                self._read(client.offset + count, READ_AHEAD)  # while these are sent
+            return count
         if not misses and len(self._misses) >= READERS:
             self._queue.append(client)
-            return False
+            return 0
         if not misses:
             self._read(client.offset, READ_AHEAD)
         self._misses[client] = misses + 1
         self._looking.append(client)
-        return False
+        return 0
+
+    def pause(self) -> float:
+        """Return the seconds until those who wait should try again."""
+        return disk_pause(len(self._looking), min((self._misses.get(client, 0) for client in self._looking), default=0))
 
     def again(self) -> list[Client]:
         """Return those who should try again now; some may have left in the meantime."""

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count as counter
 
 from tailsrv.connection import Client, State
-from tailsrv.policy import CHUNK, TURN, next_chunk
+from tailsrv.policy import CHUNK, READ_AHEAD, TURN, next_chunk
 from tailsrv.readahead import ReadAhead
 from tailsrv.syscalls import Outcome, Sent, is_cached, read_ahead, send_chunk, send_to_all, unsent
 
@@ -115,8 +115,10 @@ class Streams:
             wanted = next_chunk(client.offset, self.size)
             if not wanted:  # the file has shrunk since
                 self._place(client)
-            elif self.read_ahead.admit(client, wanted):
-                sent = send_chunk(client.fd, self.file, client.offset, wanted)
+            elif (count := self.read_ahead.admit(client, wanted)) == 0:
+                budget -= READ_AHEAD  # to ask the disk for them has taken its time
+            else:
+                sent = send_chunk(client.fd, self.file, client.offset, count)
                 if sent == 0:  # not there, whatever the size says: not again before that has changed
                     self.shrunk = True
                     self._wait(client)

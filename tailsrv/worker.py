@@ -156,7 +156,7 @@ class Worker:
     def plan_another_try(self) -> None:
         """Come back in a moment to those for whom the disk, or the kernel's memory, was not ready."""
         if self.streams.read_ahead and self.streams.look_again not in self.loop.timers:
-            self.loop.timers.set(self.streams.look_again, self.loop.now + policy.DISK_PAUSE)
+            self.loop.timers.set(self.streams.look_again, self.loop.now + self.streams.read_ahead.pause())
         if self.streams.starved and self.streams.try_again not in self.loop.timers:
             self.loop.timers.set(self.streams.try_again, self.loop.now + policy.MEMORY_PAUSE)
 

@@ -7,7 +7,7 @@ import pytest
 from unit import tcp_pair
 
 from tailsrv.connection import Client
-from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS
+from tailsrv.policy import CHUNK, DISK_PAUSE, MAX_MISSES, MAX_PAUSES, READ_AHEAD, READERS
 from tailsrv.readahead import ReadAhead
 
 
@@ -44,25 +44,27 @@ def clients() -> Iterator[list[Client]]:
 
 def test_what_is_in_memory(disk: Disk, clients: list[Client]) -> None:
     """A client whose next bytes are in memory gets them at once, and the disk is left alone."""
-    disk.cached_to = 1000
-    assert disk.ahead.admit(clients[0], 1000)
+    disk.cached_to = CHUNK
+    assert disk.ahead.admit(clients[0], CHUNK) == CHUNK
     assert not disk.ahead
     assert disk.asked == []
 
 
 def test_what_is_on_the_disk(disk: Disk, clients: list[Client]) -> None:
     """A client whose next bytes are not has them read, and looks again until they are there; meanwhile what follows is read, too."""
+    disk.cached_to = READ_AHEAD - 1
     for _ in range(3):
-        assert not disk.ahead.admit(clients[0], 1000)
+        assert disk.ahead.admit(clients[0], CHUNK) == 0
         assert disk.ahead
         assert disk.ahead.again() == clients[:1]
         assert not disk.ahead
     assert disk.asked == [(0, READ_AHEAD)]
-    disk.cached_to = 1000
-    assert disk.ahead.admit(clients[0], 1000)
+    disk.cached_to = READ_AHEAD
+    assert disk.ahead.admit(clients[0], CHUNK) == READ_AHEAD
     assert not disk.ahead
-    assert disk.asked == [(0, READ_AHEAD), (1000, READ_AHEAD)]
-    assert disk.ahead.admit(clients[0], 1000)  # from memory, as if it had never been otherwise
+    assert disk.asked == [(0, READ_AHEAD), (READ_AHEAD, READ_AHEAD)]
+    disk.cached_to = CHUNK
+    assert disk.ahead.admit(clients[0], CHUNK) == CHUNK  # from memory, as if it had never been otherwise
     assert len(disk.asked) == 2
 
 
@@ -78,6 +80,19 @@ def test_those_whom_the_disk_works_for_are_few(disk: Disk, clients: list[Client]
     disk.ahead.forget(few[1])
     assert disk.ahead.again() == [*few[2:], *others]
     assert not disk.ahead
+
+
+def test_pauses(disk: Disk, clients: list[Client]) -> None:
+    """Who has looked in vain looks less and less often, and the more do so, the longer all of them wait."""
+    assert not disk.ahead.admit(clients[0], 1000)
+    pauses = [disk.ahead.pause()]
+    for _ in range(20):
+        assert not disk.ahead.admit(disk.ahead.again()[0], 1000)
+        pauses.append(disk.ahead.pause())
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (DISK_PAUSE, MAX_PAUSES * DISK_PAUSE)
+    assert not disk.ahead.admit(clients[1], 1000)
+    assert disk.ahead.pause() == 2 * DISK_PAUSE
 
 
 def test_a_disk_that_cannot_read(disk: Disk, clients: list[Client]) -> None:
