@@ -1,0 +1,230 @@
+"""Makes of the rounds what is read: medians, JSON, a Markdown table, charts."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import charts
+from generator import Numbers
+from scenarios import FIGURES, Figure, Scenario
+from servers import Server
+
+Show = Callable[[Figure, float | None, float | None], str]  # a figure's value as a cell of a table, beside the baseline's
+
+
+@dataclass
+class Cell:
+    """What one server did in one scenario: a dictionary of figures for each round, or why there are none."""
+
+    clients: int
+    rounds: list[Numbers] = field(default_factory=list)
+    skipped: str = ""
+    failed: str = ""
+
+    @property
+    def medians(self) -> Numbers:
+        """The median of each figure; nothing if a round failed."""
+        if self.failed or not self.rounds:
+            return {}
+        return {key: statistics.median(figures[key] for figures in self.rounds) for key in self.rounds[0]}
+
+
+class Results:
+    """All that was measured, by scenario and server."""
+
+    def __init__(self, scenarios: Sequence[Scenario], servers: Sequence[Server], machine: dict[str, object], settings: dict[str, object]):
+        self.scenarios, self.servers = scenarios, servers
+        self.machine, self.settings = machine, settings
+        self.cells = {scenario.name: {server.name: _cell(scenario, server) for server in servers} for scenario in scenarios}
+
+    def cell(self, scenario: Scenario, server: Server) -> Cell:
+        """Return what is known of `server` in `scenario`."""
+        return self.cells[scenario.name][server.name]
+
+    def failures(self) -> list[str]:
+        """Return a line for each server that did not do what it should have done."""
+        return [
+            f"{scenario}: {server}: {cell.failed}" for scenario, row in self.cells.items() for server, cell in row.items() if cell.failed
+        ]
+
+    def write(self, folder: Path) -> None:
+        """Write results.json, results.md and the charts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        (folder / "results.md").write_text("\n".join(_markdown(self)) + "\n")
+        for name, document in _charts(self):
+            (folder / name).write_text(document)
+
+    def as_json(self) -> dict[str, object]:
+        """Return everything, each round of it."""
+        cells = {
+            scenario: {server: {**vars(cell), "medians": cell.medians} for server, cell in row.items()}
+            for scenario, row in self.cells.items()
+        }
+        return {
+            "machine": self.machine,
+            "settings": self.settings,
+            "servers": {server.name: server.command for server in self.servers},
+            "figures": {key: vars(figure) for key, figure in FIGURES.items()},
+            "results": cells,
+        }
+
+
+def _cell(scenario: Scenario, server: Server) -> Cell:
+    return Cell(scenario.count(server), skipped=scenario.obstacle(server))
+
+
+# The table
+
+
+def brief(figures: Numbers) -> str:
+    """Return figures on one line."""
+    return ", ".join(f"{_number(value)} {FIGURES[key].unit} {FIGURES[key].label}".replace("  ", " ") for key, value in figures.items())
+
+
+def _markdown(results: Results) -> Iterator[str]:
+    servers = [server for server in results.servers if not server.bare]
+    machine = results.machine
+    yield "# Benchmark"
+    yield ""
+    yield (
+        f"{machine['date']}, {machine['processors']} processors ({machine['processor']}), {machine['memory_mib']} MiB, "
+        f"{machine['kernel']}, Python {machine['python']}, revision {machine['revision'] or 'unknown'}. "
+        f"Medians of {results.settings['rounds']} interleaved rounds."
+    )
+    if servers:
+        yield from _section(f"Ratios to {servers[0].name}", "Rates are turned round: below 1 is better.", results, servers, _ratio)
+        yield from _section("Figures", "", results, servers, _absolute)
+        yield from _headroom(results, servers)
+    yield from _remarks(results)
+
+
+def _section(title: str, remark: str, results: Results, servers: Sequence[Server], show: Show) -> Iterator[str]:
+    yield from ("", f"## {title}", "")
+    if remark:
+        yield from (remark, "")
+    yield "| scenario | figure | " + " | ".join(server.name for server in servers) + " |"
+    yield "| --- | --- |" + " ---: |" * len(servers)
+    for scenario in results.scenarios:
+        row = [results.cell(scenario, server).medians for server in servers]
+        for key in next(filter(None, row), {}):
+            shown = [show(FIGURES[key], figures.get(key), row[0].get(key)) for figures in row]
+            yield f"| {scenario.name} | {FIGURES[key].label}{_unit(FIGURES[key], show)} | " + " | ".join(shown) + " |"
+
+
+def _unit(figure: Figure, show: Show) -> str:
+    return f", {figure.unit}" if figure.unit and show is _absolute else ""
+
+
+def _absolute(figure: Figure, value: float | None, base: float | None) -> str:  # noqa: ARG001 - as _ratio
+    return "-" if value is None else _number(value)
+
+
+def _ratio(figure: Figure, value: float | None, base: float | None) -> str:
+    if value is None or base is None or value <= 0 or base <= 0:
+        return "-"
+    return f"{value / base if figure.lower_is_better else base / value:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _headroom(results: Results, servers: Sequence[Server]) -> Iterator[str]:
+    """Yield how far each server is from what the load generator can measure at all."""
+    bare = {server.bare: server for server in results.servers if server.bare}
+    lines = []
+    for scenario in results.scenarios:
+        for server in servers:
+            limit = results.cell(scenario, bare[server.workers]).medians if server.workers in bare else {}
+            figures = results.cell(scenario, server).medians
+            ratios = [_ratio(FIGURES[key], figures.get(key), limit.get(key)) for key in limit]
+            if limit and figures:
+                shown = ", ".join(f"{FIGURES[key].label} {ratio}" for key, ratio in zip(limit, ratios, strict=True))
+                lines.append(f"| {scenario.name} | {server.name} | {shown} |")
+    if lines:
+        yield from ("", "## Headroom of the load generator", "")
+        yield "The server's figure as a ratio to that of threads that do nothing but send, as many as it has workers; see README.md."
+        yield from ("", "| scenario | server | ratios |", "| --- | --- | --- |", *lines)
+
+
+def _remarks(results: Results) -> Iterator[str]:
+    remarks = []
+    for scenario in results.scenarios:
+        for server in results.servers:
+            cell = results.cell(scenario, server)
+            if server.bare:
+                continue
+            if cell.skipped:
+                remarks.append(f"- {scenario.name}: {server.name}: left out, {cell.skipped}.")
+            elif cell.failed:
+                remarks.append(f"- {scenario.name}: {server.name}: **failed**, {cell.failed}.")
+            elif cell.clients < scenario.clients:
+                remarks.append(f"- {scenario.name}: {server.name}: {cell.clients} clients, not {scenario.clients}.")
+    if remarks:
+        yield from ("", "## Remarks", "", *remarks)
+
+
+# The charts
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of one figure of one family of scenarios, against the number of clients."""
+
+    name: str
+    title: str
+    subtitle: str
+    family: str
+    figure: str
+    log: bool = True
+
+
+BY_CLIENTS = (
+    Chart("latency.svg", "Latency: append to arrival at the last client", "microseconds, median; lower is better", "fanout", "last_p50"),
+    Chart("throughput.svg", "Throughput: clients that replay", "MB/s, all together; higher is better", "replay", "throughput", log=False),
+    Chart("memory.svg", "Memory: all processes of the server", "MiB (PSS), quiet clients; lower is better", "idle", "pss"),
+)
+
+
+def _charts(results: Results) -> Iterator[tuple[str, str]]:
+    for chart in BY_CLIENTS:
+        servers = [server for server in results.servers if not server.bare]
+        series = {server.name: _points(results, server, chart) for server in servers}
+        if series := {name: points for name, points in series.items() if points}:
+            values = [value for points in series.values() for _, value in points]
+            y = (charts.log_axis if chart.log else charts.linear_axis)(FIGURES[chart.figure].unit, values)
+            x = charts.log_axis("clients", [clients for points in series.values() for clients, _ in points])
+            yield chart.name, charts.draw(chart.title, chart.subtitle, x, y, series)
+    yield from _workers_chart(results)
+
+
+def _points(results: Results, server: Server, chart: Chart) -> list[tuple[float, float]]:
+    found = []
+    for scenario in results.scenarios:
+        cell = results.cell(scenario, server)
+        if scenario.family == chart.family and cell.medians.get(chart.figure, 0) > 0:
+            found.append((cell.clients, cell.medians[chart.figure]))
+    return sorted(found)
+
+
+def _workers_chart(results: Results) -> Iterator[tuple[str, str]]:
+    ours = [server for server in results.servers if server.is_ours]
+    series = {}
+    for scenario in results.scenarios:
+        medians = [(server.workers, results.cell(scenario, server).medians.get("throughput")) for server in ours]
+        if points := [(float(workers), value) for workers, value in medians if value is not None]:
+            series[f"{scenario.clients} client{'s' * (scenario.clients != 1)}"] = points
+    if series:
+        x = charts.count_axis("workers", _all(series, 0))
+        y = charts.linear_axis("MB/s", _all(series, 1))
+        yield (
+            "workers.svg",
+            charts.draw("Throughput against workers", "MB/s, clients that replay, all together; higher is better", x, y, series),
+        )
+
+
+def _all(series: charts.Series, index: int) -> Iterable[float]:
+    return [point[index] for points in series.values() for point in points]
