@@ -183,6 +183,7 @@ static int dial(int number) {
     must(bind(fd, (void *)&source, sizeof source), "bind");
     must(connect(fd, (void *)&server, sizeof server), "connect");
     if (option.senders) {
+        if (far[number]) close(far[number]);  // of an earlier connection of this client's
         far[number] = must(accept(listener, NULL, NULL), "accept");
         setsockopt(far[number], IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         setsockopt(far[number], IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
@@ -288,18 +289,19 @@ static void take_all(struct reader *reader, bool discard) {
         for (int i = wait_for(reader->epoll, events); i-- > 0;) left -= take(&reader->clients[events[i].data.u32], discard);
 }
 
+enum { COMPARED, TIMED, PASSES };
+
 static void *replay_reader(void *argument) {
     struct reader *reader = argument;
     own_descriptors();
-    dial_all(reader);
-    if (!option.senders) {
-        take_all(reader, false);
-        for (int i = 0; i < reader->count; i++) close(reader->clients[i].fd);
+    for (int pass = 0; pass < PASSES; pass++) {
+        for (int i = 0; pass > 0 && i < reader->count; i++) close(reader->clients[i].fd);
         dial_all(reader);
+        pthread_barrier_wait(&gate);
+        pthread_barrier_wait(&gate);
+        take_all(reader, pass == TIMED);
+        if (pass < TIMED) pthread_barrier_wait(&gate);
     }
-    pthread_barrier_wait(&gate);
-    pthread_barrier_wait(&gate);
-    take_all(reader, true);
     return finish(reader);
 }
 
@@ -382,7 +384,6 @@ static void send_file(const struct sender *sender) {
     int epoll = must(epoll_create1(EPOLL_CLOEXEC), "epoll_create1"), left = 0;
     off_t *offsets = must_have(calloc(option.clients, sizeof *offsets));
     struct epoll_event events[EVENTS];
-    wait_until_woken(sender);
     for (int i = sender->number; i < option.clients; i += option.senders, left++) {
         struct epoll_event event = {.events = EPOLLOUT, .data.u32 = i};
         must(fcntl(far[i], F_SETFL, O_NONBLOCK), "fcntl");
@@ -396,13 +397,21 @@ static void send_file(const struct sender *sender) {
             must(epoll_ctl(epoll, EPOLL_CTL_DEL, far[i], NULL), "epoll_ctl");
             left--;
         }
+    close(epoll);
+    free(offsets);
 }
 
 static void *run_sender(void *argument) {
     struct sender *sender = argument;
+    double before = 0;
     if (option.records) send_appends(sender);
-    else send_file(sender);
-    sender->cpu = cpu_seconds(CLOCK_THREAD_CPUTIME_ID);
+    else
+        for (int pass = 0; pass < PASSES; pass++) {
+            wait_until_woken(sender);
+            before = cpu_seconds(CLOCK_THREAD_CPUTIME_ID);
+            send_file(sender);
+        }
+    sender->cpu = cpu_seconds(CLOCK_THREAD_CPUTIME_ID) - before;
     sending--;
     return NULL;
 }
@@ -466,14 +475,20 @@ static void wait_for_input(void) {
 
 static void replay(void) {
     struct reader *readers = start_readers(replay_reader, option.clients, 0);
-    pthread_barrier_wait(&gate);
-    say("{\"ready\": {}}");
-    wait_for_input();
-    double cpu = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
-    uint64_t start = now();
-    pthread_barrier_wait(&gate);
-    wake_senders();
-    pthread_barrier_wait(&gate);
+    double cpu = 0;
+    uint64_t start = 0;
+    for (int pass = 0; pass < PASSES; pass++) {
+        pthread_barrier_wait(&gate);
+        if (pass == TIMED) {
+            say("{\"ready\": {}}");
+            wait_for_input();
+        }
+        cpu = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
+        start = now();
+        pthread_barrier_wait(&gate);
+        wake_senders();
+        pthread_barrier_wait(&gate);
+    }
     double seconds = (last_finish(readers) - start) / 1e9, bytes = (double)base * option.clients, sender = senders_cpu();
     say("{\"result\": {\"bytes\": %.0f, \"seconds\": %.6f, \"load_cpu_s\": %.6f, \"sender_cpu_s\": %.6f}}", bytes, seconds,
         cpu_seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu - sender, sender);

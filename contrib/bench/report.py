@@ -8,10 +8,15 @@ from pathlib import Path
 
 import charts
 from generator import Numbers
-from scenarios import FIGURES, Figure, Scenario
+from scenarios import FIGURES, Scenario
 from servers import Server
 
-Show = Callable[[Figure, float | None, float | None], str]  # a figure's value as a cell of a table, beside the baseline's
+Show = Callable[[Scenario, Server, str], str]  # what a table says for that server and figure
+NOTHING = "-"
+HEADROOM = (
+    "Ratios to threads of the load generator that do nothing but send, as many as the server has workers: "
+    "at 1 the server is at the limit of what can be measured."
+)
 
 
 @dataclass
@@ -85,69 +90,72 @@ def brief(figures: Numbers) -> str:
 
 
 def _markdown(results: Results) -> Iterator[str]:
-    servers = [server for server in results.servers if not server.bare]
-    machine = results.machine
-    yield "# Benchmark"
-    yield ""
+    machine, tables = results.machine, Tables(results)
+    yield from ("# Benchmark", "")
     yield (
         f"{machine['date']}, {machine['processors']} processors ({machine['processor']}), {machine['memory_mib']} MiB, "
         f"{machine['kernel']}, Python {machine['python']}, revision {machine['revision'] or 'unknown'}. "
         f"Medians of {results.settings['rounds']} interleaved rounds."
     )
-    if servers:
-        yield from _section(f"Ratios to {servers[0].name}", "Rates are turned round: below 1 is better.", results, servers, _ratio)
-        yield from _section("Figures", "", results, servers, _absolute)
-        yield from _headroom(results, servers)
+    if tables.servers:
+        yield from tables.section(f"Ratios to {tables.servers[0].name}", "Rates are turned round: below 1 is better.", tables.ratio)
+        yield from tables.section("Figures", "What they mean is in contrib/bench/README.md.", tables.figure)
+        yield from tables.section("Headroom of the load generator", HEADROOM, tables.headroom)
     yield from _remarks(results)
 
 
-def _section(title: str, remark: str, results: Results, servers: Sequence[Server], show: Show) -> Iterator[str]:
-    yield from ("", f"## {title}", "")
-    if remark:
-        yield from (remark, "")
-    yield "| scenario | figure | " + " | ".join(server.name for server in servers) + " |"
-    yield "| --- | --- |" + " ---: |" * len(servers)
-    for scenario in results.scenarios:
-        row = [results.cell(scenario, server).medians for server in servers]
-        for key in next(filter(None, row), {}):
-            shown = [show(FIGURES[key], figures.get(key), row[0].get(key)) for figures in row]
-            yield f"| {scenario.name} | {FIGURES[key].label}{_unit(FIGURES[key], show)} | " + " | ".join(shown) + " |"
+class Tables:
+    """The tables: a line for each scenario and figure, a column for each server."""
 
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.servers = [server for server in results.servers if not server.bare]
+        self._bare = {server.bare: server for server in results.servers if server.bare}
 
-def _unit(figure: Figure, show: Show) -> str:
-    return f", {figure.unit}" if figure.unit and show is _absolute else ""
+    def section(self, title: str, remark: str, show: Show) -> Iterator[str]:
+        """Yield a table with its heading, `show` giving the cells; nothing if they are all empty."""
+        if rows := list(self._rows(show)):
+            yield from ("", f"## {title}", "", remark, "")
+            yield "| scenario | figure | " + " | ".join(server.name for server in self.servers) + " |"
+            yield "| --- | --- |" + " ---: |" * len(self.servers)
+            yield from rows
 
+    def ratio(self, scenario: Scenario, server: Server, key: str) -> str:
+        """Say how much worse than the first server's a figure is."""
+        return NOTHING if FIGURES[key].of_load else self._ratio(scenario, server, self.servers[0], key)
 
-def _absolute(figure: Figure, value: float | None, base: float | None) -> str:  # noqa: ARG001 - as _ratio
-    return "-" if value is None else _number(value)
+    def figure(self, scenario: Scenario, server: Server, key: str) -> str:
+        """Say the figure itself."""
+        found = self._value(scenario, server, key)
+        return NOTHING if found is None or FIGURES[key].of_load else f"{_number(found)} {FIGURES[key].unit}".rstrip()
 
+    def headroom(self, scenario: Scenario, server: Server, key: str) -> str:
+        """Say how far a figure is from the bare sender's, and how busy the load generator was."""
+        found, bare = self._value(scenario, server, key), self._bare.get(server.workers)
+        if FIGURES[key].of_load and found is not None:
+            return f"{found:.0f} {FIGURES[key].unit}"
+        return self._ratio(scenario, server, bare, key) if bare else NOTHING
 
-def _ratio(figure: Figure, value: float | None, base: float | None) -> str:
-    if value is None or base is None or value <= 0 or base <= 0:
-        return "-"
-    return f"{value / base if figure.lower_is_better else base / value:.2f}"
+    def _value(self, scenario: Scenario, server: Server, key: str) -> float | None:
+        return self.results.cell(scenario, server).medians.get(key)
+
+    def _ratio(self, scenario: Scenario, server: Server, base: Server, key: str) -> str:
+        ours, theirs = self._value(scenario, server, key) or 0, self._value(scenario, base, key) or 0
+        if ours <= 0 or theirs <= 0:
+            return NOTHING
+        return f"{ours / theirs if FIGURES[key].lower_is_better else theirs / ours:.2f}"
+
+    def _rows(self, show: Show) -> Iterator[str]:
+        for scenario in self.results.scenarios:
+            medians = [self.results.cell(scenario, server).medians for server in self.servers]
+            for key in next(filter(None, medians), {}):
+                cells = [show(scenario, server, key) for server in self.servers]
+                if any(cell != NOTHING for cell in cells):
+                    yield f"| {scenario.name} | {FIGURES[key].label} | " + " | ".join(cells) + " |"
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def _headroom(results: Results, servers: Sequence[Server]) -> Iterator[str]:
-    """Yield how far each server is from what the load generator can measure at all."""
-    bare = {server.bare: server for server in results.servers if server.bare}
-    lines = []
-    for scenario in results.scenarios:
-        for server in servers:
-            limit = results.cell(scenario, bare[server.workers]).medians if server.workers in bare else {}
-            figures = results.cell(scenario, server).medians
-            ratios = [_ratio(FIGURES[key], figures.get(key), limit.get(key)) for key in limit]
-            if limit and figures:
-                shown = ", ".join(f"{FIGURES[key].label} {ratio}" for key, ratio in zip(limit, ratios, strict=True))
-                lines.append(f"| {scenario.name} | {server.name} | {shown} |")
-    if lines:
-        yield from ("", "## Headroom of the load generator", "")
-        yield "The server's figure as a ratio to that of threads that do nothing but send, as many as it has workers; see README.md."
-        yield from ("", "| scenario | server | ratios |", "| --- | --- | --- |", *lines)
 
 
 def _remarks(results: Results) -> Iterator[str]:

@@ -17,6 +17,7 @@ NOTHING = Look(0.0, 0, 0, 0)
 SETTLE = 0.3  # seconds until memory is looked at: what is freed late is freed by then
 
 BACKLOG = 2048  # connections at once: fewer than wait in any of these servers' queues
+ENOUGH = 100  # clients from which on memory for each of them is more than noise
 OVERHEAD = 64  # descriptors that a process has beside its clients'
 
 
@@ -27,16 +28,18 @@ class Figure:
     label: str
     unit: str
     lower_is_better: bool = True
+    of_load: bool = False  # not the server's, but the load generator's
 
 
 # By key. A scenario's figures are those that its function returns.
 FIGURES = {
     "throughput": Figure("throughput", "MB/s", lower_is_better=False),
     "cpu_per_gb": Figure("CPU time for each GB", "ms"),
-    "p50": Figure("append to arrival, p50", "µs"),
-    "p99": Figure("append to arrival, p99", "µs"),
-    "last_p50": Figure("append to arrival at the last client, p50", "µs"),
-    "last_p99": Figure("append to arrival at the last client, p99", "µs"),
+    "load_busy": Figure("load generator busy", "%", of_load=True),
+    "p50": Figure("append to client, p50", "µs"),
+    "p99": Figure("append to client, p99", "µs"),
+    "last_p50": Figure("append to last client, p50", "µs"),
+    "last_p99": Figure("append to last client, p99", "µs"),
     "cpu_per_delivery": Figure("CPU time for each delivery", "µs"),
     "replayed": Figure("throughput of those that replay", "MB/s", lower_is_better=False),
     "serial": Figure("connections one by one", "per s", lower_is_better=False),
@@ -47,7 +50,7 @@ FIGURES = {
     "sockets_per_client": Figure("TCP queues for each client, both ends", "KiB"),
     "death": Figure("a worker's death to the last client's next byte", "ms"),
     "joined": Figure("until all are connected and caught up", "s"),
-    "all": Figure("append to arrival at the last client", "ms"),
+    "all": Figure("append to last client", "ms"),
     "clients": Figure("clients", "", lower_is_better=False),
     "unprotected": Figure("of them not protected against a worker's death", ""),
 }
@@ -58,6 +61,7 @@ class Sample:
     """What one run has shown: the server with no client, with all, and after the work; and what the clients say."""
 
     clients: int
+    threads: int
     before: Look
     full: Look
     after: Look
@@ -117,11 +121,12 @@ class Scenario:
         """Measure `server` once and return the figures. Raises LoadError, ServerError."""
         generator.make(self.size)
         clients = self.count(server)
-        arguments = [*self.arguments, "-c", clients, "-t", self.threads(clients, threads)]
+        threads = self.threads(clients, threads)
+        arguments = [*self.arguments, "-c", clients, "-t", threads]
         if server.bare:
             with generator.start(self.mode, *arguments, "-B", server.bare) as load:
                 joined = load.ready()
-                return self.figures(Sample(clients, NOTHING, NOTHING, NOTHING, joined, load.go(), 0))
+                return self.figures(Sample(clients, threads, NOTHING, NOTHING, NOTHING, joined, load.go(), 0))
         with running(server, generator.file) as started:
             before = started.look()
             victim = ["-k", started.workers()[0]] if self.kills else []
@@ -131,7 +136,7 @@ class Scenario:
                     time.sleep(SETTLE)
                 full, unprotected = started.look(), _unprotected(started)
                 result = load.go()
-                return self.figures(Sample(clients, before, full, started.look(), joined, result, unprotected))
+                return self.figures(Sample(clients, threads, before, full, started.look(), joined, result, unprotected))
 
 
 def descriptors() -> int:
@@ -153,8 +158,9 @@ def _unprotected(started: Running) -> int:
 
 
 def _replay(sample: Sample) -> Numbers:
-    size = sample.result["bytes"]
-    return {"throughput": size / sample.result["seconds"] / 1e6, "cpu_per_gb": sample.cpu / size * 1e12}
+    size, seconds = sample.result["bytes"], sample.result["seconds"]
+    busy = 100 * sample.result["load_cpu_s"] / seconds / sample.threads
+    return {"throughput": size / seconds / 1e6, "cpu_per_gb": sample.cpu / size * 1e12, "load_busy": busy}
 
 
 def _latency(sample: Sample) -> Numbers:
@@ -179,11 +185,13 @@ def _connect(sample: Sample) -> Numbers:
 
 
 def _memory(sample: Sample) -> Numbers:
+    figures = {"pss": sample.full.pss / 1024}
+    if sample.clients < ENOUGH:
+        return figures
     return {
-        "pss": sample.full.pss / 1024,
+        **figures,
         "pss_per_client": (sample.full.pss - sample.before.pss) / sample.clients,
         "kernel_per_client": (sample.full.kernel - sample.before.kernel) / sample.clients,
-        "sockets_per_client": (sample.full.sockets - sample.before.sockets) / sample.clients,
     }
 
 
@@ -193,7 +201,8 @@ def _death(sample: Sample) -> Numbers:
 
 def _crowd(sample: Sample) -> Numbers:
     times = {"joined": sample.joined["joined_s"], "all": sample.result["max_us"] / 1000}
-    return {"clients": sample.clients, **times, **_memory(sample), "unprotected": sample.unprotected}
+    queues = (sample.full.sockets - sample.before.sockets) / sample.clients
+    return {"clients": sample.clients, **times, **_memory(sample), "sockets_per_client": queues, "unprotected": sample.unprotected}
 
 
 # How much work: the default, and a quick round
