@@ -13,7 +13,8 @@ LEFT, RIGHT, TOP, BOTTOM = 84, 24, 84, 56  # around the plot
 
 # No background, and colours of middling lightness: they can be read on white and on black alike.
 COLOURS = ("#2f81f7", "#e5534b", "#3fa34d", "#b87ae0", "#d08a1d", "#1fa3a3")
-TEXT, GRID = "#7d8590", "#7d859040"
+TEXT = "#7d8590"
+GRID = f'stroke="{TEXT}" stroke-opacity="0.25"'
 FONT = "system-ui, sans-serif"
 
 
@@ -40,11 +41,11 @@ def log_axis(label: str, values: Iterable[float]) -> Axis:
 
 
 def linear_axis(label: str, values: Iterable[float]) -> Axis:
-    """Return an axis from 0 to beyond `values`, in four to ten round steps."""
+    """Return an axis from 0 to beyond `values`, in five to eleven round steps."""
     highest = max([1e-9, *values])
     power = 10.0 ** math.floor(math.log10(highest))
     step = next(power * share for share in (0.1, 0.2, 0.5, 1, 2) if highest / (power * share) <= 10)
-    return Axis(label, tuple(step * i for i in range(math.ceil(highest / step) + 1)), log=False)
+    return Axis(label, tuple(step * i for i in range(math.floor(highest / step) + 2)), log=False)
 
 
 def count_axis(label: str, values: Iterable[float]) -> Axis:
@@ -85,11 +86,11 @@ def _grid(x: Axis, y: Axis) -> Iterable[str]:
     bottom, middle = HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2
     for tick in y.ticks:
         down = _down(y, tick)
-        yield f'<path d="M{LEFT} {down}H{WIDTH - RIGHT}" stroke="{GRID}"/>'
+        yield f'<path d="M{LEFT} {down}H{WIDTH - RIGHT}" {GRID}/>'
         yield _text(LEFT - 8, down + 4, f"{tick:,g}", 'text-anchor="end"')
     for tick in x.ticks:
         across = _across(x, tick)
-        yield f'<path d="M{across} {TOP}V{bottom}" stroke="{GRID}"/>'
+        yield f'<path d="M{across} {TOP}V{bottom}" {GRID}/>'
         yield _text(across, bottom + 18, f"{tick:,g}", 'text-anchor="middle"')
     yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, x.label, 'text-anchor="middle"')
     yield _text(20, middle, y.label, f'text-anchor="middle" transform="rotate(-90 20 {middle})"')

@@ -218,20 +218,35 @@ def _points(results: Results, server: Server, chart: Chart) -> list[tuple[float,
     return sorted(found)
 
 
+# What more workers should make better, by family; of each, the scenario with the most clients is shown.
+SCALING = {
+    "replay": ("throughput", "replay"),
+    "fanout": ("last_p50", "last client of an append"),
+    "connect": ("burst", "connections at once"),
+}
+
+
 def _workers_chart(results: Results) -> Iterator[tuple[str, str]]:
+    """Yield how many times as good as one worker several are."""
     ours = [server for server in results.servers if server.is_ours]
     series = {}
-    for scenario in results.scenarios:
-        medians = [(server.workers, results.cell(scenario, server).medians.get("throughput")) for server in ours]
-        if points := [(float(workers), value) for workers, value in medians if value is not None]:
-            series[f"{scenario.clients} client{'s' * (scenario.clients != 1)}"] = points
+    for family, (key, name) in SCALING.items():
+        scenario = max((found for found in results.scenarios if found.family == family), key=lambda found: found.clients, default=None)
+        if scenario and (points := _scaling(results, scenario, ours, key)):
+            series[f"{name}, {scenario.clients:,}"] = points
     if series:
         x = charts.count_axis("workers", _all(series, 0))
-        y = charts.linear_axis("MB/s", _all(series, 1))
-        yield (
-            "workers.svg",
-            charts.draw("Throughput against workers", "MB/s, clients that replay, all together; higher is better", x, y, series),
-        )
+        y = charts.linear_axis("times one worker", _all(series, 1))
+        title, subtitle = "Speed against workers", "times that of one worker, by kind of work and number of clients; higher is better"
+        yield "workers.svg", charts.draw(title, subtitle, x, y, series)
+
+
+def _scaling(results: Results, scenario: Scenario, ours: Sequence[Server], key: str) -> list[tuple[float, float]]:
+    values = {server.workers: value for server in ours if (value := results.cell(scenario, server).medians.get(key))}
+    if 1 not in values:
+        return []
+    lower = FIGURES[key].lower_is_better
+    return [(workers, values[1] / value if lower else value / values[1]) for workers, value in values.items()]
 
 
 def _all(series: charts.Series, index: int) -> Iterable[float]:
