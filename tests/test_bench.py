@@ -39,7 +39,7 @@ with socket.create_server(("127.0.0.1", int(port)), backlog=100) as listener:
 
 
 def run_bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCH, *map(str, arguments)]
+    command = [sys.executable, *map(str, (BENCH, *arguments))]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
 
 

@@ -5,6 +5,7 @@ import argparse
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -173,6 +174,7 @@ def raise_descriptor_limit() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return its exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the server that is being measured would be left behind
     parser = make_parser()
     args = parser.parse_args(argv)
     scenarios = choose_scenarios(parser, args)

@@ -122,7 +122,10 @@ class Tables:
 
     def ratio(self, scenario: Scenario, server: Server, key: str) -> str:
         """Say how much worse than the first server's a figure is."""
-        return NOTHING if FIGURES[key].of_load else self._ratio(scenario, server, self.servers[0], key)
+        figure = FIGURES[key]
+        if figure.of_load or not figure.unit:  # a count says how much was done, not how well
+            return NOTHING
+        return self._ratio(scenario, server, self.servers[0], key)
 
     def figure(self, scenario: Scenario, server: Server, key: str) -> str:
         """Say the figure itself."""
