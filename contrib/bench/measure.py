@@ -1,0 +1,114 @@
+"""Looks at processes, the kernel and the machine: processor time, memory, and what the figures were measured on."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+PROC = Path("/proc")
+KERNEL = ("Slab", "KernelStack", "PageTables")  # of /proc/meminfo: sockets, descriptors, and what processes take beside their own
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a server had used at one moment, all its processes together, and the whole kernel."""
+
+    cpu: float  # seconds
+    pss: int  # KiB
+    kernel: int  # KiB, of both ends of the connections: they are on one machine
+    sockets: int  # KiB, the same: what TCP counts as memory of its queues
+
+
+def look(pids: Iterable[int]) -> Look:
+    """Return what the processes `pids` have used so far."""
+    pids = list(pids)
+    return Look(sum(map(_cpu_seconds, pids)), sum(map(_pss, pids)), _kernel(), _sockets())
+
+
+def session(sid: int) -> list[int]:
+    """Return the pids of the living processes in the session `sid`."""
+    found = []
+    for pid in (int(name) for name in os.listdir(PROC) if name.isdecimal()):
+        fields = _read(PROC / str(pid) / "stat").rpartition(")")[2].split()
+        if fields and int(fields[3]) == sid and fields[0] != "Z":
+            found.append(pid)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the pids of the living children of `pid`, which leads its session."""
+    found = []
+    for child in session(pid):
+        fields = _read(PROC / str(child) / "stat").rpartition(")")[2].split()
+        if fields and int(fields[1]) == pid:
+            found.append(child)
+    return found
+
+
+def describe_machine() -> dict[str, object]:
+    """Return what a reader has to know about the machine that figures come from."""
+    return {
+        "processor": _field(PROC / "cpuinfo", "model name") or platform.machine(),
+        "processors": len(os.sched_getaffinity(0)),
+        "memory_mib": int(_field(PROC / "meminfo", "MemTotal").split()[0]) // 1024,
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "revision": _revision(),
+    }
+
+
+def _revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # not a repository, or no git
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the processor time of all threads of `pid`: in nanoseconds where the kernel has them, else in ticks of 10 ms."""
+    spent = [_read(task / "schedstat").split() for task in _tasks(pid)]
+    if all(spent) and spent:
+        return sum(int(words[0]) for words in spent) / 1e9
+    fields = _read(PROC / str(pid) / "stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def _tasks(pid: int) -> list[Path]:
+    try:
+        return list((PROC / str(pid) / "task").iterdir())
+    except OSError:  # it has ended
+        return []
+
+
+def _pss(pid: int) -> int:
+    return int((_field(PROC / str(pid) / "smaps_rollup", "Pss") or "0").split()[0])
+
+
+def _kernel() -> int:
+    return sum(int(_field(PROC / "meminfo", name).split()[0]) for name in KERNEL)
+
+
+def _sockets() -> int:
+    words = _field(PROC / "net/sockstat", "TCP").split()
+    return int(words[words.index("mem") + 1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def _field(path: Path, name: str) -> str:
+    """Return what stands behind `name:` in the file `path`, empty if it is not there."""
+    for line in _read(path).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # a process that has ended, or is not ours
+        return ""
