@@ -13,7 +13,7 @@ from typing import Any
 from tailsrv.endpoint import endpoint
 
 # How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
-# One's own may watch other things meanwhile, and raise what it likes to end a stream.
+# One's own may watch other things meanwhile, and raise what it likes but OSError, to end the stream.
 Wait = Callable[[int, int, float | None], bool]
 
 # The server's own values: what has vanished is noticed after 60 + 4 x 15 seconds.
@@ -57,6 +57,8 @@ def wait(fd: int, events: int, seconds: float | None) -> bool:
     return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
 
 
+ENDED = "the connection was ended"  # in good order: errno has no words for it
+
 QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
 
 Found = tuple[socket.AddressFamily, Any]  # what connect(2) takes depends on the family
@@ -86,15 +88,18 @@ class Dialer:
         """
         while True:
             for family, address in self._round:
-                if sock := self._try(family, address, until):
-                    return sock
+                left = _left(until)
+                try:
+                    return _dial(family, address, self._timeout if left is None else min(left, self._timeout), self._wait)
+                except OSError as error:
+                    self.failed(f"{endpoint(*address[:2])}: {error.strerror}")
             if self._reasons and not self._end_round(until, once):
                 return None
             self._round = iter(self._resolve())
 
-    def again(self, sock: socket.socket) -> socket.socket | None:
-        """Return another connection to the server at the other end of `sock`, None if there is none. Raises OSError."""
-        return self._try(sock.family, sock.getpeername(), None)
+    def again(self, sock: socket.socket, wait: Wait) -> socket.socket:
+        """Return another connection to the server at the other end of `sock`. Raises OSError."""
+        return _dial(sock.family, sock.getpeername(), self._timeout, wait)
 
     def failed(self, reason: str) -> None:
         """Note why a connection has ended, and that its turn is over."""
@@ -136,32 +141,23 @@ class Dialer:
         self._ever = True
         return list(found)
 
-    def _try(self, family: socket.AddressFamily, address: Any, until: float | None) -> socket.socket | None:
-        """Return a connection to `address`, None if there is none within the timeout."""
-        left = _left(until)
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:
-            self._refused(address, error.errno or 0)
-            return None
-        try:
-            for level, option, value in _KEEPALIVE:
-                sock.setsockopt(level, option, value)
-            refused = sock.connect_ex(address)
-            if refused == errno.EINPROGRESS:
-                came = self._wait(sock.fileno(), select.POLLOUT, self._timeout if left is None else min(left, self._timeout))
-                refused = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
-        except BaseException:
-            sock.close()
-            raise
-        if refused:
-            sock.close()
-            self._refused(address, refused)
-            return None
-        return sock
 
-    def _refused(self, address: Any, number: int) -> None:
-        self._reasons.append(f"{endpoint(str(address[0]), int(address[1]))}: {os.strerror(number)}")
+def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait) -> socket.socket:
+    """Return a connection to `address`, non-blocking. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        for level, option, value in _KEEPALIVE:
+            sock.setsockopt(level, option, value)
+        failure = sock.connect_ex(address)
+        if failure == errno.EINPROGRESS:
+            came = wait(sock.fileno(), select.POLLOUT, timeout)
+            failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def name_of(sock: socket.socket) -> str:
@@ -170,10 +166,13 @@ def name_of(sock: socket.socket) -> str:
 
 
 def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait) -> bytes:
-    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError."""
+    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too."""
     sock.send(header)
     data = b""
-    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET) and (some := sock.recv(count - len(data))):
+    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET):
+        some = sock.recv(count - len(data))
+        if not some:
+            raise ConnectionAbortedError(errno.ECONNABORTED, ENDED)
         data += some
     return data
 
