@@ -211,6 +211,7 @@ class Follow(Iterator[bytes]):
                 self._place = FromEnd(place.count + 1, line=True)
             self._sock = self._dialer.again(sock, self._wait)
         self._must_align = False
+        self._since = time.monotonic()  # it has not been idle
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None

@@ -25,7 +25,7 @@ def run(command: str, work: Callable[[], object]) -> ExitStatus:
         complain(command, str(error))
         return ExitStatus.USAGE
     except OtherFileError as error:
-        complain(command, f"this is another file now: {error}")
+        complain(command, str(error))
         return ExitStatus.OTHER_FILE
     except (RunError, PlaceError) as error:
         complain(command, str(error))

@@ -71,14 +71,14 @@ def _open_locked(path: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a FIFO must not hold us up
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise RunError(f"not a regular file: {path}")
+                raise RunError(f"{path} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(fd, path):
                 return fd
             os.close(fd)  # somebody has moved it aside meanwhile
         except BlockingIOError:
             os.close(fd)
-            raise RunError(f"another tssync keeps {path}") from None
+            raise RunError(f"another program has locked {path}") from None
         except BaseException:
             os.close(fd)
             raise

@@ -65,7 +65,7 @@ class FromStart:
             self._last = _last_of(self._last, data)
             return data
         if not self._expected.startswith(data):
-            raise OtherFileError(f"the bytes before offset {self.offset} are not those that were there")
+            raise OtherFileError(f"another file is served now: the bytes before offset {self.offset} are not those that were there")
         self._expected = self._expected[len(data) :]
         return b""
 

@@ -13,6 +13,7 @@ from tailsrv.client import OtherFileError, follow
 from tailsrv.client_arguments import make_tssync_parser
 from tailsrv.client_run import complain, occupy_standard_descriptors, run
 from tailsrv.dial import wait
+from tailsrv.endpoint import parse_endpoint
 from tailsrv.mirror import Mirror
 from tailsrv.progress import Progress
 from tailsrv.timers import Timers
@@ -31,15 +32,16 @@ def keep(options: Namespace) -> None:
     """Keep the copy that `options` ask for."""
     occupy_standard_descriptors()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: what has come is synced
+    servers = [parse_endpoint(server) for server in options.servers]  # before there is a file
     with Mirror(options.path) as mirror:
-        Keeper(mirror, options).run()
+        Keeper(mirror, servers, options).run()
 
 
 class Keeper:
     """Moves bytes from the socket by a pipe into the file, and sees to fsync and the progress line meanwhile."""
 
-    def __init__(self, mirror: Mirror, options: Namespace) -> None:
-        self._mirror, self._options = mirror, options
+    def __init__(self, mirror: Mirror, servers: Sequence[tuple[str, int]], options: Namespace) -> None:
+        self._mirror, self._servers, self._options = mirror, servers, options
         self._progress = Progress(options.path)
         self._timers = Timers()
         self._full = False
@@ -57,7 +59,7 @@ class Keeper:
     def _copy(self) -> bool:
         """Append what comes; False: the remote file is another one, and the copy is to begin again."""
         stream = follow(
-            self._options.servers,
+            self._servers,
             self._mirror.length,
             once=self._options.once,
             idle=self._options.until_idle,
@@ -72,7 +74,9 @@ class Keeper:
                     self._appended()
             except OtherFileError:
                 if self._options.on_mismatch == "stop":
-                    raise
+                    raise OtherFileError(
+                        f"{self._mirror.path} is not the beginning of the remote file: its last bytes are not there"
+                    ) from None
                 return False
             return True
 
