@@ -8,7 +8,8 @@ from functools import partial
 
 from tailsrv import policy
 from tailsrv.config import Network
-from tailsrv.listener import BACKLOG, endpoint
+from tailsrv.endpoint import endpoint
+from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited
 from tailsrv.loop import Loop
 from tailsrv.slot import Inheritance

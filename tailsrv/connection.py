@@ -3,7 +3,7 @@
 import socket
 from enum import Enum
 
-from tailsrv.listener import endpoint
+from tailsrv.endpoint import endpoint
 
 
 class State(Enum):

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tailsrv.endpoint import endpoint
 from tailsrv.hints import cannot_bind
 
 # A storm of reconnects fills the queue of a slot before its worker sees the first; the kernel cuts this to
@@ -48,11 +49,6 @@ class Address:
 
 
 EVERY_ADDRESS = (Address(socket.AF_INET, "0.0.0.0"), Address(socket.AF_INET6, "::"))  # noqa: S104 a server's default
-
-
-def endpoint(host: str, port: int) -> str:
-    """Return host and port as people write them, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def endpoints(bind: Sequence[str], port: int) -> list[str]:

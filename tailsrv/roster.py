@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tailsrv.listener import endpoint
+from tailsrv.endpoint import endpoint
 from tailsrv.syscalls import streamed
 
 Saved = list[list[int | None]]

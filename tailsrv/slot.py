@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tailsrv.control import start_ticks
-from tailsrv.listener import endpoint
+from tailsrv.endpoint import endpoint
 from tailsrv.policy import Failures
 from tailsrv.quota import Quota
 from tailsrv.roster import Entry, Roster

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from unit import PATIENCE, closing_all, needs_ipv6, wait_readable
 
-from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoint, endpoints, open_listeners, resolve
+from tailsrv.endpoint import endpoint
+from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
 
 LOOPBACK = ["127.0.0.1"]
 

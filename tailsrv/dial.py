@@ -1,0 +1,182 @@
+"""Opens connections to the servers of one file: each address of each name in turn, with a growing pause between rounds."""
+
+import errno
+import os
+import random
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tailsrv.endpoint import endpoint
+
+# How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
+# One's own may watch other things meanwhile, and raise what it likes to end a stream.
+Wait = Callable[[int, int, float | None], bool]
+
+# The server's own values: what has vanished is noticed after 60 + 4 x 15 seconds.
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+
+
+class ConnectError(OSError):
+    """No server can be reached; the message says which and why, in one line."""
+
+
+class UnknownHostError(ConnectError):
+    """None of the names has an address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """The pauses between rounds in which nothing came: they double from `first` to `longest` seconds.
+
+    Chance takes up to half off each, so that those who lost a server together do not come back together.
+    """
+
+    first: float = 0.5
+    longest: float = 10.0
+
+    def pause(self, failures: int, chance: float) -> float:
+        """Return the seconds to wait after so many failures in a row; `chance` is from 0 to 1."""
+        whole = min(self.longest, self.first * 2.0 ** min(failures - 1, 30))
+        return whole * (1 - chance / 2)
+
+
+def wait(fd: int, events: int, seconds: float | None) -> bool:
+    """Wait as a `Wait` does, for nothing else."""
+    poll = select.poll()
+    if fd >= 0:
+        poll.register(fd, events)
+    return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
+
+
+QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
+
+Found = tuple[socket.AddressFamily, Any]  # what connect(2) takes depends on the family
+
+
+class Dialer:
+    """Gives connected sockets, one after the other.
+
+    `report` is told why nothing comes, once for each reason, and when all is well again.
+    """
+
+    def __init__(
+        self, servers: Sequence[tuple[str, int]], backoff: Backoff, timeout: float, wait: Wait, report: Callable[[str], object]
+    ) -> None:
+        self._servers, self._backoff, self._timeout, self._wait, self._report = servers, backoff, timeout, wait, report
+        self._round: Iterator[Found] = iter(())  # the addresses of this round that have not been tried
+        self._failures = 0  # rounds in a row that brought no byte
+        self._reasons: list[str] = []  # of this round
+        self._reported = ""
+        self._ever = False  # a name had an address
+
+    def connect(self, until: float | None = None, once: bool = False) -> socket.socket | None:
+        """Return a connection; None if there is none at the time `until` (of the monotonic clock).
+
+        Raises UnknownHostError if no name has an address from the very start, and ConnectError with `once`
+        if the first round brings no connection.
+        """
+        while True:
+            for family, address in self._round:
+                if sock := self._try(family, address, until):
+                    return sock
+            if self._reasons and not self._end_round(until, once):
+                return None
+            self._round = iter(self._resolve())
+
+    def again(self, sock: socket.socket) -> socket.socket | None:
+        """Return another connection to the server at the other end of `sock`, None if there is none. Raises OSError."""
+        return self._try(sock.family, sock.getpeername(), None)
+
+    def failed(self, reason: str) -> None:
+        """Note why a connection has ended, and that its turn is over."""
+        self._reasons.append(reason)
+
+    def succeeded(self, name: str) -> None:
+        """Note that a byte has come: the next failure is a first one."""
+        if self._reported:
+            self._report(f"{name} is there again")
+        self._failures, self._reported = 0, ""
+        self._reasons.clear()
+
+    def _end_round(self, until: float | None, once: bool) -> bool:
+        """Say why this round brought nothing, and pause; tell whether there is time for another."""
+        text = ", ".join(dict.fromkeys(self._reasons))
+        self._reasons.clear()
+        if once:
+            raise ConnectError(text)
+        if text != self._reported:
+            self._report(f"{text}; trying again")
+            self._reported = text
+        self._failures += 1
+        pause = self._backoff.pause(self._failures, random.random())  # noqa: S311 - no secret
+        left = _left(until)
+        self._wait(-1, 0, pause if left is None else min(pause, left))
+        return left is None or left > pause
+
+    def _resolve(self) -> list[Found]:
+        """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start."""
+        found: dict[Found, None] = {}
+        for host, port in self._servers:
+            try:
+                for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                    found[family, address] = None
+            except (OSError, UnicodeError) as error:  # UnicodeError: a label too long for a name
+                self._reasons.append(f"{endpoint(host, port)}: {getattr(error, 'strerror', None) or 'not a host name'}")
+        if not found and not self._ever:
+            raise UnknownHostError(", ".join(self._reasons))
+        self._ever = True
+        return list(found)
+
+    def _try(self, family: socket.AddressFamily, address: Any, until: float | None) -> socket.socket | None:
+        """Return a connection to `address`, None if there is none within the timeout."""
+        left = _left(until)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            self._refused(address, error.errno or 0)
+            return None
+        try:
+            for level, option, value in _KEEPALIVE:
+                sock.setsockopt(level, option, value)
+            refused = sock.connect_ex(address)
+            if refused == errno.EINPROGRESS:
+                came = self._wait(sock.fileno(), select.POLLOUT, self._timeout if left is None else min(left, self._timeout))
+                refused = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+        except BaseException:
+            sock.close()
+            raise
+        if refused:
+            sock.close()
+            self._refused(address, refused)
+            return None
+        return sock
+
+    def _refused(self, address: Any, number: int) -> None:
+        self._reasons.append(f"{endpoint(str(address[0]), int(address[1]))}: {os.strerror(number)}")
+
+
+def name_of(sock: socket.socket) -> str:
+    """Return the server at the other end of `sock`, as people write it. Raises OSError."""
+    return endpoint(*sock.getpeername()[:2])
+
+
+def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait) -> bytes:
+    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError."""
+    sock.send(header)
+    data = b""
+    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET) and (some := sock.recv(count - len(data))):
+        data += some
+    return data
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())
