@@ -7,14 +7,16 @@ of this away however the tests end.
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import psutil  # type: ignore[import-untyped]
 from helpers import DEADLINE, Seen
 
 TOOLS = ("ip", "nsenter")
@@ -80,7 +82,13 @@ class Namespace:
         return subprocess.run([*self.wrapper, *command], input=given, capture_output=True, text=True, timeout=DEADLINE)
 
     def close(self) -> None:
-        """Let go of it: the kernel ends it with the last process in it."""
+        """End what still runs in it, and let go of it: the kernel takes it away with the last process."""
+        for pid in psutil.pids():
+            try:
+                if os.path.samestat(os.stat(f"/proc/{pid}/ns/net"), os.fstat(self._fd)):
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended meanwhile
         os.close(self._fd)
 
 
@@ -123,8 +131,12 @@ class Network:
         plug = name
         if loss or delay:
             plug = f"{name}.far"
-            self.switch.ip(f"link add name {name} type veth peer name {name}.near", f"link set dev {name}.near up", f"link set dev {name} up")
-        self.switch.ip(f"link add name {plug} type veth peer name eth0 netns {host.path}", f"link set dev {plug} up", f"link set dev {name} up")
+            self.switch.ip(
+                f"link add name {name} type veth peer name {name}.near", f"link set dev {name}.near up", f"link set dev {name} up"
+            )
+        self.switch.ip(
+            f"link add name {plug} type veth peer name eth0 netns {host.path}", f"link set dev {plug} up", f"link set dev {name} up"
+        )
         host.ip(f"addr add {address}/24 dev eth0", "link set eth0 up")
         if loss or delay:
             self._run_wire(f"{name}.near", f"{name}.far", str(loss), str(delay))

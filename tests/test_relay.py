@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,11 @@ class Program:
         return self._process.wait(DEADLINE)
 
 
+def serve(host: Host, path: Path, log: Path) -> Server:
+    """Return a tailsrv that serves `path` on `host`, and tells of each client."""
+    return Server([*host.wrapper, *TAILSRV, "-v", "-p", str(PORT), "--follow-name", str(path)], log, status=0)
+
+
 class Relay:
     """A host with a tssync, and a tailsrv that serves its copy."""
 
@@ -64,8 +69,7 @@ class Relay:
     def start(self) -> None:
         """Start both, as the units do."""
         self.start_sync()
-        command = [*self.host.wrapper, *TAILSRV, "-v", "-p", str(PORT), "--follow-name", self.copy]
-        self.server = Server(command, self._folder / "tailsrv.err", status=0)
+        self.server = serve(self.host, self.copy, self._folder / "tailsrv.err")
 
     def start_sync(self) -> None:
         """Start tssync."""
@@ -101,6 +105,10 @@ class Balancer:
         self.program = Program(self._host, self._folder / "haproxy", "haproxy", "-db", "-f", self.config)
         eventually(lambda: self.program.is_running() and self._socket.exists())
 
+    def finish(self) -> None:
+        """End it at once."""
+        self.program.end()
+
     def relays(self) -> dict[str, dict[str, str]]:
         """Return what it knows of each relay, by name, with the columns that its manual names."""
         with socket.socket(socket.AF_UNIX) as sock:
@@ -127,30 +135,44 @@ class Client(Program):
         """How far it has come in the file."""
         return self.start + self.output.stat().st_size
 
+    def reaches(self, offset: int) -> None:
+        """Wait until it has come so far."""
+        eventually(lambda: self.is_running() and self.reached >= offset)
+
 
 class Tree:
     """All of it."""
 
-    def __init__(self, network: Network, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, network: Network, folder: Path) -> None:
         self._folder = folder
         self.file = folder / "app.log"
         append(self.file, random_bytes(1 << 20))
         self.origin_host = network.host("origin", ORIGIN, loss=0.01, delay=0.01)
         self.start_origin()
-        stack.callback(lambda: self.origin.finish())
         self.relays = [Relay(network.host(f"relay{number}", ip), folder / f"relay{number}") for number, ip in enumerate(RELAYS, 1)]
         for relay in self.relays:
             relay.start()
-            stack.callback(relay.finish)
         self.balancer = Balancer(network.host("balancer", BALANCER), folder)
-        stack.callback(lambda: self.balancer.program.end())
         self.clients_host = network.host("clients", "10.0.0.20", loss=0.01, delay=0.005)
         self.clients: list[Client] = []
 
     def start_origin(self) -> None:
         """Start the origin's tailsrv."""
-        command = [*self.origin_host.wrapper, *TAILSRV, "-v", "-p", str(PORT), self.file]
-        self.origin = Server(command, self._folder / "origin.err", status=0)
+        self.origin = serve(self.origin_host, self.file, self._folder / "origin.err")
+
+    def restart_origin(self) -> None:
+        """End it in good order, and start it again with the same file."""
+        self.origin.finish()
+        self.start_origin()
+
+    def finish(self) -> None:
+        """End all, the clients first, who must be content."""
+        for client in self.clients:
+            assert client.end(signal.SIGINT) == 0, client.errors
+        self.balancer.finish()
+        for relay in self.relays:
+            relay.finish()
+        self.origin.finish()
 
     def add_client(self, addresses: tuple[str, ...], start: int = 0) -> None:
         """Start a tscat."""
@@ -190,7 +212,7 @@ class Tree:
         """Assert that every client gets what is in the file, to the byte."""
         data = self.file.read_bytes()
         for client in self.clients:
-            eventually(lambda client=client: client.reached >= len(data))
+            client.reaches(len(data))
             assert client.output.read_bytes() == data[client.start :]
 
     def favourite(self) -> Relay:
@@ -204,16 +226,13 @@ def tree() -> Iterator[Tree]:
     """Return the tree, with all at its place and well. Each test leaves it so."""
     if reason := reason_to_skip("haproxy"):
         pytest.skip(f"no hosts: {reason}")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailsrv-")))
-        network = stack.enter_context(Network())
-        tree = Tree(network, folder, stack)
+    with tempfile.TemporaryDirectory(prefix="tailsrv-") as folder, Network() as network:
+        tree = Tree(network, Path(folder))
         for start in (0, 0, 0, 1000):
             tree.add_client(THROUGH_BALANCER, start)
         tree.add_client(TO_RELAYS)
         yield tree
-        for client in tree.clients:
-            client.end()
+        tree.finish()
 
 
 def test_checks_are_no_clients(tree: Tree) -> None:
@@ -261,14 +280,13 @@ def test_a_tssync_dies(tree: Tree) -> None:
 def test_the_origin_restarts(tree: Tree) -> None:
     """The origin's tailsrv comes back with the same file, and the relays come back to it."""
     with tree.writing():
-        tree.origin.finish()
-        tree.start_origin()
+        tree.restart_origin()
     tree.is_exact()
 
 
 def test_the_balancer_dies(tree: Tree) -> None:
     """The clients come back when HAProxy does."""
     with tree.writing():
-        tree.balancer.program.end()
+        tree.balancer.finish()
         tree.balancer.start()
     tree.is_exact()

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections import deque
+from typing import Any
 
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23  # linux/if_packet.h, linux/socket.h
 ETH_P_ALL = 3
@@ -35,7 +36,7 @@ def carry(one: socket.socket, other: socket.socket, loss: float, delay: float) -
     under_way: deque[tuple[float, socket.socket, bytes]] = deque()  # when it is due, where to, what
     while True:
         timeout = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
-        ready, _, _ = select.select([*to, sys.stdin], [], [], timeout)
+        ready: list[Any] = select.select([*to, sys.stdin], [], [], timeout)[0]
         if sys.stdin in ready:
             return
         for sock in ready:
