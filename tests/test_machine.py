@@ -16,6 +16,7 @@ from machine import CHECKOUT, Machine, NoMachineError, Service, is_required, loc
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 PORT = 4321
+UNITS = "/etc/systemd/system"
 
 Boot = Callable[[], Machine]
 MakeService = Callable[..., Service]
@@ -50,15 +51,20 @@ def boot() -> Iterator[Boot]:
         yield start
 
 
-def operations() -> dict[str, str]:
-    """Return the README's commands for operators, by what they are for, in order."""
-    text = (CHECKOUT / "README.md").read_text()
-    return dict(re.findall(r"<!-- operations: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
+def operations(page: str = "README.md", mark: str = "operations") -> dict[str, str]:
+    """Return the page's commands for operators, by what they are for, in order."""
+    text = (CHECKOUT / page).read_text()
+    return dict(re.findall(rf"<!-- {mark}: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
 
 
 def follow_readme(machine: Machine, what: str) -> str:
     """Run the README's commands for `what` by the letter, as root in a checkout; return what they print."""
-    return machine.run("bash", "-euc", "cd /root/tailsrv\n" + operations()[what])
+    return follow(machine, operations()[what])
+
+
+def follow(machine: Machine, commands: str) -> str:
+    """Run commands of ours by the letter, as root in a checkout; return what they print."""
+    return machine.run("bash", "-euc", "cd /root/tailsrv\n" + commands)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +102,15 @@ def service(make_service: MakeService) -> Service:
 
 def test_the_units_are_what_systemd_calls_safe(machine: Machine) -> None:
     """The service scores 1.5 at most, and systemd has nothing to say against either unit."""
-    folder = "/etc/systemd/system"
-    machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=15", "--no-pager", f"{folder}/tailsrv@.service")
-    for unit in ("tailsrv@.service", "tailsrv@.socket"):
-        assert machine.run("systemd-analyze", "verify", f"{folder}/{unit}") == ""
+    assert_safe(machine, "tailsrv@.service")
+    assert machine.run("systemd-analyze", "verify", f"{UNITS}/tailsrv@.socket") == ""
+
+
+def assert_safe(machine: Machine, *services: str) -> None:
+    """Assert that these score 1.5 at most, and that systemd has nothing to say against them."""
+    for service in services:
+        machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=15", "--no-pager", f"{UNITS}/{service}")
+        assert machine.run("systemd-analyze", "verify", f"{UNITS}/{service}") == ""
 
 
 def test_a_log_of_group_adm_is_served(service: Service) -> None:
@@ -505,6 +516,33 @@ def test_a_file_that_the_sandbox_hides(make_service: MakeService, folder: str, r
     service.override("[Service]", remedy)
     service.machine.run("systemctl", "restart", service.unit)
     expect(service.connect(PORT, b"0\n"), b"first\n")
+
+
+# A relay
+
+
+def test_a_relay(machine: Machine, make_service: MakeService) -> None:
+    """Who follows the relay's page gets a relay, whose clients notice nothing of a killed tssync or an origin that restarts."""
+    origin = make_service("/var/log/origin.log", PORT="5321")
+    origin.create(b"first\n")
+    origin.start()
+    pages = operations("contrib/relay/README.md", "relay")
+    follow(machine, pages["install"])
+    assert_safe(machine, "tailsrv-relay@.service", "tssync@.service")
+    machine.run("sed", "-i", "s/^ORIGIN=.*/ORIGIN=localhost:5321/", "/etc/tailsrv-relay/app.log.env")
+    assert follow(machine, pages["start"]).endswith("first")
+    relay, sync = "tailsrv-relay@app.log.service", "tssync@app.log.service"
+    pid, sock = machine.run("systemctl", "show", "--value", "--property=MainPID", relay), machine.connect(PORT, b"0\n")
+    with sock:
+        expect(sock, b"first\n")
+        machine.run("systemctl", "kill", "--signal=KILL", sync)
+        eventually(lambda: machine.run("systemctl", "show", "--value", "--property=NRestarts", sync) == "1")
+        machine.run("systemctl", "restart", origin.unit)
+        origin.append(b"second\n")
+        expect(sock, b"second\n")
+    assert machine.run("systemctl", "show", "--value", "--property=MainPID", relay) == pid
+    machine.run("systemctl", "disable", "--now", relay)
+    assert machine.ask("systemctl", "is-active", sync).stdout == "inactive\n"
 
 
 # The README
