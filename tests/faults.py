@@ -30,6 +30,7 @@ CALLS = {
     "open": "openat",
     "poll": "ppoll,?poll",
     "wait": "wait4",
+    "pread": "pread64",
     "recv": "recvfrom",
     "send": "sendto",
     "sleep": "clock_nanosleep",
@@ -210,7 +211,7 @@ def await_answer(bench: Bench) -> None:
 
 
 ACTS = {
-    "append": Act(Bench.append, 150),
+    "append": Act(Bench.append, 500),
     "visit": Act(Bench.visit, 100),
     "header in pieces": Act(Bench.visit_in_pieces, 20),
     "crowd": Act(Bench.crowd, 1),
