@@ -23,7 +23,7 @@ PARSERS = [make_parser(), make_health_parser()]
 SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
 DATE = "2023-11-14"
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("build")]  # all in one process, which builds once
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, **more: str) -> str:

@@ -28,8 +28,6 @@ from unit import as_root
 from tailsrv.control import start_ticks
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
 
-pytestmark = pytest.mark.xdist_group("health")  # all in one process: a search for servers asks the impostors as well
-
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
 HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")  # runs what follows so

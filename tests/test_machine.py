@@ -13,7 +13,7 @@ import pytest
 from helpers import eventually, expect, expect_eof, random_bytes
 from machine import CHECKOUT, Machine, NoMachineError, Service, is_required, locked, make_root, make_wheels, reason_to_skip
 
-pytestmark = [pytest.mark.machine, pytest.mark.slow, pytest.mark.xdist_group("machine")]  # all in one process, which boots it once
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
 PORT = 4321
 
