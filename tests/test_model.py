@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("TAILSRV_MODEL_EXAMPLES", "0"))
 STEPS = int(os.environ.get("TAILSRV_MODEL_STEPS", "60"))
 OPTIONS = settings(
-    max_examples=EXAMPLES or 70,
+    max_examples=EXAMPLES or 60,
     stateful_step_count=STEPS,
     derandomize=not EXAMPLES,
     database=None,
@@ -132,8 +132,9 @@ class Wrong(Model):
 
 def test_what_is_printed_is_a_script() -> None:
     """The steps of an example that fails are printed as calls that repeat it."""
+    quick = settings(OPTIONS, phases=[Phase.generate], report_multiple_bugs=False, stateful_step_count=10)
     with pytest.raises(AssertionError, match="there was a kill") as failure:
-        run_state_machine_as_test(Wrong, settings=settings(OPTIONS, phases=[Phase.generate], stateful_step_count=10))
+        run_state_machine_as_test(Wrong, settings=quick)
     script = "\n".join(failure.value.__notes__).partition("state = ")
     with pytest.raises(AssertionError, match="there was a kill"):
         exec("".join(script[1:]), {"Wrong": Wrong})
