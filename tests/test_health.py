@@ -297,16 +297,19 @@ def test_stopped_supervisor(serve: Serve, path: Path) -> None:
     assert f'tailsrv_health_status{{server="*:{port}"}} 2\n' in forms["prometheus"].stdout
 
 
-def free_port() -> int:
+@contextmanager
+def spare_port() -> Iterator[int]:
+    """Give a port on which there is no server, and which no server of another test gets meanwhile."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+        yield sock.getsockname()[1]
 
 
 @pytest.mark.parametrize("form", ["text", "json", "prometheus"])
 def test_no_server(form: str) -> None:
     """Where no server is found, that is CRITICAL."""
-    done = health("-p", str(free_port()), "--format", form)
+    with spare_port() as port:
+        done = health("-p", str(port), "--format", form)
     assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
     assert {"text": "CRITICAL: no tailsrv on port ", "json": '"CRITICAL"', "prometheus": "\ntailsrv_servers 0\n"}[form] in done.stdout
     done = health("--pid", str(os.getpid()))
@@ -429,8 +432,7 @@ def test_other_users(serve: Serve, open_folder: Path) -> None:
 @contextmanager
 def pretending(answer: bytes, backlog: int = 16) -> Iterator[int]:
     """Answer for a server that is not there; give the port that it is not on."""
-    port = free_port()
-    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen(backlog)
         if backlog:
@@ -525,12 +527,12 @@ def test_full_queue() -> None:
 
 def test_forged_list_of_sockets(tmp_path: Path) -> None:
     """A name that forges lines of the kernel's list of sockets, or looks like ours, is passed over."""
-    port = free_port()
-    names = [
-        f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}", f"\0tailsrv:127.9.9.9:{port}/clients",
-        f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0", f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
-    ]  # fmt: skip
-    with ExitStack() as stack:
+    with spare_port() as port, ExitStack() as stack:
+        names = [
+            f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}",
+            f"\0tailsrv:127.9.9.9:{port}/clients", f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0",
+            f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
+        ]  # fmt: skip
         for name in names:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(name)
@@ -555,8 +557,7 @@ def test_hidden_proc(serve: Serve, path: Path) -> None:
 
 def test_interrupt(tmp_path: Path) -> None:
     """Ctrl-C ends a check that waits, without a word."""
-    port = free_port()
-    with socket.socket(socket.AF_UNIX) as listener:
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
         listener.settimeout(DEADLINE)
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen()
@@ -583,13 +584,14 @@ input()
 @needs_nobody
 def test_stranger_is_not_believed() -> None:
     """A name that another user has taken says nothing: it is not even waited for."""
-    name = f"127.9.9.9:{free_port()}"
     stranger = ("setpriv", f"--reuid={NOBODY - 1}", f"--regid={NOBODY - 1}", "--clear-groups")
-    with subprocess.Popen([*stranger, sys.executable, "-c", SQUAT, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
-        assert squatter.stdout is not None
-        squatter.stdout.readline()
-        done = health("-p", name.partition(":")[2], wrapper=AS_NOBODY)
-        squatter.communicate(b"\n")
+    with spare_port() as port:
+        command = [*stranger, sys.executable, "-c", SQUAT, f"127.9.9.9:{port}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
+            assert squatter.stdout is not None
+            squatter.stdout.readline()
+            done = health("-p", str(port), wrapper=AS_NOBODY)
+            squatter.communicate(b"\n")
     assert done.returncode == Level.UNKNOWN
     assert f"belongs to user {NOBODY - 1}: " in done.stdout
 
@@ -685,7 +687,8 @@ def test_colour_only_on_a_terminal_that_wants_it(env: dict[str, str], coloured: 
     ours, theirs = pty.openpty()
     try:
         plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-        done = subprocess.run([*HEALTH, "-p", str(free_port())], stdout=theirs, env=plain | env, timeout=DEADLINE)
+        with spare_port() as port:
+            done = subprocess.run([*HEALTH, "-p", str(port)], stdout=theirs, env=plain | env, timeout=DEADLINE)
         said = os.read(ours, 1000)
     finally:
         os.close(theirs)

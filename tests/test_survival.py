@@ -397,6 +397,7 @@ def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
     (worker,) = server.workers(1)
     client = server.connect(b"0\n")
     expect(client, SMALL)
+    await_protected(server, 1)  # there must have been a descriptor for it
     limits = psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)
     psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (5, limits[1]))
     os.kill(worker, signal.SIGKILL)
