@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from clients import Cutter, closed_port, restart
+from followers import Cutter, closed_port, restart
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes
 from unit import run_python
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from clients import TSCAT, Command, Cutter, closed_port, restart, run_client
+from followers import TSCAT, Command, Cutter, closed_port, restart, run_client
 from helpers import DEADLINE, Serve, Server, append, random_bytes, runs
 from unit import as_root, can_ipv6
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clients import TSSYNC, Command, Cutter, closed_port, holds, restart, run_client
+from followers import TSSYNC, Command, Cutter, closed_port, holds, restart, run_client
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes, runs
 from unit import as_root
 
@@ -211,7 +211,7 @@ def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: li
     """With --fsync the disk has the copy soon after, without it when the kernel likes."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
-    command = [*TSSYNC, here(serve(path)), copy, "--until-idle", "0.5", *options]
+    command: list[str | Path] = [*TSSYNC, here(serve(path)), copy, "--until-idle", "0.5", *options]
     done = run_client("strace", "-f", "-o", trace, "-e", "trace=fdatasync,fsync", *command)
     assert done.returncode == 0
     calls = [line for line in trace.read_text().splitlines() if "sync(" in line]

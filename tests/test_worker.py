@@ -28,7 +28,8 @@ from unit import (
 
 from tailsrv.config import Config, ExitStatus
 from tailsrv.connection import Client, State
-from tailsrv.listener import endpoint, open_listeners
+from tailsrv.endpoint import endpoint
+from tailsrv.listener import open_listeners
 from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import Start, parse_header
 from tailsrv.signals import Wakeup

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import measure
+import processes
 import servers
 from generator import Generator, LoadError
 from report import Cell, Results, brief
@@ -150,7 +150,7 @@ def _measure(cell: Cell, scenario: Scenario, server: Server, generator: Generato
 def run(scenarios: list[Scenario], found: list[Server], args: argparse.Namespace) -> int:
     """Measure, write what there is even when interrupted, and return the exit status."""
     settings = {"rounds": args.rounds, "quick": args.quick, "threads": args.threads, "descriptors": raise_descriptor_limit()}
-    results = Results(scenarios, found, measure.describe_machine(), settings)
+    results = Results(scenarios, found, processes.describe_machine(), settings)
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="tailsrv-bench-") as folder:
         generator = Generator(Path(folder))

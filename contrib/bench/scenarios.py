@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from generator import Generator, Numbers
-from measure import Look
+from processes import Look
 from servers import Running, Server, running
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import measure
+import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = "import inotify_simple, setproctitle, psutil"
@@ -68,13 +68,13 @@ class Running:
                 raise ServerError(f"not ready after {PATIENCE:g} seconds: {self._last_words()}")
             time.sleep(0.02)
 
-    def look(self) -> measure.Look:
+    def look(self) -> processes.Look:
         """Return what it has used so far."""
-        return measure.look(measure.session(self._process.pid))
+        return processes.look(processes.session(self._process.pid))
 
     def workers(self) -> list[int]:
         """Return the pids of its workers, if it is a tailsrv."""
-        return measure.children(self._process.pid)
+        return processes.children(self._process.pid)
 
     def stop(self) -> None:
         """End it, and whatever it has started."""
@@ -83,7 +83,7 @@ class Running:
             self._process.wait(PATIENCE / 2)
         except subprocess.TimeoutExpired:
             pass
-        for pid in measure.session(self._process.pid):
+        for pid in processes.session(self._process.pid):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
