@@ -171,7 +171,11 @@ def test_another_version(serve: Serve, path: Path, installed: Installed) -> None
         load.run(0.2)
         started = status(server)["started"]
         installed.install("99.0")
-        installed.edit("worker.py", 'logger.debug("client streams: ', 'logger.warning("client of the new worker streams: ')
+        installed.edit(
+            "worker.py",
+            'isEnabledFor(logging.DEBUG):\n            logger.debug("client streams: ',
+            'isEnabledFor(logging.WARNING):\n            logger.warning("client of the new worker streams: ',
+        )
         server.signal(signal.SIGHUP)
         load.run_until(lambda: server.lines("upgraded: version=99.0 clients=20"))
         server.logged(f"upgrade: old={tailsrv.__version__} new=99.0")
@@ -212,7 +216,7 @@ BREAKS = {
     "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
     "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
     "state": ("state.py", "FORMAT = 2", "FORMAT = 1000", r"format \(2, \d+\).*\(1000, \d+\)"),
-    "channel": ("messages.py", "VERSION = 2", "VERSION = 1000", r"format \(\d+, 2\).*\(\d+, 1000\)"),
+    "channel": ("messages.py", "VERSION = 2", "VERSION = 100", r"format \(\d+, 2\).*\(\d+, 100\)"),
 }
 
 
