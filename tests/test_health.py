@@ -27,6 +27,7 @@ from unit import as_root
 
 from tailsrv.control import start_ticks
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
+from tailsrv.health_ask import list_endpoints
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
@@ -539,6 +540,36 @@ def test_forged_list_of_sockets(tmp_path: Path) -> None:
             listener.listen()
         stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
         assert find(port=port) == []
+
+
+CHURN = """
+import os, socket
+print("ready", flush=True)
+for turn in range(1_000_000_000):
+    sockets = []
+    for number in range(60):
+        sockets.append(socket.socket(socket.AF_UNIX))
+        sockets[-1].bind(f"\\0x{os.getpid()}-{turn * 60 + number}")
+    for sock in sockets:
+        sock.close()
+"""
+
+
+@pytest.mark.slow
+def test_many_sockets_come_and_go() -> None:
+    """However many sockets others make and close meanwhile, a server's is found."""
+    with spare_port() as port, ExitStack() as stack:
+        names = {f"127.9.9.{number}:{port}" for number in range(100)}
+        for name in names:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(f"\0tailsrv:{name}")
+            listener.listen()
+        churn = stack.enter_context(subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE))
+        stack.callback(churn.kill)
+        assert churn.stdout is not None
+        churn.stdout.readline()
+        for _ in range(500):
+            assert names <= set(list_endpoints())
 
 
 @root_only
