@@ -4,22 +4,23 @@ from collections import deque
 from collections.abc import Callable
 
 from tailsrv.connection import Client
-from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS, disk_pause
+from tailsrv.policy import MAX_MISSES, READ_AHEAD, READERS, STRIDE, WARY, disk_pause
 
 
 class ReadAhead:
     """Who waits for the disk, and whom it works for.
 
-    `is_cached(offset, count)` tells whether these bytes of the file are in memory, `read(offset, count)` has the disk get
-    them there. It works for READERS clients at a time, so that their bytes are still in memory when their turn comes;
-    more wait in a queue.
+    `is_cached(offset, count, stride)` tells whether these bytes of the file are in memory, by a look at every `stride` and
+    at the last; `read(offset, count)` has the disk get them there. It works for READERS clients at a time, so that their bytes
+    are still in memory when their turn comes; more wait in a queue.
     """
 
-    def __init__(self, is_cached: Callable[[int, int], bool], read: Callable[[int, int], None]) -> None:
+    def __init__(self, is_cached: Callable[[int, int, int], bool], read: Callable[[int, int], None]) -> None:
         self._is_cached, self._read = is_cached, read
         self._misses: dict[Client, int] = {}  # of those whom the disk works for: how often they have looked in vain
         self._looking: list[Client] = []  # those of them that are to look again
         self._queue: deque[Client] = deque()
+        self._wary = 0  # so many times more it is looked closely: while the disk works, there are gaps
 
     def __bool__(self) -> bool:
         """Tell whether anybody waits."""
@@ -29,11 +30,13 @@ class ReadAhead:
         """Return how many of the next `wanted` bytes `client` can be sent at once; if 0, it waits until `again` returns it."""
         misses = self._misses.get(client, 0)
         count = min(wanted, READ_AHEAD) if misses else wanted
-        if self._is_cached(client.offset, count) or misses >= MAX_MISSES:  # then sendfile(2) will tell what is wrong
+        if self._is_cached(client.offset, count, STRIDE if self._wary else count) or misses >= MAX_MISSES:
+            self._wary = max(0, self._wary - 1)
             if misses:
                 del self._misses[client]
                 self._read(client.offset + count, READ_AHEAD)  # while these are sent
             return count
+        self._wary = WARY
         if not misses and len(self._misses) >= READERS:
             self._queue.append(client)
             return 0

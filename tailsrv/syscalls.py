@@ -97,18 +97,17 @@ def _outcome_of(error: OSError) -> Outcome | OSError:
 
 
 _BYTE = [bytearray(1)]
-_STRIDE = 128 << 10
 
 
-def is_cached(file: int, offset: int, count: int) -> bool:
-    """Tell whether `count` bytes of `file` can be had without waiting for the disk, as far as a look at every 128 KiB tells.
+def is_cached(file: int, offset: int, count: int, stride: int) -> bool:
+    """Tell whether `count` bytes of `file` can be had without waiting for the disk, as a look at every `stride` and at the last tells.
 
     preadv2(2), RWF_NOWAIT. The first look in vain is the last: the kernel answers it with read-ahead from that place on, and what
-    is behind it must not come before it. Where it is not known (EOPNOTSUPP), or nothing is there, the answer is yes: sendfile(2)
+    is behind it should not come before it. Where it is not known (EOPNOTSUPP), or nothing is there, the answer is yes: sendfile(2)
     has the last word.
     """
     try:
-        for place in range(offset, offset + count, _STRIDE):
+        for place in range(offset, offset + count, stride):
             os.preadv(file, _BYTE, place, os.RWF_NOWAIT)
         if count > mmap.PAGESIZE:
             os.preadv(file, _BYTE, offset + count - 1, os.RWF_NOWAIT)

@@ -19,7 +19,7 @@ class Disk:
         self.cached_to = 0
         self.asked: list[tuple[int, int]] = []
 
-    def is_cached(self, offset: int, count: int) -> bool:
+    def is_cached(self, offset: int, count: int, _stride: int) -> bool:
         """Tell whether these bytes are in memory."""
         return offset + count <= self.cached_to
 

@@ -161,13 +161,13 @@ def test_is_cached(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(DATA)
     with opened(path) as file:
-        assert is_cached(file, 0, len(DATA))
-        assert is_cached(file, len(DATA), 10)  # nothing is there to wait for
+        assert is_cached(file, 0, len(DATA), 4096)
+        assert is_cached(file, len(DATA), 10, 10)  # nothing is there to wait for
         evict(file)
-        if is_cached(file, 0, len(DATA)):
+        if is_cached(file, 0, len(DATA), 4096):
             pytest.skip("this file system keeps its files in memory, or does not tell")
         read_ahead(file, 0, len(DATA))
-        eventually(lambda: is_cached(file, 0, len(DATA)))
+        eventually(lambda: is_cached(file, 0, len(DATA), 4096))
 
 
 @pytest.fixture
