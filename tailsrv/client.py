@@ -27,6 +27,7 @@ Address = str | tuple[str, int]
 
 CHUNK = 1 << 18  # the most that one step gives
 STUCK = 2.0  # seconds without what a server surely has if it serves our file: time to say so
+LACKING = "does not send what came before: its file is shorter, or another one"
 ANCHORS = 3  # attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
 
 
@@ -49,7 +50,8 @@ def follow(
     They are tried in turn, each with every address that its name has, `connect_timeout` seconds each.
     `offset` is N, -N or "-0", as in the protocol. Chunks end anywhere and are never empty.
 
-    `once` ends the iteration with the first connection, `idle` after so many seconds without a byte; by default it never ends.
+    `once` ends the iteration with the first connection, `idle` after so many seconds without a byte (with ConnectError, if there
+    is no connection then); by default it never ends.
     With `whole_lines`, an offset from the end begins at the next line. `report` is called with a line for people when connections
     are lost or cannot be made, once for each reason. `recall` and `wait` are for those who keep the bytes elsewhere, or
     wait for other things as well: see `Recall` and `Wait`.
@@ -60,7 +62,7 @@ def follow(
     What was not there when -N was asked for comes again only if the first connection has lasted for a second.
 
     Raises EndpointError and OffsetError (both are ValueErrors) at once. The iteration raises UnknownHostError if no name has an
-    address at the start, ConnectError (only with `once`) if there is no connection or it breaks, and the two above.
+    address at the start, ConnectError (`once`, `idle`) if there is no connection or it breaks, and the two above.
     """
     servers = [parse_endpoint(one) if isinstance(one, str) else check_port(*one) for one in _several(addresses)]
     if not servers:
@@ -95,7 +97,8 @@ class Follow(Iterator[bytes]):
     ) -> None:
         self._dialer, self._place, self._wait, self._report = dialer, place, wait, report
         self._once, self._idle = once, idle
-        self._must_align = whole_lines
+        self._whole_lines = whole_lines
+        self._first = True  # no connection yet
         self._anchors = 0 if once else ANCHORS
         self._sock: socket.socket | None = None
         self._name = ""  # of the server that we are connected to
@@ -163,13 +166,19 @@ class Follow(Iterator[bytes]):
                         return True
                     self._receive(min(self._place.wanted, CHUNK))
                 elif (left := self._left()) is not None and left <= 0:
-                    self.close()
+                    self._end_idle()
                 else:
                     self._use_the_quiet(self._sock)
-        except PlaceError:
+        except (PlaceError, ConnectError):
             self.close()
             raise
         return bool(self._ready)
+
+    def _end_idle(self) -> None:
+        """End the iteration: nothing has come for long enough. Raises ConnectError where this server could have sent nothing."""
+        self.close()
+        if self._place.wanted:
+            raise ConnectError(f"{self._name}: {LACKING}")
 
     def _left(self) -> float | None:
         """Return the seconds until the iteration has been idle for too long."""
@@ -184,34 +193,39 @@ class Follow(Iterator[bytes]):
         return min((seconds for seconds in (self._left(), quiet) if seconds is not None), default=None)
 
     def _connect(self) -> bool:
-        """Connect and send the header; tell whether there is a connection."""
+        """Connect and send the header; tell whether there is a connection. Raises ConnectError at the end of an idle time, too."""
         left = self._left()
         self._sock = self._dialer.connect(None if left is None else time.monotonic() + left, self._once)
-        if self._sock is None:
-            self.close()  # it has been idle for too long
-            return False
         self._told = False
         try:
             self._name = name_of(self._sock)
-            if self._must_align and isinstance(self._place, FromEnd):
-                self._align(self._place)
-            self._sock.send(self._place.header())
+            if self._first:
+                self._begin()
+        except OSError as error:
+            self._lost(error)
+            return False
+        header = self._place.header()  # may read a file: its errors are not the connection's
+        try:
+            self._sock.send(header)
         except OSError as error:
             self._lost(error)
         return self._sock is not None
 
-    def _align(self, place: FromEnd) -> None:
-        """Begin at a whole line: one byte earlier, if there is one, and behind the first newline from there.
+    def _begin(self) -> None:
+        """Do what is to be done at the first connection only.
 
+        With `whole_lines`, begin one byte earlier, if there is one, and behind the first newline from there.
         Whether there is one, an offset from the start tells. In a file that is shorter, everything is whole.
         """
         assert self._sock is not None
-        with self._sock as sock:
-            if fetch(sock, b"%d\n" % place.count, 1, self._wait):
-                self._place = FromEnd(place.count + 1, line=True)
-            self._sock = self._dialer.again(sock, self._wait)
-        self._must_align = False
-        self._since = time.monotonic()  # it has not been idle
+        if self._whole_lines and isinstance(self._place, FromEnd):
+            with self._sock as sock:
+                longer = fetch(sock, b"%d\n" % self._place.count, 1, self._wait)
+                self._sock = self._dialer.again(sock, self._wait)
+            if longer:
+                self._place = FromEnd(self._place.count + 1, line=True)
+        self._first = False
+        self._since = time.monotonic()  # connecting is not idling
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None
@@ -250,9 +264,12 @@ class Follow(Iterator[bytes]):
         if isinstance(self._place, FromEnd) and self._anchors and not (self._place.wanted or self._place.anchored):
             self._anchors -= 1
             self._anchor(sock, self._place)
-        if self._place.wanted and not self._told:
+        if self._place.wanted and self._dialer.choice:
+            self._hang_up()  # another replica may have it
+            self._dialer.failed(f"{self._name}: {LACKING}")
+        elif self._place.wanted and not self._told:
             self._told = True
-            self._report(f"{self._name} does not send what came before: its file is shorter, or another one; waiting")
+            self._report(f"{self._name}: {LACKING}; waiting")
 
     def _anchor(self, sock: socket.socket, place: FromEnd) -> None:
         """Ask for the end of the file on another connection to the same server."""

@@ -127,7 +127,11 @@ class Cutter:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(("127.0.0.1", self._port))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:
+                near.close()
+                continue
             self._open += [near, far]
             limit = self._random.randrange(self._longest) if self.left > 0 else None
             self.left -= 1

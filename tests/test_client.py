@@ -281,13 +281,37 @@ def test_once_says_what_broke_the_connection(serve: Serve, path: Path) -> None:
         list(stream)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_idle_ends_the_iteration(serve: Serve, path: Path, there: bool) -> None:
-    """So long without a byte is the end, whether a server is silent or none is there."""
+def test_idle_ends_the_iteration(serve: Serve, path: Path) -> None:
+    """So long without a byte is the end."""
     path.write_bytes(DATA)
-    port = serve(path).port if there else closed_port()
-    with follow(f"127.0.0.1:{port}", idle=0.2, backoff=HASTE) as stream:
-        assert b"".join(stream) == (DATA if there else b"")
+    with follow(here(serve(path)), idle=0.2) as stream:
+        assert b"".join(stream) == DATA
+        assert list(stream) == []
+
+
+def test_idle_without_a_server() -> None:
+    """So long without a server is an error, for nobody knows what there would be."""
+    with follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=HASTE) as stream, pytest.raises(ConnectError, match="refused"):
+        list(stream)
+
+
+def test_idle_before_a_shorter_file(serve: Serve, path: Path) -> None:
+    """A server that does not have what we have is no end, either."""
+    path.write_bytes(DATA[:100])
+    with (
+        follow(here(serve(path)), 1000, idle=0.2, recall=lambda offset: DATA[:offset]) as stream,
+        pytest.raises(ConnectError, match="shorter"),
+    ):
+        list(stream)
+
+
+def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """Where one replica does not have what we have, another may."""
+    path.write_bytes(DATA)
+    behind = tmp_path / "behind"
+    behind.write_bytes(DATA[:100])
+    with follow([here(serve(behind)), here(serve(path))], 1000, recall=lambda offset: DATA[:offset], backoff=Backoff(60, 60)) as stream:
+        assert take(stream, len(DATA) - 1000) == DATA[1000:]
 
 
 def test_close_ends_the_iteration(serve: Serve, path: Path) -> None:

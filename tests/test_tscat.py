@@ -116,6 +116,14 @@ def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> Non
         assert (done.stdout.encode(), done.stderr) == (LINES, "")
 
 
+@pytest.mark.skipif(not (as_root and runs("unshare", "-n", "true")), reason="takes root, for a network of its own")
+def test_connection_to_itself_is_none() -> None:
+    """A port that the kernel gives to our own end, so that TCP connects it to itself, is one where nobody listens."""
+    script = 'ip link set lo up && echo "40000 40000" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
+    done = run_client("unshare", "-n", "sh", "-c", script, "sh", *TSCAT, "--once", "127.0.0.1:40000")
+    assert (done.stdout, done.stderr, done.returncode) == ("", "tscat: 127.0.0.1:40000: Connection refused\n", 1)
+
+
 @pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "no server"])
 def test_closed_pipe_ends_it(serve: Serve, path: Path, quiet: bool) -> None:
     """When nobody reads any more, it ends at once, also while nothing comes and while no server is there."""
@@ -234,6 +242,13 @@ def test_once_ends_with_the_server(serve: Serve, path: Path, tmp_path: Path) -> 
         server.signal(signal.SIGTERM)
         assert command.end() == 0
         assert command.errors == ""
+
+
+def test_idle_without_a_server_is_an_error() -> None:
+    """With --until-idle, a server that is not there is status 1: nobody knows what there would be."""
+    done = tscat(f"127.0.0.1:{closed_port()}", "--until-idle", "0.1")
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert done.stderr.splitlines()[-1].endswith(": Connection refused")
 
 
 def test_version_and_help() -> None:

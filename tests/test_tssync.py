@@ -146,7 +146,7 @@ def test_shorter_remote_file_is_said(serve: Serve, path: Path, copy: Path, tmp_p
         append(path, DATA[1000:])
         holds(copy, DATA)
         assert command.end(signal.SIGINT) == 0
-        assert command.errors.count("\n") == 2
+        assert command.errors.count("\n") == 1
 
 
 def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
