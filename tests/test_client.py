@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from clients import Cutter, closed_port, restart
+from clients import Cutter, closed_port, kill, restart
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes
 from unit import run_python
 
@@ -148,7 +148,7 @@ def test_server_is_killed_and_comes_back(serve: Serve, path: Path, offset: int |
         server.logged("client streams: ")
         reader.got(expected)
         reader.anchored()
-        server.signal(signal.SIGKILL)
+        kill(server)
         append(path, b"one")
         eventually(lambda: any("refused" in line for line in reader.reports))
         append(path, b"two")
@@ -166,7 +166,7 @@ def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
     server = serve(path, "-v", status=-signal.SIGKILL)
     with Reader(here(server), -1000) as reader:
         reader.got(path.read_bytes()[-1000:])
-        server.signal(signal.SIGKILL)
+        kill(server)
         restart(serve, server, path)
         eventually(lambda: isinstance(reader.error, LostPlaceError))
     assert len(reader.received) == 1000
@@ -179,7 +179,7 @@ def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
     server = serve(path, status=-signal.SIGKILL)
     with follow(here(server), backoff=HASTE) as stream:
         assert take(stream, len(DATA)) == DATA
-        server.signal(signal.SIGKILL)
+        kill(server)
         path.write_bytes(bytes(size))
         restart(serve, server, path)
         with pytest.raises(OtherFileError):
@@ -196,7 +196,7 @@ def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
     server = serve(path, status=-signal.SIGKILL)
     with Reader(here(server), 0) as reader:
         reader.got(DATA)
-        server.signal(signal.SIGKILL)
+        kill(server)
         path.write_bytes(DATA[:1000])
         restart(serve, server, path)
         eventually(lambda: any("shorter" in line for line in reader.reports))
@@ -211,7 +211,7 @@ def test_next_address_is_taken(serve: Serve, path: Path) -> None:
     dead = f"127.0.0.1:{closed_port()}"
     with follow([dead, here(first), here(second)], backoff=Backoff(60, 60)) as stream:
         assert take(stream, len(DATA)) == DATA
-        first.signal(signal.SIGKILL)
+        kill(first)
         append(path, b"new")
         assert take(stream, 3) == b"new"
 
