@@ -214,7 +214,7 @@ class Follow(Iterator[bytes]):
             with select.epoll() as both:  # the stream goes first
                 both.register(fd, events)
                 both.register(sock, select.POLLIN)
-                return self._wait(both.fileno(), select.POLLIN, seconds) and both.poll(0)[0][0] == fd
+                return self._wait(both.fileno(), select.POLLIN, seconds) and fd in dict(both.poll(0))
 
         def ask(header: bytes) -> bytes:
             with self._dialer.again(sock, wait_beside) as other:

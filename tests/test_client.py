@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -134,30 +135,38 @@ def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("offset", "before"),
-    [(0, DATA), (-1000, DATA), ("-0", DATA), (-1000, b"tick\n" * 1000), ("-0", b"")],
-    ids=["0", "-N", "-0", "-N, periodic", "-0, empty"],
-)
-def test_server_is_killed_and_comes_back(serve: Serve, path: Path, offset: int | str, before: bytes) -> None:
+def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
     """What is appended while no server is there comes as well, and once; also where nothing had come before."""
-    path.write_bytes(before)
-    server = serve(path, "-v", status=-signal.SIGKILL)
-    expected = b"" if offset == "-0" else before[int(offset) :]
-    with Reader(here(server), offset) as reader:
-        server.logged("client streams: ")
-        reader.got(expected)
-        reader.anchored()
-        kill(server)
-        append(path, b"one")
-        eventually(lambda: any("refused" in line for line in reader.reports))
-        append(path, b"two")
-        restart(serve, server, path)
-        reader.got(expected + b"onetwo")
-        append(path, b"three")
-        reader.got(expected + b"onetwothree")
-    assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
-    assert reader.reports[-1] == f"{here(server)} is there again"
+    starts: dict[str, tuple[int | str, bytes]] = {
+        "known": (0, DATA),
+        "end": (-1000, DATA),
+        "nothing yet": ("-0", DATA),
+        "periodic": (-1000, b"tick\n" * 1000),
+        "empty": ("-0", b""),
+    }
+    with ExitStack() as stack:  # all at once: each takes seconds, of waiting
+        cases = []
+        for name, (offset, before) in starts.items():
+            path = tmp_path / name
+            path.write_bytes(before)
+            server = serve(path, "-v", status=-signal.SIGKILL)
+            reader = stack.enter_context(Reader(here(server), offset))
+            server.logged("client streams: ")
+            cases.append((path, server, reader, b"" if offset == "-0" else before[int(offset) :]))
+        for path, server, reader, expected in cases:
+            reader.got(expected)
+            reader.anchored()
+            kill(server)
+            append(path, b"one")
+            eventually(lambda reader=reader: any("refused" in line for line in reader.reports))  # type: ignore[misc]
+            append(path, b"two")
+            restart(serve, server, path)
+        for path, server, reader, expected in cases:
+            reader.got(expected + b"onetwo")
+            append(path, b"three")
+            reader.got(expected + b"onetwothree")
+            assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
+            assert reader.reports[-1] == f"{here(server)} is there again"
 
 
 def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
