@@ -5,8 +5,10 @@ import pty
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,25 +78,42 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
 
 @pytest.mark.slow
 def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """Killed at any moment, it leaves a beginning of the remote file, and the next run makes the rest."""
-    data = random_bytes(64 << 20)
-    path.write_bytes(data[: 32 << 20])
-    chance = random.Random(1)
-    server, done, lengths = serve(path), 32 << 20, set()
-    while done < len(data):
-        with Command(tmp_path, *TSSYNC, here(server), copy) as command:
-            length = copy.stat().st_size if copy.exists() else 0
-            append(path, data[done : done + (2 << 20)])
-            done += 2 << 20
-            eventually(lambda length=length: copy.exists() and copy.stat().st_size > length)  # type: ignore[misc]
-            time.sleep(chance.random() * 0.02)  # any moment
-            command.end(signal.SIGKILL)
-        held = copy.read_bytes()
-        assert data.startswith(held), f"{len(held)} bytes that are no beginning"
-        lengths.add(len(held))
-    assert len(lengths) > 5, "it was killed when all was done"
-    assert tssync(here(server), copy, "--until-idle", "0.5").returncode == 0
-    assert copy.read_bytes() == data
+    """Killed at any moment while the file grows, it leaves a beginning of it, and the next run makes the rest."""
+    data, chance, unfinished = random_bytes(64 << 20), random.Random(1), 0
+    path.write_bytes(data[: 8 << 20])
+    server = serve(path)
+    with growing(path, data):
+        for _ in range(12):
+            before = copy.stat().st_size if copy.exists() else 0
+            with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+                eventually(lambda before=before: copy.exists() and copy.stat().st_size > before)  # type: ignore[misc]
+                time.sleep(chance.random() * 0.05)  # any moment
+                command.end(signal.SIGKILL)
+                unfinished += copy.stat().st_size < path.stat().st_size
+            assert data.startswith(copy.read_bytes())
+    assert unfinished > 1, "it was killed when all was done"
+    assert tssync(here(server), copy, "--until-idle", "0.3").returncode == 0
+    assert copy.read_bytes() == path.read_bytes()
+
+
+@contextmanager
+def growing(path: Path, data: bytes) -> Iterator[None]:
+    """Append to `path` what it lacks of `data`, in small pieces, until the end of the block."""
+    end = threading.Event()
+
+    def grow() -> None:
+        size = path.stat().st_size
+        while size < len(data) and not end.wait(0.001):
+            append(path, data[size : size + 10_000])
+            size += 10_000
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join(DEADLINE)
 
 
 @pytest.mark.parametrize("wrong", [1, 4096])
