@@ -79,12 +79,12 @@ class Dialer:
         self._reasons: list[str] = []  # of this round
         self._reported = ""
         self._ever = False  # a name had an address
+        self.choice = False  # there is more than one address
 
-    def connect(self, until: float | None = None, once: bool = False) -> socket.socket | None:
-        """Return a connection; None if there is none at the time `until` (of the monotonic clock).
+    def connect(self, until: float | None = None, once: bool = False) -> socket.socket:
+        """Return a connection. Raises UnknownHostError if no name has an address from the very start.
 
-        Raises UnknownHostError if no name has an address from the very start, and ConnectError with `once`
-        if the first round brings no connection.
+        Raises ConnectError if the first round brings none, with `once`, or if there is none at the time `until`.
         """
         while True:
             for family, address in self._round:
@@ -93,9 +93,11 @@ class Dialer:
                     return _dial(family, address, self._timeout if left is None else min(left, self._timeout), self._wait)
                 except OSError as error:
                     self.failed(f"{endpoint(*address[:2])}: {error.strerror}")
-            if self._reasons and not self._end_round(until, once):
-                return None
-            self._round = iter(self._resolve())
+            if self._reasons:
+                self._end_round(until, once)
+            found = self._resolve()
+            self.choice = len(found) > 1
+            self._round = iter(found)
 
     def again(self, sock: socket.socket, wait: Wait) -> socket.socket:
         """Return another connection to the server at the other end of `sock`. Raises OSError."""
@@ -112,20 +114,21 @@ class Dialer:
         self._failures, self._reported = 0, ""
         self._reasons.clear()
 
-    def _end_round(self, until: float | None, once: bool) -> bool:
-        """Say why this round brought nothing, and pause; tell whether there is time for another."""
+    def _end_round(self, until: float | None, once: bool) -> None:
+        """Say why this round brought nothing, and pause. Raises ConnectError where there is to be no other."""
         text = ", ".join(dict.fromkeys(self._reasons))
-        self._reasons.clear()
         if once:
             raise ConnectError(text)
         if text != self._reported:
             self._report(f"{text}; trying again")
             self._reported = text
+        self._reasons.clear()
         self._failures += 1
         pause = self._backoff.pause(self._failures, random.random())  # noqa: S311 - no secret
         left = _left(until)
         self._wait(-1, 0, pause if left is None else min(pause, left))
-        return left is None or left > pause
+        if _left(until) == 0:
+            raise ConnectError(text)
 
     def _resolve(self) -> list[Found]:
         """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start."""
@@ -152,6 +155,8 @@ def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait
         if failure == errno.EINPROGRESS:
             came = wait(sock.fileno(), select.POLLOUT, timeout)
             failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+        if not failure and sock.getsockname() == sock.getpeername():
+            failure = errno.ECONNREFUSED  # nobody listens at a port that the kernel has given to ourselves: we would hear our header
         if failure:
             raise OSError(failure, os.strerror(failure))
     except BaseException:

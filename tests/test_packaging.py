@@ -53,10 +53,14 @@ def test_both_ways_to_start_agree() -> None:
     assert run(str(script), "--version") == run(sys.executable, "-m", "tailsrv", "--version") == f"tailsrv {tailsrv.__version__}\n"
 
 
-def test_console_script_is_declared() -> None:
-    """The installed package brings the command `tailsrv`."""
+@pytest.mark.parametrize(
+    ("command", "module"), [("tailsrv", "cli"), ("tailsrv-health", "health"), ("tscat", "tscat"), ("tssync", "tssync")]
+)
+def test_console_script_is_declared(command: str, module: str) -> None:
+    """The installed package brings its commands, and each is there and says its version."""
     scripts = importlib.metadata.distribution("tailsrv").entry_points.select(group="console_scripts")
-    assert ("tailsrv", "tailsrv.cli:main") in [(script.name, script.value) for script in scripts]
+    assert (command, f"tailsrv.{module}:main") in [(script.name, script.value) for script in scripts]
+    assert run(str(Path(sysconfig.get_path("scripts")) / command), "--version") == f"{command} {tailsrv.__version__}\n"
 
 
 def test_supported_pythons_are_said_once() -> None:

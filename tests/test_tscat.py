@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from followers import TSCAT, Command, Cutter, closed_port, restart, run_client
+from followers import TSCAT, Command, Cutter, closed_port, kill, restart, run_client
 from helpers import DEADLINE, Serve, Server, append, random_bytes, runs
 from unit import as_root, can_ipv6
 
 from tailsrv import __version__
 
 DATA = random_bytes(300_000)
+OTHER = random_bytes(300_000, seed=2)
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
 
 
@@ -79,12 +80,12 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offs
     ):
         command.wrote(DATA[start:])
         cutter.left = 15
-        server.signal(signal.SIGKILL)
-        append(path, DATA)
+        kill(server)
+        append(path, OTHER)
         restart(serve, server, path)
-        command.wrote(DATA[start:] + DATA)
+        command.wrote(DATA[start:] + OTHER)
         append(path, b"end")
-        command.wrote(DATA[start:] + DATA + b"end")
+        command.wrote(DATA[start:] + OTHER + b"end")
         assert command.end(signal.SIGINT) == 0
 
 
@@ -93,8 +94,7 @@ def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) 
     path.write_bytes(LINES)
     server = serve(path, status=-signal.SIGKILL)
     endpoint = here(server)
-    server.signal(signal.SIGKILL)
-    server.process.wait(DEADLINE)
+    kill(server)
     with Command(tmp_path, *TSCAT, endpoint) as command:
         command.says("refused")
         restart(serve, server, path)
@@ -114,6 +114,14 @@ def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> Non
         endpoint = f"replicas:{serve(path, '--bind', address).port}"
         done = run_client("unshare", "-m", "sh", "-c", script, "sh", hosts, *TSCAT, endpoint, "--until-idle", "0.2")
         assert (done.stdout.encode(), done.stderr) == (LINES, "")
+
+
+@pytest.mark.skipif(not (as_root and runs("unshare", "-n", "true")), reason="takes root, for a network of its own")
+def test_connection_to_itself_is_none() -> None:
+    """A port that the kernel gives to our own end, so that TCP connects it to itself, is one where nobody listens."""
+    script = 'ip link set lo up && echo "40000 40000" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
+    done = run_client("unshare", "-n", "sh", "-c", script, "sh", *TSCAT, "--once", "127.0.0.1:40000")
+    assert (done.stdout, done.stderr, done.returncode) == ("", "tscat: 127.0.0.1:40000: Connection refused\n", 1)
 
 
 @pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "no server"])
@@ -217,7 +225,7 @@ def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> 
     server = serve(path, status=-signal.SIGKILL)
     with Command(tmp_path, *TSCAT, here(server)) as command:
         command.wrote(DATA)
-        server.signal(signal.SIGKILL)
+        kill(server)
         path.write_bytes(DATA[1:] + DATA)
         restart(serve, server, path)
         assert command.end() == 3
@@ -234,6 +242,13 @@ def test_once_ends_with_the_server(serve: Serve, path: Path, tmp_path: Path) -> 
         server.signal(signal.SIGTERM)
         assert command.end() == 0
         assert command.errors == ""
+
+
+def test_idle_without_a_server_is_an_error() -> None:
+    """With --until-idle, a server that is not there is status 1: nobody knows what there would be."""
+    done = tscat(f"127.0.0.1:{closed_port()}", "--until-idle", "0.1")
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert done.stderr.splitlines()[-1].endswith(": Connection refused")
 
 
 def test_version_and_help() -> None:
