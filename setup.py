@@ -80,6 +80,8 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     import shtab  # late: a source distribution and an editable wheel are made without it
 
     for action in parser._actions:
+        if action.nargs == argparse.ONE_OR_MORE:
+            action.nargs = None  # the tool would take what comes behind for more of them
         if action.metavar == "FILE":
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
     return str(shtab.complete(parser, shell)).rstrip() + "\n"

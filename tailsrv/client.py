@@ -14,19 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from tailsrv.dial import QUIET, Backoff, ConnectError, Dialer, UnknownHostError, Wait, fetch, name_of, wait
-from tailsrv.endpoint import EndpointError, parse_endpoint
-from tailsrv.place import CONTEXT, FromEnd, FromStart, LostPlaceError, OtherFileError, Place, PlaceError, Recall, place_at
+from tailsrv.dial import ENDED, QUIET, Backoff, ConnectError, Dialer, UnknownHostError, Wait, fetch, name_of, wait
+from tailsrv.endpoint import EndpointError, check_port, parse_endpoint
+from tailsrv.place import ANCHOR, FromEnd, FromStart, LostPlaceError, OffsetError, OtherFileError, Place, PlaceError, Recall, place_at
 
 __all__ = [
-    "Backoff", "ConnectError", "EndpointError", "Follow", "LostPlaceError", "OtherFileError", "PlaceError", "UnknownHostError", "follow",
+    "Backoff", "ConnectError", "EndpointError", "Follow", "LostPlaceError", "OffsetError", "OtherFileError", "PlaceError", "Recall",
+    "UnknownHostError", "Wait", "follow",
 ]  # fmt: skip
 
 Address = str | tuple[str, int]
 
 CHUNK = 1 << 18  # the most that one step gives
-STUCK = 5.0  # seconds without a byte where bytes must be: time to say so
-ANCHORS = 3  # attempts to learn the end of the file
+STUCK = 2.0  # seconds without what a server surely has if it serves our file: time to say so
+LACKING = "does not send what came before: its file is shorter, or another one"
+ANCHORS = 3  # attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
 
 
 def follow(
@@ -42,25 +44,27 @@ def follow(
     report: Callable[[str], object] = lambda _: None,
     wait: Wait = wait,
 ) -> "Follow":
-    """Return an iterator of a served file's bytes from `offset` on, none lost and none twice, whatever happens to connections.
+    """Return an iterator of a served file's bytes from `offset` on, none lost and none twice, whatever becomes of connections.
 
     `addresses` is "HOST:PORT" (an IPv6 address in brackets) or (host, port), or several of these that serve the same file.
     They are tried in turn, each with every address that its name has, `connect_timeout` seconds each.
-    `offset` is N, -N or "-0", as in the protocol. The chunks end anywhere, and are never empty.
+    `offset` is N, -N or "-0", as in the protocol. Chunks end anywhere and are never empty.
 
-    `once` ends the iteration with the first connection, `idle` after so many seconds without a byte; by default it never ends.
+    `once` ends the iteration with the first connection, `idle` after so many seconds without a byte (with ConnectError, if there
+    is no connection then); by default it never ends.
     With `whole_lines`, an offset from the end begins at the next line. `report` is called with a line for people when connections
-    are lost or cannot be made, once for each reason. `recall` and `wait` are for those who keep what they get in a file,
-    or wait for other things as well; see `Recall` and `Wait`.
+    are lost or cannot be made, once for each reason. `recall` and `wait` are for those who keep the bytes elsewhere, or
+    wait for other things as well: see `Recall` and `Wait`.
 
-    Before it goes on after a lost connection, it asks for the last 4 KiB again and compares. With N this is exact, and OtherFileError
-    says that the file is another one, after a rotation for instance. With -N and "-0" no offset is known, and it looks for those bytes
-    near the end; LostPlaceError says that they are not there exactly once.
+    On each new connection it first asks for the last 4 KiB again and compares. From N on this is exact; OtherFileError says that
+    it is another file now, after a rotation for instance. From -N and "-0" on, no offset is known, and it searches the file's end
+    for those 4 KiB; LostPlaceError says that they are not there exactly once. It never goes on at a wrong byte instead.
+    What was not there when -N was asked for comes again only if the first connection has lasted for a second.
 
-    Raises EndpointError and ValueError for bad arguments, at once; then, from the iteration, UnknownHostError if no name has an address
-    at the start, ConnectError (`once`) if there is no connection, OSError (`once`) if the connection breaks, and the two above.
+    Raises EndpointError and OffsetError (both are ValueErrors) at once. The iteration raises UnknownHostError if no name has an
+    address at the start, ConnectError (`once`, `idle`) if there is no connection or it breaks, and the two above.
     """
-    servers = [parse_endpoint(one) if isinstance(one, str) else one for one in _several(addresses)]
+    servers = [parse_endpoint(one) if isinstance(one, str) else check_port(*one) for one in _several(addresses)]
     if not servers:
         raise EndpointError("no HOST:PORT")
     dialer = Dialer(servers, backoff, connect_timeout, wait, report)
@@ -93,18 +97,19 @@ class Follow(Iterator[bytes]):
     ) -> None:
         self._dialer, self._place, self._wait, self._report = dialer, place, wait, report
         self._once, self._idle = once, idle
-        self._must_align = whole_lines and isinstance(place, FromEnd)
+        self._whole_lines = whole_lines
+        self._first = True  # no connection yet
+        self._anchors = 0 if once else ANCHORS
         self._sock: socket.socket | None = None
         self._name = ""  # of the server that we are connected to
+        self._told = False  # that it does not send what it should have
         self._ready = b""  # is given next
-        self._since = time.monotonic()  # when the last new byte came
-        self._anchors = ANCHORS
-        self._told = False  # that a server sends nothing to compare
+        self._since = time.monotonic()  # when something new came
         self._closed = False
 
     @property
     def offset(self) -> int | None:
-        """The offset of the next byte; None where the stream began from the end: the protocol does not tell it."""
+        """The offset of the next byte; None while it is not known, because the stream began from the end."""
         return None if self._place.offset is None else self._place.offset - len(self._ready)
 
     def close(self) -> None:
@@ -128,81 +133,99 @@ class Follow(Iterator[bytes]):
         raise StopIteration
 
     def splice(self, pipe: int, count: int) -> int:
-        """Move up to `count` new bytes into `pipe`, which has room, with no copy; return how many, 0 at the end."""
+        """Move up to `count` new bytes into `pipe`, which has room for them, without a copy; return how many, 0 at the end.
+
+        For an offset of 0 or more only, with a `recall`.
+        """
         assert isinstance(self._place, FromStart)
         while self._prepare():
             assert self._sock is not None
             try:
-                if moved := os.splice(self._sock.fileno(), pipe, count):
-                    self._place.skip(moved)
-                    self._came()
-                    return moved
-                self._lost(None)
+                moved = os.splice(self._sock.fileno(), pipe, count)
             except BlockingIOError:
-                pass
+                continue
             except OSError as error:
                 self._lost(error)
+                continue
+            if moved:
+                self._place.pass_by(moved)
+                self._came()
+                return moved
+            self._lost(None)
         return 0
 
     def _prepare(self) -> bool:
-        """Wait for something new; tell whether it is there, in `_ready` or in the socket."""
-        while not (self._closed or self._ready):
-            if self._sock is None and not self._connect():
-                continue
-            assert self._sock is not None
-            if self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
-                if not self._place.wanted:
-                    return True
-                self._receive(min(self._place.wanted, CHUNK))
-            elif (left := self._left()) is not None and left <= 0:
-                self.close()
-            else:
-                self._stay_quiet(self._sock)
+        """Wait for something new; tell whether it is there, in `_ready` or in the socket, or has come to an end."""
+        try:
+            while not (self._closed or self._ready):
+                if self._sock is None and not self._connect():
+                    continue
+                assert self._sock is not None
+                if self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
+                    if not self._place.wanted:
+                        return True
+                    self._receive(min(self._place.wanted, CHUNK))
+                elif (left := self._left()) is not None and left <= 0:
+                    self._end_idle()
+                else:
+                    self._use_the_quiet(self._sock)
+        except (PlaceError, ConnectError):
+            self.close()
+            raise
         return bool(self._ready)
+
+    def _end_idle(self) -> None:
+        """End the iteration: nothing has come for long enough. Raises ConnectError where this server could have sent nothing."""
+        self.close()
+        if self._place.wanted:
+            raise ConnectError(f"{self._name}: {LACKING}")
 
     def _left(self) -> float | None:
         """Return the seconds until the iteration has been idle for too long."""
         return None if self._idle is None else self._since + self._idle - time.monotonic()
 
     def _patience(self) -> float | None:
-        """Return for how long to wait for bytes before something else is to be done."""
+        """Return for how many seconds to wait for bytes before something else is to be done."""
         if isinstance(self._place, FromEnd):
-            restless = self._place.wanted or (self._place.unsure and self._anchors)
+            quiet = QUIET if self._place.wanted or (self._anchors and not self._place.anchored) else None
         else:
-            restless = self._place.wanted and not self._told
-        quiet = QUIET if isinstance(self._place, FromEnd) else STUCK
-        limits = [seconds for seconds in (self._left(), quiet if restless else None) if seconds is not None]
-        return min(limits, default=None)
+            quiet = STUCK if self._place.wanted and not self._told else None
+        return min((seconds for seconds in (self._left(), quiet) if seconds is not None), default=None)
 
     def _connect(self) -> bool:
-        """Connect and send the header; tell whether there is a connection."""
+        """Connect and send the header; tell whether there is a connection. Raises ConnectError at the end of an idle time, too."""
         left = self._left()
         self._sock = self._dialer.connect(None if left is None else time.monotonic() + left, self._once)
-        if self._sock is None:
-            self.close()  # it has been idle for too long
-            return False
         self._told = False
         try:
             self._name = name_of(self._sock)
-            if self._must_align:
-                self._align(self._sock)
-            self._sock.send(self._place.header())
+            if self._first:
+                self._begin()
+        except OSError as error:
+            self._lost(error)
+            return False
+        header = self._place.header()  # may read a file: its errors are not the connection's
+        try:
+            self._sock.send(header)
         except OSError as error:
             self._lost(error)
         return self._sock is not None
 
-    def _align(self, sock: socket.socket) -> None:
-        """Begin at a whole line: one byte earlier, if there is one, and behind the first newline from there.
+    def _begin(self) -> None:
+        """Do what is to be done at the first connection only.
 
-        Whether there is one, an offset from the start tells. In a file that is shorter, all is whole.
+        With `whole_lines`, begin one byte earlier, if there is one, and behind the first newline from there.
+        Whether there is one, an offset from the start tells. In a file that is shorter, everything is whole.
         """
-        assert isinstance(self._place, FromEnd)
-        longer = fetch(sock, b"%d\n" % self._place.count, 1, self._wait)
-        self._sock = self._dialer.again(sock)
-        sock.close()
-        if longer:
-            self._place = FromEnd(self._place.count + 1, line=True)
-        self._must_align = False
+        assert self._sock is not None
+        if self._whole_lines and isinstance(self._place, FromEnd):
+            with self._sock as sock:
+                longer = fetch(sock, b"%d\n" % self._place.count, 1, self._wait)
+                self._sock = self._dialer.again(sock, self._wait)
+            if longer:
+                self._place = FromEnd(self._place.count + 1, line=True)
+        self._first = False
+        self._since = time.monotonic()  # connecting is not idling
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None
@@ -214,12 +237,14 @@ class Follow(Iterator[bytes]):
             self._lost(error)
             return
         if data:
-            self._take(self._place.take(data))
+            self._keep(self._place.take(data))
         else:
             self._lost(None)
 
-    def _take(self, data: bytes | None) -> None:
-        """Keep what the place has found to be new; where it has found that it needs another connection, end this one."""
+    def _keep(self, data: bytes | None) -> None:
+        """Keep what is new; None: the place needs another connection."""
+        if isinstance(self._place, FromEnd):
+            self._place = self._place.known()
         if data is None:
             self._hang_up()
         elif data:
@@ -232,27 +257,44 @@ class Follow(Iterator[bytes]):
         self._since = time.monotonic()
         self._dialer.succeeded(self._name)
 
-    def _stay_quiet(self, sock: socket.socket) -> None:
+    def _use_the_quiet(self, sock: socket.socket) -> None:
         """Do what is to be done when nothing comes."""
-        if isinstance(self._place, FromStart):
-            self._told = True
-            self._report(f"{self._name} sends nothing: is its file shorter than the {self._place.offset} bytes that we have? waiting")
-            return
-        self._take(self._place.settle())
-        if self._sock and self._place.unsure and self._anchors:
+        if isinstance(self._place, FromEnd):
+            self._keep(self._place.settle())
+        if isinstance(self._place, FromEnd) and self._anchors and not (self._place.wanted or self._place.anchored):
             self._anchors -= 1
-            if other := self._dialer.again(sock):
-                with other:
-                    self._place.offer(fetch(other, b"-%d\n" % CONTEXT, CONTEXT, self._wait))
+            self._anchor(sock, self._place)
+        if self._place.wanted and self._dialer.choice:
+            self._hang_up()  # another replica may have it
+            self._dialer.failed(f"{self._name}: {LACKING}")
+        elif self._place.wanted and not self._told:
+            self._told = True
+            self._report(f"{self._name}: {LACKING}; waiting")
+
+    def _anchor(self, sock: socket.socket, place: FromEnd) -> None:
+        """Ask for the end of the file on another connection to the same server."""
+
+        def wait_beside(fd: int, events: int, seconds: float | None) -> bool:
+            with select.epoll() as both:  # the stream goes first
+                both.register(fd, events)
+                both.register(sock, select.POLLIN)
+                return self._wait(both.fileno(), select.POLLIN, seconds) and both.poll(0)[0][0] == fd
+
+        try:
+            with self._dialer.again(sock, wait_beside) as other:
+                place.offer(fetch(other, b"-%d\n" % ANCHOR, ANCHOR, wait_beside))
+        except OSError:
+            pass  # it is as if there was no end to be had
 
     def _lost(self, error: OSError | None) -> None:
-        """Note that the connection has ended, in good order if there is no error. Raises the error with `once`."""
+        """Note that the connection has ended, in good order if there is no error. Raises ConnectError for one with `once`."""
         self._hang_up()
+        reason = f"{self._name}: {error.strerror if error else ENDED}"
         if self._once:
             self._closed = True
             if error:
-                raise error
-        self._dialer.failed(f"{self._name}: {error.strerror if error else 'the connection was ended'}")
+                raise ConnectError(reason)
+        self._dialer.failed(reason)
 
     def _hang_up(self) -> None:
         if self._sock:

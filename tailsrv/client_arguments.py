@@ -18,10 +18,10 @@ class ExitStatus(IntEnum):
 
 
 TSCAT_EPILOG = """\
-It follows for ever: after a lost connection it comes back at the exact byte. Several HOST:PORT serve the same file,
-and so does each address of a name; they are tried in turn. An IPv6 address is written in brackets, [::1]:4321.
+It follows for ever: after a lost connection it comes back at the exact byte.
 OFFSET is N (from byte N), -N (the last N bytes) or -0 (only what is new).
-After a lost connection, -N and -0 look for the place by the last 4 KiB: it must be there exactly once.
+Several HOST:PORT serve the same file, and so do all addresses of a name: they are tried in turn. IPv6: [::1]:4321.
+From -N and -0 on, it comes back by the last 4 KiB that it had: they must be there exactly once.
 
 examples: the file from its start, and what is appended:  tscat logserver:4321
 the last 1000 bytes, from a whole line on:  tscat --lines logserver:4321 -1000
@@ -34,8 +34,8 @@ exit status: 0 interrupted, standard output closed, or ended as --once and --unt
 
 TSSYNC_EPILOG = """\
 FILE is always a beginning of the remote file: it can be stopped and killed at any time, and started again.
-Before it appends, it compares the last 4 KiB with the remote file. A full disk is waited for.
-Several HOST:PORT serve the same file, and so does each address of a name; they are tried in turn. IPv6: [::1]:4321.
+It first compares FILE's last 4 KiB with the remote file, after each lost connection, too. A full disk is waited for.
+Several HOST:PORT serve the same file, and so do all addresses of a name: they are tried in turn. IPv6: [::1]:4321.
 
 examples: keep a copy:  tssync logserver:4321 app.log
 one that survives a power cut, but for the last second:  tssync --fsync 1 logserver:4321 app.log
@@ -82,7 +82,9 @@ def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentP
 
 def _add_endings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="end with the first connection")
-    parser.add_argument("--until-idle", type=seconds, metavar="SECONDS", help="end after so long without a byte")
+    parser.add_argument(
+        "--until-idle", type=seconds, metavar="SECONDS", help="end after so long without a byte; status 1 if no server is there"
+    )
 
 
 def seconds(text: str) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from tailsrv.endpoint import endpoint
 
 # How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
-# One's own may watch other things meanwhile, and raise what it likes to end a stream.
+# One's own may watch other things meanwhile, and raise what it likes but OSError, to end the stream.
 Wait = Callable[[int, int, float | None], bool]
 
 # The server's own values: what has vanished is noticed after 60 + 4 x 15 seconds.
@@ -57,6 +57,8 @@ def wait(fd: int, events: int, seconds: float | None) -> bool:
     return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
 
 
+ENDED = "the connection was ended"  # in good order: errno has no words for it
+
 QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
 
 Found = tuple[socket.AddressFamily, Any]  # what connect(2) takes depends on the family
@@ -77,24 +79,29 @@ class Dialer:
         self._reasons: list[str] = []  # of this round
         self._reported = ""
         self._ever = False  # a name had an address
+        self.choice = False  # there is more than one address
 
-    def connect(self, until: float | None = None, once: bool = False) -> socket.socket | None:
-        """Return a connection; None if there is none at the time `until` (of the monotonic clock).
+    def connect(self, until: float | None = None, once: bool = False) -> socket.socket:
+        """Return a connection. Raises UnknownHostError if no name has an address from the very start.
 
-        Raises UnknownHostError if no name has an address from the very start, and ConnectError with `once`
-        if the first round brings no connection.
+        Raises ConnectError if the first round brings none, with `once`, or if there is none at the time `until`.
         """
         while True:
             for family, address in self._round:
-                if sock := self._try(family, address, until):
-                    return sock
-            if self._reasons and not self._end_round(until, once):
-                return None
-            self._round = iter(self._resolve())
+                left = _left(until)
+                try:
+                    return _dial(family, address, self._timeout if left is None else min(left, self._timeout), self._wait)
+                except OSError as error:
+                    self.failed(f"{endpoint(*address[:2])}: {error.strerror}")
+            if self._reasons:
+                self._end_round(until, once)
+            found = self._resolve()
+            self.choice = len(found) > 1
+            self._round = iter(found)
 
-    def again(self, sock: socket.socket) -> socket.socket | None:
-        """Return another connection to the server at the other end of `sock`, None if there is none. Raises OSError."""
-        return self._try(sock.family, sock.getpeername(), None)
+    def again(self, sock: socket.socket, wait: Wait) -> socket.socket:
+        """Return another connection to the server at the other end of `sock`. Raises OSError."""
+        return _dial(sock.family, sock.getpeername(), self._timeout, wait)
 
     def failed(self, reason: str) -> None:
         """Note why a connection has ended, and that its turn is over."""
@@ -107,20 +114,19 @@ class Dialer:
         self._failures, self._reported = 0, ""
         self._reasons.clear()
 
-    def _end_round(self, until: float | None, once: bool) -> bool:
-        """Say why this round brought nothing, and pause; tell whether there is time for another."""
+    def _end_round(self, until: float | None, once: bool) -> None:
+        """Say why this round brought nothing, and pause. Raises ConnectError where there is to be no other."""
         text = ", ".join(dict.fromkeys(self._reasons))
-        self._reasons.clear()
-        if once:
+        left = _left(until)
+        if once or left == 0:
             raise ConnectError(text)
         if text != self._reported:
             self._report(f"{text}; trying again")
             self._reported = text
+        self._reasons.clear()
         self._failures += 1
         pause = self._backoff.pause(self._failures, random.random())  # noqa: S311 - no secret
-        left = _left(until)
         self._wait(-1, 0, pause if left is None else min(pause, left))
-        return left is None or left > pause
 
     def _resolve(self) -> list[Found]:
         """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start."""
@@ -136,32 +142,25 @@ class Dialer:
         self._ever = True
         return list(found)
 
-    def _try(self, family: socket.AddressFamily, address: Any, until: float | None) -> socket.socket | None:
-        """Return a connection to `address`, None if there is none within the timeout."""
-        left = _left(until)
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:
-            self._refused(address, error.errno or 0)
-            return None
-        try:
-            for level, option, value in _KEEPALIVE:
-                sock.setsockopt(level, option, value)
-            refused = sock.connect_ex(address)
-            if refused == errno.EINPROGRESS:
-                came = self._wait(sock.fileno(), select.POLLOUT, self._timeout if left is None else min(left, self._timeout))
-                refused = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
-        except BaseException:
-            sock.close()
-            raise
-        if refused:
-            sock.close()
-            self._refused(address, refused)
-            return None
-        return sock
 
-    def _refused(self, address: Any, number: int) -> None:
-        self._reasons.append(f"{endpoint(str(address[0]), int(address[1]))}: {os.strerror(number)}")
+def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait) -> socket.socket:
+    """Return a connection to `address`, non-blocking. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        for level, option, value in _KEEPALIVE:
+            sock.setsockopt(level, option, value)
+        failure = sock.connect_ex(address)
+        if failure == errno.EINPROGRESS:
+            came = wait(sock.fileno(), select.POLLOUT, timeout)
+            failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+        if not failure and sock.getsockname() == sock.getpeername():
+            failure = errno.ECONNREFUSED  # nobody listens at a port that the kernel has given to ourselves: we would hear our header
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def name_of(sock: socket.socket) -> str:
@@ -170,10 +169,13 @@ def name_of(sock: socket.socket) -> str:
 
 
 def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait) -> bytes:
-    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError."""
+    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too."""
     sock.send(header)
     data = b""
-    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET) and (some := sock.recv(count - len(data))):
+    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET):
+        some = sock.recv(count - len(data))
+        if not some:
+            raise ConnectionAbortedError(errno.ECONNABORTED, ENDED)
         data += some
     return data
 

@@ -19,6 +19,13 @@ def parse_endpoint(text: str) -> tuple[str, int]:
         raise EndpointError(f"not HOST:PORT: {text!r}")
     if ":" in bare and not bracketed:
         raise EndpointError(f"not HOST:PORT: {text!r}; an IPv6 address takes brackets, [::1]:4321")
-    if not (digits.isascii() and digits.isdigit() and 1 <= int(digits[:6]) <= 65535):
-        raise EndpointError(f"not a port from 1 to 65535: {digits!r} in {text!r}")
-    return bare, int(digits)
+    if not (digits.isascii() and digits.isdigit()):
+        raise EndpointError(f"not a port: {digits!r} in {text!r}")
+    return check_port(bare, int(digits[:9]))
+
+
+def check_port(host: str, port: int) -> tuple[str, int]:
+    """Return both if one can connect to `port`. Raises EndpointError."""
+    if not 1 <= port <= 65535:
+        raise EndpointError(f"port must be from 1 to 65535, not {port}")
+    return host, port

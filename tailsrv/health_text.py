@@ -6,6 +6,7 @@ from itertools import groupby
 from tailsrv.health_report import WORKING, Finding, Level, Process, Report, Worker, ready, worst
 from tailsrv.health_status import Client, Listener, ServedFile
 from tailsrv.title import counted
+from tailsrv.units import size
 
 WIDTH = 100
 SHORTEST = 20  # columns that a path gets in the sentence however long the rest is
@@ -81,17 +82,6 @@ def _say_state(report: Report) -> tuple[str, str]:
 def printable(text: str) -> str:
     """Return `text` on one line, with nothing in it that a terminal would act on."""
     return text if text.isprintable() else ascii(text)
-
-
-def size(count: float | None) -> str:
-    """Return bytes as people read them."""
-    if count is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
 def span(seconds: float | None) -> str:

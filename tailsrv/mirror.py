@@ -8,21 +8,17 @@ from collections.abc import Callable
 from itertools import count
 from typing import Self
 
+from tailsrv.client_run import RunError
 from tailsrv.place import CONTEXT
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-ROOM_PAUSE = 1.0  # seconds between attempts while the disk is full
-
-
-class MirrorError(Exception):
-    """The copy cannot be kept; the message says why, in one line."""
 
 
 class Mirror:
     """A file that nobody else appends to; it is always as long as what has come."""
 
     def __init__(self, path: str) -> None:
-        """Open and lock `path`, made if it is not there. Raises MirrorError, OSError."""
+        """Open and lock `path`, made if it is not there. Raises RunError, OSError."""
         self.path = path
         self.fd = _open_locked(path)
         self.length = os.fstat(self.fd).st_size
@@ -34,21 +30,21 @@ class Mirror:
         os.close(self.fd)
 
     def recall(self, offset: int) -> bytes:
-        """Return the bytes before `offset`, which is the file's length. Raises MirrorError if it is not."""
+        """Return the bytes before `offset`, which is the file's length. Raises RunError if it is not."""
         if not offset == self.length == os.fstat(self.fd).st_size:
-            raise MirrorError(f"{self.path} was changed by somebody else: it has {os.fstat(self.fd).st_size} bytes, not {self.length}")
+            raise RunError(f"{self.path} was changed by somebody else: it has {os.fstat(self.fd).st_size} bytes, not {self.length}")
         start = max(0, offset - CONTEXT)
         return os.pread(self.fd, offset - start, start)
 
-    def append(self, pipe: int, pending: int, wait_for_room: Callable[[], object]) -> None:
-        """Append the `pending` bytes in `pipe`; calls `wait_for_room` as often as there is none."""
+    def append(self, pipe: int, pending: int, wait_for_room: Callable[[str], object]) -> None:
+        """Append the `pending` bytes in `pipe`; as often as there is no room, it calls `wait_for_room` with the reason."""
         while pending:
             try:
                 moved = os.splice(pipe, self.fd, pending, offset_dst=self.length)
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
-                wait_for_room()
+                wait_for_room(os.strerror(error.errno))
             else:
                 self.length += moved
                 pending -= moved
@@ -70,19 +66,19 @@ class Mirror:
 
 
 def _open_locked(path: str) -> int:
-    """Return a descriptor of the file that `path` names, locked until it is closed. Raises MirrorError, OSError."""
+    """Return a descriptor of the file that `path` names, locked until it is closed. Raises RunError, OSError."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a FIFO must not hold us up
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise MirrorError(f"not a regular file: {path}")
+                raise RunError(f"{path} is not a regular file")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(fd, path):
                 return fd
             os.close(fd)  # somebody has moved it aside meanwhile
         except BlockingIOError:
             os.close(fd)
-            raise MirrorError(f"another tssync keeps {path}") from None
+            raise RunError(f"another program has locked {path}") from None
         except BaseException:
             os.close(fd)
             raise

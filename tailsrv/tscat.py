@@ -3,58 +3,61 @@
 import os
 import select
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
-from tailsrv.client import OtherFileError, PlaceError, follow
-from tailsrv.client_arguments import ExitStatus, make_tscat_parser, split_offset
+from tailsrv.client import follow
+from tailsrv.client_arguments import make_tscat_parser, split_offset
+from tailsrv.client_run import RunError, complain, occupy_standard_descriptors, run
 
 STDOUT = 1
 
 
+class NobodyReadsError(Exception):
+    """Standard output has no reader any more."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tscat` with `argv` (sys.argv if None); return the exit status."""
-    try:
-        options = make_tscat_parser().parse_intermixed_args(argv)
-        servers, offset = split_offset(options.servers)
-        os.fstat(STDOUT)  # before a connection takes its number
-        with follow(
-            servers, offset, once=options.once, idle=options.until_idle, whole_lines=options.lines, report=complain, wait=wait_for_reader
-        ) as stream:
-            for chunk in stream:
-                write(chunk)
-    except (KeyboardInterrupt, BrokenPipeError):
-        return ExitStatus.DONE
-    except ValueError as error:
-        complain(str(error))
-        return ExitStatus.USAGE
-    except OtherFileError as error:
-        complain(str(error))
-        return ExitStatus.OTHER_FILE
-    except (OSError, PlaceError) as error:
-        complain(str(error))
-        return ExitStatus.FAILED
-    return ExitStatus.DONE
+    return run("tscat", lambda: copy(make_tscat_parser().parse_intermixed_args(argv)))
 
 
-def complain(text: str) -> None:
-    """Say a line on standard error, if there is one."""
-    print(f"tscat: {text}", file=sys.stderr)
+def copy(options: Namespace) -> None:
+    """Copy what `options` ask for."""
+    if sys.stdout is None:
+        raise RunError("standard output is closed")
+    occupy_standard_descriptors()
+    servers, offset = split_offset(options.servers)
+    stream = follow(
+        servers,
+        offset,
+        once=options.once,
+        idle=options.until_idle,
+        whole_lines=options.lines,
+        report=partial(complain, "tscat"),
+        wait=wait_with_reader,
+    )
+    with stream, suppress(NobodyReadsError):
+        for chunk in stream:
+            write(chunk)
 
 
-def wait_for_reader(fd: int, events: int, seconds: float | None) -> bool:
-    """Wait as a `Wait` does; raises BrokenPipeError as soon as nobody reads standard output any more."""
+def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
+    """Wait as a `Wait` does; raises NobodyReadsError as soon as that is so."""
     poll = select.poll()
-    poll.register(STDOUT, 0)  # errors are reported unasked
+    poll.register(STDOUT, 0)  # hang-ups are told unasked
     if fd >= 0:
         poll.register(fd, events)
     seen = dict(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
-    if seen.get(STDOUT, 0) & (select.POLLERR | select.POLLHUP):
-        raise BrokenPipeError
+    if STDOUT in seen:
+        raise NobodyReadsError
     return fd in seen
 
 
 def write(data: bytes) -> None:
-    """Write all of `data` to standard output, whatever that is."""
+    """Write all of `data` to standard output, whatever that is. Raises NobodyReadsError, RunError."""
     rest = memoryview(data)
     while rest:
         try:
@@ -63,6 +66,10 @@ def write(data: bytes) -> None:
             poll = select.poll()
             poll.register(STDOUT, select.POLLOUT)
             poll.poll()
+        except BrokenPipeError:
+            raise NobodyReadsError from None
+        except OSError as error:
+            raise RunError(f"cannot write: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -2,95 +2,134 @@
 
 import fcntl
 import os
+import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from tailsrv.client import OtherFileError, PlaceError, follow
-from tailsrv.client_arguments import ExitStatus, make_tssync_parser
+from tailsrv.client import OtherFileError, follow
+from tailsrv.client_arguments import make_tssync_parser
+from tailsrv.client_run import complain, occupy_standard_descriptors, run
 from tailsrv.dial import wait
-from tailsrv.mirror import ROOM_PAUSE, Mirror, MirrorError
+from tailsrv.endpoint import parse_endpoint
+from tailsrv.mirror import Mirror
+from tailsrv.progress import Progress
+from tailsrv.timers import Timers
 
-PIPE = 1 << 20  # bytes; what an ordinary user may have
+PIPE = 1 << 20  # bytes; the most that an ordinary user's pipe may hold
+CAUGHT_UP = 0.5  # seconds without a byte
+ROOM_PAUSE = 1.0  # seconds between attempts while the disk is full
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tssync` with `argv` (sys.argv if None); return the exit status."""
-    try:
-        options = make_tssync_parser().parse_intermixed_args(argv)
-        with Mirror(options.path) as mirror:
-            Sync(mirror, options).run()
-    except KeyboardInterrupt:
-        return ExitStatus.DONE
-    except ValueError as error:
-        complain(str(error))
-        return ExitStatus.USAGE
-    except OtherFileError as error:
-        complain(f"{options.path} is no beginning of the remote file: {error}")
-        return ExitStatus.OTHER_FILE
-    except (OSError, MirrorError, PlaceError) as error:
-        complain(str(error))
-        return ExitStatus.FAILED
-    return ExitStatus.DONE
+    return run("tssync", lambda: keep(make_tssync_parser().parse_intermixed_args(argv)))
 
 
-def complain(text: str) -> None:
-    """Say a line on standard error, if there is one."""
-    print(f"tssync: {text}", file=sys.stderr)
+def keep(options: Namespace) -> None:
+    """Keep the copy that `options` ask for."""
+    occupy_standard_descriptors()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: what has come is synced
+    servers = [parse_endpoint(server) for server in options.servers]  # before there is a file
+    with Mirror(options.path) as mirror:
+        Keeper(mirror, servers, options).run()
 
 
-class Sync:
-    """One run: socket to pipe to file."""
+class Keeper:
+    """Moves bytes from the socket by a pipe into the file, and sees to fsync and the progress line meanwhile."""
 
-    def __init__(self, mirror: Mirror, options: Namespace) -> None:
-        self.mirror, self.options = mirror, options
-        self.dirty = False
-        self.synced = time.monotonic()
-        self.full = False
+    def __init__(self, mirror: Mirror, servers: Sequence[tuple[str, int]], options: Namespace) -> None:
+        self._mirror, self._servers, self._options = mirror, servers, options
+        self._progress = Progress(options.path)
+        self._timers = Timers()
+        self._full = False
 
     def run(self) -> None:
-        """Append until it is to end."""
-        while True:
-            try:
-                return self.copy()
-            except OtherFileError:
-                if self.options.on_mismatch != "restart":
-                    raise
-                complain(f"the remote file is another one: {self.mirror.path} is {self.mirror.set_aside()} now, beginning again")
+        """Keep the copy until the end that the options ask for."""
+        try:
+            while not self._copy():
+                aside = self._mirror.set_aside()
+                self._say(f"the remote file is another one now: {self._mirror.path} becomes {aside}, and begins again")
+        finally:
+            self._progress.rest()
+            self._sync()
 
-    def copy(self) -> None:
-        out, into = os.pipe()
+    def _copy(self) -> bool:
+        """Append what comes; False: the remote file is another one, and the copy is to begin again."""
+        stream = follow(
+            self._servers,
+            self._mirror.length,
+            once=self._options.once,
+            idle=self._options.until_idle,
+            recall=self._mirror.recall,
+            report=self._say,
+            wait=self._wait,
+        )
+        with stream, pipe() as (out, into):
+            try:
+                while count := stream.splice(into, PIPE):
+                    self._mirror.append(out, count, self._wait_for_room)
+                    self._appended()
+            except OtherFileError:
+                if self._options.on_mismatch == "stop":
+                    raise OtherFileError(
+                        f"{self._mirror.path} is not the beginning of the remote file: its last bytes are not there"
+                    ) from None
+                return False
+            return True
+
+    def _appended(self) -> None:
+        now = time.monotonic()
+        if self._full:
+            self._full = False
+            self._say(f"there is room again for {self._mirror.path}")
+        if self._options.fsync is not None and self._sync not in self._timers:
+            self._timers.set(self._sync, now + self._options.fsync)
+        self._progress.grow(self._mirror.length, now)
+        self._timers.set(self._progress.rest, now + CAUGHT_UP)
+
+    def _wait_for_room(self, reason: str) -> None:
+        if not self._full:
+            self._full = True
+            self._say(f"cannot append to {self._mirror.path}: {reason}; waiting for room")
+        self._wait(-1, 0, ROOM_PAUSE)
+
+    def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
+        """Wait as a `Wait` does, and do what is due meanwhile."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            now = time.monotonic()
+            self._timers.run(now)
+            limits = (self._timers.timeout(now), None if end is None else end - now)
+            if wait(fd, events, min((limit for limit in limits if limit is not None), default=None)):
+                return True
+            if end is not None and time.monotonic() >= end:
+                return False
+
+    def _sync(self) -> None:
+        if self._options.fsync is not None:
+            os.fdatasync(self._mirror.fd)
+
+    def _say(self, text: str) -> None:
+        self._progress.rest()
+        complain("tssync", text)
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    """Give a pipe's two ends, as roomy as may be."""
+    out, into = os.pipe()
+    try:
         try:
             fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE)
         except OSError:
-            pass
-        with (
-            open(out, closefd=True),
-            open(into, closefd=True),
-            follow(
-                self.options.servers,
-                self.mirror.length,
-                once=self.options.once,
-                idle=self.options.until_idle,
-                recall=self.mirror.recall,
-                report=complain,
-                wait=self.wait,
-            ) as stream,
-        ):
-            while count := stream.splice(into, PIPE):
-                self.mirror.append(out, count, self.wait_for_room)
-                self.full = False
-                self.dirty = True
-
-    def wait(self, fd: int, events: int, seconds: float | None) -> bool:
-        return wait(fd, events, seconds)
-
-    def wait_for_room(self) -> None:
-        if not self.full:
-            complain("no room")
-        self.full = True
-        self.wait(-1, 0, ROOM_PAUSE)
+            pass  # this user's pipes have taken all that they may: a smaller one serves, too
+        yield out, into
+    finally:
+        os.close(out)
+        os.close(into)
 
 
 if __name__ == "__main__":

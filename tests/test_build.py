@@ -14,10 +14,11 @@ import pytest
 
 import tailsrv
 from tailsrv.arguments import make_health_parser, make_parser
+from tailsrv.client_arguments import make_tscat_parser, make_tssync_parser
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PARSERS = [make_parser(), make_health_parser()]
+PARSERS = [make_parser(), make_health_parser(), make_tscat_parser(), make_tssync_parser()]
 
 # A day on which it is the next day already in the time zone, and a terminal too narrow for anything.
 SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
@@ -137,7 +138,14 @@ def test_page_has_its_sections(share: Path, parser: ArgumentParser) -> None:
     """The page has the sections that one looks for, and what the epilog says is among them."""
     page = (share / f"man/man1/{parser.prog}.1").read_text()
     sections = re.findall(r"^\.SH (.*)", page, re.MULTILINE)
-    assert [name for name in sections if name != "SIGNALS"] == ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "SEE ALSO"]
+    assert [name for name in sections if name not in ("SIGNALS", "EXAMPLES")] == [
+        "NAME",
+        "SYNOPSIS",
+        "DESCRIPTION",
+        "OPTIONS",
+        "EXIT STATUS",
+        "SEE ALSO",
+    ]
     assert f'"{DATE}" "tailsrv {tailsrv.__version__}"' in page.splitlines()[0]
 
 
@@ -172,6 +180,9 @@ def complete_in_bash(share: Path, command: str, *typed: str, folder: Path) -> li
         ("tailsrv", ["app.log", ""], []),
         ("tailsrv-health", ["--format", "pro"], ["prometheus"]),
         ("tailsrv-health", [""], []),
+        ("tscat", ["--un"], ["--until-idle"]),
+        ("tssync", ["--on-mismatch", "r"], ["restart"]),
+        ("tssync", ["localhost:1", "ap"], ["app.log"]),
     ],
 )
 def test_bash_completes(share: Path, tmp_path: Path, command: str, typed: list[str], offered: list[str]) -> None:
@@ -192,7 +203,12 @@ zpty -r shell out "*$3*" && print completed
 
 @pytest.mark.parametrize(
     ("typed", "shown"),
-    [("tailsrv --fol", "--follow-name"), ("tailsrv -w 2 ap", "app.log"), ("tailsrv-health --format pro", "prometheus")],
+    [
+        ("tailsrv --fol", "--follow-name"),
+        ("tailsrv -w 2 ap", "app.log"),
+        ("tailsrv-health --format pro", "prometheus"),
+        ("tssync a:1 ap", "app.log"),
+    ],
 )
 def test_zsh_completes(share: Path, tmp_path: Path, typed: str, shown: str) -> None:
     """Zsh, at a terminal, finds the functions in its fpath and completes with them."""

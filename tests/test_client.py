@@ -1,0 +1,367 @@
+"""`follow` against real servers that are killed, replaced and cut off: every byte once, or an error that says why not."""
+
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from clients import Cutter, closed_port, restart
+from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes
+from unit import run_python
+
+from tailsrv.client import (
+    Backoff,
+    ConnectError,
+    EndpointError,
+    Follow,
+    LostPlaceError,
+    OffsetError,
+    OtherFileError,
+    UnknownHostError,
+    follow,
+)  # fmt: skip
+from tailsrv.place import FromEnd
+
+DATA = random_bytes(300_000)
+HASTE = Backoff(0.01, 0.02)
+
+
+def here(server: Server) -> str:
+    return f"127.0.0.1:{server.port}"
+
+
+def take(stream: Follow, count: int) -> bytes:
+    """Return the next `count` bytes, exactly."""
+    received = b""
+    while len(received) < count:
+        received += next(stream)
+    assert len(received) == count
+    return received
+
+
+class EndOfTestError(Exception):
+    """What our `wait` raises."""
+
+
+class Reader:
+    """Follows on another thread until the end of its block, which ends it by its `wait`."""
+
+    def __init__(self, addresses: str | Sequence[str], offset: int | str, **options: Any) -> None:
+        self.received = bytearray()
+        self.reports: list[str] = []
+        self.error: Exception | None = None
+        self._end = os.eventfd(0)
+        self.stream = follow(addresses, offset, backoff=HASTE, report=self.reports.append, wait=self._wait, **options)
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.eventfd_write(self._end, 1)
+        self._thread.join(DEADLINE)
+        os.close(self._end)
+
+    def got(self, data: bytes) -> None:
+        """Wait until exactly `data` has come."""
+        eventually(lambda: len(self.received) >= len(data) or self.error)
+        assert self.received == data
+
+    def anchored(self) -> None:
+        """Wait until the stream could come back, though it began from the end and nothing came."""
+        eventually(lambda: not isinstance(place := self.stream._place, FromEnd) or place.anchored)
+
+    def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._end, select.POLLIN)
+        if fd >= 0:
+            poll.register(fd, events)
+        seen = dict(poll.poll(None if seconds is None else seconds * 1000))
+        if self._end in seen:
+            raise EndOfTestError
+        return fd in seen
+
+    def _read(self) -> None:
+        with self.stream:
+            try:
+                for chunk in self.stream:
+                    self.received += chunk
+            except Exception as error:
+                self.error = error
+
+
+@pytest.mark.parametrize(("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)])
+def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start: int) -> None:
+    """The bytes are the file's from the offset on, then what is appended; an offset from the start is known at any time."""
+    path.write_bytes(DATA)
+    with follow(here(serve(path)), offset) as stream:
+        assert take(stream, len(DATA[start:])) == DATA[start:]
+        append(path, b"new")
+        assert next(stream) == b"new"
+        assert stream.offset == (None if str(offset).startswith("-") else len(DATA) + 3)
+
+
+def test_only_what_is_new(serve: Serve, path: Path) -> None:
+    """From -0 on there is nothing but what is appended after the server has read the header."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    with Reader(here(server), "-0") as reader:
+        server.logged("client streams: ")
+        append(path, b"new")
+        reader.got(b"new")
+
+
+@pytest.mark.parametrize("offset", [0, 12345, -200_000])
+def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
+    """However often the connection breaks, at whatever byte, in good order or by a reset, every byte comes once."""
+    path.write_bytes(DATA[:250_000])
+    start = offset if offset >= 0 else 250_000 + offset
+    cutter = Cutter(serve(path).port, cuts=30 if offset >= 0 else 0, longest=60_000)
+    with cutter, follow(cutter.endpoints(5), offset, backoff=HASTE) as stream:
+        received = next(stream)  # until the first byte has come, -N begins again
+        cutter.left = 30
+        received += take(stream, 250_000 - start - len(received))
+        append(path, DATA[250_000:])
+        received += take(stream, 50_000)
+    assert received == DATA[start:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("offset", "before"),
+    [(0, DATA), (-1000, DATA), ("-0", DATA), (-1000, b"tick\n" * 1000), ("-0", b"")],
+    ids=["0", "-N", "-0", "-N, periodic", "-0, empty"],
+)
+def test_server_is_killed_and_comes_back(serve: Serve, path: Path, offset: int | str, before: bytes) -> None:
+    """What is appended while no server is there comes as well, and once; also where nothing had come before."""
+    path.write_bytes(before)
+    server = serve(path, "-v", status=-signal.SIGKILL)
+    expected = b"" if offset == "-0" else before[int(offset) :]
+    with Reader(here(server), offset) as reader:
+        server.logged("client streams: ")
+        reader.got(expected)
+        reader.anchored()
+        server.signal(signal.SIGKILL)
+        append(path, b"one")
+        eventually(lambda: any("refused" in line for line in reader.reports))
+        append(path, b"two")
+        restart(serve, server, path)
+        reader.got(expected + b"onetwo")
+        append(path, b"three")
+        reader.got(expected + b"onetwothree")
+    assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
+    assert reader.reports[-1] == f"{here(server)} is there again"
+
+
+def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
+    """Who began from the end of a file that says the same again and again cannot come back, and says so."""
+    path.write_bytes(b"tick\n" * 20_000)
+    server = serve(path, "-v", status=-signal.SIGKILL)
+    with Reader(here(server), -1000) as reader:
+        reader.got(path.read_bytes()[-1000:])
+        server.signal(signal.SIGKILL)
+        restart(serve, server, path)
+        eventually(lambda: isinstance(reader.error, LostPlaceError))
+    assert len(reader.received) == 1000
+
+
+@pytest.mark.parametrize("size", [len(DATA), len(DATA) - 1000])
+def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
+    """A file that is another one behind the same port gives not one byte; the iteration has ended."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with follow(here(server), backoff=HASTE) as stream:
+        assert take(stream, len(DATA)) == DATA
+        server.signal(signal.SIGKILL)
+        path.write_bytes(bytes(size))
+        restart(serve, server, path)
+        with pytest.raises(OtherFileError):
+            next(stream)
+        assert stream.offset == len(DATA)
+        with pytest.raises(StopIteration):
+            next(stream)
+
+
+@pytest.mark.slow
+def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
+    """A server that does not have what we have may get it: a replica that is behind."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(here(server), 0) as reader:
+        reader.got(DATA)
+        server.signal(signal.SIGKILL)
+        path.write_bytes(DATA[:1000])
+        restart(serve, server, path)
+        eventually(lambda: any("shorter" in line for line in reader.reports))
+        append(path, DATA[1000:] + b"new")
+        reader.got(DATA + b"new")
+
+
+def test_next_address_is_taken(serve: Serve, path: Path) -> None:
+    """A dead replica is passed over without a pause, at the start and when the one in use dies; a server comes back at its turn."""
+    path.write_bytes(DATA)
+    first, second = serve(path, status=-signal.SIGKILL), serve(path)
+    dead = f"127.0.0.1:{closed_port()}"
+    with follow([dead, here(first), here(second)], backoff=Backoff(60, 60)) as stream:
+        assert take(stream, len(DATA)) == DATA
+        first.signal(signal.SIGKILL)
+        append(path, b"new")
+        assert take(stream, 3) == b"new"
+
+
+@pytest.mark.parametrize("header", ["127.0.0.1:{}", ("127.0.0.1", 0), [("127.0.0.1", 0)], ["127.0.0.1:{}"]])
+def test_ways_to_name_a_server(serve: Serve, path: Path, header: Any) -> None:
+    """One string, one pair, or several of either."""
+    path.write_bytes(b"line\n")
+    port = serve(path).port
+
+    def named(one: Any) -> Any:
+        return one.format(port) if isinstance(one, str) else (one[0], port)
+
+    with follow([named(one) for one in header] if isinstance(header, list) else named(header)) as stream:
+        assert next(stream) == b"line\n"
+
+
+@pytest.mark.parametrize("addresses", ["localhost", "a:0", [], ["a:1", "b"], ("a", 65536), [("a", -1)]])
+def test_bad_address(addresses: Any) -> None:
+    """What cannot be connected to is an error at once."""
+    with pytest.raises(EndpointError):
+        follow(addresses)
+
+
+def test_bad_offset() -> None:
+    """So is what is no offset."""
+    with pytest.raises(OffsetError):
+        follow("localhost:1", "1e3")
+
+
+def test_unknown_host() -> None:
+    """A name that has no address at the start is an error; beside one that has, it is not."""
+    with follow("nosuch.invalid:1") as stream, pytest.raises(UnknownHostError, match=r"^nosuch\.invalid:1: "):
+        next(stream)
+    with (
+        follow(["nosuch.invalid:1", "127.0.0.1:1"], once=True) as stream,
+        pytest.raises(ConnectError, match=r"nosuch\..*, 127\.0\.0\.1:1: "),
+    ):
+        next(stream)
+
+
+def test_once_without_a_server() -> None:
+    """With `once`, each address is tried once, and then it is an error."""
+    ports = closed_port(), closed_port()
+    with follow([f"127.0.0.1:{port}" for port in ports], once=True) as stream, pytest.raises(ConnectError, match=r"refused.*refused"):
+        next(stream)
+
+
+def test_once_ends_with_the_connection(serve: Serve, path: Path) -> None:
+    """With `once`, the first connection's end is the iteration's."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    with follow(here(server), once=True) as stream:
+        assert take(stream, len(DATA)) == DATA
+        server.signal(signal.SIGTERM)
+        assert list(stream) == []
+
+
+def test_once_says_what_broke_the_connection(serve: Serve, path: Path) -> None:
+    """With `once`, a connection that ends in no good order is an error."""
+    path.write_bytes(DATA)
+    with (
+        Cutter(serve(path).port, cuts=1, longest=1, resets=True) as cutter,
+        follow(cutter.endpoints(1), once=True) as stream,
+        pytest.raises(ConnectError, match=r"^127\.0\.0\.1:\d+: Connection reset by peer"),
+    ):
+        list(stream)
+
+
+def test_idle_ends_the_iteration(serve: Serve, path: Path) -> None:
+    """So long without a byte is the end."""
+    path.write_bytes(DATA)
+    with follow(here(serve(path)), idle=0.2) as stream:
+        assert b"".join(stream) == DATA
+        assert list(stream) == []
+
+
+def test_idle_without_a_server() -> None:
+    """So long without a server is an error, for nobody knows what there would be."""
+    with follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=HASTE) as stream, pytest.raises(ConnectError, match="refused"):
+        list(stream)
+
+
+def test_idle_before_a_shorter_file(serve: Serve, path: Path) -> None:
+    """A server that does not have what we have is no end, either."""
+    path.write_bytes(DATA[:100])
+    with (
+        follow(here(serve(path)), 1000, idle=0.2, recall=lambda offset: DATA[:offset]) as stream,
+        pytest.raises(ConnectError, match="shorter"),
+    ):
+        list(stream)
+
+
+def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """Where one replica does not have what we have, another may."""
+    path.write_bytes(DATA)
+    behind = tmp_path / "behind"
+    behind.write_bytes(DATA[:100])
+    with follow([here(serve(behind)), here(serve(path))], 1000, recall=lambda offset: DATA[:offset], backoff=Backoff(60, 60)) as stream:
+        assert take(stream, len(DATA) - 1000) == DATA[1000:]
+
+
+def test_close_ends_the_iteration(serve: Serve, path: Path) -> None:
+    """A closed stream gives nothing more, and the server has lost a client."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    stream = follow(here(server))
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    append(path, DATA)
+    server.logged("client left: ")
+
+
+def test_keepalive_is_on(serve: Serve, path: Path) -> None:
+    """A server whose machine has vanished is noticed."""
+    path.write_bytes(DATA)
+    with follow(here(serve(path))) as stream:
+        next(stream)
+        assert stream._sock is not None
+        assert stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [stream._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 15, 4]
+
+
+@pytest.mark.parametrize(("failures", "least", "most"), [(1, 0.25, 0.5), (2, 0.5, 1), (3, 1, 2), (6, 5, 10), (10_000, 5, 10)])
+def test_backoff(failures: int, least: float, most: float) -> None:
+    """Pauses double up to a limit, and chance takes up to half off."""
+    assert (Backoff().pause(failures, 1), Backoff().pause(failures, 0)) == (least, most)
+
+
+@pytest.mark.parametrize("module", ["tailsrv.tscat", "tailsrv.tssync"])
+def test_commands_do_not_import_the_server(module: str) -> None:
+    """A client starts without what only the server needs."""
+    code = f"import sys; import {module}; print(*sys.modules)"
+    loaded = set(run_python(code).stdout.split())
+    assert not loaded & {
+        "psutil",
+        "inotify_simple",
+        "setproctitle",
+        "tailsrv.cli",
+        "tailsrv.supervisor",
+        "tailsrv.worker",
+        "tailsrv.listener",
+    }
+
+
+def test_server_does_not_import_the_clients() -> None:
+    """The server starts without what only clients need."""
+    loaded = set(run_python("import sys; import tailsrv.cli; print(*sys.modules)").stdout.split())
+    assert not loaded & {
+        f"tailsrv.{name}" for name in ("client", "client_arguments", "client_run", "dial", "mirror", "place", "tscat", "tssync")
+    }
