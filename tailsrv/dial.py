@@ -117,8 +117,7 @@ class Dialer:
     def _end_round(self, until: float | None, once: bool) -> None:
         """Say why this round brought nothing, and pause. Raises ConnectError where there is to be no other."""
         text = ", ".join(dict.fromkeys(self._reasons))
-        left = _left(until)
-        if once or left == 0:
+        if once:
             raise ConnectError(text)
         if text != self._reported:
             self._report(f"{text}; trying again")
@@ -126,7 +125,10 @@ class Dialer:
         self._reasons.clear()
         self._failures += 1
         pause = self._backoff.pause(self._failures, random.random())  # noqa: S311 - no secret
+        left = _left(until)
         self._wait(-1, 0, pause if left is None else min(pause, left))
+        if _left(until) == 0:
+            raise ConnectError(text)
 
     def _resolve(self) -> list[Found]:
         """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start."""

@@ -1,8 +1,7 @@
 """Where a stream stands, and what to ask for to come back to the exact byte. Pure: it has never met a socket.
 
 The server sends bytes of the file and nothing else: it tells no offset. A stream that began at an offset from the file's start
-always knows its own. One that began from the end knows its place only by the bytes before it, until it has seen that they
-are all of the file.
+always knows its own. One that began from the end knows its place only by the bytes before it, unless they are all of the file.
 """
 
 from collections.abc import Callable
@@ -78,7 +77,7 @@ class FromEnd:
     """The place of a stream that began `count` bytes before the end; with `line`, behind the first newline from there.
 
     After a lost connection it asks for the end of the file and searches that for the bytes that came last, up to 4 KiB.
-    Where they are there exactly once, it goes on behind them. Where it has seen the whole file, it has found its offset.
+    Where they are there exactly once, it goes on behind them. A file shorter than ANCHOR gives it its offset.
     """
 
     def __init__(self, count: int, line: bool = False) -> None:
@@ -124,7 +123,7 @@ class FromEnd:
         if self._offered is not None:
             self.anchored = True
             self._last = self._offered[-CONTEXT:]
-            if len(self._offered) < ANCHOR:
+            if len(self._offered) < ANCHOR and not self._skipping:
                 self.offset = len(self._offered)
         return b""
 
@@ -140,8 +139,8 @@ class FromEnd:
         return data
 
     def _search(self, window: bytearray) -> bytes | None:
-        first, whole = window.find(self._last), self.wanted > 0
-        if first < 0 and whole:
+        first = window.find(self._last)
+        if first < 0 and self.wanted:
             return b""  # a replica may be behind
         if first < 0 and self._width + 1 < len(WINDOWS):
             self._width += 1
@@ -149,7 +148,6 @@ class FromEnd:
         if first < 0 or window.find(self._last, first + 1) >= 0:
             how = "not there" if first < 0 else "there more than once"
             raise LostPlaceError(f"cannot find the place again: in the last {len(window)} bytes, what came last is {how}")
-        self.offset = len(window) if whole else None
         self._window, self._width = None, 0
         return self._new(bytes(window[first + len(self._last) :]))
 

@@ -74,9 +74,7 @@ class Keeper:
                     self._appended()
             except OtherFileError:
                 if self._options.on_mismatch == "stop":
-                    raise OtherFileError(
-                        f"{self._mirror.path} is not the beginning of the remote file: its last bytes are not there"
-                    ) from None
+                    raise OtherFileError(f"{self._mirror.path} is not the beginning of the remote file: its last bytes differ") from None
                 return False
             return True
 

@@ -73,9 +73,14 @@ def run_client(*command: str | Path) -> "subprocess.CompletedProcess[str]":
     return done
 
 
+def kill(server: Server) -> None:
+    """Kill a server that was started to end so, and wait until none of its workers can send any more."""
+    server.signal(signal.SIGKILL)
+    server.wait()
+
+
 def restart(serve: Serve, server: Server, path: Path, *options: str) -> Server:
     """Start a server on the port of one that has been killed."""
-    server.process.wait(DEADLINE)
     return serve(path, "-p", str(server.port), "-v", *options)
 
 

@@ -6,12 +6,13 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from clients import Cutter, closed_port, restart
+from clients import Cutter, closed_port, kill, restart
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes
 from unit import run_python
 
@@ -134,30 +135,38 @@ def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("offset", "before"),
-    [(0, DATA), (-1000, DATA), ("-0", DATA), (-1000, b"tick\n" * 1000), ("-0", b"")],
-    ids=["0", "-N", "-0", "-N, periodic", "-0, empty"],
-)
-def test_server_is_killed_and_comes_back(serve: Serve, path: Path, offset: int | str, before: bytes) -> None:
+def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
     """What is appended while no server is there comes as well, and once; also where nothing had come before."""
-    path.write_bytes(before)
-    server = serve(path, "-v", status=-signal.SIGKILL)
-    expected = b"" if offset == "-0" else before[int(offset) :]
-    with Reader(here(server), offset) as reader:
-        server.logged("client streams: ")
-        reader.got(expected)
-        reader.anchored()
-        server.signal(signal.SIGKILL)
-        append(path, b"one")
-        eventually(lambda: any("refused" in line for line in reader.reports))
-        append(path, b"two")
-        restart(serve, server, path)
-        reader.got(expected + b"onetwo")
-        append(path, b"three")
-        reader.got(expected + b"onetwothree")
-    assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
-    assert reader.reports[-1] == f"{here(server)} is there again"
+    starts: dict[str, tuple[int | str, bytes]] = {
+        "known": (0, DATA),
+        "end": (-1000, DATA),
+        "nothing yet": ("-0", DATA),
+        "periodic": (-1000, b"tick\n" * 1000),
+        "empty": ("-0", b""),
+    }
+    with ExitStack() as stack:  # all at once: each takes seconds, of waiting
+        cases = []
+        for name, (offset, before) in starts.items():
+            path = tmp_path / name
+            path.write_bytes(before)
+            server = serve(path, "-v", status=-signal.SIGKILL)
+            reader = stack.enter_context(Reader(here(server), offset))
+            server.logged("client streams: ")
+            cases.append((path, server, reader, b"" if offset == "-0" else before[int(offset) :]))
+        for path, server, reader, expected in cases:
+            reader.got(expected)
+            reader.anchored()
+            kill(server)
+            append(path, b"one")
+            eventually(lambda reader=reader: any("refused" in line for line in reader.reports))  # type: ignore[misc]
+            append(path, b"two")
+            restart(serve, server, path)
+        for path, server, reader, expected in cases:
+            reader.got(expected + b"onetwo")
+            append(path, b"three")
+            reader.got(expected + b"onetwothree")
+            assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
+            assert reader.reports[-1] == f"{here(server)} is there again"
 
 
 def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
@@ -166,7 +175,7 @@ def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
     server = serve(path, "-v", status=-signal.SIGKILL)
     with Reader(here(server), -1000) as reader:
         reader.got(path.read_bytes()[-1000:])
-        server.signal(signal.SIGKILL)
+        kill(server)
         restart(serve, server, path)
         eventually(lambda: isinstance(reader.error, LostPlaceError))
     assert len(reader.received) == 1000
@@ -179,7 +188,7 @@ def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
     server = serve(path, status=-signal.SIGKILL)
     with follow(here(server), backoff=HASTE) as stream:
         assert take(stream, len(DATA)) == DATA
-        server.signal(signal.SIGKILL)
+        kill(server)
         path.write_bytes(bytes(size))
         restart(serve, server, path)
         with pytest.raises(OtherFileError):
@@ -196,7 +205,7 @@ def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
     server = serve(path, status=-signal.SIGKILL)
     with Reader(here(server), 0) as reader:
         reader.got(DATA)
-        server.signal(signal.SIGKILL)
+        kill(server)
         path.write_bytes(DATA[:1000])
         restart(serve, server, path)
         eventually(lambda: any("shorter" in line for line in reader.reports))
@@ -211,7 +220,7 @@ def test_next_address_is_taken(serve: Serve, path: Path) -> None:
     dead = f"127.0.0.1:{closed_port()}"
     with follow([dead, here(first), here(second)], backoff=Backoff(60, 60)) as stream:
         assert take(stream, len(DATA)) == DATA
-        first.signal(signal.SIGKILL)
+        kill(first)
         append(path, b"new")
         assert take(stream, 3) == b"new"
 

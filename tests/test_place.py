@@ -129,6 +129,15 @@ def test_short_file_gives_its_offset(size: int) -> None:
     assert connect(known, bytes(size + 5)) == bytes(5)
 
 
+def test_line_is_left_out_though_the_offset_is_known() -> None:
+    """A file that is short, and ends within the line that is to be left out, changes nothing about that."""
+    place = FromEnd(1, line=True)
+    assert place.take(b"n") == b""
+    place.offer(b"whole\nbegun")
+    place.settle()
+    assert place.known().take(b" and finished\nnew\n") == b"new\n"
+
+
 def test_end_of_a_long_file_is_looked_for() -> None:
     """What was before the place serves to find it again where nothing has come yet."""
     place = FromEnd(0)

@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from clients import TSCAT, Command, Cutter, closed_port, restart, run_client
+from clients import TSCAT, Command, Cutter, closed_port, kill, restart, run_client
 from helpers import DEADLINE, Serve, Server, append, random_bytes, runs
 from unit import as_root, can_ipv6
 
 from tailsrv import __version__
 
 DATA = random_bytes(300_000)
+OTHER = random_bytes(300_000, seed=2)
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
 
 
@@ -79,12 +80,12 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offs
     ):
         command.wrote(DATA[start:])
         cutter.left = 15
-        server.signal(signal.SIGKILL)
-        append(path, DATA)
+        kill(server)
+        append(path, OTHER)
         restart(serve, server, path)
-        command.wrote(DATA[start:] + DATA)
+        command.wrote(DATA[start:] + OTHER)
         append(path, b"end")
-        command.wrote(DATA[start:] + DATA + b"end")
+        command.wrote(DATA[start:] + OTHER + b"end")
         assert command.end(signal.SIGINT) == 0
 
 
@@ -93,8 +94,7 @@ def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) 
     path.write_bytes(LINES)
     server = serve(path, status=-signal.SIGKILL)
     endpoint = here(server)
-    server.signal(signal.SIGKILL)
-    server.process.wait(DEADLINE)
+    kill(server)
     with Command(tmp_path, *TSCAT, endpoint) as command:
         command.says("refused")
         restart(serve, server, path)
@@ -225,7 +225,7 @@ def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> 
     server = serve(path, status=-signal.SIGKILL)
     with Command(tmp_path, *TSCAT, here(server)) as command:
         command.wrote(DATA)
-        server.signal(signal.SIGKILL)
+        kill(server)
         path.write_bytes(DATA[1:] + DATA)
         restart(serve, server, path)
         assert command.end() == 3

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clients import TSSYNC, Command, Cutter, closed_port, holds, restart, run_client
+from clients import TSSYNC, Command, Cutter, closed_port, holds, kill, restart, run_client
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes, runs
 from unit import as_root
 
@@ -67,7 +67,7 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
     server = serve(path, "-v", status=-signal.SIGKILL)
     with Cutter(server.port, cuts=15, longest=60_000) as cutter, Command(tmp_path, *TSSYNC, *cutter.endpoints(), copy) as command:
         holds(copy, DATA)
-        server.signal(signal.SIGKILL)
+        kill(server)
         append(path, DATA)
         restart(serve, server, path)
         holds(copy, DATA + DATA)
@@ -127,7 +127,7 @@ def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_p
     server = serve(path, status=-signal.SIGKILL)
     with Command(tmp_path, *TSSYNC, "--on-mismatch", "restart", here(server), copy) as command:
         holds(copy, DATA)
-        server.signal(signal.SIGKILL)
+        kill(server)
         other = DATA[::-1]
         path.write_bytes(other)
         restart(serve, server, path)
@@ -167,7 +167,7 @@ def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_pa
     with Command(tmp_path, *TSSYNC, here(server), copy) as command:
         holds(copy, DATA)
         os.truncate(copy, 10)
-        server.signal(signal.SIGKILL)
+        kill(server)
         restart(serve, server, path)
         assert command.end() == 1
         assert f"{copy} was changed by somebody else" in command.errors
@@ -211,8 +211,8 @@ def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: li
     """With --fsync the disk has the copy soon after, without it when the kernel likes."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
-    command = [*TSSYNC, here(serve(path)), copy, "--until-idle", "0.5", *options]
-    done = run_client("strace", "-f", "-o", trace, "-e", "trace=fdatasync,fsync", *command)
+    traced = ("strace", "-f", "-o", trace, "-e", "trace=fdatasync,fsync")
+    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--until-idle", "0.5", *options)
     assert done.returncode == 0
     calls = [line for line in trace.read_text().splitlines() if "sync(" in line]
     assert (len(calls) >= 2) == synced, "once while it waits, and once at the end"
