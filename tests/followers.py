@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -52,6 +54,16 @@ class Command:
         if number:
             self.process.send_signal(number)
         return self.process.wait(DEADLINE)
+
+
+@contextmanager
+def started(*command: str | Path, stdout: int, stderr: int = subprocess.PIPE) -> Iterator["subprocess.Popen[bytes]"]:
+    """Give a running client whose output the test reads itself; it surely has ended then."""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def holds(path: Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from followers import TSCAT, Command, Cutter, closed_port, kill, restart, run_client
+from followers import TSCAT, Command, Cutter, closed_port, kill, restart, run_client, started
 from helpers import DEADLINE, Serve, Server, append, random_bytes, runs
 from unit import as_root, can_ipv6
 
@@ -129,7 +129,7 @@ def test_closed_pipe_ends_it(serve: Serve, path: Path, quiet: bool) -> None:
     """When nobody reads any more, it ends at once, also while nothing comes and while no server is there."""
     path.write_bytes(b"line\n")
     server = serve(path)
-    with subprocess.Popen([*TSCAT, here(server)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(*TSCAT, here(server), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(5) == b"line\n"
@@ -166,7 +166,7 @@ def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
     path.write_bytes(DATA * 5)
     out, into = os.pipe()
     os.set_blocking(into, False)
-    with subprocess.Popen([*TSCAT, here(serve(path)), "--until-idle", "0.2"], stdout=into, stderr=subprocess.PIPE) as process:
+    with started(*TSCAT, here(serve(path)), "--until-idle", "0.2", stdout=into) as process:
         os.close(into)
         with open(out, "rb") as reader:
             assert reader.read() == DATA * 5

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from followers import TSSYNC, Command, Cutter, closed_port, holds, kill, restart, run_client
+from followers import TSSYNC, Command, Cutter, closed_port, holds, kill, restart, run_client, started
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes, runs
 from unit import as_root
 
@@ -242,7 +242,7 @@ def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
     path.write_bytes(DATA)
     near, far = pty.openpty()
     server = serve(path)
-    with subprocess.Popen([*TSSYNC, here(server), copy], stderr=far, stdout=far) as process:
+    with started(*TSSYNC, here(server), copy, stdout=far, stderr=far) as process:
         os.close(far)
         shown = b""
         while b"iB/s" not in shown:  # it takes half a second of growth
