@@ -28,10 +28,17 @@ class Client:
         self.number = number  # its name in the roster; unlike `fd`, never used again in this slot
         self.sock = sock
         self.fd = sock.fileno()  # asked for once: this is the hot path's name for the client
-        self.peer = endpoint(*peer) if peer else "unknown"  # one string takes less than half of what the pair does
+        self.peer: str | None = endpoint(*peer) if peer else "unknown"
         self.state = State.AWAITING_HEADER
         self.offset = 0
         self.has_blocked = False  # its socket has been full: epoll tells when it has room, from then on
 
+    def forget_peer(self) -> None:
+        """Leave it to the kernel to know who this is, as long as the connection is there: a string for each of very many adds up."""
+        self.peer = None
+
     def __str__(self) -> str:
-        return self.peer
+        try:
+            return self.peer or endpoint(*self.sock.getpeername()[:2])
+        except OSError:  # gone
+            return "unknown"

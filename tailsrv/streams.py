@@ -145,6 +145,7 @@ class Streams:
         if client.offset < self.size:
             self.behind.append(client)
         elif client.offset == self.size:
+            client.offset = self.size  # the same number, and one object for all of them
             self.caught_up[client.fd] = client
         else:
             self._wait(client)

