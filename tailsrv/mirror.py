@@ -31,14 +31,18 @@ class Mirror:
 
     def recall(self, offset: int) -> bytes:
         """Return the bytes before `offset`, which is the file's length. Raises RunError if it is not."""
-        if not offset == self.length == os.fstat(self.fd).st_size:
-            raise RunError(f"{self.path} was changed by somebody else: it has {os.fstat(self.fd).st_size} bytes, not {self.length}")
+        assert offset == self.length
+        self._check()
         start = max(0, offset - CONTEXT)
         return os.pread(self.fd, offset - start, start)
 
     def append(self, pipe: int, pending: int, wait_for_room: Callable[[str], object]) -> None:
-        """Append the `pending` bytes in `pipe`; as often as there is no room, it calls `wait_for_room` with the reason."""
+        """Append the `pending` bytes in `pipe`; as often as there is no room, it calls `wait_for_room` with the reason.
+
+        Raises RunError if somebody else has changed the file, or taken it away.
+        """
         while pending:
+            self._check()
             try:
                 moved = os.splice(pipe, self.fd, pending, offset_dst=self.length)
             except OSError as error:
@@ -48,6 +52,12 @@ class Mirror:
             else:
                 self.length += moved
                 pending -= moved
+
+    def _check(self) -> None:
+        if (size := os.fstat(self.fd).st_size) != self.length:
+            raise RunError(f"{self.path} was changed by somebody else: it has {size} bytes, not {self.length}")
+        if not _is_at(self.fd, self.path):
+            raise RunError(f"{self.path} was moved or deleted by somebody else")
 
     def set_aside(self) -> str:
         """Give the file another name, one that was free, and begin with an empty one; return the other name. Raises OSError."""

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -177,6 +177,29 @@ def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> 
         done = tssync(here(server), copy)
         assert (done.returncode, done.stderr) == (1, f"tssync: another program has locked {copy}\n")
         assert command.end(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda copy: os.truncate(copy, 10), "was changed by somebody else: it has 10 bytes, not "),
+        (lambda copy: append(copy, b"foreign"), "was changed by somebody else: it has "),
+        (os.unlink, "was moved or deleted by somebody else"),
+        (lambda copy: copy.rename(copy.with_suffix(".away")), "was moved or deleted by somebody else"),
+    ],
+)
+def test_copy_that_somebody_changes(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, change: Callable[[Path], object], complaint: str
+) -> None:
+    """A copy that is changed or taken away while it is kept ends it with the next bytes, which are not written anywhere."""
+    path.write_bytes(DATA)
+    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+        holds(copy, DATA)
+        change(copy)
+        append(path, b"more")
+        assert command.end() == 1
+        assert f"{copy} {complaint}" in command.errors
+    assert not any(b"more" in left.read_bytes() for left in copy.parent.glob(f"{copy.stem}*"))
 
 
 def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
