@@ -54,8 +54,15 @@ def wait(fd: int, events: int, seconds: float | None) -> bool:
     poll = select.poll()
     if fd >= 0:
         poll.register(fd, events)
-    return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
+    return bool(poll.poll(milliseconds(seconds)))
 
+
+def milliseconds(seconds: float | None) -> float | None:
+    """Return the timeout for poll(2), which counts no more than 24 days: whoever waits longer asks again."""
+    return None if seconds is None else min(max(0.0, seconds), LONGEST) * 1000
+
+
+LONGEST = 86400.0  # seconds
 
 ENDED = "the connection was ended"  # in good order: errno has no words for it
 

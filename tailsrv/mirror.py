@@ -15,7 +15,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Mirror:
-    """A file that nobody else appends to; it is always as long as what has come."""
+    """A file that nobody else may change: it grows by what comes, and is `length` bytes long."""
 
     def __init__(self, path: str) -> None:
         """Open and lock `path`, made if it is not there. Raises RunError, OSError."""
@@ -39,7 +39,7 @@ class Mirror:
     def append(self, pipe: int, pending: int, wait_for_room: Callable[[str], object]) -> None:
         """Append the `pending` bytes in `pipe`; as often as there is no room, it calls `wait_for_room` with the reason.
 
-        Raises RunError if somebody else has changed the file, or taken it away.
+        Raises RunError if that fails otherwise, or if somebody else has changed the file, or taken it away.
         """
         while pending:
             self._check()
@@ -47,11 +47,18 @@ class Mirror:
                 moved = os.splice(pipe, self.fd, pending, offset_dst=self.length)
             except OSError as error:
                 if error.errno not in NO_ROOM:
-                    raise
+                    raise RunError(f"cannot append to {self.path}: {error.strerror}") from error
                 wait_for_room(os.strerror(error.errno))
             else:
                 self.length += moved
                 pending -= moved
+
+    def sync(self) -> None:
+        """Have what there is written to the disk. Raises RunError."""
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:  # the kernel says so once; what has failed is not tried again
+            raise RunError(f"cannot sync {self.path}: {error.strerror}") from error
 
     def _check(self) -> None:
         if (size := os.fstat(self.fd).st_size) != self.length:
@@ -69,8 +76,9 @@ class Mirror:
             except FileExistsError:
                 pass
         os.unlink(self.path)
+        fd = _open_locked(self.path)
         os.close(self.fd)
-        self.fd = _open_locked(self.path)
+        self.fd = fd
         self.length = os.fstat(self.fd).st_size
         return aside
 

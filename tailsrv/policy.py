@@ -28,7 +28,7 @@ WARY = 256  # chunks that are looked at so closely after one was missing; otherw
 READERS = 16  # clients that the disk works for at a time: more would push each other's bytes out before they are sent
 DISK_PAUSE = 0.00025  # seconds, for each of them, until they look again; a fast disk has read so much by then
 MAX_PAUSES = 8  # the longest such pause: one who has looked in vain does so less and less often
-MAX_MISSES = 10_000  # in a row, 20 seconds: then it is no slow disk, but one that cannot read these bytes, as sendfile(2) will say
+MAX_MISSES = 10_000  # in a row, 20 seconds for one reader, minutes for many: then the disk cannot read these bytes, as sendfile(2) will say
 
 EVENTS = 64  # taken from epoll in one turn; more wait for the next, behind the news of the file
 ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream

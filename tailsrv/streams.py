@@ -13,7 +13,7 @@ from tailsrv.syscalls import Outcome, Sent, is_cached, read_ahead, send_chunk, s
 
 
 class Streams:
-    """Sends the file's bytes to its clients, each of which is in one of five places.
+    """Sends the file's bytes to its clients, each of which is in one of six places.
 
     - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
     - `behind`: can be sent more, in turn;
@@ -113,7 +113,8 @@ class Streams:
             if client.state is not State.STREAMING:
                 continue
             wanted = next_chunk(client.offset, self.size)
-            if not wanted:  # the file has shrunk since
+            if not wanted:  # the file has shrunk since: it waits for that, and no more for the disk
+                self.read_ahead.forget(client)
                 self._place(client)
             elif (count := self.read_ahead.admit(client, wanted)) == 0:
                 budget -= READ_AHEAD  # to ask the disk for them has taken its time

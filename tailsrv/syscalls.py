@@ -109,8 +109,8 @@ def is_cached(file: int, offset: int, count: int, stride: int) -> bool:
     try:
         for place in range(offset, offset + count, stride):
             os.preadv(file, _BYTE, place, os.RWF_NOWAIT)
-        if count > mmap.PAGESIZE:
-            os.preadv(file, _BYTE, offset + count - 1, os.RWF_NOWAIT)
+        if (last := offset + count - 1) // mmap.PAGESIZE != offset // mmap.PAGESIZE:
+            os.preadv(file, _BYTE, last, os.RWF_NOWAIT)
     except BlockingIOError:
         return False
     except OSError:

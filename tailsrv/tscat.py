@@ -11,6 +11,7 @@ from functools import partial
 from tailsrv.client import follow
 from tailsrv.client_arguments import make_tscat_parser, split_offset
 from tailsrv.client_run import RunError, complain, occupy_standard_descriptors, run
+from tailsrv.dial import milliseconds
 
 STDOUT = 1
 
@@ -50,7 +51,7 @@ def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
     poll.register(STDOUT, 0)  # hang-ups are told unasked
     if fd >= 0:
         poll.register(fd, events)
-    seen = dict(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
+    seen = dict(poll.poll(milliseconds(seconds)))
     if STDOUT in seen:
         raise NobodyReadsError
     return fd in seen

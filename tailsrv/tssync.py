@@ -50,6 +50,7 @@ class Keeper:
         """Keep the copy until the end that the options ask for."""
         try:
             while not self._copy():
+                self._sync()
                 aside = self._mirror.set_aside()
                 self._say(f"the remote file is another one now: {self._mirror.path} becomes {aside}, and begins again")
         finally:
@@ -108,7 +109,7 @@ class Keeper:
 
     def _sync(self) -> None:
         if self._options.fsync is not None:
-            os.fdatasync(self._mirror.fd)
+            self._mirror.sync()
 
     def _say(self, text: str) -> None:
         self._progress.rest()

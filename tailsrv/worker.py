@@ -182,13 +182,18 @@ class Worker:
     def look(self) -> None:
         """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
         size, before = self.watch.size(), self.streams.size
-        self.streams.shrunk = False
+        shrunk, self.streams.shrunk = self.streams.shrunk, False
+        if shrunk and size == before:  # it was shorter for a moment; whom that kept waiting gets another try
+            self.loop.timers.set(self.resume_after_shrinking, self.loop.now + policy.MEMORY_PAUSE)
         if size != before:
             self.streams.resize(size)
             if self.settling:
                 self.settle()
             if size < before:
                 self.notices = replace(self.notices, truncated=size)
+
+    def resume_after_shrinking(self) -> None:
+        self.streams.resize(self.streams.size)
 
     def check_path(self) -> None:
         before, gone = self.gone, is_gone(self.watch.file, self.watch.path)
@@ -279,7 +284,7 @@ class Worker:
     def handle_client(self, client: Client, mask: int) -> None:
         try:
             if mask & HUNG_UP:
-                self.look()  # the same, for a burst of those who leave
+                self.look()  # in a burst of those who leave, too, nobody waits for all of it
                 self.drop(client)
                 return
             if mask & INPUT:

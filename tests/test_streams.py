@@ -11,7 +11,8 @@ import pytest
 from unit import append, opened, recv_all, reset, tcp_pair, wait_for
 
 from tailsrv.connection import Client, State
-from tailsrv.policy import CHUNK
+from tailsrv.policy import CHUNK, READERS
+from tailsrv.readahead import ReadAhead
 from tailsrv.streams import Streams
 
 BIG = os.urandom(1 << 16) * 48  # 3 MiB, and no two chunks are the same from any offset that matters
@@ -312,6 +313,26 @@ def test_shrink_under_the_fan_out(bench: Bench) -> None:
     bench.grow(b"real")
     bench.streams.pump()
     assert [bench.received(client) for client in clients] == [b"real"] * 3
+
+
+def test_shrink_under_those_who_wait_for_the_disk(bench: Bench) -> None:
+    """Who waits for bytes that are gone gives the place among the disk's readers to others."""
+    bench.grow(BIG)
+    in_memory = False
+    bench.streams.read_ahead = ReadAhead(lambda *_: in_memory, lambda *_: None)
+    waiting = [bench.client(CHUNK) for _ in range(READERS)]
+    bench.streams.pump(budget=2 * len(BIG) * READERS)
+    bench.shrink(CHUNK // 2)
+    bench.streams.look_again()
+    bench.streams.pump()
+    late = bench.client(CHUNK // 2 - 10)
+    bench.streams.pump()
+    bench.streams.look_again()
+    in_memory = True
+    bench.streams.pump()
+    assert late.fd in bench.streams.caught_up
+    assert not bench.streams.read_ahead
+    assert not any(client.fd in bench.streams.caught_up for client in waiting)
 
 
 def test_hang_up_at_an_append(bench: Bench) -> None:

@@ -421,6 +421,19 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst(bench: Bench, monkeypatch:
     assert served == [False, True, True, True, True]
 
 
+def test_file_that_was_shorter_for_a_moment(bench: Bench) -> None:
+    """A client that found nothing, because the file was empty just then, gets its bytes when it is as long as before."""
+    far, client = bench.connect(b"99\n")
+    bench.settle()
+    os.truncate(bench.path, 0)
+    bench.worker.streams.add(client, 0)
+    bench.worker.streams.pump()
+    assert bench.worker.streams.shrunk
+    bench.path.write_bytes(b"9876543210")
+    bench.worker.look()
+    assert bench.receive(far, 10) == b"9876543210"
+
+
 def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An append between the look at the file and the reading of the event that told of it is not left lying."""
     follower, _ = bench.connect(b"-0\n")
