@@ -16,6 +16,7 @@ KERNEL = ("Slab", "KernelStack", "PageTables")  # of /proc/meminfo: sockets, des
 class Look:
     """What a server had used at one moment, all its processes together, and the whole kernel."""
 
+    pids: frozenset[int]
     cpu: float  # seconds
     pss: int  # KiB
     kernel: int  # KiB, of both ends of the connections: they are on one machine
@@ -24,8 +25,8 @@ class Look:
 
 def look(pids: Iterable[int]) -> Look:
     """Return what the processes `pids` have used so far."""
-    pids = list(pids)
-    return Look(sum(map(_cpu_seconds, pids)), sum(map(_pss, pids)), _kernel(), _sockets())
+    pids = frozenset(pids)
+    return Look(pids, sum(map(_cpu_seconds, pids)), sum(map(_pss, pids)), _kernel(), _sockets())
 
 
 def session(sid: int) -> list[int]:

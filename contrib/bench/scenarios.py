@@ -13,7 +13,7 @@ from processes import Look
 from servers import Running, Server, running
 
 MIB = 1 << 20
-NOTHING = Look(0.0, 0, 0, 0)
+NOTHING = Look(frozenset(), 0.0, 0, 0, 0)
 SETTLE = 0.3  # seconds until memory is looked at: what is freed late is freed by then
 
 BACKLOG = 2048  # connections at once: fewer than wait in any of these servers' queues
@@ -70,9 +70,15 @@ class Sample:
     unprotected: int
 
     @property
-    def cpu(self) -> float:
-        """Seconds that the sender has worked."""
-        return self.result["sender_cpu_s"] or self.after.cpu - self.full.cpu
+    def cpu(self) -> float | None:
+        """Seconds that the sender has worked; None where processes have come or gone meanwhile and taken their count along."""
+        if own := self.result["sender_cpu_s"]:
+            return own
+        return self.after.cpu - self.full.cpu if self.after.pids == self.full.pids else None
+
+    def cpu_for(self, name: str, amount: float) -> Numbers:
+        """Return the figure `name`: what the sender has worked for each of `amount`, if that is known."""
+        return {} if self.cpu is None else {name: self.cpu / amount}
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def _unprotected(started: Running) -> int:
 def _replay(sample: Sample) -> Numbers:
     size, seconds = sample.result["bytes"], sample.result["seconds"]
     busy = 100 * sample.result["load_cpu_s"] / seconds / sample.threads
-    return {"throughput": size / seconds / 1e6, "cpu_per_gb": sample.cpu / size * 1e12, "load_busy": busy}
+    return {"throughput": size / seconds / 1e6, **sample.cpu_for("cpu_per_gb", size / 1e12), "load_busy": busy}
 
 
 def _latency(sample: Sample) -> Numbers:
@@ -169,11 +175,11 @@ def _latency(sample: Sample) -> Numbers:
 
 def _fan_out(sample: Sample) -> Numbers:
     last = {"last_p50": sample.result["last_p50_us"], "last_p99": sample.result["last_p99_us"]}
-    return {**last, "cpu_per_delivery": sample.cpu / sample.result["deliveries"] * 1e6}
+    return {**last, **sample.cpu_for("cpu_per_delivery", sample.result["deliveries"] / 1e6)}
 
 
 def _firehose(sample: Sample) -> Numbers:
-    return {**_latency(sample), "cpu_per_delivery": sample.cpu / sample.result["deliveries"] * 1e6}
+    return {**_latency(sample), **sample.cpu_for("cpu_per_delivery", sample.result["deliveries"] / 1e6)}
 
 
 def _mixed(sample: Sample) -> Numbers:
