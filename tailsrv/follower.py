@@ -136,6 +136,7 @@ class Follow(Iterator[bytes]):
         return min((max(0.0, seconds) for seconds in (self._left(), quiet) if seconds is not None), default=None)
 
     def _stuck(self) -> float:
+        """Return for how many seconds a server may be silent that should not be."""
         return min(LONGEST, STUCK * 2.0 ** min(self._given_up, 30))
 
     def _connect(self) -> bool:
