@@ -50,7 +50,7 @@ def follow(
     another file is served now, after a rotation for instance. From -N and "-0" on, no offset is known, and it searches the file's end
     for those 4 KiB; LostPlaceError says that they are not there exactly once. Only a file that repeats 4 KiB to the byte, once,
     and more than 1 MiB later, while there is no connection, could deceive it. Where a connection is lost before anything has come,
-    and within a second, -N is asked for anew.
+    and within a second or from an empty file, -N is asked for anew.
 
     Raises EndpointError and OffsetError (both are ValueErrors) at once. The iteration raises UnknownHostError if no name has an
     address at the start, ConnectError (`once`, `idle`) if there is no connection or it breaks, and those two.

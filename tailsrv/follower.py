@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Self
 
 from tailsrv.dial import ENDED, QUIET, ConnectError, Dialer, Wait, fetch, name_of
-from tailsrv.place import ANCHOR, FromEnd, FromStart, Place, PlaceError
+from tailsrv.place import ANCHOR, CONTEXT, FromEnd, FromStart, Place, PlaceError
 
 CHUNK = 1 << 16  # the most that one step gives; twice as much costs a quarter more time, in page faults
-STUCK = 2.0  # seconds without what a server surely has if it serves our file: time to say so
+STUCK = 2.0  # seconds without what a server surely has if it serves our file: time to say so, or to try another
+LONGEST = 30.0  # to that they double while one after the other is given up: all may be slow to begin
 LACKING = "does not send what came before: its file is shorter, or another one"
 ANCHORS = 3  # attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
 
@@ -39,6 +40,9 @@ class Follow(Iterator[bytes]):
         self._sock: socket.socket | None = None
         self._name = ""  # of the server that we are connected to
         self._told = False  # that it does not send what it should have
+        self._heard = 0.0  # when it sent something, or was connected to
+        self._given_up = 0  # servers in a row that did not
+        self._due = 0.0  # when to ask for the file's end, in a search
         self._ready = b""  # is given next
         self._since = time.monotonic()  # when something new came
         self._closed = False
@@ -97,7 +101,9 @@ class Follow(Iterator[bytes]):
                 if self._sock is None and not self._connect():
                     continue
                 assert self._sock is not None
-                if self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
+                if isinstance(self._place, FromEnd) and self._place.searching and time.monotonic() >= self._due:
+                    self._reach(self._sock, self._place)
+                elif self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
                     if not self._place.wanted:
                         return True
                     self._receive(min(self._place.wanted, CHUNK))
@@ -122,11 +128,16 @@ class Follow(Iterator[bytes]):
 
     def _patience(self) -> float | None:
         """Return for how many seconds to wait for bytes before something else is to be done."""
-        if isinstance(self._place, FromEnd):
-            quiet = QUIET if self._place.wanted or (self._anchors and not self._place.anchored) else None
+        now = time.monotonic()
+        if self._place.wanted:
+            quiet = self._due - now if isinstance(self._place, FromEnd) else None if self._told else self._heard + self._stuck() - now
         else:
-            quiet = STUCK if self._place.wanted and not self._told else None
-        return min((seconds for seconds in (self._left(), quiet) if seconds is not None), default=None)
+            quiet = QUIET if isinstance(self._place, FromEnd) and self._anchors and not self._place.anchored else None
+        return min((max(0.0, seconds) for seconds in (self._left(), quiet) if seconds is not None), default=None)
+
+    def _stuck(self) -> float:
+        """Return for how many seconds a server may be silent that should not be."""
+        return min(LONGEST, STUCK * 2.0 ** min(self._given_up, 30))
 
     def _connect(self) -> bool:
         """Connect and send the header; tell whether there is a connection. Raises ConnectError at the end of an idle time, too."""
@@ -145,6 +156,8 @@ class Follow(Iterator[bytes]):
             self._sock.send(header)
         except OSError as error:
             self._lost(error)
+        self._heard = time.monotonic()
+        self._due = self._heard + QUIET
         return self._sock is not None
 
     def _begin(self) -> None:
@@ -156,12 +169,23 @@ class Follow(Iterator[bytes]):
         assert self._sock is not None
         if self._whole_lines and isinstance(self._place, FromEnd):
             with self._sock as sock:
-                longer = fetch(sock, b"%d\n" % self._place.count, 1, self._wait)
+                longer = self._is_longer(sock, self._place.count)
                 self._sock = self._dialer.again(sock, self._wait)
             if longer:
                 self._place = FromEnd(self._place.count + 1, line=True)
         self._first = False
         self._since = time.monotonic()  # connecting is not idling
+
+    def _is_longer(self, sock: socket.socket, count: int) -> bool:
+        """Tell whether the file has more than `count` bytes. Silence says that it has not only if the server gives its start.
+
+        An empty one has none: that is believed a little later.
+        """
+        if fetch(sock, b"%d\n" % count, 1, self._wait):
+            return True
+        with self._dialer.again(sock, self._wait) as other:
+            start = fetch(other, b"0\n", min(count, ANCHOR) + 1, self._wait)
+            return len(start) > count or (not start and self._wait(other.fileno(), select.POLLIN, STUCK))
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None
@@ -173,6 +197,7 @@ class Follow(Iterator[bytes]):
             self._lost(error)
             return
         if data:
+            self._heard = time.monotonic()
             self._keep(self._place.take(data))
         else:
             self._lost(None)
@@ -187,28 +212,47 @@ class Follow(Iterator[bytes]):
             self._ready = data
             self._came()
         elif not self._place.wanted:
-            self._dialer.succeeded(self._name)
+            self._succeeded()
 
     def _came(self) -> None:
         self._since = time.monotonic()
+        self._succeeded()
+
+    def _succeeded(self) -> None:
+        self._given_up = 0
         self._dialer.succeeded(self._name)
 
     def _use_the_quiet(self, sock: socket.socket) -> None:
         """Do what is to be done when nothing comes."""
         if isinstance(self._place, FromEnd):
-            self._keep(self._place.settle())
+            self._place.settle()
+            self._keep(b"")
         if isinstance(self._place, FromEnd) and self._anchors and not (self._place.wanted or self._place.anchored):
             self._anchors -= 1
             self._anchor(sock, self._place)
-        if self._place.wanted and self._dialer.choice:
+        self._complain()
+
+    def _complain(self) -> None:
+        """Try another replica, or say that there is none, if what is wanted has not come for long enough."""
+        if not self._place.wanted or time.monotonic() < self._heard + self._stuck():
+            return
+        if self._dialer.choice:
             self._hang_up()  # another replica may have it
+            self._given_up += 1
             self._dialer.failed(f"{self._name}: {LACKING}")
-        elif self._place.wanted and not self._told:
+        elif not self._told:
             self._told = True
             self._report(f"{self._name}: {LACKING}; waiting")
 
+    def _reach(self, sock: socket.socket, place: FromEnd) -> None:
+        """Ask how far the window has to reach. Raises LostPlaceError."""
+        if place.unsearched and (end := self._fetch_end(sock, CONTEXT, self._wait)):
+            self._keep(place.reach(end))
+        self._due = time.monotonic() + QUIET
+        self._complain()
+
     def _anchor(self, sock: socket.socket, place: FromEnd) -> None:
-        """Ask for the end of the file, on another connection to the same server."""
+        """Ask what is before the place, if nothing comes meanwhile."""
 
         def wait_beside(fd: int, events: int, seconds: float | None) -> bool:
             with select.epoll() as both:  # the stream goes first
@@ -216,16 +260,22 @@ class Follow(Iterator[bytes]):
                 both.register(sock, select.POLLIN)
                 return self._wait(both.fileno(), select.POLLIN, seconds) and fd in dict(both.poll(0))
 
+        if end := self._fetch_end(sock, ANCHOR, wait_beside):
+            place.offer(end)
+
+    def _fetch_end(self, sock: socket.socket, count: int, wait: Wait) -> bytes:
+        """Return the file's last `count` bytes or all of a shorter one, from the server at the other end of `sock`; b"" if in doubt."""
+
         def ask(header: bytes) -> bytes:
-            with self._dialer.again(sock, wait_beside) as other:
-                return fetch(other, header, ANCHOR, wait_beside)
+            with self._dialer.again(sock, wait) as other:
+                return fetch(other, header, count, wait)
 
         try:
-            end = ask(b"-%d\n" % ANCHOR)
-            if len(end) == ANCHOR or end == ask(b"0\n"):  # a short answer may be a slow one, but not one that is the same from both ends
-                place.offer(end)
+            end = ask(b"-%d\n" % count)
+            # A short answer may be a slow one, but not one that is the same from both ends, unless there is none.
+            return end if len(end) == count or (end and end == ask(b"0\n")) else b""
         except OSError:
-            pass  # there is no end to be had
+            return b""
 
     def _lost(self, error: OSError | None) -> None:
         """Note that the connection has ended, in good order if there is no error. Raises ConnectError for one with `once`."""

@@ -89,12 +89,15 @@ class FromEnd:
         self._offered: bytes | None = None
         self._window: bytearray | None = None
         self._width = 0
+        self._end = b""  # the file's last bytes at a moment when the window was asked for
+        self._searched = 0  # so much of the window, in vain
 
     def header(self) -> bytes:
         """Return what to send on a new connection: as long as nothing has come, it begins again."""
         self._offered = None
         self._window = bytearray() if self._last else None
-        if len(self._last) < CONTEXT:
+        self._end, self._searched = b"", 0
+        if 0 < len(self._last) < CONTEXT:
             self._width = len(WINDOWS) - 1  # so little may be somewhere else by chance: all of the window must say that it is not
         return b"-%d\n" % (WINDOWS[self._width] if self._last else self.count)
 
@@ -109,23 +112,39 @@ class FromEnd:
         if self._window is None:
             return self._new(data)
         self._window += data
-        return b"" if self.wanted else self._search(self._window)
+        return self._look(self._window, len(data))
+
+    @property
+    def searching(self) -> bool:
+        """Whether it has yet to find itself in a window."""
+        return self._window is not None
+
+    @property
+    def unsearched(self) -> bool:
+        """Whether there is something in the window that has not been searched."""
+        return self._window is not None and len(self._window) > self._searched
+
+    def reach(self, end: bytes) -> bytes:
+        """Return what is new if the window reaches to `end`, the last CONTEXT bytes of the file now. Raises LostPlaceError.
+
+        If it does not, it does when `take` brings that. Nothing else tells that a window is complete: silence may be a slow network.
+        """
+        assert self._window is not None
+        self._end = end
+        return self._look(self._window, 0) or b""  # a full one has been searched before
 
     def offer(self, end: bytes) -> None:
         """Take `end`, the last ANCHOR bytes of the file, for those before the place, if nothing comes until the next `settle`."""
         if end.endswith(self._last):
             self._offered = end
 
-    def settle(self) -> bytes | None:
-        """Return what is new, now that nothing has come for a while; None: connect again. Raises LostPlaceError."""
-        if self._window is not None:
-            return self._search(self._window)
+    def settle(self) -> None:
+        """Note that nothing has come for a while."""
         if self._offered is not None:
             self.anchored = True
             self._last = self._offered[-CONTEXT:]
             if len(self._offered) < ANCHOR and not self._skipping:
                 self.offset = len(self._offered)
-        return b""
 
     def known(self) -> "FromStart | FromEnd":
         """Return the place as one that knows its offset, if it does."""
@@ -138,9 +157,15 @@ class FromEnd:
             self._skipping = not newline
         return data
 
+    def _look(self, window: bytearray, new: int) -> bytes | None:
+        """Search the window if it is full, or now reaches the file's end, which is not before the last `new` bytes."""
+        there = self._end and window.find(self._end, max(0, len(window) - new - len(self._end))) >= 0
+        return self._search(window) if there or not self.wanted else b""
+
     def _search(self, window: bytearray) -> bytes | None:
         first = window.find(self._last)
         if first < 0 and self.wanted:
+            self._end, self._searched = b"", len(window)
             return b""  # a replica may be behind
         if first < 0 and self._width + 1 < len(WINDOWS):
             self._width += 1

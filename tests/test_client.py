@@ -5,8 +5,8 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +27,7 @@ from tailsrv.client import (
     UnknownHostError,
     follow,
 )  # fmt: skip
+from tailsrv.follower import ANCHORS
 from tailsrv.place import FromEnd
 
 DATA = random_bytes(300_000)
@@ -98,6 +99,37 @@ class Reader:
                 self.error = error
 
 
+@contextmanager
+def slow_server(file: bytes, delay: float) -> Iterator[tuple[str, int]]:
+    """Serve `file`, each connection after a delay, and give the address."""
+    ended = threading.Event()
+
+    def answer(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            start = int(sock.recv(100))
+            ended.wait(delay)
+            sock.sendall(file[start:])
+            ended.wait(DEADLINE)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                threads.append(threading.Thread(target=answer, args=(sock,)))
+                threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads = [threading.Thread(target=accept)]
+        threads[0].start()
+        try:
+            yield listener.getsockname()
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(DEADLINE)
+
+
 @pytest.mark.parametrize(("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)])
 def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start: int) -> None:
     """The bytes are the file's from the offset on, then what is appended; an offset from the start is known at any time."""
@@ -142,7 +174,6 @@ def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
         "end": (-1000, DATA),
         "nothing yet": ("-0", DATA),
         "periodic": (-1000, b"tick\n" * 1000),
-        "empty": ("-0", b""),
     }
     with ExitStack() as stack:  # all at once: each takes seconds, of waiting
         cases = []
@@ -167,6 +198,63 @@ def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
             reader.got(expected + b"onetwothree")
             assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
             assert reader.reports[-1] == f"{here(server)} is there again"
+
+
+@pytest.mark.slow
+def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
+    """A server that has no room for the question after the file's end does not say that there is nothing before the place."""
+    path.write_bytes(DATA)
+    with Reader(here(serve(path, "--max-clients", "1")), "-0") as reader:
+        eventually(lambda: reader.stream._anchors < ANCHORS - 1)  # it asks again: it has not believed the first answer
+        assert reader.stream.offset is None
+
+
+@pytest.mark.slow
+def test_end_is_found_again_though_the_file_grows(serve: Serve, path: Path) -> None:
+    """Who began from the end of a small file that is never quiet comes back to it while it grows."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(here(server), -1000) as reader:
+        reader.got(DATA[-1000:])
+        kill(server)
+        restart(serve, server, path)
+
+        def found() -> bool:
+            append(path, random_bytes(10))
+            return len(reader.received) > 1000
+
+        eventually(found)
+        reader.got(path.read_bytes()[len(DATA) - 1000 :])
+
+
+@pytest.mark.slow
+def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
+    """The first line that is written to an empty file is a whole one."""
+    path.write_bytes(b"")
+    server = serve(path, "-v")
+    with Reader(here(server), "-0", whole_lines=True) as reader:
+        server.logged("client streams: ", count=3)
+        append(path, b"first\n")
+        reader.got(b"first\n")
+
+
+@pytest.mark.slow
+def test_whole_lines_from_a_slow_server() -> None:
+    """A server that is silent for a second has not said that the file is shorter."""
+    lines = b"a line that is cut\n" * 100
+    with slow_server(lines, 1.3) as address, follow(address, -50, whole_lines=True) as stream:
+        assert next(stream) == lines[-38:]
+
+
+def test_slow_servers_get_more_time() -> None:
+    """Each that is given up for its silence makes the next wait longer, up to a limit."""
+    stream = follow("127.0.0.1:1")
+
+    def seconds(given_up: int) -> float:
+        stream._given_up = given_up
+        return stream._stuck()
+
+    assert [seconds(given_up) for given_up in (0, 1, 2, 3, 4, 10_000)] == [2, 4, 8, 16, 30, 30]
 
 
 def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:

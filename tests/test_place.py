@@ -29,7 +29,15 @@ def connect(place: FromStart | FromEnd, file: bytes, limit: int | None = None) -
                 break
             new, sent = new + found, sent[len(part) :]
         else:
-            return new + ((isinstance(place, FromEnd) and limit is None and place.settle()) or b"")
+            return new + (quiet(place, file) if isinstance(place, FromEnd) and limit is None else b"")
+
+
+def quiet(place: FromEnd, file: bytes) -> bytes:
+    """Return what is new when nothing more comes, and somebody has asked for the file's end."""
+    if place.searching:
+        return place.reach(file[-CONTEXT:])
+    place.settle()
+    return b""
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,37 @@ def test_place_that_is_not_there() -> None:
         connect(place, bytes(WINDOWS[-1] + 1))
 
 
+def test_first_window_is_the_narrow_one() -> None:
+    """Who has seen much asks for a MiB first, though nothing had been seen at the first connection."""
+    place = FromEnd(100_000)
+    connect(place, DATA[:200_000])
+    assert place.header() == b"-%d\n" % WINDOWS[0]
+
+
+def test_window_that_is_not_complete_is_not_searched() -> None:
+    """What came last may come again behind a stall: as long as the window does not reach the file's end, silence says nothing."""
+    once, between = DATA[:5000], DATA[5000:8000]
+    place = FromEnd(5000)
+    place.take(once)
+    place.header()
+    file = DATA[9000:9100] + once + between + once
+    assert place.take(file[:6000]) == b""
+    assert place.reach(file[-CONTEXT:]) == b"", "that is in the window, but not where it is asked for"
+    with pytest.raises(LostPlaceError, match="more than once"):
+        place.take(file[6000:])
+
+
+def test_window_is_searched_though_the_file_grows() -> None:
+    """It reaches far enough when it holds what was the file's end, whatever has come behind that."""
+    place = FromEnd(5000)
+    place.take(DATA[:5000])
+    place.header()
+    assert place.take(DATA[:6000]) == b""
+    assert place.reach(DATA[:7000][-CONTEXT:]) == b"", "some of it is on its way"
+    assert place.take(DATA[6000:6500]) == b""
+    assert place.take(DATA[6500:7100]) == DATA[5000:7100]
+
+
 def test_server_that_is_behind_is_waited_for() -> None:
     """A file that is short and does not hold what came last may get it."""
     place = FromEnd(10)
@@ -113,7 +152,7 @@ def test_server_that_is_behind_is_waited_for() -> None:
     assert connect(place, DATA[:50]) == b""
     assert place.wanted > 0
     assert place.take(DATA[50:110]) == b""
-    assert place.settle() == DATA[100:110]
+    assert place.reach(DATA[50:110][-CONTEXT:]) == DATA[100:110]
 
 
 @pytest.mark.parametrize("size", [0, 1, CONTEXT, ANCHOR - 1])
@@ -122,7 +161,7 @@ def test_short_file_gives_its_offset(size: int) -> None:
     place = FromEnd(0)
     place.header()
     place.offer(bytes(size))
-    assert place.settle() == b""
+    place.settle()
     known = place.known()
     assert isinstance(known, FromStart)
     assert known.offset == size
