@@ -1,6 +1,7 @@
 """The fixtures of the tests of the whole program."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import TAILSRV, Serve, Server
+
+# Who starts the tests in the background may have had this ignored, and a program that inherits that cannot be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
