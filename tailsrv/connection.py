@@ -22,7 +22,7 @@ class Client:
     which `Streams` keeps once for all of them.
     """
 
-    __slots__ = ("fd", "has_blocked", "number", "offset", "peer", "sock", "state")
+    __slots__ = ("fd", "number", "offset", "peer", "sock", "state")
 
     def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None) -> None:
         self.number = number  # its name in the roster; unlike `fd`, never used again in this slot
@@ -31,7 +31,6 @@ class Client:
         self.peer: str | None = endpoint(*peer) if peer else "unknown"
         self.state = State.AWAITING_HEADER
         self.offset = 0
-        self.has_blocked = False  # its socket has been full: epoll tells when it has room, from then on
 
     def forget_peer(self) -> None:
         """Leave it to the kernel to know who this is, as long as the connection is there: a string for each of very many adds up."""

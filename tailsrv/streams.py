@@ -23,7 +23,7 @@ class Streams:
     - `ahead`: wants an offset that the file has yet to grow beyond.
 
     `drop(client, error)` is called for one that has hung up (error None) or cannot be served, and `await_room(client)`
-    before one is blocked for the first time.
+    when one is blocked.
     """
 
     def __init__(
@@ -135,9 +135,7 @@ class Streams:
         elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
             self.starved.append(client)  # a socket that refuses while it is empty never tells that it has room
         elif sent is Outcome.WOULD_BLOCK:
-            if not client.has_blocked:
-                client.has_blocked = True
-                self._await_room(client)
+            self._await_room(client)
             self.blocked[client.fd] = client
         else:
             self._drop(client, sent if isinstance(sent, OSError) else None)

@@ -33,7 +33,7 @@ from tailsrv.title import Title, worker_title
 from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
 
 # Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once. EPOLLOUT is
-# added when a client blocks for the first time: asked for earlier, each new client's socket would be told of once more.
+# asked for when a client blocks: asked for earlier, each new client's socket would be told of once more.
 CLIENT_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP

@@ -27,8 +27,8 @@ class Bench:
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
         self.dropped: list[tuple[Client, OSError | None]] = []
-        self.blocked_first: list[Client] = []  # whom to be told of when they have room
-        self.streams = Streams(self.file, 0, self.drop, self.blocked_first.append)
+        self.told_to_wait: list[Client] = []  # until they have room
+        self.streams = Streams(self.file, 0, self.drop, self.told_to_wait.append)
         self.fars: dict[Client, socket.socket] = {}
 
     def drop(self, client: Client, error: OSError | None) -> None:
