@@ -172,8 +172,8 @@ class Supervisor:
         if self.config.linger:
             logger.warning("file is gone, serving on what it was: %s", fields(path=self.config.path))
         elif self.config.follow_name:
+            self.rotate()  # first: whoever connects after that line is to wait for the next file
             logger.info("file is gone, going over to the next: %s", fields(path=self.config.path, clients=self.crew.clients()))
-            self.rotate()
         else:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
