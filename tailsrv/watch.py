@@ -95,7 +95,7 @@ class Watch:
         self.path = path
         self.polling = _why_poll(file)
         self._inotify: INotify | None = None
-        self._following = False
+        self.following = False
         self._size = 0
         if self.polling is None:
             try:
@@ -119,8 +119,8 @@ class Watch:
 
     def follow(self, following: bool) -> None:
         """Ask to be woken by appends, or not; either way the file's end is reported. Where that is refused, one has to poll."""
-        if following is not self._following:
-            self._following = following
+        if following is not self.following:
+            self.following = following
             if self._inotify is not None:
                 try:
                     self._watch_file()
@@ -157,7 +157,7 @@ class Watch:
     def _watch_file(self) -> None:
         # Through /proc, so that the watch is on the inode that we hold, whatever its path names by now.
         assert self._inotify is not None
-        mask = _END | flags.MODIFY if self._following else _END
+        mask = _END | flags.MODIFY if self.following else _END
         watch = self._inotify.add_watch(f"/proc/self/fd/{self.file}", mask)
         self._append = struct.pack("iIII", watch, flags.MODIFY, 0, 0)  # inotify(7), struct inotify_event
 

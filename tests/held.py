@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tailsrv import cli, crew, policy, supervisor, upgrade, worker
+from tailsrv import cli, crew, lookout, policy, supervisor, upgrade
 from tailsrv.supervisor import Supervisor
 
 
@@ -32,7 +32,7 @@ def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
 
 if __name__ == "__main__":
     policy.LONG_LIFE = 0.0  # faults come too fast one after another for a backoff
-    policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = worker.POLL_INTERVAL = 0.05  # type: ignore[attr-defined]
+    policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = lookout.POLL_INTERVAL = 0.05  # type: ignore[attr-defined]
     Supervisor.become_worker = holding("worker", Supervisor.become_worker)  # type: ignore[method-assign]
     Supervisor.become_teller = holding("status", Supervisor.become_teller)  # type: ignore[method-assign]
     hold("proof" if upgrade.is_check() else "main")

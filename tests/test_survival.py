@@ -233,10 +233,9 @@ class Poisoned(worker.Worker):
             die()
         super().adopt(entries)
 
-    def send_news(self):
-        poison = any(offset == 666 for _, offset in self.starting)
-        super().send_news()
-        if poison:
+    def start_stream(self, client, offset):
+        super().start_stream(client, offset)
+        if offset == 666:
             die()
 
 

@@ -430,7 +430,7 @@ def test_file_that_was_shorter_for_a_moment(bench: Bench) -> None:
     bench.worker.streams.pump()
     assert bench.worker.streams.shrunk
     bench.path.write_bytes(b"9876543210")
-    bench.worker.look()
+    bench.worker.lookout.look()
     assert bench.receive(far, 10) == b"9876543210"
 
 
@@ -446,7 +446,7 @@ def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(bench.worker.watch, "read", read_late)
     append(bench.path, b"abc")
-    bench.worker.handle_watch()
+    bench.worker.lookout.handle_watch()
     assert not readable(bench.worker.loop.epoll.fileno())
     assert recv_exactly(follower, 6) == b"abcdef"
 
@@ -476,7 +476,7 @@ def test_error_with_one_client_ends_that_client_only(
             raise ZeroDivisionError("poison")
         return parse_header(received, ended)
 
-    monkeypatch.setattr("tailsrv.worker.parse_header", parse)
+    monkeypatch.setattr("tailsrv.headers.parse_header", parse)
     before, _ = bench.connect(b"-0\n")
     poisoned, client = bench.connect(b"7\n")
     bench.settle()
@@ -564,7 +564,7 @@ def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
     bench.reports()
     moved = bench.path.with_name("log.1")
     bench.path.rename(moved)
-    bench.until(lambda: bench.worker.gone)
+    bench.until(lambda: bench.worker.lookout.gone)
     moved.chmod(0o600)
     append(moved, b"more")
     assert bench.receive(far, 4) == b"more"
@@ -599,10 +599,10 @@ def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> Non
                 packets += 1
     far = bench.stack.enter_context(socket.create_connection(bench.address, timeout=PATIENCE))
     far.sendall(b"8\n")
-    bench.until(lambda: bench.worker.starting)
+    bench.until(lambda: bench.worker.news.starting)
     append(bench.path, b"ab")
     assert bench.receive(follower, 2) == b"ab"
-    [(client, offset)] = bench.worker.starting
+    [(client, offset)] = bench.worker.news.starting
     assert offset == 8
     assert client.sock.recv(10, socket.MSG_PEEK) == b"8\n"
     assert not readable(far)
@@ -635,7 +635,7 @@ with ExitStack() as held:
         pass
     bench = held.enter_context(working(Path("log")))
     assert "max_user_instances" in bench.worker.watch.polling, bench.worker.watch.polling
-    bench.worker.poll_file()
+    bench.worker.lookout.poll_file()
     far, client = bench.connect(b"-0\\n")
     for number in range(1, 4):
         append(Path("log"), b"more")
@@ -643,7 +643,7 @@ with ExitStack() as held:
         assert bench.receive(far, 4) == b"more"
     os.rename("log", "log.1")
     bench.skew = 50.0
-    bench.until(lambda: bench.worker.gone)
+    bench.until(lambda: bench.worker.lookout.gone)
 """
     path.parent.chmod(0o777)
     path.chmod(0o666)

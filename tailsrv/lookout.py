@@ -1,0 +1,84 @@
+"""Looks at the file when there is reason to, for a worker's streams and for the supervisor."""
+
+from tailsrv import policy
+from tailsrv.loop import Loop
+from tailsrv.news import News
+from tailsrv.streams import Streams
+from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
+
+
+class Lookout:
+    """Learns from the file itself what is new, when the watch says that something may be: its events are hints.
+
+    Where inotify cannot help, the clock stands in for it.
+    """
+
+    def __init__(self, watch: Watch, streams: Streams, news: News, loop: Loop) -> None:
+        self.gone = False
+        self.changed = loop.now  # when the file's size was last found to be another
+        self._watch, self._streams, self._news, self._loop = watch, streams, news, loop
+        if (fd := watch.fileno()) is not None:
+            loop.register(fd, self.handle_watch)
+
+    def begin(self) -> None:
+        """Look for the first time: the file may have gone since the supervisor opened it."""
+        self.poll_if_needed()
+        self.check_path()
+
+    def stop(self) -> None:
+        """Heed nothing that happens to the file from now on."""
+        if (fd := self._watch.fileno()) is not None:
+            self._loop.unregister(fd)
+        self._loop.timers.cancel(self.poll_file)
+
+    def follow(self, following: bool) -> None:
+        """Heed appends, or not: without clients they are no reason to wake up."""
+        self._watch.follow(following)
+        if following:
+            self.poll_if_needed()
+            self.look()  # nobody has kept the size up to date
+
+    def handle_watch(self) -> None:
+        self.look()  # before anything else: somebody waits for the bytes, nobody for the event
+        if self._watch.read():
+            self.check_path()
+        self.look()  # an append before the read has no event of its own any more
+
+    def look(self) -> None:
+        """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
+        size, before = self._watch.size(), self._streams.size
+        shrunk, self._streams.shrunk = self._streams.shrunk, False
+        if shrunk and size == before:  # it was shorter for a moment; whom that kept waiting gets another try
+            self._loop.timers.set(self.resume_after_shrinking, self._loop.now + policy.MEMORY_PAUSE)
+        if size != before:
+            self.changed = self._loop.now
+            self._streams.resize(size)
+            if size < before:
+                self._news.notice(truncated=size)
+
+    def resume_after_shrinking(self) -> None:
+        self._streams.resize(self._streams.size)
+
+    def check_path(self) -> None:
+        before, gone = self.gone, is_gone(self._watch.file, self._watch.path)
+        if gone is None:  # no event will tell when it can be seen
+            self._loop.timers.set(self.check_path, self._loop.now + POLL_INTERVAL)
+        self.gone = bool(gone)
+        if self.gone and not before:  # it may come back, and go again
+            self._news.notice(gone=True)
+
+    def poll_if_needed(self) -> None:
+        if self._watch.polling and self.poll_file not in self._loop.timers:
+            self._news.notice(polling=self._watch.polling)
+            self.poll_file()
+
+    def poll_file(self) -> None:
+        """Do by the clock what handle_watch does where inotify cannot help."""
+        self._loop.timers.set(self.poll_file, self._loop.now + POLL_INTERVAL)
+        self.check_path()
+        if self._watch.following:
+            self.look()
+
+    def settling_pause(self) -> float:
+        """Return the seconds without news after which a file that was moved away is taken to be complete."""
+        return policy.SETTLE + (POLL_INTERVAL if self._watch.polling else 0)
