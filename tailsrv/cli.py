@@ -14,7 +14,7 @@ from tailsrv import __version__
 from tailsrv.arguments import make_parser
 from tailsrv.config import Config, ConfigError, ExitStatus
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
-from tailsrv.crew import RESERVE
+from tailsrv.intake import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up, trouble
 from tailsrv.signals import hold

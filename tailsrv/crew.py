@@ -1,19 +1,19 @@
-"""Fills the slots: forks workers, reaps them, takes their reports into the roster.
+"""Fills the slots: forks workers and reaps them.
 
 A worker's death is nothing special here: its clients stay in the slot's roster, and its successor adopts them.
 """
 
 import logging
 import os
-import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from tailsrv.log import Limited, fields, logger
+from tailsrv.intake import Intake
+from tailsrv.log import fields, logger
 from tailsrv.loop import Loop
-from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, Drain, MessageError, Notices, Ping, Report, decode, encode
+from tailsrv.messages import Drain, Notices, Ping, encode
 from tailsrv.policy import FIRST_DELAY, MAX_DELAY, Failures, Verdict, describe_status, verdict
 from tailsrv.quota import Quota
 from tailsrv.signals import blocked
@@ -21,7 +21,6 @@ from tailsrv.slot import Inheritance, Slot
 
 FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
 REPLACE_PATIENCE = 1.0  # seconds that an outdated worker gets to finish its turn
-RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 
 
 class Crew:
@@ -45,13 +44,11 @@ class Crew:
         self.filling = False  # empty slots are to be filled
         self.drain_until: float | None = None
         self.rotating = False  # the drain is for a next file, not for the end
-        self.busy = False  # reports came in this turn
         self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
         self._loop = loop
         self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
         self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
-        self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
-        self._unprotected = Limited(logging.WARNING, burst=1)
+        self.intake = Intake(self.slots, loop, self._take_notices)
         for slot, _ in self.outdated:
             self._listen_to(slot)
 
@@ -70,10 +67,6 @@ class Crew:
     def clients(self) -> int:
         """Return the number of clients."""
         return sum(len(slot.roster) for slot in self.slots)
-
-    def unprotected(self) -> int:
-        """Return the number of clients that would die with their worker."""
-        return sum(len(slot.roster.unprotected) for slot in self.slots)
 
     def ask(self) -> None:
         """Ask every worker whether it still turns, unless it owes us that answer already."""
@@ -168,7 +161,7 @@ class Crew:
 
     def _listen_to(self, slot: Slot) -> None:
         assert slot.channel is not None
-        self._loop.register(slot.channel.fileno(), partial(self.take_reports, slot))
+        self._loop.register(slot.channel.fileno(), partial(self.intake.take, slot))
 
     def _postpone(self, slot: Slot, error: OSError) -> None:
         slot.ready = False
@@ -199,7 +192,7 @@ class Crew:
             return
         assert slot.channel is not None
         slot.pid = None  # at once: it may be another process's by now
-        self.take_reports(slot)  # its last words
+        self.intake.take(slot)  # its last words
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
         slot.channel = None
@@ -287,56 +280,10 @@ class Crew:
             if slot.pid is not None:
                 os.kill(slot.pid, signal.SIGKILL)
 
-    # Reports
-
-    def take_reports(self, slot: Slot) -> None:
-        """Take in all that the worker of `slot` has reported."""
-        while self._take_report(slot):
-            self.busy = True
-
-    def _take_report(self, slot: Slot) -> bool:
-        """Take in one report and tell whether there may be more."""
-        assert slot.channel is not None
-        try:
-            packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
-        except OSError:  # none now, or its end is gone
-            return False
-        if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
-            self._loop.unregister(slot.channel.fileno())
-            return False
-        try:
-            message = decode(packet)
-        except MessageError as error:
-            logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
-            for fd in sockets:
-                os.close(fd)
-        else:
-            if isinstance(message, Report):
-                self._take_in(slot, message, sockets)
-        return True
-
-    def _take_in(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
-        if slot.roster.join(report.joined, [self._lower(fd) for fd in sockets], self._highest):
-            self._unprotected(
-                "no descriptor left to protect clients with, they would not survive their worker", unprotected=self.unprotected()
-            )
-        for client, offset in report.started:
-            slot.roster.start(client, offset)
-        slot.roster.leave(report.left)
-        if report.notices.ready or report.notices.alive:
+    def _take_notices(self, slot: Slot, notices: Notices) -> None:
+        """Note what is about the worker itself, and hand on the rest."""
+        if notices.ready or notices.alive:
             slot.asked = None
-        if report.notices.ready and (slot, slot.pid) not in self.outdated:
+        if notices.ready and (slot, slot.pid) not in self.outdated:
             self._unproven = False
-        if report.notices != NO_NOTICES:
-            self._notice(slot, report.notices)
-
-    def _lower(self, fd: int) -> int:
-        """Return `fd`, under a lower number if it is one of those that clients do not get.
-
-        That takes a place from the oldest client that has not sent its header: strangers must not use up what protects others.
-        """
-        if fd <= self._highest or not any(slot.roster.expose_headerless() for slot in self.slots):
-            return fd
-        lower = os.dup(fd)
-        os.close(fd)
-        return lower
+        self._notice(slot, notices)

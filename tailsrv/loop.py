@@ -35,7 +35,7 @@ class Loop:
         self.epoll.modify(fd, 0)
 
     def resume(self, fd: int) -> None:
-        """Heed `fd` again."""
+        """Heed `fd`, which was registered without flags, again."""
         self.epoll.modify(fd, select.EPOLLIN)
 
     def timeout(self) -> float | None:

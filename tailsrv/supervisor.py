@@ -4,11 +4,9 @@ It never accepts a client, never reads a client's bytes and never sends a byte o
 can be relied on. It has no threads, and makes no epoll or inotify object that a worker could share.
 """
 
-import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -17,9 +15,9 @@ from setproctitle import setproctitle
 
 from tailsrv import __version__, systemd
 from tailsrv.config import Config, ExitStatus
-from tailsrv.control import Control, start_ticks
+from tailsrv.control import Control
 from tailsrv.crew import Crew
-from tailsrv.hints import absolute, cannot_see
+from tailsrv.hints import cannot_see
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
@@ -27,11 +25,13 @@ from tailsrv.policy import KILL_MARGIN
 from tailsrv.quota import Quota
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance, Slot
+from tailsrv.source import Source
 from tailsrv.state import State
+from tailsrv.status import Status
 from tailsrv.teller import Teller
-from tailsrv.title import STATUS_INTERVAL, Title, service_status, status_title, supervisor_title
+from tailsrv.title import status_title
 from tailsrv.upgrade import Upgrader
-from tailsrv.watch import CannotServeError, is_gone, open_file, size_of
+from tailsrv.watch import CannotServeError
 from tailsrv.watchdog import Watchdog
 
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
@@ -75,29 +75,27 @@ class Supervisor:
         self.loop = Loop()
         self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others)
         self.started = handed_on.started if handed_on else time.time()
-        self.file: int | None = None
-        self.file_gone = handed_on.file_gone if handed_on else False
-        self.polling = handed_on.polling if handed_on else None
+        self.source = Source(config.path)
+        if handed_on:
+            self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
         self.started_up = handed_on is not None and handed_on.file is not None  # every slot has had a worker that was ready
         self.replacing = handed_on is not None  # the workers of the version before us
         self.phase = Phase.WAITING
-        self.status = ExitStatus.DONE
+        self.exit_status = ExitStatus.DONE
         self.ended = False
         self.truncation_seen = float("-inf")
-        self.trouble = ""  # why the next file cannot be opened
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
-        self.title = Title(self.loop.timers, self.render_title)
-        self.service_status = Title(self.loop.timers, self.render_status, self.notify_status, STATUS_INTERVAL)
+        self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
         self.wakeup = Wakeup(CAUGHT)
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
-        self.teller = Teller(self.loop, control, self.tell_status, self.describe_clients, self.become_teller)
+        self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
 
     # The loop
 
     def run(self, file: int | None) -> int:
         """Serve the open `file`, or wait for it if None; return the exit status at the end."""
-        self.file = file
+        self.source.file = file
         release()  # what the program that exec'd us held back comes now
         self.reap()
         if file is None:
@@ -109,18 +107,16 @@ class Supervisor:
         if (interval := systemd.watchdog_seconds()) is not None:
             Watchdog(self.loop, self.crew, interval).beat()
         while not self.ended:
-            self.title.changed(self.loop.now)
-            if systemd.is_managed():
-                self.service_status.changed(self.loop.now)
+            self.status.changed()
             self.step()
-        logger.info("ended: %s", fields(status=int(self.status)))
-        return self.status
+        logger.info("ended: %s", fields(status=int(self.exit_status)))
+        return self.exit_status
 
     def step(self) -> None:
         """Run one turn: wait, then act on what has happened."""
         self.loop.turn()
-        if self.crew.busy:
-            self.crew.busy = False
+        if self.crew.intake.busy:
+            self.crew.intake.busy = False
             time.sleep(REST)
         if self.is_ending() and self.crew.finished():
             self.ended = True
@@ -138,37 +134,36 @@ class Supervisor:
 
     def look_for_file(self) -> None:
         try:
-            self.file = open_file(self.config.path)
+            there = self.source.open()
         except CannotServeError as error:
             self.handle_unusable(str(error))
             return
-        if self.file is None:
-            self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
-        else:
+        if there:
             self.start_workers()
+        else:
+            self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
 
     def handle_unusable(self, reason: str) -> None:
         """Give up, unless we follow the name: who rotates a file may set its owner and mode a moment after making it."""
         if not self.config.follow_name:
             logger.critical("cannot serve: %s", fields(path=self.config.path, reason=reason))
-            self.status = ExitStatus.CANNOT_SERVE
+            self.exit_status = ExitStatus.CANNOT_SERVE
             self.terminate()
             return
-        if reason != self.trouble:
+        if reason != self.source.trouble:
             logger.error("cannot serve the file of that name, looking again: %s", fields(path=self.config.path, reason=reason))
-        self.trouble = reason
+        self.source.trouble = reason
         self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
-        if self.file_gone or self.phase is not Phase.RUNNING:
+        if self.source.gone or self.phase is not Phase.RUNNING:
             return
-        assert self.file is not None
-        if not (gone := is_gone(self.file, self.config.path)):
+        if not (gone := self.source.has_gone()):
             if gone is None:  # nobody will say so again
                 self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
             return
-        self.file_gone = True
+        self.source.gone = True
         if self.config.linger:
             logger.warning("file is gone, serving on what it was: %s", fields(path=self.config.path))
         elif self.config.follow_name:
@@ -191,26 +186,23 @@ class Supervisor:
 
     def go_over(self) -> None:
         """Let go of the file that is gone, now that nobody is served from it, and look for the next."""
-        assert self.file is not None
         self.loop.timers.cancel(self.crew.kill)
         for slot in self.crew.slots:
             slot.roster.end_streams()
             if self.quota is not None:  # those who wait for the next file have their places
                 self.quota.note(slot.index, len(slot.roster))
-        os.close(self.file)
-        self.file, self.file_gone, self.polling = None, False, None
+        self.source.let_go()
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
         self.look_for_file()
-        if self.file is None and not self.trouble:
+        if self.source.file is None and not self.source.trouble:
             self.wait_for_file()
 
     # Workers
 
     def start_workers(self) -> None:
-        assert self.file is not None
-        self.phase, self.trouble = Phase.RUNNING, ""
-        logger.info("serving: %s", fields(path=self.config.path, size=size_of(self.file), workers=len(self.crew.slots)))
+        self.phase, self.source.trouble = Phase.RUNNING, ""
+        logger.info("serving: %s", fields(path=self.config.path, size=self.source.size(), workers=len(self.crew.slots)))
         self.crew.fill_all()
         self.go_on_replacing()
 
@@ -226,8 +218,8 @@ class Supervisor:
         status = os.EX_SOFTWARE
         try:
             self.let_go()
-            assert self.file is not None
-            status = self.work(self.crew.inherit(slot, self.file, channel, self.endpoints, self.quota))
+            assert self.source.file is not None
+            status = self.work(self.crew.inherit(slot, self.source.file, channel, self.endpoints, self.quota))
         except (OSError, MemoryError) as error:
             logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))
         except BaseException:
@@ -245,8 +237,8 @@ class Supervisor:
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
             self.handle_ready(slot)
-        if notices.polling is not None and self.polling is None:
-            self.polling = notices.polling
+        if notices.polling is not None and self.source.polling is None:
+            self.source.polling = notices.polling
             logger.warning("looking at the file once a second: %s", fields(reason=notices.polling))
         if notices.truncated is not None and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL:
             self.truncation_seen = self.loop.now
@@ -259,12 +251,12 @@ class Supervisor:
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
         if not self.started_up and self.crew.all_ready() and not self.is_ending():
             self.started_up = True
-            systemd.notify("READY=1", f"STATUS={self.render_status()}")
+            systemd.notify("READY=1", f"STATUS={self.status.sentence()}")
         self.go_on_replacing()
 
     def give_up(self, reason: str) -> None:
         logger.critical("workers cannot start: %s", reason)
-        self.status = ExitStatus.CANNOT_BOOT
+        self.exit_status = ExitStatus.CANNOT_BOOT
         self.terminate()
 
     def keep_others(self, reason: str) -> None:
@@ -337,18 +329,15 @@ class Supervisor:
             version=__version__,
             endpoints=list(self.endpoints),
             started=self.started,
-            file=self.file,
-            file_gone=self.file_gone,
-            polling=self.polling,
+            file=self.source.file,
+            file_gone=self.source.gone,
+            polling=self.source.polling,
             control=[sock.fileno() for sock in self.control.sockets],
             quota=[self.quota.fd] if self.quota else [],
             slots=[slot.save() for slot in self.crew.slots],
         )
 
     # What others see
-
-    def render_title(self) -> str:
-        return supervisor_title(self.endpoints, self.config.path, self.state(), len(self.crew.running()), self.crew.clients())
 
     def state(self) -> str:
         """Return the state as titles and status show it, empty while all is as it should be."""
@@ -362,49 +351,8 @@ class Supervisor:
             case _:
                 return "draining"
 
-    def render_status(self) -> str:
-        return service_status(self.state(), len(self.crew.running()), self.crew.clients())
-
-    def notify_status(self, status: str) -> None:
-        systemd.notify(f"STATUS={status}")
-
     def become_teller(self) -> None:
         """Let go, in a child that only answers, of all that others must not find open when we are gone."""
         setproctitle(status_title(self.endpoints))
         self.let_go()
         self.crew.let_go()
-
-    def tell_status(self) -> bytes:
-        """Return the status as JSON, and have the workers asked: whoever wants to know again soon learns who does not answer."""
-        status = (json.dumps(self.describe()) + "\n").encode()
-        self.crew.ask()
-        return status
-
-    def describe(self) -> dict[str, object]:
-        """Return the status."""
-        return {
-            "version": __version__,
-            "command": sys.orig_argv,
-            "pid": os.getpid(),
-            "ticks": start_ticks(os.getpid()),
-            "state": self.state() or "serving",
-            "started": self.started,
-            "endpoints": list(self.endpoints),
-            "file": {
-                "path": absolute(self.config.path),
-                "gone": self.file_gone,
-                "error": self.trouble or None,
-                "size": size_of(self.file) if self.file is not None else None,
-            },
-            "clients": self.crew.clients(),
-            "unprotected": self.crew.unprotected(),
-            "max_clients": self.config.max_clients,
-            "workers": [slot.describe(self.loop.now) for slot in self.crew.slots],
-            "listeners": [listener for slot in self.crew.slots for listener in slot.describe_listeners()],
-        }
-
-    def describe_clients(self) -> bytes:
-        """Return as JSON who is connected and where each stream stands; takes time, and is for a child that has it."""
-        clients = [{"slot": slot.index, **client} for slot in self.crew.slots for client in slot.roster.describe()]
-        size = size_of(self.file) if self.file is not None else None
-        return (json.dumps({"pid": os.getppid(), "size": size, "clients": clients}) + "\n").encode()

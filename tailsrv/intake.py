@@ -1,0 +1,76 @@
+"""Takes what workers report into their slots' rosters."""
+
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable, Sequence
+
+from tailsrv.log import Limited, fields, logger
+from tailsrv.loop import Loop
+from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, MessageError, Notices, Report, decode
+from tailsrv.slot import Slot
+
+RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
+
+
+class Intake:
+    """The supervisor's ear at the channels of `slots`: `notice(slot, notices)` is called with what is not about clients."""
+
+    def __init__(self, slots: Sequence[Slot], loop: Loop, notice: Callable[[Slot, Notices], None]) -> None:
+        self.busy = False  # reports came in this turn
+        self._slots, self._loop, self._notice = slots, loop, notice
+        self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
+        self._short_of_room = Limited(logging.WARNING, burst=1)
+
+    def unprotected(self) -> int:
+        """Return the number of clients that would die with their worker."""
+        return sum(len(slot.roster.unprotected) for slot in self._slots)
+
+    def take(self, slot: Slot) -> None:
+        """Take in all that the worker of `slot` has reported."""
+        while self._take_packet(slot):
+            self.busy = True
+
+    def _take_packet(self, slot: Slot) -> bool:
+        """Take in one packet and tell whether there may be more."""
+        assert slot.channel is not None
+        try:
+            packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
+        except OSError:  # none now, or its end is gone
+            return False
+        if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
+            self._loop.unregister(slot.channel.fileno())
+            return False
+        try:
+            message = decode(packet)
+        except MessageError as error:
+            logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
+            for fd in sockets:
+                os.close(fd)
+        else:
+            if isinstance(message, Report):
+                self._take_report(slot, message, sockets)
+        return True
+
+    def _take_report(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
+        if slot.roster.join(report.joined, [self._lower(fd) for fd in sockets], self._highest):
+            self._short_of_room(
+                "no descriptor left to protect clients with, they would not survive their worker", unprotected=self.unprotected()
+            )
+        for client, offset in report.started:
+            slot.roster.start(client, offset)
+        slot.roster.leave(report.left)
+        if report.notices != NO_NOTICES:
+            self._notice(slot, report.notices)
+
+    def _lower(self, fd: int) -> int:
+        """Return `fd`, under a lower number if it is one of those that clients do not get.
+
+        That takes a place from the oldest client that has not sent its header: strangers must not use up what protects others.
+        """
+        if fd <= self._highest or not any(slot.roster.expose_headerless() for slot in self._slots):
+            return fd
+        lower = os.dup(fd)
+        os.close(fd)
+        return lower

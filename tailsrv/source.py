@@ -1,0 +1,41 @@
+"""The file that is served, as the supervisor holds it: awaited, open, or gone from its path."""
+
+import os
+
+from tailsrv.hints import absolute
+from tailsrv.watch import is_gone, open_file, size_of
+
+
+class Source:
+    """One path, and the open file that all workers share: `file` is its descriptor, None while it is awaited."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.file: int | None = None
+        self.gone = False  # the path does not name it any more
+        self.polling: str | None = None  # why the workers look at it by the clock
+        self.trouble = ""  # why the next one of this name cannot be opened
+
+    def open(self) -> bool:
+        """Open the file if there is one, and tell whether there is. Raises CannotServeError."""
+        self.file = open_file(self.path)
+        return self.file is not None
+
+    def has_gone(self) -> bool | None:
+        """Tell whether the path names something else by now, or nothing; None if that cannot be seen."""
+        assert self.file is not None
+        return is_gone(self.file, self.path)
+
+    def let_go(self) -> None:
+        """Close the file, for the next one of its name."""
+        assert self.file is not None
+        os.close(self.file)
+        self.file, self.gone, self.polling = None, False, None
+
+    def size(self) -> int | None:
+        """Return the file's size in bytes, None if there is none."""
+        return size_of(self.file) if self.file is not None else None
+
+    def describe(self) -> dict[str, object]:
+        """Return what the status says of the file."""
+        return {"path": absolute(self.path), "gone": self.gone, "error": self.trouble or None, "size": self.size()}
