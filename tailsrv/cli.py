@@ -1,7 +1,6 @@
 """Turns argv into a `Config` and an exit status for `tailsrv`."""
 
 import gc
-import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from tailsrv import __version__
 from tailsrv.arguments import make_parser
 from tailsrv.config import Config, ConfigError, ExitStatus
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
+from tailsrv.descriptors import occupy_standard, raise_limit
 from tailsrv.intake import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up, trouble
@@ -21,7 +21,7 @@ from tailsrv.signals import hold
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
-from tailsrv.syscalls import accept_queue, raise_descriptor_limit
+from tailsrv.syscalls import accept_queue
 from tailsrv.systemd import is_service, passed_sockets, take_sockets
 from tailsrv.upgrade import answer_check, is_check, is_upgrade, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hold()  # until the supervisor's handlers are there
     set_up(verbosity)
     try:
-        occupy_standard_descriptors()
+        occupy_standard()
         handed_on = read_state()
         supervisor, file = prepare(config) if handed_on is None else take_over(config, handed_on)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
@@ -89,7 +89,7 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
 
     Raises CannotServeError, ListenError, AlreadyServedError.
     """
-    descriptors = raise_descriptor_limit()
+    descriptors = raise_limit()
     passed = take_listeners(take_sockets())  # before anything else is opened: they have their numbers
     file = open_file(config.path)
     prepare_to_fork()
@@ -128,19 +128,12 @@ def warn_of_limits(config: Config, listeners: Sequence[Sequence[socket.socket]],
 
 def take_over(config: Config, handed_on: State) -> tuple[Supervisor, int | None]:
     """Return a supervisor that goes on from what the version before us handed on, and the open file if there is one."""
-    raise_descriptor_limit()
+    raise_limit()
     keep_private(handed_on.descriptors())
     prepare_to_fork()
     slots = [Slot.load(index, saved) for index, saved in enumerate(handed_on.slots)]
     control = Control([socket.socket(fileno=fd) for fd in handed_on.control])
     return Supervisor(config, slots, handed_on.endpoints, control, partial(work, config=config), handed_on), handed_on.file
-
-
-def occupy_standard_descriptors() -> None:
-    """See to it that 0, 1 and 2 are open: a client's socket under such a number would be sent the log."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
 
 
 def listen(config: Config, port: int) -> list[list[socket.socket]]:

@@ -52,10 +52,3 @@ def forgive_closed_output() -> None:
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def occupy_standard_descriptors() -> None:
-    """See to it that 0, 1 and 2 are open: what is written there must not go to a server or into a file of ours."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)

@@ -10,19 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tailsrv import keepalive
 from tailsrv.endpoint import endpoint
 
 # How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
 # One's own may watch other things meanwhile, and raise what it likes but OSError, to end the stream.
 Wait = Callable[[int, int, float | None], bool]
-
-# The server's own values: what has vanished is noticed after 60 + 4 x 15 seconds.
-_KEEPALIVE = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-)
 
 
 class ConnectError(OSError):
@@ -156,7 +149,7 @@ def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait
     """Return a connection to `address`, non-blocking. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        for level, option, value in _KEEPALIVE:
+        for level, option, value in keepalive.OPTIONS:
             sock.setsockopt(level, option, value)
         failure = sock.connect_ex(address)
         if failure == errno.EINPROGRESS:

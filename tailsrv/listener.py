@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tailsrv import keepalive
 from tailsrv.endpoint import endpoint
 from tailsrv.hints import cannot_bind
 
@@ -19,14 +20,11 @@ BACKLOG = 4096
 NOTSENT_LOWAT = 128 << 10
 
 # Accepted sockets inherit these (tcp(7) has a list; measured for all of them), so that a connection costs
-# no system call for them. Keepalive finds the clients that left while the file was quiet: after
-# 60 + 4 x 15 seconds. TCP_USER_TIMEOUT stays off: it would end readers that pause.
+# no system call for them. Keepalive finds the clients that left while the file was quiet. TCP_USER_TIMEOUT stays off:
+# it would end readers that pause.
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    *keepalive.OPTIONS,
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
 )
 

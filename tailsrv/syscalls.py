@@ -4,7 +4,6 @@ import errno
 import fcntl
 import mmap
 import os
-import resource
 import select
 import socket
 import struct
@@ -240,14 +239,3 @@ def memory(data: bytes = b"") -> int:
         os.close(fd)
         raise
     return fd
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one and return what it is now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # a sandbox may forbid it; the soft limit then is what we have
-            return soft
-    return hard

@@ -10,7 +10,8 @@ from functools import partial
 
 from tailsrv.client import follow
 from tailsrv.client_arguments import make_tscat_parser, split_offset
-from tailsrv.client_run import RunError, complain, occupy_standard_descriptors, run
+from tailsrv.client_run import RunError, complain, run
+from tailsrv.descriptors import occupy_standard
 from tailsrv.dial import milliseconds
 
 STDOUT = 1
@@ -29,7 +30,7 @@ def copy(options: Namespace) -> None:
     """Copy what `options` ask for."""
     if sys.stdout is None:
         raise RunError("standard output is closed")
-    occupy_standard_descriptors()
+    occupy_standard()
     servers, offset = split_offset(options.servers)
     stream = follow(
         servers,

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from tailsrv.client import OtherFileError, follow
 from tailsrv.client_arguments import make_tssync_parser
-from tailsrv.client_run import complain, occupy_standard_descriptors, run
+from tailsrv.client_run import complain, run
+from tailsrv.descriptors import occupy_standard
 from tailsrv.dial import wait
 from tailsrv.endpoint import parse_endpoint
 from tailsrv.mirror import Mirror
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def keep(options: Namespace) -> None:
     """Keep the copy that `options` ask for."""
-    occupy_standard_descriptors()
+    occupy_standard()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: what has come is synced
     servers = [parse_endpoint(server) for server in options.servers]  # before there is a file
     with Mirror(options.path) as mirror:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import select
 import socket
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from tailsrv.syscalls import (
     finish_sending,
     is_cached,
     peek_header,
-    raise_descriptor_limit,
     read_ahead,
     send_chunk,
     send_to_all,
@@ -359,24 +357,3 @@ def test_finish_sending_reaches_the_peer_past_a_duplicate(pair: tuple[socket.soc
         reset(far)
         wait_for(near, select.POLLHUP)
         finish_sending(near)
-
-
-def test_raise_descriptor_limit() -> None:
-    """The soft limit becomes the hard one, which is returned."""
-    done = run_python("""
-import resource
-from tailsrv.syscalls import raise_descriptor_limit
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
-assert raise_descriptor_limit() == 200
-assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
-assert raise_descriptor_limit() == 200
-""")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_raise_descriptor_limit_here() -> None:
-    """Where both limits are the same nothing is changed."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if before[0] != before[1]:
-        pytest.skip("the limits of this process differ, and are not ours to change")
-    assert raise_descriptor_limit() == before[1]
