@@ -166,13 +166,11 @@ class Bench:
 
     def rest(self) -> None:
         """Wait until every process sleeps on; one that spins never does."""
-        before: list[tuple[str, ...]] = []
 
         def look() -> bool:
-            nonlocal before
-            seen, last = [activity(pid) for pid in self.pids()], before
-            before = seen
-            return seen == last and all(one and "sleeping" in one[0] for one in seen)
+            before = [activity(pid) for pid in self.pids()]
+            time.sleep(0.01)  # shorter than between two looks of a worker that has no inotify: that is no spin
+            return before == [activity(pid) for pid in self.pids()] and all(one and "sleeping" in one[0] for one in before)
 
         eventually(look)
 
