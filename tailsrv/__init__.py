@@ -1,3 +1,3 @@
 """tailsrv: like `tail -f`, as a server."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

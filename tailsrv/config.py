@@ -15,7 +15,7 @@ Network = IPv4Network | IPv6Network
 
 
 class ExitStatus(IntEnum):
-    """How `tailsrv` ends; part of the interface, the same in the README."""
+    """How `tailsrv` ends; part of the interface, the same in docs/using.md."""
 
     DONE = 0  # ended as asked, or the file is gone
     CANNOT_SERVE = 1  # port in use, file unreadable, not a regular file, ...

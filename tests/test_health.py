@@ -462,7 +462,7 @@ def status_of(pid: int, **changes: object) -> bytes:
     """Return a status as the process `pid` might give it."""
     file = {"path": "/log", "gone": False, "size": 1, "error": None}
     said = {
-        "version": "0.1.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving", "started": 1767225600.0, "endpoints": ["*:1"],
+        "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving", "started": 1767225600.0, "endpoints": ["*:1"],
         "file": file, "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
     }  # fmt: skip
     return json.dumps(said | changes).encode()

@@ -17,7 +17,7 @@ WORKER = Worker(0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, r
 LISTENER = Listener(0, "0.0.0.0:4321", 0, 100)
 REPORT = Report(
     server=SERVER,
-    version="0.1.0",
+    version="1.0.0",
     state="serving",
     started=1767225600.0,
     file=ServedFile("/var/log/app.log", 588895, gone=False, error=None),

@@ -1,4 +1,4 @@
-"""tailsrv under a real systemd: its units, and the README's operations part, in a machine of their own."""
+"""tailsrv under a real systemd: its units, and the manual's page on them, in a machine of their own."""
 
 import os
 import re
@@ -51,14 +51,14 @@ def boot() -> Iterator[Boot]:
         yield start
 
 
-def operations(page: str = "README.md", mark: str = "operations") -> dict[str, str]:
+def operations(page: str = "docs/operations.md", mark: str = "operations") -> dict[str, str]:
     """Return the page's commands for operators, by what they are for, in order."""
     text = (CHECKOUT / page).read_text()
     return dict(re.findall(rf"<!-- {mark}: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
 
 
-def follow_readme(machine: Machine, what: str) -> str:
-    """Run the README's commands for `what` by the letter, as root in a checkout; return what they print."""
+def follow_manual(machine: Machine, what: str) -> str:
+    """Run the manual's commands for `what` by the letter, as root in a checkout; return what they print."""
     return follow(machine, operations()[what])
 
 
@@ -69,9 +69,9 @@ def follow(machine: Machine, commands: str) -> str:
 
 @pytest.fixture(scope="module")
 def machine(boot: Boot) -> Machine:
-    """Return a machine in which tailsrv is installed as the README says."""
+    """Return a machine in which tailsrv is installed as the manual says."""
     machine = boot()
-    follow_readme(machine, "install")
+    follow_manual(machine, "install")
     return machine
 
 
@@ -545,17 +545,17 @@ def test_a_relay(machine: Machine, make_service: MakeService) -> None:
     assert machine.ask("systemctl", "is-active", sync).stdout == "inactive\n"
 
 
-# The README
+# The manual
 
 
-def test_the_readme(boot: Boot, request: pytest.FixtureRequest) -> None:
-    """An operator who follows the README in a new machine gets from pip to a rotated log and an activated service."""
+def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
+    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service."""
     machine = boot()
     service = Service(machine, "/var/log/app.log")
     request.addfinalizer(service.finish)
     said = {}
     for what in operations():
-        said[what] = follow_readme(machine, what)
+        said[what] = follow_manual(machine, what)
         if what == "serve":
             sock = service.connect(PORT, b"0\n")
             expect(sock, b"".join(b"%d\n" % number for number in range(1, 1001)))

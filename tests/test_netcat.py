@@ -10,7 +10,7 @@ from helpers import DEADLINE, Serve, append, random_bytes
 DATA = random_bytes(3000)
 NEWS = b"appended while connected\n"
 
-# Each gets HOST and PORT from its environment, as the README writes them.
+# Each gets HOST and PORT from its environment, as docs/clients.md writes them.
 CLIENTS = {
     "nc.openbsd": "echo 1000 | nc.openbsd $HOST $PORT",
     "nc.openbsd -N": "echo 1000 | nc.openbsd -N $HOST $PORT",

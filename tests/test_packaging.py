@@ -18,6 +18,7 @@ from tailsrv.config import DEFAULT_GRACE, ExitStatus
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(str(page.relative_to(ROOT)) for pages in ("*.md", "docs/*.md", "contrib/*/*.md") for page in ROOT.glob(pages))
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -26,9 +27,43 @@ def project() -> dict[str, Any]:
     return table
 
 
-def blocks(language: str) -> list[str]:
-    """Return the README's fenced blocks in that language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def read(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def section(page: str, heading: str) -> str:
+    """Return what is below that heading of the second level."""
+    found = read(page).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    assert found, f"{page} has no {heading}"
+    return found
+
+
+def rows(text: str) -> set[str]:
+    """Return the rows of the tables in `text`, without what separates them from their heads."""
+    return {line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")}
+
+
+def blocks(language: str) -> dict[str, str]:
+    """Return the pages' fenced blocks in that language, by page and number."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return {f"{page} {number}": block for page in PAGES for number, block in enumerate(pattern.findall(read(page)))}
+
+
+def prose(page: str) -> str:
+    """Return the page without its fenced blocks, in which nothing is a heading or a link."""
+    return re.sub(r"^ *```.*?^ *```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    """Return what a link can name behind `#`: the headings, as GitHub and GitLab write them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: str) -> list[str]:
+    """Return where the page's links lead, within the project."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page)))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 
 def marked(mark: str) -> str:
@@ -103,13 +138,13 @@ def test_readme_start_command_serves() -> None:
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"--[a-z][a-z-]+", make_parser().format_help()))))
 def test_readme_explains_every_option(option: str) -> None:
     """Every long option that the program takes is in the README's table."""
-    assert re.search(rf"^\| .*`{option}[ `]", README, re.MULTILINE)
+    assert re.search(rf"^\| .*`{option}[ `]", section("README.md", "Options"), re.MULTILINE)
 
 
 def test_readme_names_no_option_that_is_not_there() -> None:
     """Every long option in the README's table is one that the program takes."""
-    table = README.partition("\n## Options\n")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| .*?`(--[a-z-]+)", table, re.MULTILINE)) <= set(re.findall(r"--[a-z-]+", make_parser().format_help()))
+    named = set(re.findall(r"^\| .*?`(--[a-z-]+)", section("README.md", "Options"), re.MULTILINE))
+    assert named <= set(re.findall(r"--[a-z-]+", make_parser().format_help()))
 
 
 def test_readme_says_the_default_grace() -> None:
@@ -118,31 +153,71 @@ def test_readme_says_the_default_grace() -> None:
 
 
 @pytest.mark.parametrize("status", ExitStatus)
-def test_readme_explains_every_exit_status(status: ExitStatus) -> None:
-    """Every exit status is in the README's table."""
-    table = README.partition("\n## Exit statuses\n")[2].partition("\n## ")[0]
-    assert f"\n| {status.value} | " in table
+def test_manual_explains_every_exit_status(status: ExitStatus) -> None:
+    """Every exit status is in the manual's table."""
+    assert f"\n| {status.value} | " in section("docs/using.md", "Exit statuses")
 
 
-def test_readme_python_is_python() -> None:
-    """The README's Python client compiles."""
-    clients = blocks("python")
-    assert clients
-    for client in clients:
-        ast.parse(client)
+def test_readme_has_no_figures_of_its_own() -> None:
+    """The README's table of performance consists of rows of the manual's."""
+    table = rows(section("README.md", "Performance"))
+    assert table
+    assert table <= rows(read("docs/performance.md"))
 
 
-def test_readme_shell_is_shell() -> None:
-    """Bash can read the README's commands."""
-    commands = blocks("sh")
-    assert commands
-    for command in commands:
-        run("bash", "-n", "-c", command)
+def test_readme_is_read_in_five_minutes() -> None:
+    """The README stays a page that one reads to its end: what grows goes into the manual."""
+    assert len(README.splitlines()) <= 180
+
+
+def test_manual_lists_its_pages() -> None:
+    """The manual's table of contents names every page of it."""
+    assert {str(page.name) for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(links("docs/README.md"))
+
+
+def test_examples_are_of_this_version() -> None:
+    """Where the manual shows what the program says, it is this version that says so."""
+    shown = re.findall(r"version\W+(\d+\.\d+\.\d+)", read("docs/health.md"))
+    assert shown
+    assert set(shown) == {tailsrv.__version__}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Every link within the project leads to a file that is there, and to a heading in it."""
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(str(target.resolve().relative_to(ROOT))), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_are_told_apart(page: str) -> None:
+    """No page has two headings that a link could not tell apart."""
+    headings = re.findall(r"^##+ (.*)$", prose(page), re.MULTILINE)
+    if page != "CHANGELOG.md":  # each version has the same headings there
+        assert len(headings) == len(anchors(page)) - 1
+
+
+@pytest.mark.parametrize("program", blocks("python").values(), ids=blocks("python"))
+def test_python_in_the_pages_is_python(program: str) -> None:
+    """What a page shows as Python compiles."""
+    ast.parse(program)
+
+
+@pytest.mark.parametrize("commands", blocks("sh").values(), ids=blocks("sh"))
+def test_shell_in_the_pages_is_shell(commands: str) -> None:
+    """Bash can read the commands of the pages."""
+    run("bash", "-n", "-c", commands)
 
 
 def test_changelog_has_the_version() -> None:
-    """The changelog speaks of this version, or of what is not released yet."""
-    assert re.search(rf"^## \[(Unreleased|{re.escape(tailsrv.__version__)})\]", CHANGELOG, re.MULTILINE)
+    """The changelog's newest entry but one, which collects what is not released, is this version, with its date."""
+    entries = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", CHANGELOG, re.MULTILINE)
+    assert entries[0] == ("Unreleased", "")
+    assert entries[1][0] == tailsrv.__version__
+    assert all(date for _, date in entries[1:])
 
 
 def test_licence_is_in_the_package() -> None:

@@ -24,7 +24,7 @@ SLOTS = [
 def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'") -> State:
     """Return a state with everything in it."""
     return State(
-        version="0.1.0", endpoints=["*:4321", "[::1]:4321"], started=1.5, file=file, file_gone=True, polling=polling,
+        version="1.0.0", endpoints=["*:4321", "[::1]:4321"], started=1.5, file=file, file_gone=True, polling=polling,
         control=[31, 32], quota=[33], slots=SLOTS,
     )  # fmt: skip
 

@@ -279,7 +279,7 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
 
 @pytest.mark.slow
 def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """What the README says: install the next version over this one in its environment, and send HUP."""
+    """What the manual says: install the next version over this one in its environment, and send HUP."""
     if not (source := Path(tailsrv.__file__).parent.parent / "pyproject.toml").exists():
         source = Path.cwd() / "pyproject.toml"
     checkout, home = tmp_path / "checkout", tmp_path / "venv"
