@@ -42,8 +42,8 @@ def read_state() -> state.State | None:
     value = os.environ.pop(VARIABLE, "")
     if not value.isdigit():
         return None
-    with open(int(value), "rb") as memory:
-        return state.decode(memory.read())
+    with open(int(value), "rb") as file:
+        return state.decode(file.read())
 
 
 def answer_check() -> int:
