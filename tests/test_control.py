@@ -3,13 +3,14 @@
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
 from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
 
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, read_stat
 
 STATUS = b'{"clients": 3}\n'
 
@@ -43,6 +44,16 @@ def answer(control: Control, sock: socket.socket, status: bytes) -> None:
     for peer in control.askers(sock):
         with peer, suppress(OSError):
             peer.send(status)
+
+
+def test_process_that_has_gone() -> None:
+    """A process is known by its parent and its start as long as it is there."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        stat = read_stat(child.pid)
+        child.kill()
+    assert stat is not None
+    assert stat.parent == os.getpid()
+    assert read_stat(child.pid) != stat
 
 
 def test_nobody_serves(endpoint: str) -> None:
