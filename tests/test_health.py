@@ -542,6 +542,15 @@ def being(user: int) -> Iterator[None]:
 
 
 @root_only
+def test_no_proc() -> None:
+    """Where there is no /proc to find servers in, that is UNKNOWN."""
+    without = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+    done = health(wrapper=without)
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+    assert done.stdout.startswith("UNKNOWN: cannot look for servers: [Errno 2] No such file or directory")
+
+
+@root_only
 def test_user_without_a_name() -> None:
     """A user that has no name is told by number, and gets an answer from root only by asking as root."""
     with being(3_000_000_001):

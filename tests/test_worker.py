@@ -22,6 +22,7 @@ from unit import (
     recv_exactly,
     reset,
     run_python,
+    tcp_pair,
     wait_for,
     wait_readable,
 )
@@ -32,6 +33,7 @@ from tailsrv.endpoint import endpoint
 from tailsrv.listener import open_listeners
 from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import Start, parse_header
+from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
 from tailsrv.worker import Worker
@@ -503,6 +505,30 @@ def test_reset(bench: Bench) -> None:
     assert [client.sock.fileno() for client in (first, second, third)] == [-1, -1, -1]
     append(bench.path, b"more")
     assert bench.receive(other, 4) == b"more"
+
+
+def test_adopted_client_that_is_none(bench: Bench) -> None:
+    """Of clients that are handed on, one that is no connection is reported as left, and one that has gone meanwhile, too."""
+    with tcp_pair() as (gone, peer), opened("/") as folder:
+        reset(peer)
+        wait_for(gone, select.POLLERR)
+        with pytest.raises(OSError, match="reset"):
+            gone.recv(1)
+        bench.worker.adopt({7: Entry(folder), 8: Entry(gone.detach(), 0)})
+        bench.until(lambda: not bench.worker.left)
+    assert sorted(number for report in bench.reports() for number in report.left) == [7, 8]
+    assert not bench.worker.clients
+
+
+def test_name_of_a_client_that_has_gone(bench: Bench) -> None:
+    """Who is no longer known by name, and has gone, is unknown."""
+    far, client = bench.connect(b"-0\n")
+    assert str(client) == endpoint(*far.getsockname())
+    reset(far)
+    wait_for(client.sock, select.POLLERR)
+    with pytest.raises(OSError, match="reset"):
+        client.sock.recv(1)
+    assert str(client) == "unknown"
 
 
 def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
