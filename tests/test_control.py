@@ -113,6 +113,14 @@ control.close()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_name_that_is_none(endpoint: str) -> None:
+    """A name that no socket can have is an error of its own, and nothing stays open."""
+    with pytest.raises(OSError, match="path too long") as caught:
+        Control.lock([endpoint, "x" * 200])
+    assert not isinstance(caught.value, AlreadyServedError)
+    assert find_supervisor(endpoint) is None
+
+
 def test_nobody_serves(endpoint: str) -> None:
     """Where no server is there is no supervisor to find."""
     assert find_supervisor(endpoint) is None

@@ -597,6 +597,25 @@ def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
     assert [report.notices.gone for report in bench.reports()] == [True]
 
 
+def test_path_that_cannot_be_seen(path: Path) -> None:
+    """What a path names that cannot be looked at is asked again by the clock, and is not gone before that is clear."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with working(link) as bench:
+        fresh.symlink_to("x" * 300)
+        fresh.rename(link)
+        bench.settle()
+        assert not bench.worker.gone
+        assert bench.worker.check_path in bench.worker.loop.timers
+        fresh.symlink_to(path)
+        fresh.rename(link)
+        bench.skew = 2.0
+        bench.until(lambda: bench.worker.check_path not in bench.worker.loop.timers)
+        assert not bench.worker.gone
+        link.unlink()
+        bench.until(lambda: bench.worker.gone)
+
+
 def test_clients_are_reported(bench: Bench) -> None:
     """The supervisor learns who has joined, where each starts and who has left; the title counts them."""
     far, client = bench.connect(b"-4\n")
