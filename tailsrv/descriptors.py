@@ -17,6 +17,6 @@ def raise_limit() -> int:
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # a sandbox may forbid it; the soft limit then is what we have
+        except (OSError, ValueError):  # pragma: no cover: a sandbox may forbid it; the soft limit then is what we have
             return soft
     return hard

@@ -41,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         level, text = check(options)
     except SystemExit as end:
         return write("", Level.UNKNOWN if end.code else Level.OK)  # argparse's 2 would read as CRITICAL
-    except OSError as error:  # argparse, at the help: everything else handles its own
-        return give_up_writing(error, Level.OK)
     except KeyboardInterrupt:
         return INTERRUPTED
     return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)

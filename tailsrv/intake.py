@@ -43,14 +43,15 @@ class Intake:
             self._loop.unregister(slot.channel.fileno())
             return False
         try:
-            message = decode(packet)
+            report = decode(packet)
+            if not isinstance(report, Report):
+                raise MessageError(f"not a report: {report!r}")
         except MessageError as error:
             logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
             for fd in sockets:
                 os.close(fd)
         else:
-            if isinstance(message, Report):
-                self._take_report(slot, message, sockets)
+            self._take_report(slot, report, sockets)
         return True
 
     def _take_report(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:

@@ -68,7 +68,7 @@ class Mirror:
 
     def set_aside(self) -> str:
         """Give the file another name, one that was free, and begin with an empty one; return the other name. Raises OSError."""
-        for number in count(1):
+        for number in count(1):  # pragma: no branch: it counts for ever
             aside = f"{self.path}.{number}"
             try:
                 os.link(self.path, aside)  # unlike rename(2), never over another file

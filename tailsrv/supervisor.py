@@ -318,7 +318,7 @@ class Supervisor:
         self.loop.timers.cancel(self.crew.kill)
         self.upgrader.abandon()
 
-    def abandon_workers(self) -> None:
+    def abandon_workers(self) -> None:  # pragma: no cover: takes a process that not even SIGKILL ends
         pids = [slot.pid for slot in self.crew.running()]
         logger.error("workers do not end, leaving them to the kernel: %s", fields(pids=pids))
         self.ended = True

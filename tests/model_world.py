@@ -168,6 +168,7 @@ class World:
 
     def move(self, how: str) -> None:
         """Take the file's name away; it goes on being written and served."""
+        self.server.logged("serving: ")  # a file that it has not found yet would be none that it serves
         self.moved = True
         if how == "unlink":
             self.path.unlink()

@@ -43,6 +43,8 @@ USAGE_ERRORS = [
         ["-p", "0", "--allow", "10.0.0.1/8", "file"],
         "argument --allow: not a network: 10.0.0.1/8 has host bits set; did you mean 10.0.0.0/8?",
     ),
+    (["-p", "0", "--allow", "::ffff:10.0.0.1", "file"], "argument --allow: not a network: '::ffff:10.0.0.1'; leave out %scope, and"),
+    (["-p", "0", "--allow", "fe80::1%lo", "file"], "argument --allow: not a network: 'fe80::1%lo'; leave out %scope"),
     (["-p", "0", "--allow", "example.com", "file"], "argument --allow: not a network: 'example.com'"),
     (["-p", "0", "--follow-name", "--linger-after-file-is-gone", "file"], "linger-after-file-is-gone and follow-name exclude each other"),
     (["-p", "0", "--grace", "abc", "file"], "argument --grace: not a number of seconds: 'abc'"),

@@ -27,8 +27,9 @@ from tailsrv.client import (
     UnknownHostError,
     follow,
 )  # fmt: skip
+from tailsrv.dial import wait
 from tailsrv.follower import ANCHORS
-from tailsrv.place import FromEnd
+from tailsrv.place import WINDOWS, FromEnd
 
 DATA = random_bytes(300_000)
 HASTE = Backoff(0.01, 0.02)
@@ -207,6 +208,57 @@ def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
     with Reader(here(serve(path, "--max-clients", "1")), "-0") as reader:
         eventually(lambda: reader.stream._anchors < ANCHORS - 1)  # it asks again: it has not believed the first answer
         assert reader.stream.offset is None
+
+
+@pytest.mark.slow
+def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
+    """Where more was appended than the file's end that is searched first, a wider one is searched."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(here(server), -10_000) as reader:
+        reader.got(DATA[-10_000:])
+        kill(server)
+        more = random_bytes(WINDOWS[0] + 5000, seed=2)
+        append(path, more)
+        restart(serve, server, path)
+        reader.got(DATA[-10_000:] + more)
+
+
+def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
+    """A connection that ends with the question whether the file is longer is tried again like any other."""
+    path.write_bytes(b"a line that is cut\n" * 100)
+    with Cutter(serve(path).port, cuts=4, longest=1) as cutter, Reader(cutter.endpoints(1), -50, whole_lines=True) as reader:
+        reader.got(b"a line that is cut\n" * 2)
+        assert reader.reports[0] == f"{cutter.endpoints(1)[0]}: the connection was ended; trying again"
+
+
+def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
+    """A `wait` that says that something has come when nothing has costs a turn, no byte."""
+    path.write_bytes(DATA)
+    turns = 0
+
+    def hasty(fd: int, events: int, _: float | None) -> bool:
+        nonlocal turns
+        turns += wait(fd, events, 0.001) is False
+        if turns == 10:
+            append(path, b"more")
+        return True
+
+    with follow(here(serve(path)), wait=hasty) as stream:
+        assert take(stream, len(DATA) + 4) == DATA + b"more"
+    assert turns >= 10
+    turns, (out, into) = 0, os.pipe()
+    with open(out, "rb") as reader, open(into, "wb"), follow(here(serve(path)), len(DATA), recall=lambda _: b"", wait=hasty) as stream:
+        received = b""
+        while len(received) < 8:
+            received += reader.read(stream.splice(into, 1 << 16))
+    assert received == b"moremore"
+
+
+def test_address_that_cannot_be_reached() -> None:
+    """What the kernel refuses at once is said like what it refuses later."""
+    with pytest.raises(ConnectError, match=r"^255.255.255.255:1: (Network is unreachable|Permission denied)$"):
+        next(follow("255.255.255.255:1", once=True))
 
 
 @pytest.mark.slow

@@ -42,6 +42,12 @@ def test_bad_port(port: int) -> None:
     assert str(port) in message
 
 
+def test_bind_without_a_port() -> None:
+    """Addresses are for a port of our own."""
+    with pytest.raises(ConfigError, match="bind is for a port of our own"):
+        Config("log", None, bind=("127.0.0.1",))
+
+
 @pytest.mark.parametrize("workers", [0, -1, MAX_WORKERS + 1])
 def test_bad_workers(workers: int) -> None:
     """There is at least one worker, and no fork bomb."""

@@ -3,13 +3,14 @@
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
 from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
 
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, read_stat
 
 STATUS = b'{"clients": 3}\n'
 
@@ -43,6 +44,81 @@ def answer(control: Control, sock: socket.socket, status: bytes) -> None:
     for peer in control.askers(sock):
         with peer, suppress(OSError):
             peer.send(status)
+
+
+def test_process_that_has_gone() -> None:
+    """A process is known by its parent and its start as long as it is there."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        stat = read_stat(child.pid)
+        child.kill()
+    assert stat is not None
+    assert stat.parent == os.getpid()
+    assert read_stat(child.pid) != stat
+
+
+TELL = """
+import os, socket, sys
+from contextlib import ExitStack
+from tailsrv.control import Control
+from tailsrv.loop import Loop
+from tailsrv.teller import Teller
+from unit import recv_all
+name, long = sys.argv[1], b"x" * 1_000_000
+control, loop = Control.lock([name]), Loop()
+teller = Teller(loop, control, lambda: long, lambda: b"", lambda: None)
+def ask():
+    asker = socket.socket(socket.AF_UNIX)
+    asker.settimeout(20)
+    asker.connect("\\0tailsrv:" + name)
+    return asker
+"""
+
+
+def test_long_status_is_told_by_a_child(endpoint: str) -> None:
+    """A status that may not fit a socket's buffer is given by a child, one at a time, also beside somebody who has left."""
+    code = """
+for _ in range(2):
+    with ask() as asker:
+        ask().close()
+        loop.turn()
+        assert recv_all(asker) == long
+    pid, status = os.wait()
+    assert status == 0
+    assert teller.reaped(pid)
+    assert not teller.reaped(pid)
+control.close()
+"""
+    done = run_python(TELL + code, endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not as_root, reason="only root can be a user who has no process")
+def test_no_child_to_tell(endpoint: str) -> None:
+    """Where no child can be had, who asked gets no answer, and may ask again."""
+    code = """
+import resource
+before = resource.getrlimit(resource.RLIMIT_NPROC)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, before[1]))
+os.setuid(3_000_000_000 + os.getpid())
+with ask() as asker:
+    loop.turn()
+    assert recv_all(asker) == b""
+resource.setrlimit(resource.RLIMIT_NPROC, before)
+with ask() as asker:
+    loop.turn()
+    assert recv_all(asker) == long
+control.close()
+"""
+    done = run_python(TELL + code, endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_name_that_is_none(endpoint: str) -> None:
+    """A name that no socket can have is an error of its own, and nothing stays open."""
+    with pytest.raises(OSError, match="path too long") as caught:
+        Control.lock([endpoint, "x" * 200])
+    assert not isinstance(caught.value, AlreadyServedError)
+    assert find_supervisor(endpoint) is None
 
 
 def test_nobody_serves(endpoint: str) -> None:

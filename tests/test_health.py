@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import resource
+import select
 import shlex
 import signal
 import socket
@@ -27,6 +28,7 @@ from unit import as_root
 
 from tailsrv.control import start_ticks
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
+from tailsrv.health import Server as Found
 from tailsrv.health_ask import list_endpoints
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
@@ -431,10 +433,10 @@ def test_other_users(serve: Serve, open_folder: Path) -> None:
 
 
 @contextmanager
-def pretending(answer: bytes, backlog: int = 16) -> Iterator[int]:
-    """Answer for a server that is not there; give the port that it is not on."""
+def pretending(answer: bytes, backlog: int = 16, name: str = "") -> Iterator[int]:
+    """Answer for a server that is not there, under a `name` of its port or another; give the port that it is not on."""
     with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
-        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.bind(f"\0tailsrv:{name or f'127.9.9.9:{port}'}")
         listener.listen(backlog)
         if backlog:
             thread = threading.Thread(target=give, args=(listener, answer))
@@ -458,12 +460,14 @@ def give(listener: socket.socket, answer: bytes) -> None:
                 pass
 
 
+FILE = {"path": "/log", "gone": False, "size": 1, "error": None}
+
+
 def status_of(pid: int, **changes: object) -> bytes:
     """Return a status as the process `pid` might give it."""
-    file = {"path": "/log", "gone": False, "size": 1, "error": None}
     said = {
         "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving", "started": 1767225600.0, "endpoints": ["*:1"],
-        "file": file, "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
+        "file": FILE, "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
     }  # fmt: skip
     return json.dumps(said | changes).encode()
 
@@ -478,6 +482,7 @@ def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
     [
         b"hello", b"null", b"[]", b"{}", b'{"pid": NaN}', b"\xff\n", b"[" * 100_000, b"",
         status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"), status_of(os.getpid(), workers=None),
+        status_of(os.getpid(), state=1), status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
         status_of(os.getpid(), clients=True), status_of(os.getpid(), clients=-1), status_of(os.getpid(), started=float("inf")),
     ],
 )  # fmt: skip
@@ -487,6 +492,88 @@ def test_answer_that_is_not_to_be_understood(answer: bytes) -> None:
         done = health("-p", str(port))
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (Level.UNKNOWN, "", 1)
     assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: supervisor ")
+
+
+def only(port: int) -> Found:
+    """Return the server that is found on `port`."""
+    [found] = find(port=port)
+    return found
+
+
+def test_another_has_taken_its_place() -> None:
+    """Who answers for a server that was of another pid is not that server."""
+    with pretending(status_of(os.getpid())) as port, pytest.raises(EndedError, match="another has taken its place"):
+        inspect(dataclasses.replace(only(port), pid=1))
+
+
+def test_ends_while_it_is_asked() -> None:
+    """A server that ends with our question in its queue has ended, whatever it was."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        found = only(port)
+        listener.accept()[0].close()  # it was found by connecting to it
+        asked = pool.submit(inspect, found)
+        assert select.select([listener], [], [], DEADLINE)[0]
+        listener.close()
+        with pytest.raises(EndedError, match="the server has ended"):
+            asked.result(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(b"[]", "cannot be understood"), (b'{"pid": 1, "size": 1, "clients": []}', "is by pid 1, here")]
+)
+def test_list_of_clients_that_is_not_to_be_understood(answer: bytes, reason: str) -> None:
+    """A list of clients that is rubbish, or somebody else's, is not believed."""
+    with pretending(status_of(os.getpid())) as port, pretending(answer, name=f"127.9.9.9:{port}/clients"):
+        inspect(only(port))
+        with pytest.raises(InspectError, match=f"list of clients {reason}"):
+            inspect(only(port), clients=True)
+
+
+@contextmanager
+def being(user: int) -> Iterator[None]:
+    """Act as `user`, as far as the kernel asks who we are."""
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@root_only
+def test_no_proc() -> None:
+    """Where there is no /proc to find servers in, that is UNKNOWN."""
+    without = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+    done = health(wrapper=without)
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+    assert done.stdout.startswith("UNKNOWN: cannot look for servers: [Errno 2] No such file or directory")
+
+
+@root_only
+def test_user_without_a_name() -> None:
+    """A user that has no name is told by number, and gets an answer from root only by asking as root."""
+    with being(3_000_000_001):
+        held = pretending(b"")
+        port = held.__enter__()
+    try:
+        found = only(port)
+        assert (found.uid, found.user, found.ours) == (3_000_000_001, "3000000001", False)
+        with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user 3000000001: "):
+            inspect(found)
+    finally:
+        held.__exit__(None, None, None)
+
+
+@root_only
+def test_silence_of_another_user() -> None:
+    """A supervisor of root's that says nothing to us is none of ours; one that says nothing to root is broken."""
+    with pretending(b"") as port:
+        found = only(port)
+        with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
+            inspect(found)
+        with pytest.raises(InspectError, match="supervisor gives an empty answer"):
+            inspect(found)
 
 
 def test_worker_that_is_another_process() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tailsrv.health import EndedError, InspectError, NotOursError, weigh
 from tailsrv.health_metrics import render_metrics
 from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
 from tailsrv.health_status import Client, Listener, ServedFile
@@ -116,6 +117,22 @@ def test_judge(report: Report, level: Level, reasons: tuple[str, ...]) -> None:
 def test_worst(levels: list[Level], expected: Level) -> None:
     """What is known to be bad is worse than what is not known."""
     assert worst(levels) is expected
+
+
+@pytest.mark.parametrize(
+    ("outcome", "asked_for", "level"),
+    [
+        (REPORT, False, Level.OK),
+        (EndedError("ended", Level.CRITICAL), True, None),
+        (NotOursError("a stranger's"), False, None),
+        (NotOursError("a stranger's"), True, Level.UNKNOWN),
+        (InspectError("no answer", Level.CRITICAL), False, Level.CRITICAL),
+    ],
+)
+def test_weigh(outcome: Report | InspectError, asked_for: bool, level: Level | None) -> None:
+    """A server that has ended is not spoken of, nor is a stranger's that nobody has asked for."""
+    finding = weigh(SERVER, outcome, asked_for)
+    assert (finding.verdict.level if finding else None) == level
 
 
 def test_total() -> None:

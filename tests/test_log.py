@@ -1,6 +1,8 @@
 """The log: one line an event, in a form that the journal and people can read, and never a reason to wait."""
 
 import os
+import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 from unit import run_python
 
-from tailsrv.log import fields, printable
+from tailsrv.log import fields, printable, trouble
+from tailsrv.syscalls import accept_queue
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,16 @@ def test_closed_standard_error() -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+def test_trouble_says_where() -> None:
+    """What the kernel has refused is told with the place in our code, if there is one."""
+    with socket.socket() as sock:
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        accept_queue(sock)
+    assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=syscalls.py:\d+", trouble(caught.value))
+    assert trouble(MemoryError()) == "reason='out of memory'"
 
 
 def test_undecodable_bytes() -> None:

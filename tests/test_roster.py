@@ -84,6 +84,14 @@ def test_too_few_sockets(roster: Roster, pairs: Pairs) -> None:
     assert (set(roster.clients), len(roster)) == ({1}, 1)
 
 
+def test_too_many_sockets(roster: Roster, pairs: Pairs) -> None:
+    """A socket that comes with no client is closed."""
+    fds = duplicates(pairs[:2])
+    assert roster.join([1], fds, ANY) == 0
+    assert set(roster.clients) == {1}
+    assert [is_open(fd) for fd in fds] == [True, False]
+
+
 def test_descriptors_beyond_the_highest(roster: Roster, pairs: Pairs) -> None:
     """A socket with a number above the bound is closed at once, and its client unprotected."""
     fds = sorted(duplicates(pairs))

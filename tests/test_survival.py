@@ -1,5 +1,6 @@
 """No client is lost: workers die at any moment, and every byte of every stream is compared."""
 
+import ctypes
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from helpers import DEADLINE, Serve, Server, append, eventually, expect, expect_
 from survival import NO_CORE, await_clients, await_protected, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
 
 import tailsrv
+from tailsrv.messages import Ping, encode
 
 pytestmark = pytest.mark.slow
 
@@ -406,6 +408,76 @@ def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
     psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, limits)
     expect(client, NEWS)
     expect(waiting, SMALL + NEWS)
+
+
+def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
+    """Where a worker cannot be forked, its clients wait until one can."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    before = ready_workers(server)
+    with strace(server.pid, "clone:error=EAGAIN:when=1"):
+        os.kill(before[0], signal.SIGKILL)
+        server.logged("error: cannot spawn a worker: slot=0", "Resource temporarily unavailable")
+    append(path, NEWS)
+    expect(client, NEWS)
+    ready_workers(server, besides=before)
+
+
+def test_client_that_cannot_be_watched(serve: Serve, path: Path) -> None:
+    """Where the kernel has no room to watch one more client, that one is closed, and nobody else notices."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    [worker] = ready_workers(server)
+    with strace(worker, "epoll_ctl:error=ENOSPC:when=1"):
+        expect_eof(server.connect())
+        server.logged("error: client failed: slot=0", "No space left on device")
+    append(path, NEWS)
+    expect(client, NEWS)
+    expect(server.connect(b"0\n"), SMALL + NEWS)
+
+
+def channel_of(worker: int) -> socket.socket:
+    """Return a duplicate of a worker's end of its channel."""
+    pidfd_getfd, libc = 438, ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(worker)
+    try:
+        for fd in os.listdir(f"/proc/{worker}/fd"):
+            if (taken := libc.syscall(pidfd_getfd, process, int(fd), 0)) < 0:
+                pytest.skip(f"a descriptor of another process may not be taken: {os.strerror(ctypes.get_errno())}")
+            try:
+                sock = socket.socket(fileno=taken)
+            except OSError:
+                os.close(taken)
+                continue
+            if sock.type == socket.SOCK_SEQPACKET:
+                return sock
+            sock.close()
+    finally:
+        os.close(process)
+    raise AssertionError("it has no channel")
+
+
+def test_worker_that_speaks_nonsense(serve: Serve, path: Path) -> None:
+    """A message that is none, or an order that only the supervisor gives, is a line in the log, and what came with it is closed."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    [worker] = ready_workers(server)
+    await_protected(server, 1)
+    before = descriptors(server.pid)
+    with channel_of(worker) as channel:
+        for packet in (b"nonsense", encode(Ping())):
+            socket.send_fds(channel, [packet], [channel.fileno()])
+        eventually(lambda: len(server.lines("error: worker speaks nonsense: slot=0")) == 2)
+    eventually(lambda: descriptors(server.pid) == before)
+    append(path, NEWS)
+    expect(client, NEWS)
+    assert ready_workers(server) == [worker]
 
 
 # The end

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import eventually
-from unit import append, evict, opened, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
+from unit import append, evict, opened, readable, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
 
 from tailsrv.policy import SMALL
 from tailsrv.protocol import PEEK
@@ -154,6 +154,31 @@ def test_send_to_all_of_what_has_gone(pair: tuple[socket.socket, socket.socket],
     assert send_to_all([near.fileno()], file, len(DATA), 10) == {near.fileno(): 0}
 
 
+def test_send_to_all_of_what_cannot_be_read(pair: tuple[socket.socket, socket.socket], path: Path) -> None:
+    """A file that does not let itself be read is each client's own error."""
+    near, far = pair
+    file = os.open(path, os.O_WRONLY)
+    try:
+        short = send_to_all([near.fileno()], file, 0, 10)
+    finally:
+        os.close(file)
+    [error] = short.values()
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EBADF
+    assert not readable(far)
+
+
+def test_disk_that_cannot_be_asked() -> None:
+    """What does not tell what it has in memory, or cannot read ahead, is for sendfile(2) to try."""
+    reader, writer = os.pipe()
+    try:
+        assert is_cached(reader, 0, 10, 10)
+        read_ahead(reader, 0, 10)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_is_cached(tmp_path: Path) -> None:
     """Bytes that have been written are in memory, until the kernel lets them go; read ahead, they soon are again."""
     path = tmp_path / "file"
@@ -224,17 +249,23 @@ def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
 
 
 def test_accept_without_descriptors() -> None:
-    """Out of descriptors is an outcome, and the connection is still there when one is free again."""
+    """Out of descriptors is an outcome, and the connection is still there when one is free again; nobody needs none."""
     done = run_python("""
 import os, resource, socket
 from tailsrv.syscalls import Outcome, accept
 with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+    listener.setblocking(False)
     spare = os.open("/", os.O_RDONLY)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, spare + 1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
     assert accept(listener) is Outcome.NO_ROOM
     assert accept(listener) is Outcome.NO_ROOM
     os.close(spare)
     accept(listener)[0].close()
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    spare = os.open("/", os.O_RDONLY)
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
 """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -357,3 +388,25 @@ def test_finish_sending_reaches_the_peer_past_a_duplicate(pair: tuple[socket.soc
         reset(far)
         wait_for(near, select.POLLHUP)
         finish_sending(near)
+
+
+def test_memory_without_room() -> None:
+    """An anonymous file that does not get its data is closed again."""
+    done = run_python("""
+import errno, os, resource
+from tailsrv.syscalls import memory
+with open(memory(b"data"), "rb") as file:
+    assert file.read() == b"data"
+before = os.listdir("/proc/self/fd")
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
+try:
+    memory(b"x" * 11)
+except OSError as error:
+    assert error.errno == errno.EFBIG
+else:
+    raise AssertionError("it had room")
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+assert os.listdir("/proc/self/fd") == before
+""")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -187,6 +187,16 @@ def test_odd_descriptors(serve: Serve, path: Path, redirection: str, message: st
 
 
 @pytest.mark.parametrize(
+    ("arguments", "redirection", "status"),
+    [("--help", ">/dev/full", 0), ("--help", ">&- 2>&-", 0), ("localhost", "2>/dev/full", 2), ("localhost", "2>&-", 2)],
+)
+def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
+    """A help or a complaint that nobody can take is lost, and the exit status is what it would be."""
+    done = run_client("sh", "-c", f'exec "$@" {redirection}', "sh", *TSCAT, arguments)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", status)
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["127.0.0.1:CLOSED", "--once"], 1, "127.0.0.1:CLOSED: Connection refused"),

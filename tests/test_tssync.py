@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from followers import TSSYNC, Command, Cutter, closed_port, holds, kill, restart, run_client, started
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes, runs
-from unit import as_root
+from unit import as_root, run_python
 
 from tailsrv import __version__
 
@@ -247,6 +247,24 @@ def test_full_disk_is_waited_for(serve: Serve, path: Path, tiny_disk: Path, tmp_
         assert command.errors.count("\n") == 2
 
 
+def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
+    """What the kernel refuses for another reason than room is the end, and said."""
+    path.write_bytes(DATA * 10)
+    done = run_client("prlimit", f"--fsize={len(DATA) * 5}", *TSSYNC, here(serve(path)), copy)
+    assert (done.stderr, done.returncode) == (f"tssync: cannot append to {copy}: File too large\n", 1)
+    assert copy.read_bytes() == (DATA * 10)[: len(DATA) * 5]
+
+
+@pytest.mark.skipif(not runs("strace", "-e", "trace=fdatasync", "true"), reason="strace does not work here")
+def test_disk_that_fails(serve: Serve, path: Path, copy: Path) -> None:
+    """A copy that cannot be written to the disk is the end, and said."""
+    path.write_bytes(DATA)
+    traced = ("strace", "-f", "-o", os.devnull, "-e", "inject=fdatasync:error=EIO:when=1")
+    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--fsync", "0", "--until-idle", "0.5")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"tssync: cannot sync {copy}: Input/output error"
+
+
 @pytest.mark.skipif(not runs("strace", "-e", "trace=fdatasync", "true"), reason="strace does not work here")
 @pytest.mark.parametrize(("options", "synced"), [([], False), (["--fsync", "0.05"], True)])
 def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool) -> None:
@@ -278,6 +296,25 @@ def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
         assert process.wait(DEADLINE) == 0
     os.close(near)
     assert str(copy).encode() in shown
+
+
+def test_terminal_that_goes() -> None:
+    """A terminal that is closed while a line is on it takes no other, and is no error."""
+    done = run_python("""
+import os, pty
+from tailsrv.progress import Progress
+near, far = pty.openpty()
+os.dup2(far, 2), os.close(far)
+progress = Progress("copy")
+progress.grow(0, 0.0)
+progress.grow(1000, 1.0)
+print(ascii(os.read(near, 1000)))
+os.close(near)
+progress.grow(2000, 2.0)
+progress.grow(3000, 3.0)
+progress.rest()
+""")
+    assert (done.stdout, done.returncode) == (r"b'\r\x1b[Kcopy: 1000 B, 1000 B/s'" + "\n", 0)
 
 
 def _read_now(fd: int) -> bytes:

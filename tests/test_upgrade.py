@@ -452,6 +452,24 @@ def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("memfd_create:error=EMFILE:when=1", "Too many open files"), ("execve:error=ENOMEM:when=1", "Cannot allocate memory")],
+)
+def test_a_kernel_that_refuses(serve: Serve, path: Path, fault: str, reason: str) -> None:
+    """Where the kernel refuses the proof, or the exec behind it, all stays as it is, and the next request may succeed."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    living = ready_workers(server)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    with strace(server.pid, fault):
+        check_nothing_changed(server, path, client, living, reason)
+    upgrade(server)
+    append(path, SMALL)
+    expect(client, SMALL)
+
+
 def test_a_worker_dies_during_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
     """A worker that is killed while the installed program proves itself has a successor at once, and both are replaced."""
     path.write_bytes(SMALL)

@@ -2,14 +2,17 @@
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from unit import append, as_root, opened, readable, run_python, wait_readable
+from unit import PATIENCE, append, as_root, opened, readable, run_python, wait_readable
 
-from tailsrv.watch import CannotServeError, Watch, is_gone, open_file, steps_to
+from tailsrv.syscalls import memory
+from tailsrv.watch import CannotServeError, Watch, is_gone, open_file, size_of, steps_to
 
 
 @pytest.fixture
@@ -279,6 +282,20 @@ def test_symlink_replaced_by_one_to_the_same_file(path: Path) -> None:
         assert gone(watch)
 
 
+def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
+    """A link to a name that no file can have is gone as far as anybody sees, and what is held goes on being watched."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with watching(link) as watch:
+        fresh.symlink_to("x" * 300)
+        fresh.rename(link)
+        assert watch.read()
+        assert is_gone(watch.file, watch.path) is None
+        append(path, b"more")
+        wait_readable(fd_of(watch))
+        assert watch.size() == 8
+
+
 def test_symlink_in_the_middle(tmp_path: Path) -> None:
     """A folder on the way may be a link, a relative one too, and retargeting it is seen."""
     for day in ("monday", "tuesday"):
@@ -380,7 +397,80 @@ def test_is_gone_compares_device_and_inode(path: Path) -> None:
         assert is_gone(file, str(copy))
 
 
+def test_is_gone_where_nobody_can_see(path: Path) -> None:
+    """A loop of links names nothing; a name that cannot be looked at says nothing."""
+    path.with_name("loop").symlink_to("loop")
+    with opened(path) as file:
+        assert is_gone(file, str(path.with_name("loop"))) is True
+        assert is_gone(file, str(path.with_name("x" * 300))) is None
+
+
+def test_size_that_is_not_told(path: Path) -> None:
+    """A file that does not say how long it is counts as long as it was."""
+    reader, writer = os.pipe()
+    with watching(path) as watch:
+        assert (watch.size(), size_of(watch.file)) == (4, 4)
+        os.dup2(reader, watch.file)
+        append(path, b"more")
+        assert watch.size() == 4
+        os.close(reader)
+        os.close(writer)
+    assert size_of(writer) is None
+
+
+def test_folder_that_is_gone() -> None:
+    """A relative path in a folder that is gone leads through nothing."""
+    done = run_python("""
+import os, tempfile
+from tailsrv.watch import steps_to
+with tempfile.TemporaryDirectory() as folder:
+    os.chdir(folder)
+    assert list(steps_to("log"))[-1] == os.path.join(os.path.realpath(folder), "log")
+assert list(steps_to("log")) == []
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Where inotify does not help
+
+
+def test_file_of_no_mount() -> None:
+    """An anonymous file is on no file system that /proc names, and is watched like a local one."""
+    with open(memory(b"data"), "rb") as file:
+        watch = Watch(file.fileno(), f"/proc/self/fd/{file.fileno()}")
+        assert watch.polling is None
+        assert watch.size() == 4
+        watch.close()
+
+
+def test_file_that_may_not_be_read_any_more(path: Path) -> None:
+    """Where the kernel refuses to tell of appends, the reason is said, and the file is polled."""
+    if not as_root:
+        pytest.skip("only root can be another user")
+    code = """
+import ctypes, os, sys
+from tailsrv.watch import Watch
+file = os.open(sys.argv[1], os.O_RDONLY)
+os.setgroups([]), os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: or /proc/self/fd would be closed to us, after this change of user
+watch = Watch(file, "log")
+assert watch.polling is None, watch.polling
+os.write(int(sys.argv[2]), b"ready"), sys.stdin.read()
+watch.follow(True)
+print(watch.polling, watch.size())
+watch.close()
+"""
+    path.chmod(0o644)
+    path.parent.chmod(0o755)
+    ready, say = os.pipe()
+    command = [sys.executable, "-W", "error", "-c", code, str(path), str(say)]
+    piped = subprocess.PIPE
+    with subprocess.Popen(command, stdin=piped, stdout=piped, stderr=piped, text=True, pass_fds=[say]) as child:
+        os.close(say)
+        assert os.read(ready, 5) == b"ready"
+        os.close(ready)
+        path.chmod(0)
+        assert child.communicate(timeout=PATIENCE) == ("no inotify: Permission denied 4\n", "")
 
 
 def test_polling_says_why() -> None:
@@ -405,13 +495,15 @@ file = os.open(sys.argv[1], os.O_RDONLY)
 Watch(file, sys.argv[1]).close()
 spare = os.open("/", os.O_RDONLY)
 first = os.open("/", os.O_RDONLY)
-resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, first + 1))
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))
 os.close(first)
 held = Watch(file, sys.argv[1])
 assert held.polling is None, held.polling
 watch = Watch(file, sys.argv[1])
 print(watch.polling, watch.fileno(), watch.size())
 held.close(), watch.close()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
 """,
         str(path),
     )

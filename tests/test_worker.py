@@ -22,6 +22,7 @@ from unit import (
     recv_exactly,
     reset,
     run_python,
+    tcp_pair,
     wait_for,
     wait_readable,
 )
@@ -32,6 +33,7 @@ from tailsrv.endpoint import endpoint
 from tailsrv.listener import open_listeners
 from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.protocol import Start, parse_header
+from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
 from tailsrv.worker import Worker
@@ -505,6 +507,30 @@ def test_reset(bench: Bench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
+def test_adopted_client_that_is_none(bench: Bench) -> None:
+    """Of clients that are handed on, one that is no connection is reported as left, and one that has gone meanwhile, too."""
+    with tcp_pair() as (gone, peer), opened("/") as folder:
+        reset(peer)
+        wait_for(gone, select.POLLERR)
+        with pytest.raises(OSError, match="reset"):
+            gone.recv(1)
+        bench.worker.adopt({7: Entry(folder), 8: Entry(gone.detach(), 0)})
+        bench.until(lambda: not bench.worker.news.left)
+    assert sorted(number for report in bench.reports() for number in report.left) == [7, 8]
+    assert not bench.worker.clients
+
+
+def test_name_of_a_client_that_has_gone(bench: Bench) -> None:
+    """Who is no longer known by name, and has gone, is unknown."""
+    far, client = bench.connect(b"-0\n")
+    assert str(client) == endpoint(*far.getsockname())
+    reset(far)
+    wait_for(client.sock, select.POLLERR)
+    with pytest.raises(OSError, match="reset"):
+        client.sock.recv(1)
+    assert str(client) == "unknown"
+
+
 def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
     """A client that gets the descriptor number of a dropped one gets none of its events, though somebody holds a duplicate."""
     far, client = bench.connect()
@@ -569,6 +595,25 @@ def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
     append(moved, b"more")
     assert bench.receive(far, 4) == b"more"
     assert [report.notices.gone for report in bench.reports()] == [True]
+
+
+def test_path_that_cannot_be_seen(path: Path) -> None:
+    """What a path names that cannot be looked at is asked again by the clock, and is not gone before that is clear."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with working(link) as bench:
+        fresh.symlink_to("x" * 300)
+        fresh.rename(link)
+        bench.settle()
+        assert not bench.worker.lookout.gone
+        assert bench.worker.lookout.check_path in bench.worker.loop.timers
+        fresh.symlink_to(path)
+        fresh.rename(link)
+        bench.skew = 2.0
+        bench.until(lambda: bench.worker.lookout.check_path not in bench.worker.loop.timers)
+        assert not bench.worker.lookout.gone
+        link.unlink()
+        bench.until(lambda: bench.worker.lookout.gone)
 
 
 def test_clients_are_reported(bench: Bench) -> None:
