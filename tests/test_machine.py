@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 from helpers import eventually, expect, expect_eof, random_bytes
-from machine import CHECKOUT, Machine, NoMachineError, Service, is_required, locked, make_root, make_wheels, reason_to_skip
+from machine import (
+    CHECKOUT,
+    COMMAND_DEADLINE,
+    PACKAGES,
+    Machine,
+    NoMachineError,
+    Service,
+    is_required,
+    locked,
+    make_root,
+    make_wheels,
+    reason_to_skip,
+)
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
@@ -573,3 +585,40 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
     assert "serving: path=/var/log/app.log" in said["look"]
     assert re.search(r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE)
     assert said["activate"].endswith("new")
+
+
+# The README
+
+
+def test_the_readme(boot: Boot) -> None:
+    """Two commands take a newcomer from a bare Debian to a server, and two lines to its first client; Ctrl-C ends it."""
+    machine, page = boot(), (CHECKOUT / "README.md").read_text()
+    install = re.findall(r"`(apt install .*?)`", page)[0]
+    serve, read = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2]
+    remove_packages(machine, but=install.split())
+    follow(machine, install)  # finds all of them there, so that it needs no network
+    log = launch(machine, "server", serve)
+    eventually(lambda: "waiting for file: path=app.log" in log.read_text(), COMMAND_DEADLINE)
+    received = launch(machine, "client", read)
+    numbers = "".join(f"{number}\n" for number in range(1, 1001))
+    eventually(lambda: received.read_text() == numbers)
+    follow(machine, "echo more >> app.log")
+    eventually(lambda: received.read_text() == numbers + "more\n")
+    machine.run("systemctl", "kill", "--signal=INT", "server")  # all of its processes, as Ctrl-C does
+    state = ("systemctl", "show", "--value", "--property=SubState", "server", "client")
+    eventually(lambda: machine.run(*state).split() == ["exited"] * 2)  # with status 0
+
+
+def remove_packages(machine: Machine, but: list[str]) -> None:
+    """Remove what the machine has beyond a bare Debian, except for these packages and its systemd."""
+    unnamed = [package for package in PACKAGES.split(",") if package not in but and not package.startswith("systemd")]
+    machine.run("dpkg", "--purge", *unnamed)
+
+
+def launch(machine: Machine, name: str, commands: str) -> Path:
+    """Run commands of ours by the letter, as in a terminal of their own; return the file that gets what they print."""
+    machine.run(
+        "systemd-run", f"--unit={name}", "--remain-after-exit", f"--property=StandardOutput=file:/{name}",
+        "--working-directory=/root/tailsrv", "bash", "-euc", commands,
+    )  # fmt: skip
+    return machine.files / name
