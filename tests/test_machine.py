@@ -14,7 +14,6 @@ from helpers import eventually, expect, expect_eof, random_bytes
 from machine import (
     CHECKOUT,
     COMMAND_DEADLINE,
-    PACKAGES,
     Machine,
     NoMachineError,
     Service,
@@ -595,8 +594,8 @@ def test_the_readme(boot: Boot) -> None:
     machine, page = boot(), (CHECKOUT / "README.md").read_text()
     install = re.findall(r"`(apt install .*?)`", page)[0]
     serve, read = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2]
-    remove_packages(machine, but=install.split())
-    follow(machine, install)  # finds all of them there, so that it needs no network
+    strip(machine, but=install.split()[2:])
+    follow(machine, install)  # it finds all of them there, for there is no network
     log = launch(machine, "server", serve)
     eventually(lambda: "waiting for file: path=app.log" in log.read_text(), COMMAND_DEADLINE)
     received = launch(machine, "client", read)
@@ -609,10 +608,12 @@ def test_the_readme(boot: Boot) -> None:
     eventually(lambda: machine.run(*state).split() == ["exited"] * 2)  # with status 0
 
 
-def remove_packages(machine: Machine, but: list[str]) -> None:
-    """Remove what the machine has beyond a bare Debian, except for these packages and its systemd."""
-    unnamed = [package for package in PACKAGES.split(",") if package not in but and not package.startswith("systemd")]
-    machine.run("dpkg", "--purge", *unnamed)
+def strip(machine: Machine, but: list[str]) -> None:
+    """Remove what no bare Debian has, except for systemd, the packages `but`, and what these need."""
+    all_but_required = r"dpkg-query --show --showformat '${Priority} ${Package}\n' | sed -n '/^required /!s/.* //p'"
+    machine.run("sh", "-ec", f"{all_but_required} | xargs apt-mark -qq auto")
+    machine.run("apt-mark", "-qq", "manual", "apt", "systemd", "systemd-sysv", *but)
+    machine.run("apt-get", "-qq", "--yes", "autoremove")
 
 
 def launch(machine: Machine, name: str, commands: str) -> Path:
