@@ -560,7 +560,7 @@ def test_a_relay(machine: Machine, make_service: MakeService) -> None:
 
 
 def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
-    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service."""
+    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service, and rid of it all."""
     machine = boot()
     service = Service(machine, "/var/log/app.log")
     request.addfinalizer(service.finish)
@@ -578,12 +578,14 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
             expect_eof(sock)
             service.append(b"new\n")
             expect(service.connect(PORT, b"0\n"), b"new\n")
-    assert list(said) == ["install", "serve", "look", "upgrade", "rotate", "activate"]
+    assert list(said) == ["install", "serve", "look", "upgrade", "rotate", "activate", "remove"]
     assert said["serve"].endswith("1000")
     assert "Status:" in said["look"]
     assert "serving: path=/var/log/app.log" in said["look"]
     assert re.search(r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE)
     assert said["activate"].endswith("new")
+    assert machine.run("find", "/etc", "/opt", "-name", "*tailsrv*") == ""
+    assert machine.ask("pgrep", "-f", "^tailsrv: ").stdout == ""
 
 
 # The README
