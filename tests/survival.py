@@ -4,6 +4,7 @@ import json
 import os
 import random
 import selectors
+import shutil
 import socket
 import subprocess
 import time
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import DEADLINE, Server, append, ask, eventually, random_bytes
 
 from tailsrv.control import CLIENTS
 
 NO_CORE = ("prlimit", "--core=0:0")  # workers that die of SIGSEGV leave no files behind
+
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="there is no strace")
 
 
 def status(server: Server) -> dict[str, Any]:

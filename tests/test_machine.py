@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 from helpers import eventually, expect, expect_eof, random_bytes
-from machine import CHECKOUT, Machine, NoMachineError, Service, is_required, locked, make_root, make_wheels, reason_to_skip
+from machine import (
+    CHECKOUT,
+    COMMAND_DEADLINE,
+    Machine,
+    NoMachineError,
+    Service,
+    is_required,
+    locked,
+    make_root,
+    make_wheels,
+    reason_to_skip,
+)
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
@@ -549,7 +560,7 @@ def test_a_relay(machine: Machine, make_service: MakeService) -> None:
 
 
 def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
-    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service."""
+    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service, and rid of it all."""
     machine = boot()
     service = Service(machine, "/var/log/app.log")
     request.addfinalizer(service.finish)
@@ -567,9 +578,50 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
             expect_eof(sock)
             service.append(b"new\n")
             expect(service.connect(PORT, b"0\n"), b"new\n")
-    assert list(said) == ["install", "serve", "look", "upgrade", "rotate", "activate"]
+    assert list(said) == ["install", "serve", "look", "upgrade", "rotate", "activate", "remove"]
     assert said["serve"].endswith("1000")
     assert "Status:" in said["look"]
     assert "serving: path=/var/log/app.log" in said["look"]
     assert re.search(r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE)
     assert said["activate"].endswith("new")
+    assert machine.run("find", "/etc", "/opt", "-name", "*tailsrv*") == ""
+    assert machine.ask("pgrep", "-f", "^tailsrv: ").stdout == ""
+
+
+# The README
+
+
+def test_the_readme(boot: Boot) -> None:
+    """Two commands take a newcomer from a bare Debian to a server, and two lines to its first client; Ctrl-C ends it."""
+    machine, page = boot(), (CHECKOUT / "README.md").read_text()
+    install = re.findall(r"`(apt install .*?)`", page)[0]
+    serve, read = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2]
+    strip(machine, but=install.split()[2:])
+    follow(machine, install)  # it finds all of them there, for there is no network
+    log = launch(machine, "server", serve)
+    eventually(lambda: "waiting for file: path=app.log" in log.read_text(), COMMAND_DEADLINE)
+    received = launch(machine, "client", read)
+    numbers = "".join(f"{number}\n" for number in range(1, 1001))
+    eventually(lambda: received.read_text() == numbers)
+    follow(machine, "echo more >> app.log")
+    eventually(lambda: received.read_text() == numbers + "more\n")
+    machine.run("systemctl", "kill", "--signal=INT", "server")  # all of its processes, as Ctrl-C does
+    state = ("systemctl", "show", "--value", "--property=SubState", "server", "client")
+    eventually(lambda: machine.run(*state).split() == ["exited"] * 2)  # with status 0
+
+
+def strip(machine: Machine, but: list[str]) -> None:
+    """Remove what no bare Debian has, except for systemd, the packages `but`, and what these need."""
+    all_but_required = r"dpkg-query --show --showformat '${Priority} ${Package}\n' | sed -n '/^required /!s/.* //p'"
+    machine.run("sh", "-ec", f"{all_but_required} | xargs apt-mark -qq auto")
+    machine.run("apt-mark", "-qq", "manual", "apt", "systemd", "systemd-sysv", *but)
+    machine.run("apt-get", "-qq", "--yes", "autoremove")
+
+
+def launch(machine: Machine, name: str, commands: str) -> Path:
+    """Run commands of ours by the letter, as in a terminal of their own; return the file that gets what they print."""
+    machine.run(
+        "systemd-run", f"--unit={name}", "--remain-after-exit", f"--property=StandardOutput=file:/{name}",
+        "--working-directory=/root/tailsrv", "bash", "-euc", commands,
+    )  # fmt: skip
+    return machine.files / name

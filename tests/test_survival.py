@@ -14,7 +14,20 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 from helpers import DEADLINE, Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop
-from survival import NO_CORE, await_clients, await_protected, children, descriptors, loaded, outcome, ready_workers, status, strace, workers
+from survival import (
+    NO_CORE,
+    await_clients,
+    await_protected,
+    children,
+    descriptors,
+    loaded,
+    needs_strace,
+    outcome,
+    ready_workers,
+    status,
+    strace,
+    workers,
+)
 
 import tailsrv
 from tailsrv.messages import Ping, encode
@@ -100,6 +113,7 @@ def test_visitors_while_workers_are_killed(serve: Serve, path: Path) -> None:
 # A chosen moment: the worker is stopped while a client connects, so that it finds connection and header at once
 
 
+@needs_strace
 @pytest.mark.parametrize("bystanders", [0, 3])
 def test_killed_between_accept_and_report(serve: Serve, path: Path, bystanders: int) -> None:
     """A connection that was accepted but not passed up is ended, not left to hang; nobody else notices."""
@@ -122,6 +136,7 @@ def test_killed_between_accept_and_report(serve: Serve, path: Path, bystanders: 
     expect(server.connect(b"0\n"), SMALL + NEWS)
 
 
+@needs_strace
 def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
     """A stream whose start is known goes on from there, also where the header is still in the socket and the file has grown."""
     path.write_bytes(SMALL)
@@ -157,6 +172,7 @@ def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
     expect(silent, SMALL)
 
 
+@needs_strace
 @pytest.mark.parametrize("when", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
 def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) -> None:

@@ -116,7 +116,7 @@ def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> Non
         assert (done.stdout.encode(), done.stderr) == (LINES, "")
 
 
-@pytest.mark.skipif(not (as_root and runs("unshare", "-n", "true")), reason="takes root, for a network of its own")
+@pytest.mark.skipif(not (as_root and runs("unshare", "-n", "ip", "link")), reason="takes root, for a network of its own")
 def test_connection_to_itself_is_none() -> None:
     """A port that the kernel gives to our own end, so that TCP connects it to itself, is one where nobody listens."""
     script = 'ip link set lo up && echo "40000 40000" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'

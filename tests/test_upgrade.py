@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, random_bytes, recv_exactly, stop
-from survival import await_clients, children, descriptors, loaded, ready_workers, status, strace
+from survival import await_clients, children, descriptors, loaded, needs_strace, ready_workers, status, strace
 
 import tailsrv
 
@@ -437,6 +437,7 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     server.wait()
 
 
+@needs_strace
 def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     """A signal that comes when the old program has looked for signals for the last time reaches the new one."""
     path.write_bytes(SMALL)
