@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -31,19 +32,22 @@ __all__ = [
 
 AT_ONCE = 32  # servers that are looked at in parallel: most of the time is spent waiting for answers
 
-INTERRUPTED = 130  # what a shell makes of SIGINT
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tailsrv-health` with `argv` (sys.argv if None); return the exit status, which is a Level."""
+    end_at_interrupt()
     try:
         options = parse(make_health_parser(), argv)
         level, text = check(options)
     except SystemExit as end:
         return write("", Level.UNKNOWN if end.code else Level.OK)  # argparse's 2 would read as CRITICAL
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end us as the kernel does: an exception could come anywhere in the locks by which threads wait, and another of it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, in the background for instance
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
