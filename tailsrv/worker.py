@@ -284,8 +284,9 @@ class Worker:
 
     def handle_client(self, client: Client, mask: int) -> None:
         try:
+            if mask & ~select.EPOLLOUT:
+                self.look()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
             if mask & HUNG_UP:
-                self.look()  # in a burst of those who leave, too, nobody waits for all of it
                 self.drop(client)
                 return
             if mask & INPUT:
@@ -352,6 +353,7 @@ class Worker:
 
     def close_dropped(self) -> None:
         for client in self.dropped:
+            self.look()  # a burst of closes takes as long as all that came before it
             discard(client.sock)  # unread input would turn the close into a reset, and that destroys what is queued
             finish_sending(client.sock)
             client.sock.close()
@@ -493,4 +495,5 @@ class Worker:
             self.notices = NO_NOTICES
             for client, offset in starting:
                 if client.state is State.AWAITING_HEADER:
+                    self.look()  # a burst of those who start, too
                     self.start_stream(client, offset)
