@@ -293,6 +293,7 @@ class Crew:
         """Take in all that the worker of `slot` has reported."""
         while self._take_report(slot):
             self.busy = True
+            os.sched_yield()  # where we share a processor with workers, none of them is kept from its clients by more than one
 
     def _take_report(self, slot: Slot) -> bool:
         """Take in one report and tell whether there may be more."""
