@@ -31,6 +31,7 @@ class Intake:
         """Take in all that the worker of `slot` has reported."""
         while self._take_packet(slot):
             self.busy = True
+            os.sched_yield()  # where we share a processor with workers, none of them is kept from its clients by more than one
 
     def _take_packet(self, slot: Slot) -> bool:
         """Take in one packet and tell whether there may be more."""

@@ -16,6 +16,10 @@ CHUNK = 1 << 20
 # The most that is sent to clients that are behind before the loop looks for news of the file again.
 TURN = 1 << 20
 
+# What a send that moves nothing counts for there: it takes about as long as one of so many bytes, and a crowd that asks and leaves
+# makes many of them.
+VAIN = 128 << 10
+
 # An append up to this size is read once and written to every caught-up client: for so little, setting up a sendfile(2)
 # costs more than a copy does [measured: 8 % of a delivery to one of 1000 clients; at 16 KiB it is the other way round].
 SMALL = 4096

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count as counter
 
 from tailsrv.connection import Client, State
-from tailsrv.policy import CHUNK, READ_AHEAD, TURN, next_chunk
+from tailsrv.policy import CHUNK, READ_AHEAD, TURN, VAIN, next_chunk
 from tailsrv.readahead import ReadAhead
 from tailsrv.syscalls import Outcome, Sent, is_cached, read_ahead, send_chunk, send_to_all, unsent
 
@@ -124,7 +124,7 @@ class Streams:
                     self.shrunk = True
                     self._wait(client)
                     continue
-                budget -= sent if isinstance(sent, int) else 0
+                budget -= sent if isinstance(sent, int) else VAIN
                 self._settle(client, sent)
 
     def _settle(self, client: Client, sent: Sent) -> None:

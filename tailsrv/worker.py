@@ -205,8 +205,9 @@ class Worker:
 
     def handle_client(self, client: Client, mask: int) -> None:
         try:
+            if mask & ~select.EPOLLOUT:
+                self.lookout.look()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
             if mask & HUNG_UP:
-                self.lookout.look()  # in a burst of those who leave, too, nobody waits for all of it
                 self.drop(client)
                 return
             if mask & INPUT:
@@ -221,6 +222,7 @@ class Worker:
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
+        self.lookout.look()  # in a burst of those who start, too
         discard(client.sock)  # the header, and all behind it
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
@@ -248,6 +250,7 @@ class Worker:
 
     def close_dropped(self) -> None:
         for client in self.dropped:
+            self.lookout.look()  # a burst of closes takes as long as all that came before it
             discard(client.sock)  # unread input would turn the close into a reset, and that destroys what is queued
             finish_sending(client.sock)
             client.sock.close()

@@ -1,5 +1,6 @@
 """The fixtures of the tests of the whole program."""
 
+import resource
 import shutil
 import signal
 import tempfile
@@ -48,3 +49,12 @@ def open_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def descriptors() -> Iterator[int]:
+    """Raise the limit of this process, and of what it starts, as far as that goes; return how many may be had."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,9 +1,7 @@
 """Very many clients at once."""
 
 import json
-import resource
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,6 @@ WINDOW = 1000  # connections that wait at a time: fewer than a worker's backlog
 PER_ADDRESS = 10_000  # clients from one loopback address, whose ports end at some 28,000
 
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: gone at once, and no port is left waiting
-
-
-@pytest.fixture
-def descriptors() -> Iterator[int]:
-    """Raise the limit of this process, and of what it starts, as far as that goes; return how many may be had."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def join(port: int, number: int) -> socket.socket:

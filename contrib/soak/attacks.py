@@ -1,22 +1,27 @@
 """What strangers do to a port: each attack is an endless generator of small steps, and lets go of everything when it is closed.
 
-As a program, `attacks.py NAME PORT`, it goes on until it is killed. Only for servers of one's own, on loopback.
+As a program, `attacks.py NAME PORT RATE SECONDS`, it does so many things a second (0: as many as it can) until it is terminated, or for
+so long, and prints how many they were. Only for servers of one's own, on loopback.
 """
 
 import contextlib
 import os
 import random
 import resource
+import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 
 HOST = "127.0.0.1"
 SLOW = 10_000  # connections without a header
-STEP = 50  # connections that come in one step
+DEAF = 1000  # connections that ask for everything and never read
+PATIENT = 500  # connections that wait for the server to say something
+STEP = 50  # things that are done in one step: a connection each, or a send
 FLOODERS = 8
-FLOOD = 64 << 10  # bytes of junk from each of them in one step
+FLOOD = 64 << 10  # bytes of junk in one send
 
 Attack = Generator[None, None, None]
 
@@ -56,19 +61,27 @@ def _held() -> Iterator[list[socket.socket]]:
             _reset(sock)
 
 
-def _say(sock: socket.socket, data: bytes) -> None:
-    with contextlib.suppress(OSError):  # it has been ended, or is full
+def _say(sock: socket.socket, data: bytes) -> bool:
+    """Send what goes, and tell whether the connection is still there."""
+    try:
         sock.send(data)
+    except BlockingIOError:
+        pass  # it is full
+    except OSError:
+        return False
+    return True
 
 
 def slowloris(port: int, dice: random.Random, most: int = SLOW) -> Attack:
-    """Connect up to `most` times, send no whole header on any, and now and then a byte."""
+    """Have `most` connections, send no whole header on any, and now and then a byte."""
     with _held() as socks:
         while True:
             for _ in range(min(STEP, most - len(socks))):
                 socks.append(_connect(port, dice))
-            for sock in dice.sample(socks, min(STEP, len(socks))):
-                _say(sock, b" ")  # a header of too many blanks is refused: some are
+            for place in dice.sample(range(len(socks)), min(STEP, len(socks))):
+                if not _say(socks[place], b" "):  # a header of too many blanks is refused: come again
+                    refused, socks[place] = socks[place], _connect(port, dice)
+                    refused.close()
             yield
 
 
@@ -111,18 +124,20 @@ def junk(port: int, dice: random.Random) -> Attack:
             socks.append(_connect(port, dice))
             _say(socks[-1], b"-0\n")
         while True:
-            for sock in socks:
-                _say(sock, bytes(FLOOD))
+            for number in range(STEP):
+                _say(socks[number % FLOODERS], bytes(FLOOD))
             yield
 
 
 def deaf(port: int, dice: random.Random) -> Attack:
-    """Ask for the whole file, up to 1000 times, and never read."""
+    """Ask for the whole file on many connections, and never read."""
     with _held() as socks:
         while True:
-            for _ in range(min(STEP, 1000 - len(socks))):
+            for _ in range(min(STEP, DEAF - len(socks))):
                 socks.append(_connect(port, dice))
                 _say(socks[-1], b"0\n")
+            if len(socks) == DEAF:
+                time.sleep(0.01)  # there is nothing to be done
             yield
 
 
@@ -171,22 +186,55 @@ def _syn(port: int, dice: random.Random) -> bytes:
     return bytes(segment)
 
 
+def banner(port: int, dice: random.Random) -> Attack:
+    """Connect, wait for the service to say what it is, and leave without a word."""
+    with _held() as socks:
+        while True:
+            for _ in range(STEP):
+                socks.append(_connect(port, dice))
+            while len(socks) > PATIENT:
+                socks.pop(0).close()
+            yield
+
+
 ATTACKS: dict[str, Callable[[int, random.Random], Attack]] = {
-    attack.__name__: attack for attack in (slowloris, fuzz, reset, begin, junk, deaf, tls, http, scan)
+    attack.__name__: attack for attack in (slowloris, fuzz, reset, begin, junk, deaf, tls, http, scan, banner)
 }
 
+# How many connections an attack keeps, once it is in full swing.
+KEPT = {"slowloris": SLOW, "junk": FLOODERS, "deaf": DEAF, "banner": PATIENT}
 
-def main(name: str, port: str) -> None:
-    """Attack until somebody ends it, with the processor time that nobody else wants: real attackers bring their own."""
-    os.nice(19)
+
+def run(steps: Attack, rate: float) -> Iterator[None]:
+    """Take the steps at that pace, and none faster to make up for what did not go as fast."""
+    due = time.monotonic()
+    for _ in steps:
+        yield
+        if rate:
+            due = max(due + STEP / rate, time.monotonic() - STEP / rate)
+            time.sleep(max(0.0, due - time.monotonic()))
+
+
+def main(name: str, port: str, rate: str, seconds: str) -> None:
+    """Attack with the processor time that nobody else wants: real attackers bring their own."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-    steps = ATTACKS[name](int(port), random.Random(1))
-    while True:
-        with contextlib.suppress(OSError):  # the server is too busy to be connected to: go on
-            for _ in steps:
-                pass
-        steps = ATTACKS[name](int(port), random.Random(1))
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGALRM, _end)
+    signal.alarm(int(seconds))
+    done = 0
+    try:
+        while True:
+            with contextlib.suppress(OSError):  # the server is too busy to be connected to: once more
+                for _ in run(ATTACKS[name](int(port), random.Random(1)), float(rate)):
+                    done += STEP
+    finally:
+        print(done)
+
+
+def _end(*_: object) -> None:
+    raise SystemExit
 
 
 if __name__ == "__main__":

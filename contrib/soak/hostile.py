@@ -1,10 +1,13 @@
-"""Measures what attacks cost the honest: from append to arrival, without an attack and beside it, medians of several rounds.
+"""Measures what attacks cost the honest, from append to arrival: alone, with the attack on another server of the machine, and on theirs.
 
-Attacker, honest clients and server share this machine's processors, though the attacker is the last to get one. What that
-alone costs is seen where the same attack hits another server: the column `elsewhere`.
+Strangers and honest clients are hosts of their own where it counts. So the servers have one half of this machine's processors,
+attackers and honest clients the other, and an attacker there gets what the honest leave. What the attack still takes from everybody,
+in the kernel, in caches, and of the servers' processors, is seen where it hits the other server: `elsewhere`.
 """
 
 import argparse
+import os
+import random
 import selectors
 import socket
 import statistics
@@ -26,20 +29,23 @@ from served import Server, until
 
 HONEST = 10  # clients
 RECORD = 1024  # bytes
-PAUSE = 0.005  # seconds between two appends
-RAMP = 1.5  # seconds until an attack is in full swing: 10,000 connections
+PAUSE = 0.002  # seconds between two appends, on average
+RAMP = 0.5  # seconds of an attack in full swing before anything is measured
+LONGEST = 60  # seconds that an attack may last
+RATES = (2000.0, 0.0)  # things a second that an attacker does; 0 is as many as it can
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one round showed: p50 and p99 in milliseconds, and MiB of all the server's processes before, during and after."""
+    """What one round showed: p50 and p99 in milliseconds; MiB of all the server's processes before, during and after."""
 
     alone: tuple[float, ...]
     elsewhere: tuple[float, ...]
     here: tuple[float, ...]
     memory: tuple[float, ...]
-    lines: int  # in the log
+    lines: float  # in the log, a second
+    done: float  # by the attacker, a second
 
 
 class Honest:
@@ -47,6 +53,7 @@ class Honest:
 
     def __init__(self, port: int, file: GrowingFile) -> None:
         self._file = file
+        self._dice = random.Random(1)
         self._selector = selectors.DefaultSelector()
         self._positions: dict[socket.socket, int] = {}
         for _ in range(HONEST):
@@ -61,7 +68,8 @@ class Honest:
         while len(sent) * PAUSE < seconds:
             sent.append(time.monotonic())
             self._file.append(RECORD)
-            while (left := sent[-1] + PAUSE - time.monotonic()) > 0:
+            due = sent[-1] + self._dice.uniform(0.5, 1.5) * PAUSE  # in step with nobody
+            while (left := due - time.monotonic()) > 0:
                 self._collect(left, base, sent, found)
         while min(self._positions.values()) < self._file.size:
             self._collect(10.0, base, sent, found)
@@ -89,25 +97,38 @@ class Honest:
 
 
 @contextmanager
-def attacked(name: str, port: int) -> Iterator[None]:
-    """Have the port attacked."""
-    with subprocess.Popen([sys.executable, attacks.__file__, name, str(port)], stderr=subprocess.DEVNULL) as attacker:
+def attacked(name: str, rate: float, server: Server, done: list[float]) -> Iterator[None]:
+    """Have the server attacked; in the end `done` has one figure more, how much was done a second."""
+    command = [sys.executable, attacks.__file__, name, str(server.port), str(rate), str(LONGEST)]
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as attacker:
         try:
+            until(lambda: server.status()["clients"] >= attacks.KEPT.get(name, 0), "the attackers have come")
             time.sleep(RAMP)
             yield
         finally:
-            attacker.kill()
+            attacker.terminate()
+            count, _ = attacker.communicate()
+            done.append(int(count) / (time.monotonic() - start))
+
+
+def halves() -> tuple[list[int], list[int]]:
+    """Return the processors for the servers, and those for everybody else."""
+    processors = sorted(os.sched_getaffinity(0))
+    middle = len(processors) // 2
+    return processors[:middle] or processors, processors[middle:]
 
 
 @contextmanager
-def serving(folder: Path, workers: int) -> Iterator[tuple[Server, GrowingFile]]:
-    """Give a server and its file."""
+def serving(folder: Path, processors: Sequence[int]) -> Iterator[tuple[Server, GrowingFile]]:
+    """Give a server, with a worker for each of these processors, and its file."""
     folder.mkdir()
     file = GrowingFile(folder / "file", Content(1))
     file.append(8 << 20)
-    server = Server([sys.executable, "-m", "tailsrv"], ["-w", str(workers)], file.path, folder / "log")
+    command = ["taskset", "-c", ",".join(map(str, processors)), sys.executable, "-m", "tailsrv"]
+    server = Server(command, ["-w", str(len(processors))], file.path, folder / "log")
     try:
-        server.start(workers)
+        server.start(len(processors))
         yield server, file
     finally:
         server.end()
@@ -120,75 +141,88 @@ def percentiles(latencies: Sequence[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 2] * 1000, ordered[len(ordered) * 99 // 100] * 1000
 
 
-def settle(server: Server, file: GrowingFile) -> None:
-    """Wait until only the honest are left; some are found to have left by what is sent to them."""
+def settle(server: Server, file: GrowingFile, clients: int) -> None:
+    """Wait until only so many clients are left; some are found to have left by what is sent to them."""
 
     def look() -> bool:
         file.append(1)
-        return bool(server.status()["clients"] <= HONEST)
+        return bool(server.status()["clients"] <= clients)
 
     until(look, "the attackers have left")
 
 
-def play(name: str, seconds: float, workers: int) -> Figures:
+def play(name: str, rate: float, seconds: float, processors: Sequence[int]) -> Figures:
     """Measure one round of an attack."""
     with (
         tempfile.TemporaryDirectory(prefix="tailsrv-hostile-") as folder,
-        serving(Path(folder, "here"), workers) as (server, file),
-        serving(Path(folder, "elsewhere"), workers) as (other, _),
+        serving(Path(folder, "here"), processors) as (server, file),
+        serving(Path(folder, "elsewhere"), processors) as (other, their_file),
     ):
-        honest = Honest(server.port, file)
+        honest, done = Honest(server.port, file), list[float]()
         honest.measure(0.5)
-        before, lines = samples.take(server.processes()), len(server.log)
+        before = samples.take(server.processes())
         alone = percentiles(honest.measure(seconds))
-        with attacked(name, other.port):
+        with attacked(name, rate, other, done):
             elsewhere = percentiles(honest.measure(seconds))
-        with attacked(name, server.port):
+        settle(other, their_file, 0)
+        lines, start = len(server.log), time.monotonic()
+        with attacked(name, rate, server, done):
             here = percentiles(honest.measure(seconds))
             during = samples.take(server.processes())
-        settle(server, file)
+        speed = (len(server.log) - lines) / (time.monotonic() - start)
+        settle(server, file, HONEST)
         after = samples.take(server.processes())
-        memory = before.pss / MIB, during.pss / MIB, after.pss / MIB
         honest.close()
-        return Figures(alone, elsewhere, here, memory, len(server.log) - lines)
+        return Figures(alone, elsewhere, here, tuple(sample.pss / MIB for sample in (before, during, after)), speed, done[-1])
 
 
 _PAIR = "    p50    p99"
 HEAD = (
-    f"{'':11}{'alone':>14}{'elsewhere':>14}{'here':>14}{'here/alone':>14}{'here/elsewhere':>16}{'memory in MiB':>22}    log\n"
-    f"{'attack':11}{_PAIR}{_PAIR}{_PAIR}{_PAIR}  {_PAIR}  before during  after  lines"
+    f"{'':10}{'':9}{'alone':>14}{'elsewhere':>14}{'here':>14}{'here/alone':>14}{'here/elsewhere':>16}{'memory in MiB':>22}{'log':>7}\n"
+    f"{'attack':10}{'done/s':>9}{_PAIR}{_PAIR}{_PAIR}{_PAIR}  {_PAIR}  before during  after  lines/s"
 )
+
+
+def median(values: Sequence[Sequence[float]]) -> list[float]:
+    """Return the median of each column."""
+    return [statistics.median(column) for column in zip(*values, strict=True)]
+
+
+def ratios(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> list[float]:
+    """Return the medians of each round's ratios."""
+    return median([[a / b for a, b in zip(pair, other, strict=True)] for pair, other in zip(above, below, strict=True)])
 
 
 def row(name: str, rounds: Sequence[Figures]) -> str:
     """Return the medians of an attack's rounds as a line under HEAD."""
 
-    def medians(part: str) -> list[float]:
-        return [statistics.median(column) for column in zip(*(getattr(figures, part) for figures in rounds), strict=True)]
-
-    def show(values: Sequence[float], digits: int) -> str:
+    def show(values: Sequence[float], digits: int = 2) -> str:
         return "".join(f"{value:7.{digits}f}" for value in values)
 
-    alone, elsewhere, here = medians("alone"), medians("elsewhere"), medians("here")
-    ratios = [[ours / theirs for ours, theirs in zip(here, those, strict=True)] for those in (alone, elsewhere)]
-    latencies = show(alone, 2) + show(elsewhere, 2) + show(here, 2)
-    lines = statistics.median(figures.lines for figures in rounds)
-    return f"{name:11}{latencies}{show(ratios[0], 1)}  {show(ratios[1], 1)} {show(medians('memory'), 1)}{lines:7.0f}"
+    alone, elsewhere, here = ([getattr(figures, part) for figures in rounds] for part in ("alone", "elsewhere", "here"))
+    latencies = "".join(show(median(part)) for part in (alone, elsewhere, here))
+    costs = f"{show(ratios(here, alone))}  {show(ratios(here, elsewhere))}"
+    memory = show(median([figures.memory for figures in rounds]), 1)
+    done, lines = (statistics.median(figure) for figure in zip(*((figures.done, figures.lines) for figures in rounds), strict=True))
+    return f"{name:10}{done:9.0f}{latencies}{costs} {memory}{lines:9.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of all attacks, or of those that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="ATTACK", help=f"by default all of {', '.join(attacks.ATTACKS)}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement, 3 by default")
-    parser.add_argument("-w", "--workers", type=int, default=2, help="of the server, 2 by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, 2 by default")
+    parser.add_argument("--rate", type=float, nargs="*", default=RATES, help="things a second that an attacker does; 0: as many as it can")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(attacks.ATTACKS):
         parser.error(f"no such attack: {', '.join(sorted(unknown))}")
+    servers, others = halves()
+    os.sched_setaffinity(0, others)
     print(HEAD)
     for name in arguments.names or attacks.ATTACKS:
-        print(row(name, [play(name, arguments.seconds, arguments.workers) for _ in range(arguments.rounds)]), flush=True)
+        for rate in arguments.rate:
+            print(row(name, [play(name, rate, arguments.seconds, servers) for _ in range(arguments.rounds)]), flush=True)
     return 0
 
 
