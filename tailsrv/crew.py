@@ -192,7 +192,7 @@ class Crew:
             return
         assert slot.channel is not None
         slot.pid = None  # at once: it may be another process's by now
-        self.intake.take(slot)  # its last words
+        self.intake.take_last(slot)
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
         slot.channel = None

@@ -13,6 +13,8 @@ from tailsrv.slot import Slot
 
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 
+REPORTS = 16  # taken in from a worker in one turn; one in a flood of clients goes on and on, and must not keep us from signals
+
 
 class Intake:
     """The supervisor's ear at the channels of `slots`: `notice(slot, notices)` is called with what is not about clients."""
@@ -28,10 +30,17 @@ class Intake:
         return sum(len(slot.roster.unprotected) for slot in self._slots)
 
     def take(self, slot: Slot) -> None:
-        """Take in all that the worker of `slot` has reported."""
-        while self._take_packet(slot):
+        """Take in what the worker of `slot` has reported, so much of it as goes into one turn."""
+        for _ in range(REPORTS):
+            if not self._take_packet(slot):
+                return
             self.busy = True
             os.sched_yield()  # where we share a processor with workers, none of them is kept from its clients by more than one
+
+    def take_last(self, slot: Slot) -> None:
+        """Take in all that the worker of `slot` has reported before it ended."""
+        while self._take_packet(slot):
+            pass
 
     def _take_packet(self, slot: Slot) -> bool:
         """Take in one packet and tell whether there may be more."""

@@ -1,0 +1,36 @@
+"""What the supervisor takes in from its workers."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tailsrv.intake import REPORTS, Intake
+from tailsrv.loop import Loop
+from tailsrv.messages import Notices, Report, encode
+from tailsrv.slot import Slot
+
+
+@pytest.fixture
+def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give the supervisor's end of a channel, and the worker's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+        yield ours, theirs
+
+
+def test_a_flood_of_reports_does_not_keep_the_supervisor(channel: tuple[socket.socket, socket.socket]) -> None:
+    """One turn takes in so many reports and no more; a worker's last words are all that it has said."""
+    heard: list[Notices] = []
+    loop = Loop()
+    slot = Slot(0, [], channel=channel[0])
+    intake = Intake([slot], loop, lambda _, notices: heard.append(notices))
+    for size in range(3 * REPORTS):
+        channel[1].send(encode(Report(notices=Notices(truncated=size))))
+    intake.take(slot)
+    assert [notices.truncated for notices in heard] == list(range(REPORTS))
+    assert intake.busy
+    intake.take_last(slot)
+    assert [notices.truncated for notices in heard] == list(range(3 * REPORTS))
+    loop.epoll.close()
