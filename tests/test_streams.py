@@ -11,7 +11,7 @@ import pytest
 from unit import append, opened, recv_all, reset, tcp_pair, wait_for
 
 from tailsrv.connection import Client, State
-from tailsrv.policy import CHUNK, READERS
+from tailsrv.policy import CHUNK, READERS, TURN, VAIN
 from tailsrv.readahead import ReadAhead
 from tailsrv.streams import Streams
 
@@ -234,6 +234,19 @@ def test_budget(bench: Bench) -> None:
     assert [bench.streams.offset_of(client) for client in clients] == [10, 10, 0, 0, 0]
     bench.streams.pump(budget=1000)
     assert [bench.received(client) for client in clients] == [b"0123456789"] * 5
+
+
+def test_sends_in_vain_have_their_share_of_a_turn(bench: Bench) -> None:
+    """A crowd that has asked and left does not make one turn as long as it is numerous."""
+    bench.grow(BIG)
+    clients = [bench.client(0) for _ in range(TURN // VAIN + 3)]
+    for client in clients:
+        reset(bench.fars[client])
+        wait_for(client.sock, select.POLLHUP)
+    bench.streams.pump()
+    assert len(bench.dropped) == TURN // VAIN
+    bench.streams.pump()
+    assert [client for client, _ in bench.dropped] == clients
 
 
 def test_late_comer_does_not_wait_for_a_long_replay(bench: Bench) -> None:

@@ -36,6 +36,7 @@ from tailsrv.protocol import Start, parse_header
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup
 from tailsrv.slot import Inheritance
+from tailsrv.syscalls import discard
 from tailsrv.worker import Worker
 
 BIG = os.urandom(1 << 16) * 64  # 4 MiB: more than the buffers on loopback take
@@ -419,6 +420,33 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst(bench: Bench, monkeypatch:
         bench.until(lambda: len(bench.worker.clients) == 6)
         for far in fars:
             reset(far)
+    bench.worker.step(0)
+    assert served == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("what", ["start", "speak", "are closed"])
+def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The same where input is thrown away: the header of those who start, what others say, what is left when a socket is closed."""
+    follower, _ = bench.connect(b"-0\n")
+    if what == "start":
+        fars = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(5)]
+    else:
+        fars = [bench.connect(b"-0\n")[0] for _ in range(5)]
+    bench.settle()
+    served: list[bool] = []
+
+    def discard_late(sock: socket.socket) -> bool:
+        served.append(readable(follower))
+        if len(served) == 1:
+            append(bench.path, b"abc")
+        return discard(sock)
+
+    monkeypatch.setattr("tailsrv.worker.discard", discard_late)
+    for far in fars:
+        if what == "are closed":
+            reset(far)
+        else:
+            far.sendall(b"-0\n")
     bench.worker.step(0)
     assert served == [False, True, True, True, True]
 
