@@ -14,7 +14,7 @@ from content import Content
 from growing import GrowingFile
 from helpers import Serve, Server, eventually, expect
 from samples import Sample
-from survival import await_clients, status, workers
+from survival import await_clients, await_protected, ready_workers, status, workers
 from unit import reset
 
 from tailsrv.protocol import HeaderError, Start, parse_header
@@ -76,6 +76,8 @@ def unharmed(serve: Serve, path: Path, kept: int = 0) -> Iterator[Honest]:
     with closing(Honest(server, path)) as honest:
         for _ in range(20):
             honest.turn()
+        ready_workers(server)
+        await_protected(server, HONEST)
         before = look(server)
         yield honest
         after = settled(honest, before.descriptors)
