@@ -13,7 +13,9 @@ from tailsrv.slot import Slot
 
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 
-REPORTS = 16  # taken in from a worker in one turn; one in a flood of clients goes on and on, and must not keep us from signals
+# Clients who come or go that a worker's reports may speak of in one turn. In a flood of them it goes on and on: it must not keep us from
+# signals and from the other workers, nor, on a processor that we share, itself from the next append.
+BATCH = 128
 
 
 class Intake:
@@ -31,27 +33,26 @@ class Intake:
 
     def take(self, slot: Slot) -> None:
         """Take in what the worker of `slot` has reported, so much of it as goes into one turn."""
-        for _ in range(REPORTS):
-            if not self._take_packet(slot):
-                return
+        left = BATCH
+        while left > 0 and (taken := self._take_packet(slot)):
+            left -= taken
             self.busy = True
-            os.sched_yield()  # where we share a processor with workers, none of them is kept from its clients by more than one
 
     def take_last(self, slot: Slot) -> None:
         """Take in all that the worker of `slot` has reported before it ended."""
         while self._take_packet(slot):
             pass
 
-    def _take_packet(self, slot: Slot) -> bool:
-        """Take in one packet and tell whether there may be more."""
+    def _take_packet(self, slot: Slot) -> int:
+        """Take in one packet and return how much there was in it, at least 1, or 0 if there was none."""
         assert slot.channel is not None
         try:
             packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
         except OSError:  # none now, or its end is gone
-            return False
+            return 0
         if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
             self._loop.unregister(slot.channel.fileno())
-            return False
+            return 0
         try:
             report = decode(packet)
             if not isinstance(report, Report):
@@ -60,9 +61,9 @@ class Intake:
             logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
             for fd in sockets:
                 os.close(fd)
-        else:
-            self._take_report(slot, report, sockets)
-        return True
+            return 1
+        self._take_report(slot, report, sockets)
+        return 1 + len(report.joined) + len(report.left)
 
     def _take_report(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
         if slot.roster.join(report.joined, [self._lower(fd) for fd in sockets], self._highest):

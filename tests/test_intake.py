@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tailsrv.intake import REPORTS, Intake
+from tailsrv.intake import BATCH, Intake
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices, Report, encode
 from tailsrv.slot import Slot
@@ -21,16 +21,18 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def test_a_flood_of_reports_does_not_keep_the_supervisor(channel: tuple[socket.socket, socket.socket]) -> None:
-    """One turn takes in so many reports and no more; a worker's last words are all that it has said."""
+    """One turn takes in so much and no more; a worker's last words are all that it has said."""
     heard: list[Notices] = []
     loop = Loop()
     slot = Slot(0, [], channel=channel[0])
     intake = Intake([slot], loop, lambda _, notices: heard.append(notices))
-    for size in range(3 * REPORTS):
-        channel[1].send(encode(Report(notices=Notices(truncated=size))))
+    for size in range(10):
+        channel[1].send(encode(Report(left=list(range(BATCH // 2)), notices=Notices(truncated=size))))
     intake.take(slot)
-    assert [notices.truncated for notices in heard] == list(range(REPORTS))
+    assert [notices.truncated for notices in heard] == [0, 1]
     assert intake.busy
+    intake.take(slot)
+    assert [notices.truncated for notices in heard] == [0, 1, 2, 3]
     intake.take_last(slot)
-    assert [notices.truncated for notices in heard] == list(range(3 * REPORTS))
+    assert [notices.truncated for notices in heard] == list(range(10))
     loop.epoll.close()

@@ -348,12 +348,12 @@ def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
     server = serve(path, "-w", "2")
     ready_workers(server)
     before = counts(server)
-    headers = (b"0\n", b"-0\n", b"", b"rubbish\n", b"12", b"5\njunk")
+    headers, killed = (b"0\n", b"-0\n", b"", b"rubbish\n", b"12", b"5\njunk"), list[int]()
     for batch in range(20):
         clients = [server.connect(headers[(batch + number) % len(headers)]) for number in range(50)]
         if batch % 4 == 3:
-            living = ready_workers(server)
-            os.kill(living[batch % 2], signal.SIGKILL)
+            killed.append(ready_workers(server, besides=killed)[batch % 2])
+            os.kill(killed[-1], signal.SIGKILL)
         for client in clients[::2]:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
         for client in clients:
