@@ -4,6 +4,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from tailsrv.log import Limited, fields, logger
@@ -13,16 +14,19 @@ from tailsrv.slot import Slot
 
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
 
-# Clients who come or go that a worker's reports may speak of in one turn. In a flood of them it goes on and on: it must not keep us from
-# signals and from the other workers, nor, on a processor that we share, itself from the next append.
-BATCH = 128
+# Clients who come or go that a worker's reports may speak of in one turn. In a flood it reports on and on: that must not keep us from
+# signals and the other workers, nor us, where we share its processor, from giving way to it.
+BATCH = 32
+
+REST = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
 
 
 class Intake:
     """The supervisor's ear at the channels of `slots`: `notice(slot, notices)` is called with what is not about clients."""
 
     def __init__(self, slots: Sequence[Slot], loop: Loop, notice: Callable[[Slot, Notices], None]) -> None:
-        self.busy = False  # reports came in this turn
+        self._busy = False  # reports came in this turn
+        self._behind = False  # and more may have than were taken in
         self._slots, self._loop, self._notice = slots, loop, notice
         self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
         self._short_of_room = Limited(logging.WARNING, burst=1)
@@ -34,9 +38,20 @@ class Intake:
     def take(self, slot: Slot) -> None:
         """Take in what the worker of `slot` has reported, so much of it as goes into one turn."""
         left = BATCH
-        while left > 0 and (taken := self._take_packet(slot)):
+        while left > 0:
+            if not (taken := self._take_packet(slot)):
+                return
             left -= taken
-            self.busy = True
+            self._busy = True
+        self._behind = True
+
+    def rest(self) -> None:
+        """Let the workers go first, at the end of a turn with reports; in a flood of them only for as long as they want the processor."""
+        if self._behind:
+            os.sched_yield()
+        elif self._busy:
+            time.sleep(REST)
+        self._busy = self._behind = False
 
     def take_last(self, slot: Slot) -> None:
         """Take in all that the worker of `slot` has reported before it ended."""

@@ -37,7 +37,6 @@ from tailsrv.watchdog import Watchdog
 LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
-REST = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
 
@@ -115,9 +114,7 @@ class Supervisor:
     def step(self) -> None:
         """Run one turn: wait, then act on what has happened."""
         self.loop.turn()
-        if self.crew.intake.busy:
-            self.crew.intake.busy = False
-            time.sleep(REST)
+        self.crew.intake.rest()
         if self.is_ending() and self.crew.finished():
             self.ended = True
         elif self.phase is Phase.ROTATING and self.crew.finished():
