@@ -620,6 +620,7 @@ def strip(machine: Machine, but: list[str]) -> None:
 
 def launch(machine: Machine, name: str, commands: str) -> Path:
     """Run commands of ours by the letter, as in a terminal of their own; return the file that gets what they print."""
+    machine.run("touch", f"/{name}")  # systemd opens it a moment later
     machine.run(
         "systemd-run", f"--unit={name}", "--remain-after-exit", f"--property=StandardOutput=file:/{name}",
         "--working-directory=/root/tailsrv", "bash", "-euc", commands,
