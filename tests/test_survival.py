@@ -426,6 +426,7 @@ def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
     expect(waiting, SMALL + NEWS)
 
 
+@needs_strace
 def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
     """Where a worker cannot be forked, its clients wait until one can."""
     path.write_bytes(SMALL)
@@ -441,6 +442,7 @@ def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
     ready_workers(server, besides=before)
 
 
+@needs_strace
 def test_client_that_cannot_be_watched(serve: Serve, path: Path) -> None:
     """Where the kernel has no room to watch one more client, that one is closed, and nobody else notices."""
     path.write_bytes(SMALL)

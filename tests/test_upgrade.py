@@ -453,6 +453,7 @@ def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@needs_strace
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [("memfd_create:error=EMFILE:when=1", "Too many open files"), ("execve:error=ENOMEM:when=1", "Cannot allocate memory")],
