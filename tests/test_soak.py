@@ -4,18 +4,21 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import KINDS, Reader
 from content import BLOCK, LOCATE, Content
+from growing import GrowingFile
 from helpers import DEADLINE
 from samples import Sample
 from summary import Summary
 from tally import Tally
-from unit import ROOT
+from unit import ROOT, tcp_pair, wait_readable
 
 SOAK = ROOT / "contrib" / "soak" / "soak.py"
 
@@ -132,3 +135,17 @@ def test_content_is_the_same_in_pieces() -> None:
     assert b"".join(pieces)[: len(whole)] == whole
     for offset, step in product((0, 500, BLOCK), (1, 8, BLOCK)):
         assert content.read(1, offset, BLOCK) != content.read(1, offset + step, BLOCK)
+
+
+@pytest.mark.parametrize(("ago", "right"), [(0.0, True), (10.0, False)])
+def test_old_file_for_who_comes_before_a_rotation_is_noticed(tmp_path: Path, ago: float, right: bool) -> None:
+    """A stream of the file before is right for somebody who came with the rotation, and not for who came later."""
+    file, tally = GrowingFile(tmp_path / "file", Content(1)), Tally()
+    with closing(file), tcp_pair() as (near, far):
+        file.append(1000)
+        file.rotate()
+        file.rotated -= ago
+        near.sendall(file.content.read(0, 0, 1000))
+        wait_readable(far)
+        assert Reader(KINDS[0], far, b"0", file, tally).read() is right
+    assert bool(tally.wrong) is not right

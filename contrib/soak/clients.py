@@ -15,6 +15,7 @@ NEAR = 8 << 20  # bytes from the end, for those who could not read a file of hou
 AHEAD = 64 << 10
 CONNECT = 10.0  # seconds; the kernel accepts for a server that is busy, so that this is long
 GRACE = 5.0  # seconds that a rotation gives to those who do not read: --grace
+NOTICE = 0.5  # seconds in which a busy machine's server notices a rotation; until then it serves the old file to those who come
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: no FIN on close, but a reset
 
@@ -109,6 +110,8 @@ class Reader:
         self.started = self.closed = False  # it has sent its header; it has left
         self.connected = self.got = self.released = time.monotonic()  # `got`: bytes; `released`: it read again after it was held
         self._generation, self._size = file.generation, file.size  # of the file, before the server can have read the header
+        unnoticed = self.connected - file.rotated < NOTICE  # the server may not know yet that the file has gone
+        self._oldest = self._generation - unnoticed
         self._back = int(number[1:]) if number.startswith(b"-") else None
         self.position = int(number) if self._back is None else None  # of the next byte, once that is known
         self.generation: int | None = None  # of the file that it reads, once that is known
@@ -148,11 +151,11 @@ class Reader:
 
     def _may_begin(self, generation: int, start: int) -> bool:
         """Tell whether the stream may begin there: the end was between its size when we asked and its size now."""
-        if not self._generation <= generation <= self.file.generation:
+        if not self._oldest <= generation <= self.file.generation:
             return False
         if self._back is None:
             return start == self.position
-        least = self._size if generation == self._generation else 0
+        least = self._size if generation == self._generation else 0  # else it was another file when we asked
         return max(0, least - self._back) <= start <= max(0, self.file.sizes[generation] - self._back)
 
     def _compare(self, data: bytes) -> bool:
@@ -168,7 +171,7 @@ class Reader:
 
     def _ended(self, how: str) -> bool:
         """Judge an end that we did not bring about."""
-        if self.file.generation > (self._generation if self.generation is None else self.generation):
+        if self.file.generation > (self._oldest if self.generation is None else self.generation):
             if self.generation is None or self.position == self.file.sizes[self.generation]:
                 self.tally.rotated += 1
             elif self.pause or time.monotonic() - self.released < 2 * GRACE:

@@ -1,6 +1,7 @@
 """The file that is served, as its writer sees it."""
 
 import os
+import time
 from pathlib import Path
 
 from content import Content
@@ -13,6 +14,7 @@ class GrowingFile:
         self.path, self.content = path, content
         self.generation = 0
         self.sizes = [0]
+        self.rotated = float("-inf")  # when, the last time
         self._file = path.open("ab", buffering=0)
 
     @property
@@ -35,6 +37,7 @@ class GrowingFile:
         self._file = self.path.open("ab", buffering=0)
         self.sizes.append(0)
         self.generation += 1
+        self.rotated = time.monotonic()
 
     def close(self) -> None:
         """Let go of the file."""
