@@ -116,12 +116,12 @@ class Worker:
         self.start_streams()
         if self.streams.behind:
             self.pump()
-        self.plan_another_try()
         if self.draining:
             self.drainer.see_off()
             self.ended = self.ended or not self.clients
         if self.dropped:
             self.close_dropped()
+        self.plan_another_try()  # last, for all of these look at the file, which may leave somebody without memory
         self.news.report()
 
     def start_streams(self) -> None:
