@@ -213,7 +213,7 @@ class Traffic:
             if self.run(CATCH_UP / CATCH_UP_TRIES, lambda: all(reader.caught_up() for reader in self.readers)):
                 return
         for reader in self.readers:
-            # One with a small receive buffer gets some 60 KiB a second over loopback, by its kernel's delayed acknowledgements: it is on its way.
+            # One with a small receive buffer gets some 60 KiB a second, by its kernel's delayed acknowledgements: it is on its way.
             if not reader.caught_up() and time.monotonic() - reader.got > CATCH_UP / CATCH_UP_TRIES:
                 self.tally.note_wrong(f"{reader}: not caught up after {CATCH_UP:g} seconds, the file has {self.file.size} bytes")
 
