@@ -12,6 +12,7 @@ from typing import Any
 
 from tailsrv import keepalive
 from tailsrv.endpoint import endpoint
+from tailsrv.timers import LONGEST
 
 # How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
 # One's own may watch other things meanwhile, and raise what it likes but OSError, to end the stream.
@@ -51,11 +52,9 @@ def wait(fd: int, events: int, seconds: float | None) -> bool:
 
 
 def milliseconds(seconds: float | None) -> float | None:
-    """Return the timeout for poll(2), which counts no more than 24 days: whoever waits longer asks again."""
+    """Return the timeout for poll(2)."""
     return None if seconds is None else min(max(0.0, seconds), LONGEST) * 1000
 
-
-LONGEST = 86400.0  # seconds
 
 ENDED = "the connection was ended"  # in good order: errno has no words for it
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def end_at_interrupt() -> None:
-    """Let Ctrl-C end us as the kernel does: an exception could come anywhere in the locks by which threads wait, and another of it."""
+    """Let Ctrl-C end us as the kernel does: an exception may come within the locks by which threads wait, and turn into another."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, in the background for instance
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

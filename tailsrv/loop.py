@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable
 
 from tailsrv.policy import EVENTS
-from tailsrv.timers import Timers
-
-LONGEST = 86400.0  # seconds; epoll_wait(2) counts milliseconds in an int, which holds 24 days
+from tailsrv.timers import LONGEST, Timers
 
 
 class Loop:

@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 Action = Callable[[], object]
 
+# Seconds that one wait may take, and whoever waits longer asks again: poll(2) and epoll_wait(2) count milliseconds in an int, 24 days.
+LONGEST = 86400.0
+
 
 class Timers:
     """Actions and when they are due, each at most once; empty while nothing is planned, so that a loop can sleep."""
