@@ -25,6 +25,8 @@ def absolute(path: str) -> str:
 def cannot_bind(error: OSError, port: int) -> str:
     """Return why a port cannot be listened on, and what to change."""
     reason = os.strerror(error.errno or 0)
+    if error.errno == errno.EADDRINUSE and port == 0:
+        return f"{reason}; no port of net.ipv4.ip_local_port_range is free"
     if error.errno == errno.EADDRINUSE:
         return f"{reason}; choose another port, or see who has this one: ss -ltnp sport = :{port}"
     if error.errno == errno.EACCES and port < 1024:

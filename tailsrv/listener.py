@@ -3,7 +3,8 @@
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tailsrv import keepalive
@@ -73,21 +74,37 @@ def resolve(bind: Sequence[str]) -> list[Address]:
 def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[socket.socket]]:
     """Return the listening sockets of each slot, one for each address.
 
-    A port of 0 lets the kernel choose; all addresses then share its choice. Raises ListenError.
+    A port of 0 lets the kernel choose one that is free at all of them. Raises ListenError.
     """
-    seats: list[list[socket.socket]] = [[] for _ in range(slots)]
-    for address in resolve(bind):
-        try:
-            first = _listen(address, port, exclusive=True)
-        except OSError as error:
-            if not bind and address.family == socket.AF_INET6 and error.errno in _NO_SUCH_FAMILY:
-                continue  # a machine without IPv6: IPv4 alone is all of its addresses
-            raise ListenError(f"cannot listen on {endpoint(address.host, port)}: {cannot_bind(error, port)}") from error
-        port = first.getsockname()[1]
-        seats[0].append(first)
-        for seat in seats[1:]:
-            seat.append(_listen(address, port, exclusive=False))
-    return seats
+    addresses = resolve(bind)
+    optional = frozenset() if bind else _NO_SUCH_FAMILY  # a machine without IPv6: IPv4 alone is all of its addresses
+    with ExitStack() as unfit:  # held until one fits, so that the kernel does not choose the same port again
+        while not (firsts := _listen_at_all(addresses, port, optional, unfit)):
+            pass
+    port = next(iter(firsts.values())).getsockname()[1]
+    siblings = ([_listen(address, port, exclusive=False) for address in firsts] for _ in range(slots - 1))
+    return [list(firsts.values()), *siblings]
+
+
+def _listen_at_all(addresses: Sequence[Address], port: int, optional: Container[int], unfit: ExitStack) -> dict[Address, socket.socket]:
+    """Return an exclusive listener for each address; none, and all into `unfit`, where the kernel's choice for one is another's."""
+    with ExitStack() as opened:
+        firsts: dict[Address, socket.socket] = {}
+        chosen = port
+        for address in addresses:
+            try:
+                sock = opened.enter_context(_listen(address, chosen, exclusive=True))
+            except OSError as error:
+                if address.family == socket.AF_INET6 and error.errno in optional:
+                    continue
+                if error.errno == errno.EADDRINUSE and chosen != port:
+                    unfit.enter_context(opened.pop_all())
+                    return {}
+                raise ListenError(f"cannot listen on {endpoint(address.host, chosen)}: {cannot_bind(error, chosen)}") from error
+            firsts[address] = sock
+            chosen = sock.getsockname()[1]
+        opened.pop_all()
+        return firsts
 
 
 def take_listeners(passed: Sequence[int]) -> list[socket.socket]:

@@ -3,10 +3,13 @@
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
+from helpers import Serve, run_tailsrv, runs
 from unit import PATIENCE, closing_all, needs_ipv6, wait_readable
 
 from tailsrv.endpoint import endpoint
@@ -148,6 +151,43 @@ def test_port_0_is_one_port_for_all_addresses() -> None:
         assert [host for host, _ in names[0]] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
         assert len({port for _, port in names[0]}) == 1
         assert names[0][0][1] > 0
+
+
+# Leaves the kernel four ports to choose from, takes those that are named on IPv6 alone, and becomes what its other arguments say.
+FEW_PORTS = """
+import os, socket, sys
+with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
+    file.write("40000 40003")
+for port in map(int, sys.argv[1].split()):
+    sock = socket.socket(socket.AF_INET6)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(("::", port))
+    sock.set_inheritable(True)
+    sock.detach()
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+WITH_FEW_PORTS = ("unshare", "--net", "--map-root-user", sys.executable, "-c", FEW_PORTS)
+
+needs_network = pytest.mark.skipif(not runs(*WITH_FEW_PORTS, "", "true"), reason="no network namespaces here")
+
+
+@needs_ipv6
+@needs_network
+@pytest.mark.parametrize("free", range(40000, 40004))
+def test_port_0_is_free_at_all_addresses(serve: Serve, path: Path, free: int) -> None:
+    """Where the kernel's choice for the first address is taken at another, it is asked for another."""
+    taken = " ".join(str(port) for port in range(40000, 40004) if port != free)
+    assert serve(path, "-w", "2", wrapper=(*WITH_FEW_PORTS, taken)).port == free
+
+
+@needs_ipv6
+@needs_network
+def test_no_port_is_free_at_all_addresses(path: Path) -> None:
+    """Where each port is taken at one address or another, that is said, once all have been tried."""
+    path.touch()
+    refused = run_tailsrv("-p", "0", path, wrapper=(*WITH_FEW_PORTS, "40000 40001 40002 40003"))
+    assert "cannot listen on 0.0.0.0:0: Address already in use; no port of net.ipv4.ip_local_port_range is free" in refused.stderr
+    assert refused.returncode == 1
 
 
 @needs_ipv6
