@@ -18,6 +18,8 @@ RESERVE = 32  # descriptors that clients do not get: a successor's channel, a pr
 # signals and the other workers, nor us, where we share its processor, from giving way to it.
 BATCH = 32
 
+LAST_TRIES = 3  # for what a worker has said before it ended, should the kernel have no memory for it; it cannot be asked again
+
 REST = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
 
 
@@ -55,15 +57,18 @@ class Intake:
 
     def take_last(self, slot: Slot) -> None:
         """Take in all that the worker of `slot` has reported before it ended."""
-        while self._take_packet(slot):
-            pass
+        for _ in range(LAST_TRIES):
+            while self._take_packet(slot):
+                pass
 
     def _take_packet(self, slot: Slot) -> int:
         """Take in one packet and return how much there was in it, at least 1, or 0 if there was none."""
         assert slot.channel is not None
         try:
             packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
-        except OSError:  # none now, or its end is gone
+        except ConnectionResetError:  # it has ended with a message of ours unread: that is told once, before what it still had to say
+            return 1
+        except OSError:  # none now; or no memory for it
             return 0
         if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
             self._loop.unregister(slot.channel.fileno())

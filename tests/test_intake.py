@@ -1,13 +1,13 @@
 """What the supervisor takes in from its workers."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tailsrv.intake import BATCH, Intake
 from tailsrv.loop import Loop
-from tailsrv.messages import Notices, Report, encode
+from tailsrv.messages import Notices, Ping, Report, encode
 from tailsrv.slot import Slot
 
 
@@ -34,4 +34,21 @@ def test_a_flood_of_reports_does_not_keep_the_supervisor(channel: tuple[socket.s
     assert [notices.truncated for notices in heard] == [0, 1, 2, 3]
     intake.take_last(slot)
     assert [notices.truncated for notices in heard] == list(range(10))
+    loop.epoll.close()
+
+
+@pytest.mark.parametrize("take", [Intake.take, Intake.take_last])
+def test_last_words_of_one_who_had_not_listened(channel: tuple[socket.socket, socket.socket], take: Callable[[Intake, Slot], None]) -> None:
+    """A worker that ends with a message of ours unread has its reports heard to the end, though the kernel speaks of a reset first."""
+    loop = Loop()
+    slot = Slot(0, [], channel=channel[0])
+    intake = Intake([slot], loop, lambda *_: None)
+    with socket.socket() as client:
+        socket.send_fds(channel[1], [encode(Report(joined=[7]))], [client.fileno()])
+    channel[1].send(encode(Report(started=[(7, 5)])))
+    channel[0].send(encode(Ping()))
+    channel[1].close()
+    take(intake, slot)
+    assert slot.roster.clients[7].start == 5
+    slot.roster.close()
     loop.epoll.close()
