@@ -8,7 +8,7 @@ from tailsrv.log import Limited
 from tailsrv.lookout import Lookout
 from tailsrv.loop import Loop
 from tailsrv.news import News
-from tailsrv.protocol import HeaderError, parse_header
+from tailsrv.protocol import HeaderError, Start, parse_header
 from tailsrv.streams import Streams
 from tailsrv.syscalls import Outcome, peek_header
 
@@ -16,8 +16,8 @@ from tailsrv.syscalls import Outcome, peek_header
 class Headers:
     """Those whose header is awaited, for `timeout` seconds or, if that is 0, for ever.
 
-    One whose header is whole goes to the news of those that are to start; `drop(client)` is called for one whose header
-    never will be.
+    One that is answered goes to the news of those that are to start; `drop(client)` is called for one whose header
+    never will be whole.
     """
 
     def __init__(
@@ -49,19 +49,20 @@ class Headers:
         """Wait for the header of `client` no more."""
         self._awaited.pop(client, None)
 
-    def read(self, client: Client, ended: bool) -> None:
-        """Have `client` start if its header is whole; `ended` says that it sends no more. The header stays in the socket until then."""
+    def read(self, client: Client, ended: bool) -> Start | None:
+        """Return where `client` wants to start if its header is whole, and leave it in the socket; `ended` says that it sends no more."""
         received = peek_header(client.sock)
         if received is Outcome.HUNG_UP:
             self._drop(client)
-            return
+            return None
         try:
-            start = parse_header(b"" if isinstance(received, Outcome) else received, ended)
+            return parse_header(b"" if isinstance(received, Outcome) else received, ended)
         except HeaderError as error:
             self._refuse(client, str(error))
-            return
-        if start is None:
-            return
+            return None
+
+    def answer(self, client: Client, start: Start) -> None:
+        """Have `client` start there."""
         if start.from_end:
             self._lookout.look()  # the end is where it is now
         self.forget(client)

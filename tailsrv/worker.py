@@ -26,6 +26,7 @@ from tailsrv.lookout import Lookout
 from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, Drain, Message, Ping, decode
 from tailsrv.news import News
+from tailsrv.protocol import Start
 from tailsrv.roster import Entry
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance
@@ -204,21 +205,31 @@ class Worker:
         return bool(self.dropped)
 
     def handle_client(self, client: Client, mask: int) -> None:
+        """Serve one client. What fails with it ends it alone; what fails in a look at the file may cost others bytes: it ends us."""
+        if mask & ~select.EPOLLOUT:
+            self.lookout.look()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
         try:
-            if mask & ~select.EPOLLOUT:
-                self.lookout.look()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
-            if mask & HUNG_UP:
-                self.drop(client)
-                return
-            if mask & INPUT:
-                if client in self.headers:
-                    self.headers.read(client, ended=bool(mask & select.EPOLLRDHUP))
-                elif client.state is not State.AWAITING_HEADER:  # its header may still be in the socket
-                    discard(client.sock)  # also after its FIN, which is not a hang-up
-            if mask & select.EPOLLOUT:
-                self.streams.writable(client)
+            start = self.heed(client, mask)
         except Exception as error:  # whatever it is, it must not reach the other clients
             self.drop(client, error)
+            return
+        if start is not None:
+            self.headers.answer(client, start)
+
+    def heed(self, client: Client, mask: int) -> Start | None:
+        """Take in what has happened to the socket of `client`, and return where it wants to start if that is what it says."""
+        if mask & HUNG_UP:
+            self.drop(client)
+            return None
+        start = None
+        if mask & INPUT:
+            if client in self.headers:
+                start = self.headers.read(client, ended=bool(mask & select.EPOLLRDHUP))
+            elif client.state is not State.AWAITING_HEADER:  # its header may still be in the socket
+                discard(client.sock)  # also after its FIN, which is not a hang-up
+        if mask & select.EPOLLOUT:
+            self.streams.writable(client)
+        return start
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
@@ -314,7 +325,8 @@ class Worker:
 
     def end_drain(self) -> None:
         """End where the grace is over: whoever has not got everything keeps what the kernel has queued for it."""
-        logger.warning("grace is over: %s", fields(slot=self.slot, clients=len(self.clients)))
+        if self.clients:
+            logger.warning("grace is over: %s", fields(slot=self.slot, clients=len(self.clients)))
         for client in list(self.clients.values()):
             self.drop(client)
         self.end()

@@ -520,6 +520,33 @@ def test_error_with_one_client_ends_that_client_only(
     assert [bench.receive(far, 4) for far in (before, after)] == [b"more", b"more"]
 
 
+@pytest.mark.parametrize("said", [b"x", b"-0\n"])
+def test_error_with_everybody_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
+    bench.connect(b"-0\n")
+    far, client = bench.connect(b"" if said.endswith(b"\n") else b"-0\n")
+    bench.settle()
+    far.sendall(said)
+    wait_readable(client.sock)
+    if said.endswith(b"\n"):  # the file grows when the worker has looked, but has not read the header yet
+        parse = parse_header
+
+        def parse_later(received: bytes, ended: bool) -> Start | None:
+            append(bench.path, b"more")
+            return parse(received, ended)
+
+        monkeypatch.setattr("tailsrv.headers.parse_header", parse_later)
+    else:
+        append(bench.path, b"more")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tailsrv.streams.send_to_all", fail)
+    with pytest.raises(MemoryError):
+        bench.worker.handle_client(client, select.EPOLLIN)
+
+
 def test_reset(bench: Bench) -> None:
     """A client that has reset its connection is forgotten, whatever its state, without an append."""
     waiting, first = bench.connect()
