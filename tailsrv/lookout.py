@@ -17,6 +17,7 @@ class Lookout:
         self.gone = False
         self.changed = loop.now  # when the file's size was last found to be another
         self._watch, self._streams, self._news, self._loop = watch, streams, news, loop
+        self._stopped = False
         if (fd := watch.fileno()) is not None:
             loop.register(fd, self.handle_watch)
 
@@ -26,7 +27,8 @@ class Lookout:
         self.check_path()
 
     def stop(self) -> None:
-        """Heed nothing that happens to the file from now on."""
+        """Heed no growth of the file from now on, and nothing that happens to its name."""
+        self._stopped = True
         if (fd := self._watch.fileno()) is not None:
             self._loop.unregister(fd)
         self._loop.timers.cancel(self.poll_file)
@@ -47,6 +49,8 @@ class Lookout:
     def look(self) -> None:
         """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
         size, before = self._watch.size(), self._streams.size
+        if self._stopped:
+            size = min(size, before)
         shrunk, self._streams.shrunk = self._streams.shrunk, False
         if shrunk and size == before:  # it was shorter for a moment; whom that kept waiting gets another try
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + policy.MEMORY_PAUSE)
