@@ -15,6 +15,9 @@ from tailsrv.hints import cannot_bind
 # net.core.somaxconn, which is 4096 by default.
 BACKLOG = 4096
 
+# Of the kernel's choices of a port, how many may be taken at another address. Where none fits, the addresses overlap.
+PORT_TRIES = 16
+
 # What a stalled reader may pin in the kernel beyond what is in flight. Measured against none, 256 KiB, 512 KiB and
 # 1 MiB: with 128 KiB replays are as fast or faster (1000 clients: 1.7 times), and the caught-up wait a quarter as long
 # beside 50 replaying clients.
@@ -79,15 +82,21 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
     addresses = resolve(bind)
     optional = frozenset() if bind else _NO_SUCH_FAMILY  # a machine without IPv6: IPv4 alone is all of its addresses
     with ExitStack() as unfit:  # held until one fits, so that the kernel does not choose the same port again
-        while not (firsts := _listen_at_all(addresses, port, optional, unfit)):
-            pass
+        for tries_left in reversed(range(PORT_TRIES)):
+            if firsts := _listen_at_all(addresses, port, optional, unfit if tries_left else None):
+                break
     port = next(iter(firsts.values())).getsockname()[1]
     siblings = ([_listen(address, port, exclusive=False) for address in firsts] for _ in range(slots - 1))
     return [list(firsts.values()), *siblings]
 
 
-def _listen_at_all(addresses: Sequence[Address], port: int, optional: Container[int], unfit: ExitStack) -> dict[Address, socket.socket]:
-    """Return an exclusive listener for each address; none, and all into `unfit`, where the kernel's choice for one is another's."""
+def _listen_at_all(
+    addresses: Sequence[Address], port: int, optional: Container[int], unfit: ExitStack | None
+) -> dict[Address, socket.socket]:
+    """Return an exclusive listener for each address.
+
+    Where the kernel's choice of a port for one is taken at another, return none, and put them into `unfit` if there is such.
+    """
     with ExitStack() as opened:
         firsts: dict[Address, socket.socket] = {}
         chosen = port
@@ -97,7 +106,7 @@ def _listen_at_all(addresses: Sequence[Address], port: int, optional: Container[
             except OSError as error:
                 if address.family == socket.AF_INET6 and error.errno in optional:
                     continue
-                if error.errno == errno.EADDRINUSE and chosen != port:
+                if error.errno == errno.EADDRINUSE and chosen != port and unfit is not None:
                     unfit.enter_context(opened.pop_all())
                     return {}
                 raise ListenError(f"cannot listen on {endpoint(address.host, chosen)}: {cannot_bind(error, chosen)}") from error

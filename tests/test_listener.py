@@ -190,6 +190,12 @@ def test_no_port_is_free_at_all_addresses(path: Path) -> None:
     assert refused.returncode == 1
 
 
+def test_overlapping_addresses_have_no_port() -> None:
+    """No port is free at an address that another one covers, which is said after some tries."""
+    with pytest.raises(ListenError, match=r"127\.0\.0\.1:\d+: " + os.strerror(errno.EADDRINUSE)):
+        open_listeners(["0.0.0.0", "127.0.0.1"], 0, 1)
+
+
 @needs_ipv6
 def test_every_address_is_both_families() -> None:
     """Without an address, IPv4 and IPv6 are served, on one port and by sockets of their own."""
