@@ -92,8 +92,11 @@ class Acceptor:
                 break
             accepted = accept(listener)
             if isinstance(accepted, Outcome):
-                if accepted is Outcome.NO_ROOM and not self._make_room():
-                    self._short_of_room("short of descriptors, not accepting for a moment", slot=self._slot, clients=self._count())
+                # Only descriptors of our own are free at once when somebody goes: where all of the system is short, nobody has to.
+                if accepted is Outcome.NO_ROOM or (accepted is Outcome.NO_DESCRIPTOR and not self._make_room()):
+                    self._short_of_room(
+                        "short of descriptors or memory, not accepting for a moment", slot=self._slot, clients=self._count()
+                    )
                     self._pause()
                 break
             sock, peer = accepted

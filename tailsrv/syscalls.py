@@ -21,6 +21,7 @@ class Outcome(Enum):
     WOULD_BLOCK = "would block"
     HUNG_UP = "hung up"
     NO_ROOM = "out of descriptors or memory"
+    NO_DESCRIPTOR = "out of our own descriptors"
 
 
 # TimeoutError: keepalive gave up. The unreachable ones: a router said so while keepalive was asking.
@@ -135,7 +136,9 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
         except OSError as error:
             if error.errno in NO_ROOM_ERRNOS:
                 # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
-                return Outcome.NO_ROOM if _is_readable(listener) else Outcome.WOULD_BLOCK
+                if not _is_readable(listener):
+                    return Outcome.WOULD_BLOCK
+                return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
             if error.errno in TRANSIENT_ACCEPT_ERRNOS:
                 continue
             raise

@@ -258,8 +258,8 @@ with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connectio
     spare = os.open("/", os.O_RDONLY)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
-    assert accept(listener) is Outcome.NO_ROOM
-    assert accept(listener) is Outcome.NO_ROOM
+    assert accept(listener) is Outcome.NO_DESCRIPTOR
+    assert accept(listener) is Outcome.NO_DESCRIPTOR
     os.close(spare)
     accept(listener)[0].close()
     assert accept(listener) is Outcome.WOULD_BLOCK
