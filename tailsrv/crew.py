@@ -208,9 +208,13 @@ class Crew:
             self._refill(slot, what, status)
         elif self.filling:
             self.spawn(slot)
-        elif self.drain_until is not None and slot.roster.is_streaming() and self._loop.now < self.drain_until:
-            self._note_failure(slot, what)  # somebody still has to finish these streams, and the grace bounds how often
+        elif self.drain_until is not None and self._is_owed(slot) and self._loop.now < self.drain_until:
+            self._note_failure(slot, what)  # somebody still has to serve these clients, and the grace bounds how often
             self._fill_at(slot, self._loop.now + min(slot.failures.delay(), FIRST_DELAY))
+
+    def _is_owed(self, slot: Slot) -> bool:
+        """Tell whether a drain has something to do for clients of `slot`; those who have not started wait for a next file if one comes."""
+        return slot.roster.is_streaming() if self.rotating else bool(slot.roster.clients)
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""

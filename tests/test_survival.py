@@ -458,6 +458,23 @@ def test_client_that_cannot_be_watched(serve: Serve, path: Path) -> None:
     expect(server.connect(b"0\n"), SMALL + NEWS)
 
 
+@needs_strace
+@pytest.mark.parametrize("error", ["ENFILE", "ENOMEM", "ENOBUFS"])
+def test_system_that_has_no_room(serve: Serve, path: Path, error: str) -> None:
+    """Where the whole system is short, who comes waits for a moment, and nobody goes for it, not even who has asked for nothing yet."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    silent = server.connect()
+    [worker] = ready_workers(server)
+    await_clients(server, 1)
+    with strace(worker, f"accept4:error={error}:when=1"):
+        late = server.connect(b"0\n")
+        server.logged("short of descriptors or memory, not accepting for a moment")
+        expect(late, SMALL)
+    silent.sendall(b"0\n")
+    expect(silent, SMALL)
+
+
 def channel_of(worker: int) -> socket.socket:
     """Return a duplicate of a worker's end of its channel."""
     pidfd_getfd, libc = 438, ctypes.CDLL(None, use_errno=True)
@@ -547,6 +564,23 @@ def test_killed_while_draining(serve: Serve, path: Path, deaths: int) -> None:
         os.kill(worker, signal.SIGKILL)
     assert recv_all(stalled) == DATA[1000:]
     assert recv_all(half) == DATA[1000:]
+    server.wait()
+
+
+def test_killed_in_a_drain_before_it_read_a_header(serve: Serve, path: Path) -> None:
+    """A successor also starts the streams that its predecessor did not get to."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    [worker] = ready_workers(server)
+    client = server.connect()
+    await_clients(server, 1)
+    stop(worker)
+    client.sendall(b"0\n")
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(worker, signal.SIGKILL)
+    expect(client, SMALL)
+    expect_eof(client)
     server.wait()
 
 
