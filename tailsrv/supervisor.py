@@ -82,6 +82,7 @@ class Supervisor:
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
         self.ended = False
+        self.told_to_end = False  # by a signal
         self.truncation_seen = float("-inf")
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
@@ -266,18 +267,22 @@ class Supervisor:
     # Signals, and the end
 
     def handle_signals(self) -> None:
-        for number in self.wakeup.read():
+        numbers = self.wakeup.read()
+        # After any signal: a full pipe may have lost SIGCHLD's byte. And first: a drain keeps the queue of an empty slot.
+        self.reap()
+        for number in numbers:
             match number:
-                case signal.SIGTERM | signal.SIGINT if self.phase is Phase.DRAINING:
+                case signal.SIGTERM | signal.SIGINT if self.told_to_end and self.phase is Phase.DRAINING:
                     self.terminate()
                 case signal.SIGTERM | signal.SIGINT if self.phase is not Phase.KILLING:
+                    self.told_to_end = True
                     logger.info("draining: %s", fields(signal=signal.Signals(number).name, grace=f"{self.config.grace:g}"))
-                    self.drain()
+                    if self.phase is not Phase.DRAINING:  # else the file has gone, and the grace has begun with that
+                        self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
                 case signal.SIGHUP if not self.is_ending():
                     self.upgrader.request(self.loop.now)
-        self.reap()  # after any signal: a full pipe may have lost SIGCHLD's byte
 
     def reap(self) -> None:
         """Collect every child that has ended; SIGCHLDs merge, so their number says nothing."""

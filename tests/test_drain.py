@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Serve, Server, append, eventually, expect, expect_eof, random_bytes, recv_all, recv_exactly, stop, title
+from helpers import Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop, title
 
 DATA = random_bytes(1000)
 BIG = random_bytes(16 << 20)  # more than the kernel takes for a client that does not read
@@ -201,6 +201,7 @@ def test_the_end_is_where_it_was(serve: Serve, path: Path) -> None:
     server.signal(signal.SIGTERM)
     eventually(lambda: "draining" in title(worker))
     append(path, DATA)
+    slow.sendall(b"stray bytes, for which the worker wakes up")
     assert recv_exactly(slow, len(BIG) - 10) == BIG[10:]
     expect_eof(slow)
     server.wait()
@@ -224,3 +225,40 @@ def test_nobody_is_let_in_while_draining(serve: Serve, path: Path, end: Ending) 
     eventually(refused)
     expect(slow, BIG[10:])
     expect_eof(slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_after_the_file_has_gone(serve: Serve, path: Path, number: signal.Signals) -> None:
+    """Who is being served to the end of a file that is gone is so still when the server is told to end; a second signal ends it at once."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "60")
+    slow = server.connect(b"0\n", receive_buffer=4096)
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(slow, BIG[:10])
+    expect(stalled, BIG[:10])
+    path.unlink()
+    server.logged("file is gone, draining")
+    server.signal(number)
+    server.logged(f"draining: signal={number.name}")
+    expect(slow, BIG[10:])
+    expect_eof(slow)
+    server.signal(number)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_has_just_died(serve: Serve, path: Path) -> None:
+    """Who waits in the queue of a worker whose end is noticed with the signal is served like the others."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    stop(server.pid)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: gone(worker))
+    client = server.connect(b"0\n")
+    server.signal(signal.SIGTERM)
+    server.signal(signal.SIGCONT)
+    expect(client, DATA)
+    expect_eof(client)
+    server.wait()
