@@ -83,6 +83,7 @@ class Crew:
     def fill_all(self) -> None:
         """Fill the slots, and keep them filled."""
         self.filling, self.drain_until = True, None
+        self.outdated = self._still_outdated()
         self._unproven = bool(self.outdated)  # without workers of the version before us there is nobody else to go on
         for slot in self.slots:
             if slot.pid is None:
@@ -93,11 +94,15 @@ class Crew:
 
         SIGTERM lets it finish its turn: what it has accepted in it is passed up, which SIGKILL would lose.
         """
-        self.outdated = [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
+        self.outdated = self._still_outdated()
         if self.outdated:
             os.kill(self.outdated[0][1], signal.SIGTERM)
             self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
         return bool(self.outdated)
+
+    def _still_outdated(self) -> list[tuple[Slot, int]]:
+        """Return the workers that are still to be replaced, first the one that has been asked to end."""
+        return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
 
     def _insist(self) -> None:
         """Kill the outdated worker that has been asked to end and does not."""
@@ -119,6 +124,14 @@ class Crew:
         logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
         if self.drain_until is not None:
             self._order_drain(slot, self.drain_until)
+
+    def _close_listeners(self, slot: Slot) -> None:
+        """Leave the listeners to the worker, which empties their queues and is the last to close them; a next file's workers need ours."""
+        if self.rotating:
+            return
+        for listener in slot.listeners:
+            listener.close()
+        slot.listeners = []
 
     def _fork(self, slot: Slot) -> int:
         """Fork a worker for `slot`, with a channel to it, and return its pid; all that may be refused comes before."""
@@ -213,8 +226,8 @@ class Crew:
             self._fill_at(slot, self._loop.now + min(slot.failures.delay(), FIRST_DELAY))
 
     def _is_owed(self, slot: Slot) -> bool:
-        """Tell whether a drain has something to do for clients of `slot`; those who have not started wait for a next file if one comes."""
-        return slot.roster.is_streaming() if self.rotating else bool(slot.roster.clients)
+        """Tell whether a drain has something to do in `slot`; those who have not started wait for a next file if one comes."""
+        return slot.roster.is_streaming() if self.rotating else bool(slot.roster.clients or slot.listeners)
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
@@ -253,22 +266,22 @@ class Crew:
 
         Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
         """
+        ending = self._still_outdated()[:1]  # too late for an order: its successor gets it
         self.stop_filling()
+        self.outdated = ending
         self.drain_until, self.rotating = until, rotating
-        draining = [slot for slot in self.slots if slot.pid is not None]
         for slot in self.slots:
             if slot.fill_at is not None:  # in backoff: its clients and its queue have waited for this worker
                 self.spawn(slot)
-        for slot in self.slots if not rotating else ():
-            for listener in slot.listeners:
-                listener.close()  # the worker's is the last: it empties the queue, then closes
-            slot.listeners = []
-        for slot in draining:
-            self._order_drain(slot, until)
+            elif slot.pid is None:
+                self._close_listeners(slot)
+            elif (slot, slot.pid) not in ending:
+                self._order_drain(slot, until)
 
     def _order_drain(self, slot: Slot, until: float) -> None:
         assert slot.channel is not None
         assert slot.pid is not None
+        self._close_listeners(slot)
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:

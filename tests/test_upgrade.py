@@ -208,6 +208,33 @@ def check_nothing_changed(server: Server, path: Path, client: socket.socket, liv
         expect(connected, SMALL + NEWS)
 
 
+def told_to_end(pid: int) -> bool:
+    """Tell whether SIGTERM waits for the process `pid` to go on."""
+    [pending] = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_end_in_an_upgrade(serve: Serve, path: Path) -> None:
+    """A worker that is being replaced when the server is told to end leaves its clients, and those in its queue, to one who serves them."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = ready_workers(server)
+    client = server.connect(b"0\n", receive_buffer=4096)
+    expect(client, DATA[:1000])
+    stop(worker)
+    server.signal(signal.SIGHUP)
+    eventually(lambda: told_to_end(worker))
+    queued = server.connect(b"7\n")
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(worker, signal.SIGKILL)
+    expect(queued, DATA[7:])
+    expect_eof(queued)
+    expect(client, DATA[1000:])
+    expect_eof(client)
+    server.wait()
+
+
 BREAKS = {
     "syntax": ("worker.py", "import gc", "import gc gc", "SyntaxError"),
     "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
