@@ -55,7 +55,7 @@ def test_two_hundred_kills(serve: Serve, path: Path) -> None:
                 with suppress(ProcessLookupError):  # killed in the last round, reaped in this
                     os.kill(living[0] if dice.random() < 0.8 else dice.choice(living), signal.SIGKILL)
                     kills += 1
-    assert len(server.lines("worker was killed", "signal=SIGKILL")) > 190  # some were hit twice before they were gone
+    assert len(server.lines("worker was killed", "signal=SIGKILL")) > 150  # some are hit twice before they are gone
     assert not server.lines("error")
 
 
