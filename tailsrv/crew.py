@@ -101,14 +101,17 @@ class Crew:
         return bool(self.outdated)
 
     def _still_outdated(self) -> list[tuple[Slot, int]]:
-        """Return the workers that are still to be replaced, first the one that has been asked to end."""
+        """Return the workers that are still to be replaced."""
         return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
+
+    def _ending(self) -> list[tuple[Slot, int]]:
+        """Return the outdated worker that has been asked to end, and has not: the first; the next is asked when its successor is ready."""
+        return [(slot, pid) for slot, pid in self.outdated[:1] if slot.pid == pid]
 
     def _insist(self) -> None:
         """Kill the outdated worker that has been asked to end and does not."""
-        for slot, pid in self.outdated[:1]:
-            if slot.pid == pid:
-                os.kill(pid, signal.SIGKILL)
+        for _, pid in self._ending():
+            os.kill(pid, signal.SIGKILL)
 
     def spawn(self, slot: Slot) -> None:
         """Fill `slot` with a worker, or plan to if that is not possible now."""
@@ -124,14 +127,6 @@ class Crew:
         logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
         if self.drain_until is not None:
             self._order_drain(slot, self.drain_until)
-
-    def _close_listeners(self, slot: Slot) -> None:
-        """Leave the listeners to the worker, which empties their queues and is the last to close them; a next file's workers need ours."""
-        if self.rotating:
-            return
-        for listener in slot.listeners:
-            listener.close()
-        slot.listeners = []
 
     def _fork(self, slot: Slot) -> int:
         """Fork a worker for `slot`, with a channel to it, and return its pid; all that may be refused comes before."""
@@ -266,7 +261,7 @@ class Crew:
 
         Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
         """
-        ending = self._still_outdated()[:1]  # too late for an order: its successor gets it
+        ending = self._ending()  # too late for an order: its successor gets it
         self.stop_filling()
         self.outdated = ending
         self.drain_until, self.rotating = until, rotating
@@ -287,6 +282,14 @@ class Crew:
         except OSError:
             pass  # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
+
+    def _close_listeners(self, slot: Slot) -> None:
+        """Leave the listeners to the worker, which empties their queues and is the last to close them; a next file's workers need ours."""
+        if self.rotating:
+            return
+        for listener in slot.listeners:
+            listener.close()
+        slot.listeners = []
 
     def kill(self) -> None:
         """End every worker at once."""

@@ -235,6 +235,30 @@ def test_end_in_an_upgrade(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+def test_end_between_two_replacements(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+    """A worker whose turn to be replaced has not come when the server is told to end drains like any other, and is not killed."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", "-v", "--grace", "60", program=installed.program)
+    living = ready_workers(server)
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, SMALL)
+    (hold := tmp_path / "hold").touch()
+    ready = "        self.news.notice(ready=True)\n"
+    installed.edit("worker.py", ready, f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}")
+    server.signal(signal.SIGHUP)
+    server.logged("worker ended: slot=0")
+    server.logged("worker spawned: slot=0", count=2)
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    hold.unlink()
+    for client in clients:
+        expect_eof(client)
+    server.wait()
+    assert not server.lines("signal=SIGKILL")
+    assert len(server.lines("worker spawned")) == len(living) + 1
+
+
 BREAKS = {
     "syntax": ("worker.py", "import gc", "import gc gc", "SyntaxError"),
     "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
