@@ -239,9 +239,10 @@ def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
 
     def hasty(fd: int, events: int, _: float | None) -> bool:
         nonlocal turns
-        turns += wait(fd, events, 0.001) is False
-        if turns == 10:
-            append(path, b"more")
+        if not wait(fd, events, 0.001):
+            turns += 1
+            if turns == 10:
+                append(path, b"more")
         return True
 
     with follow(here(serve(path)), wait=hasty) as stream:
