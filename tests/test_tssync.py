@@ -79,7 +79,7 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
 @pytest.mark.slow
 def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """Killed at any moment while the file grows, it leaves a beginning of it, and the next run makes the rest."""
-    data, chance, unfinished = random_bytes(64 << 20), random.Random(1), 0
+    data, chance, unfinished = 4 * random_bytes(64 << 20), random.Random(1), 0  # it grows for longer than twelve starts take
     path.write_bytes(data[: 8 << 20])
     server = serve(path)
     with growing(path, data):
