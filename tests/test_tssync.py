@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from followers import TSSYNC, Command, Cutter, closed_port, holds, kill, restart, run_client, started
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes, runs
+from survival import needs_strace
 from unit import as_root, run_python
 
 from tailsrv import __version__
@@ -255,7 +256,7 @@ def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
     assert copy.read_bytes() == (DATA * 10)[: len(DATA) * 5]
 
 
-@pytest.mark.skipif(not runs("strace", "-e", "trace=fdatasync", "true"), reason="strace does not work here")
+@needs_strace
 def test_disk_that_fails(serve: Serve, path: Path, copy: Path) -> None:
     """A copy that cannot be written to the disk is the end, and said."""
     path.write_bytes(DATA)
@@ -265,7 +266,7 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path) -> None:
     assert done.stderr.splitlines()[-1] == f"tssync: cannot sync {copy}: Input/output error"
 
 
-@pytest.mark.skipif(not runs("strace", "-e", "trace=fdatasync", "true"), reason="strace does not work here")
+@needs_strace
 @pytest.mark.parametrize(("options", "synced"), [([], False), (["--fsync", "0.05"], True)])
 def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool) -> None:
     """With --fsync the disk has the copy soon after, without it when the kernel likes."""
