@@ -16,6 +16,7 @@ import pytest
 LEFT_OUT = {
     "machine": "boot a small Debian in systemd-nspawn; take root, debootstrap and minutes",
     "hosts": "make hosts of network namespaces; take root, iproute2 and HAProxy",
+    "build": "build and install the project with pip; take the package index and half a minute",
     "faults": "make system calls of a running server fail; take strace and two minutes",
     "thorough": "try many more cases of what the others show with a few; take two minutes",
 }
@@ -130,8 +131,10 @@ def left_out_lines(left_out: dict[str, int], arguments: Iterable[str]) -> list[s
     """Return what to print about the tests that a plain run with `arguments` leaves out, by marker."""
     if not left_out:
         return []
-    command = shlex.join([python(), "-m", "pytest", *arguments, "-m", " or ".join(left_out)])
-    return [*(f"left out: {count} {name}: they {LEFT_OUT[name]}" for name, count in left_out.items()), f"to run them: {command}"]
+    names = [name for name in LEFT_OUT if name in left_out]
+    command = shlex.join([python(), "-m", "pytest", *arguments, "-m", " or ".join(names)])
+    lines = [f"left out: {left_out[name]} {name}: they {LEFT_OUT[name]}" for name in names]
+    return [*lines, f"to run them: {command}"]
 
 
 def python() -> str:

@@ -50,6 +50,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @needs_compiler
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
     """A quick run of some scenarios leaves plausible figures, tables with ratios before figures, and four charts."""

@@ -25,7 +25,7 @@ PARSERS = [make_parser(), make_health_parser(), make_tscat_parser(), make_tssync
 SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
 DATE = "2023-11-14"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.build, pytest.mark.slow]
 
 
 def run(*command: str | Path, **more: str) -> str:
