@@ -42,8 +42,11 @@ def parallel_processes(arguments: Iterable[str], processors: int) -> int:
     return min(len(files), most) if len(files) > 1 else 0 if files else most
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Say what `-n auto` means."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Say what `-n auto` means, unless xdist's own variable says it."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
     return parallel_processes(config.args, len(os.sched_getaffinity(0)))
 
 
