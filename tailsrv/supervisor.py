@@ -116,6 +116,7 @@ class Supervisor:
         """Run one turn: wait, then act on what has happened."""
         self.loop.turn()
         self.crew.intake.rest()
+        self.upgrader.execute_if_proven(self.loop.now)
         if self.is_ending() and self.crew.finished():
             self.ended = True
         elif self.phase is Phase.ROTATING and self.crew.finished():

@@ -137,6 +137,11 @@ def execute(handed_on: state.State, pending: Callable[[], Iterable[int]]) -> Non
         release()
 
 
+def _reason(error: Exception) -> str:
+    """Return why an upgrade has failed, in the kernel's words where they are its."""
+    return (isinstance(error, OSError) and error.strerror) or repr(error)
+
+
 def keep_private(descriptors: list[int]) -> None:
     """Keep the descriptors that came through exec(2) from going any further."""
     for descriptor in descriptors:
@@ -153,6 +158,7 @@ class Upgrader:
     def __init__(self, timers: Timers, snapshot: Callable[[], state.State], pending: Callable[[], list[int]], busy: bool) -> None:
         self._timers, self._snapshot, self._pending = timers, snapshot, pending
         self._proof: Proof | None = None
+        self._proven: str | None = None  # the version to exec at the end of this turn
         self._again = False
         self._paused = False
         self._stale = False  # a request has come since the proof began: what it proves may not be what is installed now
@@ -170,8 +176,8 @@ class Upgrader:
         self._stale = False
         try:
             self._proof = Proof(state.encode(self._snapshot()))
-        except OSError as error:
-            self._fail(error.strerror or str(error), now)
+        except Exception as error:
+            self._fail(_reason(error), now)
             return
         self._busy = True
         self._timers.set(self.expire, now + PROOF_TIMEOUT)
@@ -193,6 +199,7 @@ class Upgrader:
 
     def abandon(self) -> None:
         """Forget all about it: the server is ending."""
+        self._proven = None
         self.expire()
         self._timers.cancel(self.expire)
 
@@ -202,7 +209,7 @@ class Upgrader:
             self._proof.close()
 
     def reaped(self, pid: int, status: int, now: float, ending: bool) -> bool:
-        """Tell whether the child `pid` was our proof; if it was and succeeded, and nothing is `ending`, exec."""
+        """Tell whether the child `pid` was our proof, and note what it has shown, unless the server is `ending`."""
         if self._proof is None or pid != self._proof.pid:
             return False
         version, reason = self._proof.result(status)
@@ -212,20 +219,30 @@ class Upgrader:
             return True
         if version is None:
             self._fail(reason, now)
-            return True
+        self._proven = version
+        return True
+
+    def execute_if_proven(self, now: float) -> None:
+        """Become the program that has proved itself, if there is one.
+
+        To be called when every signal that has been read is acted on: the exec would lose the others.
+        """
+        version, self._proven = self._proven, None
+        if version is None:
+            return
         if self._paused:
             self._again = True
             self.done(now)
-            return True
+            return
         if self._stale:
             self._prove(now)
-            return True
+            return
         logger.info("upgrade: %s", fields(old=__version__, new=version))
         try:
             execute(self._snapshot(), self._left_to_do)
-        except OSError as error:
-            self._fail(error.strerror or str(error), now)
-        return True
+        # Whatever it is, the old program still runs and serves: an upgrade must never end the server.
+        except Exception as error:
+            self._fail(_reason(error), now)
 
     def done(self, now: float) -> None:
         """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
