@@ -42,6 +42,7 @@ class Crew:
     ) -> None:
         self.slots = list(slots)
         self.filling = False  # empty slots are to be filled
+        self.started_up = False  # every slot has had a worker that was ready
         self.drain_until: float | None = None
         self.rotating = False  # the drain is for a next file, not for the end
         self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
@@ -90,15 +91,22 @@ class Crew:
                 self.spawn(slot)
 
     def replace_next(self) -> bool:
-        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there was one.
+        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there is one.
+
+        Its turn comes when the successors of those before it are ready.
 
         SIGTERM lets it finish its turn: what it has accepted in it is passed up, which SIGKILL would lose.
         """
         self.outdated = self._still_outdated()
-        if self.outdated:
+        successors = [slot for slot in self.slots if not self._is_outdated(slot)]
+        if self.outdated and all(slot.pid is not None and slot.ready for slot in successors):
             os.kill(self.outdated[0][1], signal.SIGTERM)
             self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
         return bool(self.outdated)
+
+    def _is_outdated(self, slot: Slot) -> bool:
+        """Tell whether the worker of `slot`, or the one that is being buried, is to be replaced."""
+        return any(other is slot for other, _ in self.outdated)
 
     def _still_outdated(self) -> list[tuple[Slot, int]]:
         """Return the workers that are still to be replaced."""
@@ -199,13 +207,15 @@ class Crew:
         if slot is None:  # as PID 1 we are everybody's parent
             return
         assert slot.channel is not None
+        # Before its last reports are taken in: one that says "ready" lets the next worker be replaced.
+        expected = not self.filling or (slot, pid) in self.outdated
         slot.pid = None  # at once: it may be another process's by now
         self.intake.take_last(slot)
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
         slot.channel = None
         lost = slot.roster.lose_unprotected()
-        what, expected = verdict(status), not self.filling or (slot, pid) in self.outdated
+        what = verdict(status)
         if expected and what is Verdict.DONE:
             slot.failures = Failures()
         detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
@@ -226,14 +236,14 @@ class Crew:
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
-        if self._unproven and not slot.ready and what is not Verdict.KILLED:  # it is the program, not the clients
+        if self._unproven and not slot.ready and what not in (Verdict.KILLED, Verdict.NO_ROOM):  # it is the program, not the clients
             self.outdated = []
             slot.restarts += 1
             self._fill_at(slot, self._loop.now + MAX_DELAY)
             self._stuck(f"slot={slot.index} {describe_status(status)}")
             return
         self._note_failure(slot, what)
-        if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
+        if what is Verdict.CANNOT_BOOT or (what is Verdict.NO_ROOM and not self.started_up) or slot.failures.hopeless():
             self._give_up(f"slot={slot.index} {describe_status(status)}")
             return
         slot.restarts += 1
@@ -276,7 +286,6 @@ class Crew:
     def _order_drain(self, slot: Slot, until: float) -> None:
         assert slot.channel is not None
         assert slot.pid is not None
-        self._close_listeners(slot)
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
@@ -284,7 +293,7 @@ class Crew:
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
 
     def _close_listeners(self, slot: Slot) -> None:
-        """Leave the listeners to the worker, which empties their queues and is the last to close them; a next file's workers need ours."""
+        """Close the listeners, whose queues a worker has emptied by now; the workers of a next file need them."""
         if self.rotating:
             return
         for listener in slot.listeners:
@@ -304,6 +313,8 @@ class Crew:
         """Note what is about the worker itself, and hand on the rest."""
         if notices.ready or notices.alive:
             slot.asked = None
-        if notices.ready and (slot, slot.pid) not in self.outdated:
+        if notices.ready and not self._is_outdated(slot):
             self._unproven = False
+        if notices.emptied:
+            self._close_listeners(slot)
         self._notice(slot, notices)

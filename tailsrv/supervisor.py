@@ -13,7 +13,7 @@ from enum import Enum
 
 from setproctitle import setproctitle
 
-from tailsrv import __version__, systemd
+from tailsrv import __version__, oom, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.crew import Crew
@@ -21,7 +21,7 @@ from tailsrv.hints import cannot_see
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
-from tailsrv.policy import KILL_MARGIN
+from tailsrv.policy import KILL_MARGIN, lacks_room
 from tailsrv.quota import Quota
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance, Slot
@@ -77,7 +77,7 @@ class Supervisor:
         self.source = Source(config.path)
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
-        self.started_up = handed_on is not None and handed_on.file is not None  # every slot has had a worker that was ready
+        self.crew.started_up = handed_on is not None and handed_on.file is not None
         self.replacing = handed_on is not None  # the workers of the version before us
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
@@ -156,6 +156,7 @@ class Supervisor:
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
+        self.reap()  # a drain must know which slots are empty
         if self.source.gone or self.phase is not Phase.RUNNING:
             return
         if not (gone := self.source.has_gone()):
@@ -216,11 +217,13 @@ class Supervisor:
         """Let go of all that is the supervisor's, do a worker's work, and end the process."""
         status = os.EX_SOFTWARE
         try:
+            oom.volunteer()
             self.let_go()
             assert self.source.file is not None
             status = self.work(self.crew.inherit(slot, self.source.file, channel, self.endpoints, self.quota))
         except (OSError, MemoryError) as error:
             logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))
+            status = os.EX_TEMPFAIL if lacks_room(error) else status
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
@@ -243,13 +246,14 @@ class Supervisor:
             self.truncation_seen = self.loop.now
             logger.warning("file was truncated: %s", fields(path=self.config.path, size=notices.truncated))
         if notices.gone:
-            self.handle_gone()
+            # With this turn's timers: a death may be being dealt with now, and what a drain does must not come in between.
+            self.loop.timers.set(self.handle_gone, self.loop.now)
 
     def handle_ready(self, slot: Slot) -> None:
         slot.ready = True
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
-        if not self.started_up and self.crew.all_ready() and not self.is_ending():
-            self.started_up = True
+        if not self.crew.started_up and self.crew.all_ready() and not self.is_ending():
+            self.crew.started_up = True
             systemd.notify("READY=1", f"STATUS={self.status.sentence()}")
         self.go_on_replacing()
 
@@ -348,7 +352,7 @@ class Supervisor:
             case Phase.WAITING:
                 return "waiting for file"
             case Phase.RUNNING:
-                return "" if self.started_up else "starting"
+                return "" if self.crew.started_up else "starting"
             case Phase.ROTATING:
                 return "rotating"
             case _:

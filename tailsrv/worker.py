@@ -57,7 +57,7 @@ def work(inheritance: Inheritance, config: Config) -> int:
         worker = Worker(inheritance, config, wakeup)
     except OSError as error:
         logger.critical("worker cannot boot: %s", fields(slot=inheritance.slot, reason=error))
-        return ExitStatus.CANNOT_BOOT
+        return os.EX_TEMPFAIL if policy.lacks_room(error) else ExitStatus.CANNOT_BOOT
     return worker.run()
 
 
@@ -307,6 +307,8 @@ class Worker:
         """
         self.draining = True
         self.acceptor.close(empty_queues=not rotating)
+        if not rotating:
+            self.news.notice(emptied=True)
         for client in self.headers:
             self.handle_client(client, select.EPOLLIN)
         self.news.send()  # starts the streams of those
