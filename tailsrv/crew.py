@@ -45,7 +45,8 @@ class Crew:
         self.started_up = False  # every slot has had a worker that was ready
         self.drain_until: float | None = None
         self.rotating = False  # the drain is for a next file, not for the end
-        self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
+        self.outdated = self._workers()  # to be replaced
+        self._ending: list[tuple[Slot, int]] = []  # those of them that have been asked to end
         self._loop = loop
         self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
         self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
@@ -90,6 +91,13 @@ class Crew:
             if slot.pid is None:
                 self.spawn(slot)
 
+    def refill_all(self) -> None:
+        """Fill the slots, and end the workers that are there: their successors know the file, and adopt their clients."""
+        without_file = self._workers()
+        self.fill_all()
+        self.outdated = without_file
+        self._ask_to_end(without_file)
+
     def replace_next(self) -> bool:
         """End the next worker that is outdated, for its successor to adopt its clients; tell whether there is one.
 
@@ -100,9 +108,19 @@ class Crew:
         self.outdated = self._still_outdated()
         successors = [slot for slot in self.slots if not self._is_outdated(slot)]
         if self.outdated and all(slot.pid is not None and slot.ready for slot in successors):
-            os.kill(self.outdated[0][1], signal.SIGTERM)
-            self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
+            self._ask_to_end(self.outdated[:1])
         return bool(self.outdated)
+
+    def _ask_to_end(self, workers: Sequence[tuple[Slot, int]]) -> None:
+        """Ask outdated workers to end, and kill those that do not in time."""
+        self._ending = list(workers)
+        for _, pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
+
+    def _workers(self) -> list[tuple[Slot, int]]:
+        """Return the slots that have a worker, each with its pid."""
+        return [(slot, slot.pid) for slot in self.slots if slot.pid is not None]
 
     def _is_outdated(self, slot: Slot) -> bool:
         """Tell whether the worker of `slot`, or the one that is being buried, is to be replaced."""
@@ -112,13 +130,13 @@ class Crew:
         """Return the workers that are still to be replaced."""
         return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
 
-    def _ending(self) -> list[tuple[Slot, int]]:
-        """Return the outdated worker that has been asked to end, and has not: the first; the next is asked when its successor is ready."""
-        return [(slot, pid) for slot, pid in self.outdated[:1] if slot.pid == pid]
+    def _still_ending(self) -> list[tuple[Slot, int]]:
+        """Return the outdated workers that have been asked to end, and have not."""
+        return [(slot, pid) for slot, pid in self._ending if slot.pid == pid]
 
     def _insist(self) -> None:
-        """Kill the outdated worker that has been asked to end and does not."""
-        for _, pid in self._ending():
+        """Kill the outdated workers that have been asked to end and have not."""
+        for _, pid in self._still_ending():
             os.kill(pid, signal.SIGKILL)
 
     def spawn(self, slot: Slot) -> None:
@@ -154,7 +172,7 @@ class Crew:
             theirs.close()
         return pid
 
-    def inherit(self, slot: Slot, file: int, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
+    def inherit(self, slot: Slot, file: int | None, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
         """Let go, in the child, of all that is not of `slot`, and return what is."""
         self.let_go(keep=slot)
         for other in self.slots:
@@ -271,7 +289,7 @@ class Crew:
 
         Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
         """
-        ending = self._ending()  # too late for an order: its successor gets it
+        ending = self._still_ending()  # too late for an order: their successors get it
         self.stop_filling()
         self.outdated = ending
         self.drain_until, self.rotating = until, rotating

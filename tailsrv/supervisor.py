@@ -103,7 +103,8 @@ class Supervisor:
             systemd.notify("READY=1")  # clients can connect
             self.go_on_replacing()
         else:
-            self.start_workers()
+            self.crew.fill_all()
+            self.start_serving()
         if (interval := systemd.watchdog_seconds()) is not None:
             Watchdog(self.loop, self.crew, interval).beat()
         while not self.ended:
@@ -128,8 +129,10 @@ class Supervisor:
     # The file
 
     def wait_for_file(self) -> None:
+        """Look for the file from time to time; workers without one accept meanwhile, or dead connections would fill the queues."""
         logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
         self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+        self.crew.fill_all()
 
     def look_for_file(self) -> None:
         try:
@@ -138,7 +141,8 @@ class Supervisor:
             self.handle_unusable(str(error))
             return
         if there:
-            self.start_workers()
+            self.crew.refill_all()
+            self.start_serving()
         else:
             self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
 
@@ -200,15 +204,15 @@ class Supervisor:
 
     # Workers
 
-    def start_workers(self) -> None:
+    def start_serving(self) -> None:
+        """Note that the workers, some of which may still be starting, have the file."""
         self.phase, self.source.trouble = Phase.RUNNING, ""
         logger.info("serving: %s", fields(path=self.config.path, size=self.source.size(), workers=len(self.crew.slots)))
-        self.crew.fill_all()
         self.go_on_replacing()
 
     def go_on_replacing(self) -> None:
         """Replace the next worker of the version before us, if we are at that."""
-        if self.replacing and not self.crew.replace_next() and (self.phase is Phase.WAITING or self.crew.all_ready()):
+        if self.replacing and not self.crew.replace_next() and self.crew.all_ready():
             self.replacing = False
             logger.info("upgraded: %s", fields(version=__version__, clients=self.crew.clients()))
             self.upgrader.done(self.loop.now)
@@ -219,7 +223,6 @@ class Supervisor:
         try:
             oom.volunteer()
             self.let_go()
-            assert self.source.file is not None
             status = self.work(self.crew.inherit(slot, self.source.file, channel, self.endpoints, self.quota))
         except (OSError, MemoryError) as error:
             logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))

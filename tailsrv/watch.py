@@ -171,6 +171,18 @@ class Watch:
                 pass  # gone, which is_gone() will say; or a folder that we may pass but not read
 
 
+class NoFile(Watch):
+    """Stands in for the watch while the file is awaited: it is empty, and nothing happens to it."""
+
+    def __init__(self) -> None:
+        self.file, self.path, self.polling, self.following = -1, "", None, False
+        self._inotify = None
+
+    def size(self) -> int:
+        """Return 0."""
+        return 0
+
+
 def steps_to(path: str) -> Iterator[str]:
     """Yield every name that the kernel goes through to resolve `path`, links and what they lead to, the file last."""
     try:

@@ -33,7 +33,7 @@ from tailsrv.slot import Inheritance
 from tailsrv.streams import Streams
 from tailsrv.syscalls import discard, finish_sending, streamed, take_socket
 from tailsrv.title import Title, worker_title
-from tailsrv.watch import Watch
+from tailsrv.watch import NoFile, Watch
 
 # Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once. EPOLLOUT is
 # asked for when a client blocks: asked for earlier, each new client's socket would be told of once more.
@@ -83,8 +83,9 @@ class Worker:
         self.wakeup = wakeup
         self.loop.register(self.channel.fileno(), self.handle_channel)
         self.loop.register(wakeup.fileno(), self.handle_signal)
-        self.watch = Watch(inheritance.file, config.path)
-        self.streams = Streams(inheritance.file, self.watch.size(), self.drop, self.await_room)
+        self.waiting = inheritance.file is None  # for the file: clients and their headers are left to a successor that has it
+        self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
+        self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_room)
         self.news = News(self.channel, self.loop, self.start_stream, self.end)
         self.lookout = Lookout(self.watch, self.streams, self.news, self.loop)
         self.headers = Headers(self.slot, config.header_timeout, self.loop, self.lookout, self.streams, self.news, self.drop)
@@ -99,7 +100,8 @@ class Worker:
         """Serve until the end and return the exit status."""
         self.news.notice(ready=True)
         self.title.changed(self.loop.now)
-        self.lookout.begin()
+        if not self.waiting:
+            self.lookout.begin()
         self.news.send()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
@@ -213,7 +215,9 @@ class Worker:
         except Exception as error:  # whatever it is, it must not reach the other clients
             self.drop(client, error)
             return
-        if start is not None:
+        if start is not None and self.waiting:
+            self.headers.forget(client)
+        elif start is not None:
             self.headers.answer(client, start)
 
     def heed(self, client: Client, mask: int) -> Start | None:
@@ -312,8 +316,9 @@ class Worker:
         for client in self.headers:
             self.handle_client(client, select.EPOLLIN)
         self.news.send()  # starts the streams of those
-        for client in self.headers:
-            (self.set_aside if rotating else self.drop)(client)  # it has not asked for anything
+        # Whoever has not asked for anything gets nothing; while there is no file, there is nothing for the others, either.
+        for client in list(self.clients.values()) if self.waiting else self.headers:
+            (self.set_aside if rotating else self.drop)(client)
         self.drainer.begin(settle=rotating)
         self.loop.timers.set(self.end_drain, self.loop.now + grace)
         self.title.changed(self.loop.now)

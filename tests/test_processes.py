@@ -20,7 +20,6 @@ from helpers import (
     Server,
     append,
     ask,
-    children,
     eventually,
     expect,
     expect_eof,
@@ -79,10 +78,10 @@ def test_title_of_one(serve: Serve, path: Path) -> None:
 
 
 def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
-    """Without a file there are no workers, and the title says what is waited for."""
+    """Without a file the supervisor's title says what is waited for; its workers look after clients already."""
     server = serve(path, "-w", "2")
     eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]")
-    assert children(server.pid) == []
+    assert [title(pid) for pid in server.workers(2)] == [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
 
 
 @pytest.mark.slow
