@@ -105,7 +105,10 @@ class Proof:
 
     def result(self, status: int) -> tuple[str | None, str]:
         """Return the version that has proved itself, or None and the reason, once the child ended with `status`."""
-        answer, complaints = _take(self._answer), _take(self._complaints)
+        try:
+            answer, complaints = _take(self._answer), _take(self._complaints)
+        except (OSError, TypeError) as error:  # TypeError: the interpreter's, where read(2) says EAGAIN
+            return None, f"what it said cannot be read: {_reason(error)}"
         try:
             if status == 0:
                 return str(json.loads(answer)["version"]), ""
