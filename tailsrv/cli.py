@@ -23,12 +23,17 @@ from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
 from tailsrv.syscalls import accept_queue
 from tailsrv.systemd import is_service, passed_sockets, take_sockets
-from tailsrv.upgrade import answer_check, is_check, is_upgrade, keep_private, read_state
+from tailsrv.title import longest_title, make_room
+from tailsrv.upgrade import answer_check, command, is_check, is_upgrade, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
 
 NO_PORT = "the following arguments are required: -p/--port"
 NO_PORT_HINT = " (or a socket unit; for tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env, INSTANCE without any backslash)"
+
+# Room in the title for the addresses of passed sockets: two IPv6 addresses. The title's room is
+# made before the sockets are taken, so their real names are not known yet.
+PASSED = ["[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] * 2
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
@@ -65,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, verbosity = parse(argv)
     if is_check():
         return answer_check()
+    # With arguments of a caller's, the command line of this process is not the one to execute.
+    if argv is None:
+        names = PASSED if config.port is None else endpoints(config.bind, 65535)
+        make_room(longest_title(names, config.path), *command())
     hold()  # until the supervisor's handlers are there
     set_up(verbosity)
     try:

@@ -10,6 +10,7 @@ import struct
 import termios
 from collections.abc import Iterable
 from enum import Enum
+from typing import NamedTuple
 
 from tailsrv.policy import SMALL
 from tailsrv.protocol import PEEK
@@ -205,6 +206,32 @@ def streamed(sock: socket.socket) -> int | None:
         if acked == _ACKED.unpack(before)[0]:
             return acked + waiting
         before = after
+
+
+class Unacknowledged(NamedTuple):
+    """What the kernel knows of a peer that has yet to acknowledge bytes."""
+
+    retransmits: int  # timeouts in a row after which bytes were sent again
+    probes: int  # of a closed window, in a row, that were not answered; or of keepalive
+    silence: float  # seconds since the last acknowledgement of any kind
+
+
+# tcpi_retransmits, tcpi_probes, tcpi_unacked (packets), tcpi_last_ack_recv (milliseconds), and
+# tcpi_notsent_bytes (since Linux 4.6).
+_UNACKNOWLEDGED = struct.Struct("=2xBB20xI28xI84xI")
+
+
+def unacknowledged(sock: socket.socket) -> Unacknowledged | None:
+    """Return what the kernel knows of the peer of `sock`, None if it has no bytes for that peer.
+
+    Also None for a socket that cannot tell.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKNOWLEDGED.size)
+        retransmits, probes, in_flight, silence, waiting = _UNACKNOWLEDGED.unpack(info)
+    except (OSError, struct.error):
+        return None
+    return Unacknowledged(retransmits, probes, silence / 1000) if in_flight or waiting else None
 
 
 def accept_queue(listener: socket.socket) -> tuple[int, int]:

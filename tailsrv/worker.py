@@ -19,6 +19,7 @@ from tailsrv import policy
 from tailsrv.acceptor import Acceptor
 from tailsrv.config import Config, ExitStatus
 from tailsrv.connection import Client, State
+from tailsrv.dead_peers import DeadPeers
 from tailsrv.drainer import Drainer
 from tailsrv.headers import Headers
 from tailsrv.log import Limited, fields, logger
@@ -90,6 +91,7 @@ class Worker:
         self.lookout = Lookout(self.watch, self.streams, self.news, self.loop)
         self.headers = Headers(self.slot, config.header_timeout, self.loop, self.lookout, self.streams, self.news, self.drop)
         self.drainer = Drainer(self.loop, self.streams, self.lookout, self.drop)
+        self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)
         self.adopt(inheritance.clients)
         self.acceptor = Acceptor(inheritance, self.loop, config.allow, self.welcome, lambda: len(self.clients), self.make_room)
         self.acceptor.start()
@@ -124,6 +126,9 @@ class Worker:
             self.ended = self.ended or not self.clients
         if self.dropped:
             self.close_dropped()
+        # The file has grown in this turn, so clients that had caught up were sent bytes.
+        if self.lookout.changed == self.loop.now:
+            self.dead_peers.expect_acks()
         self.plan_another_try()  # last, for all of these look at the file, which may leave somebody without memory
         self.news.report()
 
@@ -138,6 +143,7 @@ class Worker:
     def pump(self) -> None:
         """Send to those who are behind, as much as one turn may."""
         self.streams.pump()
+        self.dead_peers.expect_acks()
         if self.streams.shrunk:
             self.lookout.look()
         # Whoever else wants this processor comes first, another worker or a client: else they wait until our time slice is over
@@ -177,6 +183,7 @@ class Worker:
             elif entry.start is not None:
                 self.headers.forget(client)
                 self.streams.add(client, entry.start + sent)
+                self.dead_peers.expect_acks()  # of what the worker before us has sent
 
     def add_client(self, client: Client) -> bool:
         """Take `client` in and tell whether that was possible."""

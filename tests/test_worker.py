@@ -626,6 +626,24 @@ def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
     assert bench.receive(again, 4) == b"abcd"
 
 
+@pytest.mark.parametrize("when", ["it comes", "the file grows", "it is adopted"])
+def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
+    """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
+    _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
+    bench.until(lambda: client.state is State.STREAMING)
+    bench.skew += 2.0  # for the title
+    if when == "the file grows":
+        bench.until(lambda: bench.worker.loop.timeout() is None)
+        append(bench.path, b"ab")
+    elif when == "it is adopted":
+        bench.until(lambda: bench.worker.loop.timeout() is None)
+        bench.worker.adopt({99: Entry(client.sock.dup().detach(), 10)})
+    bench.until(lambda: (bench.worker.loop.timeout() or 0) > 20)
+    bench.skew += 30.0
+    bench.until(lambda: bench.worker.loop.timeout() is None)
+    assert client.state is State.STREAMING
+
+
 def test_truncation_is_reported(bench: Bench) -> None:
     """A truncated file is reported with its new size; a client beyond its end waits, and goes on when the file has grown."""
     far, _ = bench.connect(b"-0\n")
