@@ -150,6 +150,9 @@ def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait
     try:
         for level, option, value in keepalive.OPTIONS:
             sock.setsockopt(level, option, value)
+        # A byte that is marked as urgent is a byte of the stream like any other. Otherwise the kernel would leave it out,
+        # unless something on the way took the mark off: what is copied would depend on the way (RFC 6093).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         failure = sock.connect_ex(address)
         if failure == errno.EINPROGRESS:
             came = wait(sock.fileno(), select.POLLOUT, timeout)
