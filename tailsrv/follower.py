@@ -56,6 +56,7 @@ class Follow(Iterator[bytes]):
         """End the iteration."""
         self._closed = True
         self._hang_up()
+        self._dialer.close()
 
     def __enter__(self) -> Self:
         return self
