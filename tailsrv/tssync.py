@@ -20,6 +20,7 @@ from tailsrv.progress import Progress
 from tailsrv.timers import Timers
 
 PIPE = 1 << 20  # bytes; the most that an ordinary user's pipe may hold
+F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # linux/fcntl.h; an interpreter may be built without the name
 CAUGHT_UP = 0.5  # seconds without a byte
 ROOM_PAUSE = 1.0  # seconds between attempts while the disk is full
 
@@ -123,7 +124,7 @@ def pipe() -> Iterator[tuple[int, int]]:
     out, into = os.pipe()
     try:
         try:
-            fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE)
+            fcntl.fcntl(into, F_SETPIPE_SZ, PIPE)
         except OSError:
             pass  # this user's pipes have taken all that they may: a smaller one serves, too
         yield out, into

@@ -1,6 +1,5 @@
 """A name service that does not answer: it must hold up nothing but the connections to those names."""
 
-import shutil
 import signal
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from followers import TSCAT, TSSYNC, Command, answering, closed_port, run_client, started
 from helpers import DEADLINE, Serve, eventually, random_bytes
+from shims import build_shim
 from unit import run_python
 
 from tailsrv.dial import SILENT
@@ -66,12 +66,7 @@ int fdatasync(int fd) {
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a library that makes the name service silent."""
-    if not shutil.which("gcc"):
-        pytest.skip("takes gcc")
-    folder = tmp_path_factory.mktemp("shim")
-    (folder / "shim.c").write_text(SHIM)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "shim.so", "shim.c", "-ldl"], cwd=folder, check=True, timeout=DEADLINE)
-    return folder / "shim.so"
+    return build_shim(tmp_path_factory.mktemp("shim"), SHIM)
 
 
 @pytest.fixture
