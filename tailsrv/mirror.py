@@ -27,6 +27,7 @@ class Mirror:
         # would be where the link was, perhaps on another disk.
         self.path = os.path.realpath(path) if os.path.islink(path) else path
         self._can_splice = True
+        self._synced: int | None
         self._open()
 
     def __enter__(self) -> Self:
@@ -38,6 +39,7 @@ class Mirror:
     def _open(self) -> None:
         self.fd = _open_locked(self.path)
         self.length = os.fstat(self.fd).st_size
+        self._synced = None if self.length else 0  # so many of the first bytes the disk surely has
 
     def recall(self, offset: int) -> bytes:
         """Return the bytes before `offset`, which is the file's length. Raises RunError if it is not."""
@@ -88,11 +90,29 @@ class Mirror:
         return count
 
     def sync(self) -> None:
-        """Have what there is written to the disk. Raises RunError."""
+        """Have what there is written to the disk. Raises RunError, after which the file ends with what the disk surely has."""
+        length = self.length
         try:
             os.fdatasync(self.fd)
-        except OSError as error:  # the kernel says so once; what has failed is not tried again
-            raise RunError(f"cannot sync {self.path}: {error.strerror}") from error
+        except OSError as error:
+            # The kernel says so once, and takes what it could not write for written (fsync(2)): to ask again would succeed.
+            raise RunError(f"cannot sync {self.path}: {error.strerror}; {self._cut_back()}") from error
+        self._synced = length
+
+    def _cut_back(self) -> str:
+        """Take away the bytes that the disk may not have, so that the next run gets them anew; return what to say of that."""
+        if self._synced is None:
+            return "some of its bytes may be lost on the disk: move it away, so that it is copied anew"
+        found = os.fstat(self.fd)
+        kept = self._synced - self._synced % found.st_blksize  # the next block was being written, too
+        try:
+            if found.st_size > kept:  # never longer: that would be a hole
+                os.ftruncate(self.fd, kept)
+                self.length = kept
+            os.fdatasync(self.fd)
+        except OSError as error:
+            return f"it cannot be cut to {kept} bytes, which the disk has ({error.strerror}): move it away, so that it is copied anew"
+        return f"it was cut to {kept} bytes, which the disk has, and the next run goes on there"
 
     def _check(self) -> None:
         if (size := os.fstat(self.fd).st_size) != self.length:

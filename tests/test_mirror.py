@@ -188,3 +188,42 @@ def test_full_disk_without_splice(serve: Serve, path: Path, copy: Path) -> None:
         f"tssync: there is room again for {copy}",
     ]
     assert copy.read_bytes() == DATA
+
+
+@pytest.mark.slow
+@needs_strace
+@pytest.mark.parametrize("held", [0, 10_000])
+def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> None:
+    """What the disk may not have is taken away, to the whole block, and the next run gets it anew."""
+    path.write_bytes(DATA)
+    copy.write_bytes(DATA[:held])
+    kept = held - held % copy.stat().st_blksize
+    server = serve(path)
+    done = run_client(*failing("fdatasync:error=EIO:when=2"), *TSSYNC, here(server), copy, "--fsync", "0", "--until-idle", "20")
+    assert (done.returncode, done.stderr) == (1, f"tssync: cannot sync {copy}: Input/output error; it was cut to {kept} bytes, "
+        "which the disk has, and the next run goes on there\n")  # fmt: skip
+    assert copy.read_bytes() == DATA[:kept]
+    done = run_client(*TSSYNC, here(server), copy, "--fsync", "0", "--until-idle", "0.2")
+    assert (done.returncode, copy.read_bytes()) == (0, DATA)
+
+
+@pytest.mark.slow
+@needs_strace
+@pytest.mark.parametrize(
+    ("injection", "said"),
+    [
+        ("fdatasync:error=EIO", "some of its bytes may be lost on the disk: move it away"),
+        ("fdatasync:error=EIO:when=2+", "cannot be cut to 8192 bytes, which the disk has (Input/output error): move it away"),
+        ("fdatasync:error=EIO:when=2 ftruncate:error=EROFS", "which the disk has (Read-only file system): move it away"),
+    ],
+    ids=["from the start", "still", "read-only"],
+)
+def test_disk_that_fails_for_good(serve: Serve, path: Path, copy: Path, injection: str, said: str) -> None:
+    """Where nobody knows what the disk has, or the rest cannot be taken away, that is said."""
+    path.write_bytes(DATA)
+    copy.write_bytes(DATA[:10_000])
+    if copy.stat().st_blksize != 4096:
+        pytest.skip("blocks of another size here")
+    done = run_client(*failing(*injection.split()), *TSSYNC, here(serve(path)), copy, "--fsync", "0", "--until-idle", "20")
+    assert done.returncode == 1
+    assert said in done.stderr
