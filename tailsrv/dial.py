@@ -64,6 +64,9 @@ SILENT = "the name service does not answer"  # nor has errno for this, which is 
 QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
 
 
+FETCHING = 30.0  # seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
+
+
 class Dialer:
     """Gives connected sockets, one after the other.
 
@@ -197,15 +200,21 @@ def name_of(sock: socket.socket) -> str:
     return endpoint(*sock.getpeername()[:2])
 
 
-def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait) -> bytes:
-    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too."""
+def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCHING) -> bytes:
+    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too.
+
+    Also raises it after `limit` seconds in which there was always a little more: what has come would say nothing about the file.
+    """
     sock.send(header)
     data = b""
+    end = time.monotonic() + limit
     while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET):
         some = sock.recv(count - len(data))
         if not some:
             raise ConnectionAbortedError(errno.ECONNABORTED, ENDED)
         data += some
+        if len(data) < count and time.monotonic() >= end:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     return data
 
 
