@@ -59,11 +59,9 @@ def milliseconds(seconds: float | None) -> float | None:
 
 ENDED = "the connection was ended"  # in good order: errno has no words for it
 
-SILENT = "the name service does not answer"  # nor has errno for this, which is no failure yet
+SILENT = "the name service does not answer"  # nor for this, which is no failure yet
 
 QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
-
-
 FETCHING = 30.0  # seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
 
 

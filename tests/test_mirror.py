@@ -109,7 +109,7 @@ def unstable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("unstable")
 def test_inode_numbers_that_are_made_up(serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy whose inode has another number at each look is kept like any other, and its removal is still noticed."""
+    """A copy whose inode has another number at each look is kept like any other, and that another file has its name is still noticed."""
     path.write_bytes(DATA)
     with monkeypatch.context() as stable:
         stable.delenv("LD_PRELOAD")
@@ -119,7 +119,7 @@ def test_inode_numbers_that_are_made_up(serve: Serve, path: Path, copy: Path, tm
         append(path, b"more")
         holds(copy, DATA + b"more")
         copy.rename(tmp_path / "away")
-        copy.write_bytes(DATA + b"more")
+        copy.write_bytes(b"another one")
         append(path, b"and more")
         assert command.end() == 1
         assert f"{copy} was moved or deleted by somebody else" in command.errors
