@@ -30,7 +30,7 @@ def cannot_bind(error: OSError, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"{reason}; choose another port, or see who has this one: ss -ltnp sport = :{port}"
     if error.errno == errno.EACCES and port < 1024:
-        return f"{reason}; choose a port above 1023, or give the service CAP_NET_BIND_SERVICE"
+        return f"{reason}; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{reason}; no interface of this machine has it: ip addr"
     return reason

@@ -20,7 +20,7 @@ def error(number: int) -> OSError:
     [
         (errno.EADDRINUSE, 4321, "Address already in use; choose another port, or see who has this one: ss -ltnp sport = :4321"),
         (errno.EADDRINUSE, 0, "Address already in use; no port of net.ipv4.ip_local_port_range is free"),
-        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or give the service CAP_NET_BIND_SERVICE"),
+        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"),
         (errno.EACCES, 8080, "Permission denied"),
         (errno.EADDRNOTAVAIL, 1, "Cannot assign requested address; no interface of this machine has it: ip addr"),
         (errno.EMFILE, 1, "Too many open files"),

@@ -74,8 +74,8 @@ def follow_manual(machine: Machine, what: str) -> str:
 
 
 def follow(machine: Machine, commands: str) -> str:
-    """Run commands of ours by the letter, as root in a checkout; return what they print."""
-    return machine.run("bash", "-euc", "cd /root/tailsrv\n" + commands)
+    """Run commands of ours by the letter, as root of a hardened machine in a checkout; return what they print."""
+    return machine.run("bash", "-euc", "umask 077\ncd /root/tailsrv\n" + commands)
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,16 @@ def test_shell_in_the_pages_is_shell(commands: str) -> None:
     run("bash", "-n", "-c", commands)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_what_root_installs_can_be_run_by_others(page: str) -> None:
+    """Whatever a page installs into /opt, it installs with a umask that lets the service's user run it."""
+    spans = re.findall(r"`([^`]+)`", read(page).replace("```", "`"))
+    installs = [span.removeprefix("sh\n") for span in spans if "/opt/tailsrv/bin/pip install" in span]
+    assert [commands for commands in installs if not re.match(r"umask 022[;\n]", commands)] == []
+    if page in ("docs/operations.md", "contrib/relay/README.md"):
+        assert installs
+
+
 def test_changelog_has_the_version() -> None:
     """The changelog's newest entry but one, which collects what is not released, is this version, with its date."""
     entries = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", CHANGELOG, re.MULTILINE)
