@@ -267,7 +267,11 @@ class Supervisor:
 
     def keep_others(self, reason: str) -> None:
         """End the replacement of workers where ours do not start: those of the version before us go on."""
-        logger.error("workers of this version do not start, those of the last one go on; install another and send HUP: %s", reason)
+        logger.error(
+            "workers of this version do not start: clients of the old workers are served on, all others wait: %s %s",
+            reason,
+            fields(old_workers=len(self.crew.running()), hint="install a version that works and send HUP"),
+        )
         if self.replacing:
             self.replacing = False
             self.upgrader.done(self.loop.now)
