@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tailsrv.arguments import make_health_parser
-from tailsrv.health_ask import EndedError, InspectError, NotOursError, find
+from tailsrv.health_ask import EndedError, InspectError, NotOursError, find, ports
 from tailsrv.health_metrics import render_metrics
 from tailsrv.health_probe import inspect
 from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge
@@ -72,7 +72,7 @@ def check(options: Namespace) -> tuple[Level, str]:
     findings = [
         finding
         for server, outcome in zip(servers, outcomes, strict=True)
-        if (finding := weigh(server, outcome, asked_for)) is not None
+        if (finding := weigh(server, outcome, asked_for, is_doubtful(server, servers))) is not None
     ]  # fmt: skip
     strangers = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
     level, summary = summarize(findings, say_none(options, strangers))
@@ -100,18 +100,40 @@ def examine(server: Server, clients: bool) -> Report | InspectError:
         return InspectError(f"cannot be asked: {error}")
 
 
-def weigh(server: Server, outcome: Report | InspectError, asked_for: bool) -> Finding | None:
-    """Return what is to be said of a server, None if that is nothing: it has ended, or it is a stranger's that nobody asked for."""
+def weigh(server: Server, outcome: Report | InspectError, asked_for: bool, doubtful: bool = False) -> Finding | None:
+    """Return the finding on a server, None if it has ended, or is another user's and not asked for.
+
+    Of a `doubtful` server no fault is more than UNKNOWN.
+    """
     match outcome:
         case Report():
-            return Finding(outcome.server, judge(outcome), outcome)
+            return Finding(outcome.server, temper(judge(outcome), doubtful), outcome)
         case EndedError():
             return None
         case NotOursError() if not asked_for:
             return None
         case _:
-            alarming = asked_for or server.uid is not None  # it may be a stranger's, who fills a queue to alarm us
-            return Finding(server, Verdict(outcome.level if alarming else Level.UNKNOWN, (str(outcome),)))
+            # A user whom we could not see may be one who fills the queue of a name to alarm us.
+            doubtful = doubtful or (server.uid is None and not asked_for)
+            return Finding(server, temper(Verdict(outcome.level, (str(outcome),)), doubtful))
+
+
+def is_doubtful(server: Server, servers: Sequence[Server]) -> bool:
+    """Tell whether `server` may be an impostor's: any user can take a name for another's port.
+
+    Root's servers and our own are not, nor are those of a user who is the only one on their ports.
+    """
+    if server.ours or server.uid == 0:
+        return False
+    beside = [other for other in servers if other is not server and ports(other) & ports(server)]
+    return any(server.uid is None or other.uid != server.uid for other in beside)
+
+
+def temper(verdict: Verdict, doubtful: bool) -> Verdict:
+    """Return the verdict on a server, which for a doubtful one is UNKNOWN at most."""
+    if doubtful and verdict.level is not Level.OK:
+        return Verdict(Level.UNKNOWN, verdict.reasons)
+    return verdict
 
 
 def say_none(options: Namespace, strangers: int) -> str:

@@ -30,8 +30,13 @@ LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
 LOOKS = 3
 
 _LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
+
+# Any user may take any name. Only an endpoint as we write it is a server's: `*`, a host's name or
+# IPv4 address, or an IPv6 address in brackets with its scope, and a port. A name with a comma
+# would read as several endpoints.
+_ENDPOINT = r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}"
 _LISTENER = re.compile(  # address, references, protocol, flags, type, state, inode, name, which is anybody's text
-    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +[0-9]+ @{PREFIX}(\S+:[1-9][0-9]{{0,4}})$", re.ASCII
+    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
 )
 
 Figure = TypeVar("Figure")
@@ -70,14 +75,11 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
             server = _find_holder(endpoint)
         except EndedError:
             continue
-        key = server.pid or endpoint
+        # With its user: a pid may have been that of another process, which took its name before.
+        key = (server.pid, server.uid) if server.pid else endpoint
         known = found.get(key)
         found[key] = replace(server, endpoints=(*known.endpoints, endpoint)) if known else server
-    return [
-        server
-        for server in found.values()
-        if pid in (None, server.pid) and (port is None or any(_port(endpoint) == port for endpoint in server.endpoints))
-    ]
+    return [server for server in found.values() if pid in (None, server.pid) and (port is None or port in ports(server))]
 
 
 def list_endpoints() -> list[str]:
@@ -88,7 +90,12 @@ def list_endpoints() -> list[str]:
 def _read_endpoints() -> set[str]:
     with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:  # there also where the rest of /proc is hidden
         matches = [_LISTENER.match(line) for line in file]
-    return {match[2] for match in matches if match and int(match[1], 16) & _LISTENS and match[2].isprintable()}
+    return {match[2] for match in matches if match and int(match[1], 16) & _LISTENS and _port(match[2]) <= 65535}
+
+
+def ports(server: Server) -> set[int]:
+    """Return the ports of a server's endpoints."""
+    return {_port(endpoint) for endpoint in server.endpoints}
 
 
 def _port(endpoint: str) -> int:
@@ -145,7 +152,7 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
             raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
         pid, uid, _ = credentials(sock)
         _check_user(uid)
-        if server.pid is not None and pid != server.pid:
+        if server.pid is not None and (pid, uid) != (server.pid, server.uid):
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
         try:
             data = _receive(sock, time.monotonic() + patience)

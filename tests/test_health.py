@@ -566,6 +566,41 @@ def test_user_without_a_name() -> None:
 
 
 @root_only
+@pytest.mark.parametrize("beside", [False, True])
+def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> None:
+    """Another user's name makes root's check CRITICAL, but UNKNOWN beside a server on that port."""
+    path.write_bytes(b"data")
+    with ExitStack() as stack:
+        port = stack.enter_context(spare_port())
+        if beside:
+            server = serve(path)
+            server.workers()
+            port = server.port
+        with being(3_000_000_001):
+            stack.enter_context(pretending(status_of(os.getpid()), name=f"a-name:{port}"))
+        done = health("-p", str(port))
+        metrics = health("-p", str(port), "--format", "prometheus").stdout
+    assert done.returncode == (Level.UNKNOWN if beside else Level.CRITICAL)
+    assert done.stdout.partition("\n")[0].endswith(f"tailsrv a-name:{port} (user 3000000001): no worker")
+    assert (f'tailsrv_health_status{{server="*:{port}"}} 0\n' in metrics) is beside
+    assert list(text_string_to_metric_families(metrics))
+
+
+@root_only
+def test_pid_that_was_an_impostors() -> None:
+    """A name that a process took as another user is not listed with the names of its pid."""
+    with spare_port() as port, ExitStack() as stack:
+        for user, host in ((3_000_000_001, "127.9.9.8"), (0, "127.9.9.9")):
+            with being(user):
+                stack.enter_context(pretending(b"", name=f"{host}:{port}"))
+        found = find(port=port)
+    assert [(server.uid, server.endpoints) for server in found] == [
+        (3_000_000_001, (f"127.9.9.8:{port}",)),
+        (0, (f"127.9.9.9:{port}",)),
+    ]
+
+
+@root_only
 def test_silence_of_another_user() -> None:
     """A supervisor of root's that says nothing to us is none of ours; one that says nothing to root is broken."""
     with pretending(b"") as port:
@@ -613,6 +648,12 @@ def test_full_queue() -> None:
     assert done.stdout == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
 
 
+NO_HOSTS = (
+    "a:1,b", "a,b", "a/b", 'a"b', "a\\b", "a=b", "a\u00a0b", "a\x1bb", "a\u202eb", "**", "\udcff",
+    "::1", "a:b", "[]", "[::1", "[::1%]", "[::1%a,b]", "[::1%a b]", "[x]",
+)  # fmt: skip
+
+
 def test_forged_list_of_sockets(tmp_path: Path) -> None:
     """A name that forges lines of the kernel's list of sockets, or looks like ours, is passed over."""
     with spare_port() as port, ExitStack() as stack:
@@ -620,13 +661,25 @@ def test_forged_list_of_sockets(tmp_path: Path) -> None:
             f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}",
             f"\0tailsrv:127.9.9.9:{port}/clients", f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0",
             f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
+            *(f"\0tailsrv:{host}:{port}" for host in NO_HOSTS), "\0tailsrv:127.9.9.9:65536",
         ]  # fmt: skip
         for name in names:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(name)
+            listener.bind(name.encode(errors="surrogateescape"))
             listener.listen()
         stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
         assert find(port=port) == []
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "127.9.9.9", "log-server_1.example.net", "b\u00fccher.example", "[::1]", "[::ffff:127.9.9.9]", "[fe80::1%eth0.100]"]
+)
+def test_names_of_servers(host: str) -> None:
+    """Whatever `--bind` may be given, a server's name is found."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0tailsrv:{host}:{port}")
+        listener.listen()
+        assert [server.endpoints for server in find(port=port)] == [(f"{host}:{port}",)]
 
 
 CHURN = """

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tailsrv.health import EndedError, InspectError, NotOursError, weigh
+from tailsrv.health import EndedError, InspectError, NotOursError, is_doubtful, weigh
 from tailsrv.health_metrics import render_metrics
 from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
 from tailsrv.health_status import Client, Listener, ServedFile
@@ -119,20 +119,63 @@ def test_worst(levels: list[Level], expected: Level) -> None:
     assert worst(levels) is expected
 
 
+ILL = replace(REPORT, workers=())
+
+
 @pytest.mark.parametrize(
-    ("outcome", "asked_for", "level"),
+    ("outcome", "asked_for", "doubtful", "level"),
     [
-        (REPORT, False, Level.OK),
-        (EndedError("ended", Level.CRITICAL), True, None),
-        (NotOursError("a stranger's"), False, None),
-        (NotOursError("a stranger's"), True, Level.UNKNOWN),
-        (InspectError("no answer", Level.CRITICAL), False, Level.CRITICAL),
+        (REPORT, False, False, Level.OK),
+        (REPORT, True, True, Level.OK),
+        (ILL, True, False, Level.CRITICAL),
+        (ILL, True, True, Level.UNKNOWN),
+        (with_worker(restarted=1.0), True, True, Level.UNKNOWN),
+        (EndedError("ended", Level.CRITICAL), True, False, None),
+        (NotOursError("a stranger's"), False, False, None),
+        (NotOursError("a stranger's"), True, False, Level.UNKNOWN),
+        (InspectError("no answer", Level.CRITICAL), False, False, Level.CRITICAL),
+        (InspectError("no answer", Level.CRITICAL), True, False, Level.CRITICAL),
+        (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
     ],
 )
-def test_weigh(outcome: Report | InspectError, asked_for: bool, level: Level | None) -> None:
-    """A server that has ended is not spoken of, nor is a stranger's that nobody has asked for."""
-    finding = weigh(SERVER, outcome, asked_for)
+def test_weigh(outcome: Report | InspectError, asked_for: bool, doubtful: bool, level: Level | None) -> None:
+    """Neither a server that has ended nor a stranger's is spoken of; an impostor raises no alarm."""
+    finding = weigh(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
+
+
+@pytest.mark.parametrize(("asked_for", "level"), [(True, Level.CRITICAL), (False, Level.UNKNOWN)])
+def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
+    """A server whose queue was too full to see its user is an alarm only if it was asked for."""
+    finding = weigh(replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for)
+    assert finding is not None
+    assert finding.verdict.level == level
+
+
+def server_of(uid: int | None, *endpoints: str) -> Server:
+    """Return a server of another user's."""
+    return Server(endpoints, 4711, uid, None, ours=False)
+
+
+@pytest.mark.parametrize(
+    ("server", "others", "doubtful"),
+    [
+        (server_of(7, "evil:1"), [], False),
+        (server_of(7, "evil:1"), [server_of(0, "*:1")], True),
+        (server_of(7, "evil:1"), [server_of(8, "*:1")], True),
+        (server_of(7, "evil:1", "evil:2"), [server_of(0, "127.0.0.1:2", "127.0.0.1:3")], True),
+        (server_of(7, "evil:1"), [server_of(0, "*:2")], False),
+        (server_of(7, "a:1"), [server_of(7, "b:1")], False),
+        (server_of(0, "*:1"), [server_of(7, "evil:1")], False),
+        (replace(server_of(7, "*:1"), ours=True), [server_of(8, "evil:1")], False),
+        (server_of(None, "*:1"), [], False),
+        (server_of(None, "*:1"), [server_of(None, "evil:1")], True),
+        (server_of(7, "a:1"), [server_of(None, "b:1")], True),
+    ],
+)
+def test_is_doubtful(server: Server, others: list[Server], doubtful: bool) -> None:
+    """Beside another user's server on its port a server is doubtful, unless it is root's or ours."""
+    assert is_doubtful(server, [server, *others]) is doubtful
 
 
 def test_total() -> None:
@@ -264,6 +307,23 @@ def test_metrics_name_each_peer_once() -> None:
         family.name: family for family in text_string_to_metric_families(render_metrics([judged(replace(REPORT, clients=clients))]))
     }
     assert [(sample.labels["peer"], sample.value) for sample in families["tailsrv_client_lag_bytes"].samples] == [(peer, 99)]
+
+
+def test_metrics_have_each_label_set_once() -> None:
+    """Whatever an impostor repeats, no two samples have the same labels, and the first counts."""
+    worker, client = replace(WORKER, clients=1), Client(0, "192.0.2.7:1", 0, 1, 1)
+    report = replace(
+        REPORT,
+        state="serving",
+        workers=(worker, replace(worker, clients=2)),
+        listeners=(LISTENER, LISTENER, replace(LISTENER, slot=None), replace(LISTENER, slot=None)),
+        clients=(client, client),
+    )
+    lines = render_metrics([judged(report), judged(report), Finding(SERVER, Verdict(Level.UNKNOWN))]).splitlines()
+    samples = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert 'tailsrv_worker_clients{server="*:4321",slot="0"} 1' in lines
+    assert lines.count("# TYPE tailsrv_health_status gauge") == 1
 
 
 @pytest.mark.parametrize("path", ["/a b", '/"', "/\\", "/\\n", "/\n", "/é", "/\x1b"])
