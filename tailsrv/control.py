@@ -48,20 +48,27 @@ class Control:
         for sock in self.sockets:
             sock.close()
 
-    def askers(self, sock: socket.socket) -> list[socket.socket]:
-        """Return a connection, non-blocking, to everyone who waits at `sock` and is the same user or root; close on all others."""
-        found = []
+    def askers(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
+        """Accept those who wait at `sock`, at most ANSWERS of them.
+
+        Return a non-blocking connection to each who is the same user or root, all others are
+        closed, and the error if there is no descriptor or memory for the next (accept(2)). Until
+        there is, `sock` stays readable, even when the next one has gone.
+        """
+        found: list[socket.socket] = []
         for _ in range(ANSWERS):
             try:
                 peer, _ = sock.accept()
-            except OSError:  # nobody waits any more, or no descriptor is left for whoever does
+            except BlockingIOError:  # nobody waits any more
                 break
+            except OSError as error:
+                return found, error
             peer.setblocking(False)
             if credentials(peer)[1] in (0, os.geteuid()):
                 found.append(peer)
             else:
                 peer.close()
-        return found
+        return found, None
 
 
 def find_supervisor(endpoint: str) -> int | None:

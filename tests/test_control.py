@@ -41,7 +41,7 @@ def connect(endpoint: str) -> socket.socket:
 
 def answer(control: Control, sock: socket.socket, status: bytes) -> None:
     """Give `status` to everyone who may have it."""
-    for peer in control.askers(sock):
+    for peer in control.askers(sock)[0]:
         with peer, suppress(OSError):
             peer.send(status)
 
@@ -111,6 +111,38 @@ control.close()
 """
     done = run_python(TELL + code, endpoint)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("socket", ["", "/clients"])
+def test_no_room_to_accept(endpoint: str, socket: str) -> None:
+    """Without a descriptor for those who ask nothing spins; once there is one, they get their answer."""
+    code = """
+import resource
+name += sys.argv[2]
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+with ask() as asker:
+    ask().close()
+    lowest = os.dup(asker.fileno())
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    for _ in range(2):
+        loop.turn()
+        assert loop.wait(0) == [], "it spins"
+        loop.turn()
+        assert loop.wait(0) != [], "it has not tried again"
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    loop.turn()
+    assert recv_all(asker) == (long if name == sys.argv[1] else b"")
+    pid, _ = os.wait()
+    assert teller.reaped(pid)
+control.close()
+"""
+    done = run_python(TELL + code, endpoint, socket)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "short of descriptors or memory, health checks have to wait, clients do not: reason='Too many open files'"
+    ]
 
 
 def test_name_that_is_none(endpoint: str) -> None:
@@ -234,7 +266,7 @@ os.setuid(server)
 control = Control.lock([sys.argv[1]])
 os.write(told, b"!")
 assert select.select(control.status, [], [], 20)[0]
-for peer in control.askers(control.status[0]):
+for peer in control.askers(control.status[0])[0]:
     with peer:
         peer.send(b"status")
 control.close()
