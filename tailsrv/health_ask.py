@@ -9,7 +9,6 @@ import pwd
 import re
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from tailsrv.health_status import AnswerError, Client, Status, decode_clients, d
 
 PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
 CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabytes
+RETRY = 0.02  # seconds between two tries to connect to a control socket whose queue is full
 LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
 
 # How often to read the kernel's list of sockets. It comes page by page, and lacks one now and then where others are closed in
@@ -35,8 +35,8 @@ _LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_ne
 # IPv4 address, or an IPv6 address in brackets with its scope, and a port. A name with a comma
 # would read as several endpoints.
 _ENDPOINT = r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}"
-_LISTENER = re.compile(  # address, references, protocol, flags, type, state, inode, name, which is anybody's text
-    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
+_LISTENER = re.compile(  # address, references, protocol, flags, type (SOCK_STREAM), state, inode, name, which is anybody's text
+    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) 0001 [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
 )
 
 Figure = TypeVar("Figure")
@@ -106,8 +106,8 @@ def _find_holder(endpoint: str) -> Server:
     """Return who listens at an endpoint's control socket. Raises EndedError."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            _connect(sock, endpoint, patience=None)
-        except BlockingIOError:
+            _connect(sock, endpoint, deadline=0.0)
+        except OSError:  # its queue is full, or we are not permitted to: asking it tells which
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
         return Server((endpoint,), pid, uid, _user(uid), ours=uid == os.geteuid())
@@ -129,25 +129,33 @@ class _Answer:
     data: bytes
 
 
-def _connect(sock: socket.socket, name: str, patience: float | None) -> None:
-    """Connect to a control socket; raises BlockingIOError if its queue stays full for `patience` seconds (None: is full)."""
-    if patience is None:
-        sock.setblocking(False)
-    else:  # a non-blocking connect(2) to a full unix socket does not wait, so that there is nothing to poll for
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience), 0))
-    try:
-        sock.connect(f"\0{PREFIX}{name}")
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise EndedError("the server has ended", Level.CRITICAL) from error
+def _connect(sock: socket.socket, name: str, deadline: float) -> None:
+    """Connect to a control socket, at least once and until `deadline`, a time of time.monotonic().
+
+    Raises BlockingIOError if its queue is still full then, EndedError if nobody listens there.
+    """
+    sock.setblocking(False)
+    while True:
+        try:
+            sock.connect(f"\0{PREFIX}{name}")
+        except BlockingIOError:
+            # There is nothing to poll for, see connect(2), EAGAIN. SO_SNDTIMEO would wait, but what
+            # it takes depends on the libc where a long has 32 bits and a time has 64.
+            if time.monotonic() + RETRY > deadline:
+                raise
+            time.sleep(RETRY)
+        except ConnectionRefusedError:
+            raise EndedError("the server has ended", Level.CRITICAL) from None
+        else:
+            return
 
 
 def _ask(server: Server, suffix: str, patience: float) -> _Answer:
-    """Return what `server` answers. Raises InspectError."""
+    """Return what `server` answers within `patience` seconds. Raises InspectError."""
+    deadline = time.monotonic() + patience
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            _connect(sock, server.endpoints[0] + suffix, patience)
+            _connect(sock, server.endpoints[0] + suffix, deadline)
         except BlockingIOError:
             raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
         pid, uid, _ = credentials(sock)
@@ -155,7 +163,7 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
         if server.pid is not None and (pid, uid) != (server.pid, server.uid):
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
         try:
-            data = _receive(sock, time.monotonic() + patience)
+            data = _receive(sock, deadline)
         except TimeoutError:
             raise InspectError(f"supervisor does not answer: {_describe(pid)}", Level.CRITICAL) from None
         except ConnectionError:

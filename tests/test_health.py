@@ -638,6 +638,40 @@ def test_text_that_a_terminal_would_obey() -> None:
     assert r"\x1b[2J" in done.stdout
 
 
+def test_queue_that_has_room_in_time() -> None:
+    """A question waits for room in a full queue, and is answered then."""
+    status = status_of(os.getpid())
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(f"\0tailsrv:127.9.9.9:{port}")
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        asked = pool.submit(inspect, only(port))
+        listener.accept()[0].close()
+        while not asked.done():
+            if select.select([listener], [], [], 0.01)[0]:
+                with listener.accept()[0] as peer:
+                    peer.sendall(status)
+        assert asked.result().state == "serving"
+
+
+HIDE = """
+import socket
+del socket.SO_SNDTIMEO, socket.SO_RCVTIMEO
+"""
+
+
+def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """The options whose format depends on the libc's time_t, on machines of 32 bits, are not used."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    server.workers()
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    done = health("-p", str(server.port), "--clients", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (Level.OK, "")
+
+
 @pytest.mark.slow
 def test_full_queue() -> None:
     """A supervisor that has left so many questions waiting that there is room for no more does not answer."""
@@ -667,6 +701,9 @@ def test_forged_list_of_sockets(tmp_path: Path) -> None:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(name.encode(errors="surrogateescape"))
             listener.listen()
+        packets = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        packets.bind(f"\0tailsrv:127.9.9.9:{port}")
+        packets.listen()
         stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
         assert find(port=port) == []
 
