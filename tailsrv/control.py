@@ -11,6 +11,10 @@ ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our
 PREFIX = "tailsrv:"
 CLIENTS = "/clients"  # an endpoint's second socket has this behind its name
 
+# Users that there can be: the length of uid_map in user_namespaces(7) where it leaves none out.
+EVERY_USER = 0xFFFFFFFF
+OVERFLOW_UID = 65534  # of /proc/sys/kernel/overflowuid, where nobody has set it to another
+
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7)
 
 
@@ -25,6 +29,7 @@ class Control:
         self.sockets = sockets
         half = len(sockets) // 2
         self.status, self.clients = sockets[:half], sockets[half:]  # who connects is told the one or the other
+        self._nobody = overflow_uid()
 
     @classmethod
     def lock(cls, endpoints: Sequence[str]) -> "Control":
@@ -51,9 +56,9 @@ class Control:
     def askers(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
         """Accept those who wait at `sock`, at most ANSWERS of them.
 
-        Return a non-blocking connection to each who is the same user or root, all others are
-        closed, and the error if there is no descriptor or memory for the next (accept(2)). Until
-        there is, `sock` stays readable, even when the next one has gone.
+        Return a non-blocking connection to each who is certainly the same user or root (all others
+        are closed), and the error if there is no descriptor or memory for the next (accept(2)).
+        Until there is, `sock` stays readable, even when the next one has gone.
         """
         found: list[socket.socket] = []
         for _ in range(ANSWERS):
@@ -64,7 +69,8 @@ class Control:
             except OSError as error:
                 return found, error
             peer.setblocking(False)
-            if credentials(peer)[1] in (0, os.geteuid()):
+            uid = credentials(peer)[1]
+            if uid in (0, os.geteuid()) and uid != self._nobody:
                 found.append(peer)
             else:
                 peer.close()
@@ -92,6 +98,21 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return pid, uid and gid of the other end of a unix socket (unix(7), SO_PEERCRED); pid 0: in no namespace of ours."""
     pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return pid, uid, gid
+
+
+def overflow_uid() -> int | None:
+    """Return the uid that any user may have whom our user namespace does not map, None if it maps all.
+
+    See user_namespaces(7), "Unmapped user and group IDs". Where /proc cannot tell, it may be 65534.
+    """
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            if sum(int(line.split()[2]) for line in file) >= EVERY_USER:
+                return None
+        with open("/proc/sys/kernel/overflowuid", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError, IndexError):
+        return OVERFLOW_UID
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.control import CLIENTS, PREFIX, credentials, read_stat
+from tailsrv.control import CLIENTS, PREFIX, credentials, overflow_uid, read_stat
 from tailsrv.health_report import STOPPED, Level, Server
 from tailsrv.health_status import AnswerError, Client, Status, decode_clients, decode_status
 
@@ -110,7 +110,7 @@ def _find_holder(endpoint: str) -> Server:
         except OSError:  # its queue is full, or we are not permitted to: asking it tells which
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
-        return Server((endpoint,), pid, uid, _user(uid), ours=uid == os.geteuid())
+        return Server((endpoint,), pid, uid, _user(uid), ours=_is_ours(uid))
 
 
 def _user(uid: int) -> str:
@@ -175,22 +175,27 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
 
 def _check_user(uid: int) -> None:
     """Raise NotOursError if whoever holds the name could be anybody: abstract names are for the first to come."""
-    ours = os.geteuid()
-    if ours not in (0, uid) and uid != 0:
+    if os.geteuid() != 0 and uid != 0 and not _is_ours(uid):
         raise _not_ours(uid)
 
 
+def _is_ours(uid: int) -> bool:
+    """Tell whether `uid` is our user, and not one of another user namespace who looks like it."""
+    return uid == os.geteuid() and uid != overflow_uid()
+
+
 def _not_ours(uid: int) -> NotOursError:
-    return NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
+    user = "that this user namespace does not know" if uid == overflow_uid() else _user(uid)
+    return NotOursError(f"belongs to user {user}: only that user and root get an answer")
 
 
 def _explain_silence(pid: int, uid: int) -> None:
     """Raise what it means that a supervisor has closed the connection without a word."""
-    if os.geteuid() not in (0, uid):
+    if os.geteuid() != 0 and not _is_ours(uid):
         raise _not_ours(uid)
     if pid and read_stat(pid) is None:
         raise EndedError("the server has ended", Level.CRITICAL)
-    raise InspectError("supervisor gives an empty answer")
+    raise InspectError("supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there")
 
 
 def _receive(sock: socket.socket, deadline: float) -> bytes:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
 
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, read_stat
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, read_stat
 
 STATUS = b'{"clients": 3}\n'
 
@@ -54,6 +54,41 @@ def test_process_that_has_gone() -> None:
     assert stat is not None
     assert stat.parent == os.getpid()
     assert read_stat(child.pid) != stat
+
+
+MAP = """
+import ctypes, os, sys
+from tailsrv.control import overflow_uid
+print(overflow_uid(), end=" ", flush=True)
+(ready, tell), (mapped, go) = os.pipe(), os.pipe()
+if (pid := os.fork()) == 0:
+    if ctypes.CDLL(None).unshare(0x10000000) != 0:  # CLONE_NEWUSER
+        os._exit(77)
+    os.write(tell, b"!")
+    os.read(mapped, 1)
+    print(overflow_uid(), flush=True)
+    os._exit(0)
+os.close(tell)
+if os.read(ready, 1):
+    with open(f"/proc/{pid}/uid_map", "w") as file:
+        file.write(sys.argv[1])
+    os.write(go, b"!")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not as_root or overflow_uid() is not None, reason="not root where every user is known")
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [("0 0 4294967295", None), ("0 0 4294967294", 65534), ("1000 0 1", 65534), ("0 5 5\n5 10 4294967285", 65534),
+     ("0 0 5\n5 5 4294967290", None)],
+)  # fmt: skip
+def test_overflow_uid(users: str, expected: int | None) -> None:
+    """Only in a user namespace that leaves users out does one number stand for many."""
+    done = run_python(MAP, users)
+    if done.returncode == 77:
+        pytest.skip("no user namespaces here")
+    assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
 
 
 TELL = """
@@ -277,7 +312,7 @@ os.waitpid(pid, 0)
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 @pytest.mark.parametrize(
     ("server", "asker", "answer"),
-    [(0, 0, "status"), (65534, 65534, "status"), (65534, 0, "status"), (0, 65534, ""), (65534, 65533, "")],
+    [(0, 0, "status"), (12345, 12345, "status"), (12345, 0, "status"), (0, 12345, ""), (12345, 12344, "")],
 )
 def test_answer_only_to_the_same_user_and_root(endpoint: str, server: int, asker: int, answer: str) -> None:
     """A stranger gets no status, only the end."""

@@ -607,8 +607,40 @@ def test_silence_of_another_user() -> None:
         found = only(port)
         with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
             inspect(found)
-        with pytest.raises(InspectError, match="supervisor gives an empty answer"):
+        with pytest.raises(InspectError, match="supervisor gives an empty answer: perhaps it is in another user namespace"):
             inspect(found)
+
+
+needs_user_namespace = pytest.mark.skipif(
+    not as_root or not runs("unshare", "--user", "--map-user=1000", "true"), reason="no user namespaces here"
+)
+
+
+ROOTLESS = (*AS_NOBODY, "unshare", "--user", "--map-user=1000")
+
+
+@pytest.mark.skipif(not runs(*ROOTLESS, sys.executable, "-c", "import tailsrv"), reason="no user namespaces, or Python cannot be read")
+def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> None:
+    """Of a server that cannot know root, root learns that it may be in another user namespace."""
+    path = open_folder / "file.log"
+    path.write_bytes(b"data")
+    path.chmod(0o644)
+    server = serve(path, wrapper=ROOTLESS)
+    server.workers()
+    status, first = ask(server)
+    assert status == Level.UNKNOWN
+    assert "(user nobody): supervisor gives an empty answer: perhaps it is in another user namespace" in first
+
+
+@needs_user_namespace
+def test_stranger_of_a_user_namespace_is_not_believed() -> None:
+    """A user who only looks like ours in our user namespace is not believed."""
+    with ExitStack() as stack:
+        with being(3_000_000_001):
+            port = stack.enter_context(pretending(status_of(os.getpid())))
+        done = health("-p", str(port), wrapper=("unshare", "--user", "--map-user=65534"))
+    assert done.returncode == Level.UNKNOWN
+    assert "belongs to user that this user namespace does not know: " in done.stdout
 
 
 def test_worker_that_is_another_process() -> None:
