@@ -4,12 +4,16 @@ import errno
 import os
 import socket
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
 PREFIX = "tailsrv:"
 CLIENTS = "/clients"  # an endpoint's second socket has this behind its name
+
+# Bytes of an endpoint in a socket's name, of the 107 that unix(7) has room for behind the NUL.
+LONGEST = 107 - len(PREFIX) - len(CLIENTS)
 
 # Users that there can be: the length of uid_map in user_namespaces(7) where it leaves none out.
 EVERY_USER = 0xFFFFFFFF
@@ -142,5 +146,23 @@ def start_ticks(pid: int) -> int | None:
     return stat.ticks if stat else None
 
 
+def socket_name(endpoint: str) -> str:
+    """Return the name of an endpoint's control socket, without PREFIX: the endpoint itself if it fits.
+
+    The end of a host's name for which there is no room becomes a checksum of the whole name. The
+    port stays where a health check looks for it.
+    """
+    if len(endpoint.encode()) <= LONGEST:
+        return endpoint
+    host, _, port = endpoint.rpartition(":")
+    end = f"~{zlib.crc32(host.encode()):08x}:{port}"
+    return host.encode()[: LONGEST - len(end)].decode(errors="ignore") + end
+
+
 def _address(name: str) -> str:
-    return f"\0{PREFIX}{name}"  # abstract: no file to go stale, and as wide as the port is: a network namespace
+    """Return the address of an endpoint's control socket, or of its second one if CLIENTS is behind it.
+
+    It is abstract: no file to go stale, and as wide as the port is, a network namespace.
+    """
+    endpoint = name.removesuffix(CLIENTS)
+    return f"\0{PREFIX}{socket_name(endpoint)}{name[len(endpoint) :]}"

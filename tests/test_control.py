@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
 
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, read_stat
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, read_stat, socket_name
 
 STATUS = b'{"clients": 3}\n'
 
@@ -186,6 +186,29 @@ def test_name_that_is_none(endpoint: str) -> None:
         Control.lock([endpoint, "x" * 200])
     assert not isinstance(caught.value, AlreadyServedError)
     assert find_supervisor(endpoint) is None
+
+
+@pytest.mark.parametrize("host", ["*", "[::1]", "h" * 89, "\u00fc" * 44])
+def test_name_that_fits(host: str) -> None:
+    """A name for which there is room is the endpoint itself."""
+    assert socket_name(f"{host}:1") == f"{host}:1"
+
+
+@pytest.mark.parametrize("letter", ["h", "\u00fc", "\U0001f4dc"])
+@pytest.mark.parametrize("port", [1, 65535])
+def test_long_name(letter: str, port: int) -> None:
+    """A name for which there is no room is shortened, differs from others, and keeps its port."""
+    first = os.urandom(4).hex()
+    hosts = [first + letter * count for count in (84, 85, 250)] + [first + letter * 84 + "x"]
+    names = [f"{host}:{port}" for host in hosts]
+    short = [socket_name(name) for name in names]
+    assert len(set(short)) == len(names)
+    assert all(name.startswith(first + letter * 15) and name.endswith(f":{port}") for name in short)
+    assert [socket_name(name) for name in short] == short
+    with held(*names):
+        assert {find_supervisor(name) for name in names} == {os.getpid()}
+        with pytest.raises(AlreadyServedError, match=f"pid {os.getpid()}"):
+            Control.lock(names[:1])
 
 
 def test_nobody_serves(endpoint: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventually, expect, random_bytes, runs, stop
+from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventually, expect, random_bytes, run_tailsrv, runs, stop
 from prometheus_client.parser import text_string_to_metric_families
 from unit import as_root
 
@@ -339,6 +339,24 @@ def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
     assert sum(line.startswith("OK: tailsrv 127.0.0.") for line in lines) == 2
     done = health("--pid", str(one.pid))
     assert done.stdout.startswith(f"OK: tailsrv 127.0.0.2:{port},127.0.0.3:{port} serves ")
+
+
+def test_long_host_name(serve: Serve, path: Path) -> None:
+    """A server whose host's name is too long for a socket's is found, inspected, and the only one there."""
+    path.write_bytes(b"data")
+    host = f"0x7f.{'0' * 50}.{'0' * 50}.1"  # of the numbers and dots of inet_aton(3): no name service is needed
+    server = serve(path, "--bind", host)
+    server.workers()
+    expect(server.connect(b"0\n"), b"data")
+    holds(server, 1)
+    assert len(look(server, clients=True).clients or ()) == 1
+    status, first = ask(server, "--clients")
+    assert status == Level.OK
+    assert first.startswith(f"OK: tailsrv 0x7f.{'0' * 50}.")
+    assert f":{server.port} serves " in first
+    second = run_tailsrv("-p", str(server.port), "--bind", host, path)
+    assert second.returncode == 1
+    assert f"pid {server.pid}" in second.stderr
 
 
 @root_only
