@@ -5,7 +5,6 @@ Nothing here opens a service port: a health check must not be a client. Nobody i
 """
 
 import os
-import pwd
 import re
 import select
 import socket
@@ -19,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 from tailsrv.control import CLIENTS, PREFIX, credentials, overflow_uid, read_stat
 from tailsrv.health_report import STOPPED, Level, Server
 from tailsrv.health_status import AnswerError, Client, Status, decode_clients, decode_status
+from tailsrv.health_users import user_names
 
 PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
 CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabytes
@@ -79,7 +79,9 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
         key = (server.pid, server.uid) if server.pid else endpoint
         known = found.get(key)
         found[key] = replace(server, endpoints=(*known.endpoints, endpoint)) if known else server
-    return [server for server in found.values() if pid in (None, server.pid) and (port is None or port in ports(server))]
+    wanted = [server for server in found.values() if pid in (None, server.pid) and (port is None or port in ports(server))]
+    users = user_names({server.uid for server in wanted if server.uid is not None})
+    return [server if server.uid is None else replace(server, user=users[server.uid]) for server in wanted]
 
 
 def list_endpoints() -> list[str]:
@@ -110,14 +112,7 @@ def _find_holder(endpoint: str) -> Server:
         except OSError:  # its queue is full, or we are not permitted to: asking it tells which
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
-        return Server((endpoint,), pid, uid, _user(uid), ours=_is_ours(uid))
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except (KeyError, OSError):
-        return str(uid)
+        return Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
 
 
 # Asking
@@ -159,7 +154,7 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
         except BlockingIOError:
             raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
         pid, uid, _ = credentials(sock)
-        _check_user(uid)
+        _check_user(uid, server.user)
         if server.pid is not None and (pid, uid) != (server.pid, server.uid):
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
         try:
@@ -169,14 +164,14 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
         except ConnectionError:
             raise EndedError("the server has ended", Level.CRITICAL) from None
     if not data:
-        _explain_silence(pid, uid)
+        _explain_silence(pid, uid, server.user)
     return _Answer(pid, data)
 
 
-def _check_user(uid: int) -> None:
+def _check_user(uid: int, name: str | None) -> None:
     """Raise NotOursError if whoever holds the name could be anybody: abstract names are for the first to come."""
     if os.geteuid() != 0 and uid != 0 and not _is_ours(uid):
-        raise _not_ours(uid)
+        raise _not_ours(uid, name)
 
 
 def _is_ours(uid: int) -> bool:
@@ -184,15 +179,15 @@ def _is_ours(uid: int) -> bool:
     return uid == os.geteuid() and uid != overflow_uid()
 
 
-def _not_ours(uid: int) -> NotOursError:
-    user = "that this user namespace does not know" if uid == overflow_uid() else _user(uid)
+def _not_ours(uid: int, name: str | None) -> NotOursError:
+    user = "that this user namespace does not know" if uid == overflow_uid() else name or uid
     return NotOursError(f"belongs to user {user}: only that user and root get an answer")
 
 
-def _explain_silence(pid: int, uid: int) -> None:
+def _explain_silence(pid: int, uid: int, name: str | None) -> None:
     """Raise what it means that a supervisor has closed the connection without a word."""
     if os.geteuid() != 0 and not _is_ours(uid):
-        raise _not_ours(uid)
+        raise _not_ours(uid, name)
     if pid and read_stat(pid) is None:
         raise EndedError("the server has ended", Level.CRITICAL)
     raise InspectError("supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there")

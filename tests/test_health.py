@@ -661,6 +661,35 @@ def test_stranger_of_a_user_namespace_is_not_believed() -> None:
     assert "belongs to user that this user namespace does not know: " in done.stdout
 
 
+SLOW_USERS = """
+import pwd, sys, threading
+asked, look_up = set(), pwd.getpwuid
+def getpwuid(uid):
+    if uid in asked:
+        sys.stderr.write(f"{uid} was looked up before\\n")
+    asked.add(uid)
+    if uid:
+        threading.Event().wait()
+    return look_up(uid)
+pwd.getpwuid = getpwuid
+"""
+
+
+@root_only
+@pytest.mark.slow
+def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
+    """Users whose names cannot be had in time are told by number; each is looked up once."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_USERS)
+    with spare_port() as port, ExitStack() as stack:
+        for place, user in enumerate([0, 0, 3_000_000_001, 3_000_000_001, 3_000_000_002]):
+            with being(user):
+                stack.enter_context(pretending(b"", name=f"127.9.9.{place}:{port}"))
+        done = health("-p", str(port), "--format", "json", env={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr == ""
+    users = {server["user"] for server in json.loads(done.stdout)["servers"]}
+    assert users == {"root", "3000000001", "3000000002"}
+
+
 def test_worker_that_is_another_process() -> None:
     """A worker's pid that is now another's, of another start or another parent, is not taken for the worker."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
