@@ -193,6 +193,8 @@ def _critical(report: Report) -> Iterator[str]:
     yield from _named([worker for worker in report.workers if worker.hung], "hangs", "hang")
     if working and report.file.gone:
         yield "the file is gone"
+    elif working and report.file.size is None:
+        yield "the file cannot be read: its file system does not answer"
     if report.file.error is not None:
         yield f"cannot open the file: {report.file.error}"
 

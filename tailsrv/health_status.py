@@ -15,8 +15,10 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """The file as the supervisor knows it: `size` in bytes, None while none is open; `gone`: the path names it no more.
+    """The file as the supervisor knows it.
 
+    `size` is in bytes, None while no file is open, or while its file system does not tell (a file
+    server that is gone, fstat(2), ESTALE); `gone` means that the path does not name it any more.
     `error` is why the next file of that name cannot be opened, None if nothing is wrong with it.
     """
 

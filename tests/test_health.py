@@ -559,6 +559,22 @@ def being(user: int) -> Iterator[None]:
         os.seteuid(0)
 
 
+def test_file_system_that_has_gone() -> None:
+    """A server that cannot tell the size of the file that it serves is CRITICAL."""
+    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        workers = [worker_of(worker.pid, start_ticks(worker.pid))]
+        status = status_of(os.getpid(), workers=workers, file=FILE | {"size": None})
+        with pretending(status) as port:
+            done = health("-p", str(port))
+    finally:
+        worker.communicate()
+    assert done.returncode == Level.CRITICAL
+    reason = "the file cannot be read: its file system does not answer"
+    assert done.stdout.startswith(f"CRITICAL: tailsrv 127.9.9.9:{port}: {reason}\n")
+    assert "/log, cannot be read\n" in done.stdout
+
+
 @root_only
 def test_no_proc() -> None:
     """Where there is no /proc to find servers in, that is UNKNOWN."""

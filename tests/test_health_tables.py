@@ -43,6 +43,8 @@ def with_process(**changes: object) -> Report:
 EMPTY = (replace(WORKER, process=None, ready=False),)
 FULL = "the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100"
 GONE = ServedFile("/log", 1, gone=True, error=None)
+DEAD = ServedFile("/log", None, gone=False, error=None)
+UNREADABLE = "the file cannot be read: its file system does not answer"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,12 @@ GONE = ServedFile("/log", 1, gone=True, error=None)
         (replace(REPORT, workers=EMPTY, state="rotating"), Level.OK, ()),
         (replace(REPORT, workers=EMPTY, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=replace(GONE, size=None)), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=DEAD), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=DEAD, state="starting"), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=DEAD, state="waiting for file"), Level.OK, ()),
+        (replace(REPORT, file=DEAD, state="draining"), Level.OK, ()),
+        (replace(REPORT, file=DEAD, state="rotating"), Level.OK, ()),
         (
             replace(REPORT, state="waiting for file", file=ServedFile("/log", None, gone=False, error="Permission denied")),
             Level.CRITICAL,
@@ -240,6 +248,22 @@ def test_size(count: int | None, text: str) -> None:
 def test_span(seconds: float | None, text: str) -> None:
     """A time is given by its two largest parts."""
     assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        ("waiting for file", None, "not there yet"),
+        ("waiting for file", "Permission denied", "cannot be opened"),
+        ("serving", None, "cannot be read"),
+        ("starting", None, "cannot be read"),
+        ("draining", None, "cannot be read"),
+    ],
+)
+def test_size_that_is_not_known(state: str, error: str | None, words: str) -> None:
+    """A file whose size is not known is not there, cannot be opened, or cannot be read."""
+    report = replace(REPORT, state=state, file=replace(DEAD, error=error))
+    assert f"file     /log, {words}" in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
 
 
 def test_table_fits() -> None:
