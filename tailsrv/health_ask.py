@@ -23,7 +23,8 @@ from tailsrv.health_users import user_names
 PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
 CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabytes
 RETRY = 0.02  # seconds between two tries to connect to a control socket whose queue is full
-LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
+LARGEST = 1 << 22  # bytes of a status; a thousand workers with ten addresses each are half of that
+CLIENTS_LARGEST = 1 << 28  # bytes of the list of clients; a million of them are a third of that
 
 # How often to read the kernel's list of sockets. It comes page by page, and lacks one now and then where others are closed in
 # between [measured: beside a process that makes and closes sockets all the time, 1 of 100 servers in every 20th reading].
@@ -69,7 +70,7 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
     namespace, whose abstract sockets (unix(7)) are listed in /proc/net/unix. A server that listens on
     several addresses is listed once. Raises OSError if there is no /proc to look in.
     """
-    found: dict[object, Server] = {}
+    found: dict[object, tuple[Server, list[str]]] = {}
     for endpoint in list_endpoints():
         try:
             server = _find_holder(endpoint)
@@ -77,9 +78,9 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
             continue
         # With its user: a pid may have been that of another process, which took its name before.
         key = (server.pid, server.uid) if server.pid else endpoint
-        known = found.get(key)
-        found[key] = replace(server, endpoints=(*known.endpoints, endpoint)) if known else server
-    wanted = [server for server in found.values() if pid in (None, server.pid) and (port is None or port in ports(server))]
+        found.setdefault(key, (server, []))[1].append(endpoint)
+    servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
+    wanted = [server for server in servers if pid in (None, server.pid) and (port is None or port in ports(server))]
     users = user_names({server.uid for server in wanted if server.uid is not None})
     return [server if server.uid is None else replace(server, user=users[server.uid]) for server in wanted]
 
@@ -145,9 +146,8 @@ def _connect(sock: socket.socket, name: str, deadline: float) -> None:
             return
 
 
-def _ask(server: Server, suffix: str, patience: float) -> _Answer:
-    """Return what `server` answers within `patience` seconds. Raises InspectError."""
-    deadline = time.monotonic() + patience
+def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
+    """Return what `server` answers until `deadline`, up to `largest` bytes. Raises InspectError."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             _connect(sock, server.endpoints[0] + suffix, deadline)
@@ -158,7 +158,7 @@ def _ask(server: Server, suffix: str, patience: float) -> _Answer:
         if server.pid is not None and (pid, uid) != (server.pid, server.uid):
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
         try:
-            data = _receive(sock, deadline)
+            data = _receive(sock, deadline, largest)
         except TimeoutError:
             raise InspectError(f"supervisor does not answer: {_describe(pid)}", Level.CRITICAL) from None
         except ConnectionError:
@@ -193,7 +193,7 @@ def _explain_silence(pid: int, uid: int, name: str | None) -> None:
     raise InspectError("supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there")
 
 
-def _receive(sock: socket.socket, deadline: float) -> bytes:
+def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:
     """Return all that comes until the end. Raises TimeoutError, ConnectionError, InspectError."""
     received = bytearray()
     poll = select.poll()
@@ -203,7 +203,7 @@ def _receive(sock: socket.socket, deadline: float) -> bytes:
         if not some:
             return bytes(received)
         received += some
-        if len(received) > LARGEST:
+        if len(received) > largest:
             raise InspectError("the answer has no end")
     raise TimeoutError
 
@@ -216,9 +216,13 @@ def _describe(pid: int) -> str:
     return f"pid {pid} " + ("is stopped" if state == STOPPED else f"({state or 'state unknown'})")
 
 
-def ask_status(server: Server) -> Status:
-    """Return the status of `server`, who must be the process that it says it is. Raises InspectError."""
-    answer = _ask(server, "", PATIENCE)
+def ask_status(server: Server, deadline: float) -> Status:
+    """Return the status of `server`, who must be the process that it says it is.
+
+    It waits for PATIENCE seconds, and not beyond `deadline`, a time of time.monotonic(). Raises
+    InspectError.
+    """
+    answer = _ask(server, "", min(deadline, time.monotonic() + PATIENCE), LARGEST)
     try:
         status = decode_status(answer.data)
     except AnswerError as error:
@@ -235,7 +239,7 @@ def ask_status(server: Server) -> Status:
 
 def ask_clients(server: Server) -> tuple[Client, ...]:
     """Return the clients of `server`. Raises InspectError."""
-    answer = _ask(server, CLIENTS, CLIENTS_PATIENCE)
+    answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_PATIENCE, CLIENTS_LARGEST)
     try:
         pid, clients = decode_clients(answer.data)
     except AnswerError as error:

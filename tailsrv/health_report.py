@@ -41,7 +41,8 @@ class Server:
     """A server that was found: what it listens on, whose it is, and its supervisor's pid.
 
     `endpoints` are as in its titles: `*:4321`, `127.0.0.1:4321`. `pid`, `uid` and `user` are None where they cannot be
-    known; a `pid` of 0 means that the supervisor is in another pid namespace (pid_namespaces(7)). `ours`: its user is ours.
+    known; a `pid` of 0 means that the supervisor is in another pid namespace (pid_namespaces(7)).
+    `user` is the uid where there is no name, or none could be looked up in time. `ours`: its user is ours.
     """
 
     endpoints: tuple[str, ...]

@@ -52,7 +52,7 @@ def describe(finding: Finding) -> str:
     name = f"tailsrv {','.join(server.endpoints)}{user}"
     if report is None or verdict.level is not Level.OK:
         state = f" ({printable(report.state)})" if report and report.state != "serving" else ""
-        return f"{name}{state}: {'; '.join(verdict.reasons)}"
+        return f"{name}{state}: {'; '.join(map(printable, verdict.reasons))}"
     before, after = _say_state(report)
     room = WIDTH - len(f"{verdict.level.name}: {name} {before} {after}")
     return f"{name} {before} {_shorten(printable(report.file.path), max(room, SHORTEST))}{after}"

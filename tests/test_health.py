@@ -14,9 +14,10 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventually, expect, random_bytes, run_tailsrv, runs, stop
 from prometheus_client.parser import text_string_to_metric_families
-from unit import as_root
+from unit import as_root, run_python
 
 from tailsrv.control import start_ticks
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
 from tailsrv.health import Server as Found
-from tailsrv.health_ask import list_endpoints
+from tailsrv.health_ask import ask_status, list_endpoints
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
@@ -501,6 +502,10 @@ def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
         b"hello", b"null", b"[]", b"{}", b'{"pid": NaN}', b"\xff\n", b"[" * 100_000, b"",
         status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"), status_of(os.getpid(), workers=None),
         status_of(os.getpid(), state=1), status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
+        status_of(os.getpid(), clients=1 << 63), status_of(os.getpid(), started=1 << 2000), b'{"pid": ' + b"9" * 5000 + b"}",
+        status_of(1 << 40), status_of(0), status_of(os.getpid(), version="x" * 20_000), status_of(os.getpid(), state=["\x1b" * 99_999]),
+        status_of(os.getpid(), workers=[worker_of(1 << 40, 1)]), status_of(os.getpid(), workers=[worker_of(1, 1 << 2000)]),
+        status_of(os.getpid(), workers=[worker_of(1, 1)] * 1025), status_of(os.getpid(), state="x" * (1 << 22)),
         status_of(os.getpid(), clients=True), status_of(os.getpid(), clients=-1), status_of(os.getpid(), started=float("inf")),
     ],
 )  # fmt: skip
@@ -509,7 +514,72 @@ def test_answer_that_is_not_to_be_understood(answer: bytes) -> None:
     with pretending(answer) as port:
         done = health("-p", str(port))
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (Level.UNKNOWN, "", 1)
-    assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: supervisor ")
+    assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: ")
+    assert len(done.stdout) < 400
+    assert done.stdout.rstrip("\n").isprintable()
+
+
+# What an impostor may say without being refused; the largest of everything.
+EXTREME = {
+    "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "clients": (1 << 63) - 1, "unprotected": (1 << 63) - 1, "started": 1e18,
+    "max_clients": 1, "version": "\x1b" * 16_384, "state": "\n" * 16_384, "workers": [
+        {"slot": (1 << 63) - 1, "pid": pid, "ticks": (1 << 63) - 1, "ready": True, "clients": (1 << 63) - 1, "restarts": (1 << 63) - 1,
+         "unprotected": (1 << 63) - 1, "restarted": -1e18, "silent": 1e18} for pid in (1, 1 << 22, None) * 300
+    ],
+    "listeners": [{"slot": None, "endpoint": "\ud800\n", "queued": (1 << 63) - 1, "backlog": (1 << 63) - 1}] * 2000,
+    "file": {"path": "\0" * 16_384, "size": (1 << 63) - 1, "gone": True, "error": "\x1b[2J\n" * 3000},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "json", "prometheus"])
+def test_extreme_answer(form: str) -> None:
+    """Whatever figures and texts an answer holds, a check ends in good order."""
+    with pretending(json.dumps(EXTREME).encode()) as port:
+        done = health("-p", str(port), "--format", form)
+    assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
+    if form == "text":
+        assert done.stdout.replace("\n", "").isprintable()
+    elif form == "json":
+        assert json.loads(done.stdout)["level"] == "CRITICAL"
+    else:
+        assert list(text_string_to_metric_families(done.stdout))
+
+
+def test_answer_that_drips() -> None:
+    """An answer that comes byte by byte for ever is waited for until the deadline only."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        found = only(port)
+        listener.accept()[0].close()
+        asked = pool.submit(ask_status, found, time.monotonic() + 0.2)
+        with listener.accept()[0] as peer:
+            while not asked.done():
+                with suppress(OSError):
+                    peer.send(b"[")
+                select.select([], [], [], 0.005)
+        with pytest.raises(InspectError, match="does not answer") as caught:
+            asked.result()
+    assert caught.value.level is Level.CRITICAL
+
+
+WITHOUT_THREADS = """
+import os, resource, shutil, sys  # shutil for argparse: later on Python's own folder may be closed to us
+from tailsrv.health import main
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+os.setuid(3_000_000_003)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@root_only
+def test_no_threads() -> None:
+    """Where no thread can be had, servers are looked at one after another."""
+    with pretending(b"") as port:
+        done = run_python(WITHOUT_THREADS, "-p", str(port))
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+    assert done.stdout == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): belongs to user 0: only that user and root get an answer\n"
 
 
 def only(port: int) -> Found:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tailsrv.health import EndedError, InspectError, NotOursError, is_doubtful, weigh
+from tailsrv.health import EndedError, InspectError, NotOursError, doubtful_ones, examine, in_turns, weigh
 from tailsrv.health_metrics import render_metrics
 from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
 from tailsrv.health_status import Client, Listener, ServedFile
@@ -181,9 +181,22 @@ def server_of(uid: int | None, *endpoints: str) -> Server:
         (server_of(7, "a:1"), [server_of(None, "b:1")], True),
     ],
 )
-def test_is_doubtful(server: Server, others: list[Server], doubtful: bool) -> None:
+def test_doubtful_ones(server: Server, others: list[Server], doubtful: bool) -> None:
     """Beside another user's server on its port a server is doubtful, unless it is root's or ours."""
-    assert is_doubtful(server, [server, *others]) is doubtful
+    assert (server in doubtful_ones([server, *others])) is doubtful
+
+
+def test_in_turns() -> None:
+    """However many servers somebody has, the first of everybody else comes before the second."""
+    many, few = [server_of(7, f"{number}:1") for number in range(100)], [server_of(8, "x:1"), server_of(None, "y:1")]
+    assert in_turns([*many, *few]) == [many[0], *few, *many[1:]]
+
+
+def test_no_time_left() -> None:
+    """A server for which there is no time left is UNKNOWN, and said to be not asked."""
+    outcome = examine(SERVER, clients=False, until=0.0)
+    assert isinstance(outcome, InspectError)
+    assert (outcome.level, str(outcome).partition(":")[0]) == (Level.UNKNOWN, "not asked")
 
 
 def test_total() -> None:
