@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, MessageError, Notices, Report, decode
+from tailsrv.policy import MEMORY_PAUSE
 from tailsrv.slot import Slot
 
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
@@ -68,7 +69,11 @@ class Intake:
             packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:  # it has ended with a message of ours unread: that is told once, before what it still had to say
             return 1
-        except OSError:  # none now; or no memory for it
+        except BlockingIOError:
+            return 0
+        except OSError:  # no memory for it now
+            if slot.pid is not None:  # else this is its last chance
+                self._loop.stall(slot.channel.fileno(), MEMORY_PAUSE)
             return 0
         if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
             self._loop.unregister(slot.channel.fileno())

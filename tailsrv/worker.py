@@ -296,7 +296,10 @@ class Worker:
                 packet = self.channel.recv(MAX_MESSAGE)
             except ConnectionResetError:
                 packet = b""
-            except OSError:  # nothing more; or no memory for it, then it is told of again
+            except BlockingIOError:
+                return
+            except OSError:  # no memory for it now
+                self.loop.stall(self.channel.fileno(), policy.MEMORY_PAUSE)
                 return
             if packet:
                 self.obey(decode(packet))
