@@ -1,7 +1,6 @@
 """Takes connections from a slot's listeners, as far as room and rules allow."""
 
 import logging
-import select
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +8,7 @@ from functools import partial
 from tailsrv import policy
 from tailsrv.config import Network
 from tailsrv.endpoint import endpoint
+from tailsrv.kernel import EPOLLEXCLUSIVE
 from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited
 from tailsrv.loop import Loop
@@ -73,7 +73,7 @@ class Acceptor:
             self._quota.note(self._slot, self._count())
 
     def _register(self, listener: socket.socket) -> None:
-        flags = select.EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
+        flags = EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
         self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
 
     def _handle(self, listener: socket.socket) -> None:

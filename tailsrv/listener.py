@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tailsrv import keepalive
+from tailsrv import keepalive, kernel
 from tailsrv.endpoint import endpoint
 from tailsrv.hints import cannot_bind
 
@@ -29,7 +29,7 @@ NOTSENT_LOWAT = 128 << 10
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     *keepalive.OPTIONS,
-    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
+    (socket.IPPROTO_TCP, kernel.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
 )
 
 

@@ -11,6 +11,7 @@ import termios
 from collections.abc import Iterable
 from enum import Enum
 
+from tailsrv.kernel import memory_file, preadv_nowait
 from tailsrv.policy import SMALL
 from tailsrv.protocol import PEEK
 
@@ -96,21 +97,21 @@ def _outcome_of(error: OSError) -> Outcome | OSError:
     return Outcome.NO_ROOM if error.errno in NO_ROOM_ERRNOS else error
 
 
-_BYTE = [bytearray(1)]
+_BYTE = bytearray(1)
 
 
 def is_cached(file: int, offset: int, count: int, stride: int) -> bool:
     """Tell whether `count` bytes of `file` can be had without waiting for the disk, as a look at every `stride` and at the last tells.
 
     preadv2(2), RWF_NOWAIT. The first look in vain is the last: the kernel answers it with read-ahead from that place on, and what
-    is behind it should not come before it. Where it is not known (EOPNOTSUPP), or nothing is there, the answer is yes: sendfile(2)
+    is behind it should not come before it. Where it is not known (EOPNOTSUPP, ENOSYS), or nothing is there, the answer is yes: sendfile(2)
     has the last word.
     """
     try:
         for place in range(offset, offset + count, stride):
-            os.preadv(file, _BYTE, place, os.RWF_NOWAIT)
+            preadv_nowait(file, _BYTE, place)
         if (last := offset + count - 1) // mmap.PAGESIZE != offset // mmap.PAGESIZE:
-            os.preadv(file, _BYTE, last, os.RWF_NOWAIT)
+            preadv_nowait(file, _BYTE, last)
     except BlockingIOError:
         return False
     except OSError:
@@ -233,7 +234,7 @@ def finish_sending(sock: socket.socket) -> None:
 
 def memory(data: bytes = b"") -> int:
     """Return the descriptor of a new anonymous file that holds `data`, at its start."""
-    fd = os.memfd_create("tailsrv")
+    fd = memory_file("tailsrv")
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(data)
