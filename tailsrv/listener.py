@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tailsrv import keepalive, kernel
 from tailsrv.endpoint import endpoint
 from tailsrv.hints import cannot_bind
+from tailsrv.syscalls import protocol
 
 # A storm of reconnects fills the queue of a slot before its worker sees the first; the kernel cuts this to
 # net.core.somaxconn, which is 4096 by default.
@@ -144,8 +145,18 @@ def _take_listener(fd: int) -> socket.socket:
         raise ListenError(f"descriptor {fd}, passed by the service manager, is no socket: {os.strerror(error.errno or 0)}") from error
     if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6) or not listens:
         raise ListenError(f"descriptor {fd}, passed by the service manager, is no listening TCP socket; use ListenStream=PORT")
+    if (other := _other_protocol(sock)) is not None:
+        raise ListenError(f"descriptor {fd}, passed by the service manager, is no TCP socket but {other}; use SocketProtocol=tcp")
     _set_options(sock)
     return sock
+
+
+def _other_protocol(sock: socket.socket) -> str | None:
+    """Return what `sock` speaks if that is not TCP itself: then nobody could say where a stream stands."""
+    number = protocol(sock)
+    if number == socket.IPPROTO_TCP:
+        return None
+    return "MPTCP" if number == kernel.IPPROTO_MPTCP else f"protocol {number}"
 
 
 def names_of(listeners: Sequence[socket.socket]) -> list[str]:
@@ -163,8 +174,12 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
     An exclusive one listens *before* it gets SO_REUSEPORT, so that the kernel refuses a second server on the
     port, also one that starts in the same instant; with the option from the start it would share the clients.
     """
-    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
+        if (other := _other_protocol(sock)) is not None:
+            raise ListenError(
+                f"the kernel gives us {other} sockets instead of TCP; start without mptcpize, or exempt us from its BPF program"
+            )
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
         if address.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -175,7 +190,7 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
         sock.listen(BACKLOG)
         if exclusive:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    except OSError:
+    except (OSError, ListenError):
         sock.close()
         raise
     return sock

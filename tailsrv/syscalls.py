@@ -7,11 +7,12 @@ import os
 import select
 import socket
 import struct
+import sys
 import termios
 from collections.abc import Iterable
 from enum import Enum
 
-from tailsrv.kernel import memory_file, preadv_nowait
+from tailsrv.kernel import SO_PROTOCOL, memory_file, preadv_nowait
 from tailsrv.policy import SMALL
 from tailsrv.protocol import PEEK
 
@@ -185,33 +186,48 @@ def unsent(sock: socket.socket) -> int:
 # struct tcp_info of linux/tcp.h, part of the kernel's interface: tcpi_state is its first byte, tcpi_bytes_acked
 # (since Linux 4.1) the u64 at byte 120.
 _TCP_INFO = 128
-_ACKED = struct.Struct("=120xQ")
+_ACKED = slice(120, _TCP_INFO)
 _QUEUE = struct.Struct("=24xII")  # tcpi_unacked and tcpi_sacked, which for a listener are its queue's length and limit
 _OPEN = frozenset({1, 8})  # TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
 
 
 def streamed(sock: socket.socket) -> int | None:
-    """Return how many bytes have ever been put into `sock`, by whomever; None if its connection is not open any more.
+    """Return how many bytes have ever been put into `sock`, by whomever.
+
+    None if its connection is not open any more, or if the kernel does not say: of an MPTCP socket it
+    tells about the first subflow only, and a system that resembles Linux may leave the end out.
 
     What the peer has acknowledged plus what it has not. The two come from separate calls, so that an
     acknowledgement may fall between them: they are read until they agree.
     """
-    before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+    if protocol(sock) != socket.IPPROTO_TCP:
+        return None
+    before = _tcp_info(sock)
     while True:
-        if before[0] not in _OPEN:
+        if len(before) < _TCP_INFO or before[0] not in _OPEN:
             return None
         waiting = unsent(sock)
-        after = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
-        acked = int(_ACKED.unpack(after)[0])
-        if acked == _ACKED.unpack(before)[0]:
-            return acked + waiting
+        after = _tcp_info(sock)
+        if before[_ACKED] == after[_ACKED] and len(after) == _TCP_INFO:
+            return int.from_bytes(after[_ACKED], sys.byteorder) + waiting
         before = after
 
 
+def _tcp_info(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+
+
+def protocol(sock: socket.socket) -> int:
+    """Return the protocol that the kernel has given `sock`, which need not be what was asked for."""
+    return sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
+
+
 def accept_queue(listener: socket.socket) -> tuple[int, int]:
-    """Return how many connections wait in the queue of `listener`, and how many it holds (where listen(2) was cut, less)."""
-    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
-    queued, backlog = _QUEUE.unpack_from(info)
+    """Return how many connections wait in the queue of `listener`, and how many it holds.
+
+    The latter is less than listen(2) was asked for where that was cut, and 0 where it is not known.
+    """
+    queued, backlog = _QUEUE.unpack_from(_tcp_info(listener).ljust(_QUEUE.size, b"\0"))
     return int(queued), int(backlog)
 
 

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import Serve, run_tailsrv, runs
+from helpers import Serve, activated, run_tailsrv, runs
 from unit import PATIENCE, closing_all, needs_ipv6, wait_readable
 
 from tailsrv.endpoint import endpoint
 from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
+from tailsrv.syscalls import streamed
 
 LOOPBACK = ["127.0.0.1"]
 
@@ -253,3 +254,59 @@ def test_queue_outlives_a_copy() -> None:
             with near:
                 near.sendall(b"hello")
             assert far.recv(10) == b"hello"
+
+
+# Makes every TCP socket one of MPTCP, as mptcpize(8) or a BPF program does behind a program's back.
+MPTCPIZE = """
+import socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        if fileno is None and family in (socket.AF_INET, socket.AF_INET6) and type == socket.SOCK_STREAM:
+            proto = socket.IPPROTO_MPTCP
+        super().__init__(family, type, proto, fileno)
+socket.socket = Socket
+"""
+
+
+def skip_without_mptcp() -> None:
+    """Skip a test where the kernel has no MPTCP."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no MPTCP here")
+
+
+def test_passed_mptcp_socket(path: Path) -> None:
+    """A socket of MPTCP from a service manager is refused in one line: nobody could say where a stream on it stands."""
+    skip_without_mptcp()
+    path.touch()
+    ended = run_tailsrv(path, wrapper=activated("mptcp"))
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "descriptor 3, passed by the service manager, is no TCP socket but MPTCP; use SocketProtocol=tcp" in line
+
+
+def test_mptcpize(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where our own sockets come out as such, one line says so, and what to do."""
+    skip_without_mptcp()
+    path.touch()
+    (tmp_path / "sitecustomize.py").write_text(MPTCPIZE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended = run_tailsrv("-p", "0", path)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "the kernel gives us MPTCP sockets instead of TCP; start without mptcpize" in line
+
+
+def test_position_on_an_mptcp_socket() -> None:
+    """Where a stream on such a socket stands is not known, and that is what is said."""
+    skip_without_mptcp()
+    kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+    with socket.socket(*kind) as listener, socket.socket(*kind) as far:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        far.connect(listener.getsockname())
+        near, _ = listener.accept()
+        with near:
+            near.send(b"data")
+            assert streamed(near) is None
