@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from enum import Enum
 
 from tailsrv.kernel import SO_PROTOCOL, memory_file, preadv_nowait
-from tailsrv.policy import SMALL
+from tailsrv.policy import ACCEPTS, SMALL
 from tailsrv.protocol import PEEK
 
 
@@ -128,24 +128,34 @@ def read_ahead(file: int, offset: int, count: int) -> None:
         pass  # a hint; without it they come when they are sent
 
 
-def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome:
-    """Take one connection, non-blocking, with its peer's address and port."""
-    while True:
+def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome | OSError:
+    """Take one connection, non-blocking, with its peer's address and port.
+
+    Returns an error of the network's where so many connections in a row have failed that the cause is
+    not with them: a security policy, for one, may refuse the call before it looks into the queue.
+    """
+    for _ in range(ACCEPTS):
         try:
             sock, address = listener.accept()
         except BlockingIOError:
             return Outcome.WOULD_BLOCK
         except OSError as error:
             if error.errno in NO_ROOM_ERRNOS:
-                # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
-                if not _is_readable(listener):
-                    return Outcome.WOULD_BLOCK
-                return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
-            if error.errno in TRANSIENT_ACCEPT_ERRNOS:
-                continue
-            raise
-        sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
-        return sock, address[:2]
+                return _without_room(listener, error)
+            if error.errno not in TRANSIENT_ACCEPT_ERRNOS:
+                raise
+            failure = error
+        else:
+            sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
+            return sock, address[:2]
+    return failure
+
+
+def _without_room(listener: socket.socket, error: OSError) -> Outcome:
+    # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
+    if not _is_readable(listener):
+        return Outcome.WOULD_BLOCK
+    return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
 
 
 def _is_readable(sock: socket.socket) -> bool:
