@@ -310,3 +310,65 @@ def test_position_on_an_mptcp_socket() -> None:
         with near:
             near.send(b"data")
             assert streamed(near) is None
+
+
+# Names for two addresses each, of which this machine has one, or none; then it becomes what its other arguments say.
+NAMES = """
+127.0.0.1 half.test
+::1 half.test
+192.0.2.1 none.test
+2001:db8::1 none.test
+"""
+WITHOUT_IPV6 = (
+    "unshare", "--net", "--mount", "--map-root-user", "sh", "-c",
+    'mount --bind "$1" /etc/hosts && ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && shift && exec "$@"', "sh",
+)  # fmt: skip
+
+
+@pytest.fixture
+def without_ipv6(tmp_path: Path) -> list[str]:
+    """Return a wrapper that starts a program on a machine whose loopback has no IPv6 address."""
+    (tmp_path / "hosts").write_text(NAMES)
+    wrapper = [*WITHOUT_IPV6, str(tmp_path / "hosts")]
+    if not runs(*wrapper, "true") or runs(*wrapper, sys.executable, "-c", "import socket; socket.socket(10).bind(('::1', 0))"):
+        pytest.skip("a machine without IPv6 cannot be had")
+    return wrapper
+
+
+def test_name_with_an_address_that_is_not_there(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+    """Of the addresses of a name those that this machine does not have are left out, with a warning that says which."""
+    path.touch()
+    server = serve(path, "-w", "2", "--bind", "half.test", wrapper=without_ipv6)
+    server.workers(2)
+    assert " endpoints=half.test:" in server.logged("listening: ")
+    [line] = server.lines("warning: ")
+    assert "this machine does not have one of the addresses of a name" in line
+    assert "name=half.test address=::1 " in line
+
+
+@pytest.mark.parametrize(
+    ("bind", "addresses"),
+    [
+        (["::1"], ["[::1]"]),
+        (["half.test", "::1"], ["[::1]"]),
+        (["::1", "half.test"], ["[::1]"]),
+        (["none.test"], ["192.0.2.1", "[2001:db8::1]"]),
+        (["half.test", "none.test"], ["192.0.2.1", "[2001:db8::1]"]),
+    ],
+)
+def test_address_that_is_not_there(path: Path, without_ipv6: list[str], bind: list[str], addresses: list[str]) -> None:
+    """An address that is asked for by itself must be there, and so must one of those of each name."""
+    path.touch()
+    ended = run_tailsrv("-p", "0", *(word for host in bind for word in ("--bind", host)), path, wrapper=without_ipv6)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert any(f"cannot listen on {address}:" in line for address in addresses)
+    assert os.strerror(errno.EADDRNOTAVAIL) in line
+
+
+def test_every_address_of_a_machine_without_ipv6(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+    """Without --bind, such a machine is served on the addresses that it has, without a word."""
+    path.touch()
+    server = serve(path, wrapper=without_ipv6)
+    server.workers(1)
+    assert not server.lines("warning: ")
