@@ -179,6 +179,7 @@ def _take_listener(fd: int) -> socket.socket:
     if (other := _other_protocol(sock)) is not None:
         raise ListenError(f"descriptor {fd}, passed by the service manager, is no TCP socket but {other}; use SocketProtocol=tcp")
     _set_options(sock)
+    _forbid_fast_open(sock)
     return sock
 
 
@@ -219,6 +220,7 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
         _set_options(sock)
         sock.bind(address.sockaddr(port))
         sock.listen(BACKLOG)
+        _forbid_fast_open(sock)
         if exclusive:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     except (OSError, ListenError):
@@ -231,3 +233,16 @@ def _set_options(sock: socket.socket) -> None:
     sock.setblocking(False)
     for level, option, value in _OPTIONS:
         sock.setsockopt(level, option, value)
+
+
+def _forbid_fast_open(sock: socket.socket) -> None:
+    """Accept no connection before its handshake is complete, whatever net.ipv4.tcp_fastopen says.
+
+    Until then the kernel counts nothing of what is sent, so that no successor could go on with the
+    stream. With the sysctl's flag 0x400 listen(2) allows it, so this must come afterwards.
+    """
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_FASTOPEN, 0)
+    except OSError:
+        # A kernel without it never does that.
+        pass

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Serve, activated, run_tailsrv, runs
-from unit import PATIENCE, closing_all, needs_ipv6, wait_readable
+from unit import PATIENCE, ROOT, closing_all, needs_ipv6, wait_readable
 
 from tailsrv.endpoint import endpoint
 from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
@@ -372,3 +373,46 @@ def test_every_address_of_a_machine_without_ipv6(serve: Serve, path: Path, witho
     server = serve(path, wrapper=without_ipv6)
     server.workers(1)
     assert not server.lines("warning: ")
+
+
+# Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us, and prints after each
+# how many connections the kernel has given out before their handshake was complete.
+FAST_OPEN = """
+import socket
+from tailsrv.listener import open_listeners, take_listeners
+
+def count():
+    names, values = [line.split() for line in open("/proc/net/netstat") if line.startswith("TcpExt:")]
+    return int(values[names.index("TCPFastOpenPassive")])
+
+def visit(listener):
+    with socket.socket() as far:
+        far.sendto(b"0", socket.MSG_FASTOPEN, listener.getsockname())
+        listener.settimeout(20)
+        listener.accept()[0].close()
+        print(count())
+
+def plain():
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    return listener
+
+visit(plain())
+for [listener] in open_listeners(["127.0.0.1"], 0, 1):
+    visit(listener)
+visit(take_listeners([plain().detach()])[0])
+"""
+EVERYBODY_OPENS_FAST = (
+    "unshare", "--net", "--map-root-user", "sh", "-c",
+    'ip link set lo up && echo 0x607 >/proc/sys/net/ipv4/tcp_fastopen && exec "$@"', "sh",
+)  # fmt: skip
+
+
+def test_no_fast_open() -> None:
+    """Nobody is accepted before the handshake is complete, also where the system wants that of every listener."""
+    if not runs(*EVERYBODY_OPENS_FAST, "true"):
+        pytest.skip("a network namespace cannot be had")
+    command = [*EVERYBODY_OPENS_FAST, sys.executable, "-c", FAST_OPEN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+    assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")
