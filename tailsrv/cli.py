@@ -122,7 +122,7 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
 def warn_of_limits(config: Config, listeners: Sequence[Sequence[socket.socket]], descriptors: int) -> None:
     """Say which limits of the system will be met before ours."""
     _, backlog = accept_queue(listeners[0][0])
-    if backlog < BACKLOG:
+    if 0 < backlog < BACKLOG:  # 0: a system that does not tell
         logger.warning(
             "accept queues are cut short, in a storm of connections some wait longer: %s",
             fields(backlog=backlog, wanted=BACKLOG, hint="raise net.core.somaxconn, or Backlog= of the socket unit"),

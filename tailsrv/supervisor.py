@@ -23,6 +23,7 @@ from tailsrv.loop import Loop
 from tailsrv.messages import Notices
 from tailsrv.policy import KILL_MARGIN, lacks_room
 from tailsrv.quota import Quota
+from tailsrv.self_check import counts_streams
 from tailsrv.signals import Wakeup, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.source import Source
@@ -98,6 +99,8 @@ class Supervisor:
         self.source.file = file
         release()  # what the program that exec'd us held back comes now
         self.reap()
+        if not counts_streams():
+            self.crew.intake.protect_nobody()
         if file is None:
             self.wait_for_file()
             systemd.notify("READY=1")  # clients can connect

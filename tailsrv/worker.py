@@ -178,12 +178,20 @@ class Worker:
             client = Client(number, sock, peer)
             if not self.add_client(client):
                 self.news.left.append(number)
-            elif (sent := streamed(sock)) is None:
-                self.drop(client)
-            elif entry.start is not None:
-                self.headers.forget(client)
-                self.streams.add(client, entry.start + sent)
-                self.dead_peers.expect_acks()  # of what the worker before us has sent
+                continue
+            try:
+                self.resume(client, entry.start)
+            except Exception as error:  # as in handle_client
+                self.drop(client, error)
+
+    def resume(self, client: Client, start: int | None) -> None:
+        """Go on with the stream of `client`, which began at `start`; with None, wait for its header."""
+        if (sent := streamed(client.sock)) is None:
+            self.drop(client)
+        elif start is not None:
+            self.headers.forget(client)
+            self.streams.add(client, start + sent)
+            self.dead_peers.expect_acks()  # of what the worker before us has sent
 
     def add_client(self, client: Client) -> bool:
         """Take `client` in and tell whether that was possible."""
@@ -245,6 +253,12 @@ class Worker:
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
         self.lookout.look()  # in a burst of those who start, too
+        try:
+            self.begin_stream(client, offset)
+        except Exception as error:  # as in handle_client
+            self.drop(client, error)
+
+    def begin_stream(self, client: Client, offset: int) -> None:
         discard(client.sock)  # the header, and all behind it
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))

@@ -520,6 +520,46 @@ def test_error_with_one_client_ends_that_client_only(
     assert [bench.receive(far, 4) for far in (before, after)] == [b"more", b"more"]
 
 
+def poison(*_: object) -> None:
+    """Fail as only a fault of ours does."""
+    raise ZeroDivisionError("poison")
+
+
+@pytest.mark.parametrize("where", ["tailsrv.worker.Client.forget_peer", "tailsrv.streams.next_chunk"])
+def test_error_with_one_stream_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The same for a stream that starts, and for one that is sent to."""
+    other, _ = bench.connect(b"-0\n")
+    bench.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, poison)
+        poisoned, client = bench.connect(b"0\n")
+        bench.until(lambda: client.state is State.CLOSED)
+    assert recv_all(poisoned) == b""
+    [record] = caplog.records
+    assert "client failed" in record.getMessage()
+    assert "poison" in record.getMessage()
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_error_with_one_adopted_client_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for one of those that a new worker takes over."""
+    with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
+        with monkeypatch.context() as patch:
+            patch.setattr("tailsrv.worker.streamed", poison)
+            bench.worker.adopt({1: Entry(near.detach(), 0)})
+        bench.worker.adopt({2: Entry(healthy.detach(), 0)})
+        bench.until(lambda: not bench.worker.news.left)
+        assert far.recv(1) == b""
+        assert recv_exactly(its_far, 10) == b"0123456789"
+    assert "poison" in caplog.records[0].getMessage()
+    assert [number for report in bench.reports() for number in report.left] == [1]
+
+
 @pytest.mark.parametrize("said", [b"x", b"-0\n"])
 def test_error_with_everybody_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
     """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
