@@ -18,7 +18,7 @@ def absolute(path: str) -> str:
     """Return `path` as somebody who works in another folder would have to write it."""
     try:
         return os.path.abspath(path)
-    except FileNotFoundError:  # our own folder is gone
+    except OSError:  # our own folder is gone, or getcwd(2) fails in another way
         return path
 
 

@@ -1,7 +1,6 @@
 """The file that is served, as the supervisor holds it: awaited, open, or gone from its path."""
 
-import os
-
+from tailsrv.descriptors import close_file
 from tailsrv.hints import absolute
 from tailsrv.watch import is_gone, open_file, size_of
 
@@ -29,7 +28,7 @@ class Source:
     def let_go(self) -> None:
         """Close the file, for the next one of its name."""
         assert self.file is not None
-        os.close(self.file)
+        close_file(self.file)
         self.file, self.gone, self.polling = None, False, None
 
     def size(self) -> int | None:

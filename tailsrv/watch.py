@@ -10,6 +10,7 @@ from pathlib import Path
 
 from inotify_simple import INotify, flags
 
+from tailsrv.descriptors import close_file
 from tailsrv.hints import cannot_open
 
 POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify does not report
@@ -34,31 +35,37 @@ class CannotServeError(Exception):
 def open_file(path: str) -> int | None:
     """Return a descriptor of the regular file `path`, None if there is nothing of that name. Raises CannotServeError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before open(2), which would wait at a FIFO or rewind a tape
-            raise CannotServeError("not a regular file")
+        _check_regular(os.stat(path))  # before open(2), which would wait at a FIFO or rewind a tape
         file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CannotServeError(cannot_open(path, error)) from error
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise CannotServeError("not a regular file")
+        _check_regular(os.fstat(file))
         _try_sendfile(file)
+    except OSError as error:
+        close_file(file)
+        raise CannotServeError(cannot_open(path, error)) from error
     except CannotServeError:
-        os.close(file)
+        close_file(file)
         raise
     return file
 
 
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise CannotServeError("not a regular file")
+
+
 def _try_sendfile(file: int) -> None:
     """Find out now, not with the first client, whether this file's contents can be sent."""
-    try:
-        with open(os.devnull, "wb", buffering=0) as sink:
+    with open(os.devnull, "wb", buffering=0) as sink:
+        try:
             os.sendfile(sink.fileno(), file, 0, 1)
-        os.lseek(file, 0, os.SEEK_END)
-    except OSError as error:
-        raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
+            os.lseek(file, 0, os.SEEK_END)
+        except OSError as error:
+            raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
 
 
 def is_gone(file: int, path: str) -> bool | None:
