@@ -4,7 +4,7 @@ from tailsrv import policy
 from tailsrv.loop import Loop
 from tailsrv.news import News
 from tailsrv.streams import Streams
-from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
+from tailsrv.watch import POLL_INTERVAL, Watch
 
 
 class Lookout:
@@ -64,7 +64,7 @@ class Lookout:
         self._streams.resize(self._streams.size)
 
     def check_path(self) -> None:
-        before, gone = self.gone, is_gone(self._watch.file, self._watch.path)
+        before, gone = self.gone, self._watch.is_gone()
         if gone is None:  # no event will tell when it can be seen
             self._loop.timers.set(self.check_path, self._loop.now + POLL_INTERVAL)
         self.gone = bool(gone)

@@ -2,7 +2,8 @@
 
 from tailsrv.descriptors import close_file
 from tailsrv.hints import absolute
-from tailsrv.watch import is_gone, open_file, size_of
+from tailsrv.identity import Identity
+from tailsrv.watch import open_file, size_of
 
 
 class Source:
@@ -23,7 +24,7 @@ class Source:
     def has_gone(self) -> bool | None:
         """Tell whether the path names something else by now, or nothing; None if that cannot be seen."""
         assert self.file is not None
-        return is_gone(self.file, self.path)
+        return Identity(self.file, self.path).is_gone()
 
     def let_go(self) -> None:
         """Close the file, for the next one of its name."""

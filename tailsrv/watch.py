@@ -11,16 +11,11 @@ from pathlib import Path
 from inotify_simple import INotify, flags
 
 from tailsrv.descriptors import close_file
+from tailsrv.file_system import why_poll
 from tailsrv.hints import cannot_open
+from tailsrv.identity import Identity
 
 POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify does not report
-
-# File systems whose files change only through this kernel, so that inotify(7) tells of every write. On all others
-# (NFS, SMB, FUSE, ...) another host or a daemon may append, and nobody says so.
-LOCAL_FILE_SYSTEMS = frozenset({
-    "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fat", "jfs", "msdos", "nilfs2", "ntfs3", "overlay",
-    "ramfs", "reiserfs", "tmpfs", "udf", "vfat", "xfs", "zfs",
-})  # fmt: skip
 
 _END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
 _STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
@@ -68,20 +63,6 @@ def _try_sendfile(file: int) -> None:
             raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
 
 
-def is_gone(file: int, path: str) -> bool | None:
-    """Tell whether `path` names something else than the open `file`, or nothing; None if that cannot be seen now.
-
-    That one may not look, or that a file server does not answer, is no sign of it.
-    """
-    try:
-        held, named = os.fstat(file), os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError as error:
-        return True if error.errno == errno.ELOOP else None
-    return (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino)
-
-
 def size_of(file: int) -> int | None:
     """Return the size of the open `file` in bytes, None where a file server does not say."""
     try:
@@ -100,7 +81,8 @@ class Watch:
     def __init__(self, file: int, path: str) -> None:
         self.file = file
         self.path = path
-        self.polling = _why_poll(file)
+        self.is_gone = Identity(file, path).is_gone
+        self.polling = why_poll(file)
         self._inotify: INotify | None = None
         self.following = False
         self._size = 0
@@ -207,22 +189,3 @@ def _why_refused(error: OSError) -> str:
     """Return why inotify cannot be used, and what to change."""
     hint = "; see fs.inotify.max_user_instances and max_user_watches" if error.errno in (errno.EMFILE, errno.ENOSPC) else ""
     return f"no inotify: {os.strerror(error.errno or 0)}{hint}"
-
-
-def _why_poll(file: int) -> str | None:
-    """Return why inotify will not tell of appends to `file`, None if it will as far as we can see."""
-    kind = _file_system(file)
-    return None if kind is None or kind in LOCAL_FILE_SYSTEMS else f"inotify does not report every change on {kind}"
-
-
-def _file_system(file: int) -> str | None:
-    """Return the type of the file system that the open `file` is on, None where /proc does not say (proc(5))."""
-    try:
-        info = dict(line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{file}").read_text().splitlines() if ":\t" in line)
-        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    for mount in mounts:
-        if mount.split(" ", 1)[0] == info.get("mnt_id", "").strip():
-            return mount.partition(" - ")[2].split(" ", 1)[0]
-    return None

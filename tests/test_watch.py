@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from unit import PATIENCE, append, as_root, opened, readable, run_python, wait_readable
 
+from tailsrv.identity import Identity
 from tailsrv.syscalls import memory
-from tailsrv.watch import CannotServeError, Watch, is_gone, open_file, size_of, steps_to
+from tailsrv.watch import CannotServeError, Watch, open_file, size_of, steps_to
 
 
 @pytest.fixture
@@ -55,6 +56,11 @@ def gone(watch: Watch) -> bool:
     while not quiet(watch):
         suspicious |= watch.read()
     return suspicious and bool(is_gone(watch.file, watch.path))
+
+
+def is_gone(file: int, path: str) -> bool | None:
+    """Tell whether `path` names something else than the open `file`, or nothing."""
+    return Identity(file, path).is_gone()
 
 
 # Appends
