@@ -64,7 +64,7 @@ class Lookout:
         self._streams.resize(self._streams.size)
 
     def check_path(self) -> None:
-        before, gone = self.gone, self._watch.is_gone()
+        before, gone = self.gone, self._watch.is_gone(self._loop.now)
         if gone is None:  # no event will tell when it can be seen
             self._loop.timers.set(self.check_path, self._loop.now + POLL_INTERVAL)
         self.gone = bool(gone)

@@ -15,22 +15,25 @@ class Source:
         self.gone = False  # the path does not name it any more
         self.polling: str | None = None  # why the workers look at it by the clock
         self.trouble = ""  # why the next one of this name cannot be opened
+        self._identity: Identity | None = None
 
     def open(self) -> bool:
         """Open the file if there is one, and tell whether there is. Raises CannotServeError."""
         self.file = open_file(self.path)
         return self.file is not None
 
-    def has_gone(self) -> bool | None:
-        """Tell whether the path names something else by now, or nothing; None if that cannot be seen."""
+    def has_gone(self, now: float) -> bool | None:
+        """Tell whether the path names something else by now, or nothing; None if that cannot be seen yet."""
         assert self.file is not None
-        return Identity(self.file, self.path).is_gone()
+        if self._identity is None:
+            self._identity = Identity(self.file, self.path)
+        return self._identity.is_gone(now)
 
     def let_go(self) -> None:
         """Close the file, for the next one of its name."""
         assert self.file is not None
         close_file(self.file)
-        self.file, self.gone, self.polling = None, False, None
+        self.file, self.gone, self.polling, self._identity = None, False, None, None
 
     def size(self) -> int | None:
         """Return the file's size in bytes, None if there is none."""

@@ -21,6 +21,7 @@ from tailsrv.hints import cannot_see
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
+from tailsrv.pace import Pace
 from tailsrv.policy import KILL_MARGIN
 from tailsrv.quota import Quota
 from tailsrv.signals import Wakeup, release
@@ -75,6 +76,7 @@ class Supervisor:
         self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others)
         self.started = handed_on.started if handed_on else time.time()
         self.source = Source(config.path)
+        self.pace = Pace()  # of rotations
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
         self.started_up = handed_on is not None and handed_on.file is not None  # every slot has had a worker that was ready
@@ -157,9 +159,12 @@ class Supervisor:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
         if self.source.gone or self.phase is not Phase.RUNNING:
             return
-        if not (gone := self.source.has_gone()):
+        if not (gone := self.source.has_gone(self.loop.now)):
             if gone is None:  # nobody will say so again
                 self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
+            return
+        if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
+            self.postpone_rotation(pause)
             return
         self.source.gone = True
         if self.config.linger:
@@ -171,9 +176,20 @@ class Supervisor:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
 
+    def postpone_rotation(self, seconds: float) -> None:
+        """Serve the old file for a moment longer: whatever replaces it must not keep us busy."""
+        if self.handle_gone not in self.loop.timers:
+            hint = "what replaces it so often? does its file system change inode numbers?"
+            logger.warning(
+                "file is gone again so soon that clients get it as it was for a moment longer: %s",
+                fields(path=self.config.path, seconds=f"{seconds:.1f}", hint=hint),
+            )
+        self.loop.timers.set(self.handle_gone, self.loop.now + seconds)
+
     def rotate(self) -> None:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
+        self.pace.note(self.loop.now)
         self.upgrader.pause()
         if self.replacing:
             self.replacing = False

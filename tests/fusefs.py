@@ -155,13 +155,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class Fuse:
-    """The test's end: the file system of a folder, in the mount namespace of the server that `wrapper` starts."""
+    """The test's end: the file system of a folder, in the mount namespace of what `wrapper` starts.
 
-    def __init__(self, folder: Path) -> None:
+    It is `fresh` where nobody has mounted it yet.
+    """
+
+    def __init__(self, folder: Path, fresh: bool = True) -> None:
         self.folder, self.path = folder, folder / "mnt" / NAME.decode()
-        (folder / "mnt").mkdir(parents=True)
         self.orders: dict[str, Any] = {"node": 2}
-        self.order()
+        if fresh:
+            (folder / "mnt").mkdir(parents=True)
+            self.order()
         user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
         self.wrapper = ("unshare", *user, "--mount", sys.executable, __file__, str(folder))
 

@@ -37,17 +37,25 @@ def fuse(tmp_path: Path) -> Fuse:
     return fuse
 
 
-def rotate(fuse: Fuse, server: Server, data: bytes, **orders: object) -> None:
+def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
     """Have the name lead to another file; the streams of the old one end, and this one is served."""
     old = server.connect(b"-0\n")
     server.streaming(old)
     node = int(fuse.orders["node"]) + 1
+    data = random_bytes(1000, node)
     fuse.write(data, node)
     fuse.order(node=node, **orders)
     server.logged("serving: ", count=node - 1)
     expect_eof(old)
     fuse.order(fail={})
     expect(server.connect(b"0\n"), data)
+
+
+def run_in(fuse: Fuse, folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program in `folder`, in a mount namespace with the file system."""
+    command = [*fuse.wrapper, sys.executable, "-W", "error", "-c", code, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE)
 
 
 # Calls that fail
@@ -67,7 +75,7 @@ def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> 
     server = serve(fuse.path, "--follow-name", "-v", wrapper=fuse.wrapper, program=hurried)
     server.workers(1)
     for operation, skip, times in CALLS:
-        rotate(fuse, server, NEW, fail={operation: ["EIO", skip, times]})
+        rotate(fuse, server, fail={operation: ["EIO", skip, times]})
     assert "cannot go on" not in server.log
 
 
@@ -93,6 +101,88 @@ def test_held_file_is_dead(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], p
         server.wait()
 
 
+# Inode numbers that change
+
+
+@pytest.mark.parametrize("options", [(), ("--follow-name",)])
+def test_inode_numbers_that_change(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """A file whose number changes from look to look is still the same file, until another has its name."""
+    fuse.order(unstable=True)
+    server = serve(fuse.path, *options, "-v", wrapper=fuse.wrapper, program=hurried)
+    expect(client := server.connect(b"0\n"), OLD)
+    for size in (len(MORE), 2 * len(MORE)):
+        fuse.write(OLD + (MORE + MORE)[:size])
+        expect(client, MORE)
+    assert not server.lines("file is gone")
+    fuse.write(NEW, 3)
+    fuse.order(node=3)
+    server.logged("file is gone")
+    expect_eof(client)
+    if options:
+        expect(server.connect(b"0\n"), NEW)
+    else:
+        server.wait()
+
+
+OTHER_NUMBER = """
+import os, sys
+from pathlib import Path
+from fusefs import Fuse
+from tailsrv.identity import CATCH_UP, Identity
+fuse = Fuse(Path(sys.argv[1]), fresh=False)
+for contents, grown, expected in {CASES}:
+    fuse.write(contents[0], 2), fuse.write(contents[1], 3)
+    fuse.order(node=2)
+    file = os.open(fuse.path, os.O_RDONLY)
+    identity = Identity(file, str(fuse.path))
+    fuse.order(node=3)
+    seen = [identity.is_gone(now) for now in (0.0, CATCH_UP - 1)]
+    if grown:
+        fuse.write(contents[0] + grown, 2)
+    seen += [identity.is_gone(now) for now in (CATCH_UP, 2 * CATCH_UP - 2, 2 * CATCH_UP)]
+    assert seen == expected, (contents, grown, seen)
+    os.close(file)
+"""
+LONG = b"x" * 10_000
+CASES: list[tuple[tuple[bytes, bytes], bytes, list[bool | None]]] = [
+    ((b"same", b"same"), b"", [False] * 5),
+    ((LONG, LONG), b"", [False] * 5),
+    ((b"", b""), b"", [False] * 5),
+    ((b"same", b"shor"), b"", [True] * 5),
+    ((b"longer", b"long"), b"", [True] * 5),
+    ((b"a" + LONG, b"b" + LONG), b"", [True] * 5),
+    ((LONG + b"a", LONG + b"b" + LONG), b"", [True] * 5),
+    ((b"copy", b"copy that grows"), b"", [None, None, True, True, True]),
+    ((b"late", b"late news"), b" news", [None, None, False, False, False]),
+    ((b"late", b"late news"), b" n", [None, None, None, None, True]),
+]
+
+
+def test_another_number(fuse: Fuse, tmp_path: Path) -> None:
+    """Without reliable numbers, beginning, end and growth tell whether it is another file."""
+    code = OTHER_NUMBER.format(CASES=CASES)
+    done = run_in(fuse, tmp_path, code, str(fuse.folder))
+    assert done.returncode == 0, done.stderr
+
+
+def test_rotations_without_end(serve: Serve, path: Path) -> None:
+    """A file that is replaced all the time is rotated less and less often, and the last one is served."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name")
+    server.workers(1)
+
+    def replace() -> bool:
+        (fresh := path.with_name("fresh")).write_bytes(NEW)
+        fresh.rename(path)
+        return bool(server.lines("file is gone again so soon"))
+
+    eventually(replace)
+    (fresh := path.with_name("fresh")).write_bytes(MORE)
+    fresh.rename(path)
+    server.logged("serving: ", f"size={len(MORE)} ")
+    expect(server.connect(b"0\n"), MORE)
+
+
 # A mount that is out of sight
 
 HIDDEN = """
@@ -115,9 +205,7 @@ HIDDEN_REASON = (
 def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
     """In a chroot, and without /proc, the kernel itself is asked whether a file system is local."""
     (local := tmp_path / "local").touch()
-    command = [*fuse.wrapper, sys.executable, "-c", HIDDEN, str(fuse.path), str(local)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    done = run_in(fuse, tmp_path, HIDDEN, str(fuse.path), str(local))
     if "mount failed" in done.stderr:
         pytest.skip("/proc cannot be mounted here")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,12 +56,12 @@ def gone(watch: Watch) -> bool:
     suspicious = False
     while not quiet(watch):
         suspicious |= watch.read()
-    return suspicious and bool(is_gone(watch.file, watch.path))
+    return suspicious and bool(watch.is_gone(time.monotonic()))
 
 
 def is_gone(file: int, path: str) -> bool | None:
     """Tell whether `path` names something else than the open `file`, or nothing."""
-    return Identity(file, path).is_gone()
+    return Identity(file, path).is_gone(time.monotonic())
 
 
 # Appends
@@ -296,7 +297,7 @@ def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
         fresh.symlink_to("x" * 300)
         fresh.rename(link)
         assert watch.read()
-        assert is_gone(watch.file, watch.path) is None
+        assert watch.is_gone(time.monotonic()) is None
         append(path, b"more")
         wait_readable(fd_of(watch))
         assert watch.size() == 8
