@@ -21,6 +21,7 @@ from tailsrv.hints import cannot_see
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
+from tailsrv.mounts import Mounts
 from tailsrv.pace import Pace
 from tailsrv.policy import KILL_MARGIN
 from tailsrv.quota import Quota
@@ -91,6 +92,7 @@ class Supervisor:
         self.wakeup = Wakeup(CAUGHT)
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
+        self.mounts = Mounts(self.loop, self.handle_gone)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
 
     # The loop
@@ -247,6 +249,7 @@ class Supervisor:
         self.loop.epoll.close()
         self.control.close()
         self.upgrader.let_go()
+        self.mounts.close()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fusefs import Fuse
-from helpers import DEADLINE, Serve, Server, eventually, expect, expect_eof, random_bytes, runs
+from helpers import DEADLINE, Serve, Server, append, eventually, expect, expect_eof, random_bytes, runs, switches
 from survival import status
 from unit import ROOT
 
@@ -213,3 +214,69 @@ def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
     assert listed == "inotify does not report every change on fuse.odd"
     assert others[::2] == ["None"] * 3
     assert set(others[1::2]) == {HIDDEN_REASON}
+
+
+# Mounts
+
+IN_NAMESPACE = ("unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")), "--mount")
+
+
+def mount(server: Server, command: str) -> None:
+    """Run a command in the mount namespace of a server."""
+    subprocess.run(["nsenter", f"--target={server.pid}", "--mount", "sh", "-ec", command], check=True, timeout=DEADLINE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a folder whose file holds OLD, for a server in a mount namespace of its own."""
+    if not runs(*IN_NAMESPACE, "mount", "-t", "tmpfs", "none", str(tmp_path)) or os.geteuid() != 0:
+        pytest.skip("takes root, and a mount namespace")
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "file.log").write_bytes(OLD)
+    (tmp_path / "new").write_bytes(NEW)
+    return folder
+
+
+WAYS = {
+    "over the folder": "mount -t tmpfs none {folder}; cp {folder}/../new {folder}/file.log",
+    "over the file": "mount --bind {folder}/../new {folder}/file.log",
+    "unmounted": "umount --lazy {folder}; cp {folder}/../new {folder}/file.log",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
+    """What is mounted over the file, or taken away from under it, is noticed at once."""
+    setup = f"mount -t tmpfs none {folder}; cp {folder}/../old {folder}/file.log" if way == "unmounted" else "true"
+    (folder.parent / "old").write_bytes(OLD)
+    path = folder / "file.log"
+    server = serve(path, "--follow-name", wrapper=(*IN_NAMESPACE, "sh", "-ec", f'{setup}; exec "$@"', "sh"))
+    expect(old := server.connect(b"0\n"), OLD)
+    (other := folder.parent / "other").mkdir()
+    mount(server, f"mount -t tmpfs none {other}; {WAYS[way].format(folder=folder)}")  # one is looked at soon after another
+    expect_eof(old)
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:
+    """A host that mounts all the time wakes the supervisor about once a second, and no worker."""
+    server = serve(folder / "file.log", wrapper=IN_NAMESPACE)
+    (worker,) = server.workers(1)
+    expect(client := server.connect(b"0\n"), OLD)
+    (other := folder.parent / "other").mkdir()
+    began, before = time.monotonic(), switches(server.pid)
+    mount(server, f"for i in $(seq 100); do mount -t tmpfs none {other}; umount {other}; done")
+    seconds = time.monotonic() - began
+    assert switches(server.pid) - before <= 5 * (seconds + 2)
+    assert not [fd for fd in Path(f"/proc/{worker}/fd").iterdir() if fd.readlink().name == "mountinfo"]
+    append(folder / "file.log", NEW)
+    expect(client, NEW)
+    assert not server.lines("file is gone")
+
+
+def test_without_proc(serve: Serve, folder: Path) -> None:
+    """Without /proc the server serves; it is only that mounts go unnoticed."""
+    server = serve(folder / "file.log", wrapper=(*IN_NAMESPACE, "sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"))
+    expect(client := server.connect(b"0\n"), OLD)
+    append(folder / "file.log", NEW)
+    expect(client, NEW)
