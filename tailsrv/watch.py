@@ -137,11 +137,16 @@ class Watch:
             return False
         if events == self._append:  # the common case: however many appends there were, they merge into this
             return False
+        self.renew()
+        return True
+
+    def renew(self) -> None:
+        """Watch the way to the file anew: a link or folder may have been replaced by one that leads to the same file."""
         try:
-            self._watch_path()  # a link or folder may have been replaced by one that leads to the same file
+            if self._inotify is not None:
+                self._watch_path()
         except OSError:
             pass  # no watches left: the next change of a folder goes unnoticed, that of the file does not
-        return True
 
     def _watch_file(self) -> None:
         # Through /proc, so that the watch is on the inode that we hold, whatever its path names by now.

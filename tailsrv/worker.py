@@ -86,7 +86,7 @@ class Worker:
         self.watch = Watch(inheritance.file, config.path)
         self.streams = Streams(inheritance.file, self.watch.size(), self.drop, self.await_room)
         self.news = News(self.channel, self.loop, self.start_stream, self.end)
-        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop)
+        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop, insist=not config.linger)
         self.headers = Headers(self.slot, config.header_timeout, self.loop, self.lookout, self.streams, self.news, self.drop)
         self.drainer = Drainer(self.loop, self.streams, self.lookout, self.drop)
         self.adopt(inheritance.clients)
