@@ -18,6 +18,7 @@ from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.crew import Crew
 from tailsrv.hints import cannot_see
+from tailsrv.late import LateAppends
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
@@ -78,6 +79,7 @@ class Supervisor:
         self.started = handed_on.started if handed_on else time.time()
         self.source = Source(config.path)
         self.pace = Pace()  # of rotations
+        self.late = LateAppends(self.loop, config.path)
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
         self.started_up = handed_on is not None and handed_on.file is not None  # every slot has had a worker that was ready
@@ -192,6 +194,8 @@ class Supervisor:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
         self.pace.note(self.loop.now)
+        if self.source.file is not None and any(slot.roster.is_streaming() for slot in self.crew.slots):
+            self.late.begin(self.source.file, polling=self.source.polling is not None)
         self.upgrader.pause()
         if self.replacing:
             self.replacing = False
@@ -207,6 +211,7 @@ class Supervisor:
             slot.roster.end_streams()
             if self.quota is not None:  # those who wait for the next file have their places
                 self.quota.note(slot.index, len(slot.roster))
+        self.late.seal()
         self.source.let_go()
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
@@ -250,6 +255,7 @@ class Supervisor:
         self.control.close()
         self.upgrader.let_go()
         self.mounts.close()
+        self.late.close()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
