@@ -3,7 +3,8 @@
 from tailsrv.descriptors import close_file
 from tailsrv.hints import absolute
 from tailsrv.identity import Identity
-from tailsrv.watch import open_file, size_of
+from tailsrv.log import fields, logger
+from tailsrv.watch import LeasedError, size_of, try_to_open
 
 
 class Source:
@@ -16,11 +17,23 @@ class Source:
         self.polling: str | None = None  # why the workers look at it by the clock
         self.trouble = ""  # why the next one of this name cannot be opened
         self._identity: Identity | None = None
+        self._leased = False  # and the log says so
 
     def open(self) -> bool:
-        """Open the file if there is one, and tell whether there is. Raises CannotServeError."""
-        self.file = open_file(self.path)
+        """Open the file if there is one, and tell whether it is open. Raises CannotServeError."""
+        try:
+            self.file = try_to_open(self.path)
+        except LeasedError:
+            self._note_lease()
         return self.file is not None
+
+    def _note_lease(self) -> None:
+        if not self._leased:
+            self._leased = True
+            logger.warning(
+                "another program has a lease on the file, clients wait until it is given up: %s",
+                fields(path=self.path, hint="Samba: kernel oplocks = no; see /proc/locks"),
+            )
 
     def has_gone(self, now: float) -> bool | None:
         """Tell whether the path names something else by now, or nothing; None if that cannot be seen yet."""
@@ -34,6 +47,7 @@ class Source:
         assert self.file is not None
         close_file(self.file)
         self.file, self.gone, self.polling, self._identity = None, False, None, None
+        self._leased = False
 
     def size(self) -> int | None:
         """Return the file's size in bytes, None if there is none."""

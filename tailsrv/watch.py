@@ -27,13 +27,30 @@ class CannotServeError(Exception):
     """The file cannot be served; the message says why, in one line."""
 
 
+class LeasedError(Exception):
+    """Another program has a lease on the file, which the kernel has asked it to give up (fcntl(2), F_SETLEASE)."""
+
+
 def open_file(path: str) -> int | None:
-    """Return a descriptor of the regular file `path`, None if there is nothing of that name. Raises CannotServeError."""
+    """Return a descriptor of the regular file `path`, None if there is none yet. Raises CannotServeError."""
+    try:
+        return try_to_open(path)
+    except LeasedError:
+        return None
+
+
+def try_to_open(path: str) -> int | None:
+    """Return a descriptor of the regular file `path`, None if there is nothing of that name.
+
+    Raises CannotServeError, and LeasedError where that will pass: Samba and nfsd take leases.
+    """
     try:
         _check_regular(os.stat(path))  # before open(2), which would wait at a FIFO or rewind a tape
         file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
+    except BlockingIOError as error:
+        raise LeasedError from error
     except OSError as error:
         raise CannotServeError(cannot_open(path, error)) from error
     try:
