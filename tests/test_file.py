@@ -124,7 +124,7 @@ def test_unreadable(open_folder: Path) -> None:
     path.chmod(0)
     ended = run_tailsrv("-p", "0", path, wrapper=wrapper)
     (line,) = ended.stderr.splitlines()
-    assert f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user root and group root, and we are " in line
+    assert f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and we are " in line
     assert (ended.returncode, ended.stdout) == (1, "")
 
 

@@ -606,7 +606,7 @@ except CannotServeError as error:
     path.parent.chmod(0o755)
     done = run_python(code, str(path.parent))
     assert done.returncode == 0
-    assert done.stdout.startswith("Permission denied; it has mode 0600, user root and group root, and we are user nobody with groups ")
+    assert done.stdout.startswith("Permission denied; it has mode 0600, user 0 and group 0, and we are user 65534 with groups ")
 
 
 def test_open_file_refuses_what_cannot_be_sent() -> None:
