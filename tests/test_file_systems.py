@@ -280,3 +280,34 @@ def test_without_proc(serve: Serve, folder: Path) -> None:
     expect(client := server.connect(b"0\n"), OLD)
     append(folder / "file.log", NEW)
     expect(client, NEW)
+
+
+# Overlay
+
+LAYERS = """
+mount -t tmpfs none {folder}
+mkdir {folder}/lower {folder}/upper {folder}/work {folder}/merged
+cp {folder}/../new {folder}/lower/file.log
+mount -t overlay -o lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work none {folder}/merged
+exec "$@"
+"""
+
+
+def test_overlay_copy_up(serve: Serve, folder: Path) -> None:
+    """The append that copies a file up from the lower layer is served at once, and the file is not gone by it."""
+    layers = (*IN_NAMESPACE, "sh", "-ec", LAYERS.format(folder=folder), "sh")
+    if not runs(*layers, "true"):
+        pytest.skip("overlay cannot be mounted here")
+    path = folder / "merged" / "file.log"
+    server = serve(path, wrapper=layers)
+    expect(client := server.connect(b"0\n"), NEW)
+    there = Path(f"/proc/{server.pid}/root{path}")
+    append(there, MORE)
+    expect(client, MORE)
+    append(there, MORE)
+    expect(client, MORE)
+    assert not server.lines("file is gone")
+    assert not server.lines("looking at the file once a second")
+    there.unlink()
+    expect_eof(client)
+    server.wait()
