@@ -94,8 +94,8 @@ class Supervisor:
         self.wakeup = Wakeup(CAUGHT)
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
-        self.mounts = Mounts(self.loop, self.handle_gone)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
+        self.mounts = Mounts(self.loop, self.handle_gone)
 
     # The loop
 
