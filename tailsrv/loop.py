@@ -19,9 +19,9 @@ class Loop:
         self.handlers: dict[int, Callable[[], None]] = {}
         self._stalled: set[int] = set()
 
-    def register(self, fd: int, handler: Callable[[], None], flags: int = 0) -> None:
-        """Call `handler` whenever `fd` is readable; `flags` are more of epoll_ctl(2)'s."""
-        self.epoll.register(fd, select.EPOLLIN | flags)
+    def register(self, fd: int, handler: Callable[[], None], flags: int = 0, events: int = select.EPOLLIN) -> None:
+        """Call `handler` whenever `fd` is readable, or has other `events`; `flags` are more of epoll_ctl(2)'s."""
+        self.epoll.register(fd, events | flags)
         self.handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:

@@ -18,9 +18,12 @@ from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.crew import Crew
 from tailsrv.hints import cannot_see
+from tailsrv.late import LateAppends
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
+from tailsrv.mounts import Mounts
+from tailsrv.pace import Pace
 from tailsrv.policy import KILL_MARGIN, lacks_room
 from tailsrv.quota import Quota
 from tailsrv.self_check import counts_streams
@@ -76,6 +79,8 @@ class Supervisor:
         self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others)
         self.started = handed_on.started if handed_on else time.time()
         self.source = Source(config.path)
+        self.pace = Pace()  # of rotations
+        self.late = LateAppends(self.loop, config.path)
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
         self.crew.started_up = handed_on is not None and handed_on.file is not None
@@ -91,6 +96,7 @@ class Supervisor:
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
+        self.mounts = Mounts(self.loop, self.handle_gone)
 
     # The loop
 
@@ -166,9 +172,12 @@ class Supervisor:
         self.reap()  # a drain must know which slots are empty
         if self.source.gone or self.phase is not Phase.RUNNING:
             return
-        if not (gone := self.source.has_gone()):
+        if not (gone := self.source.has_gone(self.loop.now)):
             if gone is None:  # nobody will say so again
                 self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
+            return
+        if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
+            self.postpone_rotation(pause)
             return
         self.source.gone = True
         if self.config.linger:
@@ -180,9 +189,22 @@ class Supervisor:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
 
+    def postpone_rotation(self, seconds: float) -> None:
+        """Serve the old file for a moment longer: whatever replaces it must not keep us busy."""
+        if self.handle_gone not in self.loop.timers:
+            hint = "what replaces it so often? does its file system change inode numbers?"
+            logger.warning(
+                "file is gone again so soon that clients get it as it was for a moment longer: %s",
+                fields(path=self.config.path, seconds=f"{seconds:.1f}", hint=hint),
+            )
+        self.loop.timers.set(self.handle_gone, self.loop.now + seconds)
+
     def rotate(self) -> None:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
+        self.pace.note(self.loop.now)
+        if self.source.file is not None and any(slot.roster.is_streaming() for slot in self.crew.slots):
+            self.late.begin(self.source.file, polling=self.source.polling is not None)
         self.upgrader.pause()
         if self.replacing:
             self.replacing = False
@@ -198,11 +220,14 @@ class Supervisor:
             slot.roster.end_streams()
             if self.quota is not None:  # those who wait for the next file have their places
                 self.quota.note(slot.index, len(slot.roster))
+        self.late.seal()
         self.source.let_go()
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
         self.look_for_file()
-        if self.source.file is None and not self.source.trouble:
+        if self.source.file is None and self.source.trouble:
+            self.crew.fill_all()
+        elif self.source.file is None:
             self.wait_for_file()
 
     # Workers
@@ -241,6 +266,8 @@ class Supervisor:
         self.loop.epoll.close()
         self.control.close()
         self.upgrader.let_go()
+        self.mounts.close()
+        self.late.close()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
@@ -251,7 +278,7 @@ class Supervisor:
         if notices.truncated is not None and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL:
             self.truncation_seen = self.loop.now
             logger.warning("file was truncated: %s", fields(path=self.config.path, size=notices.truncated))
-        if notices.gone:
+        if notices.gone and self.handle_gone not in self.loop.timers:
             # With this turn's timers: a death may be being dealt with now, and what a drain does must not come in between.
             self.loop.timers.set(self.handle_gone, self.loop.now)
 

@@ -696,7 +696,7 @@ def test_truncation_is_reported(bench: Bench) -> None:
     assert bench.receive(far, 3) == b"hij"
 
 
-def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
+def test_file_that_is_gone_is_reported_at_each_look(bench: Bench) -> None:
     """The supervisor is told that the file is gone; what it decides is its own business, and the clients stay."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -707,6 +707,9 @@ def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
     moved.chmod(0o600)
     append(moved, b"more")
     assert bench.receive(far, 4) == b"more"
+    assert [report.notices.gone for report in bench.reports()] == [True, True]
+    bench.skew = 2.0
+    bench.until(lambda: readable(bench.channel))
     assert [report.notices.gone for report in bench.reports()] == [True]
 
 
@@ -719,11 +722,11 @@ def test_path_that_cannot_be_seen(path: Path) -> None:
         fresh.rename(link)
         bench.settle()
         assert not bench.worker.lookout.gone
-        assert bench.worker.lookout.check_path in bench.worker.loop.timers
+        assert bench.worker.lookout.recheck_path in bench.worker.loop.timers
         fresh.symlink_to(path)
         fresh.rename(link)
         bench.skew = 2.0
-        bench.until(lambda: bench.worker.lookout.check_path not in bench.worker.loop.timers)
+        bench.until(lambda: bench.worker.lookout.recheck_path not in bench.worker.loop.timers)
         assert not bench.worker.lookout.gone
         link.unlink()
         bench.until(lambda: bench.worker.lookout.gone)
