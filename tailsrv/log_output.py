@@ -17,6 +17,7 @@ from functools import partial
 
 from setproctitle import setproctitle
 
+from tailsrv.descriptors import close_file
 from tailsrv.systemd import FIRST_SOCKET, passed_sockets
 
 STDERR = 2
@@ -100,8 +101,9 @@ def _relay(reader: int) -> None:
         setproctitle("tailsrv: log")
         os.dup2(reader, 0)
         # Nothing else may stay open here: neither the pipe's other end nor sockets that were passed.
-        os.closerange(1, STDERR)
-        os.closerange(STDERR + 1, os.sysconf("SC_OPEN_MAX"))
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (0, STDERR):
+                close_file(int(name))
         while data := os.read(0, select.PIPE_BUF):
             while data:
                 data = data[os.write(STDERR, data) :]
