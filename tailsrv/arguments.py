@@ -126,7 +126,7 @@ HEALTH_EPILOG = """\
 exit status, as monitoring plugins have it: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN (also for a wrong command line)
 WARNING: fewer workers than configured, descriptors or an accept queue over 90 %, a worker restarted in the last minute
 CRITICAL: no supervisor, no worker, a worker that is stopped or hangs, the file is gone while it is served on,
-or the next file of that name cannot be opened
+or cannot be read, or the next file of that name cannot be opened
 """
 
 
