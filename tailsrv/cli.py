@@ -17,7 +17,7 @@ from tailsrv.descriptors import occupy_standard, raise_limit
 from tailsrv.intake import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up, trouble
-from tailsrv.signals import hold
+from tailsrv.signals import hold, ignore_io_signals
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_check():
         return answer_check()
     hold()  # until the supervisor's handlers are there
+    ignore_io_signals()
     set_up(verbosity)
     try:
         occupy_standard()

@@ -23,11 +23,12 @@ from tailsrv.loop import Loop
 from tailsrv.messages import Notices
 from tailsrv.policy import KILL_MARGIN
 from tailsrv.quota import Quota
-from tailsrv.signals import Wakeup, release
+from tailsrv.signals import ACTED_ON, STRAY, Wakeup, name_of, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.source import Source
 from tailsrv.state import State
 from tailsrv.status import Status
+from tailsrv.stray import StraySignals
 from tailsrv.teller import Teller
 from tailsrv.title import status_title
 from tailsrv.upgrade import Upgrader
@@ -38,7 +39,7 @@ LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
+CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
 
 
 class Phase(Enum):
@@ -87,6 +88,7 @@ class Supervisor:
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
         self.wakeup = Wakeup(CAUGHT)
+        self.stray_signals = StraySignals()
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
@@ -281,8 +283,21 @@ class Supervisor:
                         self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
+                case signal.SIGPWR if not self.is_ending():
+                    self.drain_because(number, "power failure, or the container is stopped")
                 case signal.SIGHUP if not self.is_ending():
                     self.upgrader.request(self.loop.now)
+                case _ if number in STRAY:
+                    self.stray_signals.note(number)
+
+    def drain_because(self, number: int, reason: str) -> None:
+        """Drain for a signal that usually comes more than once, or together with SIGTERM.
+
+        Unlike a second SIGTERM, none of these ends the server at once.
+        """
+        grace = f"{self.config.grace:g}"
+        logger.info("draining: %s", fields(signal=name_of(number), grace=grace, reason=reason))
+        self.drain()
 
     def reap(self) -> None:
         """Collect every child that has ended; SIGCHLDs merge, so their number says nothing."""

@@ -88,8 +88,11 @@ class Proof:
         with ExitStack() as refused:
             given, self._answer, self._complaints = (_closing(memory(content), refused) for content in (data, b"", b""))
             files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
+            # All signals are blocked: one that is sent to all processes of the service must not
+            # fail the upgrade. To end the check takes SIGKILL.
+            held = signal.valid_signals()
             self.pid = os.posix_spawn(
-                executable, arguments, environment(CHECK), file_actions=files, setsigmask=(), setsigdef=(signal.SIGPIPE,)
+                executable, arguments, environment(CHECK), file_actions=files, setsigmask=held, setsigdef=(signal.SIGPIPE,)
             )
             refused.pop_all()
         os.close(given)
