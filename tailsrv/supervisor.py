@@ -17,6 +17,7 @@ from tailsrv import __version__, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.crew import Crew
+from tailsrv.hangup import is_hung_up, remember_nohup
 from tailsrv.hints import cannot_see
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
@@ -87,6 +88,7 @@ class Supervisor:
         self.truncation_seen = float("-inf")
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
+        remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
         self.stray_signals = StraySignals()
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
@@ -285,6 +287,8 @@ class Supervisor:
                     self.terminate()
                 case signal.SIGPWR if not self.is_ending():
                     self.drain_because(number, "power failure, or the container is stopped")
+                case signal.SIGHUP if not self.is_ending() and is_hung_up():
+                    self.drain_because(number, "terminal closed; nohup would prevent this")
                 case signal.SIGHUP if not self.is_ending():
                     self.upgrader.request(self.loop.now)
                 case _ if number in STRAY:
