@@ -24,6 +24,8 @@ HARMLESS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGW
 _KNOWN = ACTED_ON | FATAL | STOPPING | IGNORED | HARMLESS
 STRAY = frozenset(map(int, signal.valid_signals())) - _KNOWN
 
+INTERRUPTING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
+
 
 class Wakeup:
     """The pipe that the interpreter writes each caught signal's number to (`signal.set_wakeup_fd`)."""
@@ -84,6 +86,26 @@ def release() -> None:
 def blocked() -> Iterator[None]:
     """Hold all signals back, so that none falls between fork(2) and the child's own handlers."""
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let TERM, INT and QUIT end a process that blocks signals, during a call that may hang.
+
+    As PID 1 they stay blocked, and are acted on after the call. The kernel discards them there if
+    there is no handler, pid_namespaces(7), and a handler in Python runs only when the call returns.
+    """
+    if os.getpid() == 1:
+        yield
+        return
+    # An ignored SIGINT stays ignored: a shell does that for jobs in the background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTING)
     try:
         yield
     finally:
