@@ -91,7 +91,8 @@ class Supervisor:
         remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
         self.stray_signals = StraySignals()
-        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
+        self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
+        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
 
@@ -102,9 +103,12 @@ class Supervisor:
         self.source.file = file
         release()  # what the program that exec'd us held back comes now
         self.reap()
+        if self.replacing:
+            # Once more: the version before us may have been replaced before it could deliver this.
+            self.lifecycle.reloading()
         if file is None:
             self.wait_for_file()
-            systemd.notify("READY=1")  # clients can connect
+            self.lifecycle.ready()  # clients can connect
             self.go_on_replacing()
         else:
             self.start_workers()
@@ -253,7 +257,8 @@ class Supervisor:
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
         if not self.started_up and self.crew.all_ready() and not self.is_ending():
             self.started_up = True
-            systemd.notify("READY=1", f"STATUS={self.status.sentence()}")
+            self.lifecycle.ready()
+            systemd.notify(f"STATUS={self.status.sentence()}")  # at once, whatever its pace is
         self.go_on_replacing()
 
     def give_up(self, reason: str) -> None:
@@ -320,7 +325,7 @@ class Supervisor:
         """Let the workers bring every stream to what is in the file now, and end with them."""
         self.phase = Phase.DRAINING
         self.stop_waiting()
-        systemd.notify("STOPPING=1")
+        self.lifecycle.stopping()
         until = self.loop.now + self.config.grace
         self.crew.drain(until)
         self.loop.timers.set(self.terminate, until + KILL_MARGIN)

@@ -153,8 +153,15 @@ class Upgrader:
     While the new program replaces the workers, `busy` stays set.
     """
 
-    def __init__(self, timers: Timers, snapshot: Callable[[], state.State], pending: Callable[[], list[int]], busy: bool) -> None:
-        self._timers, self._snapshot, self._pending = timers, snapshot, pending
+    def __init__(
+        self,
+        timers: Timers,
+        snapshot: Callable[[], state.State],
+        pending: Callable[[], list[int]],
+        lifecycle: systemd.Lifecycle,
+        busy: bool,
+    ) -> None:
+        self._timers, self._snapshot, self._pending, self._lifecycle = timers, snapshot, pending, lifecycle
         self._proof: Proof | None = None
         self._again = False
         self._paused = False
@@ -166,7 +173,7 @@ class Upgrader:
         if self._busy or self._paused:
             self._again = self._stale = True
             return
-        systemd.notify_reloading()
+        self._lifecycle.reloading()
         self._prove(now)
 
     def _prove(self, now: float) -> None:
@@ -233,7 +240,7 @@ class Upgrader:
     def done(self, now: float) -> None:
         """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
         self._busy = False
-        systemd.notify("READY=1")
+        self._lifecycle.ready()
         self._take_up(now)
 
     def _take_up(self, now: float) -> None:
