@@ -17,7 +17,7 @@ from tailsrv.descriptors import occupy_standard, raise_limit
 from tailsrv.intake import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up, trouble
-from tailsrv.signals import hold
+from tailsrv.signals import hold, ignore_io_signals, interruptible
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = PASSED if config.port is None else endpoints(config.bind, 65535)
         make_room(longest_title(names, config.path), *command())
     hold()  # until the supervisor's handlers are there
+    ignore_io_signals()
     set_up(verbosity)
     try:
         occupy_standard()
@@ -100,13 +101,15 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
     """
     descriptors = raise_limit()
     passed = take_listeners(take_sockets())  # before anything else is opened: they have their numbers
-    file = open_file(config.path)
+    with interruptible():  # open(2) waits for a network file system that does not answer
+        file = open_file(config.path)
     prepare_to_fork()
     if config.port is None:
         names = names_of(passed)
         listeners, shared = assign(passed, config.workers)
     else:
-        listeners, shared = listen(config, config.port), False
+        with interruptible():  # getaddrinfo(3) waits for a name server that does not answer
+            listeners, shared = listen(config, config.port), False
         names = endpoints(config.bind, listeners[0][0].getsockname()[1])
     control = Control.lock(names)
     port = listeners[0][0].getsockname()[1]

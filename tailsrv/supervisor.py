@@ -17,6 +17,7 @@ from tailsrv import __version__, oom, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.crew import Crew
+from tailsrv.hangup import is_hung_up, remember_nohup
 from tailsrv.hints import cannot_see
 from tailsrv.late import LateAppends
 from tailsrv.log import fields, logger, trouble
@@ -27,11 +28,12 @@ from tailsrv.pace import Pace
 from tailsrv.policy import KILL_MARGIN, lacks_room
 from tailsrv.quota import Quota
 from tailsrv.self_check import counts_streams
-from tailsrv.signals import Wakeup, release
+from tailsrv.signals import ACTED_ON, STRAY, Wakeup, name_of, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.source import Source
 from tailsrv.state import State
 from tailsrv.status import Status
+from tailsrv.stray import StraySignals
 from tailsrv.teller import Teller
 from tailsrv.title import status_title
 from tailsrv.upgrade import Upgrader
@@ -42,7 +44,7 @@ LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
+CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
 
 
 class Phase(Enum):
@@ -92,8 +94,11 @@ class Supervisor:
         self.truncation_seen = float("-inf")
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
+        remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
-        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
+        self.stray_signals = StraySignals()
+        self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
+        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
         self.mounts = Mounts(self.loop, self.handle_gone)
@@ -107,9 +112,13 @@ class Supervisor:
         self.reap()
         if not counts_streams():
             self.crew.intake.protect_nobody()
+        if self.replacing:
+            # Once more: the version before us may have been replaced before it could deliver this.
+            self.lifecycle.reloading()
         if file is None:
             self.wait_for_file()
-            systemd.notify("READY=1")  # clients can connect
+            if not self.replacing:
+                self.lifecycle.ready()  # clients can connect
             self.go_on_replacing()
         else:
             self.crew.fill_all()
@@ -287,7 +296,8 @@ class Supervisor:
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
         if not self.crew.started_up and self.crew.all_ready() and not self.is_ending():
             self.crew.started_up = True
-            systemd.notify("READY=1", f"STATUS={self.status.sentence()}")
+            self.lifecycle.ready()
+            systemd.notify(f"STATUS={self.status.sentence()}")  # at once, whatever its pace is
         self.go_on_replacing()
 
     def give_up(self, reason: str) -> None:
@@ -323,8 +333,23 @@ class Supervisor:
                         self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
+                case signal.SIGPWR if not self.is_ending():
+                    self.drain_because(number, "power failure, or the container is stopped")
+                case signal.SIGHUP if not self.is_ending() and is_hung_up():
+                    self.drain_because(number, "terminal closed; nohup would prevent this")
                 case signal.SIGHUP if not self.is_ending():
                     self.upgrader.request(self.loop.now)
+                case _ if number in STRAY:
+                    self.stray_signals.note(number)
+
+    def drain_because(self, number: int, reason: str) -> None:
+        """Drain for a signal that usually comes more than once, or together with SIGTERM.
+
+        Unlike a second SIGTERM, none of these ends the server at once.
+        """
+        grace = f"{self.config.grace:g}"
+        logger.info("draining: %s", fields(signal=name_of(number), grace=grace, reason=reason))
+        self.drain()
 
     def reap(self) -> None:
         """Collect every child that has ended; SIGCHLDs merge, so their number says nothing."""
@@ -343,7 +368,7 @@ class Supervisor:
         """Let the workers bring every stream to what is in the file now, and end with them."""
         self.phase = Phase.DRAINING
         self.stop_waiting()
-        systemd.notify("STOPPING=1")
+        self.lifecycle.stopping()
         until = self.loop.now + self.config.grace
         self.crew.drain(until)
         self.loop.timers.set(self.terminate, until + KILL_MARGIN)

@@ -77,7 +77,7 @@ class Title:
     """A text that follows `render()` at a bounded pace, by default this process's title: `changed` may be called at any time."""
 
     def __init__(
-        self, timers: Timers, render: Callable[[], str], show: Callable[[str], None] = setproctitle, interval: float = INTERVAL
+        self, timers: Timers, render: Callable[[], str], show: Callable[[str], object] = setproctitle, interval: float = INTERVAL
     ) -> None:
         self._timers, self._render, self._show, self._interval = timers, render, show, interval
         self._shown = ""

@@ -88,8 +88,11 @@ class Proof:
         with ExitStack() as refused:
             given, self._answer, self._complaints = (_closing(memory(content), refused) for content in (data, b"", b""))
             files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
+            # All signals are blocked: one that is sent to all processes of the service must not
+            # fail the upgrade. To end the check takes SIGKILL.
+            held = signal.valid_signals()
             self.pid = os.posix_spawn(
-                executable, arguments, environment(CHECK), file_actions=files, setsigmask=(), setsigdef=(signal.SIGPIPE,)
+                executable, arguments, environment(CHECK), file_actions=files, setsigmask=held, setsigdef=(signal.SIGPIPE,)
             )
             refused.pop_all()
         os.close(given)
@@ -158,8 +161,15 @@ class Upgrader:
     While the new program replaces the workers, `busy` stays set.
     """
 
-    def __init__(self, timers: Timers, snapshot: Callable[[], state.State], pending: Callable[[], list[int]], busy: bool) -> None:
-        self._timers, self._snapshot, self._pending = timers, snapshot, pending
+    def __init__(
+        self,
+        timers: Timers,
+        snapshot: Callable[[], state.State],
+        pending: Callable[[], list[int]],
+        lifecycle: systemd.Lifecycle,
+        busy: bool,
+    ) -> None:
+        self._timers, self._snapshot, self._pending, self._lifecycle = timers, snapshot, pending, lifecycle
         self._proof: Proof | None = None
         self._proven: str | None = None  # the version to exec at the end of this turn
         self._again = False
@@ -172,7 +182,7 @@ class Upgrader:
         if self._busy or self._paused:
             self._again = self._stale = True
             return
-        systemd.notify_reloading()
+        self._lifecycle.reloading()
         self._prove(now)
 
     def _prove(self, now: float) -> None:
@@ -250,7 +260,7 @@ class Upgrader:
     def done(self, now: float) -> None:
         """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
         self._busy = False
-        systemd.notify("READY=1")
+        self._lifecycle.ready()
         self._take_up(now)
 
     def _take_up(self, now: float) -> None:

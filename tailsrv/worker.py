@@ -29,8 +29,9 @@ from tailsrv.messages import MAX_MESSAGE, Drain, Message, Ping, decode
 from tailsrv.news import News
 from tailsrv.protocol import Start
 from tailsrv.roster import Entry
-from tailsrv.signals import Wakeup, release
+from tailsrv.signals import STRAY, Wakeup, ignore_io_signals, release
 from tailsrv.slot import Inheritance
+from tailsrv.stray import StraySignals
 from tailsrv.streams import Streams
 from tailsrv.syscalls import discard, finish_sending, streamed, take_socket
 from tailsrv.title import Title, worker_title
@@ -49,11 +50,12 @@ def work(inheritance: Inheritance, config: Config) -> int:
     gc.freeze()  # what the supervisor made stays shared memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sendfile(2) has no MSG_NOSIGNAL
+    signal.signal(signal.SIGPWR, signal.SIG_IGN)  # the supervisor gets one as well, and drains
+    ignore_io_signals()  # sendfile(2) has no MSG_NOSIGNAL
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     try:
-        wakeup = Wakeup([signal.SIGTERM])
+        wakeup = Wakeup({signal.SIGTERM} | STRAY)
         release()
         worker = Worker(inheritance, config, wakeup)
     except OSError as error:
@@ -76,6 +78,7 @@ class Worker:
         self.ended = False
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.title = Title(self.loop.timers, self.render_title)
+        self.stray_signals = StraySignals(slot=self.slot)
         self.short_of_room = Limited(logging.WARNING, burst=1)
         self.failed = Limited(logging.ERROR)
 
@@ -298,8 +301,14 @@ class Worker:
     # The end
 
     def handle_signal(self) -> None:
-        """SIGTERM: drain if the supervisor has said so on the channel, else end as in a crash."""
-        if self.wakeup.read():
+        """SIGTERM: drain if the supervisor has said so on the channel, else end as in a crash.
+
+        All other signals are only logged.
+        """
+        numbers = self.wakeup.read()
+        for number in STRAY.intersection(numbers):
+            self.stray_signals.note(number)
+        if signal.SIGTERM in numbers:
             self.handle_channel()
             self.ended = self.ended or not self.draining
 
