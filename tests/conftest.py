@@ -1,8 +1,11 @@
-"""The fixtures of the tests of the whole program."""
+"""The fixtures of the tests of the whole program, and what a plain run of pytest leaves out."""
 
+import atexit
+import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,9 +14,18 @@ from pathlib import Path
 import pytest
 from helpers import TAILSRV, Serve, Server
 
+pytest_plugins = ["selection"]
+
 # Who starts the tests in the background may have had this ignored, and a program that inherits that cannot be interrupted.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The tests start more than a thousand Pythons. If those may not leave compiled modules beside the sources, they share
+# a folder for them while the tests run: to compile the program anew takes each of them longer than most tests.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="tailsrv-compiled-")
+    sys.dont_write_bytecode = False
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
 @pytest.fixture

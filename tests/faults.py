@@ -14,6 +14,7 @@ from pathlib import Path
 
 from faultbench import Bench
 from helpers import DEADLINE, eventually, recv_all, runs
+from survival import no_strace
 
 TABLE = Path(__file__).with_name("faults.md")
 POLLING = "looking at the file once a second"
@@ -132,10 +133,10 @@ def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
 
 def can_inject() -> str:
     """Return why no fault can be injected here, empty if there is no reason."""
-    if not runs("strace", "-V"):
-        return "there is no strace"
+    if no_strace:
+        return no_strace
     inject = ("-e", "trace=write", "-e", "inject=write:error=EIO")
-    return "" if not runs("strace", "-o", os.devnull, *inject, "echo") else "strace may not, or cannot, make calls fail"
+    return "" if not runs("strace", "-o", os.devnull, *inject, "echo") else "strace cannot make calls fail"
 
 
 # How the faults are brought about

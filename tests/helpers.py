@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -154,7 +155,7 @@ class Server:
 
         return eventually(look)[-1]
 
-    @property
+    @cached_property
     def port(self) -> int:
         """The port it listens on, as it says in its log."""
         return int(self.logged("listening: ", " port=").partition(" port=")[2].split()[0])
@@ -230,11 +231,12 @@ def session(sid: int) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    """Return the pids of the living children of `pid`."""
+    """Return the pids of the living children of `pid`; psutil would look at every process of the machine for them."""
     try:
-        return [child.pid for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-    except psutil.Error:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
         return []
+    return [int(child) for child in found if not gone(int(child))]
 
 
 def title(pid: int) -> str:

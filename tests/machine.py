@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 from helpers import DEADLINE, Seen, ask, connect, eventually
+from selection import missing
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -67,8 +68,7 @@ def reason_to_skip() -> str:
     status = Path("/proc/self/status").read_text()
     if not int(status.partition("CapEff:")[2].split()[0], 16) & CAP_SYS_ADMIN:
         return "no CAP_SYS_ADMIN"
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"not installed: {', '.join(missing)}" if missing and not is_required() else ""
+    return "" if is_required() else missing(*TOOLS)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ of this away however the tests end.
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from types import TracebackType
 
 import psutil  # type: ignore[import-untyped]
 from helpers import DEADLINE, Seen
+from selection import missing
 
 TOOLS = ("ip", "nsenter")
 WIRE = Path(__file__).with_name("wire.py")
@@ -27,8 +27,8 @@ CLONE_NEWNET = 0x40000000
 
 def reason_to_skip(*tools: str) -> str:
     """Return why no network can be made here, empty if there is no reason."""
-    if missing := [tool for tool in (*TOOLS, *tools) if shutil.which(tool) is None]:
-        return f"not installed: {', '.join(missing)}"
+    if reason := missing(*TOOLS, *tools):
+        return reason
     try:
         os.close(new_namespace())
     except PermissionError:

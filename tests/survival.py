@@ -4,7 +4,6 @@ import json
 import os
 import random
 import selectors
-import shutil
 import socket
 import subprocess
 import time
@@ -15,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import DEADLINE, Server, append, ask, eventually, random_bytes
+from helpers import DEADLINE, Server, append, ask, eventually, random_bytes, runs
+from selection import missing
 
 from tailsrv.control import CLIENTS
 
 NO_CORE = ("prlimit", "--core=0:0")  # workers that die of SIGSEGV leave no files behind
 
-needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="there is no strace")
+no_strace = missing("strace") or ("" if runs("strace", "-o", os.devnull, "true") else "strace may not trace a process")
+needs_strace = pytest.mark.skipif(bool(no_strace), reason=no_strace)
 
 
 def status(server: Server) -> dict[str, Any]:

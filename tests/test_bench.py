@@ -10,13 +10,14 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from selection import NOT_INSTALLED
 from unit import ROOT
 
 BENCH = ROOT / "contrib/bench/bench.py"
 CHARTS = ("latency.svg", "throughput.svg", "memory.svg", "workers.svg")
 SVG = "{http://www.w3.org/2000/svg}"
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler for the load generator")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason=f"{NOT_INSTALLED}cc")
 
 # It sends the file once, as its first argument says: with a wrong byte, with one more, or to its end and no further.
 LIAR = """
@@ -49,6 +50,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @needs_compiler
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
     """A quick run of some scenarios leaves plausible figures, tables with ratios before figures, and four charts."""

@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+from selection import missing
 
 import tailsrv
 from tailsrv.arguments import make_health_parser, make_parser
@@ -24,7 +25,7 @@ PARSERS = [make_parser(), make_health_parser(), make_tscat_parser(), make_tssync
 SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
 DATE = "2023-11-14"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.build, pytest.mark.slow]
 
 
 def run(*command: str | Path, **more: str) -> str:
@@ -94,8 +95,8 @@ def words(*texts: str) -> set[str]:
 
 def read_page(page: Path) -> str:
     """Return what a terminal of 80 columns shows of a manual page."""
-    if not shutil.which("mandoc"):
-        pytest.skip("mandoc is not there")
+    if reason := missing("mandoc"):
+        pytest.skip(reason)
     return re.sub(r".\x08", "", run("mandoc", "-T", "utf8", "-O", "width=80", page))
 
 
@@ -212,8 +213,8 @@ zpty -r shell out "*$3*" && print completed
 )
 def test_zsh_completes(share: Path, tmp_path: Path, typed: str, shown: str) -> None:
     """Zsh, at a terminal, finds the functions in its fpath and completes with them."""
-    if not shutil.which("zsh"):
-        pytest.skip("zsh is not there")
+    if reason := missing("zsh"):
+        pytest.skip(reason)
     (tmp_path / "app.log").touch()
     command: list[str | Path] = ["zsh", "-f", "-c", ZSH, "zsh", share / "zsh/site-functions", typed, shown]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path, env={**os.environ, "TERM": "dumb"})

@@ -27,6 +27,7 @@ def join(port: int, number: int) -> socket.socket:
     return sock
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_one_append_reaches_a_crowd(serve: Serve, path: Path, descriptors: int, capsys: pytest.CaptureFixture[str]) -> None:
     """20,000 clients, or as many as there are descriptors for, are all protected and all get what is appended."""

@@ -25,6 +25,7 @@ from helpers import (
     title,
     wrapper_without_rights,
 )
+from selection import NOT_INSTALLED
 from survival import status
 
 BIG = random_bytes(20_000_000)
@@ -394,7 +395,7 @@ def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
 # The real logrotate
 
 LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
-needs_logrotate = pytest.mark.skipif(not Path(LOGROTATE).exists(), reason="logrotate is not installed")
+needs_logrotate = pytest.mark.skipif(not Path(LOGROTATE).exists(), reason=f"{NOT_INSTALLED}logrotate")
 
 
 def logrotate(path: Path, *directives: str) -> None:

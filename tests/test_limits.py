@@ -20,7 +20,6 @@ from helpers import (
     expect,
     expect_eof,
     random_bytes,
-    run_tailsrv,
     runs,
     switches,
 )
@@ -195,16 +194,14 @@ def test_descriptors_suffice(serve: Serve, path: Path) -> None:
 SMALL_QUEUES = ("unshare", "--net", "--map-root-user", "sh", "-c", 'echo 100 >/proc/sys/net/core/somaxconn && exec "$@"', "sh")
 
 
-def test_backlog_is_cut(path: Path) -> None:
+def test_backlog_is_cut(serve: Serve, path: Path) -> None:
     """Where the kernel cuts the accept queues, the log says how short they are and what to change."""
     if not runs(*SMALL_QUEUES, "true"):
         pytest.skip("a network namespace cannot be had")
     os.truncate(path, 0)
-    ended = run_tailsrv("-p", "0", path, wrapper=(*SMALL_QUEUES, "timeout", "--signal=TERM", "1"))
-    (line,) = [line for line in ended.stderr.splitlines() if "warning" in line]
-    assert "accept queues are cut short" in line
-    assert "backlog=100 wanted=4096" in line
-    assert "net.core.somaxconn" in line
+    server = serve(path, wrapper=SMALL_QUEUES)
+    line = server.logged("accept queues are cut short", "backlog=100 wanted=4096", "net.core.somaxconn")
+    assert server.lines("warning") == [line]
 
 
 def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> None:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 from followers import TSSYNC, Command, holds, run_client
-from helpers import Serve, Server, append, random_bytes, runs
+from helpers import Serve, Server, append, random_bytes
 from shims import build_shim
+from survival import needs_strace
 from unit import run_python
 
 from tailsrv.mirror import Mirror
 
 DATA = random_bytes(300_000)
-
-needs_strace = pytest.mark.skipif(not runs("strace", "-e", "trace=rename", "true"), reason="strace does not work here")
 
 
 def here(server: Server) -> str:

@@ -111,14 +111,21 @@ class Following(FollowingWorld, Model):
     )
 
 
-def test_model() -> None:
+def numbers_of_examples(few: int, many: int, asked_for: int) -> list[object]:
+    """Return how many examples to try: what the environment asks for, else a few, and many in a thorough run."""
+    return [asked_for] if asked_for else [few, pytest.param(many, marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("examples", numbers_of_examples(6, 60, EXAMPLES))
+def test_model(examples: int) -> None:
     """Whatever clients, file and processes do, every client gets the bytes it asked for."""
-    run_state_machine_as_test(Model, settings=OPTIONS)
+    run_state_machine_as_test(Model, settings=settings(OPTIONS, max_examples=examples))
 
 
-def test_model_of_rotations() -> None:
+@pytest.mark.parametrize("examples", numbers_of_examples(2, 8, EXAMPLES // 8))
+def test_model_of_rotations(examples: int) -> None:
     """The same while the file is replaced by the next."""
-    run_state_machine_as_test(Following, settings=settings(OPTIONS, max_examples=EXAMPLES // 8 or 8))
+    run_state_machine_as_test(Following, settings=settings(OPTIONS, max_examples=examples))
 
 
 class Wrong(Model):

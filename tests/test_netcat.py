@@ -1,11 +1,11 @@
 """No client library is needed: the clients that people have at hand."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import DEADLINE, Serve, append, random_bytes
+from selection import missing
 
 DATA = random_bytes(3000)
 NEWS = b"appended while connected\n"
@@ -27,8 +27,8 @@ CLIENTS = {
 @pytest.mark.parametrize("client", CLIENTS)
 def test_clients_at_hand(serve: Serve, path: Path, client: str, host: str) -> None:
     """What the client prints is the file from byte 1000 on, with what is appended while it is connected, to the end."""
-    if shutil.which(client.split()[0]) is None:
-        pytest.skip(f"{client} is not installed")
+    if reason := missing(client.split()[0]):
+        pytest.skip(reason)
     if client == "nc.traditional" and ":" in host:
         pytest.skip("nc.traditional knows no IPv6")
     path.write_bytes(DATA)

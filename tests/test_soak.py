@@ -33,6 +33,7 @@ def soak(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, summary
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     """A server that is well survives everything: every byte is right, and nothing of the faults remains."""

@@ -43,23 +43,32 @@ NEWS = b"appended later, by somebody else"
 # Any moment
 
 
-def test_two_hundred_kills(serve: Serve, path: Path) -> None:
-    """Fifty clients of all paces lose nothing while their workers are killed at random moments, two hundred times."""
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.thorough)])
+def test_many_kills(serve: Serve, path: Path, kills: int) -> None:
+    """Fifty clients of all paces lose nothing while their workers are killed at random moments, again and again."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "8")
     dice, killed = random.Random(3), set[int]()
     with loaded(server, path, seed=3) as load:
-        while len(killed) < 200:
+        while len(killed) < kills:
             load.run(dice.uniform(0, 0.24))
             # the oldest first; also those that have only just been forked
             if living := [pid for pid in children(server.pid) if pid not in killed]:
                 killed.add(pid := living[0] if dice.random() < 0.8 else dice.choice(living))
                 os.kill(pid, signal.SIGKILL)
-    eventually(lambda: len(server.lines("worker was killed", "signal=SIGKILL")) == 200)
+    eventually(lambda: len(server.lines("worker was killed", "signal=SIGKILL")) == kills)
     assert not server.lines("error")
 
 
-@pytest.mark.parametrize(("number", "deaths", "age"), [(signal.SIGSEGV, 12, 1.1), (signal.SIGTERM, 24, 0.5)])
+@pytest.mark.parametrize(
+    ("number", "deaths", "age"),
+    [
+        (signal.SIGSEGV, 4, 1.1),
+        (signal.SIGTERM, 8, 0.5),
+        pytest.param(signal.SIGSEGV, 12, 1.1, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGTERM, 24, 0.5, marks=pytest.mark.thorough),
+    ],
+)
 def test_other_deaths(serve: Serve, path: Path, number: signal.Signals, deaths: int, age: float) -> None:
     """Neither crashes that are spaced out nor SIGTERM to a worker by hand cost a client anything."""
     path.write_bytes(DATA)
@@ -173,7 +182,7 @@ def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
 
 
 @needs_strace
-@pytest.mark.parametrize("when", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("when", [1, 3, *(pytest.param(when, marks=pytest.mark.thorough) for when in (2, 7, 20))])
 @pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
 def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) -> None:
     """A worker that dies before, in or after a sendfile(2), whose result it never learned, loses and doubles nothing."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from followers import TSSYNC, Command, Cutter, closed_port, holds, kill, restart, run_client, started
 from helpers import DEADLINE, Serve, Server, append, eventually, random_bytes, runs
+from survival import needs_strace
 from unit import as_root, run_python
 
 from tailsrv import __version__
@@ -255,7 +256,7 @@ def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
     assert copy.read_bytes() == (DATA * 10)[: len(DATA) * 5]
 
 
-@pytest.mark.skipif(not runs("strace", "-e", "trace=fdatasync", "true"), reason="strace does not work here")
+@needs_strace
 @pytest.mark.parametrize(("options", "synced"), [([], False), (["--fsync", "0.05"], True)])
 def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool) -> None:
     """With --fsync the disk has the copy soon after, without it when the kernel likes."""
@@ -269,7 +270,7 @@ def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: li
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not runs("strace", "-e", "trace=fdatasync", "true"), reason="strace does not work here")
+@needs_strace
 @pytest.mark.parametrize("numbers", [("TERM",), ("HUP",), ("INT", "INT"), ("TERM", "HUP"), ("HUP", "TERM", "INT", "HUP")])
 def test_signals_leave_a_synced_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]) -> None:
     """What has come is synced before it ends, whichever signal ends it and whatever comes along."""

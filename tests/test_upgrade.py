@@ -91,14 +91,15 @@ def visited(server: Server, data: bytes) -> Iterator[list[int]]:
     assert faults == []
 
 
-def test_twenty_upgrades_under_load(serve: Serve, path: Path) -> None:
-    """Fifty clients of all paces go through twenty upgrades: the same pid, other workers each time, nothing lost or leaked."""
+@pytest.mark.parametrize("upgrades", [4, pytest.param(20, marks=pytest.mark.thorough)])
+def test_upgrades_under_load(serve: Serve, path: Path, upgrades: int) -> None:
+    """Fifty clients of all paces go through many upgrades: the same pid, other workers each time, nothing lost or leaked."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
     living = ready_workers(server)
     with loaded(server, path, seed=20) as load:
         before = descriptors(server.pid)
-        for count in range(1, 21):
+        for count in range(1, upgrades + 1):
             server.signal(signal.SIGHUP)
             load.run_until(lambda count=count: len(server.lines("upgraded: version=")) == count)  # type: ignore[misc]
             living = ready_workers(server, besides=living)
@@ -113,15 +114,16 @@ def find_pid(server: Server) -> int:
     return int(status(server)["pid"])
 
 
-def test_visitors_during_upgrades(serve: Serve, path: Path) -> None:
+@pytest.mark.parametrize("upgrades", [2, pytest.param(8, marks=pytest.mark.thorough)])
+def test_visitors_during_upgrades(serve: Serve, path: Path, upgrades: int) -> None:
     """Whoever connects during an upgrade, at any moment, is served."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
     ready_workers(server)
     with visited(server, SMALL) as visits:
-        for count in range(1, 9):
+        for count in range(1, upgrades + 1):
             upgrade(server, count)
-    assert len(visits) > 100
+    assert len(visits) > 10 * upgrades
 
 
 def test_a_worker_that_does_not_end(serve: Serve, path: Path) -> None:
@@ -328,7 +330,7 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
         expect(client, NEWS)
 
 
-@pytest.mark.slow
+@pytest.mark.build
 def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Path) -> None:
     """What the manual says: install the next version over this one in its environment, and send HUP."""
     if not (source := Path(tailsrv.__file__).parent.parent / "pyproject.toml").exists():
@@ -460,7 +462,7 @@ def test_the_end_during_a_proof(serve: Serve, path: Path, installed: Installed, 
     assert not server.lines("upgraded: ")
 
 
-@pytest.mark.parametrize("attempt", range(10))
+@pytest.mark.parametrize("attempt", [0, 1, 4, 7, *(pytest.param(again, marks=pytest.mark.thorough) for again in (2, 3, 5, 6, 8, 9))])
 def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     """SIGTERM at whatever moment of an upgrade: the streams end in good order, with all that is in the file."""
     path.write_bytes(DATA)
