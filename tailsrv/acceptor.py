@@ -1,7 +1,6 @@
 """Takes connections from a slot's listeners, as far as room and rules allow."""
 
 import logging
-import select
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +8,7 @@ from functools import partial
 from tailsrv import policy
 from tailsrv.config import Network
 from tailsrv.endpoint import endpoint
+from tailsrv.kernel import EPOLLEXCLUSIVE
 from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited
 from tailsrv.loop import Loop
@@ -43,6 +43,7 @@ class Acceptor:
         self._welcome, self._count, self._make_room = welcome, count, make_room
         self._turned_away = Limited(logging.WARNING, burst=1)
         self._short_of_room = Limited(logging.WARNING, burst=1)
+        self._failing = Limited(logging.WARNING, burst=1)
         self._full = Limited(logging.WARNING, burst=1, interval=FULL_INTERVAL)
         self.note_count()
 
@@ -73,7 +74,7 @@ class Acceptor:
             self._quota.note(self._slot, self._count())
 
     def _register(self, listener: socket.socket) -> None:
-        flags = select.EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
+        flags = EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
         self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
 
     def _handle(self, listener: socket.socket) -> None:
@@ -91,13 +92,8 @@ class Acceptor:
                     self._pause()
                 break
             accepted = accept(listener)
-            if isinstance(accepted, Outcome):
-                # Only descriptors of our own are free at once when somebody goes: where all of the system is short, nobody has to.
-                if accepted is Outcome.NO_ROOM or (accepted is Outcome.NO_DESCRIPTOR and not self._make_room()):
-                    self._short_of_room(
-                        "short of descriptors or memory, not accepting for a moment", slot=self._slot, clients=self._count()
-                    )
-                    self._pause()
+            if isinstance(accepted, Outcome | OSError):
+                self._give_way(accepted)
                 break
             sock, peer = accepted
             if self._allow and not policy.is_allowed(peer[0], self._allow):
@@ -106,6 +102,21 @@ class Acceptor:
             else:
                 self._welcome(sock, peer)
         self.note_count()
+
+    def _give_way(self, reason: Outcome | OSError) -> None:
+        """Pause where the next try would fail for the same reason; else the next event says when to go on."""
+        if isinstance(reason, OSError):
+            self._failing(
+                "accept(2) fails for every connection, trying again in a moment while they wait",
+                slot=self._slot,
+                reason=reason,
+                hint="see whether a firewall or a security policy refuses it",
+            )
+            self._pause()
+        # Only descriptors of our own are free at once when somebody goes: where all of the system is short, nobody has to.
+        elif reason is Outcome.NO_ROOM or (reason is Outcome.NO_DESCRIPTOR and not self._make_room()):
+            self._short_of_room("short of descriptors or memory, not accepting for a moment", slot=self._slot, clients=self._count())
+            self._pause()
 
     def _pause(self) -> None:
         self.stop()

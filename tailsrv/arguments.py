@@ -36,11 +36,13 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--bind", action="append", default=[], metavar="ADDR",
-        help="address to listen on, may be repeated (default: all addresses, IPv4 and IPv6)",
+        help="address or name to listen on, may be repeated (default: all addresses, IPv4 and IPv6);"
+        " :: is IPv6 only",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=seconds, default=DEFAULT_GRACE, metavar="SECONDS",
-        help="how long clients have to take what is in the file when the server ends (default: %(default)g)",
+        help="how long clients have to take what is in the file when the server ends or the file is rotated"
+        " (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--header-timeout", type=seconds, default=0.0, metavar="SECONDS",
@@ -63,7 +65,8 @@ def _add_endings(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--follow-name", action="store_true",
-        help="when the file is deleted, moved away or replaced, end its streams and serve the next file of that name: like tail -F",
+        help="when the file is deleted, moved away or replaced, serve the next file of that name,"
+        " as tail -F does; but streams of the old file end, and clients must reconnect",
     )  # fmt: skip
 
 
@@ -123,7 +126,7 @@ HEALTH_EPILOG = """\
 exit status, as monitoring plugins have it: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN (also for a wrong command line)
 WARNING: fewer workers than configured, descriptors or an accept queue over 90 %, a worker restarted in the last minute
 CRITICAL: no supervisor, no worker, a worker that is stopped or hangs, the file is gone while it is served on,
-or the next file of that name cannot be opened
+or cannot be read, or the next file of that name cannot be opened
 """
 
 

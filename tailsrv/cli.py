@@ -17,18 +17,23 @@ from tailsrv.descriptors import occupy_standard, raise_limit
 from tailsrv.intake import RESERVE
 from tailsrv.listener import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
 from tailsrv.log import fields, logger, set_up, trouble
-from tailsrv.signals import hold
+from tailsrv.signals import hold, ignore_io_signals, interruptible
 from tailsrv.slot import Slot
 from tailsrv.state import State, StateError
 from tailsrv.supervisor import Supervisor
 from tailsrv.syscalls import accept_queue
 from tailsrv.systemd import is_service, passed_sockets, take_sockets
-from tailsrv.upgrade import answer_check, is_check, is_upgrade, keep_private, read_state
+from tailsrv.title import longest_title, make_room
+from tailsrv.upgrade import answer_check, command, is_check, is_upgrade, keep_private, read_state
 from tailsrv.watch import CannotServeError, open_file
 from tailsrv.worker import work
 
 NO_PORT = "the following arguments are required: -p/--port"
 NO_PORT_HINT = " (or a socket unit; for tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env, INSTANCE without any backslash)"
+
+# Room in the title for the addresses of passed sockets: two IPv6 addresses. The title's room is
+# made before the sockets are taken, so their real names are not known yet.
+PASSED = ["[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] * 2
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
@@ -65,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, verbosity = parse(argv)
     if is_check():
         return answer_check()
+    # With arguments of a caller's, the command line of this process is not the one to execute.
+    if argv is None:
+        names = PASSED if config.port is None else endpoints(config.bind, 65535)
+        make_room(longest_title(names, config.path), *command())
     hold()  # until the supervisor's handlers are there
+    ignore_io_signals()
     set_up(verbosity)
     try:
         occupy_standard()
@@ -91,13 +101,15 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
     """
     descriptors = raise_limit()
     passed = take_listeners(take_sockets())  # before anything else is opened: they have their numbers
-    file = open_file(config.path)
+    with interruptible():  # open(2) waits for a network file system that does not answer
+        file = open_file(config.path)
     prepare_to_fork()
     if config.port is None:
         names = names_of(passed)
         listeners, shared = assign(passed, config.workers)
     else:
-        listeners, shared = listen(config, config.port), False
+        with interruptible():  # getaddrinfo(3) waits for a name server that does not answer
+            listeners, shared = listen(config, config.port), False
         names = endpoints(config.bind, listeners[0][0].getsockname()[1])
     control = Control.lock(names)
     port = listeners[0][0].getsockname()[1]
@@ -113,7 +125,7 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
 def warn_of_limits(config: Config, listeners: Sequence[Sequence[socket.socket]], descriptors: int) -> None:
     """Say which limits of the system will be met before ours."""
     _, backlog = accept_queue(listeners[0][0])
-    if backlog < BACKLOG:
+    if 0 < backlog < BACKLOG:  # 0: a system that does not tell
         logger.warning(
             "accept queues are cut short, in a storm of connections some wait longer: %s",
             fields(backlog=backlog, wanted=BACKLOG, hint="raise net.core.somaxconn, or Backlog= of the socket unit"),

@@ -38,6 +38,8 @@ def follow(
 
     `addresses` is "HOST:PORT" (an IPv6 address in brackets) or (host, port), or several of these that serve the same file.
     They are tried in turn, each with every address that its name has, `connect_timeout` seconds each.
+    Looking up the names may take as long, too; a name that takes longer is left out until its addresses are found. A daemon thread
+    does that, for names that are no numeric addresses, and calls nothing of yours.
     `offset` is N, -N or "-0", as in the protocol. Chunks end anywhere and are never empty.
 
     `once` ends the iteration with the first connection, `idle` after so many seconds without a byte; by default it never ends.

@@ -4,12 +4,20 @@ import errno
 import os
 import socket
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
 PREFIX = "tailsrv:"
 CLIENTS = "/clients"  # an endpoint's second socket has this behind its name
+
+# Bytes of an endpoint in a socket's name, of the 107 that unix(7) has room for behind the NUL.
+LONGEST = 107 - len(PREFIX) - len(CLIENTS)
+
+# Users that there can be: the length of uid_map in user_namespaces(7) where it leaves none out.
+EVERY_USER = 0xFFFFFFFF
+OVERFLOW_UID = 65534  # of /proc/sys/kernel/overflowuid, where nobody has set it to another
 
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7)
 
@@ -25,6 +33,7 @@ class Control:
         self.sockets = sockets
         half = len(sockets) // 2
         self.status, self.clients = sockets[:half], sockets[half:]  # who connects is told the one or the other
+        self._nobody = overflow_uid()
 
     @classmethod
     def lock(cls, endpoints: Sequence[str]) -> "Control":
@@ -48,20 +57,28 @@ class Control:
         for sock in self.sockets:
             sock.close()
 
-    def askers(self, sock: socket.socket) -> list[socket.socket]:
-        """Return a connection, non-blocking, to everyone who waits at `sock` and is the same user or root; close on all others."""
-        found = []
+    def askers(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
+        """Accept those who wait at `sock`, at most ANSWERS of them.
+
+        Return a non-blocking connection to each who is certainly the same user or root (all others
+        are closed), and the error if there is no descriptor or memory for the next (accept(2)).
+        Until there is, `sock` stays readable, even when the next one has gone.
+        """
+        found: list[socket.socket] = []
         for _ in range(ANSWERS):
             try:
                 peer, _ = sock.accept()
-            except OSError:  # nobody waits any more, or no descriptor is left for whoever does
+            except BlockingIOError:  # nobody waits any more
                 break
+            except OSError as error:
+                return found, error
             peer.setblocking(False)
-            if credentials(peer)[1] in (0, os.geteuid()):
+            uid = credentials(peer)[1]
+            if uid in (0, os.geteuid()) and uid != self._nobody:
                 found.append(peer)
             else:
                 peer.close()
-        return found
+        return found, None
 
 
 def find_supervisor(endpoint: str) -> int | None:
@@ -85,6 +102,21 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return pid, uid and gid of the other end of a unix socket (unix(7), SO_PEERCRED); pid 0: in no namespace of ours."""
     pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return pid, uid, gid
+
+
+def overflow_uid() -> int | None:
+    """Return the uid that any user may have whom our user namespace does not map, None if it maps all.
+
+    See user_namespaces(7), "Unmapped user and group IDs". Where /proc cannot tell, it may be 65534.
+    """
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            if sum(int(line.split()[2]) for line in file) >= EVERY_USER:
+                return None
+        with open("/proc/sys/kernel/overflowuid", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError, IndexError):
+        return OVERFLOW_UID
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,5 +146,23 @@ def start_ticks(pid: int) -> int | None:
     return stat.ticks if stat else None
 
 
+def socket_name(endpoint: str) -> str:
+    """Return the name of an endpoint's control socket, without PREFIX: the endpoint itself if it fits.
+
+    The end of a host's name for which there is no room becomes a checksum of the whole name. The
+    port stays where a health check looks for it.
+    """
+    if len(endpoint.encode()) <= LONGEST:
+        return endpoint
+    host, _, port = endpoint.rpartition(":")
+    end = f"~{zlib.crc32(host.encode()):08x}:{port}"
+    return host.encode()[: LONGEST - len(end)].decode(errors="ignore") + end
+
+
 def _address(name: str) -> str:
-    return f"\0{PREFIX}{name}"  # abstract: no file to go stale, and as wide as the port is: a network namespace
+    """Return the address of an endpoint's control socket, or of its second one if CLIENTS is behind it.
+
+    It is abstract: no file to go stale, and as wide as the port is, a network namespace.
+    """
+    endpoint = name.removesuffix(CLIENTS)
+    return f"\0{PREFIX}{socket_name(endpoint)}{name[len(endpoint) :]}"

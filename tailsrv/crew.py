@@ -42,9 +42,11 @@ class Crew:
     ) -> None:
         self.slots = list(slots)
         self.filling = False  # empty slots are to be filled
+        self.started_up = False  # every slot has had a worker that was ready
         self.drain_until: float | None = None
         self.rotating = False  # the drain is for a next file, not for the end
-        self.outdated = [(slot, slot.pid) for slot in self.slots if slot.pid is not None]  # to be replaced, one by one
+        self.outdated = self._workers()  # to be replaced
+        self._ending: list[tuple[Slot, int]] = []  # those of them that have been asked to end
         self._loop = loop
         self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
         self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
@@ -89,28 +91,52 @@ class Crew:
             if slot.pid is None:
                 self.spawn(slot)
 
+    def refill_all(self) -> None:
+        """Fill the slots, and end the workers that are there: their successors know the file, and adopt their clients."""
+        without_file = self._workers()
+        self.fill_all()
+        self.outdated = without_file
+        self._ask_to_end(without_file)
+
     def replace_next(self) -> bool:
-        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there was one.
+        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there is one.
+
+        Its turn comes when the successors of those before it are ready.
 
         SIGTERM lets it finish its turn: what it has accepted in it is passed up, which SIGKILL would lose.
         """
         self.outdated = self._still_outdated()
-        if self.outdated:
-            os.kill(self.outdated[0][1], signal.SIGTERM)
-            self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
+        successors = [slot for slot in self.slots if not self._is_outdated(slot)]
+        if self.outdated and all(slot.pid is not None and slot.ready for slot in successors):
+            self._ask_to_end(self.outdated[:1])
         return bool(self.outdated)
+
+    def _ask_to_end(self, workers: Sequence[tuple[Slot, int]]) -> None:
+        """Ask outdated workers to end, and kill those that do not in time."""
+        self._ending = list(workers)
+        for _, pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
+
+    def _workers(self) -> list[tuple[Slot, int]]:
+        """Return the slots that have a worker, each with its pid."""
+        return [(slot, slot.pid) for slot in self.slots if slot.pid is not None]
+
+    def _is_outdated(self, slot: Slot) -> bool:
+        """Tell whether the worker of `slot`, or the one that is being buried, is to be replaced."""
+        return any(other is slot for other, _ in self.outdated)
 
     def _still_outdated(self) -> list[tuple[Slot, int]]:
         """Return the workers that are still to be replaced."""
         return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
 
-    def _ending(self) -> list[tuple[Slot, int]]:
-        """Return the outdated worker that has been asked to end, and has not: the first; the next is asked when its successor is ready."""
-        return [(slot, pid) for slot, pid in self.outdated[:1] if slot.pid == pid]
+    def _still_ending(self) -> list[tuple[Slot, int]]:
+        """Return the outdated workers that have been asked to end, and have not."""
+        return [(slot, pid) for slot, pid in self._ending if slot.pid == pid]
 
     def _insist(self) -> None:
-        """Kill the outdated worker that has been asked to end and does not."""
-        for _, pid in self._ending():
+        """Kill the outdated workers that have been asked to end and have not."""
+        for _, pid in self._still_ending():
             os.kill(pid, signal.SIGKILL)
 
     def spawn(self, slot: Slot) -> None:
@@ -146,7 +172,7 @@ class Crew:
             theirs.close()
         return pid
 
-    def inherit(self, slot: Slot, file: int, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
+    def inherit(self, slot: Slot, file: int | None, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
         """Let go, in the child, of all that is not of `slot`, and return what is."""
         self.let_go(keep=slot)
         for other in self.slots:
@@ -199,13 +225,15 @@ class Crew:
         if slot is None:  # as PID 1 we are everybody's parent
             return
         assert slot.channel is not None
+        # Before its last reports are taken in: one that says "ready" lets the next worker be replaced.
+        expected = not self.filling or (slot, pid) in self.outdated
         slot.pid = None  # at once: it may be another process's by now
         self.intake.take_last(slot)
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
         slot.channel = None
         lost = slot.roster.lose_unprotected()
-        what, expected = verdict(status), not self.filling or (slot, pid) in self.outdated
+        what = verdict(status)
         if expected and what is Verdict.DONE:
             slot.failures = Failures()
         detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
@@ -226,14 +254,14 @@ class Crew:
 
     def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
-        if self._unproven and not slot.ready and what is not Verdict.KILLED:  # it is the program, not the clients
+        if self._unproven and not slot.ready and what not in (Verdict.KILLED, Verdict.NO_ROOM):  # it is the program, not the clients
             self.outdated = []
             slot.restarts += 1
             self._fill_at(slot, self._loop.now + MAX_DELAY)
             self._stuck(f"slot={slot.index} {describe_status(status)}")
             return
         self._note_failure(slot, what)
-        if what is Verdict.CANNOT_BOOT or slot.failures.hopeless():
+        if what is Verdict.CANNOT_BOOT or (what is Verdict.NO_ROOM and not self.started_up) or slot.failures.hopeless():
             self._give_up(f"slot={slot.index} {describe_status(status)}")
             return
         slot.restarts += 1
@@ -261,7 +289,7 @@ class Crew:
 
         Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
         """
-        ending = self._ending()  # too late for an order: its successor gets it
+        ending = self._still_ending()  # too late for an order: their successors get it
         self.stop_filling()
         self.outdated = ending
         self.drain_until, self.rotating = until, rotating
@@ -276,7 +304,6 @@ class Crew:
     def _order_drain(self, slot: Slot, until: float) -> None:
         assert slot.channel is not None
         assert slot.pid is not None
-        self._close_listeners(slot)
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
@@ -284,7 +311,7 @@ class Crew:
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
 
     def _close_listeners(self, slot: Slot) -> None:
-        """Leave the listeners to the worker, which empties their queues and is the last to close them; a next file's workers need ours."""
+        """Close the listeners, whose queues a worker has emptied by now; the workers of a next file need them."""
         if self.rotating:
             return
         for listener in slot.listeners:
@@ -304,6 +331,8 @@ class Crew:
         """Note what is about the worker itself, and hand on the rest."""
         if notices.ready or notices.alive:
             slot.asked = None
-        if notices.ready and (slot, slot.pid) not in self.outdated:
+        if notices.ready and not self._is_outdated(slot):
             self._unproven = False
+        if notices.emptied:
+            self._close_listeners(slot)
         self._notice(slot, notices)

@@ -20,3 +20,15 @@ def raise_limit() -> int:
         except (OSError, ValueError):  # pragma: no cover: a sandbox may forbid it; the soft limit then is what we have
             return soft
     return hard
+
+
+def close_file(fd: int) -> None:
+    """Close the descriptor of a file, and pass over what its file system says to that.
+
+    A network or FUSE file system may answer with any error (close(2): EIO, ENOTCONN, ...). Of a file that was only read
+    that means nothing, and on Linux the descriptor is free whatever the answer is.
+    """
+    try:
+        os.close(fd)
+    except OSError:
+        pass

@@ -12,6 +12,7 @@ from typing import Any
 
 from tailsrv import keepalive
 from tailsrv.endpoint import endpoint
+from tailsrv.lookup import Found, Lookup
 from tailsrv.timers import LONGEST
 
 # How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
@@ -58,9 +59,10 @@ def milliseconds(seconds: float | None) -> float | None:
 
 ENDED = "the connection was ended"  # in good order: errno has no words for it
 
-QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
+SILENT = "the name service does not answer"  # nor for this, which is no failure yet
 
-Found = tuple[socket.AddressFamily, Any]  # what connect(2) takes depends on the family
+QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
+FETCHING = 30.0  # seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
 
 
 class Dialer:
@@ -72,7 +74,9 @@ class Dialer:
     def __init__(
         self, servers: Sequence[tuple[str, int]], backoff: Backoff, timeout: float, wait: Wait, report: Callable[[str], object]
     ) -> None:
-        self._servers, self._backoff, self._timeout, self._wait, self._report = servers, backoff, timeout, wait, report
+        self._servers, self._backoff, self._timeout = list(dict.fromkeys(servers)), backoff, timeout
+        self._wait, self._report = wait, report
+        self._lookups: dict[tuple[str, int], Lookup] = {}  # those that have not been used
         self._round: Iterator[Found] = iter(())  # the addresses of this round that have not been tried
         self._failures = 0  # rounds in a row that brought no byte
         self._reasons: list[str] = []  # of this round
@@ -94,9 +98,15 @@ class Dialer:
                     self.failed(f"{endpoint(*address[:2])}: {error.strerror}")
             if self._reasons:
                 self._end_round(until, once)
-            found = self._resolve()
+            found = self._resolve(until)
             self.choice = len(found) > 1
             self._round = iter(found)
+
+    def close(self) -> None:
+        """Wait for no look-up any more."""
+        for lookup in self._lookups.values():
+            lookup.close()
+        self._lookups.clear()
 
     def again(self, sock: socket.socket, wait: Wait) -> socket.socket:
         """Return another connection to the server at the other end of `sock`. Raises OSError."""
@@ -129,19 +139,35 @@ class Dialer:
         if _left(until) == 0:
             raise ConnectError(text)
 
-    def _resolve(self) -> list[Found]:
-        """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start."""
+    def _resolve(self, until: float | None) -> list[Found]:
+        """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start.
+
+        All look-ups together may take as long as a connection. Those that take longer go on, and a later round uses what they find.
+        """
+        late = set(self._lookups)
+        for server in self._servers:
+            if server not in late:
+                self._lookups[server] = Lookup(*server)
+        end = time.monotonic() + self._timeout
         found: dict[Found, None] = {}
-        for host, port in self._servers:
+        for server in self._servers:
+            seconds = 0 if server in late else _left(end if until is None else min(end, until))
             try:
-                for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-                    found[family, address] = None
-            except (OSError, UnicodeError) as error:  # UnicodeError: a label too long for a name
-                self._reasons.append(f"{endpoint(host, port)}: {getattr(error, 'strerror', None) or 'not a host name'}")
-        if not found and not self._ever:
+                found |= dict.fromkeys(self._find(server, seconds))
+            except (OSError, UnicodeError) as error:
+                self._reasons.append(f"{endpoint(*server)}: {getattr(error, 'strerror', None) or 'not a host name'}")
+        if not (found or self._ever or self._lookups):
             raise UnknownHostError(", ".join(self._reasons))
-        self._ever = True
+        self._ever = self._ever or bool(found)
         return list(found)
+
+    def _find(self, server: tuple[str, int], seconds: float | None) -> list[Found]:
+        """Return the addresses of one name, if they are found within so many seconds. Raises OSError, UnicodeError."""
+        lookup = self._lookups[server]
+        if (fd := lookup.fileno()) is not None and not self._wait(fd, select.POLLIN, seconds):
+            raise TimeoutError(errno.ETIMEDOUT, SILENT)
+        del self._lookups[server]
+        return lookup.result()
 
 
 def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait) -> socket.socket:
@@ -150,6 +176,9 @@ def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait
     try:
         for level, option, value in keepalive.OPTIONS:
             sock.setsockopt(level, option, value)
+        # A byte that is marked as urgent is a byte of the stream like any other. Otherwise the kernel would leave it out,
+        # unless something on the way took the mark off: what is copied would depend on the way (RFC 6093).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         failure = sock.connect_ex(address)
         if failure == errno.EINPROGRESS:
             came = wait(sock.fileno(), select.POLLOUT, timeout)
@@ -169,15 +198,21 @@ def name_of(sock: socket.socket) -> str:
     return endpoint(*sock.getpeername()[:2])
 
 
-def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait) -> bytes:
-    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too."""
+def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCHING) -> bytes:
+    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too.
+
+    Also raises it after `limit` seconds in which there was always a little more: what has come would say nothing about the file.
+    """
     sock.send(header)
     data = b""
+    end = time.monotonic() + limit
     while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET):
         some = sock.recv(count - len(data))
         if not some:
             raise ConnectionAbortedError(errno.ECONNABORTED, ENDED)
         data += some
+        if len(data) < count and time.monotonic() >= end:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     return data
 
 

@@ -1,6 +1,5 @@
 """Gives a served file's bytes, through lost connections."""
 
-import os
 import select
 import socket
 import time
@@ -10,6 +9,7 @@ from typing import Self
 
 from tailsrv.dial import ENDED, QUIET, ConnectError, Dialer, Wait, fetch, name_of
 from tailsrv.place import ANCHOR, CONTEXT, FromEnd, FromStart, Place, PlaceError
+from tailsrv.splicing import move
 
 CHUNK = 1 << 16  # the most that one step gives; twice as much costs a quarter more time, in page faults
 STUCK = 2.0  # seconds without what a server surely has if it serves our file: time to say so, or to try another
@@ -56,6 +56,7 @@ class Follow(Iterator[bytes]):
         """End the iteration."""
         self._closed = True
         self._hang_up()
+        self._dialer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +74,7 @@ class Follow(Iterator[bytes]):
         raise StopIteration
 
     def splice(self, pipe: int, count: int) -> int:
-        """Move up to `count` new bytes into `pipe`, which has room for them, without a copy; return how many, 0 at the end.
+        """Move up to `count` new bytes into `pipe`, which is empty, without a copy where that goes; return how many, 0 at the end.
 
         For an offset of 0 or more only, with a `recall`.
         """
@@ -81,9 +82,7 @@ class Follow(Iterator[bytes]):
         while self._prepare():
             assert self._sock is not None
             try:
-                moved = os.splice(self._sock.fileno(), pipe, count)
-            except BlockingIOError:
-                continue
+                moved = move(self._sock, pipe, count)
             except OSError as error:
                 self._lost(error)
                 continue
@@ -91,7 +90,8 @@ class Follow(Iterator[bytes]):
                 self._place.pass_by(moved)
                 self._came()
                 return moved
-            self._lost(None)
+            if moved == 0:
+                self._lost(None)
         return 0
 
     def _prepare(self) -> bool:

@@ -13,12 +13,15 @@ import json
 import os
 import signal
 import sys
+import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tailsrv.arguments import make_health_parser
-from tailsrv.health_ask import EndedError, InspectError, NotOursError, find
+from tailsrv.health_ask import EndedError, InspectError, NotOursError, find, ports
 from tailsrv.health_metrics import render_metrics
 from tailsrv.health_probe import inspect
 from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge
@@ -31,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 AT_ONCE = 32  # servers that are looked at in parallel: most of the time is spent waiting for answers
+LONGEST = 10.0  # seconds in which servers are begun with; any user can make a check find thousands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,13 +70,13 @@ def check(options: Namespace) -> tuple[Level, str]:
         servers = find(options.port, options.pid)
     except OSError as error:
         return Level.UNKNOWN, render([], options.format, Level.UNKNOWN, f"cannot look for servers: {error}")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        outcomes = list(pool.map(lambda server: examine(server, options.clients), servers))
+    outcomes = examine_all(servers, options.clients)
+    doubtful = doubtful_ones(servers)
     asked_for = options.port is not None or options.pid is not None
     findings = [
         finding
         for server, outcome in zip(servers, outcomes, strict=True)
-        if (finding := weigh(server, outcome, asked_for)) is not None
+        if (finding := weigh(server, outcome, asked_for, server in doubtful)) is not None
     ]  # fmt: skip
     strangers = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
     level, summary = summarize(findings, say_none(options, strangers))
@@ -90,28 +94,81 @@ def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -
             return render_text(findings, level, summary, wants_colour(os.environ))
 
 
-def examine(server: Server, clients: bool) -> Report | InspectError:
-    """Return what `inspect` returns or raises."""
+def examine_all(servers: Sequence[Server], clients: bool) -> list[Report | InspectError]:
+    """Return for each server what `inspect` returns or raises."""
+    ask = partial(examine, clients=clients, until=time.monotonic() + LONGEST)
+    turns = in_turns(servers)
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            outcomes = dict(zip(turns, pool.map(ask, turns), strict=True))
+    except RuntimeError:  # no room for threads
+        outcomes = {server: ask(server) for server in turns}
+    return [outcomes[server] for server in servers]
+
+
+def in_turns(servers: Sequence[Server]) -> list[Server]:
+    """Return `servers`, each user's first before anybody's second: many of one hold up no others."""
+    counts: Counter[int | None] = Counter()
+    turns = {}
+    for server in servers:
+        turns[server] = counts[server.uid]
+        counts[server.uid] += 1
+    return sorted(servers, key=turns.__getitem__)
+
+
+def examine(server: Server, clients: bool, until: float) -> Report | InspectError:
+    """Return what `inspect` returns or raises, if it is not later than `until` already."""
+    if time.monotonic() > until:
+        return InspectError("not asked: other servers have taken all the time of this check")
     try:
         return inspect(server, clients=clients)
     except InspectError as error:
         return error
     except OSError as error:  # no descriptors, no memory
         return InspectError(f"cannot be asked: {error}")
+    except Exception as error:  # no answer of one server may cost the verdict on the others
+        return InspectError(f"cannot be inspected: {type(error).__name__}: {str(error)[:100]!a}")
 
 
-def weigh(server: Server, outcome: Report | InspectError, asked_for: bool) -> Finding | None:
-    """Return what is to be said of a server, None if that is nothing: it has ended, or it is a stranger's that nobody asked for."""
+def weigh(server: Server, outcome: Report | InspectError, asked_for: bool, doubtful: bool = False) -> Finding | None:
+    """Return the finding on a server, None if it has ended, or is another user's and not asked for.
+
+    Of a `doubtful` server no fault is more than UNKNOWN.
+    """
     match outcome:
         case Report():
-            return Finding(outcome.server, judge(outcome), outcome)
+            return Finding(outcome.server, temper(judge(outcome), doubtful), outcome)
         case EndedError():
             return None
         case NotOursError() if not asked_for:
             return None
         case _:
-            alarming = asked_for or server.uid is not None  # it may be a stranger's, who fills a queue to alarm us
-            return Finding(server, Verdict(outcome.level if alarming else Level.UNKNOWN, (str(outcome),)))
+            # A user whom we could not see may be one who fills the queue of a name to alarm us.
+            doubtful = doubtful or (server.uid is None and not asked_for)
+            return Finding(server, temper(Verdict(outcome.level, (str(outcome),)), doubtful))
+
+
+def doubtful_ones(servers: Sequence[Server]) -> set[Server]:
+    """Return those that may be an impostor's: any user can take a name for the port of another's.
+
+    Root's servers and our own are not, nor are those of a user who is the only one on their ports.
+    """
+    users: dict[int, set[object]] = {}
+    for server in servers:
+        for port in ports(server):
+            users.setdefault(port, set()).add(server.endpoints if server.uid is None else server.uid)
+    return {
+        server
+        for server in servers
+        if not server.ours and server.uid != 0 and any(len(users[port]) > 1 for port in ports(server))
+    }  # fmt: skip
+
+
+def temper(verdict: Verdict, doubtful: bool) -> Verdict:
+    """Return the verdict on a server, which for a doubtful one is UNKNOWN at most."""
+    if doubtful and verdict.level is not Level.OK:
+        return Verdict(Level.UNKNOWN, verdict.reasons)
+    return verdict
 
 
 def say_none(options: Namespace, strangers: int) -> str:

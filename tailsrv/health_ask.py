@@ -5,11 +5,9 @@ Nothing here opens a service port: a health check must not be a client. Nobody i
 """
 
 import os
-import pwd
 import re
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,21 +15,29 @@ from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.control import CLIENTS, PREFIX, credentials, read_stat
+from tailsrv.control import CLIENTS, PREFIX, credentials, overflow_uid, read_stat
 from tailsrv.health_report import STOPPED, Level, Server
 from tailsrv.health_status import AnswerError, Client, Status, decode_clients, decode_status
+from tailsrv.health_users import user_names
 
 PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
 CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabytes
-LARGEST = 1 << 28  # bytes of an answer; a million clients are a third of that
+RETRY = 0.02  # seconds between two tries to connect to a control socket whose queue is full
+LARGEST = 1 << 22  # bytes of a status; a thousand workers with ten addresses each are half of that
+CLIENTS_LARGEST = 1 << 28  # bytes of the list of clients; a million of them are a third of that
 
 # How often to read the kernel's list of sockets. It comes page by page, and lacks one now and then where others are closed in
 # between [measured: beside a process that makes and closes sockets all the time, 1 of 100 servers in every 20th reading].
 LOOKS = 3
 
 _LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
-_LISTENER = re.compile(  # address, references, protocol, flags, type, state, inode, name, which is anybody's text
-    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) [0-9A-F]+ [0-9A-F]+ +[0-9]+ @{PREFIX}(\S+:[1-9][0-9]{{0,4}})$", re.ASCII
+
+# Any user may take any name. Only an endpoint as we write it is a server's: `*`, a host's name or
+# IPv4 address, or an IPv6 address in brackets with its scope, and a port. A name with a comma
+# would read as several endpoints.
+_ENDPOINT = r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}"
+_LISTENER = re.compile(  # address, references, protocol, flags, type (SOCK_STREAM), state, inode, name, which is anybody's text
+    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) 0001 [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
 )
 
 Figure = TypeVar("Figure")
@@ -64,20 +70,19 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
     namespace, whose abstract sockets (unix(7)) are listed in /proc/net/unix. A server that listens on
     several addresses is listed once. Raises OSError if there is no /proc to look in.
     """
-    found: dict[object, Server] = {}
+    found: dict[object, tuple[Server, list[str]]] = {}
     for endpoint in list_endpoints():
         try:
             server = _find_holder(endpoint)
         except EndedError:
             continue
-        key = server.pid or endpoint
-        known = found.get(key)
-        found[key] = replace(server, endpoints=(*known.endpoints, endpoint)) if known else server
-    return [
-        server
-        for server in found.values()
-        if pid in (None, server.pid) and (port is None or any(_port(endpoint) == port for endpoint in server.endpoints))
-    ]
+        # With its user: a pid may have been that of another process, which took its name before.
+        key = (server.pid, server.uid) if server.pid else endpoint
+        found.setdefault(key, (server, []))[1].append(endpoint)
+    servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
+    wanted = [server for server in servers if pid in (None, server.pid) and (port is None or port in ports(server))]
+    users = user_names({server.uid for server in wanted if server.uid is not None})
+    return [server if server.uid is None else replace(server, user=users[server.uid]) for server in wanted]
 
 
 def list_endpoints() -> list[str]:
@@ -88,7 +93,12 @@ def list_endpoints() -> list[str]:
 def _read_endpoints() -> set[str]:
     with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:  # there also where the rest of /proc is hidden
         matches = [_LISTENER.match(line) for line in file]
-    return {match[2] for match in matches if match and int(match[1], 16) & _LISTENS and match[2].isprintable()}
+    return {match[2] for match in matches if match and int(match[1], 16) & _LISTENS and _port(match[2]) <= 65535}
+
+
+def ports(server: Server) -> set[int]:
+    """Return the ports of a server's endpoints."""
+    return {_port(endpoint) for endpoint in server.endpoints}
 
 
 def _port(endpoint: str) -> int:
@@ -99,18 +109,11 @@ def _find_holder(endpoint: str) -> Server:
     """Return who listens at an endpoint's control socket. Raises EndedError."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            _connect(sock, endpoint, patience=None)
-        except BlockingIOError:
+            _connect(sock, endpoint, deadline=0.0)
+        except OSError:  # its queue is full, or we are not permitted to: asking it tells which
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
-        return Server((endpoint,), pid, uid, _user(uid), ours=uid == os.geteuid())
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except (KeyError, OSError):
-        return str(uid)
+        return Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
 
 
 # Asking
@@ -122,63 +125,75 @@ class _Answer:
     data: bytes
 
 
-def _connect(sock: socket.socket, name: str, patience: float | None) -> None:
-    """Connect to a control socket; raises BlockingIOError if its queue stays full for `patience` seconds (None: is full)."""
-    if patience is None:
-        sock.setblocking(False)
-    else:  # a non-blocking connect(2) to a full unix socket does not wait, so that there is nothing to poll for
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(patience), 0))
-    try:
-        sock.connect(f"\0{PREFIX}{name}")
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise EndedError("the server has ended", Level.CRITICAL) from error
+def _connect(sock: socket.socket, name: str, deadline: float) -> None:
+    """Connect to a control socket, at least once and until `deadline`, a time of time.monotonic().
+
+    Raises BlockingIOError if its queue is still full then, EndedError if nobody listens there.
+    """
+    sock.setblocking(False)
+    while True:
+        try:
+            sock.connect(f"\0{PREFIX}{name}")
+        except BlockingIOError:
+            # There is nothing to poll for, see connect(2), EAGAIN. SO_SNDTIMEO would wait, but what
+            # it takes depends on the libc where a long has 32 bits and a time has 64.
+            if time.monotonic() + RETRY > deadline:
+                raise
+            time.sleep(RETRY)
+        except ConnectionRefusedError:
+            raise EndedError("the server has ended", Level.CRITICAL) from None
+        else:
+            return
 
 
-def _ask(server: Server, suffix: str, patience: float) -> _Answer:
-    """Return what `server` answers. Raises InspectError."""
+def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
+    """Return what `server` answers until `deadline`, up to `largest` bytes. Raises InspectError."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            _connect(sock, server.endpoints[0] + suffix, patience)
+            _connect(sock, server.endpoints[0] + suffix, deadline)
         except BlockingIOError:
             raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
         pid, uid, _ = credentials(sock)
-        _check_user(uid)
-        if server.pid is not None and pid != server.pid:
+        _check_user(uid, server.user)
+        if server.pid is not None and (pid, uid) != (server.pid, server.uid):
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
         try:
-            data = _receive(sock, time.monotonic() + patience)
+            data = _receive(sock, deadline, largest)
         except TimeoutError:
             raise InspectError(f"supervisor does not answer: {_describe(pid)}", Level.CRITICAL) from None
         except ConnectionError:
             raise EndedError("the server has ended", Level.CRITICAL) from None
     if not data:
-        _explain_silence(pid, uid)
+        _explain_silence(pid, uid, server.user)
     return _Answer(pid, data)
 
 
-def _check_user(uid: int) -> None:
+def _check_user(uid: int, name: str | None) -> None:
     """Raise NotOursError if whoever holds the name could be anybody: abstract names are for the first to come."""
-    ours = os.geteuid()
-    if ours not in (0, uid) and uid != 0:
-        raise _not_ours(uid)
+    if os.geteuid() != 0 and uid != 0 and not _is_ours(uid):
+        raise _not_ours(uid, name)
 
 
-def _not_ours(uid: int) -> NotOursError:
-    return NotOursError(f"belongs to user {_user(uid)}: only that user and root get an answer")
+def _is_ours(uid: int) -> bool:
+    """Tell whether `uid` is our user, and not one of another user namespace who looks like it."""
+    return uid == os.geteuid() and uid != overflow_uid()
 
 
-def _explain_silence(pid: int, uid: int) -> None:
+def _not_ours(uid: int, name: str | None) -> NotOursError:
+    user = "that this user namespace does not know" if uid == overflow_uid() else name or uid
+    return NotOursError(f"belongs to user {user}: only that user and root get an answer")
+
+
+def _explain_silence(pid: int, uid: int, name: str | None) -> None:
     """Raise what it means that a supervisor has closed the connection without a word."""
-    if os.geteuid() not in (0, uid):
-        raise _not_ours(uid)
+    if os.geteuid() != 0 and not _is_ours(uid):
+        raise _not_ours(uid, name)
     if pid and read_stat(pid) is None:
         raise EndedError("the server has ended", Level.CRITICAL)
-    raise InspectError("supervisor gives an empty answer")
+    raise InspectError("supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there")
 
 
-def _receive(sock: socket.socket, deadline: float) -> bytes:
+def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:
     """Return all that comes until the end. Raises TimeoutError, ConnectionError, InspectError."""
     received = bytearray()
     poll = select.poll()
@@ -188,7 +203,7 @@ def _receive(sock: socket.socket, deadline: float) -> bytes:
         if not some:
             return bytes(received)
         received += some
-        if len(received) > LARGEST:
+        if len(received) > largest:
             raise InspectError("the answer has no end")
     raise TimeoutError
 
@@ -201,9 +216,13 @@ def _describe(pid: int) -> str:
     return f"pid {pid} " + ("is stopped" if state == STOPPED else f"({state or 'state unknown'})")
 
 
-def ask_status(server: Server) -> Status:
-    """Return the status of `server`, who must be the process that it says it is. Raises InspectError."""
-    answer = _ask(server, "", PATIENCE)
+def ask_status(server: Server, deadline: float) -> Status:
+    """Return the status of `server`, who must be the process that it says it is.
+
+    It waits for PATIENCE seconds, and not beyond `deadline`, a time of time.monotonic(). Raises
+    InspectError.
+    """
+    answer = _ask(server, "", min(deadline, time.monotonic() + PATIENCE), LARGEST)
     try:
         status = decode_status(answer.data)
     except AnswerError as error:
@@ -220,7 +239,7 @@ def ask_status(server: Server) -> Status:
 
 def ask_clients(server: Server) -> tuple[Client, ...]:
     """Return the clients of `server`. Raises InspectError."""
-    answer = _ask(server, CLIENTS, CLIENTS_PATIENCE)
+    answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_PATIENCE, CLIENTS_LARGEST)
     try:
         pid, clients = decode_clients(answer.data)
     except AnswerError as error:

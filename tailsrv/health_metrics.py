@@ -48,13 +48,20 @@ FAMILIES = {  # name: type, help
 
 
 def render_metrics(findings: Sequence[Finding]) -> str:
-    """Return the findings as metrics, each family with its HELP and TYPE; a figure that is not known is left out."""
-    samples: list[Sample] = [("tailsrv_servers", {}, len(findings)), *(sample for finding in findings for sample in _measure(finding))]
+    """Return the findings as metrics, each family with its HELP and TYPE.
+
+    A figure that is not known is left out. Two samples with the same labels would spoil the whole
+    scrape: of such, which only an impostor's answer can bring about, the first counts.
+    """
+    samples: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
+    samples["tailsrv_servers"][""] = len(findings)
+    for name, labels, value in (sample for finding in findings for sample in _measure(finding)):
+        if value is not None:
+            samples[name].setdefault(_labels(labels), value)
     lines = []
     for name, (kind, text) in FAMILIES.items():
-        own = [f"{name}{_labels(labels)} {_value(value)}" for family, labels, value in samples if family == name and value is not None]
-        if own:
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *own]
+        if own := samples[name]:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{labels} {_value(own[labels])}" for labels in own)]
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +121,7 @@ def _measure_listeners(server: Labels, report: Report) -> Iterator[Sample]:
 
 
 def _measure_clients(server: Labels, clients: Iterable[Client]) -> Iterator[Sample]:
-    """Yield the clients that have a peer, each peer once: two samples with the same labels would spoil the whole scrape."""
+    """Yield the clients that have a peer, of two with the same peer the one further behind."""
     peers = {client.peer: client for client in sorted(clients, key=lambda client: client.lag or 0) if client.peer is not None}
     for peer, client in peers.items():
         labels = {**server, "peer": peer, "slot": str(client.slot)}

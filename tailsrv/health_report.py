@@ -41,7 +41,8 @@ class Server:
     """A server that was found: what it listens on, whose it is, and its supervisor's pid.
 
     `endpoints` are as in its titles: `*:4321`, `127.0.0.1:4321`. `pid`, `uid` and `user` are None where they cannot be
-    known; a `pid` of 0 means that the supervisor is in another pid namespace (pid_namespaces(7)). `ours`: its user is ours.
+    known; a `pid` of 0 means that the supervisor is in another pid namespace (pid_namespaces(7)).
+    `user` is the uid where there is no name, or none could be looked up in time. `ours`: its user is ours.
     """
 
     endpoints: tuple[str, ...]
@@ -193,6 +194,8 @@ def _critical(report: Report) -> Iterator[str]:
     yield from _named([worker for worker in report.workers if worker.hung], "hangs", "hang")
     if working and report.file.gone:
         yield "the file is gone"
+    elif working and report.file.size is None:
+        yield "the file cannot be read: its file system does not answer"
     if report.file.error is not None:
         yield f"cannot open the file: {report.file.error}"
 

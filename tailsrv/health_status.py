@@ -1,10 +1,18 @@
 """What the control sockets say, read strictly: an answer is either understood as a whole or refused. Pure."""
 
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, TypeVar
+
+from tailsrv.config import MAX_WORKERS
+
+# What is larger is no figure or text of ours. An answer can be anybody's: it must not be one that
+# takes long to work with, that fills a screen, or that is too large for whoever is asked with it.
+LARGEST = (1 << 63) - 1
+HIGHEST_PID = 1 << 22  # see proc_sys_kernel(5), pid_max
+LONGEST_TEXT = 1 << 14  # characters; a path has at most 4096 bytes, PATH_MAX of open(2)
 
 Read = TypeVar("Read")
 
@@ -15,8 +23,10 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ServedFile:
-    """The file as the supervisor knows it: `size` in bytes, None while none is open; `gone`: the path names it no more.
+    """The file as the supervisor knows it.
 
+    `size` is in bytes, None while no file is open, or while its file system does not tell (a file
+    server that is gone, fstat(2), ESTALE); `gone` means that the path does not name it any more.
     `error` is why the next file of that name cannot be opened, None if nothing is wrong with it.
     """
 
@@ -99,13 +109,13 @@ def _decode(answer: bytes, read: Callable[[Any], Read]) -> Read:
     except KeyError as error:
         raise AnswerError(f"the answer has no {error}") from error
     except (ValueError, TypeError, RecursionError) as error:  # ValueError: also JSON's own errors, and text that is not UTF-8
-        raise AnswerError(f"the answer is not to be understood: {str(error)!a}") from error
+        raise AnswerError(f"the answer is not to be understood: {str(error)[:200]!a}") from error
 
 
 def _read_status(said: Any) -> Status:
     return Status(
         version=_text(said["version"]),
-        pid=_count(said["pid"]),
+        pid=_pid(said["pid"]),
         ticks=_count(said["ticks"]),
         state=_text(said["state"]),
         started=_number(said["started"]),
@@ -113,7 +123,7 @@ def _read_status(said: Any) -> Status:
         clients=_count(said["clients"]),
         unprotected=_count(said["unprotected"]),
         max_clients=_count(said["max_clients"]),
-        workers=tuple(_read_slot(worker) for worker in _all(said["workers"])),
+        workers=tuple(_read_slot(worker) for worker in _all(said["workers"], MAX_WORKERS)),
         listeners=tuple(_read_listener(listener) for listener in _all(said["listeners"])),
     )  # fmt: skip
 
@@ -130,7 +140,7 @@ def _read_file(said: Any) -> ServedFile:
 def _read_slot(said: Any) -> SlotStatus:
     return SlotStatus(
         slot=_count(said["slot"]),
-        pid=_maybe(_count, said["pid"]),
+        pid=_maybe(_pid, said["pid"]),
         ticks=_maybe(_count, said["ticks"]),
         ready=_flag(said["ready"]),
         clients=_count(said["clients"]),
@@ -152,7 +162,7 @@ def _read_listener(said: Any) -> Listener:
 
 def _read_clients(said: Any) -> tuple[int, tuple[Client, ...]]:
     size = _maybe(_count, said["size"])
-    return _count(said["pid"]), tuple(_read_client(client, size) for client in _all(said["clients"]))
+    return _pid(said["pid"]), tuple(_read_client(client, size) for client in _all(said["clients"]))
 
 
 def _read_client(said: Any, size: int | None) -> Client:
@@ -172,30 +182,36 @@ def _maybe(read: Callable[[Any], Read], value: Any) -> Read | None:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:  # a bool would be an int, too
-        raise TypeError(f"not a count: {value!r}")
+    if type(value) is not int or not 0 <= value <= LARGEST:  # a bool would be an int, too
+        raise TypeError(f"not a count: {reprlib.repr(value)}")
     return value
 
 
+def _pid(value: Any) -> int:
+    if not 1 <= _count(value) <= HIGHEST_PID:
+        raise ValueError(f"not a pid: {value}")
+    return int(value)
+
+
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not isfinite(value):
-        raise TypeError(f"not a number: {value!r}")
+    if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
+        raise TypeError(f"not a number: {reprlib.repr(value)}")
     return float(value)
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"not a text: {value!r}")
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise TypeError(f"not a text: {reprlib.repr(value)}")
     return value
 
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"neither true nor false: {value!r}")
+        raise TypeError(f"neither true nor false: {reprlib.repr(value)}")
     return value
 
 
-def _all(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"not a list: {value!r}")
+def _all(value: Any, most: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (most is not None and len(value) > most):
+        raise TypeError(f"not a list of ours: {reprlib.repr(value)}")
     return value

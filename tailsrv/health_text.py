@@ -52,7 +52,7 @@ def describe(finding: Finding) -> str:
     name = f"tailsrv {','.join(server.endpoints)}{user}"
     if report is None or verdict.level is not Level.OK:
         state = f" ({printable(report.state)})" if report and report.state != "serving" else ""
-        return f"{name}{state}: {'; '.join(verdict.reasons)}"
+        return f"{name}{state}: {'; '.join(map(printable, verdict.reasons))}"
     before, after = _say_state(report)
     room = WIDTH - len(f"{verdict.level.name}: {name} {before} {after}")
     return f"{name} {before} {_shorten(printable(report.file.path), max(room, SHORTEST))}{after}"
@@ -119,7 +119,7 @@ def _render_report(report: Report, colour: bool) -> list[str]:
 
 def _render_facts(report: Report) -> list[str]:
     file, totals = report.file, report.totals
-    about = [printable(file.path), _say_size(file)] + ["gone from its path"] * file.gone
+    about = [printable(file.path), _say_size(file, report.state)] + ["gone from its path"] * file.gone
     clients = [str(totals.clients)]
     clients += [f"{totals.unprotected} unprotected"] * bool(totals.unprotected)
     clients += [f"at most {totals.max_clients}"] * bool(totals.max_clients)
@@ -128,10 +128,12 @@ def _render_facts(report: Report) -> list[str]:
     return [*_fact("file", about), *_fact("state", [printable(part) for part in state]), *_fact("clients", clients)]
 
 
-def _say_size(file: ServedFile) -> str:
+def _say_size(file: ServedFile, state: str) -> str:
     if file.size is not None:
         return size(file.size)
-    return "not there yet" if file.error is None else "cannot be opened"
+    if file.error is not None:
+        return "cannot be opened"
+    return "not there yet" if state == "waiting for file" else "cannot be read"
 
 
 def _fact(name: str, parts: Iterable[str]) -> list[str]:

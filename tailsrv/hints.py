@@ -1,12 +1,8 @@
 """Says what an operator can do about it, where the kernel's own words leave that open."""
 
 import errno
-import grp
 import os
-import pwd
 import stat
-from collections.abc import Callable
-from typing import Any
 
 from tailsrv.systemd import is_service
 
@@ -18,7 +14,7 @@ def absolute(path: str) -> str:
     """Return `path` as somebody who works in another folder would have to write it."""
     try:
         return os.path.abspath(path)
-    except FileNotFoundError:  # our own folder is gone
+    except OSError:  # our own folder is gone, or getcwd(2) fails in another way
         return path
 
 
@@ -28,12 +24,24 @@ def cannot_bind(error: OSError, port: int) -> str:
     if error.errno == errno.EADDRINUSE and port == 0:
         return f"{reason}; no port of net.ipv4.ip_local_port_range is free"
     if error.errno == errno.EADDRINUSE:
-        return f"{reason}; choose another port, or see who has this one: ss -ltnp sport = :{port}"
+        return f"{reason}; choose another port, or see who has this one: ss -tanp sport = :{port}{_taken_by_connection(port)}"
     if error.errno == errno.EACCES and port < 1024:
-        return f"{reason}; choose a port above 1023, or give the service CAP_NET_BIND_SERVICE"
+        return f"{reason}; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{reason}; no interface of this machine has it: ip addr"
     return reason
+
+
+def _taken_by_connection(port: int) -> str:
+    """Return that an outgoing connection may have this port, empty if the kernel does not give it to any."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            first, last = map(int, file.read().split())
+    except (OSError, ValueError):
+        return ""
+    if not first <= port <= last:
+        return ""
+    return f"; it may be a connection, as the port lies in net.ipv4.ip_local_port_range ({first} to {last})"
 
 
 def cannot_open(path: str, error: OSError) -> str:
@@ -75,8 +83,8 @@ def _permissions(path: str) -> str:
         while folder not in ("/", "") and not _is_reachable(folder):
             path, folder = folder, os.path.dirname(folder)
         return f"{folder} may not be entered" if not os.access(folder, os.X_OK) else f"{path} may not be looked at"
-    mode = f"{stat.S_IMODE(status.st_mode):04o}"
-    return f"it has mode {mode}, user {_name(pwd.getpwuid, status.st_uid)} and group {_name(grp.getgrgid, status.st_gid)}"
+    # Numbers, no names: a user database that is slow or down (LDAP) would stop the supervisor's loop.
+    return f"it has mode {stat.S_IMODE(status.st_mode):04o}, user {status.st_uid} and group {status.st_gid}"
 
 
 def _is_reachable(folder: str) -> bool:
@@ -89,12 +97,4 @@ def _is_reachable(folder: str) -> bool:
 
 def _ourselves() -> str:
     groups = sorted({os.getegid(), *os.getgroups()})
-    return f"user {_name(pwd.getpwuid, os.geteuid())} with groups {','.join(_name(grp.getgrgid, group) for group in groups)}"
-
-
-def _name(look_up: Callable[[int], Any], number: int) -> str:
-    """Return the name of a user or group, the number where the database has none."""
-    try:
-        return str(look_up(number)[0])
-    except KeyError:
-        return str(number)
+    return f"user {os.geteuid()} with groups {','.join(map(str, groups))}"

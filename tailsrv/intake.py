@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from tailsrv.log import Limited, fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import MAX_MESSAGE, MAX_SOCKETS, NO_NOTICES, MessageError, Notices, Report, decode
+from tailsrv.policy import MEMORY_PAUSE
 from tailsrv.slot import Slot
 
 RESERVE = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
@@ -30,12 +31,25 @@ class Intake:
         self._busy = False  # reports came in this turn
         self._behind = False  # and more may have than were taken in
         self._slots, self._loop, self._notice = slots, loop, notice
+        self._protects = True
         self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
         self._short_of_room = Limited(logging.WARNING, burst=1)
 
     def unprotected(self) -> int:
         """Return the number of clients that would die with their worker."""
         return sum(len(slot.roster.unprotected) for slot in self._slots)
+
+    def protect_nobody(self) -> None:
+        """Keep no duplicate of a client's socket from now on: its stream could not be continued."""
+        logger.warning(
+            "this system does not tell how much of a stream has been sent: clients will be disconnected if their worker dies: %s",
+            fields(hint="use Linux 4.1 or later, not a sandbox that resembles it"),
+        )
+        self._protects, self._highest = False, -1
+        for slot in self._slots:
+            clients = list(slot.roster.clients)
+            slot.roster.leave(clients)
+            slot.roster.unprotected.update(clients)
 
     def take(self, slot: Slot) -> None:
         """Take in what the worker of `slot` has reported, so much of it as goes into one turn."""
@@ -68,7 +82,11 @@ class Intake:
             packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_MESSAGE, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:  # it has ended with a message of ours unread: that is told once, before what it still had to say
             return 1
-        except OSError:  # none now; or no memory for it
+        except BlockingIOError:
+            return 0
+        except OSError:  # no memory for it now
+            if slot.pid is not None:  # else this is its last chance
+                self._loop.stall(slot.channel.fileno(), MEMORY_PAUSE)
             return 0
         if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
             self._loop.unregister(slot.channel.fileno())
@@ -86,7 +104,8 @@ class Intake:
         return 1 + len(report.joined) + len(report.left)
 
     def _take_report(self, slot: Slot, report: Report, sockets: Sequence[int]) -> None:
-        if slot.roster.join(report.joined, [self._lower(fd) for fd in sockets], self._highest):
+        exposed = slot.roster.join(report.joined, [self._lower(fd) for fd in sockets], self._highest)
+        if exposed and self._protects:
             self._short_of_room(
                 "no descriptor left to protect clients with, they would not survive their worker", unprotected=self.unprotected()
             )

@@ -2,11 +2,12 @@
 
 import logging
 import os
-import select
 import sys
 import time
 import traceback
+from types import TracebackType
 
+from tailsrv.log_output import open_output
 from tailsrv.policy import Allowance
 
 logger = logging.getLogger("tailsrv")
@@ -50,39 +51,48 @@ class Formatter(logging.Formatter):
 class Handler(logging.Handler):
     """Writes to standard error, and drops a line rather than wait: a stalled reader of the log must not stall clients."""
 
+    def __init__(self, mode: int) -> None:
+        super().__init__()
+        self._write = open_output(mode)
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, in one write(2) unless it is very long, so that the lines of several processes do not mix."""
         try:
-            line = (self.format(record) + "\n").encode(errors="backslashreplace")
-            poll = select.poll()
-            poll.register(2, select.POLLOUT)
-            for start in range(0, len(line), select.PIPE_BUF):  # poll(2) promises room for no more than that
-                if not any(events & select.POLLOUT for _, events in poll.poll(0)):
-                    return
-                os.write(2, line[start : start + select.PIPE_BUF])
+            self._write((self.format(record) + "\n").encode(errors="backslashreplace"))
         except OSError:
             pass  # nobody is left to tell
 
 
 def set_up(verbosity: int) -> None:
     """Send the log to standard error: 0 for what an operator acts on, 1 also each connection, -1 warnings only."""
-    handler = Handler()
-    handler.setFormatter(Formatter(_is_journal()))
+    try:
+        status: os.stat_result | None = os.fstat(2)
+    except OSError:
+        status = None
+    handler = Handler(status.st_mode if status else 0)
+    handler.setFormatter(Formatter(_is_journal(status)))
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
     logging.raiseExceptions = False
+    # The interpreter's own way of telling these may wait for standard error.
+    sys.excepthook = _log_uncaught
+    sys.unraisablehook = _log_unraisable
     for level in _PRIORITIES:
         logging.addLevelName(level, logging.getLevelName(level).lower())
 
 
-def _is_journal() -> bool:
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logger.critical("cannot go on: %s", fields(reason=repr(error)), exc_info=(kind, error, trace))
+
+
+def _log_unraisable(fault: "sys.UnraisableHookArgs") -> None:
+    logger.error("fault while an object was destroyed: %s", fields(reason=repr(fault.exc_value), object=repr(fault.object)))
+
+
+def _is_journal(status: os.stat_result | None) -> bool:
     """Tell whether standard error is the journal's socket, as systemd.exec(5) says how to ($JOURNAL_STREAM)."""
-    try:
-        status = os.fstat(sys.__stderr__.fileno() if sys.__stderr__ else 2)
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return status is not None and os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class Limited:

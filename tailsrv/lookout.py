@@ -4,17 +4,19 @@ from tailsrv import policy
 from tailsrv.loop import Loop
 from tailsrv.news import News
 from tailsrv.streams import Streams
-from tailsrv.watch import POLL_INTERVAL, Watch, is_gone
+from tailsrv.watch import POLL_INTERVAL, Watch
 
 
 class Lookout:
     """Learns from the file itself what is new, when the watch says that something may be: its events are hints.
 
-    Where inotify cannot help, the clock stands in for it.
+    Where inotify cannot help, the clock stands in for it. That the file is gone is reported again and again
+    if the supervisor is to act on it (`insist`): it may find the file back, and the file may go once more.
     """
 
-    def __init__(self, watch: Watch, streams: Streams, news: News, loop: Loop) -> None:
+    def __init__(self, watch: Watch, streams: Streams, news: News, loop: Loop, insist: bool = True) -> None:
         self.gone = False
+        self._insist = insist
         self.changed = loop.now  # when the file's size was last found to be another
         self._watch, self._streams, self._news, self._loop = watch, streams, news, loop
         self._stopped = False
@@ -32,6 +34,7 @@ class Lookout:
         if (fd := self._watch.fileno()) is not None:
             self._loop.unregister(fd)
         self._loop.timers.cancel(self.poll_file)
+        self._loop.timers.cancel(self.recheck_path)
 
     def follow(self, following: bool) -> None:
         """Heed appends, or not: without clients they are no reason to wake up."""
@@ -64,12 +67,18 @@ class Lookout:
         self._streams.resize(self._streams.size)
 
     def check_path(self) -> None:
-        before, gone = self.gone, is_gone(self._watch.file, self._watch.path)
-        if gone is None:  # no event will tell when it can be seen
-            self._loop.timers.set(self.check_path, self._loop.now + POLL_INTERVAL)
+        """Find out whether the path still names the file, and report it if it does not."""
+        before, gone = self.gone, self._watch.is_gone(self._loop.now)
         self.gone = bool(gone)
-        if self.gone and not before:  # it may come back, and go again
+        if self.gone and (self._insist or not before):
             self._news.notice(gone=True)
+        if gone is None or (self.gone and self._insist):  # no event need tell what becomes of it
+            self._loop.timers.set(self.recheck_path, self._loop.now + POLL_INTERVAL)
+
+    def recheck_path(self) -> None:
+        """Look once more: what has come back since may lead through links and folders that nobody watches yet."""
+        self._watch.renew()
+        self.check_path()
 
     def poll_if_needed(self) -> None:
         if self._watch.polling and self.poll_file not in self._loop.timers:

@@ -17,15 +17,17 @@ class Loop:
         self.timers = Timers()
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
+        self._stalled: set[int] = set()
 
-    def register(self, fd: int, handler: Callable[[], None], flags: int = 0) -> None:
-        """Call `handler` whenever `fd` is readable; `flags` are more of epoll_ctl(2)'s."""
-        self.epoll.register(fd, select.EPOLLIN | flags)
+    def register(self, fd: int, handler: Callable[[], None], flags: int = 0, events: int = select.EPOLLIN) -> None:
+        """Call `handler` whenever `fd` is readable, or has other `events`; `flags` are more of epoll_ctl(2)'s."""
+        self.epoll.register(fd, events | flags)
         self.handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:
         """Forget `fd` if it is known; before it is closed, since the kernel goes on reporting what a duplicate keeps open."""
         if self.handlers.pop(fd, None) is not None:
+            self._stalled.discard(fd)
             self.epoll.unregister(fd)
 
     def pause(self, fd: int) -> None:
@@ -35,6 +37,20 @@ class Loop:
     def resume(self, fd: int) -> None:
         """Heed `fd`, which was registered without flags, again."""
         self.epoll.modify(fd, select.EPOLLIN)
+
+    def stall(self, fd: int, seconds: float) -> None:
+        """Leave `fd`, which was registered without flags, alone for a while.
+
+        A descriptor that stays readable while the kernel has no memory for what is there would keep the loop spinning.
+        """
+        self.pause(fd)
+        self._stalled.add(fd)
+        self.timers.set(self._end_stalls, self.now + seconds)
+
+    def _end_stalls(self) -> None:
+        for fd in self._stalled:
+            self.resume(fd)
+        self._stalled.clear()
 
     def timeout(self) -> float | None:
         """Return the seconds until the next thing is due, None if nothing is planned."""

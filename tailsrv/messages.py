@@ -38,6 +38,7 @@ class Notices:
     truncated: int | None = None  # the file's size after it
     polling: str | None = None  # why the worker has to look at the file by the clock
     alive: bool = False  # the answer to a ping
+    emptied: bool = False  # in a drain, all who were in its accept queues are clients now, and it has closed its listeners
 
 
 NO_NOTICES = Notices()
@@ -78,8 +79,13 @@ def encode(message: Message) -> bytes:
     joined, started, left = message.joined, message.started, message.left
     head = _COUNTS.pack(_REPORT_HEAD, len(joined), len(started), len(left))
     numbers = array("q", [*joined, *chain.from_iterable(started), *left])
-    notices = b"" if message.notices == NO_NOTICES else json.dumps(asdict(message.notices)).encode()
-    return head + numbers.tobytes() + notices
+    return head + numbers.tobytes() + _encode_notices(message.notices)
+
+
+def _encode_notices(notices: Notices) -> bytes:
+    """Return the notices that are not as by default, so that another version reads all that it knows."""
+    changed = {name: value for name, value in asdict(notices).items() if value != getattr(NO_NOTICES, name)}
+    return json.dumps(changed).encode() if changed else b""
 
 
 def decode(packet: bytes) -> Message:

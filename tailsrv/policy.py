@@ -1,5 +1,6 @@
 """Decides how much to send, when to respawn, when to speak. Pure: time and facts are arguments."""
 
+import errno
 import os
 import signal
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ class Failures:
         short = seconds < LONG_LIFE
         return Failures(
             short=self.short + 1 if short else 0,
-            unready=0 if ready or end is Verdict.KILLED else self.unready + 1,
+            unready=0 if ready or end in (Verdict.KILLED, Verdict.NO_ROOM) else self.unready + 1,
             suspect=self.suspect + 1 if short and adopted and end is Verdict.FAULT else 0,
         )
 
@@ -103,8 +104,18 @@ class Verdict(Enum):
 
     DONE = "ended"  # exit status 0
     CANNOT_BOOT = "cannot boot"  # its own exit code: do not respawn
+    NO_ROOM = "ended for want of descriptors or memory"  # its own exit code: the next may fare better
     FAULT = "died by its own fault"  # a crash of its own making
     KILLED = "was killed"  # somebody else's doing
+
+
+# The system, or a limit of ours, has no room for what a worker needs. That is no fault of the worker, and may pass.
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Tell whether `error` says that descriptors, memory or epoll watches have run out."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
 
 
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
@@ -119,6 +130,8 @@ def verdict(status: int) -> Verdict:
             return Verdict.DONE
         case ExitStatus.CANNOT_BOOT:
             return Verdict.CANNOT_BOOT
+        case os.EX_TEMPFAIL:
+            return Verdict.NO_ROOM
         case _:
             return Verdict.FAULT
 

@@ -92,7 +92,8 @@ class Inheritance:
     """All that a worker gets from the supervisor, through fork: it needs nothing else to serve."""
 
     slot: int
-    file: int  # one open file for all workers and their successors, so that all serve the same inode
+    # One open file for all workers and their successors, so that all serve the same inode; None while it is awaited.
+    file: int | None
     listeners: Sequence[socket.socket]
     shared: bool  # with all other slots
     channel: socket.socket  # the worker's end

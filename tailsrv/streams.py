@@ -30,7 +30,7 @@ class Streams:
         self,
         file: int,
         size: int,
-        drop: Callable[[Client, OSError | None], None],
+        drop: Callable[[Client, Exception | None], None],
         await_room: Callable[[Client], None],
     ) -> None:
         self.file = file
@@ -102,7 +102,10 @@ class Streams:
         for fd, sent in send_to_all(self.caught_up, self.file, start, count).items():
             client = self.caught_up.pop(fd)
             client.offset = start
-            self._settle(client, sent)
+            try:
+                self._settle(client, sent)
+            except Exception as error:
+                self._drop(client, error)
 
     def pump(self, budget: int = TURN) -> None:
         """Send one chunk to each client that is behind, in turn, until about `budget` bytes have gone."""
@@ -112,20 +115,29 @@ class Streams:
             client = self.behind.popleft()
             if client.state is not State.STREAMING:
                 continue
-            wanted = next_chunk(client.offset, self.size)
-            if not wanted:  # the file has shrunk since: it waits for that, and no more for the disk
-                self.read_ahead.forget(client)
-                self._place(client)
-            elif (count := self.read_ahead.admit(client, wanted)) == 0:
-                budget -= READ_AHEAD  # to ask the disk for them has taken its time
-            else:
-                sent = send_chunk(client.fd, self.file, client.offset, count)
-                if sent == 0:  # not there, whatever the size says: not again before that has changed
-                    self.shrunk = True
-                    self._wait(client)
-                    continue
-                budget -= sent if isinstance(sent, int) else VAIN
-                self._settle(client, sent)
+            try:
+                budget -= self._send(client)
+            except Exception as error:
+                # Whatever has failed with this client, the others must get their bytes.
+                budget -= VAIN
+                self._drop(client, error)
+
+    def _send(self, client: Client) -> int:
+        """Send one chunk to `client`, and return what that takes of a turn's budget, in bytes."""
+        wanted = next_chunk(client.offset, self.size)
+        if not wanted:  # the file has shrunk since: it waits for that, and no more for the disk
+            self.read_ahead.forget(client)
+            self._place(client)
+            return 0
+        if (count := self.read_ahead.admit(client, wanted)) == 0:
+            return READ_AHEAD  # to ask the disk for them has taken its time
+        sent = send_chunk(client.fd, self.file, client.offset, count)
+        if sent == 0:  # not there, whatever the size says: not again before that has changed
+            self.shrunk = True
+            self._wait(client)
+            return 0
+        self._settle(client, sent)
+        return sent if isinstance(sent, int) else VAIN
 
     def _settle(self, client: Client, sent: Sent) -> None:
         """Put `client` where it belongs after a send from its offset came to that."""

@@ -13,21 +13,27 @@ from enum import Enum
 
 from setproctitle import setproctitle
 
-from tailsrv import __version__, systemd
+from tailsrv import __version__, oom, systemd
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.crew import Crew
+from tailsrv.hangup import is_hung_up, remember_nohup
 from tailsrv.hints import cannot_see
+from tailsrv.late import LateAppends
 from tailsrv.log import fields, logger, trouble
 from tailsrv.loop import Loop
 from tailsrv.messages import Notices
-from tailsrv.policy import KILL_MARGIN
+from tailsrv.mounts import Mounts
+from tailsrv.pace import Pace
+from tailsrv.policy import KILL_MARGIN, lacks_room
 from tailsrv.quota import Quota
-from tailsrv.signals import Wakeup, release
+from tailsrv.self_check import counts_streams
+from tailsrv.signals import ACTED_ON, STRAY, Wakeup, name_of, release
 from tailsrv.slot import Inheritance, Slot
 from tailsrv.source import Source
 from tailsrv.state import State
 from tailsrv.status import Status
+from tailsrv.stray import StraySignals
 from tailsrv.teller import Teller
 from tailsrv.title import status_title
 from tailsrv.upgrade import Upgrader
@@ -38,7 +44,7 @@ LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP)
+CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
 
 
 class Phase(Enum):
@@ -75,9 +81,11 @@ class Supervisor:
         self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others)
         self.started = handed_on.started if handed_on else time.time()
         self.source = Source(config.path)
+        self.pace = Pace()  # of rotations
+        self.late = LateAppends(self.loop, config.path)
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
-        self.started_up = handed_on is not None and handed_on.file is not None  # every slot has had a worker that was ready
+        self.crew.started_up = handed_on is not None and handed_on.file is not None
         self.replacing = handed_on is not None  # the workers of the version before us
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
@@ -86,10 +94,14 @@ class Supervisor:
         self.truncation_seen = float("-inf")
         self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
         self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
+        remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
-        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, busy=self.replacing)
+        self.stray_signals = StraySignals()
+        self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
+        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
+        self.mounts = Mounts(self.loop, self.handle_gone)
 
     # The loop
 
@@ -98,12 +110,19 @@ class Supervisor:
         self.source.file = file
         release()  # what the program that exec'd us held back comes now
         self.reap()
+        if not counts_streams():
+            self.crew.intake.protect_nobody()
+        if self.replacing:
+            # Once more: the version before us may have been replaced before it could deliver this.
+            self.lifecycle.reloading()
         if file is None:
             self.wait_for_file()
-            systemd.notify("READY=1")  # clients can connect
+            if not self.replacing:
+                self.lifecycle.ready()  # clients can connect
             self.go_on_replacing()
         else:
-            self.start_workers()
+            self.crew.fill_all()
+            self.start_serving()
         if (interval := systemd.watchdog_seconds()) is not None:
             Watchdog(self.loop, self.crew, interval).beat()
         while not self.ended:
@@ -116,6 +135,7 @@ class Supervisor:
         """Run one turn: wait, then act on what has happened."""
         self.loop.turn()
         self.crew.intake.rest()
+        self.upgrader.execute_if_proven(self.loop.now)
         if self.is_ending() and self.crew.finished():
             self.ended = True
         elif self.phase is Phase.ROTATING and self.crew.finished():
@@ -127,8 +147,10 @@ class Supervisor:
     # The file
 
     def wait_for_file(self) -> None:
+        """Look for the file from time to time; workers without one accept meanwhile, or dead connections would fill the queues."""
         logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
         self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+        self.crew.fill_all()
 
     def look_for_file(self) -> None:
         try:
@@ -137,7 +159,8 @@ class Supervisor:
             self.handle_unusable(str(error))
             return
         if there:
-            self.start_workers()
+            self.crew.refill_all()
+            self.start_serving()
         else:
             self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
 
@@ -155,11 +178,15 @@ class Supervisor:
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
+        self.reap()  # a drain must know which slots are empty
         if self.source.gone or self.phase is not Phase.RUNNING:
             return
-        if not (gone := self.source.has_gone()):
+        if not (gone := self.source.has_gone(self.loop.now)):
             if gone is None:  # nobody will say so again
                 self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
+            return
+        if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
+            self.postpone_rotation(pause)
             return
         self.source.gone = True
         if self.config.linger:
@@ -171,9 +198,22 @@ class Supervisor:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
 
+    def postpone_rotation(self, seconds: float) -> None:
+        """Serve the old file for a moment longer: whatever replaces it must not keep us busy."""
+        if self.handle_gone not in self.loop.timers:
+            hint = "what replaces it so often? does its file system change inode numbers?"
+            logger.warning(
+                "file is gone again so soon that clients get it as it was for a moment longer: %s",
+                fields(path=self.config.path, seconds=f"{seconds:.1f}", hint=hint),
+            )
+        self.loop.timers.set(self.handle_gone, self.loop.now + seconds)
+
     def rotate(self) -> None:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
+        self.pace.note(self.loop.now)
+        if self.source.file is not None and any(slot.roster.is_streaming() for slot in self.crew.slots):
+            self.late.begin(self.source.file, polling=self.source.polling is not None)
         self.upgrader.pause()
         if self.replacing:
             self.replacing = False
@@ -189,24 +229,27 @@ class Supervisor:
             slot.roster.end_streams()
             if self.quota is not None:  # those who wait for the next file have their places
                 self.quota.note(slot.index, len(slot.roster))
+        self.late.seal()
         self.source.let_go()
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
         self.look_for_file()
-        if self.source.file is None and not self.source.trouble:
+        if self.source.file is None and self.source.trouble:
+            self.crew.fill_all()
+        elif self.source.file is None:
             self.wait_for_file()
 
     # Workers
 
-    def start_workers(self) -> None:
+    def start_serving(self) -> None:
+        """Note that the workers, some of which may still be starting, have the file."""
         self.phase, self.source.trouble = Phase.RUNNING, ""
         logger.info("serving: %s", fields(path=self.config.path, size=self.source.size(), workers=len(self.crew.slots)))
-        self.crew.fill_all()
         self.go_on_replacing()
 
     def go_on_replacing(self) -> None:
         """Replace the next worker of the version before us, if we are at that."""
-        if self.replacing and not self.crew.replace_next() and (self.phase is Phase.WAITING or self.crew.all_ready()):
+        if self.replacing and not self.crew.replace_next() and self.crew.all_ready():
             self.replacing = False
             logger.info("upgraded: %s", fields(version=__version__, clients=self.crew.clients()))
             self.upgrader.done(self.loop.now)
@@ -215,11 +258,12 @@ class Supervisor:
         """Let go of all that is the supervisor's, do a worker's work, and end the process."""
         status = os.EX_SOFTWARE
         try:
+            oom.volunteer()
             self.let_go()
-            assert self.source.file is not None
             status = self.work(self.crew.inherit(slot, self.source.file, channel, self.endpoints, self.quota))
         except (OSError, MemoryError) as error:
             logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))
+            status = os.EX_TEMPFAIL if lacks_room(error) else status
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
@@ -231,6 +275,8 @@ class Supervisor:
         self.loop.epoll.close()
         self.control.close()
         self.upgrader.let_go()
+        self.mounts.close()
+        self.late.close()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
@@ -241,15 +287,17 @@ class Supervisor:
         if notices.truncated is not None and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL:
             self.truncation_seen = self.loop.now
             logger.warning("file was truncated: %s", fields(path=self.config.path, size=notices.truncated))
-        if notices.gone:
-            self.handle_gone()
+        if notices.gone and self.handle_gone not in self.loop.timers:
+            # With this turn's timers: a death may be being dealt with now, and what a drain does must not come in between.
+            self.loop.timers.set(self.handle_gone, self.loop.now)
 
     def handle_ready(self, slot: Slot) -> None:
         slot.ready = True
         logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
-        if not self.started_up and self.crew.all_ready() and not self.is_ending():
-            self.started_up = True
-            systemd.notify("READY=1", f"STATUS={self.status.sentence()}")
+        if not self.crew.started_up and self.crew.all_ready() and not self.is_ending():
+            self.crew.started_up = True
+            self.lifecycle.ready()
+            systemd.notify(f"STATUS={self.status.sentence()}")  # at once, whatever its pace is
         self.go_on_replacing()
 
     def give_up(self, reason: str) -> None:
@@ -259,7 +307,11 @@ class Supervisor:
 
     def keep_others(self, reason: str) -> None:
         """End the replacement of workers where ours do not start: those of the version before us go on."""
-        logger.error("workers of this version do not start, those of the last one go on; install another and send HUP: %s", reason)
+        logger.error(
+            "workers of this version do not start: clients of the old workers are served on, all others wait: %s %s",
+            reason,
+            fields(old_workers=len(self.crew.running()), hint="install a version that works and send HUP"),
+        )
         if self.replacing:
             self.replacing = False
             self.upgrader.done(self.loop.now)
@@ -281,8 +333,23 @@ class Supervisor:
                         self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
+                case signal.SIGPWR if not self.is_ending():
+                    self.drain_because(number, "power failure, or the container is stopped")
+                case signal.SIGHUP if not self.is_ending() and is_hung_up():
+                    self.drain_because(number, "terminal closed; nohup would prevent this")
                 case signal.SIGHUP if not self.is_ending():
                     self.upgrader.request(self.loop.now)
+                case _ if number in STRAY:
+                    self.stray_signals.note(number)
+
+    def drain_because(self, number: int, reason: str) -> None:
+        """Drain for a signal that usually comes more than once, or together with SIGTERM.
+
+        Unlike a second SIGTERM, none of these ends the server at once.
+        """
+        grace = f"{self.config.grace:g}"
+        logger.info("draining: %s", fields(signal=name_of(number), grace=grace, reason=reason))
+        self.drain()
 
     def reap(self) -> None:
         """Collect every child that has ended; SIGCHLDs merge, so their number says nothing."""
@@ -301,7 +368,7 @@ class Supervisor:
         """Let the workers bring every stream to what is in the file now, and end with them."""
         self.phase = Phase.DRAINING
         self.stop_waiting()
-        systemd.notify("STOPPING=1")
+        self.lifecycle.stopping()
         until = self.loop.now + self.config.grace
         self.crew.drain(until)
         self.loop.timers.set(self.terminate, until + KILL_MARGIN)
@@ -347,7 +414,7 @@ class Supervisor:
             case Phase.WAITING:
                 return "waiting for file"
             case Phase.RUNNING:
-                return "" if self.started_up else "starting"
+                return "" if self.crew.started_up else "starting"
             case Phase.ROTATING:
                 return "rotating"
             case _:

@@ -7,11 +7,14 @@ import os
 import select
 import socket
 import struct
+import sys
 import termios
 from collections.abc import Iterable
 from enum import Enum
+from typing import NamedTuple
 
-from tailsrv.policy import SMALL
+from tailsrv.kernel import SO_PROTOCOL, memory_file, preadv_nowait
+from tailsrv.policy import ACCEPTS, SMALL
 from tailsrv.protocol import PEEK
 
 
@@ -96,21 +99,21 @@ def _outcome_of(error: OSError) -> Outcome | OSError:
     return Outcome.NO_ROOM if error.errno in NO_ROOM_ERRNOS else error
 
 
-_BYTE = [bytearray(1)]
+_BYTE = bytearray(1)
 
 
 def is_cached(file: int, offset: int, count: int, stride: int) -> bool:
     """Tell whether `count` bytes of `file` can be had without waiting for the disk, as a look at every `stride` and at the last tells.
 
     preadv2(2), RWF_NOWAIT. The first look in vain is the last: the kernel answers it with read-ahead from that place on, and what
-    is behind it should not come before it. Where it is not known (EOPNOTSUPP), or nothing is there, the answer is yes: sendfile(2)
+    is behind it should not come before it. Where it is not known (EOPNOTSUPP, ENOSYS), or nothing is there, the answer is yes: sendfile(2)
     has the last word.
     """
     try:
         for place in range(offset, offset + count, stride):
-            os.preadv(file, _BYTE, place, os.RWF_NOWAIT)
+            preadv_nowait(file, _BYTE, place)
         if (last := offset + count - 1) // mmap.PAGESIZE != offset // mmap.PAGESIZE:
-            os.preadv(file, _BYTE, last, os.RWF_NOWAIT)
+            preadv_nowait(file, _BYTE, last)
     except BlockingIOError:
         return False
     except OSError:
@@ -126,24 +129,34 @@ def read_ahead(file: int, offset: int, count: int) -> None:
         pass  # a hint; without it they come when they are sent
 
 
-def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome:
-    """Take one connection, non-blocking, with its peer's address and port."""
-    while True:
+def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome | OSError:
+    """Take one connection, non-blocking, with its peer's address and port.
+
+    Returns an error of the network's where so many connections in a row have failed that the cause is
+    not with them: a security policy, for one, may refuse the call before it looks into the queue.
+    """
+    for _ in range(ACCEPTS):
         try:
             sock, address = listener.accept()
         except BlockingIOError:
             return Outcome.WOULD_BLOCK
         except OSError as error:
             if error.errno in NO_ROOM_ERRNOS:
-                # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
-                if not _is_readable(listener):
-                    return Outcome.WOULD_BLOCK
-                return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
-            if error.errno in TRANSIENT_ACCEPT_ERRNOS:
-                continue
-            raise
-        sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
-        return sock, address[:2]
+                return _without_room(listener, error)
+            if error.errno not in TRANSIENT_ACCEPT_ERRNOS:
+                raise
+            failure = error
+        else:
+            sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
+            return sock, address[:2]
+    return failure
+
+
+def _without_room(listener: socket.socket, error: OSError) -> Outcome:
+    # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
+    if not _is_readable(listener):
+        return Outcome.WOULD_BLOCK
+    return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
 
 
 def _is_readable(sock: socket.socket) -> bool:
@@ -184,33 +197,74 @@ def unsent(sock: socket.socket) -> int:
 # struct tcp_info of linux/tcp.h, part of the kernel's interface: tcpi_state is its first byte, tcpi_bytes_acked
 # (since Linux 4.1) the u64 at byte 120.
 _TCP_INFO = 128
-_ACKED = struct.Struct("=120xQ")
+_ACKED = slice(120, _TCP_INFO)
 _QUEUE = struct.Struct("=24xII")  # tcpi_unacked and tcpi_sacked, which for a listener are its queue's length and limit
 _OPEN = frozenset({1, 8})  # TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
 
 
 def streamed(sock: socket.socket) -> int | None:
-    """Return how many bytes have ever been put into `sock`, by whomever; None if its connection is not open any more.
+    """Return how many bytes have ever been put into `sock`, by whomever.
+
+    None if its connection is not open any more, or if the kernel does not say: of an MPTCP socket it
+    tells about the first subflow only, and a system that resembles Linux may leave the end out.
 
     What the peer has acknowledged plus what it has not. The two come from separate calls, so that an
     acknowledgement may fall between them: they are read until they agree.
     """
-    before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+    if protocol(sock) != socket.IPPROTO_TCP:
+        return None
+    before = _tcp_info(sock)
     while True:
-        if before[0] not in _OPEN:
+        if len(before) < _TCP_INFO or before[0] not in _OPEN:
             return None
         waiting = unsent(sock)
-        after = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
-        acked = int(_ACKED.unpack(after)[0])
-        if acked == _ACKED.unpack(before)[0]:
-            return acked + waiting
+        after = _tcp_info(sock)
+        if before[_ACKED] == after[_ACKED] and len(after) == _TCP_INFO:
+            return int.from_bytes(after[_ACKED], sys.byteorder) + waiting
         before = after
 
 
+def _tcp_info(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+
+
+def protocol(sock: socket.socket) -> int:
+    """Return the protocol that the kernel has given `sock`, which need not be what was asked for."""
+    return sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
+
+
+class Unacknowledged(NamedTuple):
+    """What the kernel knows of a peer that has yet to acknowledge bytes."""
+
+    retransmits: int  # timeouts in a row after which bytes were sent again
+    probes: int  # of a closed window, in a row, that were not answered; or of keepalive
+    silence: float  # seconds since the last acknowledgement of any kind
+
+
+# tcpi_retransmits, tcpi_probes, tcpi_unacked (packets), tcpi_last_ack_recv (milliseconds), and
+# tcpi_notsent_bytes (since Linux 4.6).
+_UNACKNOWLEDGED = struct.Struct("=2xBB20xI28xI84xI")
+
+
+def unacknowledged(sock: socket.socket) -> Unacknowledged | None:
+    """Return what the kernel knows of the peer of `sock`, None if it has no bytes for that peer.
+
+    Also None for a socket that cannot tell.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKNOWLEDGED.size)
+        retransmits, probes, in_flight, silence, waiting = _UNACKNOWLEDGED.unpack(info)
+    except (OSError, struct.error):
+        return None
+    return Unacknowledged(retransmits, probes, silence / 1000) if in_flight or waiting else None
+
+
 def accept_queue(listener: socket.socket) -> tuple[int, int]:
-    """Return how many connections wait in the queue of `listener`, and how many it holds (where listen(2) was cut, less)."""
-    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
-    queued, backlog = _QUEUE.unpack_from(info)
+    """Return how many connections wait in the queue of `listener`, and how many it holds.
+
+    The latter is less than listen(2) was asked for where that was cut, and 0 where it is not known.
+    """
+    queued, backlog = _QUEUE.unpack_from(_tcp_info(listener).ljust(_QUEUE.size, b"\0"))
     return int(queued), int(backlog)
 
 
@@ -233,7 +287,7 @@ def finish_sending(sock: socket.socket) -> None:
 
 def memory(data: bytes = b"") -> int:
     """Return the descriptor of a new anonymous file that holds `data`, at its start."""
-    fd = os.memfd_create("tailsrv")
+    fd = memory_file("tailsrv")
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(data)

@@ -1,8 +1,10 @@
 """Speaks with the service manager: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)."""
 
+import errno
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
@@ -10,7 +12,11 @@ MAX_SOCKETS = 1024  # as many as there may be workers; more is no number of sock
 
 
 def is_managed() -> bool:
-    """Tell whether a service manager wants to know how we are."""
+    """Tell whether a service manager wants to know how we are.
+
+    Addresses of the vsock family, sd_notify(3), count as none: they are for the first process of
+    a virtual machine.
+    """
     return os.environ.get("NOTIFY_SOCKET", "")[:1] in ("/", "@")
 
 
@@ -19,22 +25,64 @@ def is_service() -> bool:
     return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
-def notify(*assignments: str) -> None:
-    """Send `NAME=value` assignments to the service manager, if there is one; never waits, never fails."""
+def notify(*assignments: str) -> bool:
+    """Send `NAME=value` assignments to the service manager, if there is one. Never wait or fail.
+
+    Returns False if they were not sent and a retry may succeed: the queue of its socket is full,
+    or memory or descriptors are short.
+    """
     if not is_managed():
-        return
+        return True
     address = os.environ["NOTIFY_SOCKET"]
+    message = "\n".join(assignments).encode(errors="backslashreplace")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
-            sock.sendto("\n".join(assignments).encode(), "\0" + address[1:] if address[0] == "@" else address)
-    except OSError:
-        pass  # sd_notify(3): best effort
+            sock.sendto(message, "\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        return error.errno not in _TEMPORARY
+    return True
 
 
-def notify_reloading() -> None:
-    """Say that the service is being reloaded; `READY=1` ends it."""
-    notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+_TEMPORARY = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+
+
+class Lifecycle:
+    """Tells the service manager that the service is ready, reloading or stopping.
+
+    A message that could not be sent is retried, and the order is kept: without READY=1 the service
+    manager would end a service that serves, or show it as reloading for ever. `plan(action, when)`
+    must call `action` at the time `when`, in seconds of time.monotonic().
+    """
+
+    RETRY = 0.1  # seconds
+
+    def __init__(self, plan: Callable[[Callable[[], object], float], None]) -> None:
+        self._plan = plan
+        self._unsent: list[str] = []
+
+    def reloading(self) -> None:
+        """Say that the service is being reloaded, until `ready`. This replaces all unsent messages."""
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._unsent = [f"RELOADING=1\nMONOTONIC_USEC={microseconds}"]
+        self._send()
+
+    def ready(self) -> None:
+        """Say that the service is ready, or has been reloaded."""
+        self._unsent = [message for message in self._unsent if message != "READY=1"] + ["READY=1"]
+        self._send()
+
+    def stopping(self) -> None:
+        """Say that the service is ending. This replaces all unsent messages."""
+        self._unsent = ["STOPPING=1"]
+        self._send()
+
+    def _send(self) -> None:
+        while self._unsent:
+            if not notify(self._unsent[0]):
+                self._plan(self._send, time.monotonic() + self.RETRY)
+                return
+            del self._unsent[0]
 
 
 def watchdog_seconds() -> float | None:

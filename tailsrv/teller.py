@@ -1,5 +1,6 @@
 """Answers at the control sockets; what takes time is told by a forked child, so that the supervisor waits for nobody."""
 
+import logging
 import os
 import signal
 import socket
@@ -8,7 +9,9 @@ from contextlib import ExitStack, suppress
 from functools import partial
 
 from tailsrv.control import Control
+from tailsrv.log import Limited
 from tailsrv.loop import Loop
+from tailsrv.policy import STALL_PAUSE
 from tailsrv.signals import blocked, release
 
 PATIENCE = 10  # seconds that those who asked have to take their answer from a child
@@ -27,7 +30,9 @@ class Teller:
     def __init__(self, loop: Loop, control: Control, status: Answer, clients: Answer, let_go: Callable[[], None]) -> None:
         self._loop, self._control = loop, control
         self._status, self._clients, self._let_go = status, clients, let_go
-        self._children: dict[int, Callable[[], None]] = {}  # and what is to be done when one has ended
+        self._children: dict[int, int] = {}  # the pid of each, and the socket at which others wait for its end
+        self._stalled: set[int] = set()  # sockets at which nobody can be accepted for a moment
+        self._short_of_room = Limited(logging.WARNING, burst=1)
         for sock in control.status:
             loop.register(sock.fileno(), partial(self._tell_status, sock))
         for sock in control.clients:
@@ -35,15 +40,15 @@ class Teller:
 
     def reaped(self, pid: int) -> bool:
         """Tell whether the child `pid` was one of ours; if so, others may ask again."""
-        if (resume := self._children.pop(pid, None)) is None:
+        if (fd := self._children.pop(pid, None)) is None:
             return False
-        resume()
+        self._loop.resume(fd)
         return True
 
     def _tell_status(self, sock: socket.socket) -> None:
         with ExitStack() as stack:
             # Who asks comes first: a stranger gets nothing, and is to cost next to nothing.
-            if not (asked := [stack.enter_context(peer) for peer in self._control.askers(sock)]):
+            if not (asked := [stack.enter_context(peer) for peer in self._accept(sock)]):
                 return
             status = self._status()
             if len(status) > AT_ONCE:
@@ -55,8 +60,24 @@ class Teller:
 
     def _tell_clients(self, sock: socket.socket) -> None:
         with ExitStack() as stack:
-            if asked := [stack.enter_context(peer) for peer in self._control.askers(sock)]:
+            if asked := [stack.enter_context(peer) for peer in self._accept(sock)]:
                 self._fork(sock, asked, self._clients)
+
+    def _accept(self, sock: socket.socket) -> list[socket.socket]:
+        """Return those who ask at `sock`; where there is no room for them, leave it alone for a moment."""
+        asked, error = self._control.askers(sock)
+        if error is not None:
+            self._short_of_room("short of descriptors or memory, health checks have to wait, clients do not", reason=error.strerror)
+            self._loop.pause(sock.fileno())
+            self._stalled.add(sock.fileno())
+            self._loop.timers.set(self._retry, self._loop.now + STALL_PAUSE)
+        return asked
+
+    def _retry(self) -> None:
+        """Heed the sockets again that were left alone; a child's end does so for those that wait for it."""
+        for fd in self._stalled - set(self._children.values()):
+            self._loop.resume(fd)
+        self._stalled.clear()
 
     def _fork(self, sock: socket.socket, asked: Sequence[socket.socket], answer: Answer) -> None:
         """Give `answer()` to those who `asked` at `sock`, from a child; others who ask there wait for its end."""
@@ -67,7 +88,7 @@ class Teller:
         except OSError:  # they may ask again
             return
         self._loop.pause(sock.fileno())
-        self._children[pid] = partial(self._loop.resume, sock.fileno())
+        self._children[pid] = sock.fileno()
 
     def _become(self, peers: Sequence[socket.socket], answer: Answer) -> None:
         """Do a child's work, and end it."""

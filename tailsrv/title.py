@@ -1,13 +1,18 @@
 """Shows what a process is and how it does, in its title, which people, `ps` and psutil read, and to the service manager."""
 
+import os
 from collections.abc import Callable, Sequence
 
-from setproctitle import setproctitle
+from setproctitle import getproctitle, setproctitle
 
+from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
 from tailsrv.timers import Timers
 
 INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
 STATUS_INTERVAL = 5.0  # seconds; the service manager wakes up for each status
+
+# The environment variable that makes the room which command line and environment lack.
+ROOM = "TAILSRV_TITLE_ROOM"
 
 
 def counted(number: int, noun: str) -> str:
@@ -42,11 +47,37 @@ def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) 
     return f"tailsrv: worker {slot} {','.join(endpoints)} [{', '.join(status)}]"
 
 
+def longest_title(endpoints: Sequence[str], path: str) -> int:
+    """Return how many bytes the supervisor's title takes at most; a worker's is shorter."""
+    return len(supervisor_title(endpoints, path, "draining", MAX_WORKERS, MAX_CLIENTS).encode())
+
+
+def make_room(length: int, executable: str, arguments: list[str]) -> None:
+    """Make room for titles of `length` bytes, in a process that was started with these arguments.
+
+    A title is written over the command line and the environment, whose room is fixed by execve(2).
+    Where it is too small, this process executes itself again, once, with a variable that is as long
+    as the title. The pid, inheritable descriptors and blocked signals live through that. Call it
+    before anything is opened that does not. Does nothing where execve(2) fails: titles stay cut.
+    """
+    if os.environ.pop(ROOM, None) is None and not _has_room(length):
+        try:
+            os.execve(executable, arguments, {**os.environ, ROOM: "x" * length})  # noqa: S606 our own command
+        except OSError:
+            pass  # a server without a whole title is better than none
+
+
+def _has_room(length: int) -> bool:
+    """Tell whether a title of `length` bytes is kept whole, by setting one."""
+    setproctitle("tailsrv: starting".ljust(length))
+    return len(getproctitle()) == length
+
+
 class Title:
     """A text that follows `render()` at a bounded pace, by default this process's title: `changed` may be called at any time."""
 
     def __init__(
-        self, timers: Timers, render: Callable[[], str], show: Callable[[str], None] = setproctitle, interval: float = INTERVAL
+        self, timers: Timers, render: Callable[[], str], show: Callable[[str], object] = setproctitle, interval: float = INTERVAL
     ) -> None:
         self._timers, self._render, self._show, self._interval = timers, render, show, interval
         self._shown = ""

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from tailsrv.client import OtherFileError, follow
 from tailsrv.client_arguments import make_tssync_parser
@@ -20,7 +21,9 @@ from tailsrv.progress import Progress
 from tailsrv.timers import Timers
 
 PIPE = 1 << 20  # bytes; the most that an ordinary user's pipe may hold
+F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # linux/fcntl.h; an interpreter may be built without the name
 CAUGHT_UP = 0.5  # seconds without a byte
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOM_PAUSE = 1.0  # seconds between attempts while the disk is full
 
 
@@ -32,10 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep(options: Namespace) -> None:
     """Keep the copy that `options` ask for."""
     occupy_standard()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT: what has come is synced
+    end_by_signals()
     servers = [parse_endpoint(server) for server in options.servers]  # before there is a file
     with Mirror(options.path) as mirror:
         Keeper(mirror, servers, options).run()
+
+
+def end_by_signals() -> None:
+    """Have SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that what has come is synced; with nohup(1), SIGHUP does nothing.
+
+    The first one does. Others come along: of a closed terminal there are often two, and systemd may send SIGHUP after SIGTERM.
+    They must not interrupt the sync.
+    """
+    numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, lambda *_: None)  # SIG_IGN would be a complaint if one is there already
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 class Keeper:
@@ -50,6 +70,7 @@ class Keeper:
     def run(self) -> None:
         """Keep the copy until the end that the options ask for."""
         try:
+            self._sync()  # what an earlier run has left: from here on it is known what the disk has
             while not self._copy():
                 self._sync()
                 aside = self._mirror.set_aside()
@@ -123,7 +144,7 @@ def pipe() -> Iterator[tuple[int, int]]:
     out, into = os.pipe()
     try:
         try:
-            fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIPE)
+            fcntl.fcntl(into, F_SETPIPE_SZ, PIPE)
         except OSError:
             pass  # this user's pipes have taken all that they may: a smaller one serves, too
         yield out, into

@@ -88,8 +88,11 @@ class Proof:
         with ExitStack() as refused:
             given, self._answer, self._complaints = (_closing(memory(content), refused) for content in (data, b"", b""))
             files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
+            # All signals are blocked: one that is sent to all processes of the service must not
+            # fail the upgrade. To end the check takes SIGKILL.
+            held = signal.valid_signals()
             self.pid = os.posix_spawn(
-                executable, arguments, environment(CHECK), file_actions=files, setsigmask=(), setsigdef=(signal.SIGPIPE,)
+                executable, arguments, environment(CHECK), file_actions=files, setsigmask=held, setsigdef=(signal.SIGPIPE,)
             )
             refused.pop_all()
         os.close(given)
@@ -105,7 +108,10 @@ class Proof:
 
     def result(self, status: int) -> tuple[str | None, str]:
         """Return the version that has proved itself, or None and the reason, once the child ended with `status`."""
-        answer, complaints = _take(self._answer), _take(self._complaints)
+        try:
+            answer, complaints = _take(self._answer), _take(self._complaints)
+        except (OSError, TypeError) as error:  # TypeError: the interpreter's, where read(2) says EAGAIN
+            return None, f"what it said cannot be read: {_reason(error)}"
         try:
             if status == 0:
                 return str(json.loads(answer)["version"]), ""
@@ -137,6 +143,11 @@ def execute(handed_on: state.State, pending: Callable[[], Iterable[int]]) -> Non
         release()
 
 
+def _reason(error: Exception) -> str:
+    """Return why an upgrade has failed, in the kernel's words where they are its."""
+    return (isinstance(error, OSError) and error.strerror) or repr(error)
+
+
 def keep_private(descriptors: list[int]) -> None:
     """Keep the descriptors that came through exec(2) from going any further."""
     for descriptor in descriptors:
@@ -150,9 +161,17 @@ class Upgrader:
     While the new program replaces the workers, `busy` stays set.
     """
 
-    def __init__(self, timers: Timers, snapshot: Callable[[], state.State], pending: Callable[[], list[int]], busy: bool) -> None:
-        self._timers, self._snapshot, self._pending = timers, snapshot, pending
+    def __init__(
+        self,
+        timers: Timers,
+        snapshot: Callable[[], state.State],
+        pending: Callable[[], list[int]],
+        lifecycle: systemd.Lifecycle,
+        busy: bool,
+    ) -> None:
+        self._timers, self._snapshot, self._pending, self._lifecycle = timers, snapshot, pending, lifecycle
         self._proof: Proof | None = None
+        self._proven: str | None = None  # the version to exec at the end of this turn
         self._again = False
         self._paused = False
         self._stale = False  # a request has come since the proof began: what it proves may not be what is installed now
@@ -163,15 +182,15 @@ class Upgrader:
         if self._busy or self._paused:
             self._again = self._stale = True
             return
-        systemd.notify_reloading()
+        self._lifecycle.reloading()
         self._prove(now)
 
     def _prove(self, now: float) -> None:
         self._stale = False
         try:
             self._proof = Proof(state.encode(self._snapshot()))
-        except OSError as error:
-            self._fail(error.strerror or str(error), now)
+        except Exception as error:
+            self._fail(_reason(error), now)
             return
         self._busy = True
         self._timers.set(self.expire, now + PROOF_TIMEOUT)
@@ -193,6 +212,7 @@ class Upgrader:
 
     def abandon(self) -> None:
         """Forget all about it: the server is ending."""
+        self._proven = None
         self.expire()
         self._timers.cancel(self.expire)
 
@@ -202,7 +222,7 @@ class Upgrader:
             self._proof.close()
 
     def reaped(self, pid: int, status: int, now: float, ending: bool) -> bool:
-        """Tell whether the child `pid` was our proof; if it was and succeeded, and nothing is `ending`, exec."""
+        """Tell whether the child `pid` was our proof, and note what it has shown, unless the server is `ending`."""
         if self._proof is None or pid != self._proof.pid:
             return False
         version, reason = self._proof.result(status)
@@ -212,25 +232,35 @@ class Upgrader:
             return True
         if version is None:
             self._fail(reason, now)
-            return True
+        self._proven = version
+        return True
+
+    def execute_if_proven(self, now: float) -> None:
+        """Become the program that has proved itself, if there is one.
+
+        To be called when every signal that has been read is acted on: the exec would lose the others.
+        """
+        version, self._proven = self._proven, None
+        if version is None:
+            return
         if self._paused:
             self._again = True
             self.done(now)
-            return True
+            return
         if self._stale:
             self._prove(now)
-            return True
+            return
         logger.info("upgrade: %s", fields(old=__version__, new=version))
         try:
             execute(self._snapshot(), self._left_to_do)
-        except OSError as error:
-            self._fail(error.strerror or str(error), now)
-        return True
+        # Whatever it is, the old program still runs and serves: an upgrade must never end the server.
+        except Exception as error:
+            self._fail(_reason(error), now)
 
     def done(self, now: float) -> None:
         """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
         self._busy = False
-        systemd.notify("READY=1")
+        self._lifecycle.ready()
         self._take_up(now)
 
     def _take_up(self, now: float) -> None:

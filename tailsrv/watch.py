@@ -10,16 +10,12 @@ from pathlib import Path
 
 from inotify_simple import INotify, flags
 
+from tailsrv.descriptors import close_file
+from tailsrv.file_system import why_poll
 from tailsrv.hints import cannot_open
+from tailsrv.identity import Identity
 
 POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify does not report
-
-# File systems whose files change only through this kernel, so that inotify(7) tells of every write. On all others
-# (NFS, SMB, FUSE, ...) another host or a daemon may append, and nobody says so.
-LOCAL_FILE_SYSTEMS = frozenset({
-    "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fat", "jfs", "msdos", "nilfs2", "ntfs3", "overlay",
-    "ramfs", "reiserfs", "tmpfs", "udf", "vfat", "xfs", "zfs",
-})  # fmt: skip
 
 _END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
 _STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
@@ -31,48 +27,57 @@ class CannotServeError(Exception):
     """The file cannot be served; the message says why, in one line."""
 
 
+class LeasedError(Exception):
+    """Another program has a lease on the file, which the kernel has asked it to give up (fcntl(2), F_SETLEASE)."""
+
+
 def open_file(path: str) -> int | None:
-    """Return a descriptor of the regular file `path`, None if there is nothing of that name. Raises CannotServeError."""
+    """Return a descriptor of the regular file `path`, None if there is none yet. Raises CannotServeError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before open(2), which would wait at a FIFO or rewind a tape
-            raise CannotServeError("not a regular file")
+        return try_to_open(path)
+    except LeasedError:
+        return None
+
+
+def try_to_open(path: str) -> int | None:
+    """Return a descriptor of the regular file `path`, None if there is nothing of that name.
+
+    Raises CannotServeError, and LeasedError where that will pass: Samba and nfsd take leases.
+    """
+    try:
+        _check_regular(os.stat(path))  # before open(2), which would wait at a FIFO or rewind a tape
         file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
+    except BlockingIOError as error:
+        raise LeasedError from error
     except OSError as error:
         raise CannotServeError(cannot_open(path, error)) from error
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise CannotServeError("not a regular file")
+        _check_regular(os.fstat(file))
         _try_sendfile(file)
+    except OSError as error:
+        close_file(file)
+        raise CannotServeError(cannot_open(path, error)) from error
     except CannotServeError:
-        os.close(file)
+        close_file(file)
         raise
     return file
 
 
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise CannotServeError("not a regular file")
+
+
 def _try_sendfile(file: int) -> None:
     """Find out now, not with the first client, whether this file's contents can be sent."""
-    try:
-        with open(os.devnull, "wb", buffering=0) as sink:
+    with open(os.devnull, "wb", buffering=0) as sink:
+        try:
             os.sendfile(sink.fileno(), file, 0, 1)
-        os.lseek(file, 0, os.SEEK_END)
-    except OSError as error:
-        raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
-
-
-def is_gone(file: int, path: str) -> bool | None:
-    """Tell whether `path` names something else than the open `file`, or nothing; None if that cannot be seen now.
-
-    That one may not look, or that a file server does not answer, is no sign of it.
-    """
-    try:
-        held, named = os.fstat(file), os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError as error:
-        return True if error.errno == errno.ELOOP else None
-    return (held.st_dev, held.st_ino) != (named.st_dev, named.st_ino)
+            os.lseek(file, 0, os.SEEK_END)
+        except OSError as error:
+            raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
 
 
 def size_of(file: int) -> int | None:
@@ -93,7 +98,8 @@ class Watch:
     def __init__(self, file: int, path: str) -> None:
         self.file = file
         self.path = path
-        self.polling = _why_poll(file)
+        self.is_gone = Identity(file, path).is_gone
+        self.polling = why_poll(file)
         self._inotify: INotify | None = None
         self.following = False
         self._size = 0
@@ -148,11 +154,16 @@ class Watch:
             return False
         if events == self._append:  # the common case: however many appends there were, they merge into this
             return False
+        self.renew()
+        return True
+
+    def renew(self) -> None:
+        """Watch the way to the file anew: a link or folder may have been replaced by one that leads to the same file."""
         try:
-            self._watch_path()  # a link or folder may have been replaced by one that leads to the same file
+            if self._inotify is not None:
+                self._watch_path()
         except OSError:
             pass  # no watches left: the next change of a folder goes unnoticed, that of the file does not
-        return True
 
     def _watch_file(self) -> None:
         # Through /proc, so that the watch is on the inode that we hold, whatever its path names by now.
@@ -169,6 +180,18 @@ class Watch:
                 self._inotify.add_watch(step, _STEP)
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 pass  # gone, which is_gone() will say; or a folder that we may pass but not read
+
+
+class NoFile(Watch):
+    """Stands in for the watch while the file is awaited: it is empty, and nothing happens to it."""
+
+    def __init__(self) -> None:
+        self.file, self.path, self.polling, self.following = -1, "", None, False
+        self._inotify = None
+
+    def size(self) -> int:
+        """Return 0."""
+        return 0
 
 
 def steps_to(path: str) -> Iterator[str]:
@@ -200,22 +223,3 @@ def _why_refused(error: OSError) -> str:
     """Return why inotify cannot be used, and what to change."""
     hint = "; see fs.inotify.max_user_instances and max_user_watches" if error.errno in (errno.EMFILE, errno.ENOSPC) else ""
     return f"no inotify: {os.strerror(error.errno or 0)}{hint}"
-
-
-def _why_poll(file: int) -> str | None:
-    """Return why inotify will not tell of appends to `file`, None if it will as far as we can see."""
-    kind = _file_system(file)
-    return None if kind is None or kind in LOCAL_FILE_SYSTEMS else f"inotify does not report every change on {kind}"
-
-
-def _file_system(file: int) -> str | None:
-    """Return the type of the file system that the open `file` is on, None where /proc does not say (proc(5))."""
-    try:
-        info = dict(line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{file}").read_text().splitlines() if ":\t" in line)
-        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    for mount in mounts:
-        if mount.split(" ", 1)[0] == info.get("mnt_id", "").strip():
-            return mount.partition(" - ")[2].split(" ", 1)[0]
-    return None

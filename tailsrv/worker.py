@@ -19,6 +19,7 @@ from tailsrv import policy
 from tailsrv.acceptor import Acceptor
 from tailsrv.config import Config, ExitStatus
 from tailsrv.connection import Client, State
+from tailsrv.dead_peers import DeadPeers
 from tailsrv.drainer import Drainer
 from tailsrv.headers import Headers
 from tailsrv.log import Limited, fields, logger
@@ -28,12 +29,13 @@ from tailsrv.messages import MAX_MESSAGE, Drain, Message, Ping, decode
 from tailsrv.news import News
 from tailsrv.protocol import Start
 from tailsrv.roster import Entry
-from tailsrv.signals import Wakeup, release
+from tailsrv.signals import STRAY, Wakeup, ignore_io_signals, release
 from tailsrv.slot import Inheritance
+from tailsrv.stray import StraySignals
 from tailsrv.streams import Streams
 from tailsrv.syscalls import discard, finish_sending, streamed, take_socket
 from tailsrv.title import Title, worker_title
-from tailsrv.watch import Watch
+from tailsrv.watch import NoFile, Watch
 
 # Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once. EPOLLOUT is
 # asked for when a client blocks: asked for earlier, each new client's socket would be told of once more.
@@ -48,16 +50,17 @@ def work(inheritance: Inheritance, config: Config) -> int:
     gc.freeze()  # what the supervisor made stays shared memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # sendfile(2) has no MSG_NOSIGNAL
+    signal.signal(signal.SIGPWR, signal.SIG_IGN)  # the supervisor gets one as well, and drains
+    ignore_io_signals()  # sendfile(2) has no MSG_NOSIGNAL
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     try:
-        wakeup = Wakeup([signal.SIGTERM])
+        wakeup = Wakeup({signal.SIGTERM} | STRAY)
         release()
         worker = Worker(inheritance, config, wakeup)
     except OSError as error:
         logger.critical("worker cannot boot: %s", fields(slot=inheritance.slot, reason=error))
-        return ExitStatus.CANNOT_BOOT
+        return os.EX_TEMPFAIL if policy.lacks_room(error) else ExitStatus.CANNOT_BOOT
     return worker.run()
 
 
@@ -75,6 +78,7 @@ class Worker:
         self.ended = False
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.title = Title(self.loop.timers, self.render_title)
+        self.stray_signals = StraySignals(slot=self.slot)
         self.short_of_room = Limited(logging.WARNING, burst=1)
         self.failed = Limited(logging.ERROR)
 
@@ -83,12 +87,14 @@ class Worker:
         self.wakeup = wakeup
         self.loop.register(self.channel.fileno(), self.handle_channel)
         self.loop.register(wakeup.fileno(), self.handle_signal)
-        self.watch = Watch(inheritance.file, config.path)
-        self.streams = Streams(inheritance.file, self.watch.size(), self.drop, self.await_room)
+        self.waiting = inheritance.file is None  # for the file: clients and their headers are left to a successor that has it
+        self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
+        self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_room)
         self.news = News(self.channel, self.loop, self.start_stream, self.end)
-        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop)
+        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop, insist=not config.linger)
         self.headers = Headers(self.slot, config.header_timeout, self.loop, self.lookout, self.streams, self.news, self.drop)
         self.drainer = Drainer(self.loop, self.streams, self.lookout, self.drop)
+        self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)
         self.adopt(inheritance.clients)
         self.acceptor = Acceptor(inheritance, self.loop, config.allow, self.welcome, lambda: len(self.clients), self.make_room)
         self.acceptor.start()
@@ -99,7 +105,8 @@ class Worker:
         """Serve until the end and return the exit status."""
         self.news.notice(ready=True)
         self.title.changed(self.loop.now)
-        self.lookout.begin()
+        if not self.waiting:
+            self.lookout.begin()
         self.news.send()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
@@ -122,6 +129,9 @@ class Worker:
             self.ended = self.ended or not self.clients
         if self.dropped:
             self.close_dropped()
+        # The file has grown in this turn, so clients that had caught up were sent bytes.
+        if self.lookout.changed == self.loop.now:
+            self.dead_peers.expect_acks()
         self.plan_another_try()  # last, for all of these look at the file, which may leave somebody without memory
         self.news.report()
 
@@ -136,6 +146,7 @@ class Worker:
     def pump(self) -> None:
         """Send to those who are behind, as much as one turn may."""
         self.streams.pump()
+        self.dead_peers.expect_acks()
         if self.streams.shrunk:
             self.lookout.look()
         # Whoever else wants this processor comes first, another worker or a client: else they wait until our time slice is over
@@ -170,11 +181,20 @@ class Worker:
             client = Client(number, sock, peer)
             if not self.add_client(client):
                 self.news.left.append(number)
-            elif (sent := streamed(sock)) is None:
-                self.drop(client)
-            elif entry.start is not None:
-                self.headers.forget(client)
-                self.streams.add(client, entry.start + sent)
+                continue
+            try:
+                self.resume(client, entry.start)
+            except Exception as error:  # as in handle_client
+                self.drop(client, error)
+
+    def resume(self, client: Client, start: int | None) -> None:
+        """Go on with the stream of `client`, which began at `start`; with None, wait for its header."""
+        if (sent := streamed(client.sock)) is None:
+            self.drop(client)
+        elif start is not None:
+            self.headers.forget(client)
+            self.streams.add(client, start + sent)
+            self.dead_peers.expect_acks()  # of what the worker before us has sent
 
     def add_client(self, client: Client) -> bool:
         """Take `client` in and tell whether that was possible."""
@@ -213,7 +233,9 @@ class Worker:
         except Exception as error:  # whatever it is, it must not reach the other clients
             self.drop(client, error)
             return
-        if start is not None:
+        if start is not None and self.waiting:
+            self.headers.forget(client)
+        elif start is not None:
             self.headers.answer(client, start)
 
     def heed(self, client: Client, mask: int) -> Start | None:
@@ -234,6 +256,12 @@ class Worker:
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
         self.lookout.look()  # in a burst of those who start, too
+        try:
+            self.begin_stream(client, offset)
+        except Exception as error:  # as in handle_client
+            self.drop(client, error)
+
+    def begin_stream(self, client: Client, offset: int) -> None:
         discard(client.sock)  # the header, and all behind it
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
@@ -273,8 +301,14 @@ class Worker:
     # The end
 
     def handle_signal(self) -> None:
-        """SIGTERM: drain if the supervisor has said so on the channel, else end as in a crash."""
-        if self.wakeup.read():
+        """SIGTERM: drain if the supervisor has said so on the channel, else end as in a crash.
+
+        All other signals are only logged.
+        """
+        numbers = self.wakeup.read()
+        for number in STRAY.intersection(numbers):
+            self.stray_signals.note(number)
+        if signal.SIGTERM in numbers:
             self.handle_channel()
             self.ended = self.ended or not self.draining
 
@@ -285,7 +319,10 @@ class Worker:
                 packet = self.channel.recv(MAX_MESSAGE)
             except ConnectionResetError:
                 packet = b""
-            except OSError:  # nothing more; or no memory for it, then it is told of again
+            except BlockingIOError:
+                return
+            except OSError:  # no memory for it now
+                self.loop.stall(self.channel.fileno(), policy.MEMORY_PAUSE)
                 return
             if packet:
                 self.obey(decode(packet))
@@ -307,11 +344,14 @@ class Worker:
         """
         self.draining = True
         self.acceptor.close(empty_queues=not rotating)
+        if not rotating:
+            self.news.notice(emptied=True)
         for client in self.headers:
             self.handle_client(client, select.EPOLLIN)
         self.news.send()  # starts the streams of those
-        for client in self.headers:
-            (self.set_aside if rotating else self.drop)(client)  # it has not asked for anything
+        # Whoever has not asked for anything gets nothing; while there is no file, there is nothing for the others, either.
+        for client in list(self.clients.values()) if self.waiting else self.headers:
+            (self.set_aside if rotating else self.drop)(client)
         self.drainer.begin(settle=rotating)
         self.loop.timers.set(self.end_drain, self.loop.now + grace)
         self.title.changed(self.loop.now)

@@ -1,7 +1,7 @@
 """Starts a program as a service manager does that listens for it: `activate.py KIND[,KIND...] COMMAND [ARGUMENT...]`.
 
 Kinds: `tcp4` and `tcp6` (which takes IPv4, too) listen on a free port, `again` joins the first one's port with
-SO_REUSEPORT, `bound` does not listen, `udp`, `unix` and `file` are what they say, `none` is a closed descriptor.
+SO_REUSEPORT, `mptcp` listens for MPTCP, `bound` does not listen, `udp`, `unix` and `file` are what they say, `none` is a closed descriptor.
 """
 
 import fcntl
@@ -30,6 +30,11 @@ def make(kind: str, made: list[socket.socket]) -> socket.socket:
             return listening(socket.AF_INET, "127.0.0.1")
         case "tcp6":
             return listening(socket.AF_INET6, "::")
+        case "mptcp":
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()
+            return sock
         case "again":
             return listening(made[0].family, *made[0].getsockname()[:2])
         case "bound":

@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -101,6 +101,36 @@ def closed_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+@contextmanager
+def answering(*answers: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Give the HOST:PORT of a server that reads a header on each connection, and has the next of `answers` send what it likes.
+
+    What an answer does not close stays open until the end of the block; connections after the last answer get nothing.
+    """
+    connections: list[socket.socket] = []
+
+    def serve() -> None:
+        with suppress(OSError):  # the listener is shut down, or a client has gone
+            for answer in answers:
+                sock, _ = listener.accept()
+                connections.append(sock)
+                sock.recv(100)
+                answer(sock)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            for sock in (listener, *connections):
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            thread.join(DEADLINE)
+            for sock in connections:
+                sock.close()
 
 
 class Cutter:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tailsrv import cli, crew, lookout, policy, supervisor, upgrade
+from tailsrv import cli, crew, late, lookout, policy, supervisor, upgrade
 from tailsrv.supervisor import Supervisor
 
 
@@ -33,6 +33,7 @@ def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
 if __name__ == "__main__":
     policy.LONG_LIFE = 0.0  # faults come too fast one after another for a backoff
     policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = lookout.POLL_INTERVAL = 0.05  # type: ignore[attr-defined]
+    late.PATIENCE = late.CHECK_INTERVAL = 0.05  # as many descriptors as before, soon after a rotation
     Supervisor.become_worker = holding("worker", Supervisor.become_worker)  # type: ignore[method-assign]
     Supervisor.become_teller = holding("status", Supervisor.become_teller)  # type: ignore[method-assign]
     hold("proof" if upgrade.is_check() else "main")

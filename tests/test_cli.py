@@ -113,6 +113,20 @@ def test_bind(serve: Serve, path: Path) -> None:
         connect(server.port, host="127.0.0.2")
 
 
+@pytest.mark.parametrize(("more", "served"), [((), False), (("--bind", "0.0.0.0"), True)])
+def test_two_colons_are_ipv6_only(serve: Serve, path: Path, more: tuple[str, ...], served: bool) -> None:
+    """--bind :: leaves IPv4 out, as --help says, unless an IPv4 address is named as well."""
+    path.write_bytes(DATA)
+    server = serve(path, "--bind", "::", *more)
+    expect(server.connect(b"0\n", "::1"), DATA)
+    if served:
+        expect(server.connect(b"0\n", "127.0.0.1"), DATA)
+    else:
+        with pytest.raises(ConnectionRefusedError):
+            connect(server.port, host="127.0.0.1")
+    assert ":: is IPv6 only" in " ".join(run_tailsrv("--help").stdout.split())
+
+
 def test_default_is_every_address(serve: Serve, path: Path) -> None:
     """Without --bind, all addresses of both families are listened on."""
     path.write_bytes(DATA)

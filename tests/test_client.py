@@ -513,5 +513,6 @@ def test_server_does_not_import_the_clients() -> None:
     """The server starts without what only clients need."""
     loaded = set(run_python("import sys; import tailsrv.cli; print(*sys.modules)").stdout.split())
     assert not loaded & {
-        f"tailsrv.{name}" for name in ("client", "client_arguments", "client_run", "dial", "mirror", "place", "tscat", "tssync")
+        f"tailsrv.{name}"
+        for name in ("client", "client_arguments", "client_run", "dial", "lookup", "mirror", "place", "splicing", "tscat", "tssync")
     }

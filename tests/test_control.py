@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
 
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, read_stat
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, read_stat, socket_name
 
 STATUS = b'{"clients": 3}\n'
 
@@ -41,7 +41,7 @@ def connect(endpoint: str) -> socket.socket:
 
 def answer(control: Control, sock: socket.socket, status: bytes) -> None:
     """Give `status` to everyone who may have it."""
-    for peer in control.askers(sock):
+    for peer in control.askers(sock)[0]:
         with peer, suppress(OSError):
             peer.send(status)
 
@@ -54,6 +54,41 @@ def test_process_that_has_gone() -> None:
     assert stat is not None
     assert stat.parent == os.getpid()
     assert read_stat(child.pid) != stat
+
+
+MAP = """
+import ctypes, os, sys
+from tailsrv.control import overflow_uid
+print(overflow_uid(), end=" ", flush=True)
+(ready, tell), (mapped, go) = os.pipe(), os.pipe()
+if (pid := os.fork()) == 0:
+    if ctypes.CDLL(None).unshare(0x10000000) != 0:  # CLONE_NEWUSER
+        os._exit(77)
+    os.write(tell, b"!")
+    os.read(mapped, 1)
+    print(overflow_uid(), flush=True)
+    os._exit(0)
+os.close(tell)
+if os.read(ready, 1):
+    with open(f"/proc/{pid}/uid_map", "w") as file:
+        file.write(sys.argv[1])
+    os.write(go, b"!")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not as_root or overflow_uid() is not None, reason="not root where every user is known")
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [("0 0 4294967295", None), ("0 0 4294967294", 65534), ("1000 0 1", 65534), ("0 5 5\n5 10 4294967285", 65534),
+     ("0 0 5\n5 5 4294967290", None)],
+)  # fmt: skip
+def test_overflow_uid(users: str, expected: int | None) -> None:
+    """Only in a user namespace that leaves users out does one number stand for many."""
+    done = run_python(MAP, users)
+    if done.returncode == 77:
+        pytest.skip("no user namespaces here")
+    assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
 
 
 TELL = """
@@ -113,12 +148,67 @@ control.close()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("socket", ["", "/clients"])
+def test_no_room_to_accept(endpoint: str, socket: str) -> None:
+    """Without a descriptor for those who ask nothing spins; once there is one, they get their answer."""
+    code = """
+import resource
+name += sys.argv[2]
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+with ask() as asker:
+    ask().close()
+    lowest = os.dup(asker.fileno())
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    for _ in range(2):
+        loop.turn()
+        assert loop.wait(0) == [], "it spins"
+        loop.turn()
+        assert loop.wait(0) != [], "it has not tried again"
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    loop.turn()
+    assert recv_all(asker) == (long if name == sys.argv[1] else b"")
+    pid, _ = os.wait()
+    assert teller.reaped(pid)
+control.close()
+"""
+    done = run_python(TELL + code, endpoint, socket)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "short of descriptors or memory, health checks have to wait, clients do not: reason='Too many open files'"
+    ]
+
+
 def test_name_that_is_none(endpoint: str) -> None:
     """A name that no socket can have is an error of its own, and nothing stays open."""
     with pytest.raises(OSError, match="path too long") as caught:
         Control.lock([endpoint, "x" * 200])
     assert not isinstance(caught.value, AlreadyServedError)
     assert find_supervisor(endpoint) is None
+
+
+@pytest.mark.parametrize("host", ["*", "[::1]", "h" * 89, "\u00fc" * 44])
+def test_name_that_fits(host: str) -> None:
+    """A name for which there is room is the endpoint itself."""
+    assert socket_name(f"{host}:1") == f"{host}:1"
+
+
+@pytest.mark.parametrize("letter", ["h", "\u00fc", "\U0001f4dc"])
+@pytest.mark.parametrize("port", [1, 65535])
+def test_long_name(letter: str, port: int) -> None:
+    """A name for which there is no room is shortened, differs from others, and keeps its port."""
+    first = os.urandom(4).hex()
+    hosts = [first + letter * count for count in (84, 85, 250)] + [first + letter * 84 + "x"]
+    names = [f"{host}:{port}" for host in hosts]
+    short = [socket_name(name) for name in names]
+    assert len(set(short)) == len(names)
+    assert all(name.startswith(first + letter * 15) and name.endswith(f":{port}") for name in short)
+    assert [socket_name(name) for name in short] == short
+    with held(*names):
+        assert {find_supervisor(name) for name in names} == {os.getpid()}
+        with pytest.raises(AlreadyServedError, match=f"pid {os.getpid()}"):
+            Control.lock(names[:1])
 
 
 def test_nobody_serves(endpoint: str) -> None:
@@ -234,7 +324,7 @@ os.setuid(server)
 control = Control.lock([sys.argv[1]])
 os.write(told, b"!")
 assert select.select(control.status, [], [], 20)[0]
-for peer in control.askers(control.status[0]):
+for peer in control.askers(control.status[0])[0]:
     with peer:
         peer.send(b"status")
 control.close()
@@ -245,7 +335,7 @@ os.waitpid(pid, 0)
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 @pytest.mark.parametrize(
     ("server", "asker", "answer"),
-    [(0, 0, "status"), (65534, 65534, "status"), (65534, 0, "status"), (0, 65534, ""), (65534, 65533, "")],
+    [(0, 0, "status"), (12345, 12345, "status"), (12345, 0, "status"), (0, 12345, ""), (12345, 12344, "")],
 )
 def test_answer_only_to_the_same_user_and_root(endpoint: str, server: int, asker: int, answer: str) -> None:
     """A stranger gets no status, only the end."""

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tailsrv.dial import milliseconds, wait
+from tailsrv.dial import fetch, milliseconds, wait
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(None, None), (-1.0, 0.0), (0.5, 500.0), (3e6, 86_400_000.0)])
@@ -21,3 +21,18 @@ def test_wait() -> None:
         assert not wait(near.fileno(), select.POLLIN, 0)
         far.send(b"x")
         assert wait(near.fileno(), select.POLLIN, 365 * 86400.0)
+
+
+def test_fetch_of_a_slow_drip() -> None:
+    """A server that sends a little, and again a little, does not hold up anybody for ever."""
+    near, far = socket.socketpair()
+
+    def drip(fd: int, events: int, seconds: float | None) -> bool:
+        far.send(b"x")
+        return wait(fd, events, seconds)
+
+    with near, far:
+        near.setblocking(False)
+        with pytest.raises(TimeoutError):
+            fetch(near, b"0\n", 1 << 30, drip, limit=0.01)
+        assert fetch(near, b"0\n", 1, drip, limit=0) == b"x", "what is complete at once is never late"

@@ -6,8 +6,10 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop, title
+from helpers import Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop, switches, title
+from survival import needs_strace, strace
 
 DATA = random_bytes(1000)
 BIG = random_bytes(16 << 20)  # more than the kernel takes for a client that does not read
@@ -185,8 +187,7 @@ def test_before_there_is_a_file(serve: Serve, path: Path) -> None:
     client = server.connect(b"0\n")
     server.logged("waiting for file")
     server.signal(signal.SIGTERM)
-    with pytest.raises(ConnectionResetError):  # from the accept queue
-        client.recv(1)
+    expect_eof(client)
     server.wait()
 
 
@@ -262,3 +263,72 @@ def test_accept_queue_of_a_worker_that_has_just_died(serve: Serve, path: Path) -
     expect(client, DATA)
     expect_eof(client)
     server.wait()
+
+
+# A worker that dies around the start of a drain: its accept queue is served by its successor.
+
+
+def served_in_the_end(server: Server, clients: list[socket.socket]) -> None:
+    """Assert that each of `clients`, which have asked for everything, gets it and then the end of the stream."""
+    for client in clients:
+        expect(client, DATA)
+        expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_is_killed_with_its_order(serve: Serve, path: Path) -> None:
+    """A worker that is killed before it obeys the order to drain leaves its queue to its successor."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    stop(worker)
+    clients = [server.connect(b"0\n") for _ in range(100)]
+    server.signal(signal.SIGTERM)
+    server.logged("draining")
+    os.kill(worker, signal.SIGKILL)
+    served_in_the_end(server, clients)
+
+
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_dies_with_its_notice(serve: Serve, path: Path) -> None:
+    """A worker that has reported that the file is gone, and dies before the supervisor acts, leaves its queue to its successor."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    stop(server.pid)
+    before = switches(worker)
+    path.unlink()
+    eventually(lambda: switches(worker) > before and psutil.Process(worker).status() == psutil.STATUS_SLEEPING)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: gone(worker))
+    clients = [server.connect(b"0\n") for _ in range(100)]
+    server.signal(signal.SIGCONT)
+    served_in_the_end(server, clients)
+
+
+@needs_strace
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_ends_before_its_order(serve: Serve, path: Path) -> None:
+    """Where TERM reaches a worker before the supervisor's order, as one to the whole group may, its queue is served all the same."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    with strace(worker, "exit_group:delay_enter=300000"):
+        os.kill(worker, signal.SIGTERM)  # without an order it ends as in a crash: for longer than the supervisor takes to send one
+        eventually(lambda: psutil.Process(worker).status() == psutil.STATUS_TRACING_STOP)
+        clients = [server.connect(b"0\n") for _ in range(100)]
+        server.signal(signal.SIGTERM)
+        served_in_the_end(server, clients)
+
+
+@pytest.mark.slow
+def test_signal_to_the_whole_group(serve: Serve, path: Path) -> None:
+    """TERM to supervisor and workers at once, with more connections in the queues than a turn accepts, costs none of them its bytes."""
+    for _ in range(10):
+        path.write_bytes(DATA)
+        server = serve(path, "-w", "2")
+        server.workers(2)
+        clients = [server.connect(b"0\n") for _ in range(100)]
+        os.killpg(server.pid, signal.SIGTERM)
+        served_in_the_end(server, clients)

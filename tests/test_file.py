@@ -1,12 +1,14 @@
 """What happens to the file, and what the server then does: section 3 of the design, row by row."""
 
+import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 from bisect import bisect_left
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -122,7 +124,7 @@ def test_unreadable(open_folder: Path) -> None:
     path.chmod(0)
     ended = run_tailsrv("-p", "0", path, wrapper=wrapper)
     (line,) = ended.stderr.splitlines()
-    assert f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user root and group root, and we are " in line
+    assert f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and we are " in line
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
@@ -137,6 +139,50 @@ def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> Non
     hidden.rename(path)
     server.wait()
     assert len(server.lines(f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, ")) == 1
+
+
+# Another program has a lease on it
+
+
+@contextmanager
+def leased(path: Path) -> Iterator[None]:
+    """Hold a lease on a file, as Samba does: whoever opens it is told to come again."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to give it up
+    try:
+        with path.open("rb+") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            yield
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    finally:
+        signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.parametrize("options", [(), ("--follow-name",)])
+def test_lease_at_start(serve: Serve, path: Path, options: tuple[str, ...]) -> None:
+    """A file that is leased at the start is waited for, and the log says so once."""
+    path.write_bytes(DATA)
+    with leased(path):
+        server = serve(path, *options)
+        server.logged("warning: another program has a lease on the file", f"path={path}")
+        client = server.connect(b"0\n")
+        server.logged("waiting for file")
+    expect(client, DATA)
+    assert len(server.lines("has a lease")) == 1
+
+
+def test_lease_on_the_next_file(serve: Serve, path: Path) -> None:
+    """The same at a rotation, which is no error."""
+    path.write_bytes(DATA)
+    server = serve(path, "--follow-name")
+    expect(client := server.connect(b"0\n"), DATA)
+    (fresh := path.with_suffix(".new")).write_bytes(NEWS)
+    with leased(fresh):
+        fresh.rename(path)
+        expect_eof(client)
+        server.logged("warning: another program has a lease on the file")
+        assert json.loads(ask(f"*:{server.port}")[0])["file"]["error"] is None
+    expect(server.connect(b"0\n"), NEWS)
+    assert not server.lines("cannot serve")
 
 
 # It grows

@@ -14,22 +14,23 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventually, expect, random_bytes, runs, stop
+from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventually, expect, random_bytes, run_tailsrv, runs, stop
 from prometheus_client.parser import text_string_to_metric_families
-from unit import as_root
+from unit import as_root, run_python
 
 from tailsrv.control import start_ticks
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
 from tailsrv.health import Server as Found
-from tailsrv.health_ask import list_endpoints
+from tailsrv.health_ask import ask_status, list_endpoints
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
@@ -341,6 +342,24 @@ def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
     assert done.stdout.startswith(f"OK: tailsrv 127.0.0.2:{port},127.0.0.3:{port} serves ")
 
 
+def test_long_host_name(serve: Serve, path: Path) -> None:
+    """A server whose host's name is too long for a socket's is found, inspected, and the only one there."""
+    path.write_bytes(b"data")
+    host = f"0x7f.{'0' * 50}.{'0' * 50}.1"  # of the numbers and dots of inet_aton(3): no name service is needed
+    server = serve(path, "--bind", host)
+    server.workers()
+    expect(server.connect(b"0\n"), b"data")
+    holds(server, 1)
+    assert len(look(server, clients=True).clients or ()) == 1
+    status, first = ask(server, "--clients")
+    assert status == Level.OK
+    assert first.startswith(f"OK: tailsrv 0x7f.{'0' * 50}.")
+    assert f":{server.port} serves " in first
+    second = run_tailsrv("-p", str(server.port), "--bind", host, path)
+    assert second.returncode == 1
+    assert f"pid {server.pid}" in second.stderr
+
+
 @root_only
 @pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces here")
 @pytest.mark.slow
@@ -483,6 +502,10 @@ def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
         b"hello", b"null", b"[]", b"{}", b'{"pid": NaN}', b"\xff\n", b"[" * 100_000, b"",
         status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"), status_of(os.getpid(), workers=None),
         status_of(os.getpid(), state=1), status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
+        status_of(os.getpid(), clients=1 << 63), status_of(os.getpid(), started=1 << 2000), b'{"pid": ' + b"9" * 5000 + b"}",
+        status_of(1 << 40), status_of(0), status_of(os.getpid(), version="x" * 20_000), status_of(os.getpid(), state=["\x1b" * 99_999]),
+        status_of(os.getpid(), workers=[worker_of(1 << 40, 1)]), status_of(os.getpid(), workers=[worker_of(1, 1 << 2000)]),
+        status_of(os.getpid(), workers=[worker_of(1, 1)] * 1025), status_of(os.getpid(), state="x" * (1 << 22)),
         status_of(os.getpid(), clients=True), status_of(os.getpid(), clients=-1), status_of(os.getpid(), started=float("inf")),
     ],
 )  # fmt: skip
@@ -491,7 +514,72 @@ def test_answer_that_is_not_to_be_understood(answer: bytes) -> None:
     with pretending(answer) as port:
         done = health("-p", str(port))
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (Level.UNKNOWN, "", 1)
-    assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: supervisor ")
+    assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: ")
+    assert len(done.stdout) < 400
+    assert done.stdout.rstrip("\n").isprintable()
+
+
+# What an impostor may say without being refused; the largest of everything.
+EXTREME = {
+    "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "clients": (1 << 63) - 1, "unprotected": (1 << 63) - 1, "started": 1e18,
+    "max_clients": 1, "version": "\x1b" * 16_384, "state": "\n" * 16_384, "workers": [
+        {"slot": (1 << 63) - 1, "pid": pid, "ticks": (1 << 63) - 1, "ready": True, "clients": (1 << 63) - 1, "restarts": (1 << 63) - 1,
+         "unprotected": (1 << 63) - 1, "restarted": -1e18, "silent": 1e18} for pid in (1, 1 << 22, None) * 300
+    ],
+    "listeners": [{"slot": None, "endpoint": "\ud800\n", "queued": (1 << 63) - 1, "backlog": (1 << 63) - 1}] * 2000,
+    "file": {"path": "\0" * 16_384, "size": (1 << 63) - 1, "gone": True, "error": "\x1b[2J\n" * 3000},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "json", "prometheus"])
+def test_extreme_answer(form: str) -> None:
+    """Whatever figures and texts an answer holds, a check ends in good order."""
+    with pretending(json.dumps(EXTREME).encode()) as port:
+        done = health("-p", str(port), "--format", form)
+    assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
+    if form == "text":
+        assert done.stdout.replace("\n", "").isprintable()
+    elif form == "json":
+        assert json.loads(done.stdout)["level"] == "CRITICAL"
+    else:
+        assert list(text_string_to_metric_families(done.stdout))
+
+
+def test_answer_that_drips() -> None:
+    """An answer that comes byte by byte for ever is waited for until the deadline only."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        found = only(port)
+        listener.accept()[0].close()
+        asked = pool.submit(ask_status, found, time.monotonic() + 0.2)
+        with listener.accept()[0] as peer:
+            while not asked.done():
+                with suppress(OSError):
+                    peer.send(b"[")
+                select.select([], [], [], 0.005)
+        with pytest.raises(InspectError, match="does not answer") as caught:
+            asked.result()
+    assert caught.value.level is Level.CRITICAL
+
+
+WITHOUT_THREADS = """
+import os, resource, shutil, sys  # shutil for argparse: later on Python's own folder may be closed to us
+from tailsrv.health import main
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+os.setuid(3_000_000_003)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@root_only
+def test_no_threads() -> None:
+    """Where no thread can be had, servers are looked at one after another."""
+    with pretending(b"") as port:
+        done = run_python(WITHOUT_THREADS, "-p", str(port))
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+    assert done.stdout == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): belongs to user 0: only that user and root get an answer\n"
 
 
 def only(port: int) -> Found:
@@ -541,6 +629,22 @@ def being(user: int) -> Iterator[None]:
         os.seteuid(0)
 
 
+def test_file_system_that_has_gone() -> None:
+    """A server that cannot tell the size of the file that it serves is CRITICAL."""
+    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        workers = [worker_of(worker.pid, start_ticks(worker.pid))]
+        status = status_of(os.getpid(), workers=workers, file=FILE | {"size": None})
+        with pretending(status) as port:
+            done = health("-p", str(port))
+    finally:
+        worker.communicate()
+    assert done.returncode == Level.CRITICAL
+    reason = "the file cannot be read: its file system does not answer"
+    assert done.stdout.startswith(f"CRITICAL: tailsrv 127.9.9.9:{port}: {reason}\n")
+    assert "/log, cannot be read\n" in done.stdout
+
+
 @root_only
 def test_no_proc() -> None:
     """Where there is no /proc to find servers in, that is UNKNOWN."""
@@ -566,14 +670,110 @@ def test_user_without_a_name() -> None:
 
 
 @root_only
+@pytest.mark.parametrize("beside", [False, True])
+def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> None:
+    """Another user's name makes root's check CRITICAL, but UNKNOWN beside a server on that port."""
+    path.write_bytes(b"data")
+    with ExitStack() as stack:
+        port = stack.enter_context(spare_port())
+        if beside:
+            server = serve(path)
+            server.workers()
+            port = server.port
+        with being(3_000_000_001):
+            stack.enter_context(pretending(status_of(os.getpid()), name=f"a-name:{port}"))
+        done = health("-p", str(port))
+        metrics = health("-p", str(port), "--format", "prometheus").stdout
+    assert done.returncode == (Level.UNKNOWN if beside else Level.CRITICAL)
+    assert done.stdout.partition("\n")[0].endswith(f"tailsrv a-name:{port} (user 3000000001): no worker")
+    assert (f'tailsrv_health_status{{server="*:{port}"}} 0\n' in metrics) is beside
+    assert list(text_string_to_metric_families(metrics))
+
+
+@root_only
+def test_pid_that_was_an_impostors() -> None:
+    """A name that a process took as another user is not listed with the names of its pid."""
+    with spare_port() as port, ExitStack() as stack:
+        for user, host in ((3_000_000_001, "127.9.9.8"), (0, "127.9.9.9")):
+            with being(user):
+                stack.enter_context(pretending(b"", name=f"{host}:{port}"))
+        found = find(port=port)
+    assert [(server.uid, server.endpoints) for server in found] == [
+        (3_000_000_001, (f"127.9.9.8:{port}",)),
+        (0, (f"127.9.9.9:{port}",)),
+    ]
+
+
+@root_only
 def test_silence_of_another_user() -> None:
     """A supervisor of root's that says nothing to us is none of ours; one that says nothing to root is broken."""
     with pretending(b"") as port:
         found = only(port)
         with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
             inspect(found)
-        with pytest.raises(InspectError, match="supervisor gives an empty answer"):
+        with pytest.raises(InspectError, match="supervisor gives an empty answer: perhaps it is in another user namespace"):
             inspect(found)
+
+
+needs_user_namespace = pytest.mark.skipif(
+    not as_root or not runs("unshare", "--user", "--map-user=1000", "true"), reason="no user namespaces here"
+)
+
+
+ROOTLESS = (*AS_NOBODY, "unshare", "--user", "--map-user=1000")
+
+
+@pytest.mark.skipif(not runs(*ROOTLESS, sys.executable, "-c", "import tailsrv"), reason="no user namespaces, or Python cannot be read")
+def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> None:
+    """Of a server that cannot know root, root learns that it may be in another user namespace."""
+    path = open_folder / "file.log"
+    path.write_bytes(b"data")
+    path.chmod(0o644)
+    server = serve(path, wrapper=ROOTLESS)
+    server.workers()
+    status, first = ask(server)
+    assert status == Level.UNKNOWN
+    assert "(user nobody): supervisor gives an empty answer: perhaps it is in another user namespace" in first
+
+
+@needs_user_namespace
+def test_stranger_of_a_user_namespace_is_not_believed() -> None:
+    """A user who only looks like ours in our user namespace is not believed."""
+    with ExitStack() as stack:
+        with being(3_000_000_001):
+            port = stack.enter_context(pretending(status_of(os.getpid())))
+        done = health("-p", str(port), wrapper=("unshare", "--user", "--map-user=65534"))
+    assert done.returncode == Level.UNKNOWN
+    assert "belongs to user that this user namespace does not know: " in done.stdout
+
+
+SLOW_USERS = """
+import pwd, sys, threading
+asked, look_up = set(), pwd.getpwuid
+def getpwuid(uid):
+    if uid in asked:
+        sys.stderr.write(f"{uid} was looked up before\\n")
+    asked.add(uid)
+    if uid:
+        threading.Event().wait()
+    return look_up(uid)
+pwd.getpwuid = getpwuid
+"""
+
+
+@root_only
+@pytest.mark.slow
+def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
+    """Users whose names cannot be had in time are told by number; each is looked up once."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_USERS)
+    with spare_port() as port, ExitStack() as stack:
+        for place, user in enumerate([0, 0, 3_000_000_001, 3_000_000_001, 3_000_000_002]):
+            with being(user):
+                stack.enter_context(pretending(b"", name=f"127.9.9.{place}:{port}"))
+        done = health("-p", str(port), "--format", "json", env={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr == ""
+    users = {server["user"] for server in json.loads(done.stdout)["servers"]}
+    assert users == {"root", "3000000001", "3000000002"}
 
 
 def test_worker_that_is_another_process() -> None:
@@ -603,6 +803,40 @@ def test_text_that_a_terminal_would_obey() -> None:
     assert r"\x1b[2J" in done.stdout
 
 
+def test_queue_that_has_room_in_time() -> None:
+    """A question waits for room in a full queue, and is answered then."""
+    status = status_of(os.getpid())
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(f"\0tailsrv:127.9.9.9:{port}")
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        asked = pool.submit(inspect, only(port))
+        listener.accept()[0].close()
+        while not asked.done():
+            if select.select([listener], [], [], 0.01)[0]:
+                with listener.accept()[0] as peer, suppress(OSError):  # another check finds us, too
+                    peer.sendall(status)
+        assert asked.result().state == "serving"
+
+
+HIDE = """
+import socket
+del socket.SO_SNDTIMEO, socket.SO_RCVTIMEO
+"""
+
+
+def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """The options whose format depends on the libc's time_t, on machines of 32 bits, are not used."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    server.workers()
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    done = health("-p", str(server.port), "--clients", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (Level.OK, "")
+
+
 @pytest.mark.slow
 def test_full_queue() -> None:
     """A supervisor that has left so many questions waiting that there is room for no more does not answer."""
@@ -613,6 +847,12 @@ def test_full_queue() -> None:
     assert done.stdout == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
 
 
+NO_HOSTS = (
+    "a:1,b", "a,b", "a/b", 'a"b', "a\\b", "a=b", "a\u00a0b", "a\x1bb", "a\u202eb", "**", "\udcff",
+    "::1", "a:b", "[]", "[::1", "[::1%]", "[::1%a,b]", "[::1%a b]", "[x]",
+)  # fmt: skip
+
+
 def test_forged_list_of_sockets(tmp_path: Path) -> None:
     """A name that forges lines of the kernel's list of sockets, or looks like ours, is passed over."""
     with spare_port() as port, ExitStack() as stack:
@@ -620,13 +860,28 @@ def test_forged_list_of_sockets(tmp_path: Path) -> None:
             f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}",
             f"\0tailsrv:127.9.9.9:{port}/clients", f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0",
             f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
+            *(f"\0tailsrv:{host}:{port}" for host in NO_HOSTS), "\0tailsrv:127.9.9.9:65536",
         ]  # fmt: skip
         for name in names:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(name)
+            listener.bind(name.encode(errors="surrogateescape"))
             listener.listen()
+        packets = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        packets.bind(f"\0tailsrv:127.9.9.9:{port}")
+        packets.listen()
         stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
         assert find(port=port) == []
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "127.9.9.9", "log-server_1.example.net", "b\u00fccher.example", "[::1]", "[::ffff:127.9.9.9]", "[fe80::1%eth0.100]"]
+)
+def test_names_of_servers(host: str) -> None:
+    """Whatever `--bind` may be given, a server's name is found."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0tailsrv:{host}:{port}")
+        listener.listen()
+        assert [server.endpoints for server in find(port=port)] == [(f"{host}:{port}",)]
 
 
 CHURN = """

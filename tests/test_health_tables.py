@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tailsrv.health import EndedError, InspectError, NotOursError, weigh
+from tailsrv.health import EndedError, InspectError, NotOursError, doubtful_ones, examine, in_turns, weigh
 from tailsrv.health_metrics import render_metrics
 from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
 from tailsrv.health_status import Client, Listener, ServedFile
@@ -43,6 +43,8 @@ def with_process(**changes: object) -> Report:
 EMPTY = (replace(WORKER, process=None, ready=False),)
 FULL = "the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100"
 GONE = ServedFile("/log", 1, gone=True, error=None)
+DEAD = ServedFile("/log", None, gone=False, error=None)
+UNREADABLE = "the file cannot be read: its file system does not answer"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,12 @@ GONE = ServedFile("/log", 1, gone=True, error=None)
         (replace(REPORT, workers=EMPTY, state="rotating"), Level.OK, ()),
         (replace(REPORT, workers=EMPTY, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=replace(GONE, size=None)), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=DEAD), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=DEAD, state="starting"), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=DEAD, state="waiting for file"), Level.OK, ()),
+        (replace(REPORT, file=DEAD, state="draining"), Level.OK, ()),
+        (replace(REPORT, file=DEAD, state="rotating"), Level.OK, ()),
         (
             replace(REPORT, state="waiting for file", file=ServedFile("/log", None, gone=False, error="Permission denied")),
             Level.CRITICAL,
@@ -119,20 +127,76 @@ def test_worst(levels: list[Level], expected: Level) -> None:
     assert worst(levels) is expected
 
 
+ILL = replace(REPORT, workers=())
+
+
 @pytest.mark.parametrize(
-    ("outcome", "asked_for", "level"),
+    ("outcome", "asked_for", "doubtful", "level"),
     [
-        (REPORT, False, Level.OK),
-        (EndedError("ended", Level.CRITICAL), True, None),
-        (NotOursError("a stranger's"), False, None),
-        (NotOursError("a stranger's"), True, Level.UNKNOWN),
-        (InspectError("no answer", Level.CRITICAL), False, Level.CRITICAL),
+        (REPORT, False, False, Level.OK),
+        (REPORT, True, True, Level.OK),
+        (ILL, True, False, Level.CRITICAL),
+        (ILL, True, True, Level.UNKNOWN),
+        (with_worker(restarted=1.0), True, True, Level.UNKNOWN),
+        (EndedError("ended", Level.CRITICAL), True, False, None),
+        (NotOursError("a stranger's"), False, False, None),
+        (NotOursError("a stranger's"), True, False, Level.UNKNOWN),
+        (InspectError("no answer", Level.CRITICAL), False, False, Level.CRITICAL),
+        (InspectError("no answer", Level.CRITICAL), True, False, Level.CRITICAL),
+        (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
     ],
 )
-def test_weigh(outcome: Report | InspectError, asked_for: bool, level: Level | None) -> None:
-    """A server that has ended is not spoken of, nor is a stranger's that nobody has asked for."""
-    finding = weigh(SERVER, outcome, asked_for)
+def test_weigh(outcome: Report | InspectError, asked_for: bool, doubtful: bool, level: Level | None) -> None:
+    """Neither a server that has ended nor a stranger's is spoken of; an impostor raises no alarm."""
+    finding = weigh(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
+
+
+@pytest.mark.parametrize(("asked_for", "level"), [(True, Level.CRITICAL), (False, Level.UNKNOWN)])
+def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
+    """A server whose queue was too full to see its user is an alarm only if it was asked for."""
+    finding = weigh(replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for)
+    assert finding is not None
+    assert finding.verdict.level == level
+
+
+def server_of(uid: int | None, *endpoints: str) -> Server:
+    """Return a server of another user's."""
+    return Server(endpoints, 4711, uid, None, ours=False)
+
+
+@pytest.mark.parametrize(
+    ("server", "others", "doubtful"),
+    [
+        (server_of(7, "evil:1"), [], False),
+        (server_of(7, "evil:1"), [server_of(0, "*:1")], True),
+        (server_of(7, "evil:1"), [server_of(8, "*:1")], True),
+        (server_of(7, "evil:1", "evil:2"), [server_of(0, "127.0.0.1:2", "127.0.0.1:3")], True),
+        (server_of(7, "evil:1"), [server_of(0, "*:2")], False),
+        (server_of(7, "a:1"), [server_of(7, "b:1")], False),
+        (server_of(0, "*:1"), [server_of(7, "evil:1")], False),
+        (replace(server_of(7, "*:1"), ours=True), [server_of(8, "evil:1")], False),
+        (server_of(None, "*:1"), [], False),
+        (server_of(None, "*:1"), [server_of(None, "evil:1")], True),
+        (server_of(7, "a:1"), [server_of(None, "b:1")], True),
+    ],
+)
+def test_doubtful_ones(server: Server, others: list[Server], doubtful: bool) -> None:
+    """Beside another user's server on its port a server is doubtful, unless it is root's or ours."""
+    assert (server in doubtful_ones([server, *others])) is doubtful
+
+
+def test_in_turns() -> None:
+    """However many servers somebody has, the first of everybody else comes before the second."""
+    many, few = [server_of(7, f"{number}:1") for number in range(100)], [server_of(8, "x:1"), server_of(None, "y:1")]
+    assert in_turns([*many, *few]) == [many[0], *few, *many[1:]]
+
+
+def test_no_time_left() -> None:
+    """A server for which there is no time left is UNKNOWN, and said to be not asked."""
+    outcome = examine(SERVER, clients=False, until=0.0)
+    assert isinstance(outcome, InspectError)
+    assert (outcome.level, str(outcome).partition(":")[0]) == (Level.UNKNOWN, "not asked")
 
 
 def test_total() -> None:
@@ -197,6 +261,22 @@ def test_size(count: int | None, text: str) -> None:
 def test_span(seconds: float | None, text: str) -> None:
     """A time is given by its two largest parts."""
     assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        ("waiting for file", None, "not there yet"),
+        ("waiting for file", "Permission denied", "cannot be opened"),
+        ("serving", None, "cannot be read"),
+        ("starting", None, "cannot be read"),
+        ("draining", None, "cannot be read"),
+    ],
+)
+def test_size_that_is_not_known(state: str, error: str | None, words: str) -> None:
+    """A file whose size is not known is not there, cannot be opened, or cannot be read."""
+    report = replace(REPORT, state=state, file=replace(DEAD, error=error))
+    assert f"file     /log, {words}" in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
 
 
 def test_table_fits() -> None:
@@ -264,6 +344,23 @@ def test_metrics_name_each_peer_once() -> None:
         family.name: family for family in text_string_to_metric_families(render_metrics([judged(replace(REPORT, clients=clients))]))
     }
     assert [(sample.labels["peer"], sample.value) for sample in families["tailsrv_client_lag_bytes"].samples] == [(peer, 99)]
+
+
+def test_metrics_have_each_label_set_once() -> None:
+    """Whatever an impostor repeats, no two samples have the same labels, and the first counts."""
+    worker, client = replace(WORKER, clients=1), Client(0, "192.0.2.7:1", 0, 1, 1)
+    report = replace(
+        REPORT,
+        state="serving",
+        workers=(worker, replace(worker, clients=2)),
+        listeners=(LISTENER, LISTENER, replace(LISTENER, slot=None), replace(LISTENER, slot=None)),
+        clients=(client, client),
+    )
+    lines = render_metrics([judged(report), judged(report), Finding(SERVER, Verdict(Level.UNKNOWN))]).splitlines()
+    samples = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert 'tailsrv_worker_clients{server="*:4321",slot="0"} 1' in lines
+    assert lines.count("# TYPE tailsrv_health_status gauge") == 1
 
 
 @pytest.mark.parametrize("path", ["/a b", '/"', "/\\", "/\\n", "/\n", "/é", "/\x1b"])

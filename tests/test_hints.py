@@ -18,9 +18,9 @@ def error(number: int) -> OSError:
 @pytest.mark.parametrize(
     ("number", "port", "hint"),
     [
-        (errno.EADDRINUSE, 4321, "Address already in use; choose another port, or see who has this one: ss -ltnp sport = :4321"),
+        (errno.EADDRINUSE, 99, "Address already in use; choose another port, or see who has this one: ss -tanp sport = :99"),
         (errno.EADDRINUSE, 0, "Address already in use; no port of net.ipv4.ip_local_port_range is free"),
-        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or give the service CAP_NET_BIND_SERVICE"),
+        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"),
         (errno.EACCES, 8080, "Permission denied"),
         (errno.EADDRNOTAVAIL, 1, "Cannot assign requested address; no interface of this machine has it: ip addr"),
         (errno.EMFILE, 1, "Too many open files"),
@@ -29,6 +29,16 @@ def error(number: int) -> OSError:
 def test_cannot_bind(number: int, port: int, hint: str) -> None:
     """The kernel's words come first, and what to do where that is known."""
     assert cannot_bind(error(number), port) == hint
+
+
+def test_port_of_a_connection() -> None:
+    """A port that lies where the kernel takes those of connections from may be one's, which has no listener."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    end = f"; it may be a connection, as the port lies in net.ipv4.ip_local_port_range ({first} to {last})"
+    for port in (first, last):
+        assert cannot_bind(error(errno.EADDRINUSE), port).endswith(f"ss -tanp sport = :{port}{end}")
+    for port in (first - 1, last + 1):
+        assert cannot_bind(error(errno.EADDRINUSE), port).endswith(f"ss -tanp sport = :{port}")
 
 
 def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +65,7 @@ os.setgroups([]), os.setgid(65534), os.setuid(65534)
 print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
 """
     done = run_python(code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""})
-    assert f"; {open_folder}/a/b may not be entered, and we are user nobody with groups nogroup: " in done.stdout
+    assert f"; {open_folder}/a/b may not be entered, and we are user 65534 with groups 65534: " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -88,11 +98,15 @@ def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cannot_see(str(tmp_path / "lost" / "log")) == f"there is no folder {tmp_path}/lost"
 
 
-def test_names_that_are_not_known(tmp_path: Path) -> None:
-    """A user or group without a name is given by its number."""
-    if not as_root:
-        pytest.skip("only root can give files away")
+def test_user_database_is_not_asked(tmp_path: Path) -> None:
+    """Users and groups are given by number: a database that is slow or down would stop the loop."""
+    code = """
+import errno, grp, pwd, sys
+del pwd.getpwuid, pwd.getpwnam, pwd.getpwall, grp.getgrgid, grp.getgrnam, grp.getgrall
+from tailsrv.hints import cannot_open, cannot_see
+print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1]))
+"""
     path = tmp_path / "log"
-    path.touch()
-    os.chown(path, 54321, 54322)
-    assert "user 54321 and group 54322" in cannot_open(str(path), error(errno.EACCES))
+    path.touch(0o600)
+    done = run_python(code, str(path))
+    assert f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and we are user {os.geteuid()} with" in done.stdout, done.stderr

@@ -3,17 +3,19 @@
 import errno
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import Serve, run_tailsrv, runs
-from unit import PATIENCE, closing_all, needs_ipv6, wait_readable
+from helpers import Serve, activated, run_tailsrv, runs
+from unit import PATIENCE, ROOT, closing_all, needs_ipv6, wait_readable
 
 from tailsrv.endpoint import endpoint
 from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
+from tailsrv.syscalls import streamed
 
 LOOPBACK = ["127.0.0.1"]
 
@@ -253,3 +255,164 @@ def test_queue_outlives_a_copy() -> None:
             with near:
                 near.sendall(b"hello")
             assert far.recv(10) == b"hello"
+
+
+# Makes every TCP socket one of MPTCP, as mptcpize(8) or a BPF program does behind a program's back.
+MPTCPIZE = """
+import socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        if fileno is None and family in (socket.AF_INET, socket.AF_INET6) and type == socket.SOCK_STREAM:
+            proto = socket.IPPROTO_MPTCP
+        super().__init__(family, type, proto, fileno)
+socket.socket = Socket
+"""
+
+
+def skip_without_mptcp() -> None:
+    """Skip a test where the kernel has no MPTCP."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no MPTCP here")
+
+
+def test_passed_mptcp_socket(path: Path) -> None:
+    """A socket of MPTCP from a service manager is refused in one line: nobody could say where a stream on it stands."""
+    skip_without_mptcp()
+    path.touch()
+    ended = run_tailsrv(path, wrapper=activated("mptcp"))
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "descriptor 3, passed by the service manager, is no TCP socket but MPTCP; use SocketProtocol=tcp" in line
+
+
+def test_mptcpize(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where our own sockets come out as such, one line says so, and what to do."""
+    skip_without_mptcp()
+    path.touch()
+    (tmp_path / "sitecustomize.py").write_text(MPTCPIZE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended = run_tailsrv("-p", "0", path)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "the kernel gives us MPTCP sockets instead of TCP; start without mptcpize" in line
+
+
+def test_position_on_an_mptcp_socket() -> None:
+    """Where a stream on such a socket stands is not known, and that is what is said."""
+    skip_without_mptcp()
+    kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+    with socket.socket(*kind) as listener, socket.socket(*kind) as far:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        far.connect(listener.getsockname())
+        near, _ = listener.accept()
+        with near:
+            near.send(b"data")
+            assert streamed(near) is None
+
+
+# Names for two addresses each, of which this machine has one, or none; then it becomes what its other arguments say.
+NAMES = """
+127.0.0.1 half.test
+::1 half.test
+192.0.2.1 none.test
+2001:db8::1 none.test
+"""
+WITHOUT_IPV6 = (
+    "unshare", "--net", "--mount", "--map-root-user", "sh", "-c",
+    'mount --bind "$1" /etc/hosts && ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && shift && exec "$@"', "sh",
+)  # fmt: skip
+
+
+@pytest.fixture
+def without_ipv6(tmp_path: Path) -> list[str]:
+    """Return a wrapper that starts a program on a machine whose loopback has no IPv6 address."""
+    (tmp_path / "hosts").write_text(NAMES)
+    wrapper = [*WITHOUT_IPV6, str(tmp_path / "hosts")]
+    if not runs(*wrapper, "true") or runs(*wrapper, sys.executable, "-c", "import socket; socket.socket(10).bind(('::1', 0))"):
+        pytest.skip("a machine without IPv6 cannot be had")
+    return wrapper
+
+
+def test_name_with_an_address_that_is_not_there(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+    """Of the addresses of a name those that this machine does not have are left out, with a warning that says which."""
+    path.touch()
+    server = serve(path, "-w", "2", "--bind", "half.test", wrapper=without_ipv6)
+    server.workers(2)
+    assert " endpoints=half.test:" in server.logged("listening: ")
+    [line] = server.lines("warning: ")
+    assert "this machine does not have one of the addresses of a name" in line
+    assert "name=half.test address=::1 " in line
+
+
+@pytest.mark.parametrize(
+    ("bind", "addresses"),
+    [
+        (["::1"], ["[::1]"]),
+        (["half.test", "::1"], ["[::1]"]),
+        (["::1", "half.test"], ["[::1]"]),
+        (["none.test"], ["192.0.2.1", "[2001:db8::1]"]),
+        (["half.test", "none.test"], ["192.0.2.1", "[2001:db8::1]"]),
+    ],
+)
+def test_address_that_is_not_there(path: Path, without_ipv6: list[str], bind: list[str], addresses: list[str]) -> None:
+    """An address that is asked for by itself must be there, and so must one of those of each name."""
+    path.touch()
+    ended = run_tailsrv("-p", "0", *(word for host in bind for word in ("--bind", host)), path, wrapper=without_ipv6)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert any(f"cannot listen on {address}:" in line for address in addresses)
+    assert os.strerror(errno.EADDRNOTAVAIL) in line
+
+
+def test_every_address_of_a_machine_without_ipv6(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+    """Without --bind, such a machine is served on the addresses that it has, without a word."""
+    path.touch()
+    server = serve(path, wrapper=without_ipv6)
+    server.workers(1)
+    assert not server.lines("warning: ")
+
+
+# Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us, and prints after each
+# how many connections the kernel has given out before their handshake was complete.
+FAST_OPEN = """
+import socket
+from tailsrv.listener import open_listeners, take_listeners
+
+def count():
+    names, values = [line.split() for line in open("/proc/net/netstat") if line.startswith("TcpExt:")]
+    return int(values[names.index("TCPFastOpenPassive")])
+
+def visit(listener):
+    with socket.socket() as far:
+        far.sendto(b"0", socket.MSG_FASTOPEN, listener.getsockname())
+        listener.settimeout(20)
+        listener.accept()[0].close()
+        print(count())
+
+def plain():
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    return listener
+
+visit(plain())
+for [listener] in open_listeners(["127.0.0.1"], 0, 1):
+    visit(listener)
+visit(take_listeners([plain().detach()])[0])
+"""
+EVERYBODY_OPENS_FAST = (
+    "unshare", "--net", "--map-root-user", "sh", "-c",
+    'ip link set lo up && echo 0x607 >/proc/sys/net/ipv4/tcp_fastopen && exec "$@"', "sh",
+)  # fmt: skip
+
+
+def test_no_fast_open() -> None:
+    """Nobody is accepted before the handshake is complete, also where the system wants that of every listener."""
+    if not runs(*EVERYBODY_OPENS_FAST, "true"):
+        pytest.skip("a network namespace cannot be had")
+    command = [*EVERYBODY_OPENS_FAST, sys.executable, "-c", FAST_OPEN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+    assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")

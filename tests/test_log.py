@@ -1,14 +1,22 @@
 """The log: one line an event, in a form that the journal and people can read, and never a reason to wait."""
 
+import fcntl
 import os
+import pty
 import re
+import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import termios
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
-from unit import run_python
+from helpers import AS_NOBODY, TAILSRV, append, children, connect, eventually, expect, gone, runs, session, title
+from unit import PATIENCE, ROOT, run_python
 
 from tailsrv.log import fields, printable, trouble
 from tailsrv.syscalls import accept_queue
@@ -143,6 +151,204 @@ def test_pipe_with_room_for_a_page_does_not_block() -> None:
     with pipe() as (_, writer):
         done = run_python(code, "0", stderr=writer)
         assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+# Where nobody reads what is written, it may never be waited for, whatever it is.
+
+HUNDRED = "for _ in range(100): logger.info('line ' + 100 * 'x')\nprint('still here')"
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    """Give both ends of a terminal, the reader's first."""
+    master, slave = pty.openpty()
+    try:
+        yield master, slave
+    finally:
+        os.close(slave)
+        os.close(master)
+
+
+def fill(slave: int, room: int) -> None:
+    """Fill a terminal so that it takes `room` more bytes, by way of a description of our own."""
+
+    def pour(fd: int, count: int) -> int:
+        poured = 0
+        with suppress(BlockingIOError):
+            while poured < count:
+                poured += os.write(fd, b"x" * min(64, count - poured))
+        return poured
+
+    with terminal() as (_, other):
+        os.set_blocking(other, False)
+        size = pour(other, 1 << 20)
+    ours = os.open(os.ttyname(slave), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    pour(ours, size - room)
+    os.close(ours)
+
+
+def log_to(stderr: int, code: str = HUNDRED, wrapper: Sequence[str] = ()) -> None:
+    """Assert that a process logs as `code` says, and goes on, and that it leaves the flags of `stderr` as they are."""
+    flags = fcntl.fcntl(stderr, fcntl.F_GETFL)
+    command = [*wrapper, sys.executable, "-W", "error", "-c", LINES + code, "0"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=PATIENCE, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+    assert fcntl.fcntl(stderr, fcntl.F_GETFL) == flags
+
+
+def test_terminal_that_is_stopped() -> None:
+    """Ctrl-S stops the output, not the process."""
+    with terminal() as (_, slave):
+        termios.tcflow(slave, termios.TCOOFF)
+        log_to(slave)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 100, 200])
+def test_terminal_that_nobody_reads(room: int) -> None:
+    """A terminal with room for a part of a line takes what it has room for."""
+    with terminal() as (_, slave):
+        fill(slave, room)
+        log_to(slave)
+
+
+def test_terminal_that_is_read() -> None:
+    """A terminal gets every line, each whole."""
+    with terminal() as (master, slave):
+        log_to(slave, "for number in range(10): logger.info('line %d', number)\nprint('still here')")
+        lines = os.read(master, 4096).decode().splitlines()
+    assert [line.partition("info: ")[2] for line in lines] == [f"line {number}" for number in range(10)]
+
+
+@contextmanager
+def of_another_user(kind: str) -> Iterator[tuple[int, int]]:
+    """Give both ends of a terminal or pipe of root's, which nobody else may open, as after su(1)."""
+    if os.geteuid() != 0 or not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv.log"):
+        pytest.skip("there must be two users, both of whom can run this")
+    with terminal() if kind == "terminal" else pipe() as (reader, writer):
+        os.fchmod(writer, 0o600)
+        yield reader, writer
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_what_may_not_be_opened_again(kind: str) -> None:
+    """A terminal or pipe of another user gets every line as well, and is not waited for."""
+    with of_another_user(kind) as (reader, writer):
+        log_to(writer, "for _ in range(2): logger.info('read')\nprint('still here')", AS_NOBODY)
+        os.set_blocking(reader, False)
+        lines = b""
+
+        def look() -> bool:
+            nonlocal lines
+            with suppress(BlockingIOError):
+                lines += os.read(reader, 4096)
+            return lines.count(b"info: read") == 2
+
+        eventually(look)
+        log_to(writer, HUNDRED.replace("100)", "2000)"), AS_NOBODY)
+
+
+def test_relay_ends_with_those_who_write() -> None:
+    """The process that waits for another user's terminal holds nothing else open, and goes when all is written."""
+    code = "import psutil; print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
+    with of_another_user("terminal") as (_, slave):
+        command = [*AS_NOBODY, sys.executable, "-c", LINES + code, "0"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=slave, cwd=ROOT) as process:
+            assert process.stdout is not None
+            relay = int(process.stdout.readline())
+            eventually(lambda: sorted(os.listdir(f"/proc/{relay}/fd")) == ["0", "2"])
+            assert title(relay) == "tailsrv: log"
+        assert process.returncode == 0
+        eventually(lambda: gone(relay))
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_full_socket_does_not_block(kind: socket.SocketKind) -> None:
+    """A socket, such as the journal's, is written to until it is full."""
+    reader, writer = socket.socketpair(socket.AF_UNIX, kind)
+    with reader, writer:
+        log_to(writer.fileno(), HUNDRED.replace("100)", "2000)"))
+        assert b"info: line x" in reader.recv(200)
+
+
+def test_pipe_that_others_fill() -> None:
+    """Several processes that write to one full pipe do not wait either."""
+    code = "import os\nfor _ in range(4): os.fork()\n" + HUNDRED.replace("print('still here')", "os._exit(0)")
+    with pipe() as (_, writer):
+        log_to(writer, f"import os\nif os.fork() == 0:\n{textwrap.indent(code, ' ')}\nos.wait()\nprint('still here')")
+
+
+def test_background_of_a_terminal_that_stops_it() -> None:
+    """With `stty tostop`, a line from the background comes, and does not stop the process."""
+    pid, master = pty.fork()
+    if pid == 0:  # the terminal's foreground; what it starts is in the background
+        os.execv(sys.executable, [sys.executable, "-c", TOSTOP, LINES + "logger.info('i')", "0"])
+    said = b""
+    with suppress(OSError):  # EIO: all who had the terminal are gone
+        while some := os.read(master, 4096):
+            said += some
+    os.close(master)
+    assert os.waitpid(pid, 0)[1] == 0, said
+    assert b"info: i" in said
+
+
+TOSTOP = """
+import os, subprocess, sys, termios
+attributes = termios.tcgetattr(0)
+attributes[3] |= termios.TOSTOP
+termios.tcsetattr(0, termios.TCSANOW, attributes)
+process = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], process_group=0)
+_, status = os.waitpid(process.pid, os.WUNTRACED)
+process.kill()
+sys.exit(os.WIFSTOPPED(status) or status != 0)
+"""
+
+
+def test_fault_of_ours_is_a_line_of_the_log() -> None:
+    """An exception that nobody catches goes the way of all lines, with its traceback, and the status is as ever."""
+    done = run_python(LINES + "1 / 0", "0")
+    assert done.returncode == 1
+    first, *_, last = done.stderr.splitlines()
+    assert "critical: cannot go on: reason=\"ZeroDivisionError('division by zero')\"" in first
+    assert last == "ZeroDivisionError: division by zero"
+
+
+def test_fault_in_a_destructor_is_a_line_of_the_log() -> None:
+    """The same for an exception in a destructor, which nobody can catch."""
+    [line] = log("class Odd:\n    def __del__(self): 1 / 0\nOdd()")
+    assert "error: fault while an object was destroyed: " in line
+
+
+@pytest.mark.slow
+def test_server_in_a_terminal_that_nobody_reads(path: Path) -> None:
+    """Streams go on, a killed worker is replaced, and the server ends when it is told to."""
+    path.write_bytes(b"old")
+    with terminal() as (master, slave):
+        command: list[str | Path] = [*TAILSRV, "-v", "-p", "0", path]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=slave, start_new_session=True) as process:
+            try:
+                said = b""
+                while not (found := re.search(rb" port=(\d+) .*worker ready: ", said, re.DOTALL)):
+                    said += os.read(master, 4096)
+                fill(slave, 100)
+                follow_through_a_kill(int(found[1]), process.pid, path)
+                process.terminate()
+                assert process.wait(PATIENCE) == 0
+            finally:
+                for pid in session(process.pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def follow_through_a_kill(port: int, supervisor: int, path: Path) -> None:
+    """Assert that a stream lives through a worker's death, and through many visits that are logged."""
+    with connect(port, b"0\n") as sock:
+        expect(sock, b"old")
+        for _ in range(20):
+            with connect(port, b"0\n") as visitor:
+                expect(visitor, b"old")
+        [worker] = children(supervisor)
+        os.kill(worker, signal.SIGKILL)
+        append(path, b"new")
+        expect(sock, b"new")
 
 
 def test_long_line_is_whole() -> None:

@@ -74,8 +74,8 @@ def follow_manual(machine: Machine, what: str) -> str:
 
 
 def follow(machine: Machine, commands: str) -> str:
-    """Run commands of ours by the letter, as root in a checkout; return what they print."""
-    return machine.run("bash", "-euc", "cd /root/tailsrv\n" + commands)
+    """Run commands of ours by the letter, as root of a hardened machine in a checkout; return what they print."""
+    return machine.run("bash", "-euc", "umask 077\ncd /root/tailsrv\n" + commands)
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +421,7 @@ def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService
     expect(sock, b"first\n")
     rotate(service, "create 0600 root root")
     line = service.logged("cannot serve")
-    assert "mode 0600, user root and group root" in line
+    assert "mode 0600, user 0 and group 0" in line
     assert "groups adm" in line
     service.append(b"new\n")
     service.machine.run("chgrp", "adm", service.path)
@@ -468,7 +468,7 @@ def test_a_port_in_use(make_service: MakeService) -> None:
     service.start(succeeds=False)
     assert service.show("ActiveState") == "activating"
     assert "Address already in use" in service.log[-1]
-    assert f"ss -ltnp sport = :{PORT}" in service.log[-1]
+    assert f"ss -tanp sport = :{PORT}" in service.log[-1]
     service.machine.run("systemctl", "stop", "squatter")
     service.reaches("active")
     expect(service.connect(PORT, b"0\n"), b"first\n")
@@ -499,7 +499,7 @@ def test_a_file_that_may_not_be_read(make_service: MakeService) -> None:
     service = make_service(PORT=str(PORT))
     service.create(b"first\n", mode=0o600, group="root")
     service.start(succeeds=False)
-    assert "mode 0600, user root and group root" in service.log[-1]
+    assert "mode 0600, user 0 and group 0" in service.log[-1]
     assert "groups adm" in service.log[-1]
     service.machine.run("chgrp", "adm", service.path)
     service.machine.run("chmod", "640", service.path)

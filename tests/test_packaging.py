@@ -89,7 +89,7 @@ def test_both_ways_to_start_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("tailsrv", "cli"), ("tailsrv-health", "health"), ("tscat", "tscat"), ("tssync", "tssync")]
+    ("command", "module"), [("tailsrv", "__main__"), ("tailsrv-health", "health"), ("tscat", "tscat"), ("tssync", "tssync")]
 )
 def test_console_script_is_declared(command: str, module: str) -> None:
     """The installed package brings its commands, and each is there and says its version."""
@@ -210,6 +210,16 @@ def test_python_in_the_pages_is_python(program: str) -> None:
 def test_shell_in_the_pages_is_shell(commands: str) -> None:
     """Bash can read the commands of the pages."""
     run("bash", "-n", "-c", commands)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_root_installs_can_be_run_by_others(page: str) -> None:
+    """Whatever a page installs into /opt, it installs with a umask that lets the service's user run it."""
+    spans = re.findall(r"`([^`]+)`", read(page).replace("```", "`"))
+    installs = [span.removeprefix("sh\n") for span in spans if "/opt/tailsrv/bin/pip install" in span]
+    assert [commands for commands in installs if not re.match(r"umask 022[;\n]", commands)] == []
+    if page in ("docs/operations.md", "contrib/relay/README.md"):
+        assert installs
 
 
 def test_changelog_has_the_version() -> None:

@@ -1,5 +1,6 @@
 """Decisions, each as a table; time is a number."""
 
+import os
 import signal
 from ipaddress import ip_network
 
@@ -59,6 +60,7 @@ def killed(number: int, core: bool = False) -> int:
     [
         (ended(0), Verdict.DONE),
         (ended(3), Verdict.CANNOT_BOOT),
+        (ended(os.EX_TEMPFAIL), Verdict.NO_ROOM),
         (ended(1), Verdict.FAULT),
         (ended(2), Verdict.FAULT),
         (ended(120), Verdict.FAULT),
@@ -99,7 +101,7 @@ def test_describe_status(status: int, words: str) -> None:
 Life = tuple[float, bool, Verdict, bool]
 
 SOON, LATE = LONG_LIFE - 0.001, LONG_LIFE
-DONE, FAULT, KILLED = Verdict.DONE, Verdict.FAULT, Verdict.KILLED
+DONE, FAULT, KILLED, NO_ROOM = Verdict.DONE, Verdict.FAULT, Verdict.KILLED, Verdict.NO_ROOM
 
 
 def after(*lives: Life) -> Failures:
@@ -123,6 +125,8 @@ def after(*lives: Life) -> Failures:
         ((SOON, False, KILLED, True), Failures(4, 0, 0)),
         ((SOON, False, KILLED, False), Failures(4, 0, 0)),
         ((LATE, False, KILLED, True), Failures(0, 0, 0)),
+        ((SOON, True, NO_ROOM, True), Failures(4, 0, 0)),
+        ((SOON, False, NO_ROOM, True), Failures(4, 0, 0)),
         ((SOON, True, DONE, True), Failures(4, 0, 0)),
         ((SOON, False, DONE, True), Failures(4, 4, 0)),
         ((LATE, True, DONE, True), Failures(0, 0, 0)),

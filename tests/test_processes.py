@@ -20,7 +20,6 @@ from helpers import (
     Server,
     append,
     ask,
-    children,
     eventually,
     expect,
     expect_eof,
@@ -79,10 +78,10 @@ def test_title_of_one(serve: Serve, path: Path) -> None:
 
 
 def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
-    """Without a file there are no workers, and the title says what is waited for."""
+    """Without a file the supervisor's title says what is waited for; its workers look after clients already."""
     server = serve(path, "-w", "2")
     eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]")
-    assert children(server.pid) == []
+    assert [title(pid) for pid in server.workers(2)] == [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
 
 
 @pytest.mark.slow
@@ -102,7 +101,7 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
 
 # A program that is tailsrv but for what its workers do.
 ODD_WORKERS = """\
-import os, resource, signal, sys
+import errno, os, resource, signal, sys
 from tailsrv import cli, worker
 from tailsrv.messages import Notices, Report, encode
 
@@ -421,7 +420,47 @@ return status"""
     server = serve(path, status=3, program=with_work(no_descriptors))
     server.wait()
     assert len(server.lines("critical: worker cannot boot: slot=0", "Too many open files")) == 1
-    assert len(server.lines("critical: workers cannot start: slot=0 status=3")) == 1
+    assert len(server.lines(f"critical: workers cannot start: slot=0 status={os.EX_TEMPFAIL}")) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> None:
+    """The kernel's OOM killer prefers each worker to the supervisor, also the successor of one that was killed."""
+    path.touch()
+    server = serve(path, "-w", "2")
+
+    def adjustment(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    os.kill(server.workers(2)[0], signal.SIGKILL)
+    server.logged("worker ready: slot=0", count=2)
+    assert adjustment(server.pid) == adjustment(os.getpid())
+    assert {adjustment(pid) for pid in server.workers(2)} == {min(adjustment(server.pid) + 500, 1000)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["OSError(errno.ENFILE, os.strerror(errno.ENFILE))", "MemoryError"])
+def test_a_successor_that_finds_no_room(serve: Serve, path: Path, error: str) -> None:
+    """Where successors meet a shortage of descriptors or memory, others try again, however often; the clients' streams go on."""
+    path.write_bytes(DATA)
+    lives = Path(f"{path}.lives")
+    body = f"""\
+with open(config.path + ".lives", "ab", buffering=0) as lives:
+    lives.write(b".")
+    if 1 < lives.tell() <= 7:
+        raise {error}
+signal.set_wakeup_fd(-1)
+return worker.work(inheritance, config)"""
+    server = serve(path, program=with_work(body))
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, DATA)
+    os.kill(server.workers(1)[0], signal.SIGKILL)
+    server.logged("worker ended for want of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+    assert len(lives.read_bytes()) == 8
 
 
 @pytest.mark.slow

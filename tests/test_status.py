@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import DEADLINE, Serve, Server, append, ask, eventually, expect, random_bytes, stop, title
+from helpers import DEADLINE, Serve, Server, append, ask, eventually, expect, random_bytes, runs, stop, title
 from unit import as_root, run_python
 
 from tailsrv.control import CLIENTS, start_ticks
@@ -194,17 +194,32 @@ def test_long_answer(server: Server) -> None:
     assert len(json.loads(answer)["clients"]) == 4000
 
 
+STRANGER = """
+import os, socket, sys
+os.setgroups([]), os.setuid(12345)
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.settimeout(20)
+    sock.connect("\\0tailsrv:" + sys.argv[1])
+    print(len(sock.recv(1)))
+"""
+
+
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 @pytest.mark.parametrize("which", ["", CLIENTS])
 def test_strangers_learn_nothing(server: Server, which: str) -> None:
     """Another user is told neither the status nor the clients."""
-    code = f"""
-import os, socket
-os.setgroups([]), os.setuid(65534)
-with socket.socket(socket.AF_UNIX) as sock:
-    sock.settimeout(20)
-    sock.connect("\\0tailsrv:*:{server.port}{which}")
-    print(len(sock.recv(1)))
-"""
-    assert run_python(code).stdout == "0\n"
+    assert run_python(STRANGER, f"*:{server.port}{which}").stdout == "0\n"
     assert ask(f"*:{server.port}{which}")[0]
+
+
+@pytest.mark.skipif(not as_root or not runs("unshare", "--user", "--map-user=1000", "true"), reason="no user namespaces here")
+@pytest.mark.parametrize("mapped", [1000, 65534])
+def test_strangers_of_a_user_namespace(serve: Serve, path: Path, mapped: int) -> None:
+    """A user who is none in the server's user namespace is not taken for it, by whatever number it is known there."""
+    path.write_bytes(DATA[:1000])
+    server = serve(path, wrapper=("unshare", "--user", f"--map-user={mapped}"))
+    server.workers(1)
+    for which in ("", CLIENTS):
+        name = f"*:{server.port}{which}"
+        assert run_python(STRANGER, name).stdout == "0\n"
+        assert bool(ask(name)[0]) is (mapped == 1000)

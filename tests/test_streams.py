@@ -26,12 +26,12 @@ class Bench:
         self.path = path
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
-        self.dropped: list[tuple[Client, OSError | None]] = []
+        self.dropped: list[tuple[Client, Exception | None]] = []
         self.told_to_wait: list[Client] = []  # until they have room
         self.streams = Streams(self.file, 0, self.drop, self.told_to_wait.append)
         self.fars: dict[Client, socket.socket] = {}
 
-    def drop(self, client: Client, error: OSError | None) -> None:
+    def drop(self, client: Client, error: Exception | None) -> None:
         """Do as the worker does."""
         self.dropped.append((client, error))
         client.state = State.CLOSED
@@ -388,6 +388,31 @@ def test_error_of_one_client(bench: Bench, offset: int) -> None:
         assert bench.received(healthy) == b"datamore"[offset:]
     finally:
         os.close(was)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_fault_of_ours_with_one_client(bench: Bench, behind: bool) -> None:
+    """Whatever goes wrong while one client is sent to, and be it no error of the kernel's, drops that client and no other."""
+
+    def fail(_: Client) -> None:
+        raise ZeroDivisionError("poison")
+
+    bench.streams = Streams(bench.file, 0, bench.drop, fail)
+    bench.grow(BIG if behind else b"")
+    stalled, healthy = bench.client(0, receive=4096, send=4096), bench.client(len(BIG) if behind else 0)
+    count = 0
+    while not bench.dropped:
+        if behind:
+            bench.streams.pump()
+        else:
+            bench.grow(b"x")
+            count += 1
+            assert not bench.streams.behind
+    [(client, error)] = bench.dropped
+    assert client is stalled
+    assert isinstance(error, ZeroDivisionError)
+    bench.grow(b"more")
+    assert bench.received(healthy) == b"x" * count + b"more"
 
 
 def test_remove(bench: Bench) -> None:

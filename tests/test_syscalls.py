@@ -7,12 +7,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import eventually
 from unit import append, evict, opened, readable, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
 
-from tailsrv.policy import SMALL
+from tailsrv.policy import ACCEPTS, SMALL
 from tailsrv.protocol import PEEK
 from tailsrv.syscalls import (
     Outcome,
@@ -209,7 +210,7 @@ def test_accept(listener: socket.socket) -> None:
     with socket.create_connection(listener.getsockname()) as far:
         wait_readable(listener)
         accepted = accept(listener)
-        assert not isinstance(accepted, Outcome)
+        assert isinstance(accepted, tuple)
         sock, peer = accepted
         with sock:
             assert peer == far.getsockname()
@@ -229,7 +230,7 @@ def test_accept_over_ipv6() -> None:
         listener.listen()
         with socket.create_connection(listener.getsockname()[:2]) as far:
             accepted = accept(listener)
-            assert not isinstance(accepted, Outcome)
+            assert isinstance(accepted, tuple)
             accepted[0].close()
             assert accepted[1] == ("::1", far.getsockname()[1])
 
@@ -240,7 +241,7 @@ def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
         wait_readable(listener)
         reset(far)
     accepted = accept(listener)
-    if not isinstance(accepted, Outcome):
+    if isinstance(accepted, tuple):
         sock, _ = accepted
         with sock:
             assert peek_header(sock) is Outcome.HUNG_UP
@@ -268,6 +269,35 @@ with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connectio
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
 """)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class Refusing(socket.socket):
+    """A listener from which no connection can be taken, until it has been tried `refusals` times."""
+
+    refusals = 0
+    tries = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.tries += 1
+        if self.tries <= self.refusals:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return super().accept()
+
+
+@pytest.mark.parametrize("refusals", [ACCEPTS - 1, ACCEPTS, 10 * ACCEPTS])
+def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> None:
+    """An error that says nothing about the listener is passed over, but not for ever: then it does say something."""
+    with Refusing(fileno=os.dup(listener.fileno())) as refusing, socket.create_connection(listener.getsockname()) as far:
+        refusing.refusals = refusals
+        wait_readable(refusing)
+        accepted = accept(refusing)
+        assert refusing.tries == ACCEPTS
+        if refusals < ACCEPTS:
+            assert isinstance(accepted, tuple)
+            accepted[0].close()
+            assert accepted[1] == far.getsockname()
+        else:
+            assert isinstance(accepted, PermissionError)
 
 
 def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) -> None:

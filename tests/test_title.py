@@ -1,12 +1,18 @@
 """Process titles: their words, and how often they change."""
 
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
+from helpers import TAILSRV, Serve, activated, append, eventually, expect, run_tailsrv, title
 from setproctitle import getproctitle, setproctitle
+from unit import run_python
 
+from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
 from tailsrv.timers import Timers
-from tailsrv.title import Title, counted, service_status, supervisor_title, worker_title
+from tailsrv.title import Title, counted, longest_title, service_status, supervisor_title, worker_title
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 clients"), (1, "1 client"), (2, "2 clients"), (1000, "1000 clients")])
@@ -137,3 +143,93 @@ def test_after_a_quiet_time_at_once(process: Process) -> None:
 def test_service_status(state: str, workers: int, clients: int, status: str) -> None:
     """The service manager shows what the title has in its brackets."""
     assert service_status(state, workers, clients) == status
+
+
+# Room for it
+
+
+@pytest.mark.parametrize("state", ["", "starting", "waiting for file", "rotating", "draining"])
+@pytest.mark.parametrize("path", ["/log", "/l\xf6g", "a\nb", "a\udcff"])
+def test_longest_title(state: str, path: str) -> None:
+    """No title of a server, and of its workers, takes more bytes than there is room made for."""
+    endpoints = ["127.0.0.1:65535", "[::1]:65535"]
+    supervisor = supervisor_title(endpoints, path, state, MAX_WORKERS, MAX_CLIENTS)
+    worker = worker_title(MAX_WORKERS - 1, endpoints, state, MAX_CLIENTS)
+    assert max(len(supervisor.encode()), len(worker.encode())) <= longest_title(endpoints, path)
+
+
+LONG = "\n" * 200  # a title writes it with twice as many bytes as the command line has for it
+COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "name", "variables"),
+    [
+        (TAILSRV, "log", []),
+        (COMMAND, LONG, ["A=b"]),
+        # Python sets LC_CTYPE to another value, which lies elsewhere than the first variable did.
+        (TAILSRV, "log", ["LC_CTYPE=", "A=b"]),
+        (COMMAND, LONG, []),
+    ],
+)
+def test_titles_with_a_small_environment(serve: Serve, tmp_path: Path, program: Sequence[str], name: str, variables: list[str]) -> None:
+    """All titles are whole though the environment has no room for them, also after an upgrade."""
+    path = tmp_path / name
+    path.write_bytes(b"first")
+    server = serve(path, "-w", "2", "--bind", "127.0.0.1", wrapper=("env", "-i", *variables), program=program)
+    endpoint, shown = f"127.0.0.1:{server.port}", str(path) if str(path).isprintable() else ascii(str(path))
+    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoint} {shown} [2 workers, 0 clients]")
+    assert [title(pid) for pid in server.workers(2)] == [f"tailsrv: worker {slot} {endpoint} [0 clients]" for slot in (0, 1)]
+    client = server.connect(b"0\n")
+    expect(client, b"first")
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: ")
+    append(path, b"second")
+    expect(client, b"second")
+    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoint} {shown} [2 workers, 1 client]")
+
+
+@pytest.mark.slow
+def test_passed_sockets_live_through_making_room(serve: Serve, tmp_path: Path) -> None:
+    """Passed sockets are taken though the program has executed itself to make room for titles."""
+    path = tmp_path / LONG
+    path.write_bytes(b"first")
+    server = serve(path, "-p", "", wrapper=("env", "-i", *activated("tcp4")))
+    expect(server.connect(b"0\n"), b"first")
+    eventually(lambda: server.title() == f"tailsrv: supervisor 127.0.0.1:{server.port} {str(path)!a} [1 worker, 1 client]")
+
+
+ROOM = """
+import os, sys
+from setproctitle import getproctitle, setproctitle
+getproctitle()
+from tailsrv.title import make_room
+make_room(100_000, {executable}, sys.orig_argv)
+os.system("env")
+setproctitle("y" * 100_000)
+print(len(getproctitle()))
+"""
+
+
+def test_room_is_not_handed_on() -> None:
+    """Programs that are started later do not get the variable that makes the room."""
+    done = run_python(ROOM.format(executable="sys.executable"))
+    assert done.returncode == 0, done.stderr
+    assert "PATH=" in done.stdout
+    assert "TAILSRV_TITLE_ROOM" not in done.stdout
+    assert int(done.stdout.splitlines()[-1]) == 100_000
+
+
+def test_no_room_can_be_made() -> None:
+    """Where the program cannot be executed again, it goes on, and its title is cut."""
+    done = run_python(ROOM.format(executable="'/nonexistent'"))
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout.splitlines()[-1]) < 100_000
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--no-such-option",)])
+def test_what_needs_no_title(arguments: Sequence[str]) -> None:
+    """A small environment changes nothing for a program that ends at once."""
+    small, usual = run_tailsrv(*arguments, wrapper=("env", "-i", "COLUMNS=100")), run_tailsrv(*arguments, wrapper=("env", "COLUMNS=100"))
+    assert (small.returncode, small.stdout, small.stderr) == (usual.returncode, usual.stdout, usual.stderr)

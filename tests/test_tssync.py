@@ -258,16 +258,6 @@ def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
 
 
 @needs_strace
-def test_disk_that_fails(serve: Serve, path: Path, copy: Path) -> None:
-    """A copy that cannot be written to the disk is the end, and said."""
-    path.write_bytes(DATA)
-    traced = ("strace", "-f", "-o", os.devnull, "-e", "inject=fdatasync:error=EIO:when=1")
-    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--fsync", "0", "--until-idle", "0.5")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"tssync: cannot sync {copy}: Input/output error"
-
-
-@needs_strace
 @pytest.mark.parametrize(("options", "synced"), [([], False), (["--fsync", "0.05"], True)])
 def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool) -> None:
     """With --fsync the disk has the copy soon after, without it when the kernel likes."""
@@ -278,6 +268,35 @@ def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: li
     assert done.returncode == 0
     calls = [line for line in trace.read_text().splitlines() if "sync(" in line]
     assert (len(calls) >= 2) == synced, "once while it waits, and once at the end"
+
+
+@pytest.mark.slow
+@needs_strace
+@pytest.mark.parametrize("numbers", [("TERM",), ("HUP",), ("INT", "INT"), ("TERM", "HUP"), ("HUP", "TERM", "INT", "HUP")])
+def test_signals_leave_a_synced_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]) -> None:
+    """What has come is synced before it ends, whichever signal ends it and whatever comes along."""
+    path.write_bytes(DATA)
+    trace = tmp_path / "trace"
+    traced = ("strace", "-f", "-o", trace, "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=100000")
+    with Command(tmp_path, *traced, *TSSYNC, here(serve(path)), copy, "--fsync", "1000") as command:
+        holds(copy, DATA)
+        pid = int(trace.read_text().split()[0])  # of the sync at its start
+        for number in numbers:
+            os.kill(pid, signal.Signals[f"SIG{number}"])
+        assert command.end() == 0
+        assert command.errors == ""
+    assert trace.read_text().count("fdatasync(") == 2
+
+
+def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A SIGHUP that was to be ignored is."""
+    path.write_bytes(DATA)
+    with Command(tmp_path, "sh", "-c", 'trap "" HUP; exec "$@"', "sh", *TSSYNC, here(serve(path)), copy) as command:
+        holds(copy, DATA)
+        command.process.send_signal(signal.SIGHUP)
+        append(path, b"more")
+        holds(copy, DATA + b"more")
+        assert command.end(signal.SIGTERM) == 0
 
 
 def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, random_bytes, recv_exactly, stop
+from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, gone, random_bytes, recv_exactly, stop
 from survival import await_clients, children, descriptors, loaded, needs_strace, ready_workers, status, strace
 
 import tailsrv
@@ -494,6 +494,40 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     server.wait()
 
 
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (signal.SIGTERM, "draining: signal=SIGTERM"),
+        (signal.SIGINT, "draining: signal=SIGINT"),
+        (signal.SIGQUIT, "ended: status=0"),
+        (signal.SIGHUP, "upgrade: asking the installed program"),
+    ],
+)
+def test_a_signal_that_comes_with_the_end_of_the_check(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path, number: signal.Signals, line: str
+) -> None:
+    """A signal that the supervisor finds together with the end of the installed program's check is acted on, not lost in the exec."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=installed.program)
+    living = ready_workers(server)
+    slow_to_start(installed, tmp_path / "flag")
+    server.signal(signal.SIGHUP)
+    check = await_proof(server, living)
+    stop(server.pid)
+    let_go(tmp_path / "flag")
+    eventually(lambda: gone(check))
+    before = len(server.lines(line))
+    server.signal(number)
+    server.signal(signal.SIGCONT)
+    if number == signal.SIGHUP:
+        await_proof(server, living)
+        let_go(tmp_path / "flag")
+    server.logged(line, count=before + 1)
+    if number != signal.SIGHUP:
+        server.wait()
+        assert not server.lines("upgraded: ")
+
+
 @needs_strace
 def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     """A signal that comes when the old program has looked for signals for the last time reaches the new one."""
@@ -578,6 +612,7 @@ def test_the_service_manager_is_told(serve: Serve, path: Path, tmp_path: Path, m
         server.signal(signal.SIGHUP)
         words = drop_status("RELOADING=1")
         assert re.fullmatch(r"MONOTONIC_USEC=\d+", words[1])
+        drop_status("RELOADING=1")  # of the new program, in case that the first was not taken
         drop_status("READY=1")
         ready_workers(server, besides=living)
         installed.edit("worker.py", "import gc", "import gc gc")

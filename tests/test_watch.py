@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from unit import PATIENCE, append, as_root, opened, readable, run_python, wait_readable
 
+from tailsrv.identity import Identity
 from tailsrv.syscalls import memory
-from tailsrv.watch import CannotServeError, Watch, is_gone, open_file, size_of, steps_to
+from tailsrv.watch import CannotServeError, Watch, open_file, size_of, steps_to
 
 
 @pytest.fixture
@@ -54,7 +56,12 @@ def gone(watch: Watch) -> bool:
     suspicious = False
     while not quiet(watch):
         suspicious |= watch.read()
-    return suspicious and bool(is_gone(watch.file, watch.path))
+    return suspicious and bool(watch.is_gone(time.monotonic()))
+
+
+def is_gone(file: int, path: str) -> bool | None:
+    """Tell whether `path` names something else than the open `file`, or nothing."""
+    return Identity(file, path).is_gone(time.monotonic())
 
 
 # Appends
@@ -290,7 +297,7 @@ def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
         fresh.symlink_to("x" * 300)
         fresh.rename(link)
         assert watch.read()
-        assert is_gone(watch.file, watch.path) is None
+        assert watch.is_gone(time.monotonic()) is None
         append(path, b"more")
         wait_readable(fd_of(watch))
         assert watch.size() == 8
@@ -599,7 +606,7 @@ except CannotServeError as error:
     path.parent.chmod(0o755)
     done = run_python(code, str(path.parent))
     assert done.returncode == 0
-    assert done.stdout.startswith("Permission denied; it has mode 0600, user root and group root, and we are user nobody with groups ")
+    assert done.stdout.startswith("Permission denied; it has mode 0600, user 0 and group 0, and we are user 65534 with groups ")
 
 
 def test_open_file_refuses_what_cannot_be_sent() -> None:

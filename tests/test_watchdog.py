@@ -155,7 +155,7 @@ def test_ended_before_it_was_ready(serve: Serve, path: Path, manager: Manager) -
     assert "READY=1" not in said[said.index("STOPPING=1") :]
 
 
-@pytest.mark.parametrize("address", ["", "relative", "/nowhere/at/all", "@nobody"])
+@pytest.mark.parametrize("address", ["", "relative", "/nowhere/at/all", "@nobody", "vsock:2:1234"])
 def test_nobody_listens(serve: Serve, path: Path, address: str) -> None:
     """A service manager that is not there, or that has a strange address, changes nothing."""
     server = serve(path, wrapper=("env", f"NOTIFY_SOCKET={address}", "WATCHDOG_USEC=300000"))

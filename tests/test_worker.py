@@ -520,6 +520,46 @@ def test_error_with_one_client_ends_that_client_only(
     assert [bench.receive(far, 4) for far in (before, after)] == [b"more", b"more"]
 
 
+def poison(*_: object) -> None:
+    """Fail as only a fault of ours does."""
+    raise ZeroDivisionError("poison")
+
+
+@pytest.mark.parametrize("where", ["tailsrv.worker.Client.forget_peer", "tailsrv.streams.next_chunk"])
+def test_error_with_one_stream_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The same for a stream that starts, and for one that is sent to."""
+    other, _ = bench.connect(b"-0\n")
+    bench.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, poison)
+        poisoned, client = bench.connect(b"0\n")
+        bench.until(lambda: client.state is State.CLOSED)
+    assert recv_all(poisoned) == b""
+    [record] = caplog.records
+    assert "client failed" in record.getMessage()
+    assert "poison" in record.getMessage()
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_error_with_one_adopted_client_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for one of those that a new worker takes over."""
+    with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
+        with monkeypatch.context() as patch:
+            patch.setattr("tailsrv.worker.streamed", poison)
+            bench.worker.adopt({1: Entry(near.detach(), 0)})
+        bench.worker.adopt({2: Entry(healthy.detach(), 0)})
+        bench.until(lambda: not bench.worker.news.left)
+        assert far.recv(1) == b""
+        assert recv_exactly(its_far, 10) == b"0123456789"
+    assert "poison" in caplog.records[0].getMessage()
+    assert [number for report in bench.reports() for number in report.left] == [1]
+
+
 @pytest.mark.parametrize("said", [b"x", b"-0\n"])
 def test_error_with_everybody_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
     """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
@@ -626,6 +666,24 @@ def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
     assert bench.receive(again, 4) == b"abcd"
 
 
+@pytest.mark.parametrize("when", ["it comes", "the file grows", "it is adopted"])
+def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
+    """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
+    _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
+    bench.until(lambda: client.state is State.STREAMING)
+    bench.skew += 2.0  # for the title
+    if when == "the file grows":
+        bench.until(lambda: bench.worker.loop.timeout() is None)
+        append(bench.path, b"ab")
+    elif when == "it is adopted":
+        bench.until(lambda: bench.worker.loop.timeout() is None)
+        bench.worker.adopt({99: Entry(client.sock.dup().detach(), 10)})
+    bench.until(lambda: (bench.worker.loop.timeout() or 0) > 20)
+    bench.skew += 30.0
+    bench.until(lambda: bench.worker.loop.timeout() is None)
+    assert client.state is State.STREAMING
+
+
 def test_truncation_is_reported(bench: Bench) -> None:
     """A truncated file is reported with its new size; a client beyond its end waits, and goes on when the file has grown."""
     far, _ = bench.connect(b"-0\n")
@@ -638,7 +696,7 @@ def test_truncation_is_reported(bench: Bench) -> None:
     assert bench.receive(far, 3) == b"hij"
 
 
-def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
+def test_file_that_is_gone_is_reported_at_each_look(bench: Bench) -> None:
     """The supervisor is told that the file is gone; what it decides is its own business, and the clients stay."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -649,6 +707,9 @@ def test_file_that_is_gone_is_reported_once(bench: Bench) -> None:
     moved.chmod(0o600)
     append(moved, b"more")
     assert bench.receive(far, 4) == b"more"
+    assert [report.notices.gone for report in bench.reports()] == [True, True]
+    bench.skew = 2.0
+    bench.until(lambda: readable(bench.channel))
     assert [report.notices.gone for report in bench.reports()] == [True]
 
 
@@ -661,11 +722,11 @@ def test_path_that_cannot_be_seen(path: Path) -> None:
         fresh.rename(link)
         bench.settle()
         assert not bench.worker.lookout.gone
-        assert bench.worker.lookout.check_path in bench.worker.loop.timers
+        assert bench.worker.lookout.recheck_path in bench.worker.loop.timers
         fresh.symlink_to(path)
         fresh.rename(link)
         bench.skew = 2.0
-        bench.until(lambda: bench.worker.lookout.check_path not in bench.worker.loop.timers)
+        bench.until(lambda: bench.worker.lookout.recheck_path not in bench.worker.loop.timers)
         assert not bench.worker.lookout.gone
         link.unlink()
         bench.until(lambda: bench.worker.lookout.gone)

@@ -1,0 +1,23 @@
+"""How soon one rotation may follow another. Pure: the clock is its callers'."""
+
+from tailsrv import policy
+
+
+class Pace:
+    """The same backoff as for workers that die young: after a short life, a pause that doubles."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")  # when the last rotation began
+        self._short = 0  # rotations in a row, each soon after the one before
+
+    def pause(self, now: float) -> float:
+        """Return the seconds until a rotation may begin, 0 if it may at once."""
+        return max(0.0, self._due() - now)
+
+    def note(self, now: float) -> None:
+        """Note that one begins."""
+        self._short = self._short + 1 if now - self._due() < policy.LONG_LIFE else 0
+        self._last = now
+
+    def _due(self) -> float:
+        return self._last + policy.Failures(short=self._short).delay()

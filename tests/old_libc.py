@@ -1,0 +1,93 @@
+"""What an interpreter lacks that was built against glibc 2.17 (Linux 3.10) or musl 1.2.2.
+
+`write_hook` takes all of it away from the interpreters of a test.
+"""
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# By module, the names that the headers of one of the two libraries do not have, as far as Python has them in any version.
+LACKING = {
+    "os": r"memfd_create|MFD_\w+|RWF_\w+|copy_file_range|pidfd_open|PIDFD_\w+|P_PIDFD|getrandom|GRND_\w+|statx|STATX_\w+|O_TMPFILE"
+    r"|POSIX_SPAWN_CLOSEFROM|CLONE_NEW(CGROUP|TIME)|SCHED_DEADLINE|SCHED_NORMAL|EFD_\w+|eventfd\w*|TFD_\w+|timerfd_\w+"
+    r"|posix_openpt|login_tty",
+    "socket": r"TCP_(?!CONGESTION|CORK|DEFER_ACCEPT|INFO|KEEPCNT|KEEPIDLE|KEEPINTVL|LINGER2|MAXSEG|NODELAY|QUICKACK|SYNCNT"
+    r"|USER_TIMEOUT|WINDOW_CLAMP)\w+|IPPROTO_MPTCP|SO_(DOMAIN|PROTOCOL|INCOMING_\w+|BUSY_POLL\w*|PREFER_BUSY\w+|COOKIE|TXTIME"
+    r"|MAX_PACING_RATE|ZEROCOPY|PEERGROUPS|PEERPIDFD|PASSPIDFD|RTABLE|USER_COOKIE|J1939\w+|VM_SOCKETS\w+)|MSG_(FASTOPEN|ZEROCOPY)"
+    r"|IP_BIND_ADDRESS_NO_PORT|IP_RECVERR|IPV6_RECVERR|IP_RECVTTL|IPV6_DONTFRAG|AF_(VSOCK|QIPCRTR|ALG|HYPERV)",
+    "select": r"EPOLLEXCLUSIVE|EPOLLWAKEUP",
+    "signal": r"pidfd_send_signal",
+    "fcntl": r"F_OFD_\w+|F_ADD_SEALS|F_GET_SEALS|F_SEAL_\w+|F_(GET|SET)_\w*RW_HINT|F_DUPFD_QUERY|FICLONE\w*|RWH_\w+",
+    "mmap": r"MADV_(FREE|COLD|PAGEOUT|COLLAPSE|POPULATE\w+|WIPEONFORK|KEEPONFORK)|MAP_(FIXED_NOREPLACE|SYNC|SHARED_VALIDATE|DROPPABLE)",
+    "time": r"CLOCK_TAI",
+    "resource": r"RLIMIT_KQUEUES",
+    "termios": r"TIOCGPTPEER|EXTPROC",
+}
+
+# What the C library itself may lack where it is as old as the one that the interpreter was built against.
+FUNCTIONS = ("memfd_create", "preadv64v2")
+
+HOOK = """
+import ctypes, importlib, os
+
+for module, names in {names!r}.items():
+    for place in (module, "_" + module, {{"os": "posix"}}.get(module, module)):
+        try:
+            found = importlib.import_module(place)
+        except ImportError:
+            continue
+        for name in names:
+            if hasattr(found, name):
+                delattr(found, name)
+
+preadv = os.preadv
+
+def without_flags(file, buffers, offset, flags=0, /):
+    if flags:
+        raise NotImplementedError("preadv2() is not available on this platform")
+    return preadv(file, buffers, offset)
+
+os.preadv = without_flags
+
+class CDLL(ctypes.CDLL):
+    def __getitem__(self, name):
+        if name in {functions!r}:
+            raise AttributeError(name)
+        return super().__getitem__(name)
+
+ctypes.CDLL = CDLL
+"""
+
+
+def hidden() -> dict[str, list[str]]:
+    """Return the names that this interpreter has and one of those would not have, by module."""
+    return {module: [name for name in dir(importlib.import_module(module)) if lacks(module, name)] for module in LACKING}
+
+
+def lacks(module: str, name: str) -> bool:
+    """Tell whether an interpreter may be without this name."""
+    return module in LACKING and re.fullmatch(LACKING[module], name) is not None
+
+
+def write_hook(folder: Path, functions: tuple[str, ...] = ()) -> None:
+    """Write what takes them away from each interpreter that has `folder` in its PYTHONPATH, and `functions` from the C library."""
+    (folder / "sitecustomize.py").write_text(HOOK.format(names=hidden(), functions=functions))
+
+
+def uses(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each use, in a Python program, of a name that an interpreter may be without."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(value=ast.Name(id=module), attr=name) if lacks(module, name):
+                yield node.lineno, f"{module}.{name}"
+            case ast.ImportFrom(module=str(module), names=names):
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in names if lacks(module, alias.name))
+            case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id=module), ast.Constant(value=str(name)), *_]) if lacks(
+                module, name
+            ):
+                yield node.lineno, f"{module}.{name}"
+            case ast.Call(func=ast.Attribute(attr="preadv" | "pwritev"), args=[_, _, _, _, *_]):
+                yield node.lineno, "os.preadv with flags"
