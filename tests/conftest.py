@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="tailsrv-compiled-")
     sys.dont_write_bytecode = False
+    os.chmod(sys.pycache_prefix, 0o755)  # some of them run as another user
     atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 from helpers import DEADLINE, Seen, ask, connect, eventually
-from selection import missing
+from tools import missing
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

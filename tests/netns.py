@@ -17,7 +17,7 @@ from types import TracebackType
 
 import psutil  # type: ignore[import-untyped]
 from helpers import DEADLINE, Seen
-from selection import missing
+from tools import missing
 
 TOOLS = ("ip", "nsenter")
 WIRE = Path(__file__).with_name("wire.py")

@@ -3,56 +3,27 @@
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from tools import NOT_INSTALLED, packages
 
 # The one list of the markers that a plain run leaves out, each with what its tests need.
 # Any -m option replaces it, and in a file that is named on the command line nothing is left out.
 LEFT_OUT = {
-    "machine": "boot a small Debian in systemd-nspawn; take root, debootstrap and minutes",
-    "hosts": "make hosts of network namespaces; take root, iproute2 and HAProxy",
-    "build": "build and install the project with pip; take the package index and half a minute",
-    "faults": "make system calls of a running server fail; take strace and two minutes",
-    "thorough": "try many more cases of what the others show with a few; take two minutes",
+    "machine": "boot a small Debian in systemd-nspawn; need root, debootstrap and minutes",
+    "hosts": "make hosts of network namespaces; need root, iproute2 and HAProxy",
+    "build": "build and install the project with pip; need the package index and half a minute",
+    "faults": "make system calls of a running server fail; need strace and two minutes",
+    "thorough": "try every case where other tests try a few; need two minutes",
 }
-
-# The Debian packages of the tools that tests use, if they are there.
-PACKAGES = {
-    "busybox": "busybox",
-    "cc": "gcc libc6-dev",
-    "haproxy": "haproxy",
-    "debootstrap": "debootstrap",
-    "ip": "iproute2",
-    "logrotate": "logrotate",
-    "mandoc": "mandoc",
-    "nc.openbsd": "netcat-openbsd",
-    "nc.traditional": "netcat-traditional",
-    "ncat": "ncat",
-    "nsenter": "util-linux",
-    "rsync": "rsync",
-    "setpriv": "util-linux",
-    "socat": "socat",
-    "strace": "strace",
-    "systemd-nspawn": "systemd-container",
-    "unshare": "util-linux",
-    "zsh": "zsh",
-}
-NOT_INSTALLED = "not installed: "
 
 # What each worker has left out is passed to the process that started it, which prints the summary.
 _left_out = pytest.StashKey[dict[str, int]]()
 _cases = pytest.StashKey[Counter[tuple[Path, str]]]()
-
-
-def missing(*tools: str) -> str:
-    """Return the reason to skip what needs `tools`, empty if all of them are installed."""
-    absent = [tool for tool in tools if shutil.which(tool) is None]
-    return NOT_INSTALLED + ", ".join(absent) if absent else ""
 
 
 def named_files(arguments: Iterable[str]) -> set[Path]:
@@ -72,8 +43,11 @@ def parallel_processes(arguments: Iterable[str], processors: int) -> int:
     return min(len(files), most) if len(files) > 1 else 0 if files else most
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Say what `-n auto` means."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Say what `-n auto` means, unless xdist's own variable says it."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
     return parallel_processes(config.args, len(os.sched_getaffinity(0)))
 
 
@@ -162,10 +136,9 @@ def skipped_lines(reasons: Iterable[str]) -> list[str]:
         if NOT_INSTALLED in reason:
             tools.update(re.split(", ", reason.partition(NOT_INSTALLED)[2]))
         else:
-            others["takes root" if re.search(r"\b(only|takes|not) root\b", reason) else reason] += 1
+            others["needs root" if re.search(r"\b(only|takes|needs|not) root\b", reason) else reason] += 1
     lines = [f"skipped: {count}: {reason}" for reason, count in others.most_common()]
     if tools:
-        packages = sorted({PACKAGES.get(tool, tool) for tool in tools})
         counts = ", ".join(f"{tool} ({count})" for tool, count in sorted(tools.items()))
-        lines.append(f"skipped, not installed: {counts}: apt-get install {' '.join(packages)}")
+        lines.append(f"skipped, not installed: {counts}: apt-get install {' '.join(packages(*tools))}")
     return lines

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from helpers import DEADLINE, Server, append, ask, eventually, random_bytes, runs
-from selection import missing
+from tools import missing
 
 from tailsrv.control import CLIENTS
 

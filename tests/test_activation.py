@@ -166,8 +166,15 @@ def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:
 def test_not_for_us(path: Path, variables: dict[str, str]) -> None:
     """Variables that are for another process, or make no sense, are none: then a port is required."""
     exports = " ".join(f"{name}={value}" for name, value in variables.items())
-    for started, hint in (("", False), ("1", False), ("$$", True)):
-        ended = run_tailsrv(path, wrapper=("sh", "-c", f'export {exports} SYSTEMD_EXEC_PID={started}; exec "$@"', "sh"))
-        assert ended.returncode == 2
-        assert ended.stderr.splitlines()[-1].startswith(NO_PORT)
-        assert ("/etc/tailsrv/" in ended.stderr) is hint
+    ended = run_tailsrv(path, wrapper=("sh", "-c", f'export {exports}; exec "$@"', "sh"))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(NO_PORT)
+
+
+@pytest.mark.parametrize(("started", "hint"), [("", False), ("1", False), ("$$", True)])
+def test_hint_for_the_service_file(path: Path, started: str, hint: bool) -> None:
+    """A process that the service manager started itself, without a socket for it, is told where the port may be set."""
+    ended = run_tailsrv(path, wrapper=("sh", "-c", f'export LISTEN_FDS=1 LISTEN_PID=1 SYSTEMD_EXEC_PID={started}; exec "$@"', "sh"))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(NO_PORT)
+    assert ("/etc/tailsrv/" in ended.stderr) is hint

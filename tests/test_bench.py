@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from selection import NOT_INSTALLED
+from tools import NOT_INSTALLED
 from unit import ROOT
 
 BENCH = ROOT / "contrib/bench/bench.py"

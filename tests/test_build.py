@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-from selection import missing
+from tools import missing
 
 import tailsrv
 from tailsrv.arguments import make_health_parser, make_parser

@@ -25,8 +25,8 @@ from helpers import (
     title,
     wrapper_without_rights,
 )
-from selection import NOT_INSTALLED
 from survival import status
+from tools import NOT_INSTALLED
 
 BIG = random_bytes(20_000_000)
 OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers import DEADLINE, Serve, append, random_bytes
-from selection import missing
+from tools import missing
 
 DATA = random_bytes(3000)
 NEWS = b"appended while connected\n"

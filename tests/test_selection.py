@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from selection import LEFT_OUT, NOT_INSTALLED, first_reason, parallel_processes, skipped_lines
+from selection import LEFT_OUT, first_reason, parallel_processes, skipped_lines
+from tools import NOT_INSTALLED
 from unit import ROOT
 
 FILES = {
@@ -40,7 +41,7 @@ def project(tmp_path: Path) -> Path:
     (tests / "conftest.py").write_text('pytest_plugins = ["selection"]\n')
     for name, text in FILES.items():
         lines = [line.removeprefix(8 * " ") for line in text.splitlines()]
-        (tests / name).write_text("import pytest\nfrom selection import missing\n" + "\n".join(lines))
+        (tests / name).write_text("import pytest\nfrom tools import missing\n" + "\n".join(lines))
     return tmp_path
 
 
@@ -92,15 +93,22 @@ def test_named_file_in_several_processes(project: Path) -> None:
     ],
 )
 def test_first_reason(markers: list[str], expected: str | None) -> None:
-    """A test with several such markers is counted for what it takes, not for being one of many."""
+    """A test with several such markers is counted for what it needs, not for being one of many."""
     assert first_reason(markers) == expected
+
+
+def test_ci_runs_everything() -> None:
+    """What a plain run leaves out, .ci/run runs by its markers."""
+    script = (ROOT / ".ci/run").read_text()
+    expressions = re.findall(r'(?:pytest.* -m |\bmarkers=")([^"\n]*)', script)
+    assert set(LEFT_OUT) <= set(re.findall(r"\w+", " ".join(expressions)))
 
 
 def test_skipped_lines() -> None:
     """Reasons are counted, the most frequent first, and of tools we say what to install."""
-    reasons = ["takes root, to mount", "no IPv6", "no machine: not root", f"no hosts: {NOT_INSTALLED}ip, strace", f"{NOT_INSTALLED}strace"]
+    reasons = ["needs root, to mount", "no IPv6", "no machine: not root", f"no hosts: {NOT_INSTALLED}ip, strace", f"{NOT_INSTALLED}strace"]
     assert skipped_lines(reasons) == [
-        "skipped: 2: takes root",
+        "skipped: 2: needs root",
         "skipped: 1: no IPv6",
         "skipped, not installed: ip (1), strace (2): apt-get install iproute2 strace",
     ]

@@ -80,13 +80,14 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [5, pytest.param(12, marks=pytest.mark.thorough)])
+def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path, kills: int) -> None:
     """Killed at any moment while the file grows, it leaves a beginning of it, and the next run makes the rest."""
-    data, chance, unfinished = 4 * random_bytes(64 << 20), random.Random(1), 0  # it grows for longer than twelve starts take
+    data, chance, unfinished = kills * random_bytes(22 << 20), random.Random(1), 0  # it grows for longer than all the starts take
     path.write_bytes(data[: 8 << 20])
     server = serve(path)
     with growing(path, data):
-        for _ in range(12):
+        for _ in range(kills):
             before = copy.stat().st_size if copy.exists() else 0
             with Command(tmp_path, *TSSYNC, here(server), copy) as command:
                 eventually(lambda before=before: copy.exists() and copy.stat().st_size > before)  # type: ignore[misc]
