@@ -23,6 +23,7 @@ LEFT_OUT = {
 
 # What each worker has left out is passed to the process that started it, which prints the summary.
 _left_out = pytest.StashKey[dict[str, int]]()
+_cases = pytest.StashKey[Counter[tuple[Path, str]]]()
 
 
 def named_files(arguments: Iterable[str]) -> set[Path]:
@@ -54,7 +55,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
     for name, what in LEFT_OUT.items():
         config.addinivalue_line("markers", f"{name}: left out of a plain run: tests that {what}")
+    config.addinivalue_line("markers", "sample(count): a plain run has the first `count` cases, the others are thorough")
     config.stash[_left_out] = {}
+    config.stash[_cases] = Counter()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the cases that a sample has no room for."""
+    if (sample := item.get_closest_marker("sample")) is not None:
+        cases, test = item.config.stash[_cases], (item.path, item.name.partition("[")[0])
+        cases[test] += 1
+        if cases[test] > sample.args[0]:
+            item.add_marker("thorough")
 
 
 @pytest.hookimpl(trylast=True)

@@ -86,6 +86,7 @@ def test_all_share_what_does_not_come_out_even(serve: Serve, path: Path) -> None
         expect(server.connect(b"0\n"), DATA)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kinds", [["tcp4"], ["tcp4", "again"]])
 def test_survives(serve: Serve, path: Path, kinds: list[str]) -> None:
     """Killed workers, an upgrade, and a drain: with sockets from outside all is as with our own."""
@@ -125,6 +126,7 @@ def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     assert ended.stderr.splitlines()[-1].startswith("tailsrv: error: -p/--port and --bind do not go with the sockets")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -144,6 +146,7 @@ def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:
     assert reason in line
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "variables",
     [

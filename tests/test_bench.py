@@ -80,6 +80,7 @@ def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
         assert chart.findall(f"{SVG}circle"), name
 
 
+@pytest.mark.sample(1)
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def test_server_that_lies_is_caught(tmp_path: Path, kind: str, reason: str) -> N
     assert f"fanout-10: liar: **failed**, {reason}" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_server_that_does_not_start_is_a_finding(tmp_path: Path) -> None:
     """A server that ends at once is reported with its last words."""
@@ -111,6 +113,7 @@ def test_server_that_does_not_start_is_a_finding(tmp_path: Path) -> None:
     assert "ended with status 7: no luck with" in done.stderr
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "arguments",
     [

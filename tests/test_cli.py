@@ -58,6 +58,7 @@ USAGE_ERRORS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("arguments", "reason"), USAGE_ERRORS)
 def test_usage_errors(arguments: list[str], reason: str) -> None:
     """A wrong command line ends with status 2, the usage and one line that says what is wrong."""
@@ -247,6 +248,7 @@ def test_quiet_log(serve: Serve, path: Path) -> None:
 # Names
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name", [b"with space", b"with\nnewline", b"not\xffutf-8", "größe".encode(), b"esc\x1b[31m", b"'quoted\" = %s%d {}", b"-dash"]
 )

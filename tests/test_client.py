@@ -167,6 +167,7 @@ def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
     assert received == DATA[start:]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
     """What is appended while no server is there comes as well, and once; also where nothing had come before."""
@@ -201,6 +202,7 @@ def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
             assert reader.reports[-1] == f"{here(server)} is there again"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
     """A server that has no room for the question after the file's end does not say that there is nothing before the place."""
@@ -280,6 +282,7 @@ def test_end_is_found_again_though_the_file_grows(serve: Serve, path: Path) -> N
         reader.got(path.read_bytes()[len(DATA) - 1000 :])
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
     """The first line that is written to an empty file is a whole one."""
@@ -291,6 +294,7 @@ def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
         reader.got(b"first\n")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_whole_lines_from_a_slow_server() -> None:
     """A server that is silent for a second has not said that the file is shorter."""
@@ -339,6 +343,7 @@ def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
             next(stream)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
     """A server that does not have what we have may get it: a replica that is behind."""
@@ -455,6 +460,7 @@ def test_idle_before_a_shorter_file(serve: Serve, path: Path) -> None:
         list(stream)
 
 
+@pytest.mark.thorough
 def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_path: Path) -> None:
     """Where one replica does not have what we have, another may."""
     path.write_bytes(DATA)

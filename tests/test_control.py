@@ -148,6 +148,7 @@ control.close()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("socket", ["", "/clients"])
 def test_no_room_to_accept(endpoint: str, socket: str) -> None:

@@ -135,6 +135,7 @@ def test_only_some_of_a_flood_is_logged(caplog: pytest.LogCaptureFixture) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEADLY)
 def test_what_ends_the_supervisor(serve: Serve, path: Path, name: str) -> None:

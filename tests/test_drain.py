@@ -68,6 +68,7 @@ def test_everyone_gets_everything(serve: Serve, path: Path, end: Ending) -> None
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 def test_slow_reader(serve: Serve, path: Path, end: Ending) -> None:
     """A client that was stalled when the draining began gets all within the grace."""
@@ -124,6 +125,7 @@ def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
     """A client that does not read cannot keep the server from ending; what the kernel has for it is a part of the file."""
@@ -184,6 +186,7 @@ def test_accept_queue(serve: Serve, path: Path, end: Ending) -> None:
     server.wait()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("header", [b"", b"12", b"  -"])
 def test_without_a_header(serve: Serve, path: Path, end: Ending, header: bytes) -> None:
     """A connection that has not said what it wants gets a clean EOF."""
@@ -223,6 +226,7 @@ def test_the_end_is_where_it_was(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 def test_nobody_is_let_in_while_draining(serve: Serve, path: Path, end: Ending) -> None:
     """The port is closed as soon as the draining has begun, while streams go on."""
@@ -337,6 +341,7 @@ def test_accept_queue_of_a_worker_that_ends_before_its_order(serve: Serve, path:
         served_in_the_end(server, clients)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_signal_to_the_whole_group(serve: Serve, path: Path) -> None:
     """TERM to supervisor and workers at once, with more connections in the queues than a turn accepts, costs none of them its bytes."""

@@ -103,6 +103,7 @@ def test_not_a_regular_file(path: Path, kind: str) -> None:
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ODD_KINDS)
 def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind: str) -> None:
@@ -117,6 +118,7 @@ def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind:
         client.recv(1)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_unreadable(open_folder: Path) -> None:
     """A file that may not be read is refused in one line, with status 1."""
@@ -129,6 +131,7 @@ def test_unreadable(open_folder: Path) -> None:
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> None:
     """A file that turns out not to be readable ends the waiting server in the same way."""
@@ -158,6 +161,7 @@ def leased(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGIO, before)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
 def test_lease_at_start(serve: Serve, path: Path, options: tuple[str, ...]) -> None:
     """A file that is leased at the start is waited for, and the log says so once."""
@@ -296,6 +300,7 @@ def served(tmp_path: Path, way_to_go: Action) -> Path:
     return path
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 def test_gone(serve: Serve, served: Path, way_to_go: Action) -> None:
     """A file that is gone ends the server with status 0, after every client has got what is left of it."""
@@ -318,6 +323,7 @@ def test_gone(serve: Serve, served: Path, way_to_go: Action) -> None:
     assert refused(server.port)
 
 
+@pytest.mark.sample(3)
 def test_gone_with_nobody_connected(serve: Serve, served: Path, way_to_go: Action) -> None:
     """The end of a file that nobody follows is noticed as well."""
     served.write_bytes(DATA)
@@ -327,6 +333,7 @@ def test_gone_with_nobody_connected(serve: Serve, served: Path, way_to_go: Actio
     server.wait()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 def test_linger(serve: Serve, served: Path, way_to_go: Action) -> None:
     """With --linger-after-file-is-gone the server goes on with the file that it holds, also for new clients."""
@@ -382,6 +389,7 @@ def replace_by_link_to_the_same(path: Path) -> None:
 HARMLESS: list[Action] = [add_hard_link, add_and_remove_hard_link, change_mode, touch, make_other_files, replace_by_link_to_the_same]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("action", HARMLESS, ids=lambda action: str(action.__name__))
 def test_not_gone(serve: Serve, path: Path, action: Action) -> None:
@@ -432,6 +440,7 @@ def test_truncated(serve: Serve, path: Path) -> None:
         expect(client, NEWS)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_truncated_under_a_client_that_is_behind(serve: Serve, path: Path) -> None:
     """A file that shrinks while it is being sent costs neither a crash nor a spin, and the stream goes on where it was."""
@@ -479,6 +488,7 @@ def test_truncated_and_refilled(serve: Serve, path: Path) -> None:
 # inotify cannot help
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) -> None:
     """Without inotify the file is looked at by the clock, and the log names the setting that helps, once."""

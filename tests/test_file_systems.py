@@ -71,6 +71,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.thorough
 def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> None:
     """Whichever call on the file fails during a rotation, the server goes on with the next file."""
     server = serve(fuse.path, "--follow-name", "-v", wrapper=fuse.wrapper, program=hurried)
@@ -244,6 +245,7 @@ WAYS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
     """What is mounted over the file, or taken away from under it, is noticed at once."""

@@ -85,6 +85,7 @@ def test_late_appends(server: Server, path: Path) -> None:
     expect_eof(stream)
 
 
+@pytest.mark.thorough
 def test_who_connects_in_between_waits(server: Server, path: Path) -> None:
     """Between two files nobody is refused: not with a header, not without, not before the rotation and not after."""
     stream = server.connect(b"0\n")
@@ -160,6 +161,7 @@ def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: 
     expect(server.connect(b"0\n"), NEW)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path) -> None:
     """A worker that does not end its streams keeps nobody from the next file for much longer than the grace."""
     path.write_bytes(BIG)
@@ -192,6 +194,7 @@ def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
     expect(server.connect(b"0\n"), NEW)
 
 
+@pytest.mark.thorough
 def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
     """A worker that takes over in the middle of a rotation leaves those who wait for the next file alone."""
     path.write_bytes(BIG)
@@ -242,6 +245,7 @@ def test_the_folder_goes(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.thorough
 def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
     """A next file that may not be read is looked at again until it may, and the log says so once."""
     path = open_folder / "file.log"
@@ -285,6 +289,7 @@ def test_end_while_waiting_for_the_next(server: Server, path: Path) -> None:
     expect_eof(waiting)
 
 
+@pytest.mark.thorough
 @usual_pace
 def test_upgrade_while_going_over(server: Server, path: Path) -> None:
     """A HUP between two files is acted on when the next one is served, or waited for."""
@@ -302,6 +307,7 @@ def test_upgrade_while_going_over(server: Server, path: Path) -> None:
     expect(server.connect(b"0\n"), MORE)
 
 
+@pytest.mark.thorough
 def test_rotation_while_upgrading(server: Server, path: Path) -> None:
     """A file that goes while an upgrade is under way delays it, and loses nobody."""
     stream = server.connect(b"0\n")
@@ -313,6 +319,7 @@ def test_rotation_while_upgrading(server: Server, path: Path) -> None:
     expect(server.connect(b"0\n"), NEW)
 
 
+@pytest.mark.thorough
 def test_upgrade_while_waiting_for_the_next(server: Server, path: Path) -> None:
     """An upgrade between two files keeps who waits, with a header or without."""
     early = server.connect()
@@ -418,6 +425,7 @@ def logrotate(path: Path, *directives: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 @needs_logrotate
 def test_logrotate_create(server: Server, path: Path) -> None:
     """Rotated with `create`, every byte of every file arrives, and the file that logrotate makes is served."""

@@ -191,6 +191,7 @@ def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_clients_only_if_asked_for(serve: Serve, path: Path) -> None:
     """Without being asked for, no client is listed, in no form."""
     path.write_bytes(b"data")
@@ -206,6 +207,7 @@ def test_clients_only_if_asked_for(serve: Serve, path: Path) -> None:
 # Servers that are not well
 
 
+@pytest.mark.thorough
 def test_restarted_worker(serve: Serve, path: Path) -> None:
     """A worker that was killed and replaced is a WARNING for a minute, and counted."""
     path.write_bytes(b"data")
@@ -216,6 +218,7 @@ def test_restarted_worker(serve: Serve, path: Path) -> None:
     assert [worker["restarts"] for worker in ask_json(server)["report"]["workers"]] == [0, 1]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_stopped_worker(serve: Serve, path: Path) -> None:
     """A worker that a signal has stopped is CRITICAL as long as it is stopped; connections that wait for it are seen."""
@@ -323,6 +326,7 @@ def test_no_server(form: str) -> None:
 # Which servers
 
 
+@pytest.mark.thorough
 def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
     """A server that listens on two addresses is one, by its port and by its pid; another on the same port is another."""
     path.write_bytes(b"data")
@@ -428,6 +432,7 @@ def test_no_standard_output() -> None:
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
 
 
+@pytest.mark.thorough
 @needs_nobody
 def test_other_users(serve: Serve, open_folder: Path) -> None:
     """Root sees everybody's servers and whose they are; others are refused what is not theirs, and do not list it."""
@@ -496,6 +501,7 @@ def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
     return {"slot": 0, "pid": pid, "ticks": ticks, "ready": True, "restarted": None, "silent": 0.0, **counts}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "answer",
     [
@@ -531,6 +537,7 @@ EXTREME = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "json", "prometheus"])
 def test_extreme_answer(form: str) -> None:
@@ -669,6 +676,7 @@ def test_user_without_a_name() -> None:
         held.__exit__(None, None, None)
 
 
+@pytest.mark.sample(1)
 @root_only
 @pytest.mark.parametrize("beside", [False, True])
 def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> None:
@@ -776,6 +784,7 @@ def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
     assert users == {"root", "3000000001", "3000000002"}
 
 
+@pytest.mark.thorough
 def test_worker_that_is_another_process() -> None:
     """A worker's pid that is now another's, of another start or another parent, is not taken for the worker."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -827,6 +836,7 @@ del socket.SO_SNDTIMEO, socket.SO_RCVTIMEO
 """
 
 
+@pytest.mark.thorough
 def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
     """The options whose format depends on the libc's time_t, on machines of 32 bits, are not used."""
     path.write_bytes(b"data")
@@ -837,6 +847,7 @@ def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (Level.OK, "")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_full_queue() -> None:
     """A supervisor that has left so many questions waiting that there is room for no more does not answer."""
@@ -897,6 +908,7 @@ for turn in range(1_000_000_000):
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_many_sockets_come_and_go() -> None:
     """However many sockets others make and close meanwhile, a server's is found."""
@@ -954,6 +966,7 @@ input()
 """
 
 
+@pytest.mark.thorough
 @needs_nobody
 def test_stranger_is_not_believed() -> None:
     """A name that another user has taken says nothing: it is not even waited for."""
@@ -1000,6 +1013,7 @@ def test_prometheus_is_parsed(serve: Serve, open_folder: Path) -> None:
 # The command line
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "arguments",
     [("-p", "x"), ("-p", "0"), ("-p", "65536"), ("--pid", "0"), ("--pid", "-1"), ("--format", "xml"), ("-p", "1", "--pid", "1"),
@@ -1019,6 +1033,7 @@ def test_installed_command() -> None:
     assert (done.returncode, done.stdout.split()[0]) == (0, "tailsrv-health")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_closed_pipe(arguments: tuple[str, ...], serve: Serve, path: Path) -> None:
     """A reader that has seen enough changes neither the status nor what is on standard error."""

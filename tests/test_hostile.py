@@ -103,6 +103,7 @@ def attacks() -> Iterator[object]:
             yield name if name in SAMPLE else pytest.param(name, marks=pytest.mark.thorough)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(attacks()))
 def test_attack(serve: Serve, path: Path, name: str) -> None:

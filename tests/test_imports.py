@@ -26,6 +26,7 @@ def test_imports_go_down_the_list() -> None:
     assert " 0 broken" in done.stdout
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "line"),

@@ -112,6 +112,7 @@ print(os.pread(fd, 10, 0), os.get_inheritable(fd), os.fstat(fd).st_nlink, os.rea
     assert done.stdout == f"b'data' False 0 {not functions}\n"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @libraries
 def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, functions: tuple[str, ...]) -> None:

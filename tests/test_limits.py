@@ -52,6 +52,7 @@ def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
 # --max-clients
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("workers", [1, 4])
 def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
     """Exactly so many are served at a time, on however many workers; the others wait, and one that leaves lets one in."""
@@ -98,6 +99,7 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
     assert not readable(waiting)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
 def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
     """The limit is kept when workers die and when the server is upgraded: nobody is let in too much, and no place is lost."""

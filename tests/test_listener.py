@@ -347,6 +347,7 @@ def test_name_with_an_address_that_is_not_there(serve: Serve, path: Path, withou
     assert "name=half.test address=::1 " in line
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("bind", "addresses"),
     [

@@ -229,6 +229,7 @@ def of_another_user(kind: str) -> Iterator[tuple[int, int]]:
         yield reader, writer
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
 def test_what_may_not_be_opened_again(kind: str) -> None:
     """A terminal or pipe of another user gets every line as well, and is not waited for."""
@@ -247,6 +248,7 @@ def test_what_may_not_be_opened_again(kind: str) -> None:
         log_to(writer, HUNDRED.replace("100)", "2000)"), AS_NOBODY)
 
 
+@pytest.mark.thorough
 def test_relay_ends_with_those_who_write() -> None:
     """The process that waits for another user's terminal holds nothing else open, and goes when all is written."""
     code = "import psutil; print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"

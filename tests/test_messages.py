@@ -58,6 +58,7 @@ def test_round_trip(message: Message) -> None:
     assert (b"{" in packet) == (isinstance(message, Report) and message.notices != Notices())
 
 
+@pytest.mark.thorough
 @given(reports)
 def test_any_report(report: Report) -> None:
     """Every report comes out as it went in."""

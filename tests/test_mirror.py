@@ -31,6 +31,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", ["EPERM", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV"])
@@ -148,6 +149,7 @@ except RunError as error:
     assert (done.stdout, done.stderr) == (f"cannot open {copy}: each time, {copy} was another file a moment later 4\n", "")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
@@ -189,6 +191,7 @@ def test_full_disk_without_splice(serve: Serve, path: Path, copy: Path) -> None:
     assert copy.read_bytes() == DATA
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("held", [0, 10_000])

@@ -122,6 +122,7 @@ def test_model(examples: int) -> None:
     run_state_machine_as_test(Model, settings=settings(OPTIONS, max_examples=examples))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("examples", numbers_of_examples(2, 8, EXAMPLES // 8))
 def test_model_of_rotations(examples: int) -> None:
     """The same while the file is replaced by the next."""
@@ -137,6 +138,7 @@ class Wrong(Model):
         assert not self.kills, "there was a kill"
 
 
+@pytest.mark.thorough
 def test_what_is_printed_is_a_script() -> None:
     """The steps of an example that fails are printed as calls that repeat it."""
     quick = settings(OPTIONS, phases=[Phase.generate], report_multiple_bugs=False, stateful_step_count=10)

@@ -61,6 +61,7 @@ def test_titles(serve: Serve, path: Path) -> None:
     eventually(lambda: shown() == 20)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_title_of_one(serve: Serve, path: Path) -> None:
     """One of a kind is not written as many; more than one address is named."""
@@ -84,6 +85,7 @@ def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
     assert [title(pid) for pid in server.workers(2)] == [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_titles_while_draining(serve: Serve, path: Path) -> None:
     """Both kinds of process say that they drain, and what is left."""
@@ -346,6 +348,7 @@ def test_ends_while_waiting_for_the_file(serve: Serve, path: Path, number: signa
     server.wait()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "numbers",
@@ -439,6 +442,7 @@ def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> No
     assert {adjustment(pid) for pid in server.workers(2)} == {min(adjustment(server.pid) + 500, 1000)}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ["OSError(errno.ENFILE, os.strerror(errno.ENFILE))", "MemoryError"])
 def test_a_successor_that_finds_no_room(serve: Serve, path: Path, error: str) -> None:
@@ -474,6 +478,7 @@ def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
     assert len(server.lines("critical: workers cannot start: slot=1 status=3")) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("body", "died"), [("return 1", "status=1"), ("os.kill(os.getpid(), signal.SIGSEGV)", "signal=SIGSEGV")])
 def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: str) -> None:
@@ -486,6 +491,7 @@ def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: s
     assert len(server.lines(f"critical: workers cannot start: slot=0 {died}")) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
     """A worker that was ready each time is replaced for ever, less and less often."""
@@ -551,6 +557,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_status_is_for_the_same_user_and_root(serve: Serve, path: Path, open_folder: Path) -> None:
     """Another user gets no answer; the same user does, and so does root."""

@@ -73,6 +73,7 @@ def test_plain_run(project: Path) -> None:
     assert "left out: " not in output
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_named_file_in_several_processes(project: Path) -> None:
     """In a file that is named on the command line nothing is left out, and what several processes left out is counted once."""

@@ -80,6 +80,7 @@ def test_short_answer() -> None:
         assert accept_queue(short) == (0, 0)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["short", "not counted"])
 def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:

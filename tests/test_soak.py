@@ -57,6 +57,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_liar_is_caught(tmp_path: Path) -> None:
     """A server that leaves out one byte in fifty sends is found out, and the place is told."""
@@ -99,6 +100,7 @@ def test_reasons(end: Sample | None, tally: Tally, status: int, reason: str | No
     assert (reason or "OK: ") in summary.text()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "options",
     [

@@ -74,6 +74,7 @@ def test_many_kills(serve: Serve, path: Path, kills: int) -> None:
     assert not server.lines("error")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("number", "deaths", "age"),
     [
@@ -108,6 +109,7 @@ def test_other_deaths(serve: Serve, path: Path, number: signal.Signals, deaths: 
     assert not server.lines("error")
 
 
+@pytest.mark.thorough
 def test_visitors_while_workers_are_killed(serve: Serve, path: Path) -> None:
     """Who connects while workers are killed gets an exact stream or, if it was not passed up yet, an end at once: none hangs."""
     path.write_bytes(SMALL)
@@ -195,6 +197,7 @@ def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
     expect(silent, SMALL)
 
 
+@pytest.mark.sample(1)
 @needs_strace
 @pytest.mark.parametrize("when", [1, 3, *(pytest.param(when, marks=pytest.mark.thorough) for when in (2, 7, 20))])
 @pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
@@ -313,6 +316,7 @@ def spread(server: Server, count: int) -> list[list[socket.socket]]:
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["raise", "exit", "SIGABRT", "SIGSEGV"])
 def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     """A client that kills every worker which adopts it ends with those of its slot, soon; the others and newcomers are served."""
@@ -569,6 +573,7 @@ def test_drain_of_a_slot_in_backoff(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("deaths", [1, 3])
 def test_killed_while_draining(serve: Serve, path: Path, deaths: int) -> None:
     """A successor finishes the drain that its predecessor was killed in."""
@@ -627,6 +632,7 @@ def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> No
     server.wait()
 
 
+@pytest.mark.thorough
 def test_backoff_does_not_outlast_a_drain(serve: Serve, path: Path) -> None:
     """However often a slot's workers have died: in a drain the next comes at once, while there is time for its streams."""
     data = random_bytes(20_000_000)

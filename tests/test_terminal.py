@@ -97,6 +97,7 @@ def test_hup_of_a_living_terminal(serve: Serve, path: Path, terminal: Terminal) 
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("nohup", ["nohup", "trap"])
 def test_nohup(serve: Serve, path: Path, terminal: Terminal, nohup: str) -> None:
     """A server that was started with HUP ignored survives its terminal, and HUP upgrades it."""

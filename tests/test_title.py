@@ -162,6 +162,7 @@ LONG = "\n" * 200  # a title writes it with twice as many bytes as the command l
 COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "name", "variables"),

@@ -25,6 +25,7 @@ def tscat(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return run_client(*TSCAT, *arguments)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -67,6 +68,7 @@ def test_ipv6_literal(serve: Serve, path: Path) -> None:
     assert tscat(f"[::1]:{serve(path).port}", "--until-idle", "0.1").stdout.encode() == LINES
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", ["0", "-200000"])
 def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offset: str) -> None:
@@ -103,6 +105,7 @@ def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) 
         assert command.errors == f"tscat: {endpoint}: Connection refused; trying again\ntscat: {endpoint} is there again\n"
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not (as_root and runs("unshare", "-m", "true")), reason="takes root, for an /etc/hosts of its own")
 def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> None:
     """A name's second address is tried where nobody listens at the first."""
@@ -196,6 +199,7 @@ def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("", "", status)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -36,6 +36,7 @@ def tssync(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return run_client(*TSSYNC, *arguments)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, len(DATA)])
 def test_copy_goes_on_where_it_ends(serve: Serve, path: Path, copy: Path, tmp_path: Path, length: int) -> None:
     """It appends to what is there, and goes on with what is appended to the remote file."""
@@ -77,6 +78,7 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
         assert command.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [5, pytest.param(12, marks=pytest.mark.thorough)])
 def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path, kills: int) -> None:
@@ -158,6 +160,7 @@ def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_p
         assert command.end(signal.SIGINT) == 0
 
 
+@pytest.mark.thorough
 def test_shorter_remote_file_is_said(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """A remote file that is shorter than the copy is waited for, and that is said, once."""
     path.write_bytes(DATA[:1000])
@@ -181,6 +184,7 @@ def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> 
         assert command.end(signal.SIGINT) == 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -204,6 +208,7 @@ def test_copy_that_somebody_changes(
     assert not any(b"more" in left.read_bytes() for left in copy.parent.glob(f"{copy.stem}*"))
 
 
+@pytest.mark.thorough
 def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """A copy that has another length than what was written makes it end, rather than a hole."""
     path.write_bytes(DATA)
@@ -233,6 +238,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True, timeout=DEADLINE)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_full_disk_is_waited_for(serve: Serve, path: Path, tiny_disk: Path, tmp_path: Path) -> None:
     """It says once that there is no room, goes on when there is, and says that, too."""
@@ -270,6 +276,7 @@ def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: li
     assert (len(calls) >= 2) == synced, "once while it waits, and once at the end"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("numbers", [("TERM",), ("HUP",), ("INT", "INT"), ("TERM", "HUP"), ("HUP", "TERM", "INT", "HUP")])
@@ -288,6 +295,7 @@ def test_signals_leave_a_synced_copy(serve: Serve, path: Path, copy: Path, tmp_p
     assert trace.read_text().count("fdatasync(") == 2
 
 
+@pytest.mark.thorough
 def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """A SIGHUP that was to be ignored is."""
     path.write_bytes(DATA)
@@ -299,6 +307,7 @@ def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
         assert command.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.thorough
 def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
     """On a terminal, a line says how much there is and how fast it grows, and is taken away when that ends."""
     path.write_bytes(DATA)
@@ -348,6 +357,7 @@ def _read_now(fd: int) -> bytes:
         os.set_blocking(fd, True)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -66,6 +66,7 @@ def capabilities(pid: int) -> list[str]:
     return [line for line in lines if line.startswith(("CapPrm:", "CapEff:", "CapAmb:")) and int(line.split()[1], 16)]
 
 
+@pytest.mark.thorough
 def test_everything_without_rights(server: Server, open_folder: Path, python: str) -> None:
     """Streams, a killed worker, an upgrade, health and the end: all of it goes without any right but to read the file."""
     socks = [server.connect(b"0\n") for _ in range(6)]

@@ -142,6 +142,7 @@ def test_visitors_during_upgrades(serve: Serve, path: Path, upgrades: int) -> No
     assert len(visits) > 10 * upgrades
 
 
+@pytest.mark.thorough
 def test_a_worker_that_does_not_end(serve: Serve, path: Path) -> None:
     """A worker that is stuck is killed when its turn to be replaced has come; its clients go on."""
     path.write_bytes(SMALL)
@@ -158,6 +159,7 @@ def test_a_worker_that_does_not_end(serve: Serve, path: Path) -> None:
         expect(client, NEWS)
 
 
+@pytest.mark.thorough
 def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
     """An upgrade is over when every slot has a worker again, also one that was in backoff."""
     path.write_bytes(SMALL)
@@ -300,11 +302,8 @@ BREAKS = {
 }
 
 
-# Each of these fails at the same step as one of the others.
-BREAKS_ALIKE = ("import", "early end", "crash", "channel")
-
-
-@pytest.mark.parametrize("which", [pytest.param(name, marks=[pytest.mark.thorough] * (name in BREAKS_ALIKE)) for name in BREAKS])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("which", BREAKS)
 def test_a_program_that_cannot_take_over(serve: Serve, path: Path, installed: Installed, which: str) -> None:
     """Where the installed program does not start, or does not understand our state, all stays as it is and the log says why."""
     path.write_bytes(SMALL)
@@ -338,6 +337,7 @@ def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> No
     check_nothing_changed(server, path, client, living, "can't open file")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installed) -> None:
     """A version whose workers fail replaces none but the first, costs no client, and gives way to the next."""
@@ -443,6 +443,7 @@ def test_requests_during_an_upgrade_are_one_more(serve: Serve, path: Path, insta
     assert len(server.lines("upgrade: asking the installed program")) == 3
 
 
+@pytest.mark.thorough
 def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
     """A storm of requests ends in an upgraded server, with every client."""
     path.write_bytes(SMALL)
@@ -457,6 +458,7 @@ def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
     expect(client, NEWS)
 
 
+@pytest.mark.thorough
 def test_while_waiting_for_the_file(serve: Serve, path: Path, installed: Installed) -> None:
     """A server whose file is not there yet is upgraded too, and those who wait are served when it comes."""
     server = serve(path, "-w", "2", program=installed.hurried)
@@ -493,6 +495,7 @@ def test_the_end_during_a_proof(serve: Serve, path: Path, installed: Installed, 
     assert not server.lines("upgraded: ")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("attempt", [0, 1, 4, 7, *(pytest.param(again, marks=pytest.mark.thorough) for again in (2, 3, 5, 6, 8, 9))])
 def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     """SIGTERM at whatever moment of an upgrade: the streams end in good order, with all that is in the file."""
@@ -521,6 +524,7 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("number", "line"),
     [
@@ -555,6 +559,7 @@ def test_a_signal_that_comes_with_the_end_of_the_check(
         assert not server.lines("upgraded: ")
 
 
+@pytest.mark.thorough
 @needs_strace
 def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     """A signal that comes when the old program has looked for signals for the last time reaches the new one."""
@@ -571,6 +576,7 @@ def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.sample(1)
 @needs_strace
 @pytest.mark.parametrize(
     ("fault", "reason"),
@@ -590,6 +596,7 @@ def test_a_kernel_that_refuses(serve: Serve, path: Path, fault: str, reason: str
     expect(client, SMALL)
 
 
+@pytest.mark.thorough
 def test_a_worker_dies_during_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
     """A worker that is killed while the installed program proves itself has a successor at once, and both are replaced."""
     path.write_bytes(SMALL)
@@ -614,6 +621,7 @@ def test_a_worker_dies_during_an_upgrade(serve: Serve, path: Path, installed: In
 # The service manager
 
 
+@pytest.mark.thorough
 def test_the_service_manager_is_told(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RELOADING=1 comes with the request, READY=1 when all workers are new, or when nothing has changed after all."""
     path.write_bytes(SMALL)

@@ -86,6 +86,7 @@ def test_a_worker_that_hangs_is_replaced(serve: Serve, path: Path, manager: Mana
     assert set(workers[count:]) <= set(children(server.pid))
 
 
+@pytest.mark.thorough
 def test_hung_before_it_was_ready(serve: Serve, path: Path, manager: Manager) -> None:
     """A worker that never gets ready is one that does not answer."""
     server = serve(path, wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
@@ -108,6 +109,7 @@ def next_child(pid: int, before: int) -> int:
                 return child
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "variables",
     [(), ("WATCHDOG_USEC=900000", "WATCHDOG_PID=1"), ("WATCHDOG_USEC=0",), ("WATCHDOG_USEC=abc",), ("WATCHDOG_USEC=" + "9" * 5000,)],
@@ -124,6 +126,7 @@ def test_nobody_wants_to_know(serve: Serve, path: Path, manager: Manager, variab
     server.wait()
 
 
+@pytest.mark.thorough
 def test_status(serve: Serve, path: Path, manager: Manager) -> None:
     """The status follows what the server does, and READY=1 comes once clients can connect, STOPPING=1 when it ends."""
     path.unlink()
