@@ -4,6 +4,7 @@ import gc
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from inotify_simple import INotify
@@ -11,7 +12,7 @@ from setproctitle import getproctitle
 
 from tailsrv import __version__
 from tailsrv.arguments import make_parser
-from tailsrv.config import Config, ConfigError, ExitStatus
+from tailsrv.config import Config, ConfigError, ExitStatus, Timing
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
 from tailsrv.descriptors import occupy_standard, raise_limit
 from tailsrv.intake import RESERVE
@@ -63,11 +64,16 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
     return config, args.verbose - args.quiet
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tailsrv` with `argv` (sys.argv if None) until it is told to end; return the exit status."""
+def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int:
+    """Run `tailsrv` with `argv` (sys.argv if None) until it is told to end; return the exit status.
+
+    `timing` is for tests. An upgrade keeps it where the program that is run again passes it again.
+    """
     with suppress(UnicodeDecodeError):  # of a file name; it has looked by then
         getproctitle()  # setproctitle finds its room only while the environment is as the kernel laid it out
     config, verbosity = parse(argv)
+    if timing is not None:
+        config = replace(config, timing=timing)
     if is_check():
         return answer_check()
     # With arguments of a caller's, the command line of this process is not the one to execute.

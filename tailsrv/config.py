@@ -28,6 +28,45 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """How long the server waits where nothing tells it that something has happened; all in seconds, 0 or more.
+
+    No option sets these. A test that would have to sit through such a wait starts a server with shorter ones.
+    """
+
+    # Between attempts to open a file that does not exist yet, or may not be read yet. Nobody notices half a second.
+    look_interval: float = 0.5
+
+    # Between looks at a file whose appends inotify does not report. Each look wakes up an idle machine.
+    poll_interval: float = 1.0
+
+    # Without an append, until a file that was moved away counts as complete: its writer needs a moment to reopen its log.
+    settle: float = 1.0
+
+    # Between looks at such a file after that, for bytes that are appended too late.
+    late_interval: float = 5.0
+
+    # That such a file is held open for this. If it was deleted, it keeps its disk space for as long.
+    late_patience: float = 60.0
+
+    # After fork(2) has failed for lack of memory or of room in the task limit; both may pass.
+    fork_retry: float = 1.0
+
+    # A worker that has lived for so long did not die of how it starts, so its successor is started at once.
+    long_life: float = 1.0
+
+    # The backoff before the next worker of a slot whose workers die young doubles from the first to the second of these.
+    first_delay: float = 0.1
+    max_delay: float = 5.0
+
+    # Beyond the grace, until workers that do not end are killed. They need a moment to close their last clients.
+    kill_margin: float = 1.0
+
+    # Between two status texts for the service manager, which wakes up for each.
+    status_interval: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What one server was asked to do.
 
@@ -35,7 +74,7 @@ class Config:
     the sockets). `bind` holds the addresses to listen on; empty means every address of the machine. `grace` and
     `header_timeout` are seconds; a `header_timeout` of 0 means never. When the file is gone, `linger` serves on what
     it was, and `follow_name` the next file of its name. `max_clients` of 0 means no limit; `allow` holds the networks
-    that clients may come from, empty for all. Raises ConfigError for a value out of range.
+    that clients may come from, empty for all. `timing` is for tests. Raises ConfigError for a value out of range.
     """
 
     path: str
@@ -48,6 +87,7 @@ class Config:
     follow_name: bool = False
     max_clients: int = 0
     allow: tuple[Network, ...] = ()
+    timing: Timing = Timing()
 
     def __post_init__(self) -> None:
         if not self.path or "\0" in self.path:

@@ -10,16 +10,16 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from tailsrv.config import Timing
 from tailsrv.intake import Intake
 from tailsrv.log import fields, logger
 from tailsrv.loop import Loop
 from tailsrv.messages import Drain, Notices, Ping, encode
-from tailsrv.policy import FIRST_DELAY, MAX_DELAY, Failures, Verdict, describe_status, verdict
+from tailsrv.policy import Failures, Verdict, describe_status, verdict
 from tailsrv.quota import Quota
 from tailsrv.signals import blocked
 from tailsrv.slot import Inheritance, Slot
 
-FORK_RETRY = 1.0  # seconds; fork(2) fails for lack of memory or of room in the task limit, and both may pass
 REPLACE_PATIENCE = 1.0  # seconds that an outdated worker gets to finish its turn
 
 
@@ -39,7 +39,9 @@ class Crew:
         notice: Callable[[Slot, Notices], None],
         give_up: Callable[[str], None],
         stuck: Callable[[str], None],
+        timing: Timing,
     ) -> None:
+        self._timing = timing
         self.slots = list(slots)
         self.filling = False  # empty slots are to be filled
         self.started_up = False  # every slot has had a worker that was ready
@@ -200,7 +202,7 @@ class Crew:
     def _postpone(self, slot: Slot, error: OSError) -> None:
         slot.ready = False
         logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
-        self._fill_at(slot, self._loop.now + FORK_RETRY)
+        self._fill_at(slot, self._loop.now + self._timing.fork_retry)
 
     def _fill_at(self, slot: Slot, when: float) -> None:
         slot.fill_at = when
@@ -246,7 +248,7 @@ class Crew:
             self.spawn(slot)
         elif self.drain_until is not None and self._is_owed(slot) and self._loop.now < self.drain_until:
             self._note_failure(slot, what)  # somebody still has to serve these clients, and the grace bounds how often
-            self._fill_at(slot, self._loop.now + min(slot.failures.delay(), FIRST_DELAY))
+            self._fill_at(slot, self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay))
 
     def _is_owed(self, slot: Slot) -> bool:
         """Tell whether a drain has something to do in `slot`; those who have not started wait for a next file if one comes."""
@@ -257,7 +259,7 @@ class Crew:
         if self._unproven and not slot.ready and what not in (Verdict.KILLED, Verdict.NO_ROOM):  # it is the program, not the clients
             self.outdated = []
             slot.restarts += 1
-            self._fill_at(slot, self._loop.now + MAX_DELAY)
+            self._fill_at(slot, self._loop.now + self._timing.max_delay)
             self._stuck(f"slot={slot.index} {describe_status(status)}")
             return
         self._note_failure(slot, what)
@@ -266,13 +268,13 @@ class Crew:
             return
         slot.restarts += 1
         slot.restarted = self._loop.now
-        if delay := slot.failures.delay():
+        if delay := slot.failures.delay(self._timing):
             logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
         self._fill_at(slot, self._loop.now + delay)
 
     def _note_failure(self, slot: Slot, what: Verdict) -> None:
         """Take the death into the slot's record, and give its clients up if one of them seems to be the cause."""
-        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted)
+        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted, self._timing)
         slot.ready = False
         if slot.failures.poisoned():
             ended = slot.roster.hang_up()

@@ -5,23 +5,21 @@ For --follow-name only, until streams go on from one file to the next.
 
 import os
 
-from tailsrv import policy
+from tailsrv.config import Timing
 from tailsrv.descriptors import close_file
 from tailsrv.log import fields, logger
 from tailsrv.loop import Loop
-from tailsrv.watch import POLL_INTERVAL, size_of
+from tailsrv.watch import size_of
 
 SAMPLE_INTERVAL = 0.25  # seconds between looks at the size until the workers take the file for complete
 MARGIN = 0.5  # seconds; a busy worker takes it for complete a little later than it should
-CHECK_INTERVAL = 5.0  # seconds between looks at the size after that
-PATIENCE = 60.0  # seconds that the file is held; one that was deleted keeps its disk space for as long
 
 
 class LateAppends:
     """The last file that was rotated away: held open for a minute, and looked at now and then."""
 
-    def __init__(self, loop: Loop, path: str) -> None:
-        self._loop, self._path = loop, path
+    def __init__(self, loop: Loop, path: str, timing: Timing) -> None:
+        self._loop, self._path, self._timing = loop, path, timing
         self._file: int | None = None
         self._size: int | None = None  # what the workers have sent, as far as the supervisor can tell
         self._reported = 0  # bytes
@@ -35,8 +33,8 @@ class LateAppends:
         except OSError:  # no descriptor left for it
             return
         self._size, self._reported = size_of(file), 0
-        self._until = self._loop.now + PATIENCE
-        self._pause = policy.SETTLE + (POLL_INTERVAL if polling else 0) + MARGIN
+        self._until = self._loop.now + self._timing.late_patience
+        self._pause = self._timing.settle + (self._timing.poll_interval if polling else 0) + MARGIN
         self._changed = self._loop.now
         self._loop.timers.set(self._settle, self._loop.now + SAMPLE_INTERVAL)
 
@@ -74,14 +72,14 @@ class LateAppends:
             self._await_late()
 
     def _await_late(self) -> None:
-        self._loop.timers.set(self._check, self._loop.now + CHECK_INTERVAL)
+        self._loop.timers.set(self._check, self._loop.now + self._timing.late_interval)
 
     def _check(self) -> None:
         """Report the first bytes that are late at once, and all there were at the end."""
         if self._reported == 0 or self._loop.now >= self._until:
             self._report()
         if self._loop.now < self._until:
-            self._loop.timers.set(self._check, self._loop.now + CHECK_INTERVAL)
+            self._loop.timers.set(self._check, self._loop.now + self._timing.late_interval)
         else:
             self.close()
 

@@ -1,10 +1,11 @@
 """Looks at the file when there is reason to, for a worker's streams and for the supervisor."""
 
 from tailsrv import policy
+from tailsrv.config import Timing
 from tailsrv.loop import Loop
 from tailsrv.news import News
 from tailsrv.streams import Streams
-from tailsrv.watch import POLL_INTERVAL, Watch
+from tailsrv.watch import Watch
 
 
 class Lookout:
@@ -14,8 +15,9 @@ class Lookout:
     if the supervisor is to act on it (`insist`): it may find the file back, and the file may go once more.
     """
 
-    def __init__(self, watch: Watch, streams: Streams, news: News, loop: Loop, insist: bool = True) -> None:
+    def __init__(self, watch: Watch, streams: Streams, news: News, loop: Loop, timing: Timing, insist: bool = True) -> None:
         self.gone = False
+        self._timing = timing
         self._insist = insist
         self.changed = loop.now  # when the file's size was last found to be another
         self._watch, self._streams, self._news, self._loop = watch, streams, news, loop
@@ -73,7 +75,7 @@ class Lookout:
         if self.gone and (self._insist or not before):
             self._news.notice(gone=True)
         if gone is None or (self.gone and self._insist):  # no event need tell what becomes of it
-            self._loop.timers.set(self.recheck_path, self._loop.now + POLL_INTERVAL)
+            self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
 
     def recheck_path(self) -> None:
         """Look once more: what has come back since may lead through links and folders that nobody watches yet."""
@@ -87,11 +89,11 @@ class Lookout:
 
     def poll_file(self) -> None:
         """Do by the clock what handle_watch does where inotify cannot help."""
-        self._loop.timers.set(self.poll_file, self._loop.now + POLL_INTERVAL)
+        self._loop.timers.set(self.poll_file, self._loop.now + self._timing.poll_interval)
         self.check_path()
         if self._watch.following:
             self.look()
 
     def settling_pause(self) -> float:
         """Return the seconds without news after which a file that was moved away is taken to be complete."""
-        return policy.SETTLE + (POLL_INTERVAL if self._watch.polling else 0)
+        return self._timing.settle + (self._timing.poll_interval if self._watch.polling else 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import ip_address
 
-from tailsrv.config import ExitStatus, Network
+from tailsrv.config import ExitStatus, Network, Timing
 
 # The most that one sendfile moves. A bigger chunk makes fewer system calls, and lets a client that replays
 # a large file keep the others waiting longer: at 1 MiB that is a fraction of a millisecond.
@@ -40,14 +40,9 @@ ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hol
 SHARED_ACCEPTS = 4  # the same from a listener that all workers share: more would let the first to wake take them all
 STALL_PAUSE = 0.2  # seconds without accepting after running out of room: no spin, and soon back
 MEMORY_PAUSE = 0.05  # seconds until those are tried again whose bytes the kernel had no memory for
-SETTLE = 1.0  # seconds without an append after which a file that was moved away is taken to be complete
 
-LONG_LIFE = 1.0  # seconds; a worker that lived so long did not die of how it starts
 MAX_SUSPECT = 2  # deaths in a row, each soon after adopting: one of the clients is what kills
 MAX_UNREADY = 5  # deaths in a row before a slot's worker was ready: the next would fare no better
-FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds; the backoff doubles from one to the other
-
-KILL_MARGIN = 1.0  # seconds beyond the grace before workers that do not end are killed
 
 
 def is_allowed(host: str, networks: Sequence[Network]) -> bool:
@@ -71,24 +66,24 @@ def disk_pause(readers: int, misses: int) -> float:
 class Failures:
     """How a slot's workers have fared, each figure a number of deaths in a row."""
 
-    short: int = 0  # under LONG_LIFE
+    short: int = 0  # under `long_life`
     unready: int = 0  # before the worker was ready, and not because somebody killed it
     suspect: int = 0  # by the worker's own fault, soon after it had adopted clients
 
-    def after_life(self, seconds: float, ready: bool, end: "Verdict", adopted: bool) -> "Failures":
+    def after_life(self, seconds: float, ready: bool, end: "Verdict", adopted: bool, timing: Timing) -> "Failures":
         """Return the record after one more worker has died at that age."""
-        short = seconds < LONG_LIFE
+        short = seconds < timing.long_life
         return Failures(
             short=self.short + 1 if short else 0,
             unready=0 if ready or end in (Verdict.KILLED, Verdict.NO_ROOM) else self.unready + 1,
             suspect=self.suspect + 1 if short and adopted and end is Verdict.FAULT else 0,
         )
 
-    def delay(self) -> float:
+    def delay(self, timing: Timing) -> float:
         """Return the seconds to wait before the slot is filled again: none after the first short life."""
         if self.short <= 1:
             return 0.0
-        return float(min(MAX_DELAY, FIRST_DELAY * 2 ** min(self.short - 2, 30)))
+        return float(min(timing.max_delay, timing.first_delay * 2 ** min(self.short - 2, 30)))
 
     def poisoned(self) -> bool:
         """Tell whether the slot's clients must be given up, or one of them would keep the slot down."""

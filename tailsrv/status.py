@@ -11,7 +11,7 @@ from tailsrv.control import start_ticks
 from tailsrv.crew import Crew
 from tailsrv.loop import Loop
 from tailsrv.source import Source
-from tailsrv.title import STATUS_INTERVAL, Title, service_status, supervisor_title
+from tailsrv.title import Title, service_status, supervisor_title
 
 
 class Status:
@@ -30,7 +30,8 @@ class Status:
         self._config, self._endpoints, self._started = config, endpoints, started
         self._crew, self._source, self._state, self._loop = crew, source, state, loop
         self._title = Title(loop.timers, self._render_title)
-        self._service_status = Title(loop.timers, self.sentence, lambda status: systemd.notify(f"STATUS={status}"), STATUS_INTERVAL)
+        interval = config.timing.status_interval
+        self._service_status = Title(loop.timers, self.sentence, lambda status: systemd.notify(f"STATUS={status}"), interval)
 
     def changed(self) -> None:
         """Note that something may have: what is shown is renewed, at a bounded pace."""

@@ -25,7 +25,7 @@ from tailsrv.loop import Loop
 from tailsrv.messages import Notices
 from tailsrv.mounts import Mounts
 from tailsrv.pace import Pace
-from tailsrv.policy import KILL_MARGIN, lacks_room
+from tailsrv.policy import lacks_room
 from tailsrv.quota import Quota
 from tailsrv.self_check import counts_streams
 from tailsrv.signals import ACTED_ON, STRAY, Wakeup, name_of, release
@@ -40,7 +40,6 @@ from tailsrv.upgrade import Upgrader
 from tailsrv.watch import CannotServeError
 from tailsrv.watchdog import Watchdog
 
-LOOK_INTERVAL = 0.5  # seconds between looks for a file that does not exist yet
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
 TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
 
@@ -78,11 +77,11 @@ class Supervisor:
         self.control = control
         self.work = work
         self.loop = Loop()
-        self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others)
+        self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others, config.timing)
         self.started = handed_on.started if handed_on else time.time()
         self.source = Source(config.path)
-        self.pace = Pace()  # of rotations
-        self.late = LateAppends(self.loop, config.path)
+        self.pace = Pace(config.timing)  # of rotations
+        self.late = LateAppends(self.loop, config.path, config.timing)
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
         self.crew.started_up = handed_on is not None and handed_on.file is not None
@@ -149,7 +148,7 @@ class Supervisor:
     def wait_for_file(self) -> None:
         """Look for the file from time to time; workers without one accept meanwhile, or dead connections would fill the queues."""
         logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
-        self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+        self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
         self.crew.fill_all()
 
     def look_for_file(self) -> None:
@@ -162,7 +161,7 @@ class Supervisor:
             self.crew.refill_all()
             self.start_serving()
         else:
-            self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+            self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
 
     def handle_unusable(self, reason: str) -> None:
         """Give up, unless we follow the name: who rotates a file may set its owner and mode a moment after making it."""
@@ -174,7 +173,7 @@ class Supervisor:
         if reason != self.source.trouble:
             logger.error("cannot serve the file of that name, looking again: %s", fields(path=self.config.path, reason=reason))
         self.source.trouble = reason
-        self.loop.timers.set(self.look_for_file, self.loop.now + LOOK_INTERVAL)
+        self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
@@ -183,7 +182,7 @@ class Supervisor:
             return
         if not (gone := self.source.has_gone(self.loop.now)):
             if gone is None:  # nobody will say so again
-                self.loop.timers.set(self.handle_gone, self.loop.now + LOOK_INTERVAL)
+                self.loop.timers.set(self.handle_gone, self.loop.now + self.config.timing.look_interval)
             return
         if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
             self.postpone_rotation(pause)
@@ -220,7 +219,7 @@ class Supervisor:
             self.upgrader.done(self.loop.now)
         until = self.loop.now + self.config.grace
         self.crew.drain(until, rotating=True)
-        self.loop.timers.set(self.crew.kill, until + KILL_MARGIN)
+        self.loop.timers.set(self.crew.kill, until + self.config.timing.kill_margin)
 
     def go_over(self) -> None:
         """Let go of the file that is gone, now that nobody is served from it, and look for the next."""
@@ -371,7 +370,7 @@ class Supervisor:
         self.lifecycle.stopping()
         until = self.loop.now + self.config.grace
         self.crew.drain(until)
-        self.loop.timers.set(self.terminate, until + KILL_MARGIN)
+        self.loop.timers.set(self.terminate, until + self.config.timing.kill_margin)
 
     def terminate(self) -> None:
         """End at once."""

@@ -9,7 +9,6 @@ from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
 from tailsrv.timers import Timers
 
 INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
-STATUS_INTERVAL = 5.0  # seconds; the service manager wakes up for each status
 
 # The environment variable that makes the room which command line and environment lack.
 ROOM = "TAILSRV_TITLE_ROOM"

@@ -15,8 +15,6 @@ from tailsrv.file_system import why_poll
 from tailsrv.hints import cannot_open
 from tailsrv.identity import Identity
 
-POLL_INTERVAL = 1.0  # seconds between looks at a file whose appends inotify does not report
-
 _END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
 _STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
 _EVENTS_BYTES = 256  # room for 16 events, which have no names; more than Python's small objects hold costs a malloc(3)
@@ -92,7 +90,7 @@ class Watch:
     """The inotify watch on one open file and on what its path leads through.
 
     Its events are hints, the file's state is the truth: whoever wakes up asks `size()`, and `is_gone()` if `read()`
-    says so. Where inotify cannot help, `polling` says why, and one has to look every POLL_INTERVAL.
+    says so. Where inotify cannot help, `polling` says why, and one has to look every `Timing.poll_interval`.
     """
 
     def __init__(self, file: int, path: str) -> None:

@@ -91,7 +91,7 @@ class Worker:
         self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
         self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_room)
         self.news = News(self.channel, self.loop, self.start_stream, self.end)
-        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop, insist=not config.linger)
+        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop, config.timing, insist=not config.linger)
         self.headers = Headers(self.slot, config.header_timeout, self.loop, self.lookout, self.streams, self.news, self.drop)
         self.drainer = Drainer(self.loop, self.streams, self.lookout, self.drop)
         self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)

@@ -10,8 +10,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tailsrv import cli, crew, late, lookout, policy, supervisor, upgrade
+from tailsrv import cli, upgrade
+from tailsrv.config import Timing
 from tailsrv.supervisor import Supervisor
+
+# Faults follow one another too fast for a backoff, and soon after a rotation there are as many descriptors as before it.
+TIMING = Timing(look_interval=0.05, poll_interval=0.05, settle=0.05, fork_retry=0.05, long_life=0.0, late_interval=0.05, late_patience=0.05)
 
 
 def hold(place: str) -> None:
@@ -31,10 +35,7 @@ def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
-    policy.LONG_LIFE = 0.0  # faults come too fast one after another for a backoff
-    policy.SETTLE = crew.FORK_RETRY = supervisor.LOOK_INTERVAL = lookout.POLL_INTERVAL = 0.05  # type: ignore[attr-defined]
-    late.PATIENCE = late.CHECK_INTERVAL = 0.05  # as many descriptors as before, soon after a rotation
     Supervisor.become_worker = holding("worker", Supervisor.become_worker)  # type: ignore[method-assign]
     Supervisor.become_teller = holding("status", Supervisor.become_teller)  # type: ignore[method-assign]
     hold("proof" if upgrade.is_check() else "main")
-    sys.exit(cli.main())
+    sys.exit(cli.main(timing=TIMING))

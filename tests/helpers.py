@@ -19,6 +19,7 @@ import pytest
 DEADLINE = 20.0  # seconds that an event may take on a busy machine; no test waits for it to pass
 
 TAILSRV = (sys.executable, "-m", "tailsrv")
+HURRIED = (sys.executable, str(Path(__file__).with_name("hurried.py")))  # the same with shorter waits
 
 NOBODY = 65534
 ACTIVATE = Path(__file__).with_name("activate.py")

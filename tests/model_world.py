@@ -21,8 +21,8 @@ from model_client import Client
 from survival import descriptors, ready_workers, status
 from unit import reset
 
+from tailsrv.config import Timing
 from tailsrv.control import CLIENTS
-from tailsrv.policy import SETTLE
 
 TCP_REPAIR = 19  # linux/tcp.h: what is closed with this option set sends nothing any more
 WORKERS = 2
@@ -356,7 +356,7 @@ class FollowingWorld(World):
         before, began = self.history.size, time.monotonic()
         self.path.rename(self.path.with_name(f"moved-{self.rotations}.log"))
         self.append(news)
-        late = time.monotonic() - began > SETTLE / 2  # then it may go unnoticed
+        late = time.monotonic() - began > Timing().settle / 2  # then it may go unnoticed
         for client in self.living:
             if client.stream and not client.ended:
                 self.read_to_the_end(client, before if late else self.history.size)

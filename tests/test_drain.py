@@ -8,7 +8,22 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop, switches, title
+from helpers import (
+    HURRIED,
+    Serve,
+    Server,
+    append,
+    eventually,
+    expect,
+    expect_eof,
+    gone,
+    random_bytes,
+    recv_all,
+    recv_exactly,
+    stop,
+    switches,
+    title,
+)
 from survival import needs_strace, strace
 
 DATA = random_bytes(1000)
@@ -115,7 +130,7 @@ def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
 def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
     """A client that does not read cannot keep the server from ending; what the kernel has for it is a part of the file."""
     path.write_bytes(BIG)
-    server = serve(path, "--grace", "0.3")
+    server = serve(path, "--grace", "0.3", program=HURRIED)
     stalled = server.connect(b"0\n", receive_buffer=4096)
     done = server.connect(b"0\n")
     expect(stalled, BIG[:10])

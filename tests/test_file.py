@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import (
     DEADLINE,
+    HURRIED,
     Serve,
     append,
     ask,
@@ -45,7 +46,7 @@ def refused(port: int) -> bool:
 @pytest.mark.slow
 def test_appears_later(serve: Serve, path: Path) -> None:
     """Clients that connect before there is a file wait, and are served once there is."""
-    server = serve(path, "-w", "2")
+    server = serve(path, "-w", "2", program=HURRIED)
     server.logged("info: waiting for file: ", f"path={path}")
     clients = [server.connect(b"%d\n" % start) for start in range(0, 1000, 100)]
     silent = server.connect()
@@ -64,7 +65,7 @@ def test_appears_later_by_another_way(serve: Serve, path: Path, tmp_path: Path) 
     """A dangling link, in a folder that is not there yet, is a file that does not exist yet."""
     target = tmp_path / "folder" / "target"
     path.symlink_to(target)
-    server = serve(path)
+    server = serve(path, program=HURRIED)
     client = server.connect(b"0\n")
     server.logged("waiting for file")
     target.parent.mkdir()
@@ -107,7 +108,7 @@ def test_not_a_regular_file(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ODD_KINDS)
 def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind: str) -> None:
     """What turns out not to be a regular file ends the waiting server in the same way."""
-    server = serve(path, status=1)
+    server = serve(path, status=1, program=HURRIED)
     client = server.connect(b"0\n")
     server.logged("waiting for file")
     make_odd(path, kind)
@@ -135,7 +136,7 @@ def test_unreadable(open_folder: Path) -> None:
 def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> None:
     """A file that turns out not to be readable ends the waiting server in the same way."""
     path, hidden = open_folder / "file.log", open_folder / "hidden"
-    server = serve(path, status=1, wrapper=wrapper_without_rights())
+    server = serve(path, status=1, wrapper=wrapper_without_rights(), program=HURRIED)
     server.logged("waiting for file")
     hidden.touch()
     hidden.chmod(0)
@@ -166,7 +167,7 @@ def test_lease_at_start(serve: Serve, path: Path, options: tuple[str, ...]) -> N
     """A file that is leased at the start is waited for, and the log says so once."""
     path.write_bytes(DATA)
     with leased(path):
-        server = serve(path, *options)
+        server = serve(path, *options, program=HURRIED)
         server.logged("warning: another program has a lease on the file", f"path={path}")
         client = server.connect(b"0\n")
         server.logged("waiting for file")
@@ -177,7 +178,7 @@ def test_lease_at_start(serve: Serve, path: Path, options: tuple[str, ...]) -> N
 def test_lease_on_the_next_file(serve: Serve, path: Path) -> None:
     """The same at a rotation, which is no error."""
     path.write_bytes(DATA)
-    server = serve(path, "--follow-name")
+    server = serve(path, "--follow-name", program=HURRIED)
     expect(client := server.connect(b"0\n"), DATA)
     (fresh := path.with_suffix(".new")).write_bytes(NEWS)
     with leased(fresh):
@@ -494,7 +495,7 @@ def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) ->
     if not runs(*NO_INOTIFY, sys.executable, "-c", ""):
         pytest.skip("a user namespace without inotify instances cannot be had")
     path.write_bytes(DATA)
-    server = serve(path, "-w", "3", wrapper=NO_INOTIFY)
+    server = serve(path, "-w", "3", wrapper=NO_INOTIFY, program=HURRIED)
     server.workers(3)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import (
     DEADLINE,
+    HURRIED,
+    TAILSRV,
     Serve,
     Server,
     append,
@@ -33,12 +35,16 @@ OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_
 
 
 @pytest.fixture
-def server(serve: Serve, path: Path) -> Server:
-    """Start a server that follows the name of a file that is there."""
+def server(serve: Serve, path: Path, request: pytest.FixtureRequest) -> Server:
+    """Start a server that follows the name of a file that is there; unless a test asks for another program, one that soon goes over."""
     path.write_bytes(OLD)
-    server = serve(path, "--follow-name", "-w", "2", "-v")
+    server = serve(path, "--follow-name", "-w", "2", "-v", program=getattr(request, "param", HURRIED))
     server.workers(2)
     return server
+
+
+# For tests that do something while the server waits for the old file to be complete.
+usual_pace = pytest.mark.parametrize("server", [TAILSRV], indirect=True, ids=["usual pace"])
 
 
 def rotate(path: Path, data: bytes = b"") -> Path:
@@ -65,6 +71,7 @@ def test_rotation(server: Server, path: Path) -> None:
     assert not set(before) & set(children(server.pid))
 
 
+@usual_pace
 def test_late_appends(server: Server, path: Path) -> None:
     """What the writer appends to the old file before it has gone over to the next is part of the old file's streams."""
     stream = server.connect(b"0\n")
@@ -158,7 +165,7 @@ def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: 
 def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path) -> None:
     """A worker that does not end its streams keeps nobody from the next file for much longer than the grace."""
     path.write_bytes(BIG)
-    server = serve(path, "--follow-name", "--grace", "3", "-v")
+    server = serve(path, "--follow-name", "--grace", "2", "-v", program=HURRIED)
     (worker,) = server.workers(1)
     stalled = server.connect(b"0\n", receive_buffer=4096)  # keeps the worker at it for all of the grace
     server.streaming(stalled)
@@ -169,6 +176,7 @@ def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path)
     server.logged("worker was killed: ", f"pid={worker} ")
 
 
+@usual_pace
 def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
     """A worker that dies while its streams are being ended has a successor that ends them, to the byte."""
     streams = [server.connect(b"0\n") for _ in range(10)]
@@ -208,7 +216,7 @@ def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
 def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
     """Those who wait for the next file count for --max-clients: nobody else gets their places."""
     path.write_bytes(OLD)
-    server = serve(path, "--follow-name", "--max-clients", "10", "-w", "4")
+    server = serve(path, "--follow-name", "--max-clients", "10", "-w", "4", program=HURRIED)
     server.workers(4)
     early = [server.connect() for _ in range(10)]
     eventually(lambda: "10 clients" in server.title())
@@ -229,7 +237,7 @@ def test_the_folder_goes(serve: Serve, path: Path) -> None:
     folder = path.parent / "folder"
     folder.mkdir()
     (folder / "log").write_bytes(OLD)
-    server = serve("log", "--follow-name", wrapper=("env", "-C", str(folder)))
+    server = serve("log", "--follow-name", wrapper=("env", "-C", str(folder)), program=HURRIED)
     expect(server.connect(b"0\n"), OLD)
     shutil.rmtree(folder)
     server.logged("waiting for file")
@@ -243,7 +251,7 @@ def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
     path = open_folder / "file.log"
     path.write_bytes(OLD)
     path.chmod(0o644)
-    server = serve(path, "--follow-name", wrapper=wrapper_without_rights())
+    server = serve(path, "--follow-name", wrapper=wrapper_without_rights(), program=HURRIED)
     server.workers(1)
     path.unlink()
     server.logged("waiting for file")
@@ -259,6 +267,7 @@ def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
     assert len(server.lines("looking again")) == 1
 
 
+@usual_pace
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
 def test_end_while_going_over(server: Server, path: Path, number: signal.Signals) -> None:
     """A server that is told to end between two files ends, with status 0."""
@@ -281,6 +290,7 @@ def test_end_while_waiting_for_the_next(server: Server, path: Path) -> None:
 
 
 @pytest.mark.thorough
+@usual_pace
 def test_upgrade_while_going_over(server: Server, path: Path) -> None:
     """A HUP between two files is acted on when the next one is served, or waited for."""
     stream = server.connect(b"0\n")
@@ -325,6 +335,7 @@ def test_upgrade_while_waiting_for_the_next(server: Server, path: Path) -> None:
     expect(waiting, NEW)
 
 
+@usual_pace
 def test_title_says_so(server: Server, path: Path) -> None:
     """While streams of the old file are being ended, the supervisor's title says that it is rotating."""
     stream = server.connect(b"0\n")
@@ -346,7 +357,7 @@ def follow_link(path: Path, number: int) -> None:
 def test_links(serve: Serve, path: Path) -> None:
     """A name that is a link leads to the next file when it is pointed there."""
     follow_link(path, 1)
-    server = serve(path, "--follow-name")
+    server = serve(path, "--follow-name", program=HURRIED)
     stream = server.connect(b"0\n")
     expect(stream, random_bytes(1000, 1))
     follow_link(path, 2)
@@ -367,7 +378,7 @@ def heard(path: Path, stream: socket.socket) -> None:
 def test_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
     """A file that is back when the supervisor looks, and goes again while the worker does not, is missed by neither."""
     path.write_bytes(OLD)
-    server = serve(path, "--follow-name")
+    server = serve(path, "--follow-name", program=HURRIED)
     (worker,) = server.workers(1)
     expect(stream := server.connect(b"0\n"), OLD)
     stop(server.pid)
@@ -386,7 +397,7 @@ def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
     """So it is with a link: the one that comes back is watched like the first."""
     path.write_bytes(OLD)
     (link := path.with_name("link")).symlink_to(path)
-    server = serve(link, "--follow-name")
+    server = serve(link, "--follow-name", program=HURRIED)
     server.workers(1)
     expect(stream := server.connect(b"0\n"), OLD)
     stop(server.pid)

@@ -1,15 +1,17 @@
 """What is appended to a file too late for its streams is counted, and said."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Serve, append, expect, expect_eof
+from helpers import HURRIED, Serve, append, expect, expect_eof
 
-from tailsrv.late import CHECK_INTERVAL, PATIENCE, LateAppends
+from tailsrv.config import Timing
+from tailsrv.late import LateAppends
 from tailsrv.loop import Loop
+
+TIMING = Timing()
 
 
 class Bench:
@@ -20,7 +22,7 @@ class Bench:
         path.write_bytes(b"old")
         self.time = 100.0
         self.loop = Loop(lambda: self.time)
-        self.late = LateAppends(self.loop, "log")
+        self.late = LateAppends(self.loop, "log", TIMING)
 
     def begin(self) -> None:
         """Rotate the file away."""
@@ -58,7 +60,7 @@ def test_nothing_is_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None
     for _ in range(10):
         bench.run(0.9)
         append(bench.path, b"more")
-    bench.run(2 * PATIENCE)
+    bench.run(2 * TIMING.late_patience)
     assert bytes_said(caplog) == []
     assert bench.loop.timeout() is None
 
@@ -68,13 +70,13 @@ def test_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.begin()
     bench.run(3)
     append(bench.path, b"late\n")
-    bench.run(CHECK_INTERVAL)
+    bench.run(TIMING.late_interval)
     assert bytes_said(caplog) == ["bytes=5"]
     for _ in range(3):
         append(bench.path, b"later\n")
-        bench.run(CHECK_INTERVAL)
+        bench.run(TIMING.late_interval)
     assert bytes_said(caplog) == ["bytes=5"]
-    bench.run(PATIENCE)
+    bench.run(TIMING.late_patience)
     assert bytes_said(caplog) == ["bytes=5", "bytes=23"]
     assert bench.loop.timeout() is None
 
@@ -85,7 +87,7 @@ def test_streams_have_ended(bench: Bench, caplog: pytest.LogCaptureFixture) -> N
     append(bench.path, b"more")
     bench.late.seal()
     append(bench.path, b"late\n")
-    bench.run(CHECK_INTERVAL)
+    bench.run(TIMING.late_interval)
     assert bytes_said(caplog) == ["bytes=5"]
 
 
@@ -101,19 +103,11 @@ def test_next_rotation(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-HURRIED = """
-import sys
-from tailsrv import cli, late, policy
-policy.SETTLE = late.CHECK_INTERVAL = 0.05
-sys.exit(cli.main())
-"""
-
-
 @pytest.mark.slow
 def test_late_writer(serve: Serve, path: Path) -> None:
     """A writer that reopens its log too late is said to lose bytes; its old file is held by the supervisor alone."""
     path.write_bytes(b"old")
-    server = serve(path, "--follow-name", program=(sys.executable, "-c", HURRIED))
+    server = serve(path, "--follow-name", program=HURRIED)
     expect(stream := server.connect(b"0\n"), b"old")
     old = path.rename(path.with_suffix(".1"))
     path.write_bytes(b"new")

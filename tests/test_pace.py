@@ -1,12 +1,14 @@
 """The least time between two rotations."""
 
+from tailsrv.config import Timing
 from tailsrv.pace import Pace
-from tailsrv.policy import LONG_LIFE, MAX_DELAY
+
+TIMING = Timing()
 
 
 def test_first_rotations_wait_for_nothing() -> None:
     """One rotation may come at any time, and a second one soon after it."""
-    pace = Pace()
+    pace = Pace(TIMING)
     for now in (100.0, 100.1):
         assert pace.pause(now) == 0
         pace.note(now)
@@ -14,23 +16,23 @@ def test_first_rotations_wait_for_nothing() -> None:
 
 def test_rotations_in_quick_succession() -> None:
     """Where one follows another at once, the pause doubles up to its maximum: 100 of them take minutes."""
-    pace, now, pauses = Pace(), 100.0, []
+    pace, now, pauses = Pace(TIMING), 100.0, []
     for _ in range(100):
         pauses.append(round(pace.pause(now), 6))
         now += pace.pause(now)
         assert pace.pause(now) == 0
         pace.note(now)
     assert pauses == sorted(pauses)
-    assert pauses[-1] == MAX_DELAY
+    assert pauses[-1] == TIMING.max_delay
     assert now > 400
 
 
 def test_rotations_at_leisure() -> None:
     """A file that lived long enough ends the row, whatever pause there was before it."""
-    pace, now = Pace(), 100.0
+    pace, now = Pace(TIMING), 100.0
     for _ in range(10):
         now += pace.pause(now)
         pace.note(now)
-    now += pace.pause(now) + LONG_LIFE
+    now += pace.pause(now) + TIMING.long_life
     pace.note(now)
     assert pace.pause(now) == 0

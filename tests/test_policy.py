@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.config import Network
+from tailsrv.config import Network, Timing
 from tailsrv.policy import (
     CHUNK,
-    LONG_LIFE,
-    MAX_DELAY,
     MAX_UNREADY,
     Allowance,
     Failures,
@@ -100,7 +98,8 @@ def test_describe_status(status: int, words: str) -> None:
 # A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
 Life = tuple[float, bool, Verdict, bool]
 
-SOON, LATE = LONG_LIFE - 0.001, LONG_LIFE
+TIMING = Timing()
+SOON, LATE = TIMING.long_life - 0.001, TIMING.long_life
 DONE, FAULT, KILLED, NO_ROOM = Verdict.DONE, Verdict.FAULT, Verdict.KILLED, Verdict.NO_ROOM
 
 
@@ -108,7 +107,7 @@ def after(*lives: Life) -> Failures:
     """Return the record of a slot after these lives."""
     failures = Failures()
     for life in lives:
-        failures = failures.after_life(*life)
+        failures = failures.after_life(*life, TIMING)
     return failures
 
 
@@ -134,18 +133,18 @@ def after(*lives: Life) -> Failures:
 )
 def test_after_life(life: Life, record: Failures) -> None:
     """What one more death adds to the record of a slot, and what it wipes out."""
-    assert record == Failures(short=3, unready=3, suspect=1).after_life(*life)
+    assert record == Failures(short=3, unready=3, suspect=1).after_life(*life, TIMING)
 
 
 def test_delays() -> None:
     """The first short life costs no delay; from the second on it doubles from 0.1 to 5 seconds; a long life starts anew."""
     short = (SOON, True, KILLED, True)
-    delays = [after(*[short] * deaths).delay() for deaths in range(11)]
+    delays = [after(*[short] * deaths).delay(TIMING) for deaths in range(11)]
     assert delays == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5])
-    assert max(delays) == MAX_DELAY
-    assert Failures(short=100_000).delay() == MAX_DELAY  # no overflow
-    assert after(short, short, short, (LATE, True, KILLED, True)).delay() == 0
-    assert after(short, short, short, (LATE, True, KILLED, True), short).delay() == 0
+    assert max(delays) == TIMING.max_delay
+    assert Failures(short=100_000).delay(TIMING) == TIMING.max_delay  # no overflow
+    assert after(short, short, short, (LATE, True, KILLED, True)).delay(TIMING) == 0
+    assert after(short, short, short, (LATE, True, KILLED, True), short).delay(TIMING) == 0
 
 
 def test_poisoned() -> None:

@@ -105,13 +105,14 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
 ODD_WORKERS = """\
 import errno, os, resource, signal, sys
 from tailsrv import cli, worker
+from tailsrv.config import Timing
 from tailsrv.messages import Notices, Report, encode
 
 def work(inheritance, config):
     {body}
 
 cli.work = work
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.main(sys.argv[1:], timing=Timing(first_delay=0.01)))
 """
 
 
@@ -486,7 +487,7 @@ def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: s
     server = serve(path, status=3, program=with_work(body))
     server.wait()
     assert len(server.lines("warning: worker died by its own fault: slot=0", died)) == 5
-    assert [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")] == ["0.1", "0.2", "0.4"]
+    assert [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")] == ["0.01", "0.02", "0.04"]
     assert len(server.lines(f"critical: workers cannot start: slot=0 {died}")) == 1
 
 
@@ -498,7 +499,7 @@ def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
     server = serve(path, program=with_work(f"{READY}return 1"))
     server.logged("worker died by its own fault: slot=0", "status=1", count=7)
     delays = [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")]
-    assert delays[:5] == ["0.1", "0.2", "0.4", "0.8", "1.6"]
+    assert delays[:5] == ["0.01", "0.02", "0.04", "0.08", "0.16"]
     assert server.lines("critical") == []
 
 

@@ -13,7 +13,21 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from helpers import DEADLINE, Serve, Server, append, eventually, expect, expect_eof, gone, random_bytes, recv_all, recv_exactly, stop
+from helpers import (
+    DEADLINE,
+    HURRIED,
+    Serve,
+    Server,
+    append,
+    eventually,
+    expect,
+    expect_eof,
+    gone,
+    random_bytes,
+    recv_all,
+    recv_exactly,
+    stop,
+)
 from survival import (
     NO_CORE,
     await_clients,
@@ -423,7 +437,7 @@ def outcome_of(client: socket.socket, news: bytes) -> bool:
 def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
     """A slot that cannot be filled for lack of descriptors keeps its clients, and is filled as soon as there are some."""
     path.write_bytes(SMALL)
-    server = serve(path)
+    server = serve(path, program=HURRIED)
     (worker,) = server.workers(1)
     client = server.connect(b"0\n")
     expect(client, SMALL)
@@ -443,7 +457,7 @@ def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
 def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
     """Where a worker cannot be forked, its clients wait until one can."""
     path.write_bytes(SMALL)
-    server = serve(path)
+    server = serve(path, program=HURRIED)
     client = server.connect(b"0\n")
     expect(client, SMALL)
     before = ready_workers(server)

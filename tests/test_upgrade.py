@@ -13,7 +13,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE, Serve, Server, append, connect, eventually, expect, expect_eof, gone, random_bytes, recv_exactly, stop
+from helpers import (
+    DEADLINE,
+    HURRIED,
+    TAILSRV,
+    Serve,
+    Server,
+    append,
+    connect,
+    eventually,
+    expect,
+    expect_eof,
+    gone,
+    random_bytes,
+    recv_exactly,
+    stop,
+)
 from survival import await_clients, children, descriptors, loaded, needs_strace, ready_workers, status, strace
 
 import tailsrv
@@ -33,7 +48,8 @@ class Installed:
         self.package.mkdir(parents=True)
         self.install(tailsrv.__version__)
         # The folder of the tests is the current one, and `python -m` would find the package beside it first.
-        self.program = ("env", "-C", str(folder), "PYTHONDONTWRITEBYTECODE=1", sys.executable, "-m", "tailsrv")
+        here = ("env", "-C", str(folder), "PYTHONDONTWRITEBYTECODE=1")
+        self.program, self.hurried = (*here, *TAILSRV), (*here, *HURRIED)
 
     def install(self, version: str) -> None:
         """Install `version`, over what was there, as an installer does: file by file."""
@@ -161,6 +177,17 @@ def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
     append(path, NEWS)
     for client in clients:
         expect(client, NEWS)
+
+
+def test_timing_survives(serve: Serve, path: Path) -> None:
+    """A server that a test has started with other waits is run again by the same command, and so keeps them."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=HURRIED)
+    ready_workers(server)
+    before = status(server)["command"]
+    assert before[: len(HURRIED)] == list(HURRIED)
+    upgrade(server)
+    assert status(server)["command"] == before
 
 
 # Another program
@@ -315,7 +342,7 @@ def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> No
 def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installed) -> None:
     """A version whose workers fail replaces none but the first, costs no client, and gives way to the next."""
     path.write_bytes(SMALL)
-    server = serve(path, "-w", "2", program=installed.program)
+    server = serve(path, "-w", "2", program=installed.hurried)
     server.traceback_expected = True
     living = ready_workers(server)
     clients = [server.connect(b"0\n") for _ in range(20)]
@@ -434,7 +461,7 @@ def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
 @pytest.mark.thorough
 def test_while_waiting_for_the_file(serve: Serve, path: Path, installed: Installed) -> None:
     """A server whose file is not there yet is upgraded too, and those who wait are served when it comes."""
-    server = serve(path, "-w", "2", program=installed.program)
+    server = serve(path, "-w", "2", program=installed.hurried)
     server.logged("waiting for file")
     waiting = [server.connect(b"0\n") for _ in range(5)]
     for count, version in enumerate(("2.0", "3.0"), 1):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import DEADLINE, Serve, children, expect, gone, random_bytes, stop
+from helpers import DEADLINE, HURRIED, Serve, children, expect, gone, random_bytes, stop
 
 DATA, MORE = random_bytes(1000), b"more"
 
@@ -130,7 +130,7 @@ def test_nobody_wants_to_know(serve: Serve, path: Path, manager: Manager, variab
 def test_status(serve: Serve, path: Path, manager: Manager) -> None:
     """The status follows what the server does, and READY=1 comes once clients can connect, STOPPING=1 when it ends."""
     path.unlink()
-    server = serve(path, "-w", "2", wrapper=manager.wrapper())
+    server = serve(path, "-w", "2", wrapper=manager.wrapper(), program=HURRIED)
     said = manager.until("READY=1")
     path.write_bytes(DATA)
     said += manager.until("STATUS=2 workers, 0 clients")
