@@ -13,7 +13,7 @@ from tailsrv.listener import BACKLOG
 from tailsrv.log import Limited
 from tailsrv.loop import Loop
 from tailsrv.slot import Inheritance
-from tailsrv.syscalls import Outcome, accept
+from tailsrv.syscalls import Outcome, accept, stop_listening
 
 FULL_INTERVAL = 600.0  # seconds between two lines that say that the server is full: that is no trouble, and may last for years
 
@@ -63,6 +63,8 @@ class Acceptor:
         if empty_queues:
             for listener in self._listeners:
                 self._accept(listener, 2 * BACKLOG)
+                if not self._shared:
+                    stop_listening(listener)
         self.stop()
         for listener in self._listeners:
             listener.close()

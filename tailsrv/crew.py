@@ -48,7 +48,7 @@ class Crew:
         self.drain_until: float | None = None
         self.rotating = False  # the drain is for a next file, not for the end
         self.outdated = self._workers()  # to be replaced
-        self._ending: list[tuple[Slot, int]] = []  # those of them that have been asked to end
+        self._ending: list[tuple[Slot, int]] = []  # outdated workers that were sent SIGTERM; killed after REPLACE_PATIENCE
         self._loop = loop
         self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
         self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
@@ -115,7 +115,7 @@ class Crew:
 
     def _ask_to_end(self, workers: Sequence[tuple[Slot, int]]) -> None:
         """Ask outdated workers to end, and kill those that do not in time."""
-        self._ending = list(workers)
+        self._ending = [*(worker for worker in self._still_ending() if worker not in workers), *workers]
         for _, pid in workers:
             os.kill(pid, signal.SIGTERM)
         self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
@@ -313,7 +313,7 @@ class Crew:
         os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
 
     def _close_listeners(self, slot: Slot) -> None:
-        """Close the listeners, whose queues a worker has emptied by now; the workers of a next file need them."""
+        """Close the listeners after a worker has emptied their queues. In a rotation, keep them for the next file's workers."""
         if self.rotating:
             return
         for listener in slot.listeners:

@@ -1,22 +1,33 @@
 """Tells whether the server's terminal has been closed: SIGHUP then means drain, not upgrade."""
 
+import errno
 import os
 import select
 import signal
 import stat
 
-# Set in the environment where SIGHUP was ignored at the start, as nohup(1) and `trap '' HUP` do:
-# the environment survives an upgrade, while exec(2) resets the signals that were caught.
+# Set in the environment where SIGHUP was ignored at the start, as nohup(1) and `trap '' HUP` do, or where there was no
+# controlling terminal, as with setsid(1): the kernel sends no SIGHUP then, so that one is a request for an upgrade.
+# The environment survives an upgrade, while exec(2) resets the signals that were caught.
 VARIABLE = "TAILSRV_NOHUP"
 
 
 def remember_nohup() -> None:
-    """Note that the server must survive its terminal, if SIGHUP is ignored.
+    """Note that the server must survive its terminal, if SIGHUP is ignored or cannot come from a terminal.
 
     Call this before SIGHUP is caught.
     """
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or not _has_terminal():
         os.environ[VARIABLE] = "1"
+
+
+def _has_terminal() -> bool:
+    """Tell whether this process has a controlling terminal (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    return True
 
 
 def is_hung_up() -> bool:

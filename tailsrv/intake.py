@@ -39,6 +39,11 @@ class Intake:
         """Return the number of clients that would die with their worker."""
         return sum(len(slot.roster.unprotected) for slot in self._slots)
 
+    @property
+    def protects(self) -> bool:
+        """Whether clients outlive their worker, as long as there is room for their duplicates."""
+        return self._protects
+
     def protect_nobody(self) -> None:
         """Keep no duplicate of a client's socket from now on: its stream could not be continued."""
         logger.warning(

@@ -5,14 +5,13 @@ started us and with everything else that it runs. So it is set on a description 
 the one that we were given.
 """
 
-import errno
 import fcntl
 import os
 import select
 import signal
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from setproctitle import setproctitle
@@ -34,12 +33,13 @@ def open_output(mode: int) -> Callable[[bytes], object]:
         if stat.S_ISSOCK(mode):
             return _socket_output()
         if stat.S_ISFIFO(mode):
-            return partial(os.write, _own_description(errno.ENXIO))
+            return partial(os.write, _own_description())
         if stat.S_ISCHR(mode) and os.isatty(STDERR):
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             return partial(os.write, _own_description())
     except OSError:
-        # There is no descriptor or process for what that takes, or nobody reads from the pipe.
+        # Out of descriptors or processes, no /proc, or a pipe without a reader: write to it directly,
+        # and only when poll(2) reports room.
         pass
     return _write_if_ready
 
@@ -50,18 +50,15 @@ def _socket_output() -> Callable[[bytes], object]:
     return lambda line: sock.send(line, socket.MSG_DONTWAIT)
 
 
-def _own_description(final: int | None = None) -> int:
+def _own_description() -> int:
     """Return a non-blocking descriptor of the terminal or pipe that standard error is.
 
-    Where it cannot be opened again, a child waits for it in our stead, unless the error is `final`.
-    Raises OSError.
+    Where it may not be opened again, a child waits for it in our stead. Raises OSError.
     """
     try:
         return _reopen()
-    except OSError as error:
-        if error.errno == final:
-            raise
-    _start_relay()
+    except PermissionError:
+        _start_relay()
     return _reopen()
 
 
@@ -84,26 +81,30 @@ def _start_relay() -> None:
     This is for a terminal or pipe of another user (su, sudo), which gives us no other way of writing
     without waiting. The child ends when every process that has the pipe has ended.
     """
+    others = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != STDERR]
     reader, writer = os.pipe()
     try:
         os.set_blocking(writer, False)
         if os.fork() == 0:
-            _relay(reader)
+            _relay(reader, [*others, reader, writer])
         os.dup2(writer, STDERR)
     finally:
         os.close(reader)
         os.close(writer)
 
 
-def _relay(reader: int) -> None:
-    """Copy from `reader` to standard error until the end of the one or the other; does not return."""
+def _relay(reader: int, others: Sequence[int]) -> None:
+    """Copy from `reader` to standard error until the end of the one or the other; does not return.
+
+    `others` are all descriptors but standard error. None of them may stay open here: neither the pipe's other
+    end nor sockets that were passed.
+    """
     try:
         setproctitle("tailsrv: log")
         os.dup2(reader, 0)
-        # Nothing else may stay open here: neither the pipe's other end nor sockets that were passed.
-        for name in os.listdir("/proc/self/fd"):
-            if int(name) not in (0, STDERR):
-                close_file(int(name))
+        for fd in others:
+            if fd != 0:
+                close_file(fd)
         while data := os.read(0, select.PIPE_BUF):
             while data:
                 data = data[os.write(STDERR, data) :]

@@ -80,7 +80,7 @@ class News:
     def send_last(self) -> None:
         """Tell the rest before the worker ends: clients that were not passed up would be lost with it."""
         self.send()
-        if self.joined:  # the supervisor is busy: wait for it
+        if self.joined or self.notices.emptied:  # the supervisor is busy: wait for it
             poll = select.poll()
             poll.register(self._channel, select.POLLOUT)
             poll.poll(FAREWELL * 1000)

@@ -84,7 +84,7 @@ class Supervisor:
         self.late = LateAppends(self.loop, config.path, config.timing)
         if handed_on:
             self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
-        self.crew.started_up = handed_on is not None and handed_on.file is not None
+        self.crew.started_up = handed_on is not None
         self.replacing = handed_on is not None  # the workers of the version before us
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
@@ -100,7 +100,7 @@ class Supervisor:
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
-        self.mounts = Mounts(self.loop, self.handle_gone)
+        self.mounts = Mounts(self.loop, self.handle_mount)
 
     # The loop
 
@@ -146,10 +146,18 @@ class Supervisor:
     # The file
 
     def wait_for_file(self) -> None:
-        """Look for the file from time to time; workers without one accept meanwhile, or dead connections would fill the queues."""
+        """Look for the file from time to time, while workers without a file accept connections."""
         logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
         self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
-        self.crew.fill_all()
+        self.accept_meanwhile()
+
+    def accept_meanwhile(self) -> None:
+        """Have connections accepted while there is no file: those that are closed again would fill the accept queues.
+
+        Not where the workers' successors could not adopt the clients: there, the queues keep them.
+        """
+        if self.crew.intake.protects:
+            self.crew.fill_all()
 
     def look_for_file(self) -> None:
         try:
@@ -197,6 +205,14 @@ class Supervisor:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
 
+    def handle_mount(self) -> None:
+        """Look whether the path leads somewhere else, now that something has been mounted or unmounted.
+
+        Where the file is polled, the workers look each second: a file server that does not answer must not hold up the supervisor.
+        """
+        if self.source.polling is None:
+            self.handle_gone()
+
     def postpone_rotation(self, seconds: float) -> None:
         """Serve the old file for a moment longer: whatever replaces it must not keep us busy."""
         if self.handle_gone not in self.loop.timers:
@@ -210,7 +226,7 @@ class Supervisor:
     def rotate(self) -> None:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
-        self.pace.note(self.loop.now)
+        self.pace.begin(self.loop.now)
         if self.source.file is not None and any(slot.roster.is_streaming() for slot in self.crew.slots):
             self.late.begin(self.source.file, polling=self.source.polling is not None)
         self.upgrader.pause()
@@ -229,12 +245,13 @@ class Supervisor:
             if self.quota is not None:  # those who wait for the next file have their places
                 self.quota.note(slot.index, len(slot.roster))
         self.late.seal()
+        self.pace.end(self.loop.now)
         self.source.let_go()
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
         self.look_for_file()
         if self.source.file is None and self.source.trouble:
-            self.crew.fill_all()
+            self.accept_meanwhile()
         elif self.source.file is None:
             self.wait_for_file()
 
@@ -287,7 +304,7 @@ class Supervisor:
             self.truncation_seen = self.loop.now
             logger.warning("file was truncated: %s", fields(path=self.config.path, size=notices.truncated))
         if notices.gone and self.handle_gone not in self.loop.timers:
-            # With this turn's timers: a death may be being dealt with now, and what a drain does must not come in between.
+            # At the end of this turn: we may be in the middle of bury(), and a drain must not start there.
             self.loop.timers.set(self.handle_gone, self.loop.now)
 
     def handle_ready(self, slot: Slot) -> None:

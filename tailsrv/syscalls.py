@@ -141,6 +141,8 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
         except BlockingIOError:
             return Outcome.WOULD_BLOCK
         except OSError as error:
+            if error.errno == errno.EINVAL:  # it does not listen any more: a worker before this one has stopped that
+                return Outcome.WOULD_BLOCK
             if error.errno in NO_ROOM_ERRNOS:
                 return _without_room(listener, error)
             if error.errno not in TRANSIENT_ACCEPT_ERRNOS:
@@ -157,6 +159,14 @@ def _without_room(listener: socket.socket, error: OSError) -> Outcome:
     if not _is_readable(listener):
         return Outcome.WOULD_BLOCK
     return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Have connections refused, whoever else holds the listener: until its last copy is closed they would be queued, and then reset."""
+    try:
+        listener.shutdown(socket.SHUT_RD)
+    except OSError:
+        pass  # nobody listens at it any more
 
 
 def _is_readable(sock: socket.socket) -> bool:

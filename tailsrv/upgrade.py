@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from tailsrv import __version__, state, systemd
 from tailsrv.log import fields, logger
@@ -136,11 +136,12 @@ def execute(handed_on: state.State, pending: Callable[[], Iterable[int]]) -> Non
         for number in pending():
             os.kill(os.getpid(), number)
         os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
-    finally:  # still here
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
-        os.close(fd)
+    finally:  # still here, and whatever has failed, signals must come through again
         release()
+        for descriptor in descriptors:
+            with suppress(OSError):
+                os.set_inheritable(descriptor, False)
+        os.close(fd)
 
 
 def _reason(error: Exception) -> str:

@@ -184,7 +184,10 @@ class Worker:
                 continue
             try:
                 self.resume(client, entry.start)
-            except Exception as error:  # as in handle_client
+            except Exception as error:
+                # In a shortage the next worker may fare better, and costs nobody anything. Any other error is about this client.
+                if policy.lacks_room(error):
+                    raise
                 self.drop(client, error)
 
     def resume(self, client: Client, start: int | None) -> None:

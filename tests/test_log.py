@@ -373,6 +373,19 @@ def test_closed_standard_error() -> None:
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
+NO_PROC = ("unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+
+
+def test_pipe_without_proc() -> None:
+    """Where there is no /proc, through which a pipe could be opened again, lines are written to it all the same."""
+    if not runs(*NO_PROC, sys.executable, "-c", ""):
+        pytest.skip("a mount namespace cannot be had")
+    code = "from tailsrv.log import logger, set_up; set_up(0); logger.info('first'); logger.info('second')"
+    command = [*NO_PROC, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+    assert [line.rpartition(" ")[2] for line in done.stderr.splitlines()] == ["first", "second"]
+
+
 def test_trouble_says_where() -> None:
     """What the kernel has refused is told with the place in our code, if there is one."""
     with socket.socket() as sock:

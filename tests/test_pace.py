@@ -11,7 +11,7 @@ def test_first_rotations_wait_for_nothing() -> None:
     pace = Pace(TIMING)
     for now in (100.0, 100.1):
         assert pace.pause(now) == 0
-        pace.note(now)
+        pace.begin(now)
 
 
 def test_rotations_in_quick_succession() -> None:
@@ -21,7 +21,7 @@ def test_rotations_in_quick_succession() -> None:
         pauses.append(round(pace.pause(now), 6))
         now += pace.pause(now)
         assert pace.pause(now) == 0
-        pace.note(now)
+        pace.begin(now)
     assert pauses == sorted(pauses)
     assert pauses[-1] == TIMING.max_delay
     assert now > 400
@@ -32,7 +32,18 @@ def test_rotations_at_leisure() -> None:
     pace, now = Pace(TIMING), 100.0
     for _ in range(10):
         now += pace.pause(now)
-        pace.note(now)
+        pace.begin(now)
     now += pace.pause(now) + TIMING.long_life
-    pace.note(now)
+    pace.begin(now)
     assert pace.pause(now) == 0
+
+
+def test_time_that_a_rotation_takes_is_not_life() -> None:
+    """Files that are replaced as soon as they are served have a pause between them, however long each rotation takes."""
+    pace, now = Pace(TIMING), 100.0
+    for _ in range(10):
+        now += pace.pause(now)
+        pace.begin(now)
+        now += 2 * TIMING.long_life
+        pace.end(now)
+    assert pace.pause(now) == TIMING.max_delay

@@ -106,3 +106,17 @@ def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(server.lines("does not tell how much of a stream has been sent")) == 2  # once by each version
     assert not server.lines("no descriptor left")
     expect(server.connect(b"0\n"), DATA + b"more")
+
+
+@pytest.mark.slow
+def test_waiting_for_the_file(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that come before the file wait in the accept queue, as they would be lost with the worker that waits with them."""
+    (folder := tmp_path / "hook").mkdir()
+    (folder / "sitecustomize.py").write_text(HOOK.format(SYSTEMS["empty"]))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    server = serve(path)
+    server.logged("waiting for file")
+    clients = [server.connect(b"0\n") for _ in range(3)]
+    path.write_bytes(DATA)
+    for client in clients:
+        expect(client, DATA)

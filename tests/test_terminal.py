@@ -97,6 +97,26 @@ def test_hup_of_a_living_terminal(serve: Serve, path: Path, terminal: Terminal) 
     server.wait()
 
 
+NOT_OURS = """
+import os, sys
+os.dup2(os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY), 0)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_terminal_that_is_not_its_own(serve: Serve, path: Path, terminal: Terminal) -> None:
+    """A server without a controlling terminal, as setsid(1) starts it, is upgraded by HUP, be the terminal at its input closed."""
+    server = serve(path, wrapper=(sys.executable, "-c", NOT_OURS, terminal.name))
+    following(server)
+    terminal.close()
+    for count in (1, 2):
+        server.signal(signal.SIGHUP)
+        server.logged("upgraded: ", count=count)
+    append(path, NEWS)
+    expect(server.clients[0], NEWS)
+    assert not server.lines("draining")
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("nohup", ["nohup", "trap"])
 def test_nohup(serve: Serve, path: Path, terminal: Terminal, nohup: str) -> None:

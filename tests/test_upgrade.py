@@ -362,6 +362,24 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
 
 
 @pytest.mark.slow
+def test_worker_that_finds_no_room_in_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+    """A shortage in the new program's first worker costs a server nothing that waits for its file: another one is tried."""
+    server = serve(path, "-w", "2", program=installed.hurried)
+    living = ready_workers(server)
+    client = server.connect(b"0\n")
+    await_clients(server, 1)
+    short, old = tmp_path / "short", "    try:\n        wakeup ="
+    short.touch()
+    refused = f"    if os.access({str(short)!r}, os.F_OK):\n        os.unlink({str(short)!r})\n        return os.EX_TEMPFAIL\n"
+    installed.edit("worker.py", old, refused + old)
+    upgrade(server)
+    assert not short.exists()
+    ready_workers(server, besides=living)
+    path.write_bytes(SMALL)
+    expect(client, SMALL)
+
+
+@pytest.mark.slow
 def test_workers_that_do_not_start_after_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
     """When an upgrade is over, workers that cannot start end the server as they would have without it."""
     path.write_bytes(SMALL)

@@ -1,5 +1,6 @@
 """A worker's turns, run in this process: real connections, a real file, and the clock in hand."""
 
+import errno
 import os
 import select
 import signal
@@ -558,6 +559,21 @@ def test_error_with_one_adopted_client_ends_that_client_only(
         assert recv_exactly(its_far, 10) == b"0123456789"
     assert "poison" in caplog.records[0].getMessage()
     assert [number for report in bench.reports() for number in report.left] == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOBUFS, "no buffers")])
+def test_shortage_while_adopting_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A worker that has no memory for the clients it is to take over leaves all of them to the next."""
+
+    def refuse(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("tailsrv.worker.streamed", refuse)
+    with tcp_pair() as (near, far):
+        with pytest.raises(type(error)):
+            bench.worker.adopt({1: Entry(near.detach(), 0)})
+        assert not readable(far)
+        assert not bench.worker.news.left
 
 
 @pytest.mark.parametrize("said", [b"x", b"-0\n"])
