@@ -11,7 +11,8 @@ EPILOG = """\
 A client sends one line, where to start: N (from byte N), -N (the last N bytes), -0 (only what is new).
 It gets the file from there, and then every byte appended:  echo 0 | nc HOST PORT
 
-signals: TERM or INT drain and end, QUIT ends at once, HUP upgrades to the installed version in place
+signals: TERM, INT or PWR drain and end, QUIT ends at once, HUP upgrades to the installed version in place
+(where the terminal has been closed, HUP drains and ends; under nohup it does not)
 exit status: 0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 workers cannot start
 """
 

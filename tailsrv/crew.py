@@ -125,7 +125,7 @@ class Crew:
         return [(slot, slot.pid) for slot in self.slots if slot.pid is not None]
 
     def _is_outdated(self, slot: Slot) -> bool:
-        """Tell whether the worker of `slot`, or the one that is being buried, is to be replaced."""
+        """Tell whether the worker of `slot` is to be replaced; to be asked when `outdated` has just been pruned."""
         return any(other is slot for other, _ in self.outdated)
 
     def _still_outdated(self) -> list[tuple[Slot, int]]:
@@ -333,7 +333,7 @@ class Crew:
         """Note what is about the worker itself, and hand on the rest."""
         if notices.ready or notices.alive:
             slot.asked = None
-        if notices.ready and not self._is_outdated(slot):
+        if notices.ready and slot.pid is not None and (slot, slot.pid) not in self.outdated:
             self._unproven = False
         if notices.emptied:
             self._close_listeners(slot)

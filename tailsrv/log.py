@@ -12,6 +12,8 @@ from tailsrv.policy import Allowance
 
 logger = logging.getLogger("tailsrv")
 
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")  # the folder of all our modules, also of those in folders of their own
+
 # sd-daemon(3): the journal takes a line's priority from its first characters.
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -28,8 +30,8 @@ def printable(text: str) -> str:
 
 def trouble(error: Exception) -> str:
     """Return the fields that say what the kernel has refused us, and where in our code; a traceback is for our own mistakes."""
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.dirname(frame.filename) == os.path.dirname(__file__)]
-    place = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else None
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_PACKAGE)]
+    place = f"{ours[-1].filename.removeprefix(_PACKAGE)}:{ours[-1].lineno}" if ours else None
     return fields(reason=str(error) or "out of memory", at=place)
 
 

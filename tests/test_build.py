@@ -113,6 +113,25 @@ def test_every_command_has_its_files(share: Path) -> None:
     assert files == {place.format(command) for place in places for command in commands}
 
 
+def test_every_module_is_installed(share: Path) -> None:
+    """The wheel has each module of the checkout, also those in packages below the first, and nothing else that can be imported."""
+    installed = share.parent.parent.parent
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tailsrv").rglob("*.py")}
+    assert {str(path.relative_to(installed)) for path in installed.rglob("*.py")} == modules
+
+
+def test_packages_below_the_first_are_installed(tmp_path: Path, requirements: Path) -> None:
+    """A package that is added within ours needs no list to be found by a build."""
+    copy = tmp_path / "sources" / "tailsrv"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "contrib", "docs")
+    )
+    (copy / "tailsrv" / "room").mkdir()
+    (copy / "tailsrv" / "room" / "__init__.py").touch()
+    wheel = call_backend("build_wheel", copy, requirements)
+    assert "tailsrv/room/__init__.py" in zipfile.ZipFile(wheel).namelist()
+
+
 def test_build_of_a_checkout_keeps_to_its_folder(share: Path, sources: Path, requirements: Path) -> None:
     """A wheel made in a checkout has the same files, and making it writes nothing outside what git ignores."""
     before = {path.name for path in sources.iterdir()}

@@ -27,7 +27,7 @@ from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventual
 from prometheus_client.parser import text_string_to_metric_families
 from unit import as_root, run_python
 
-from tailsrv.control import start_ticks
+from tailsrv.control import credentials, start_ticks
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
 from tailsrv.health import Server as Found
 from tailsrv.health_ask import ask_status, list_endpoints
@@ -940,6 +940,15 @@ def test_hidden_proc(serve: Serve, path: Path) -> None:
     assert found["report"]["workers"][0]["process"]["pid"] == worker
 
 
+def accept_from(pid: int, listener: socket.socket) -> socket.socket:
+    """Return the next connection that the process `pid` makes; checks of other tests may find the same name."""
+    while True:
+        sock, _ = listener.accept()
+        if credentials(sock)[0] == pid:
+            return sock
+        sock.close()
+
+
 def test_interrupt(tmp_path: Path) -> None:
     """Ctrl-C ends a check that waits, without a word."""
     with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
@@ -948,8 +957,8 @@ def test_interrupt(tmp_path: Path) -> None:
         listener.listen()
         with (tmp_path / "stderr").open("wb") as stderr:
             process = subprocess.Popen([*HEALTH, "-p", str(port)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
-        listener.accept()[0].close()  # it finds us
-        asked, _ = listener.accept()
+        accept_from(process.pid, listener).close()  # it finds us
+        asked = accept_from(process.pid, listener)
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE) == -signal.SIGINT  # which a shell makes 130
         asked.close()

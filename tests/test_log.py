@@ -18,6 +18,7 @@ import pytest
 from helpers import AS_NOBODY, TAILSRV, append, children, connect, eventually, expect, gone, runs, session, title
 from unit import PATIENCE, ROOT, run_python
 
+import tailsrv
 from tailsrv.log import fields, printable, trouble
 from tailsrv.syscalls import accept_queue
 
@@ -380,6 +381,15 @@ def test_trouble_says_where() -> None:
         accept_queue(sock)
     assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=syscalls.py:\d+", trouble(caught.value))
     assert trouble(MemoryError()) == "reason='out of memory'"
+
+
+def test_trouble_says_where_in_a_package() -> None:
+    """A place in a folder below that of our modules is one of ours, too; one beside it is not."""
+    folder = os.path.dirname(tailsrv.__file__)
+    for filename, said in ((f"{folder}/room/module.py", " at=room/module.py:1"), (f"{folder}-more/module.py", "")):
+        with pytest.raises(OSError, match="refused") as caught:
+            exec(compile("raise OSError('refused')", filename, "exec"))
+        assert trouble(caught.value) == f"reason=refused{said}"
 
 
 def test_undecodable_bytes() -> None:

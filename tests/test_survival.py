@@ -549,7 +549,8 @@ def kill_into_backoff(server: Server) -> None:
     """Kill the only worker again and again, until its slot is to stay empty for more than a second."""
     while not server.lines("respawning after a delay: slot=0 seconds=1.6"):
         for pid in children(server.pid):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # killed in the last round, reaped in this
+                os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: gone(pid))  # type: ignore[misc]
 
 

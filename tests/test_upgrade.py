@@ -361,6 +361,22 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
         expect(client, NEWS)
 
 
+@pytest.mark.slow
+def test_workers_that_do_not_start_after_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+    """When an upgrade is over, workers that cannot start end the server as they would have without it."""
+    path.write_bytes(SMALL)
+    broken = tmp_path / "broken"
+    old = "    try:\n        wakeup ="
+    installed.edit("worker.py", old, f"    if os.access({str(broken)!r}, os.F_OK):\n        return ExitStatus.CANNOT_BOOT\n{old}")
+    server = serve(path, "-w", "2", status=3, program=installed.hurried)
+    ready_workers(server)
+    upgrade(server)
+    broken.touch()
+    os.kill(ready_workers(server)[0], signal.SIGKILL)
+    server.logged("workers cannot start: slot=0 status=3")
+    server.wait()
+
+
 @pytest.mark.build
 def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Path) -> None:
     """What the manual says: install the next version over this one in its environment, and send HUP."""
