@@ -97,7 +97,7 @@ def test_help() -> None:
         assert f"{option} " in words or f"{option}," in words
     assert "default: 5" in words
     assert "0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 workers cannot start" in words
-    assert "TERM or INT drain and end, QUIT ends at once" in words
+    assert "TERM, INT or PWR drain and end, QUIT ends at once" in words
 
 
 # Addresses
