@@ -273,14 +273,14 @@ class Bench:
         self.await_worker()
 
     def await_worker(self) -> None:
-        """Wait for another worker that is ready, or for the end."""
+        """Wait for another worker that is ready and lives, or for the end; one that waited for the file has a successor by then."""
         assert self.server is not None
         server, last = self.server, self.worker
 
         def look() -> int:
             found = [word for line in server.lines("worker ready: ") for word in line.split() if word.startswith("pid=")]
             pid = int(found[-1].removeprefix("pid="))
-            return pid if pid != last or server.process.poll() is not None else 0
+            return pid if (pid != last and pid in children(server.pid)) or server.process.poll() is not None else 0
 
         self.worker = eventually(look)
 

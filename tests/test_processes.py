@@ -70,7 +70,8 @@ def test_title_of_one(serve: Serve, path: Path) -> None:
     client = server.connect(b"0\n")
     endpoints = f"127.0.0.1:{server.port},[::1]:{server.port}"
     eventually(lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 1 client]")
-    assert title(server.workers(1)[0]) == f"tailsrv: worker 0 {endpoints} [1 client]"
+    [worker] = server.workers(1)
+    eventually(lambda: title(worker) == f"tailsrv: worker 0 {endpoints} [1 client]")
     client.shutdown(socket.SHUT_WR)  # not a hang-up: it still counts
     expect(client, DATA)
     client.close()

@@ -17,6 +17,9 @@ FILES = {
         def test_plain(): pass
         @pytest.mark.thorough
         def test_thorough(): pass
+        @pytest.mark.sample(2)
+        @pytest.mark.parametrize("case", "abcd")
+        def test_cases(case): pass
         """,
     "test_booted.py": """
         pytestmark = pytest.mark.machine
@@ -55,21 +58,21 @@ def run(project: Path, *arguments: str) -> str:
 
 def passed(output: str) -> set[str]:
     """Return the tests that have passed, as pytest -v prints them, of one process or of several."""
-    return {name for line in output.splitlines() if " PASSED " in line for name in re.findall(r"::(test_\w+)", line)}
+    return {name for line in output.splitlines() if " PASSED " in line for name in re.findall(r"::(test_[\w[\]]+)", line)}
 
 
 @pytest.mark.slow
 def test_plain_run(project: Path) -> None:
     """A plain run leaves out the tests that have such a marker, and its last lines have the command that runs just those."""
     output = run(project)
-    assert passed(output) == {"test_plain", "test_there"}
-    assert f"left out: 1 thorough: they {LEFT_OUT['thorough']}\n" in output
+    assert passed(output) == {"test_plain", "test_there", "test_cases[a]", "test_cases[b]"}
+    assert f"left out: 3 thorough: they {LEFT_OUT['thorough']}\n" in output
     assert f"left out: 2 machine: they {LEFT_OUT['machine']}\n" in output
     assert f"skipped, {NOT_INSTALLED}no-such-tool (1): apt-get install no-such-tool\n" in output
     (command,) = re.findall("^to run them: (.*)$", output, re.MULTILINE)
     assert command == f"{sys.executable} -m pytest -v -m 'machine or thorough'"
     output = run(project, *shlex.split(command)[3:])
-    assert passed(output) == {"test_thorough", "test_one", "test_two"}
+    assert passed(output) == {"test_thorough", "test_one", "test_two", "test_cases[c]", "test_cases[d]"}
     assert "left out: " not in output
 
 
@@ -78,8 +81,8 @@ def test_plain_run(project: Path) -> None:
 def test_named_file_in_several_processes(project: Path) -> None:
     """In a file that is named on the command line nothing is left out, and what several processes left out is counted once."""
     output = run(project, "-n", "2", "tests/test_booted.py::test_two", "tests")
-    assert passed(output) == {"test_plain", "test_there", "test_two", "test_one"}
-    assert f"left out: 1 thorough: they {LEFT_OUT['thorough']}\n" in output
+    assert passed(output) == {"test_plain", "test_there", "test_two", "test_one", "test_cases[a]", "test_cases[b]"}
+    assert f"left out: 3 thorough: they {LEFT_OUT['thorough']}\n" in output
     assert "left out: 2 machine: " not in output
 
 
