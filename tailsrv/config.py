@@ -46,13 +46,13 @@ class Timing:
     # Between looks at such a file after that, for bytes that are appended too late.
     late_interval: float = 5.0
 
-    # That such a file is held open for this. If it was deleted, it keeps its disk space for as long.
+    # How long such a file is held open to count late bytes. If it was deleted, it keeps its disk space for as long.
     late_patience: float = 60.0
 
     # After fork(2) has failed for lack of memory or of room in the task limit; both may pass.
     fork_retry: float = 1.0
 
-    # A worker that has lived for so long did not die of how it starts, so its successor is started at once.
+    # A worker that lived at least this long did not fail at start-up, so its successor starts at once.
     long_life: float = 1.0
 
     # The backoff before the next worker of a slot whose workers die young doubles from the first to the second of these.

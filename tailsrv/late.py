@@ -12,7 +12,7 @@ from tailsrv.loop import Loop
 from tailsrv.watch import size_of
 
 SAMPLE_INTERVAL = 0.25  # seconds between looks at the size until the workers take the file for complete
-MARGIN = 0.5  # seconds; a busy worker takes it for complete a little later than it should
+MARGIN = 0.5  # seconds; added because a busy worker notices later that the file has been quiet for long enough
 
 
 class LateAppends:

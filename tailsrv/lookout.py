@@ -74,7 +74,7 @@ class Lookout:
         self.gone = bool(gone)
         if self.gone and (self._insist or not before):
             self._news.notice(gone=True)
-        if gone is None or (self.gone and self._insist):  # no event need tell what becomes of it
+        if gone is None or (self.gone and self._insist):  # inotify may not report the next change
             self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
 
     def recheck_path(self) -> None:

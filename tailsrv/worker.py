@@ -352,7 +352,7 @@ class Worker:
         for client in self.headers:
             self.handle_client(client, select.EPOLLIN)
         self.news.send()  # starts the streams of those
-        # Whoever has not asked for anything gets nothing; while there is no file, there is nothing for the others, either.
+        # Clients without a complete header are closed or set aside. While there is no file, so are all others.
         for client in list(self.clients.values()) if self.waiting else self.headers:
             (self.set_aside if rotating else self.drop)(client)
         self.drainer.begin(settle=rotating)
