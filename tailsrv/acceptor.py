@@ -58,12 +58,16 @@ class Acceptor:
         for listener in self._listeners:
             self._loop.unregister(listener.fileno())
 
-    def close(self, empty_queues: bool) -> None:
-        """Stop for good; those who have connected are clients already, unless a successor is to serve them."""
+    def close(self, empty_queues: bool, refuse: bool) -> None:
+        """Stop for good; those who have connected are clients already, unless a successor is to serve them.
+
+        With `refuse`, connections that come later are refused at once. Not for sockets that a service manager has passed:
+        it listens at them itself, for the next start.
+        """
         if empty_queues:
             for listener in self._listeners:
                 self._accept(listener, 2 * BACKLOG)
-                if not self._shared:
+                if refuse:
                     stop_listening(listener)
         self.stop()
         for listener in self._listeners:

@@ -1,7 +1,9 @@
 """The command lines: their parsers, and nothing that runs them, so that a build can make manual pages of them."""
 
 import argparse
+from contextlib import suppress
 from ipaddress import IPv6Network, ip_network
+from typing import Any
 
 from tailsrv import __version__
 from tailsrv.config import DEFAULT_GRACE, Network
@@ -17,9 +19,18 @@ exit status: 0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 wo
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help may go to a full disk, or to nobody, as it may with all but the oldest Pythons that we support."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # Python 3.11.2, which is Debian 12's, lets the error through.
+        with suppress(OSError):
+            super()._print_message(message, file)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tailsrv`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tailsrv",
         description="Serve one append-only file to any number of TCP clients: like tail -f, as a server.",
         epilog=EPILOG,
@@ -133,7 +144,7 @@ or cannot be read, or the next file of that name cannot be opened
 
 def make_health_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tailsrv-health`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tailsrv-health",
         description="Say whether tailsrv is well: processes, listeners, file and clients. Without -p and --pid: all servers of this user.",
         epilog=HEALTH_EPILOG,

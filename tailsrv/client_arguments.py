@@ -6,6 +6,7 @@ from enum import IntEnum
 from math import isfinite
 
 from tailsrv import __version__
+from tailsrv.arguments import Parser
 
 
 class ExitStatus(IntEnum):
@@ -72,7 +73,7 @@ def make_tssync_parser() -> argparse.ArgumentParser:
 
 
 def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("servers", metavar="HOST:PORT", nargs="+", help="where the file is served; several: replicas of the same file")

@@ -4,6 +4,7 @@ It never accepts a client, never reads a client's bytes and never sends a byte o
 can be relied on. It has no threads, and makes no epoll or inotify object that a worker could share.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -309,7 +310,10 @@ class Supervisor:
 
     def handle_ready(self, slot: Slot) -> None:
         slot.ready = True
-        logger.info("worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=len(slot.roster) if slot.adopted else None))
+        # While there is no file, the last line of the log is to be the one that says what is waited for.
+        level = logging.DEBUG if self.phase is Phase.WAITING else logging.INFO
+        adopted = len(slot.roster) if slot.adopted else None
+        logger.log(level, "worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=adopted))
         if not self.crew.started_up and self.crew.all_ready() and not self.is_ending():
             self.crew.started_up = True
             self.lifecycle.ready()

@@ -346,7 +346,7 @@ class Worker:
         streams end only when it has settled.
         """
         self.draining = True
-        self.acceptor.close(empty_queues=not rotating)
+        self.acceptor.close(empty_queues=not rotating, refuse=self.config.port is not None)
         if not rotating:
             self.news.notice(emptied=True)
         for client in self.headers:

@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Serve, Server, activated, append, ask, connect, expect, random_bytes, run_tailsrv, title
+from helpers import DEADLINE, TAILSRV, Serve, Server, activated, append, ask, connect, expect, expect_eof, random_bytes, run_tailsrv, title
 
 DATA, MORE = random_bytes(1000), b"more"
 
@@ -178,3 +180,26 @@ def test_hint_for_the_service_file(path: Path, started: str, hint: bool) -> None
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(NO_PORT)
     assert ("/etc/tailsrv/" in ended.stderr) is hint
+
+
+PASS = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_passed_sockets_listen_on(path: Path) -> None:
+    """A server that drains leaves the service manager's sockets as they are: whoever connects then is for the next start."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-c", PASS, str(listener.fileno()), *TAILSRV, str(path)]
+        with subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            with connect(listener.getsockname()[1], b"0\n") as client:
+                expect(client, DATA)
+                server.send_signal(signal.SIGTERM)
+                expect_eof(client)
+            assert server.wait(DEADLINE) == 0
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+        connect(listener.getsockname()[1]).close()

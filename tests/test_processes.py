@@ -20,6 +20,7 @@ from helpers import (
     Server,
     append,
     ask,
+    children,
     eventually,
     expect,
     expect_eof,
@@ -83,7 +84,8 @@ def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
     """Without a file the supervisor's title says what is waited for; its workers look after clients already."""
     server = serve(path, "-w", "2")
     eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]")
-    assert [title(pid) for pid in server.workers(2)] == [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
+    titles = [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
+    eventually(lambda: sorted(map(title, children(server.pid))) == titles)
 
 
 @pytest.mark.thorough
