@@ -19,8 +19,9 @@ pytest_plugins = ["selection"]
 # Tests that are started in the background or by nohup may inherit that these are ignored, and so would all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 # The tests start more than a thousand Pythons. If those may not leave compiled modules beside the sources, they share
 # a folder for them while the tests run: to compile the program anew takes each of them longer than most tests.

@@ -172,6 +172,7 @@ def test_power_fails(serve: Serve, path: Path) -> None:
     expect(client, DATA)
     append(path, NEWS)
     server.signal(signal.SIGPWR)
+    server.logged("draining: signal=SIGPWR grace=5 reason=")
     server.signal(signal.SIGPWR)
     server.signal(signal.SIGTERM)
     assert recv_all(client) == NEWS
