@@ -199,7 +199,7 @@ try:
 except OSError as error:
     print(error.strerror, lookup.fileno())
 """,
-        env={"COVERAGE_PROCESS_START": ""},
+        env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
     )  # it could not write its data
     assert (done.stdout, done.stderr) == ("Too many open files None\n", "")
 
