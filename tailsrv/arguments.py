@@ -20,7 +20,7 @@ exit status: 0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 wo
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help may go to a full disk, or to nobody, as it may with all but the oldest Pythons that we support."""
+    """A parser that ignores errors while it prints its help, as argparse does in later Pythons."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # Python 3.11.2, which is Debian 12's, lets the error through.

@@ -105,7 +105,8 @@ class Verdict(Enum):
 
 
 # The system, or a limit of ours, has no room for what a worker needs. That is no fault of the worker, and may pass.
-_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SHORTAGES = NO_ROOM_ERRNOS | {errno.ENOSPC}  # of epoll watches
 
 
 def lacks_room(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from tailsrv.kernel import SO_PROTOCOL, memory_file, preadv_nowait
-from tailsrv.policy import ACCEPTS, SMALL
+from tailsrv.policy import ACCEPTS, NO_ROOM_ERRNOS, SMALL
 from tailsrv.protocol import PEEK
 
 
@@ -30,8 +30,6 @@ class Outcome(Enum):
 # TimeoutError: keepalive gave up. The unreachable ones: a router said so while keepalive was asking.
 PEER_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, TimeoutError)
 PEER_GONE_ERRNOS = frozenset({errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
-
-NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 # accept(2) hands on errors that the new connection met on the network; they say nothing about the listener.
 TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
