@@ -14,14 +14,14 @@ from setuptools.command.build import build
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build backend does not have the project itself on its path
 
-from tailsrv import __version__, arguments, client_arguments  # noqa: E402 - found only now
+from tailsrv import __version__, arguments  # noqa: E402 - found only now
 
 # One parser for each command that the package installs; its prog names the files.
 PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     arguments.make_parser,
     arguments.make_health_parser,
-    client_arguments.make_tscat_parser,
-    client_arguments.make_tssync_parser,
+    arguments.make_tscat_parser,
+    arguments.make_tssync_parser,
 )
 
 # A line of an epilog that opens a section of the manual page: `signals: TERM ...`, `exit status, as plugins have it: 0 OK ...`

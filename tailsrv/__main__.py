@@ -13,7 +13,7 @@ def main() -> int:
     """
     # What signals.hold() does, before anything else is imported.
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    from tailsrv.cli import main as run
+    from tailsrv.main import main as run
 
     return run()
 

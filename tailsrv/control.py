@@ -6,7 +6,6 @@ import socket
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
 PREFIX = "tailsrv:"
@@ -117,33 +116,6 @@ def overflow_uid() -> int | None:
             return int(file.read())
     except (OSError, ValueError, IndexError):
         return OVERFLOW_UID
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """A process's parent and its start in clock ticks since boot, fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5)).
-
-    A pid and its start time together name a process for good; a pid alone may be another's by now.
-    """
-
-    parent: int
-    ticks: int
-
-
-def read_stat(pid: int) -> Stat | None:
-    """Return parent and start time of a process, None if there is none of that pid."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            values = file.read().rpartition(b")")[2].split()  # a name can hold anything, also brackets
-        return Stat(int(values[1]), int(values[19]))
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def start_ticks(pid: int) -> int | None:
-    """Return when the process `pid` started, in clock ticks since boot; None if it is gone."""
-    stat = read_stat(pid)
-    return stat.ticks if stat else None
 
 
 def socket_name(endpoint: str) -> str:

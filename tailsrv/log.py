@@ -7,8 +7,7 @@ import time
 import traceback
 from types import TracebackType
 
-from tailsrv.log_output import open_output
-from tailsrv.policy import Allowance
+from tailsrv.linux.standard_error import open_output
 
 logger = logging.getLogger("tailsrv")
 
@@ -111,3 +110,22 @@ class Limited:
         held_back = self._allowance.ask(time.monotonic())
         if held_back is not None:
             logger.log(self._level, "%s: %s", message, fields(**values, suppressed=held_back or None))
+
+
+class Allowance:
+    """Lets through so many per interval and counts the rest: what a stranger can cause must have a bound."""
+
+    def __init__(self, burst: int, interval: float) -> None:
+        self._burst, self._interval = burst, interval
+        self._since, self._used, self._held_back = float("-inf"), 0, 0
+
+    def ask(self, now: float) -> int | None:
+        """Return None if this one must be held back, else how many were since the last that was not."""
+        if now - self._since >= self._interval:
+            self._since, self._used = now, 0
+        if self._used >= self._burst:
+            self._held_back += 1
+            return None
+        self._used += 1
+        held_back, self._held_back = self._held_back, 0
+        return held_back

@@ -14,8 +14,8 @@ from typing import Self
 
 from helpers import DEADLINE, Serve, Server, eventually
 
-TSCAT = (sys.executable, "-W", "error", "-m", "tailsrv.tscat")
-TSSYNC = (sys.executable, "-W", "error", "-m", "tailsrv.tssync")
+TSCAT = (sys.executable, "-W", "error", "-m", "tailsrv.client.tscat")
+TSSYNC = (sys.executable, "-W", "error", "-m", "tailsrv.client.tssync")
 
 
 class Command:

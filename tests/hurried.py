@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
 
-from tailsrv import cli
+from tailsrv import main as cli
 from tailsrv.config import Timing
 
 TIMING = Timing(

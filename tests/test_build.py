@@ -14,8 +14,7 @@ import pytest
 from tools import missing
 
 import tailsrv
-from tailsrv.arguments import make_health_parser, make_parser
-from tailsrv.client_arguments import make_tscat_parser, make_tssync_parser
+from tailsrv.arguments import make_health_parser, make_parser, make_tscat_parser, make_tssync_parser
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

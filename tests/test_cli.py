@@ -9,7 +9,7 @@ import pytest
 from helpers import Serve, append, connect, eventually, expect, expect_eof, random_bytes, run_tailsrv, runs
 
 from tailsrv import __version__
-from tailsrv.processors import count_processors
+from tailsrv.linux.process import count_processors
 
 DATA = random_bytes(100)
 

@@ -28,9 +28,9 @@ from tailsrv.client import (
     UnknownHostError,
     follow,
 )  # fmt: skip
-from tailsrv.dial import wait
-from tailsrv.follower import ANCHORS
-from tailsrv.place import WINDOWS, FromEnd
+from tailsrv.client.connector import wait
+from tailsrv.client.resume import WINDOWS, FromEnd
+from tailsrv.client.stream import ANCHORS
 
 DATA = random_bytes(300_000)
 HASTE = Backoff(0.01, 0.02)
@@ -505,18 +505,26 @@ def loaded_by(module: str) -> set[str]:
     return set(run_python(f"import sys; import {module}; print(*sys.modules)").stdout.split())
 
 
-@pytest.mark.parametrize("module", ["tailsrv.tscat", "tailsrv.tssync"])
+@pytest.mark.parametrize("module", ["tailsrv.client.tscat", "tailsrv.client.tssync"])
 def test_commands_do_not_import_the_server(module: str) -> None:
     """A client starts without what only the server needs."""
     loaded = loaded_by(module)
-    for unwanted in ("psutil", "inotify_simple", "setproctitle", "tailsrv.cli", "tailsrv.supervisor", "tailsrv.worker", "tailsrv.listener"):
+    for unwanted in (
+        "psutil",
+        "inotify_simple",
+        "setproctitle",
+        "tailsrv.main",
+        "tailsrv.supervisor",
+        "tailsrv.worker",
+        "tailsrv.listeners",
+    ):
         assert find_spec(unwanted), "a module that is not there is never imported"
         assert unwanted not in loaded
 
 
 def test_server_does_not_import_the_clients() -> None:
     """The server starts without what only clients need."""
-    loaded = loaded_by("tailsrv.cli")
-    for name in ("client", "client_arguments", "client_run", "dial", "lookup", "mirror", "place", "splicing", "tscat", "tssync"):
-        assert find_spec(f"tailsrv.{name}"), "a module that is not there is never imported"
-        assert f"tailsrv.{name}" not in loaded
+    loaded = loaded_by("tailsrv.main")
+    for unwanted in ("tailsrv.client", "tailsrv.health"):
+        assert find_spec(unwanted), "a module that is not there is never imported"
+        assert unwanted not in loaded

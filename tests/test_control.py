@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 import pytest
 from unit import PATIENCE, as_root, recv_all, run_python, wait_readable
 
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, read_stat, socket_name
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, socket_name
+from tailsrv.linux.process import read_stat
 
 STATUS = b'{"clients": 3}\n'
 
@@ -95,8 +96,8 @@ TELL = """
 import os, socket, sys
 from contextlib import ExitStack
 from tailsrv.control import Control
-from tailsrv.loop import Loop
-from tailsrv.teller import Teller
+from tailsrv.linux.event_loop import Loop
+from tailsrv.supervisor.status_server import Teller
 from unit import recv_all
 name, long = sys.argv[1], b"x" * 1_000_000
 control, loop = Control.lock([name]), Loop()

@@ -13,17 +13,18 @@ from helpers import Server, append, children, connect, eventually, expect, rando
 from netns import Host, Network, enter, in_thread, reason_to_skip
 from unit import tcp_pair
 
-from tailsrv.connection import Client, State
-from tailsrv.dead_peers import BATCH, DeadPeers, Limits, is_dead
-from tailsrv.loop import Loop
-from tailsrv.syscalls import Unacknowledged, unacknowledged
+from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.sockets import Unacknowledged, unacknowledged
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
 
 # What they are by default, in seconds that a test can wait.
 SHORT = "interval=0.1, silence=0.5, attempts=2"
 PROGRAM = f"""
 import sys
 from functools import partial
-from tailsrv import cli, dead_peers
+from tailsrv import main as cli
+from tailsrv.worker import dead_peers
 dead_peers.Limits = partial(dead_peers.Limits, {SHORT})
 sys.exit(cli.main())
 """

@@ -5,14 +5,14 @@ import resource
 import pytest
 from unit import run_python
 
-from tailsrv.descriptors import raise_limit
+from tailsrv.linux.process import raise_limit
 
 
 def test_raise_limit() -> None:
     """The soft limit becomes the hard one, which is returned."""
     done = run_python("""
 import resource
-from tailsrv.descriptors import raise_limit
+from tailsrv.linux.process import raise_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
 assert raise_limit() == 200
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
@@ -33,7 +33,7 @@ def test_occupy_standard() -> None:
     """Of the standard descriptors those that are closed are taken, and no others."""
     done = run_python("""
 import os
-from tailsrv.descriptors import occupy_standard
+from tailsrv.linux.process import occupy_standard
 free = os.dup(2)
 os.close(free)
 os.close(0)

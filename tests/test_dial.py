@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tailsrv.dial import fetch, milliseconds, wait
+from tailsrv.client.connector import fetch, milliseconds, wait
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(None, None), (-1.0, 0.0), (0.5, 500.0), (3e6, 86_400_000.0)])

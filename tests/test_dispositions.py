@@ -11,8 +11,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from helpers import DEADLINE, Serve, append, children, eventually, expect, random_bytes, recv_all
 
-from tailsrv.signals import STRAY, name_of
-from tailsrv.stray import StraySignals
+from tailsrv.linux.signals import STRAY, name_of
+from tailsrv.stray_signals import StraySignals
 
 DATA, NEWS = random_bytes(1000), b"more"
 

@@ -20,7 +20,7 @@ AT_IMPORT = """
 import builtins
 original = builtins.__import__
 def importing(name, *arguments, **more):
-    if name == "tailsrv.cli":
+    if name == "tailsrv.main":
         builtins.__import__ = original
         open({gate!r}).read()
     return original(name, *arguments, **more)
@@ -123,7 +123,7 @@ def test_a_background_job_is_not_interrupted() -> None:
     """An ignored INT, as in a background job of a shell, stays ignored while the server starts."""
     done = run_python("""
 import signal
-from tailsrv.signals import hold, interruptible
+from tailsrv.linux.signals import hold, interruptible
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 hold()
 with interruptible():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tailsrv.endpoint import EndpointError, endpoint, parse_endpoint
+from tailsrv.addresses import EndpointError, endpoint, parse_endpoint
 
 
 @pytest.mark.parametrize(

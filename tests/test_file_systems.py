@@ -130,7 +130,7 @@ OTHER_NUMBER = """
 import os, sys
 from pathlib import Path
 from fusefs import Fuse
-from tailsrv.identity import CATCH_UP, Identity
+from tailsrv.file_identity import CATCH_UP, Identity
 fuse = Fuse(Path(sys.argv[1]), fresh=False)
 for contents, grown, expected in {CASES}:
     fuse.write(contents[0], 2), fuse.write(contents[1], 3)
@@ -189,7 +189,7 @@ def test_rotations_without_end(serve: Serve, path: Path) -> None:
 
 HIDDEN = """
 import os, subprocess, sys
-from tailsrv.file_system import why_poll
+from tailsrv.linux.file_system import why_poll
 odd, local = (os.open(path, os.O_RDONLY) for path in sys.argv[1:3])
 print(why_poll(odd), why_poll(local), sep="\\n")
 os.makedirs("jail/proc"), os.makedirs("jail/empty")

@@ -27,10 +27,11 @@ from helpers import AS_NOBODY, DEADLINE, NOBODY, Serve, Server, append, eventual
 from prometheus_client.parser import text_string_to_metric_families
 from unit import as_root, run_python
 
-from tailsrv.control import credentials, start_ticks
+from tailsrv.control import credentials
 from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
 from tailsrv.health import Server as Found
-from tailsrv.health_ask import ask_status, list_endpoints
+from tailsrv.health.control_client import ask_status, list_endpoints
+from tailsrv.linux.process import start_ticks
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
@@ -573,7 +574,7 @@ def test_answer_that_drips() -> None:
 
 WITHOUT_THREADS = """
 import os, resource, shutil, sys  # shutil for argparse: later on Python's own folder may be closed to us
-from tailsrv.health import main
+from tailsrv.health.main import main
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 os.setuid(3_000_000_003)
 sys.exit(main(sys.argv[1:]))

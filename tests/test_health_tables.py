@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tailsrv.health import EndedError, InspectError, NotOursError, doubtful_ones, examine, in_turns, weigh
-from tailsrv.health_metrics import render_metrics
-from tailsrv.health_report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
-from tailsrv.health_status import Client, Listener, ServedFile
-from tailsrv.health_text import WIDTH, render_text, span, summarize
-from tailsrv.units import size
+from tailsrv.formatting import size
+from tailsrv.health import EndedError, InspectError, NotOursError
+from tailsrv.health.main import doubtful_ones, examine, in_turns, weigh
+from tailsrv.health.prometheus import render_metrics
+from tailsrv.health.report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
+from tailsrv.health.text import WIDTH, render_text, span, summarize
+from tailsrv.status_schema import Client, Listener, ServedFile
 
 SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
 PROCESS = Process(4711, "sleeping", 100.0, 0.0, 1.5, 1 << 20, 20, 1000)

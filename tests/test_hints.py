@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from unit import as_root, run_python
 
-from tailsrv.hints import cannot_bind, cannot_open, cannot_see
+from tailsrv.diagnostics import cannot_bind, cannot_open, cannot_see
 
 
 def error(number: int) -> OSError:
@@ -60,7 +60,7 @@ def test_closed_folder(open_folder: Path) -> None:
     (open_folder / "a" / "b").chmod(0o700)
     code = """
 import errno, os, sys
-from tailsrv.hints import cannot_open
+from tailsrv.diagnostics import cannot_open
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
 """
@@ -103,7 +103,7 @@ def test_user_database_is_not_asked(tmp_path: Path) -> None:
     code = """
 import errno, grp, pwd, sys
 del pwd.getpwuid, pwd.getpwnam, pwd.getpwall, grp.getgrgid, grp.getgrnam, grp.getgrall
-from tailsrv.hints import cannot_open, cannot_see
+from tailsrv.diagnostics import cannot_open, cannot_see
 print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1]))
 """
     path = tmp_path / "log"

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tailsrv.intake import BATCH, Intake
-from tailsrv.loop import Loop
-from tailsrv.messages import Notices, Ping, Report, encode
-from tailsrv.slot import Slot
+from tailsrv.channel import Notices, Ping, Report, encode
+from tailsrv.linux.event_loop import Loop
+from tailsrv.supervisor.report_reader import BATCH, Intake
+from tailsrv.supervisor.slot import Slot
 
 
 @pytest.fixture

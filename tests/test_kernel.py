@@ -11,7 +11,7 @@ from helpers import Serve, Server, activated, append, expect, random_bytes
 from old_libc import FUNCTIONS, hidden, uses, write_hook
 from unit import ROOT, opened, run_python
 
-from tailsrv import kernel
+from tailsrv.linux import kernel
 
 DATA, MORE = random_bytes(100_000), b"more"
 
@@ -24,7 +24,7 @@ def test_names_are_in_one_place() -> None:
     """No module but that one uses a name that an interpreter may be without."""
     found = {
         f"{module.name}:{line}": name
-        for module in (ROOT / "tailsrv").glob("*.py")
+        for module in (ROOT / "tailsrv").rglob("*.py")
         if module.name != THE_ONE_PLACE
         for line, name in uses(module.read_text())
     }
@@ -50,7 +50,7 @@ def test_use_is_found(line: str) -> None:
     assert not list(uses("import os, socket, select; os.preadv(1, [], 0); socket.TCP_INFO; select.EPOLLRDHUP; from os import read"))
 
 
-NUMBERS = "from tailsrv import kernel; print({name: value for name, value in vars(kernel).items() if name.isupper()})"
+NUMBERS = "from tailsrv.linux import kernel; print({name: value for name, value in vars(kernel).items() if name.isupper()})"
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_reading_what_is_in_memory(tmp_path: Path, functions: tuple[str, ...]) -
     done = run_python(
         """
 import sys
-from tailsrv.kernel import preadv_nowait
+from tailsrv.linux.kernel import preadv_nowait
 with open(sys.argv[1], "rb") as file:
     buffer = bytearray(2)
     try:
@@ -101,7 +101,7 @@ def test_memory_file(tmp_path: Path, functions: tuple[str, ...]) -> None:
     done = run_python(
         """
 import os
-from tailsrv.kernel import memory_file
+from tailsrv.linux.kernel import memory_file
 fd = memory_file("name")
 os.write(fd, b"data")
 print(os.pread(fd, 10, 0), os.get_inheritable(fd), os.fstat(fd).st_nlink, os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:name"))

@@ -8,8 +8,8 @@ import pytest
 from helpers import HURRIED, Serve, append, expect, expect_eof
 
 from tailsrv.config import Timing
-from tailsrv.late import LateAppends
-from tailsrv.loop import Loop
+from tailsrv.linux.event_loop import Loop
+from tailsrv.supervisor.late_appends import LateAppends
 
 TIMING = Timing()
 

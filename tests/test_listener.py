@@ -13,9 +13,9 @@ import pytest
 from helpers import Serve, activated, run_tailsrv, runs
 from unit import PATIENCE, ROOT, closing_all, needs_ipv6, wait_readable
 
-from tailsrv.endpoint import endpoint
-from tailsrv.listener import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
-from tailsrv.syscalls import streamed
+from tailsrv.addresses import endpoint
+from tailsrv.linux.sockets import streamed
+from tailsrv.listeners import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
 
 LOOPBACK = ["127.0.0.1"]
 
@@ -380,7 +380,7 @@ def test_every_address_of_a_machine_without_ipv6(serve: Serve, path: Path, witho
 # how many connections the kernel has given out before their handshake was complete.
 FAST_OPEN = """
 import socket
-from tailsrv.listener import open_listeners, take_listeners
+from tailsrv.listeners import open_listeners, take_listeners
 
 def count():
     names, values = [line.split() for line in open("/proc/net/netstat") if line.startswith("TcpExt:")]

@@ -19,8 +19,8 @@ from helpers import AS_NOBODY, TAILSRV, append, children, connect, eventually, e
 from unit import PATIENCE, ROOT, run_python
 
 import tailsrv
+from tailsrv.linux.sockets import accept_queue
 from tailsrv.log import fields, printable, trouble
-from tailsrv.syscalls import accept_queue
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_trouble_says_where() -> None:
         pass
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         accept_queue(sock)
-    assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=syscalls.py:\d+", trouble(caught.value))
+    assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=linux/sockets.py:\d+", trouble(caught.value))
     assert trouble(MemoryError()) == "reason='out of memory'"
 
 

@@ -11,8 +11,8 @@ from helpers import DEADLINE, Serve, eventually, random_bytes
 from shims import build_shim
 from unit import run_python
 
-from tailsrv.dial import SILENT
-from tailsrv.lookup import Lookup
+from tailsrv.client.connector import SILENT
+from tailsrv.client.lookup import Lookup
 
 DATA = random_bytes(10_000)
 
@@ -148,7 +148,7 @@ def test_other_names_are_tried_meanwhile(silence: Path) -> None:
     code = """
 import sys, threading
 from tailsrv.client import Backoff, follow
-from tailsrv.dial import wait
+from tailsrv.client.connector import wait
 
 class Enough(Exception): pass
 
@@ -178,7 +178,7 @@ def test_no_room_for_a_thread() -> None:
     """Where a thread cannot be had, names are looked up all the same."""
     done = run_python("""
 import threading
-from tailsrv.lookup import Lookup
+from tailsrv.client.lookup import Lookup
 threading.stack_size(1 << 50)
 lookup = Lookup("localhost", 1)
 print(bool(lookup.result()), threading.active_count())
@@ -191,7 +191,7 @@ def test_no_room_for_a_descriptor() -> None:
     done = run_python(
         """
 import resource
-from tailsrv.lookup import Lookup
+from tailsrv.client.lookup import Lookup
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 lookup = Lookup("localhost", 1)
 try:

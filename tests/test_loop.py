@@ -2,7 +2,7 @@
 
 import socket
 
-from tailsrv.loop import Loop
+from tailsrv.linux.event_loop import Loop
 
 
 def test_stalled_descriptors_are_left_alone_for_a_while() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.messages import (
+from tailsrv.channel import (
     MAX_MESSAGE,
     MAX_NEWS,
     MAX_SOCKETS,

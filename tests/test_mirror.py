@@ -11,7 +11,7 @@ from shims import build_shim
 from survival import needs_strace
 from unit import run_python
 
-from tailsrv.mirror import Mirror
+from tailsrv.client.local_copy import Mirror
 
 DATA = random_bytes(300_000)
 
@@ -135,8 +135,8 @@ def test_file_that_is_another_one_each_time(copy: Path) -> None:
     done = run_python(
         """
 import fcntl, os, sys
-from tailsrv.client_run import RunError
-from tailsrv.mirror import Mirror
+from tailsrv.client.command import RunError
+from tailsrv.client.local_copy import Mirror
 
 def take_away(event, arguments):
     if event == "fcntl.flock":

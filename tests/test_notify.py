@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import DEADLINE, Serve, Server, random_bytes
 
-from tailsrv.systemd import Lifecycle, notify
+from tailsrv.linux.systemd import Lifecycle, notify
 
 FILLER = b"STATUS=of another service"
 

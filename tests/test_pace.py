@@ -1,7 +1,7 @@
 """The least time between two rotations."""
 
 from tailsrv.config import Timing
-from tailsrv.pace import Pace
+from tailsrv.supervisor.rotation_pace import Pace
 
 TIMING = Timing()
 

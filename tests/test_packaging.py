@@ -89,7 +89,8 @@ def test_both_ways_to_start_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("tailsrv", "__main__"), ("tailsrv-health", "health"), ("tscat", "tscat"), ("tssync", "tssync")]
+    ("command", "module"),
+    [("tailsrv", "__main__"), ("tailsrv-health", "health.main"), ("tscat", "client.tscat"), ("tssync", "client.tssync")],
 )
 def test_console_script_is_declared(command: str, module: str) -> None:
     """The installed package brings its commands, and each is there and says its version."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.place import ANCHOR, CONTEXT, WINDOWS, FromEnd, FromStart, LostPlaceError, OffsetError, OtherFileError, place_at
+from tailsrv.client.resume import ANCHOR, CONTEXT, WINDOWS, FromEnd, FromStart, LostPlaceError, OffsetError, OtherFileError, place_at
 
 DATA = random.Random(1).randbytes(3 << 20)
 

@@ -9,18 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv.config import Network, Timing
-from tailsrv.policy import (
-    CHUNK,
-    MAX_UNREADY,
-    Allowance,
-    Failures,
-    Verdict,
-    describe_status,
-    is_allowed,
-    next_chunk,
-    usable_processors,
-    verdict,
-)
+from tailsrv.linux.process import usable_processors
+from tailsrv.log import Allowance
+from tailsrv.supervisor.restart_policy import MAX_UNREADY, Failures, Verdict, describe_status, verdict
+from tailsrv.worker.acceptor import is_allowed
+from tailsrv.worker.streams import CHUNK, next_chunk
 
 
 @pytest.mark.parametrize(

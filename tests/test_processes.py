@@ -107,9 +107,10 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
 # A program that is tailsrv but for what its workers do.
 ODD_WORKERS = """\
 import errno, os, resource, signal, sys
-from tailsrv import cli, worker
+from tailsrv import main as cli
+from tailsrv.worker import worker
 from tailsrv.config import Timing
-from tailsrv.messages import Notices, Report, encode
+from tailsrv.channel import Notices, Report, encode
 
 def work(inheritance, config):
     {body}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tailsrv.processors import _quotas, count_processors
+from tailsrv.linux.process import _quotas, count_processors
 
 AFFINITY = len(os.sched_getaffinity(0))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from unit import run_python
 
-from tailsrv.quota import Quota
+from tailsrv.client_limit import Quota
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_handed_on(quota: Quota) -> None:
 
 SHARED = """
 import os, sys
-from tailsrv.quota import Quota
+from tailsrv.client_limit import Quota
 
 limit, workers, rounds = 50, 4, 20000
 quota = Quota(limit, workers)

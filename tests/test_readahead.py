@@ -6,9 +6,9 @@ from contextlib import ExitStack
 import pytest
 from unit import tcp_pair
 
-from tailsrv.connection import Client
-from tailsrv.policy import CHUNK, DISK_PAUSE, MAX_MISSES, MAX_PAUSES, READ_AHEAD, READERS
-from tailsrv.readahead import ReadAhead
+from tailsrv.worker.client import Client
+from tailsrv.worker.readahead import DISK_PAUSE, MAX_MISSES, MAX_PAUSES, READ_AHEAD, READERS, ReadAhead
+from tailsrv.worker.streams import CHUNK
 
 
 class Disk:

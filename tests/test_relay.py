@@ -18,8 +18,8 @@ from netns import Host, Network, reason_to_skip
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
-TSCAT = (sys.executable, "-m", "tailsrv.tscat")
-TSSYNC = (sys.executable, "-m", "tailsrv.tssync")
+TSCAT = (sys.executable, "-m", "tailsrv.client.tscat")
+TSSYNC = (sys.executable, "-m", "tailsrv.client.tssync")
 
 CONFIG = Path(__file__).resolve().parent.parent / "contrib" / "relay" / "haproxy.cfg"
 

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 import pytest
 from unit import readable, recv_all, run_python, tcp_pair, wait_readable
 
-from tailsrv.messages import MAX_SOCKETS
-from tailsrv.roster import Entry, Roster
+from tailsrv.channel import MAX_SOCKETS
+from tailsrv.inheritance import Entry
+from tailsrv.supervisor.client_table import Roster
 
 ANY = 1 << 20  # higher than any descriptor
 
@@ -104,7 +105,7 @@ def test_the_kernel_leaves_out_what_does_not_fit() -> None:
     """Where descriptors run out in the middle of a message, the first clients are protected and the others are not."""
     done = run_python("""if True:
         import os, resource, socket
-        from tailsrv.roster import Roster
+        from tailsrv.supervisor.client_table import Roster
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sent = [os.dup(0) for _ in range(10)]
         socket.send_fds(theirs, [b"ten"], sent)

@@ -11,8 +11,8 @@ from helpers import Serve, append, eventually, expect, expect_eof, random_bytes,
 from survival import status
 from unit import ROOT, run_python, tcp_pair
 
-from tailsrv.self_check import counts_streams
-from tailsrv.syscalls import accept_queue, streamed
+from tailsrv.linux.self_check import counts_streams
+from tailsrv.linux.sockets import accept_queue, streamed
 
 DATA = random_bytes(100_000)
 
@@ -58,7 +58,7 @@ def test_this_system() -> None:
 def test_another_system(tmp_path: Path, system: str) -> None:
     """One that does not count, or cannot be asked, is found out."""
     (tmp_path / "sitecustomize.py").write_text(HOOK.format(SYSTEMS[system]))
-    code = "from tailsrv.self_check import counts_streams; print(counts_streams())"
+    code = "from tailsrv.linux.self_check import counts_streams; print(counts_streams())"
     done = run_python(code, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert (done.stdout, done.stderr) == ("False\n", "")
 
@@ -67,7 +67,7 @@ def test_no_loopback() -> None:
     """Where it cannot be tried, nothing speaks against it."""
     if not runs(*NO_LOOPBACK, "true"):
         pytest.skip("a network namespace cannot be had")
-    code = "from tailsrv.self_check import counts_streams; import sys; sys.exit(counts_streams() is not True)"
+    code = "from tailsrv.linux.self_check import counts_streams; import sys; sys.exit(counts_streams() is not True)"
     assert runs(*NO_LOOPBACK, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from unit import readable, run_python, wait_readable
 
-from tailsrv.signals import Wakeup, blocked
+from tailsrv.linux.signals import Wakeup, blocked
 
 CAUGHT = [signal.SIGUSR1, signal.SIGUSR2]
 
@@ -97,7 +97,7 @@ def test_child_that_closes_does_not_wake_the_parent() -> None:
     """A forked child's signals stay its own once it has closed its copy."""
     done = run_python("""
 import os, signal
-from tailsrv.signals import Wakeup, blocked
+from tailsrv.linux.signals import Wakeup, blocked
 parent = Wakeup([signal.SIGUSR1])
 with blocked():
     pid = os.fork()

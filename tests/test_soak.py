@@ -46,7 +46,7 @@ def test_soak(tmp_path: Path) -> None:
 
 LIAR = """\
 import os, sys
-from tailsrv.cli import main
+from tailsrv.main import main
 send, calls = os.sendfile, 0
 def lie(out, file, offset, count):
     global calls

@@ -11,8 +11,8 @@ from followers import TSCAT, TSSYNC, answering, run_client
 from unit import tcp_pair, wait_readable
 
 from tailsrv.client import follow
-from tailsrv.splicing import move
-from tailsrv.tssync import pipe
+from tailsrv.client.splicing import move
+from tailsrv.client.tssync import pipe
 
 
 def said(*parts: bytes, end: bool = False) -> Callable[[socket.socket], None]:

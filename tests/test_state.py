@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv import messages
-from tailsrv.state import FORMAT, SlotState, State, StateError, decode, encode
+from tailsrv import channel as messages
+from tailsrv.supervisor.upgrade_state import FORMAT, SlotState, State, StateError, decode, encode
 
 SLOTS = [
     SlotState(

@@ -11,7 +11,8 @@ import pytest
 from helpers import DEADLINE, Serve, Server, append, ask, eventually, expect, random_bytes, runs, stop, title
 from unit import as_root, run_python
 
-from tailsrv.control import CLIENTS, start_ticks
+from tailsrv.control import CLIENTS
+from tailsrv.linux.process import start_ticks
 
 DATA = random_bytes(20_000_000)
 

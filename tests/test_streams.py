@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from unit import append, opened, recv_all, reset, tcp_pair, wait_for
 
-from tailsrv.connection import Client, State
-from tailsrv.policy import CHUNK, READERS, TURN, VAIN
-from tailsrv.readahead import ReadAhead
-from tailsrv.streams import Streams
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.readahead import READERS, ReadAhead
+from tailsrv.worker.streams import CHUNK, TURN, VAIN, Streams
 
 BIG = os.urandom(1 << 16) * 48  # 3 MiB, and no two chunks are the same from any offset that matters
 

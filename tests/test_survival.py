@@ -44,7 +44,7 @@ from survival import (
 )
 
 import tailsrv
-from tailsrv.messages import Ping, encode
+from tailsrv.channel import Ping, encode
 
 pytestmark = pytest.mark.slow
 
@@ -251,14 +251,15 @@ POISONED = '''
 """A tailsrv whose workers die of any client that wants to start at byte 666."""
 
 import os, signal, sys
-from tailsrv import cli, worker
+from tailsrv import main as cli
+from tailsrv.worker import worker
 from tailsrv.config import ExitStatus
 from tailsrv.control import Control
-from tailsrv.listener import endpoints
+from tailsrv.listeners import endpoints
 from tailsrv.log import logger, set_up
-from tailsrv.slot import Slot
-from tailsrv.supervisor import Supervisor
-from tailsrv.watch import open_file
+from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.supervisor import Supervisor
+from tailsrv.served_file import open_file
 
 
 def die():

@@ -13,20 +13,9 @@ import pytest
 from helpers import eventually
 from unit import append, evict, opened, readable, recv_all, recv_exactly, reset, run_python, tcp_pair, wait_for, wait_readable
 
-from tailsrv.policy import ACCEPTS, SMALL
+from tailsrv.linux.files import SMALL, is_cached, read_ahead, send_chunk, send_to_all
+from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept, discard, finish_sending, peek, unsent
 from tailsrv.protocol import PEEK
-from tailsrv.syscalls import (
-    Outcome,
-    accept,
-    discard,
-    finish_sending,
-    is_cached,
-    peek_header,
-    read_ahead,
-    send_chunk,
-    send_to_all,
-    unsent,
-)
 
 DATA = bytes(range(256)) * 1024
 
@@ -244,7 +233,7 @@ def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
     if isinstance(accepted, tuple):
         sock, _ = accepted
         with sock:
-            assert peek_header(sock) is Outcome.HUNG_UP
+            assert peek(sock, PEEK) is Outcome.HUNG_UP
     else:
         assert accepted is Outcome.WOULD_BLOCK
 
@@ -253,7 +242,7 @@ def test_accept_without_descriptors() -> None:
     """Out of descriptors is an outcome, and the connection is still there when one is free again; nobody needs none."""
     done = run_python("""
 import os, resource, socket
-from tailsrv.syscalls import Outcome, accept
+from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept
 with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
     listener.setblocking(False)
     spare = os.open("/", os.O_RDONLY)
@@ -284,15 +273,15 @@ class Refusing(socket.socket):
         return super().accept()
 
 
-@pytest.mark.parametrize("refusals", [ACCEPTS - 1, ACCEPTS, 10 * ACCEPTS])
+@pytest.mark.parametrize("refusals", [ACCEPT_TRIES - 1, ACCEPT_TRIES, 10 * ACCEPT_TRIES])
 def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> None:
     """An error that says nothing about the listener is passed over, but not for ever: then it does say something."""
     with Refusing(fileno=os.dup(listener.fileno())) as refusing, socket.create_connection(listener.getsockname()) as far:
         refusing.refusals = refusals
         wait_readable(refusing)
         accepted = accept(refusing)
-        assert refusing.tries == ACCEPTS
-        if refusals < ACCEPTS:
+        assert refusing.tries == ACCEPT_TRIES
+        if refusals < ACCEPT_TRIES:
             assert isinstance(accepted, tuple)
             accepted[0].close()
             assert accepted[1] == far.getsockname()
@@ -303,14 +292,14 @@ def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> Non
 def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) -> None:
     """What has come can be seen again and again, and no more of it than a header can be."""
     near, far = pair
-    assert peek_header(near) is Outcome.WOULD_BLOCK
+    assert peek(near, PEEK) is Outcome.WOULD_BLOCK
     far.sendall(b"12")
     wait_readable(near)
-    assert [peek_header(near), peek_header(near)] == [b"12", b"12"]
+    assert [peek(near, PEEK), peek(near, PEEK)] == [b"12", b"12"]
     far.sendall(b"x" * 100)
     while len(seen := near.recv(1000, socket.MSG_PEEK)) < 102:
         assert seen.startswith(b"12")
-    assert peek_header(near) == b"12" + b"x" * (PEEK - 2)
+    assert peek(near, PEEK) == b"12" + b"x" * (PEEK - 2)
     assert near.recv(1000) == b"12" + b"x" * 100
 
 
@@ -320,9 +309,9 @@ def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socke
     far.sendall(b"12")
     far.shutdown(socket.SHUT_WR)
     wait_for(near, select.POLLRDHUP)
-    assert peek_header(near) == b"12"
+    assert peek(near, PEEK) == b"12"
     near.recv(2)
-    assert peek_header(near) == b""
+    assert peek(near, PEEK) == b""
 
 
 def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -330,7 +319,7 @@ def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) ->
     near, far = pair
     reset(far)
     wait_for(near, select.POLLERR)
-    assert peek_header(near) is Outcome.HUNG_UP
+    assert peek(near, PEEK) is Outcome.HUNG_UP
 
 
 def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -340,11 +329,11 @@ def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:
     while len(near.recv(total, socket.MSG_PEEK)) < total:
         wait_readable(near)
     assert discard(near) is False
-    assert peek_header(near) is Outcome.WOULD_BLOCK
+    assert peek(near, PEEK) is Outcome.WOULD_BLOCK
     assert discard(near) is False
     far.sendall(b"later")
     wait_readable(near)
-    assert peek_header(near) == b"later"
+    assert peek(near, PEEK) == b"later"
 
 
 def test_discard_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -424,7 +413,7 @@ def test_memory_without_room() -> None:
     """An anonymous file that does not get its data is closed again."""
     done = run_python("""
 import errno, os, resource
-from tailsrv.syscalls import memory
+from tailsrv.linux.files import memory
 with open(memory(b"data"), "rb") as file:
     assert file.read() == b"data"
 before = os.listdir("/proc/self/fd")

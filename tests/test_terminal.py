@@ -149,7 +149,7 @@ import os, pty, socket
 fd = {opened}
 os.dup2(fd, 0)
 os.closerange(3, 20)
-from tailsrv.hangup import is_hung_up
+from tailsrv.linux.terminal import is_hung_up
 print(is_hung_up())
 """)
     assert (done.stdout.strip(), done.stderr) == (str(hung_up), "")

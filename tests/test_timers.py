@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from tailsrv.timers import Timers
+from tailsrv.linux.event_loop import Timers
 
 
 def recorder(done: list[str], name: str) -> Callable[[], None]:

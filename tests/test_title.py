@@ -11,8 +11,10 @@ from setproctitle import getproctitle, setproctitle
 from unit import run_python
 
 from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
-from tailsrv.timers import Timers
-from tailsrv.title import Title, counted, longest_title, service_status, supervisor_title, worker_title
+from tailsrv.formatting import counted
+from tailsrv.linux.event_loop import Timers
+from tailsrv.linux.process_title import Title
+from tailsrv.titles import longest_title, service_status, supervisor_title, worker_title
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 clients"), (1, "1 client"), (2, "2 clients"), (1000, "1000 clients")])
@@ -205,7 +207,7 @@ ROOM = """
 import os, sys
 from setproctitle import getproctitle, setproctitle
 getproctitle()
-from tailsrv.title import make_room
+from tailsrv.linux.process_title import make_room
 make_room(100_000, {executable}, sys.orig_argv)
 os.system("env")
 setproctitle("y" * 100_000)

@@ -332,7 +332,7 @@ def test_terminal_that_goes() -> None:
     """A terminal that is closed while a line is on it takes no other, and is no error."""
     done = run_python("""
 import os, pty
-from tailsrv.progress import Progress
+from tailsrv.client.tssync import Progress
 near, far = pty.openpty()
 os.dup2(far, 2), os.close(far)
 progress = Progress("copy")

@@ -53,9 +53,12 @@ class Installed:
 
     def install(self, version: str) -> None:
         """Install `version`, over what was there, as an installer does: file by file."""
-        for source in Path(tailsrv.__file__).parent.glob("*.py"):
+        package = Path(tailsrv.__file__).parent
+        for source in package.rglob("*.py"):
+            place = self.package / source.relative_to(package)
+            place.parent.mkdir(exist_ok=True)
             shutil.copy(source, self.package / "new")
-            (self.package / "new").rename(self.package / source.name)
+            (self.package / "new").rename(place)
         self.edit("__init__.py", f'"{tailsrv.__version__}"', f'"{version}"')
 
     def edit(self, module: str, old: str, new: str) -> None:
@@ -203,7 +206,7 @@ def test_another_version(serve: Serve, path: Path, installed: Installed) -> None
         started = status(server)["started"]
         installed.install("99.0")
         installed.edit(
-            "worker.py",
+            "worker/worker.py",
             'isEnabledFor(logging.DEBUG):\n            logger.debug("client streams: ',
             'isEnabledFor(logging.WARNING):\n            logger.warning("client of the new worker streams: ',
         )
@@ -276,7 +279,7 @@ def test_end_between_two_replacements(serve: Serve, path: Path, installed: Insta
         expect(client, SMALL)
     (hold := tmp_path / "hold").touch()
     ready = "        self.news.notice(ready=True)\n"
-    installed.edit("worker.py", ready, f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}")
+    installed.edit("worker/worker.py", ready, f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}")
     server.signal(signal.SIGHUP)
     server.logged("worker ended: slot=0")
     server.logged("worker spawned: slot=0", count=2)
@@ -291,9 +294,9 @@ def test_end_between_two_replacements(serve: Serve, path: Path, installed: Insta
 
 
 BREAKS = {
-    "syntax": ("worker.py", "import gc", "import gc gc", "SyntaxError"),
+    "syntax": ("worker/worker.py", "import gc", "import gc gc", "SyntaxError"),
     "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
-    "early end": ("cli.py", "    return config, args.verbose", "    sys.exit(0)\n    return config, args.verbose", "NameError"),
+    "early end": ("main.py", "    return config, args.verbose", "    sys.exit(0)\n    return config, args.verbose", "NameError"),
     "silence": ("upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
     "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
     "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
@@ -328,7 +331,7 @@ def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> No
     """Where the program has been removed, all stays as it is and the log says why."""
     path.write_bytes(SMALL)
     script = installed.package.with_name("serve.py")
-    script.write_text("import sys; from tailsrv.cli import main; sys.exit(main())\n")
+    script.write_text("import sys; from tailsrv.main import main; sys.exit(main())\n")
     server = serve(path, program=(sys.executable, "-B", str(script)))
     living = ready_workers(server)
     client = server.connect(b"0\n")
@@ -349,7 +352,7 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
     for client in clients:
         expect(client, SMALL)
     await_clients(server, 20)
-    installed.edit("worker.py", "    try:\n        wakeup =", '    raise RuntimeError("no worker")\n    try:\n        wakeup =')
+    installed.edit("worker/worker.py", "    try:\n        wakeup =", '    raise RuntimeError("no worker")\n    try:\n        wakeup =')
     server.signal(signal.SIGHUP)
     server.logged("workers of this version do not start", "slot=0", count=2)
     assert [worker["pid"] for worker in status(server)["workers"]][1] == living[1]
@@ -371,7 +374,7 @@ def test_worker_that_finds_no_room_in_an_upgrade(serve: Serve, path: Path, insta
     short, old = tmp_path / "short", "    try:\n        wakeup ="
     short.touch()
     refused = f"    if os.access({str(short)!r}, os.F_OK):\n        os.unlink({str(short)!r})\n        return os.EX_TEMPFAIL\n"
-    installed.edit("worker.py", old, refused + old)
+    installed.edit("worker/worker.py", old, refused + old)
     upgrade(server)
     assert not short.exists()
     ready_workers(server, besides=living)
@@ -385,7 +388,7 @@ def test_workers_that_do_not_start_after_an_upgrade(serve: Serve, path: Path, in
     path.write_bytes(SMALL)
     broken = tmp_path / "broken"
     old = "    try:\n        wakeup ="
-    installed.edit("worker.py", old, f"    if os.access({str(broken)!r}, os.F_OK):\n        return ExitStatus.CANNOT_BOOT\n{old}")
+    installed.edit("worker/worker.py", old, f"    if os.access({str(broken)!r}, os.F_OK):\n        return ExitStatus.CANNOT_BOOT\n{old}")
     server = serve(path, "-w", "2", status=3, program=installed.hurried)
     ready_workers(server)
     upgrade(server)
@@ -428,7 +431,7 @@ def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Pa
 def slow_to_start(installed: Installed, flag: Path) -> None:
     """Make the installed program prove itself only once there is a line to read from the named pipe `flag`."""
     os.mkfifo(flag)
-    installed.edit("cli.py", "    if is_check():\n", f"    if is_check():\n        open({str(flag)!r}).read()\n")
+    installed.edit("main.py", "    if is_check():\n", f"    if is_check():\n        open({str(flag)!r}).read()\n")
 
 
 def let_go(flag: Path) -> None:
@@ -684,7 +687,7 @@ def test_the_service_manager_is_told(serve: Serve, path: Path, tmp_path: Path, m
         drop_status("RELOADING=1")  # of the new program, in case that the first was not taken
         drop_status("READY=1")
         ready_workers(server, besides=living)
-        installed.edit("worker.py", "import gc", "import gc gc")
+        installed.edit("worker/worker.py", "import gc", "import gc gc")
         server.signal(signal.SIGHUP)
         drop_status("RELOADING=1")
         drop_status("READY=1")

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from unit import PATIENCE, append, as_root, opened, readable, run_python, wait_readable
 
-from tailsrv.identity import Identity
-from tailsrv.syscalls import memory
-from tailsrv.watch import CannotServeError, Watch, open_file, size_of, steps_to
+from tailsrv.file_identity import Identity
+from tailsrv.linux.files import memory
+from tailsrv.linux.inotify import Watch, steps_to
+from tailsrv.served_file import CannotServeError, open_file, size_of
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def gone(watch: Watch) -> bool:
     suspicious = False
     while not quiet(watch):
         suspicious |= watch.read()
-    return suspicious and bool(watch.is_gone(time.monotonic()))
+    return suspicious and bool(is_gone(watch.file, watch.path))
 
 
 def is_gone(file: int, path: str) -> bool | None:
@@ -297,7 +298,7 @@ def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
         fresh.symlink_to("x" * 300)
         fresh.rename(link)
         assert watch.read()
-        assert watch.is_gone(time.monotonic()) is None
+        assert is_gone(watch.file, watch.path) is None
         append(path, b"more")
         wait_readable(fd_of(watch))
         assert watch.size() == 8
@@ -429,7 +430,7 @@ def test_folder_that_is_gone() -> None:
     """A relative path in a folder that is gone leads through nothing."""
     done = run_python("""
 import os, tempfile
-from tailsrv.watch import steps_to
+from tailsrv.linux.inotify import steps_to
 with tempfile.TemporaryDirectory() as folder:
     os.chdir(folder)
     assert list(steps_to("log"))[-1] == os.path.join(os.path.realpath(folder), "log")
@@ -456,7 +457,7 @@ def test_file_that_may_not_be_read_any_more(path: Path) -> None:
         pytest.skip("only root can be another user")
     code = """
 import ctypes, os, sys
-from tailsrv.watch import Watch
+from tailsrv.linux.inotify import Watch
 file = os.open(sys.argv[1], os.O_RDONLY)
 os.setgroups([]), os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: or /proc/self/fd would be closed to us, after this change of user
@@ -497,7 +498,7 @@ def test_no_inotify_instances(path: Path) -> None:
     done = run_python(
         """
 import os, resource, sys
-from tailsrv.watch import Watch
+from tailsrv.linux.inotify import Watch
 file = os.open(sys.argv[1], os.O_RDONLY)
 Watch(file, sys.argv[1]).close()
 spare = os.open("/", os.O_RDONLY)
@@ -595,7 +596,7 @@ def test_open_file_refuses_an_unreadable_file_to_others(path: Path) -> None:
     path.chmod(0o600)
     code = """
 import os, sys
-from tailsrv.watch import CannotServeError, open_file
+from tailsrv.served_file import CannotServeError, open_file
 os.chdir(sys.argv[1])
 os.setgroups([]), os.setuid(65534)
 try:

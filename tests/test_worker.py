@@ -28,17 +28,16 @@ from unit import (
     wait_readable,
 )
 
+from tailsrv.addresses import endpoint
+from tailsrv.channel import MAX_MESSAGE, Drain, Ping, Report, decode, encode
 from tailsrv.config import Config, ExitStatus
-from tailsrv.connection import Client, State
-from tailsrv.endpoint import endpoint
-from tailsrv.listener import open_listeners
-from tailsrv.messages import MAX_MESSAGE, Drain, Ping, Report, decode, encode
+from tailsrv.inheritance import Entry, Inheritance
+from tailsrv.linux.signals import Wakeup
+from tailsrv.linux.sockets import discard
+from tailsrv.listeners import open_listeners
 from tailsrv.protocol import Start, parse_header
-from tailsrv.roster import Entry
-from tailsrv.signals import Wakeup
-from tailsrv.slot import Inheritance
-from tailsrv.syscalls import discard
-from tailsrv.worker import Worker
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.worker import Worker
 
 BIG = os.urandom(1 << 16) * 64  # 4 MiB: more than the buffers on loopback take
 
@@ -307,7 +306,7 @@ def test_out_of_descriptors(path: Path) -> None:
 import os, resource, socket, sys
 from pathlib import Path
 from test_worker import working
-from tailsrv.connection import State
+from tailsrv.worker.client import State
 with working(Path(sys.argv[1])) as bench:
     streaming, client = bench.connect(b"8\\n")
     oldest, first = bench.connect()
@@ -442,7 +441,7 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(bench: Bench,
             append(bench.path, b"abc")
         return discard(sock)
 
-    monkeypatch.setattr("tailsrv.worker.discard", discard_late)
+    monkeypatch.setattr("tailsrv.worker.worker.discard", discard_late)
     for far in fars:
         if what == "are closed":
             reset(far)
@@ -507,7 +506,7 @@ def test_error_with_one_client_ends_that_client_only(
             raise ZeroDivisionError("poison")
         return parse_header(received, ended)
 
-    monkeypatch.setattr("tailsrv.headers.parse_header", parse)
+    monkeypatch.setattr("tailsrv.worker.header_reader.parse_header", parse)
     before, _ = bench.connect(b"-0\n")
     poisoned, client = bench.connect(b"7\n")
     bench.settle()
@@ -526,7 +525,7 @@ def poison(*_: object) -> None:
     raise ZeroDivisionError("poison")
 
 
-@pytest.mark.parametrize("where", ["tailsrv.worker.Client.forget_peer", "tailsrv.streams.next_chunk"])
+@pytest.mark.parametrize("where", ["tailsrv.worker.worker.Client.forget_peer", "tailsrv.worker.streams.next_chunk"])
 def test_error_with_one_stream_ends_that_client_only(
     bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -551,7 +550,7 @@ def test_error_with_one_adopted_client_ends_that_client_only(
     """The same for one of those that a new worker takes over."""
     with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
         with monkeypatch.context() as patch:
-            patch.setattr("tailsrv.worker.streamed", poison)
+            patch.setattr("tailsrv.worker.worker.streamed", poison)
             bench.worker.adopt({1: Entry(near.detach(), 0)})
         bench.worker.adopt({2: Entry(healthy.detach(), 0)})
         bench.until(lambda: not bench.worker.news.left)
@@ -568,7 +567,7 @@ def test_shortage_while_adopting_ends_the_worker(bench: Bench, monkeypatch: pyte
     def refuse(_: object) -> int:
         raise error
 
-    monkeypatch.setattr("tailsrv.worker.streamed", refuse)
+    monkeypatch.setattr("tailsrv.worker.worker.streamed", refuse)
     with tcp_pair() as (near, far):
         with pytest.raises(type(error)):
             bench.worker.adopt({1: Entry(near.detach(), 0)})
@@ -591,14 +590,14 @@ def test_error_with_everybody_ends_the_worker(bench: Bench, monkeypatch: pytest.
             append(bench.path, b"more")
             return parse(received, ended)
 
-        monkeypatch.setattr("tailsrv.headers.parse_header", parse_later)
+        monkeypatch.setattr("tailsrv.worker.header_reader.parse_header", parse_later)
     else:
         append(bench.path, b"more")
 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("tailsrv.streams.send_to_all", fail)
+    monkeypatch.setattr("tailsrv.worker.streams.send_to_all", fail)
     with pytest.raises(MemoryError):
         bench.worker.handle_client(client, select.EPOLLIN)
 

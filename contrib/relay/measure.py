@@ -72,7 +72,7 @@ def wait_for(check):
 def add_relay(stack, folder, upstream):
     """Return the server of a relay of `upstream`, once its copy is complete."""
     path = folder / f"copy-{time.monotonic_ns()}"
-    start(stack, [sys.executable, "-m", "tailsrv.tssync", f"127.0.0.1:{upstream.port}", path])
+    start(stack, [sys.executable, "-m", "tailsrv.client.tssync", f"127.0.0.1:{upstream.port}", path])
     wait_for(lambda: path.exists() and path.stat().st_size == upstream.path.stat().st_size)
     return Server(stack, path)
 

@@ -1,0 +1,144 @@
+"""Writes findings in Prometheus' text format. Pure.
+
+The format is that of https://prometheus.io/docs/instrumenting/exposition_formats/, names and units follow
+https://prometheus.io/docs/practices/naming/: base units, counters end in `_total`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from tailsrv.health.report import Finding, Process, Report, ready
+from tailsrv.status_schema import Client
+
+STATES = ("serving", "starting", "waiting for file", "draining", "rotating")
+
+Labels = Mapping[str, str]
+Sample = tuple[str, Labels, float | None]  # name of a family below, labels, value; None: not known, left out
+
+FAMILIES = {  # name: type, help
+    "tailsrv_servers": ("gauge", "Servers that were found."),
+    "tailsrv_health_status": ("gauge", "0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."),
+    "tailsrv_info": ("gauge", "Always 1; the version, and the path of the file."),
+    "tailsrv_state": ("gauge", "1 for the state that the server is in, 0 for the others."),
+    "tailsrv_start_time_seconds": ("gauge", "When the server started, in Unix time; kept through upgrades."),
+    "tailsrv_file_size_bytes": ("gauge", "Size of the file."),
+    "tailsrv_file_gone": ("gauge", "1 if the path does not name the file any more."),
+    "tailsrv_file_unusable": ("gauge", "1 if the next file of that name cannot be opened."),
+    "tailsrv_clients": ("gauge", "Clients that are connected."),
+    "tailsrv_clients_unprotected": ("gauge", "Clients that would be lost with their worker."),
+    "tailsrv_clients_max": ("gauge", "Clients that are served at a time; +Inf: no limit."),
+    "tailsrv_workers": ("gauge", "Workers that are configured."),
+    "tailsrv_workers_ready": ("gauge", "Workers that are ready."),
+    "tailsrv_worker_ready": ("gauge", "1 if the slot has a worker that is ready."),
+    "tailsrv_worker_stopped": ("gauge", "1 if a signal has stopped the worker."),
+    "tailsrv_worker_silent_seconds": ("gauge", "How long the worker has not answered the supervisor."),
+    "tailsrv_worker_clients": ("gauge", "Clients of the slot."),
+    "tailsrv_worker_clients_unprotected": ("gauge", "Clients of the slot that would be lost with its worker."),
+    "tailsrv_worker_restarts_total": ("counter", "Workers of the slot that died and were replaced."),
+    "tailsrv_process_uptime_seconds": ("gauge", "Time since the process started."),
+    "tailsrv_process_cpu_seconds_total": ("counter", "Processor time that the process has used."),
+    "tailsrv_process_pss_bytes": ("gauge", "Memory of the process, pages that several share divided among them."),
+    "tailsrv_process_open_fds": ("gauge", "Descriptors that are open."),
+    "tailsrv_process_max_fds": ("gauge", "Descriptors that may be open, the soft limit."),
+    "tailsrv_listener_queued": ("gauge", "Connections that wait to be accepted."),
+    "tailsrv_listener_backlog": ("gauge", "Connections that may wait to be accepted."),
+    "tailsrv_client_start_bytes": ("gauge", "Offset that the client asked for."),
+    "tailsrv_client_position_bytes": ("gauge", "Offset that the client has come to."),
+    "tailsrv_client_lag_bytes": ("gauge", "How far the client is behind the end of the file."),
+}
+
+
+def render_metrics(findings: Sequence[Finding]) -> str:
+    """Return the findings as metrics, each family with its HELP and TYPE.
+
+    A figure that is not known is left out. Two samples with the same labels would spoil the whole
+    scrape: of such, which only an impostor's answer can bring about, the first counts.
+    """
+    samples: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
+    samples["tailsrv_servers"][""] = len(findings)
+    for name, labels, value in (sample for finding in findings for sample in _measure(finding)):
+        if value is not None:
+            samples[name].setdefault(_labels(labels), value)
+    lines = []
+    for name, (kind, text) in FAMILIES.items():
+        if own := samples[name]:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{labels} {_value(own[labels])}" for labels in own)]
+    return "\n".join(lines) + "\n"
+
+
+def _measure(finding: Finding) -> Iterator[Sample]:
+    server = {"server": ",".join(finding.server.endpoints)}
+    yield "tailsrv_health_status", server, finding.verdict.level
+    report = finding.report
+    if report is not None:
+        yield from _measure_server(server, report)
+        yield from _measure_workers(server, report)
+        yield from _measure_listeners(server, report)
+        yield from _measure_clients(server, report.clients or ())
+
+
+def _measure_server(server: Labels, report: Report) -> Iterator[Sample]:
+    yield "tailsrv_info", {**server, "version": report.version, "path": report.file.path}, 1
+    for state in dict.fromkeys([*STATES, report.state]):
+        yield "tailsrv_state", {**server, "state": state}, state == report.state
+    yield "tailsrv_start_time_seconds", server, report.started
+    yield "tailsrv_file_size_bytes", server, report.file.size
+    yield "tailsrv_file_gone", server, report.file.gone
+    yield "tailsrv_file_unusable", server, report.file.error is not None
+    yield "tailsrv_clients", server, report.totals.clients
+    yield "tailsrv_clients_unprotected", server, report.totals.unprotected
+    yield "tailsrv_clients_max", server, report.totals.max_clients or float("inf")
+    yield "tailsrv_workers", server, len(report.workers)
+    yield "tailsrv_workers_ready", server, ready(report)
+    yield from _measure_process({**server, "process": "supervisor"}, report.supervisor)
+
+
+def _measure_workers(server: Labels, report: Report) -> Iterator[Sample]:
+    for worker in report.workers:
+        slot = {**server, "slot": str(worker.slot)}
+        yield "tailsrv_worker_ready", slot, worker.alive and worker.ready
+        yield "tailsrv_worker_stopped", slot, worker.stopped
+        yield "tailsrv_worker_silent_seconds", slot, worker.silent
+        yield "tailsrv_worker_clients", slot, worker.clients
+        yield "tailsrv_worker_clients_unprotected", slot, worker.unprotected
+        yield "tailsrv_worker_restarts_total", slot, worker.restarts
+        if worker.process is not None:
+            yield from _measure_process({**server, "process": f"worker {worker.slot}"}, worker.process)
+
+
+def _measure_process(labels: Labels, process: Process) -> Iterator[Sample]:
+    yield "tailsrv_process_uptime_seconds", labels, process.uptime
+    yield "tailsrv_process_cpu_seconds_total", labels, process.cpu_seconds
+    yield "tailsrv_process_pss_bytes", labels, process.pss
+    yield "tailsrv_process_open_fds", labels, process.descriptors
+    yield "tailsrv_process_max_fds", labels, process.descriptor_limit
+
+
+def _measure_listeners(server: Labels, report: Report) -> Iterator[Sample]:
+    for listener in report.listeners:
+        labels = {**server, "endpoint": listener.endpoint, "slot": "" if listener.slot is None else str(listener.slot)}
+        yield "tailsrv_listener_queued", labels, listener.queued
+        yield "tailsrv_listener_backlog", labels, listener.backlog
+
+
+def _measure_clients(server: Labels, clients: Iterable[Client]) -> Iterator[Sample]:
+    """Yield the clients that have a peer, of two with the same peer the one further behind."""
+    peers = {client.peer: client for client in sorted(clients, key=lambda client: client.lag or 0) if client.peer is not None}
+    for peer, client in peers.items():
+        labels = {**server, "peer": peer, "slot": str(client.slot)}
+        yield "tailsrv_client_start_bytes", labels, client.start
+        yield "tailsrv_client_position_bytes", labels, client.position
+        yield "tailsrv_client_lag_bytes", labels, client.lag
+
+
+def _labels(labels: Labels) -> str:
+    return "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items()) + "}" if labels else ""
+
+
+def _escape(text: str) -> str:
+    """Return a label's value as the format wants it; bytes of a path that are not UTF-8 become escapes."""
+    decodable = text.encode(errors="backslashreplace").decode()
+    return decodable.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _value(value: float) -> str:
+    return str(int(value)) if isinstance(value, int) else repr(value).replace("inf", "+Inf")

@@ -1,0 +1,224 @@
+"""Writes findings for people: one sentence that a pager can show, then tables that fit 100 columns. Pure."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from tailsrv.formatting import counted, size
+from tailsrv.health.report import WORKING, Finding, Level, Process, Report, Worker, ready, worst
+from tailsrv.status_schema import Client, Listener, ServedFile
+
+WIDTH = 100
+SHORTEST = 20  # columns that a path gets in the sentence however long the rest is
+
+_BOLD, _RED = "1", "31"
+_COLOURS = {Level.OK: "32", Level.WARNING: "33", Level.CRITICAL: _RED, Level.UNKNOWN: "35"}
+
+Row = tuple[str, ...]
+
+
+def render_text(findings: Sequence[Finding], level: Level, summary: str, colour: bool) -> str:
+    """Return all that there is to say; its first line is `summary` behind `level`."""
+    lines = [f"{_paint(level.name, _COLOURS[level], colour)}: {summary}"]
+    for finding in findings:
+        if len(findings) > 1:
+            lines += ["", f"{_paint(finding.verdict.level.name, _COLOURS[finding.verdict.level], colour)}: {describe(finding)}"]
+        if finding.report:
+            lines += _render_report(finding.report, colour)
+    return "\n".join(lines) + "\n"
+
+
+def summarize(findings: Sequence[Finding], none_found: str) -> tuple[Level, str]:
+    """Return the worst level of all, and one sentence on one line; `none_found` is that for no servers at all."""
+    level = worst(finding.verdict.level for finding in findings)
+    bad = [finding for finding in findings if finding.verdict.level is not Level.OK]
+    match len(findings), len(bad):
+        case 0, _:
+            return Level.CRITICAL, none_found
+        case 1, _:
+            return level, describe(findings[0])
+        case _, 0:
+            clients = sum(finding.report.totals.clients for finding in findings if finding.report)
+            return level, f"{len(findings)} servers of tailsrv serve {counted(clients, 'client')}"
+        case _:
+            bad.sort(key=lambda finding: finding.verdict.level is not level)  # the reason for the level comes first
+            return level, f"{len(bad)} of {len(findings)} servers: " + "; ".join(describe(finding) for finding in bad)
+
+
+def describe(finding: Finding) -> str:
+    """Return a sentence on one server: what it does if it is well, else why it is not."""
+    server, verdict, report = finding.server, finding.verdict, finding.report
+    user = f" (user {server.user})" if server.user and not server.ours else ""
+    name = f"tailsrv {','.join(server.endpoints)}{user}"
+    if report is None or verdict.level is not Level.OK:
+        state = f" ({printable(report.state)})" if report and report.state != "serving" else ""
+        return f"{name}{state}: {'; '.join(map(printable, verdict.reasons))}"
+    before, after = _say_state(report)
+    room = WIDTH - len(f"{verdict.level.name}: {name} {before} {after}")
+    return f"{name} {before} {_shorten(printable(report.file.path), max(room, SHORTEST))}{after}"
+
+
+def _say_state(report: Report) -> tuple[str, str]:
+    """Return what a server that is well does, as the words before the path and behind it."""
+    clients, workers = counted(report.totals.clients, "client"), counted(len(report.workers), "worker")
+    match report.state:
+        case "serving":
+            return "serves", f" to {clients} with {workers}"
+        case "starting":
+            return "starts to serve", f" with {workers}"
+        case "waiting for file":
+            return "waits for file", ""
+        case "draining":
+            return "is draining", f", {clients} left"
+        case "rotating":
+            return "ends the streams of the file that was", f", {clients} left"
+        case other:
+            return f"is {printable(other)},", f", {clients}"
+
+
+# Units
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, with nothing in it that a terminal would act on."""
+    return text if text.isprintable() else ascii(text)
+
+
+def span(seconds: float | None) -> str:
+    """Return a time as people read it, its two largest parts."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (rest, "s")]
+    first = next((place for place, (number, _) in enumerate(parts) if number), 3)
+    return " ".join(f"{number}{unit}" for number, unit in parts[first : first + 2])
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.0f}{unit}"
+
+
+def _shorten(text: str, room: int) -> str:
+    """Return the end of `text`, which for a path says most, if all of it takes more than `room`."""
+    return text if len(text) <= room else "..." + text[3 - room :]
+
+
+# Tables
+
+
+def _render_report(report: Report, colour: bool) -> list[str]:
+    lines = ["", *_render_facts(report), "", *_render_processes(report, colour)]
+    if report.listeners:
+        lines += ["", *_render_listeners(report.listeners, colour)]
+    if report.clients is not None:
+        lines += ["", *_render_clients(report.clients, colour)]
+    return lines
+
+
+def _render_facts(report: Report) -> list[str]:
+    file, totals = report.file, report.totals
+    about = [printable(file.path), _say_size(file, report.state)] + ["gone from its path"] * file.gone
+    clients = [str(totals.clients)]
+    clients += [f"{totals.unprotected} unprotected"] * bool(totals.unprotected)
+    clients += [f"at most {totals.max_clients}"] * bool(totals.max_clients)
+    state = [report.state, f"{ready(report)} of {counted(len(report.workers), 'worker')}", f"version {report.version}"]
+    state += [f"user {report.server.user}"] * bool(report.server.user)
+    return [*_fact("file", about), *_fact("state", [printable(part) for part in state]), *_fact("clients", clients)]
+
+
+def _say_size(file: ServedFile, state: str) -> str:
+    if file.size is not None:
+        return size(file.size)
+    if file.error is not None:
+        return "cannot be opened"
+    return "not there yet" if state == "waiting for file" else "cannot be read"
+
+
+def _fact(name: str, parts: Iterable[str]) -> list[str]:
+    """Return a fact on as many lines as it takes."""
+    text, room = ", ".join(parts), WIDTH - 9
+    return [f"{'' if start else name:9}{text[start : start + room]}" for start in range(0, len(text), room)]
+
+
+def _render_processes(report: Report, colour: bool) -> list[str]:
+    supervisor, totals = report.supervisor, report.totals
+    head = ("process", "pid", "state", "uptime", "CPU", "PSS", "descriptors", "clients", "restarts")
+    working = report.state in WORKING
+    rows = [("supervisor", *_figures(supervisor, supervisor.state or "-"), "", "")]
+    rows += [
+        (f"worker {worker.slot}", *_figures(worker.process, _say_worker(worker, working)), str(worker.clients), str(worker.restarts))
+        for worker in report.workers
+    ]
+    rows.append(("total", "", "", "", _number(totals.cpu, " %"), size(totals.pss), _number(totals.descriptors),
+                 str(totals.clients), str(totals.restarts)))  # fmt: skip
+    bad = {
+        1 + place
+        for place, worker in enumerate(report.workers)
+        if (working and not worker.alive) or worker.stopped or worker.hung
+    }  # fmt: skip
+    return _table(head, rows, left={0, 2}, colour=colour, bad=bad)
+
+
+def _figures(process: Process | None, state: str) -> Row:
+    if process is None:
+        return ("-", state, "-", "-", "-", "-")
+    descriptors = _number(process.descriptors)
+    if process.descriptor_limit is not None:
+        descriptors += f"/{process.descriptor_limit}"
+    return (str(process.pid), state, span(process.uptime), _number(process.cpu, " %"), size(process.pss), descriptors)
+
+
+def _say_worker(worker: Worker, working: bool) -> str:
+    if worker.process is None:
+        return "missing" if working else "not started"
+    if worker.hung:
+        return f"hangs {span(worker.silent).partition(' ')[0]}"
+    if not worker.ready and not worker.stopped:
+        return "not ready"
+    return worker.process.state or "-"
+
+
+def _render_listeners(listeners: Iterable[Listener], colour: bool) -> list[str]:
+    """Return a row for each endpoint, with its fullest queue: rows for each of 64 workers would show less."""
+    rows = []
+    for endpoint, group in groupby(sorted(listeners, key=lambda listener: listener.endpoint), key=lambda listener: listener.endpoint):
+        queues = list(group)
+        fullest = max(queues, key=_fill)
+        slot = "shared" if fullest.slot is None else f"slot {fullest.slot}"
+        share = f"{fullest.queued} of {fullest.backlog} ({100 * _fill(fullest):.0f} %), {slot}"
+        rows.append((printable(endpoint), str(len(queues)), str(sum(queue.queued for queue in queues)), share))
+    return _table(("listener", "queues", "waiting", "fullest queue"), rows, left={0, 3}, colour=colour)
+
+
+def _fill(listener: Listener) -> float:
+    return listener.queued / listener.backlog if listener.backlog else 0.0
+
+
+def _render_clients(clients: Iterable[Client], colour: bool) -> list[str]:
+    """Return a row for each client, the one that is furthest behind first, those without a header last."""
+    rows = []
+    for client in sorted(clients, key=lambda client: -1 if client.lag is None else client.lag, reverse=True):
+        offsets = (_number(client.start), _number(client.position), _number(client.lag))
+        rows.append((printable(client.peer or "-"), str(client.slot), *offsets, "beyond the end" if client.beyond else size(client.lag)))
+    return _table(("client", "slot", "start", "position", "lag in bytes", "lag"), rows, left={0}, colour=colour)
+
+
+def _table(head: Row, rows: Sequence[Row], left: set[int], colour: bool, bad: Iterable[int] = ()) -> list[str]:
+    """Return aligned lines; the columns `left` are flush left, the rows `bad` stand out."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    alert = set(bad)
+
+    def line(row: Row) -> str:
+        cells = (
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )  # fmt: skip
+        return "  ".join(cells).rstrip()
+
+    lines = [_paint(line(row), _RED, colour and place in alert) for place, row in enumerate(rows)]
+    return [_paint(line(head), _BOLD, colour), *lines]
+
+
+def _paint(text: str, code: str, colour: bool) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if colour else text  # ECMA-48, SGR

@@ -1,0 +1,43 @@
+"""Tells the service manager that all is well while every worker answers, and kills the one that does not."""
+
+import os
+import signal
+
+from tailsrv.linux import systemd
+from tailsrv.linux.event_loop import Loop
+from tailsrv.log import fields, logger
+from tailsrv.supervisor.worker_pool import Crew
+
+SHORTEST = 0.1  # seconds; a healthy worker may take some milliseconds to answer
+BEATS = 3  # in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
+
+
+class Watchdog:
+    """Asks every worker on its channel whether it still turns, `BEATS` times in `interval` seconds.
+
+    Nobody is asked where the service manager does not want to know: a quiet server sleeps.
+    """
+
+    def __init__(self, loop: Loop, crew: Crew, interval: float) -> None:
+        self._loop, self._crew = loop, crew
+        self._pause = max(interval / BEATS, SHORTEST)
+        self._killed: set[int] = set()
+
+    def beat(self) -> None:
+        """Act on the answers to the last question, and ask again."""
+        now = self._loop.now
+        hung = [slot for slot in self._crew.running() if slot.asked is not None and now - slot.asked >= self._pause]
+        self._killed &= {slot.pid for slot in hung if slot.pid is not None}
+        for slot in hung:
+            assert slot.pid is not None
+            assert slot.asked is not None
+            if slot.pid not in self._killed:  # else it waits for a disk, and cannot even be killed
+                logger.error(
+                    "worker does not answer, killing it: %s", fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.asked:.1f}")
+                )
+                os.kill(slot.pid, signal.SIGKILL)  # ours until we reap it
+                self._killed.add(slot.pid)
+        if not hung:
+            systemd.notify("WATCHDOG=1")
+        self._crew.ask()
+        self._loop.timers.set(self.beat, now + self._pause)

@@ -1,0 +1,341 @@
+"""Fills the slots: forks workers and reaps them.
+
+A worker's death is nothing special here: its clients stay in the slot's roster, and its successor adopts them.
+"""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from tailsrv.channel import Drain, Notices, Ping, encode
+from tailsrv.client_limit import Quota
+from tailsrv.config import Timing
+from tailsrv.inheritance import Inheritance
+from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.signals import blocked
+from tailsrv.log import fields, logger
+from tailsrv.supervisor.report_reader import Intake
+from tailsrv.supervisor.restart_policy import Failures, Verdict, describe_status, verdict
+from tailsrv.supervisor.slot import Slot
+
+REPLACE_PATIENCE = 1.0  # seconds that an outdated worker gets to finish its turn
+
+
+class Crew:
+    """The slots and the workers in them.
+
+    `enter(slot, channel)` is called in each forked child and does not return. `notice(slot, notices)` is called with
+    what a worker has to say beyond its clients, `give_up(reason)` when workers cannot start, and `stuck(reason)` when
+    that is so in an upgrade, while workers of the version before us still serve.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        loop: Loop,
+        enter: Callable[[Slot, socket.socket], None],
+        notice: Callable[[Slot, Notices], None],
+        give_up: Callable[[str], None],
+        stuck: Callable[[str], None],
+        timing: Timing,
+    ) -> None:
+        self._timing = timing
+        self.slots = list(slots)
+        self.filling = False  # empty slots are to be filled
+        self.started_up = False  # every slot has had a worker that was ready
+        self.drain_until: float | None = None
+        self.rotating = False  # the drain is for a next file, not for the end
+        self.outdated = self._workers()  # to be replaced
+        self._ending: list[tuple[Slot, int]] = []  # outdated workers that were sent SIGTERM; killed after REPLACE_PATIENCE
+        self._loop = loop
+        self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
+        self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
+        self.intake = Intake(self.slots, loop, self._take_notices)
+        for slot, _ in self.outdated:
+            self._listen_to(slot)
+
+    def running(self) -> list[Slot]:
+        """Return the slots that have a worker."""
+        return [slot for slot in self.slots if slot.pid is not None]
+
+    def finished(self) -> bool:
+        """Tell whether no slot has a worker, or is to get one."""
+        return all(slot.pid is None and slot.fill_at is None for slot in self.slots)
+
+    def all_ready(self) -> bool:
+        """Tell whether every slot has a worker that serves."""
+        return all(slot.pid is not None and slot.ready for slot in self.slots)
+
+    def clients(self) -> int:
+        """Return the number of clients."""
+        return sum(len(slot.roster) for slot in self.slots)
+
+    def ask(self) -> None:
+        """Ask every worker whether it still turns, unless it owes us that answer already."""
+        for slot in self.running():
+            if slot.asked is None and slot.channel is not None:
+                try:
+                    slot.channel.send(encode(Ping()))
+                except OSError:
+                    continue  # it ends, which shows; or there was no memory for the question: it owes no answer then
+                slot.asked = self._loop.now
+
+    # Filling
+
+    def fill_all(self) -> None:
+        """Fill the slots, and keep them filled."""
+        self.filling, self.drain_until = True, None
+        self.outdated = self._still_outdated()
+        self._unproven = bool(self.outdated)  # without workers of the version before us there is nobody else to go on
+        for slot in self.slots:
+            if slot.pid is None:
+                self.spawn(slot)
+
+    def refill_all(self) -> None:
+        """Fill the slots, and end the workers that are there: their successors know the file, and adopt their clients."""
+        without_file = self._workers()
+        self.fill_all()
+        self.outdated = without_file
+        self._ask_to_end(without_file)
+
+    def replace_next(self) -> bool:
+        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there is one.
+
+        Its turn comes when the successors of those before it are ready.
+
+        SIGTERM lets it finish its turn: what it has accepted in it is passed up, which SIGKILL would lose.
+        """
+        self.outdated = self._still_outdated()
+        successors = [slot for slot in self.slots if not self._is_outdated(slot)]
+        if self.outdated and all(slot.pid is not None and slot.ready for slot in successors):
+            self._ask_to_end(self.outdated[:1])
+        return bool(self.outdated)
+
+    def _ask_to_end(self, workers: Sequence[tuple[Slot, int]]) -> None:
+        """Ask outdated workers to end, and kill those that do not in time."""
+        self._ending = [*(worker for worker in self._still_ending() if worker not in workers), *workers]
+        for _, pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
+
+    def _workers(self) -> list[tuple[Slot, int]]:
+        """Return the slots that have a worker, each with its pid."""
+        return [(slot, slot.pid) for slot in self.slots if slot.pid is not None]
+
+    def _is_outdated(self, slot: Slot) -> bool:
+        """Tell whether the worker of `slot` is to be replaced; to be asked when `outdated` has just been pruned."""
+        return any(other is slot for other, _ in self.outdated)
+
+    def _still_outdated(self) -> list[tuple[Slot, int]]:
+        """Return the workers that are still to be replaced."""
+        return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
+
+    def _still_ending(self) -> list[tuple[Slot, int]]:
+        """Return the outdated workers that have been asked to end, and have not."""
+        return [(slot, pid) for slot, pid in self._ending if slot.pid == pid]
+
+    def _insist(self) -> None:
+        """Kill the outdated workers that have been asked to end and have not."""
+        for _, pid in self._still_ending():
+            os.kill(pid, signal.SIGKILL)
+
+    def spawn(self, slot: Slot) -> None:
+        """Fill `slot` with a worker, or plan to if that is not possible now."""
+        slot.fill_at = None
+        try:
+            pid = self._fork(slot)
+        except OSError as error:
+            self._postpone(slot, error)
+            return
+        slot.pid, slot.spawned, slot.ready = pid, self._loop.now, False
+        slot.asked = self._loop.now
+        slot.adopted = bool(slot.roster.clients)
+        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
+        if self.drain_until is not None:
+            self._order_drain(slot, self.drain_until)
+
+    def _fork(self, slot: Slot) -> int:
+        """Fork a worker for `slot`, with a channel to it, and return its pid; all that may be refused comes before."""
+        slot.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            slot.channel.setblocking(False)
+            self._listen_to(slot)
+            with blocked():
+                if (pid := os.fork()) == 0:  # here the worker leaves the supervisor's code, never to return
+                    self._enter(slot, theirs)
+        except OSError:
+            self._loop.unregister(slot.channel.fileno())
+            slot.channel.close()
+            slot.channel = None
+            raise
+        finally:
+            theirs.close()
+        return pid
+
+    def inherit(self, slot: Slot, file: int | None, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
+        """Let go, in the child, of all that is not of `slot`, and return what is."""
+        self.let_go(keep=slot)
+        for other in self.slots:
+            if other is not slot:
+                other.roster.close()
+        channel.setblocking(False)
+        listeners, clients = slot.listeners, slot.roster.clients
+        if self.drain_until is not None and self.rotating:  # only the old file's streams: all others are for the next worker
+            listeners, clients = [], {client: entry for client, entry in clients.items() if entry.start is not None}
+        return Inheritance(slot.index, file, listeners, slot.shared, channel, endpoints, quota, clients)
+
+    def let_go(self, keep: Slot | None = None) -> None:
+        """Close, in a forked child, the channels and the listeners, but for those of the slot to `keep`."""
+        for slot in self.slots:
+            if slot.channel is not None:
+                slot.channel.close()  # or its worker would not see our supervisor's end
+            if slot is not keep:
+                for listener in slot.listeners:
+                    listener.close()  # or clients would wait at one that nobody accepts from
+
+    def _listen_to(self, slot: Slot) -> None:
+        assert slot.channel is not None
+        self._loop.register(slot.channel.fileno(), partial(self.intake.take, slot))
+
+    def _postpone(self, slot: Slot, error: OSError) -> None:
+        slot.ready = False
+        logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
+        self._fill_at(slot, self._loop.now + self._timing.fork_retry)
+
+    def _fill_at(self, slot: Slot, when: float) -> None:
+        slot.fill_at = when
+        self._plan()
+
+    def _plan(self) -> None:
+        if planned := [slot.fill_at for slot in self.slots if slot.fill_at is not None]:
+            self._loop.timers.set(self._fill, min(planned))
+
+    def _fill(self) -> None:
+        """Spawn workers into the slots whose time has come."""
+        for slot in self.slots:
+            if slot.fill_at is not None and slot.fill_at <= self._loop.now:
+                self.spawn(slot)
+        self._plan()
+
+    # Dying
+
+    def bury(self, pid: int, status: int) -> None:
+        """Take in that the child `pid` has ended, and decide what becomes of its slot and its clients."""
+        slot = next((slot for slot in self.slots if slot.pid == pid), None)
+        if slot is None:  # as PID 1 we are everybody's parent
+            return
+        assert slot.channel is not None
+        # Before its last reports are taken in: one that says "ready" lets the next worker be replaced.
+        expected = not self.filling or (slot, pid) in self.outdated
+        slot.pid = None  # at once: it may be another process's by now
+        self.intake.take_last(slot)
+        self._loop.unregister(slot.channel.fileno())
+        slot.channel.close()
+        slot.channel = None
+        lost = slot.roster.lose_unprotected()
+        what = verdict(status)
+        if expected and what is Verdict.DONE:
+            slot.failures = Failures()
+        detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
+        logger.log(
+            logging.DEBUG if expected and not lost else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_status(status)
+        )
+        if not expected:
+            self._refill(slot, what, status)
+        elif self.filling:
+            self.spawn(slot)
+        elif self.drain_until is not None and self._is_owed(slot) and self._loop.now < self.drain_until:
+            self._note_failure(slot, what)  # somebody still has to serve these clients, and the grace bounds how often
+            self._fill_at(slot, self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay))
+
+    def _is_owed(self, slot: Slot) -> bool:
+        """Tell whether a drain has something to do in `slot`; those who have not started wait for a next file if one comes."""
+        return slot.roster.is_streaming() if self.rotating else bool(slot.roster.clients or slot.listeners)
+
+    def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
+        """Plan the next worker of a slot whose last one has died."""
+        if self._unproven and not slot.ready and what not in (Verdict.KILLED, Verdict.NO_ROOM):  # it is the program, not the clients
+            self.outdated = []
+            slot.restarts += 1
+            self._fill_at(slot, self._loop.now + self._timing.max_delay)
+            self._stuck(f"slot={slot.index} {describe_status(status)}")
+            return
+        self._note_failure(slot, what)
+        if what is Verdict.CANNOT_BOOT or (what is Verdict.NO_ROOM and not self.started_up) or slot.failures.hopeless():
+            self._give_up(f"slot={slot.index} {describe_status(status)}")
+            return
+        slot.restarts += 1
+        slot.restarted = self._loop.now
+        if delay := slot.failures.delay(self._timing):
+            logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
+        self._fill_at(slot, self._loop.now + delay)
+
+    def _note_failure(self, slot: Slot, what: Verdict) -> None:
+        """Take the death into the slot's record, and give its clients up if one of them seems to be the cause."""
+        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted, self._timing)
+        slot.ready = False
+        if slot.failures.poisoned():
+            ended = slot.roster.hang_up()
+            logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
+
+    def stop_filling(self) -> None:
+        """Leave slots empty from now on, and workers as they are."""
+        self.filling = False
+        self.outdated = []
+        self._loop.timers.cancel(self._fill)
+
+    def drain(self, until: float, rotating: bool = False) -> None:
+        """Have every stream brought to what is in the file now, and all workers end, by the time `until`.
+
+        Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
+        """
+        ending = self._still_ending()  # too late for an order: their successors get it
+        self.stop_filling()
+        self.outdated = ending
+        self.drain_until, self.rotating = until, rotating
+        for slot in self.slots:
+            if slot.fill_at is not None:  # in backoff: its clients and its queue have waited for this worker
+                self.spawn(slot)
+            elif slot.pid is None:
+                self._close_listeners(slot)
+            elif (slot, slot.pid) not in ending:
+                self._order_drain(slot, until)
+
+    def _order_drain(self, slot: Slot, until: float) -> None:
+        assert slot.channel is not None
+        assert slot.pid is not None
+        try:
+            slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
+        except OSError:
+            pass  # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
+        os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
+
+    def _close_listeners(self, slot: Slot) -> None:
+        """Close the listeners after a worker has emptied their queues. In a rotation, keep them for the next file's workers."""
+        if self.rotating:
+            return
+        for listener in slot.listeners:
+            listener.close()
+        slot.listeners = []
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        self.stop_filling()
+        self.drain_until = None
+        for slot in self.slots:
+            slot.fill_at = None
+            if slot.pid is not None:
+                os.kill(slot.pid, signal.SIGKILL)
+
+    def _take_notices(self, slot: Slot, notices: Notices) -> None:
+        """Note what is about the worker itself, and hand on the rest."""
+        if notices.ready or notices.alive:
+            slot.asked = None
+        if notices.ready and slot.pid is not None and (slot, slot.pid) not in self.outdated:
+            self._unproven = False
+        if notices.emptied:
+            self._close_listeners(slot)
+        self._notice(slot, notices)

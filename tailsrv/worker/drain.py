@@ -1,0 +1,67 @@
+"""Brings every stream to what is in the file, and sees its client off."""
+
+from collections.abc import Callable
+
+from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.sockets import discard, finish_sending, unsent
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.file_monitor import Lookout
+from tailsrv.worker.streams import Streams
+
+LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
+LINGER_SHARE = 20e-6  # seconds more for each: a look costs some microseconds, which the others' bytes need
+
+
+class Drainer:
+    """A drain: what is in the file when it begins is where the streams end.
+
+    Unless it has to settle before: one that was moved away may still grow, for its writer needs a moment to go over to the
+    next file. `drop(client)` is called for each client that has everything.
+    """
+
+    def __init__(self, loop: Loop, streams: Streams, lookout: Lookout, drop: Callable[[Client], None]) -> None:
+        self._loop, self._streams, self._lookout, self._drop = loop, streams, lookout, drop
+        self._settling = False
+        self._finished: dict[int, Client] = {}  # waiting for the peer to acknowledge
+
+    def begin(self, settle: bool) -> None:
+        """Have the streams end at what is in the file now, or when it has settled."""
+        self._settling = settle
+        self._lookout.look()
+        if settle:
+            self._loop.timers.set(self._end_settling, self._loop.now + self._lookout.settling_pause())
+        else:
+            self._lookout.stop()
+
+    def _end_settling(self) -> None:
+        """Take the file to be complete, unless it has changed since."""
+        self._lookout.look()  # an append that nobody has told of yet
+        if (due := self._lookout.changed + self._lookout.settling_pause()) > self._loop.now:
+            self._loop.timers.set(self._end_settling, due)
+        else:
+            self._settling = False
+            self._lookout.stop()
+
+    def see_off(self) -> None:
+        """Send a FIN to those who have been sent all there is."""
+        for client in self._streams.idle() if not self._settling else ():
+            client.state = State.FINISHED
+            self._streams.remove(client)
+            discard(client.sock)
+            finish_sending(client.sock)
+            self._finished[client.fd] = client
+        if self._finished and self._check_finished not in self._loop.timers:
+            self._check_finished()
+
+    def _check_finished(self) -> None:
+        """Close the connections whose peers have acknowledged everything."""
+        for client in list(self._finished.values()):
+            discard(client.sock)
+            if unsent(client.sock) == 0:
+                self._drop(client)
+        if self._finished:
+            self._loop.timers.set(self._check_finished, self._loop.now + LINGER_CHECK + len(self._finished) * LINGER_SHARE)
+
+    def forget(self, client: Client) -> None:
+        """Note that `client` is gone."""
+        self._finished.pop(client.fd, None)

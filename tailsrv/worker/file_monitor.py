@@ -1,0 +1,100 @@
+"""Looks at the file when there is reason to, for a worker's streams and for the supervisor."""
+
+from tailsrv.config import Timing
+from tailsrv.file_identity import Identity
+from tailsrv.linux.event_loop import MEMORY_PAUSE, Loop
+from tailsrv.linux.inotify import Watch
+from tailsrv.worker.reporter import News
+from tailsrv.worker.streams import Streams
+
+
+class Lookout:
+    """Learns from the file itself what is new, when the watch says that something may be: its events are hints.
+
+    Where inotify cannot help, the clock stands in for it. That the file is gone is reported again and again
+    if the supervisor is to act on it (`insist`): it may find the file back, and the file may go once more.
+    """
+
+    def __init__(self, watch: Watch, streams: Streams, news: News, loop: Loop, timing: Timing, insist: bool = True) -> None:
+        self.gone = False
+        self._timing = timing
+        self._insist = insist
+        self.changed = loop.now  # when the file's size was last found to be another
+        self._watch, self._streams, self._news, self._loop = watch, streams, news, loop
+        self._identity = Identity(watch.file, watch.path)
+        self._stopped = False
+        if (fd := watch.fileno()) is not None:
+            loop.register(fd, self.handle_watch)
+
+    def begin(self) -> None:
+        """Look for the first time: the file may have gone since the supervisor opened it."""
+        self.poll_if_needed()
+        self.check_path()
+
+    def stop(self) -> None:
+        """Heed no growth of the file from now on, and nothing that happens to its name."""
+        self._stopped = True
+        if (fd := self._watch.fileno()) is not None:
+            self._loop.unregister(fd)
+        self._loop.timers.cancel(self.poll_file)
+        self._loop.timers.cancel(self.recheck_path)
+
+    def follow(self, following: bool) -> None:
+        """Heed appends, or not: without clients they are no reason to wake up."""
+        self._watch.follow(following)
+        if following:
+            self.poll_if_needed()
+            self.look()  # nobody has kept the size up to date
+
+    def handle_watch(self) -> None:
+        self.look()  # before anything else: somebody waits for the bytes, nobody for the event
+        if self._watch.read():
+            self.check_path()
+        self.look()  # an append before the read has no event of its own any more
+
+    def look(self) -> None:
+        """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
+        size, before = self._watch.size(), self._streams.size
+        if self._stopped:
+            size = min(size, before)
+        shrunk, self._streams.shrunk = self._streams.shrunk, False
+        if shrunk and size == before:  # it was shorter for a moment; whom that kept waiting gets another try
+            self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_PAUSE)
+        if size != before:
+            self.changed = self._loop.now
+            self._streams.resize(size)
+            if size < before:
+                self._news.notice(truncated=size)
+
+    def resume_after_shrinking(self) -> None:
+        self._streams.resize(self._streams.size)
+
+    def check_path(self) -> None:
+        """Find out whether the path still names the file, and report it if it does not."""
+        before, gone = self.gone, self._identity.is_gone(self._loop.now)
+        self.gone = bool(gone)
+        if self.gone and (self._insist or not before):
+            self._news.notice(gone=True)
+        if gone is None or (self.gone and self._insist):  # inotify may not report the next change
+            self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
+
+    def recheck_path(self) -> None:
+        """Look once more: what has come back since may lead through links and folders that nobody watches yet."""
+        self._watch.renew()
+        self.check_path()
+
+    def poll_if_needed(self) -> None:
+        if self._watch.polling and self.poll_file not in self._loop.timers:
+            self._news.notice(polling=self._watch.polling)
+            self.poll_file()
+
+    def poll_file(self) -> None:
+        """Do by the clock what handle_watch does where inotify cannot help."""
+        self._loop.timers.set(self.poll_file, self._loop.now + self._timing.poll_interval)
+        self.check_path()
+        if self._watch.following:
+            self.look()
+
+    def settling_pause(self) -> float:
+        """Return the seconds without news after which a file that was moved away is taken to be complete."""
+        return self._timing.settle + (self._timing.poll_interval if self._watch.polling else 0)

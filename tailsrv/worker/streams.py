@@ -1,0 +1,186 @@
+"""The clients that are streamed to, by what each waits for: nothing, room in its socket, the disk, or a longer file."""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from itertools import count as counter
+
+from tailsrv.linux.files import Sent, is_cached, read_ahead, send_chunk, send_to_all
+from tailsrv.linux.sockets import Outcome, unsent
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
+
+# The most that one sendfile moves. A bigger chunk makes fewer system calls, and lets a client that replays
+# a large file keep the others waiting longer: at 1 MiB that is a fraction of a millisecond.
+CHUNK = 1 << 20
+
+# The most that is sent to clients that are behind before the loop looks for news of the file again.
+TURN = 1 << 20
+
+# What a send that moves nothing counts for there: it takes about as long as one of so many bytes, and a crowd that asks and leaves
+# makes many of them.
+VAIN = 128 << 10
+
+
+class Streams:
+    """Sends the file's bytes to its clients, each of which is in one of six places.
+
+    - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
+    - `behind`: can be sent more, in turn;
+    - `blocked`: behind as well, but its socket is full: it waits for `writable`;
+    - `read_ahead`: behind as well, but its next bytes are still on the disk: it waits for `look_again`;
+    - `starved`: behind as well, but the kernel had no memory for its bytes: it waits for `try_again`;
+    - `ahead`: wants an offset that the file has yet to grow beyond.
+
+    `drop(client, error)` is called for one that has hung up (error None) or cannot be served, and `await_room(client)`
+    when one is blocked.
+    """
+
+    def __init__(
+        self,
+        file: int,
+        size: int,
+        drop: Callable[[Client, Exception | None], None],
+        await_room: Callable[[Client], None],
+    ) -> None:
+        self.file = file
+        self.size = size  # as last learned by the worker's look()
+        self.caught_up: dict[int, Client] = {}
+        self.behind: deque[Client] = deque()
+        self.blocked: dict[int, Client] = {}
+        self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
+        self.starved: list[Client] = []  # those who left stay until then
+        self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
+        self._sweep_at = 64
+        self._tie = counter()
+        self._drop, self._await_room = drop, await_room
+        self.shrunk = False  # a sendfile found less than `size`: somebody must look at the file again
+
+    def add(self, client: Client, offset: int) -> None:
+        """Start streaming to `client` from `offset`."""
+        client.state = State.STREAMING
+        client.offset = offset
+        self._place(client)
+
+    def remove(self, client: Client) -> None:
+        """Forget `client`, whose state says that it is not streamed to any more."""
+        if self.caught_up.pop(client.fd, None):
+            client.offset = self.size
+        self.blocked.pop(client.fd, None)
+        self.read_ahead.forget(client)
+
+    def idle(self) -> list[Client]:
+        """Return the clients that have nothing to be sent."""
+        waiting = [client for _, _, client in self._ahead if client.state is State.STREAMING]
+        return [*self.caught_up.values(), *waiting]
+
+    def offset_of(self, client: Client) -> int:
+        """Return the next byte that `client` gets."""
+        return self.size if client.fd in self.caught_up else client.offset
+
+    def writable(self, client: Client) -> None:
+        """Note that the socket of `client` has room again, if it waited for that."""
+        if self.blocked.pop(client.fd, None):
+            self.behind.append(client)
+
+    def look_again(self) -> None:
+        """Give those who wait for the disk another turn."""
+        self.behind.extend(self.read_ahead.again())
+
+    def try_again(self) -> None:
+        """Give those who are starved another turn."""
+        self.behind.extend(self.starved)
+        self.starved.clear()
+
+    def resize(self, size: int) -> None:
+        """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
+        start, self.size = self.size, size
+        if start < size <= start + CHUNK:
+            self._fan_out(start, size - start)
+        elif start != size:  # too much for one chunk, or less than the caught-up have: one by one, in turn
+            followers, self.caught_up = self.caught_up, {}
+            for client in followers.values():
+                client.offset = start
+                self._place(client)
+        while self._ahead and self._ahead[0][0] < size:
+            client = heapq.heappop(self._ahead)[2]
+            if client.state is State.STREAMING:
+                self.behind.append(client)
+
+    def _fan_out(self, start: int, count: int) -> None:
+        """Send the same bytes to every caught-up client."""
+        for fd, sent in send_to_all(self.caught_up, self.file, start, count).items():
+            client = self.caught_up.pop(fd)
+            client.offset = start
+            try:
+                self._settle(client, sent)
+            except Exception as error:
+                self._drop(client, error)
+
+    def pump(self, budget: int = TURN) -> None:
+        """Send one chunk to each client that is behind, in turn, until about `budget` bytes have gone."""
+        for _ in range(len(self.behind)):
+            if budget <= 0 or self.shrunk:
+                return
+            client = self.behind.popleft()
+            if client.state is not State.STREAMING:
+                continue
+            try:
+                budget -= self._send(client)
+            except Exception as error:
+                # Whatever has failed with this client, the others must get their bytes.
+                budget -= VAIN
+                self._drop(client, error)
+
+    def _send(self, client: Client) -> int:
+        """Send one chunk to `client`, and return what that takes of a turn's budget, in bytes."""
+        wanted = next_chunk(client.offset, self.size)
+        if not wanted:  # the file has shrunk since: it waits for that, and no more for the disk
+            self.read_ahead.forget(client)
+            self._place(client)
+            return 0
+        if (count := self.read_ahead.admit(client, wanted)) == 0:
+            return READ_AHEAD  # to ask the disk for them has taken its time
+        sent = send_chunk(client.fd, self.file, client.offset, count)
+        if sent == 0:  # not there, whatever the size says: not again before that has changed
+            self.shrunk = True
+            self._wait(client)
+            return 0
+        self._settle(client, sent)
+        return sent if isinstance(sent, int) else VAIN
+
+    def _settle(self, client: Client, sent: Sent) -> None:
+        """Put `client` where it belongs after a send from its offset came to that."""
+        if isinstance(sent, int):
+            client.offset += sent
+            self._place(client)
+        elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
+            self.starved.append(client)  # a socket that refuses while it is empty never tells that it has room
+        elif sent is Outcome.WOULD_BLOCK:
+            self._await_room(client)
+            self.blocked[client.fd] = client
+        else:
+            self._drop(client, sent if isinstance(sent, OSError) else None)
+
+    def _place(self, client: Client) -> None:
+        if client.offset < self.size:
+            self.behind.append(client)
+        elif client.offset == self.size:
+            client.offset = self.size  # the same number, and one object for all of them
+            self.caught_up[client.fd] = client
+        else:
+            self._wait(client)
+
+    def _wait(self, client: Client) -> None:
+        """Leave `client` alone until the file's size changes to more than its offset."""
+        if len(self._ahead) >= self._sweep_at:  # the file may never get to those who left
+            self._ahead = [entry for entry in self._ahead if entry[2].state is State.STREAMING]
+            heapq.heapify(self._ahead)
+            self._sweep_at = 2 * len(self._ahead) + 64
+        heapq.heappush(self._ahead, (client.offset, next(self._tie), client))
+
+
+def next_chunk(offset: int, size: int) -> int:
+    """Return how many bytes one turn may send to a client at `offset` of a file of `size` bytes."""
+    return max(0, min(size - offset, CHUNK))
