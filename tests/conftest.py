@@ -12,9 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from helpers import TAILSRV, Serve, Server
 
-pytest_plugins = ["selection"]
+from support.server import TAILSRV, Serve, Server
+
+pytest_plugins = ["support.selection"]
 
 # Tests that are started in the background or by nohup may inherit that these are ignored, and so would all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

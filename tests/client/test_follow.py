@@ -1,0 +1,535 @@
+"""`follow` against real servers that are killed, replaced and cut off: every byte once, or an error that says why not."""
+
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+from support.commands import closed_port, kill, restart
+from support.cutter import Cutter
+from support.files import append, random_bytes
+from support.interpreter import run_python
+from support.server import Serve, Server
+from support.waiting import DEADLINE, eventually
+from tailsrv.client import (
+    Backoff,
+    ConnectError,
+    EndpointError,
+    Follow,
+    LostPlaceError,
+    OffsetError,
+    OtherFileError,
+    UnknownHostError,
+    follow,
+)  # fmt: skip
+from tailsrv.client.connector import wait
+from tailsrv.client.resume import WINDOWS, FromEnd
+from tailsrv.client.stream import ANCHORS
+
+DATA = random_bytes(300_000)
+
+
+HASTE = Backoff(0.01, 0.02)
+
+
+def here(server: Server) -> str:
+    return f"127.0.0.1:{server.port}"
+
+
+def take(stream: Follow, count: int) -> bytes:
+    """Return the next `count` bytes, exactly."""
+    received = b""
+    while len(received) < count:
+        received += next(stream)
+    assert len(received) == count
+    return received
+
+
+class EndOfTestError(Exception):
+    """What our `wait` raises."""
+
+
+class Reader:
+    """Follows on another thread until the end of its block, which ends it by its `wait`."""
+
+    def __init__(self, addresses: str | Sequence[str], offset: int | str, **options: Any) -> None:
+        self.received = bytearray()
+        self.reports: list[str] = []
+        self.error: Exception | None = None
+        self._end = os.eventfd(0)
+        self.stream = follow(addresses, offset, backoff=HASTE, report=self.reports.append, wait=self._wait, **options)
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.eventfd_write(self._end, 1)
+        self._thread.join(DEADLINE)
+        os.close(self._end)
+
+    def got(self, data: bytes) -> None:
+        """Wait until exactly `data` has come."""
+        eventually(lambda: len(self.received) >= len(data) or self.error)
+        assert self.received == data
+
+    def anchored(self) -> None:
+        """Wait until the stream could come back, though it began from the end and nothing came."""
+        eventually(lambda: not isinstance(place := self.stream._place, FromEnd) or place.anchored)
+
+    def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
+        poll = select.poll()
+        poll.register(self._end, select.POLLIN)
+        if fd >= 0:
+            poll.register(fd, events)
+        seen = dict(poll.poll(None if seconds is None else seconds * 1000))
+        if self._end in seen:
+            raise EndOfTestError
+        return fd in seen
+
+    def _read(self) -> None:
+        with self.stream:
+            try:
+                for chunk in self.stream:
+                    self.received += chunk
+            except Exception as error:
+                self.error = error
+
+
+@contextmanager
+def slow_server(file: bytes, delay: float) -> Iterator[tuple[str, int]]:
+    """Serve `file`, each connection after a delay, and give the address."""
+    ended = threading.Event()
+
+    def answer(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            start = int(sock.recv(100))
+            ended.wait(delay)
+            sock.sendall(file[start:])
+            ended.wait(DEADLINE)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                threads.append(threading.Thread(target=answer, args=(sock,)))
+                threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threads = [threading.Thread(target=accept)]
+        threads[0].start()
+        try:
+            yield listener.getsockname()
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(DEADLINE)
+
+
+@pytest.mark.parametrize(("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)])
+def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start: int) -> None:
+    """The bytes are the file's from the offset on, then what is appended; an offset from the start is known at any time."""
+    path.write_bytes(DATA)
+    with follow(here(serve(path)), offset) as stream:
+        assert take(stream, len(DATA[start:])) == DATA[start:]
+        append(path, b"new")
+        assert next(stream) == b"new"
+        assert stream.offset == (None if str(offset).startswith("-") else len(DATA) + 3)
+
+
+def test_only_what_is_new(serve: Serve, path: Path) -> None:
+    """From -0 on there is nothing but what is appended after the server has read the header."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    with Reader(here(server), "-0") as reader:
+        server.logged("client streams: ")
+        append(path, b"new")
+        reader.got(b"new")
+
+
+@pytest.mark.parametrize("offset", [0, 12345, -200_000])
+def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
+    """However often the connection breaks, at whatever byte, in good order or by a reset, every byte comes once."""
+    path.write_bytes(DATA[:250_000])
+    start = offset if offset >= 0 else 250_000 + offset
+    cutter = Cutter(serve(path).port, cuts=30 if offset >= 0 else 0, longest=60_000)
+    with cutter, follow(cutter.endpoints(5), offset, backoff=HASTE) as stream:
+        received = next(stream)  # until the first byte has come, -N begins again
+        cutter.left = 30
+        received += take(stream, 250_000 - start - len(received))
+        append(path, DATA[250_000:])
+        received += take(stream, 50_000)
+    assert received == DATA[start:]
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
+    """What is appended while no server is there comes as well, and once; also where nothing had come before."""
+    starts: dict[str, tuple[int | str, bytes]] = {
+        "known": (0, DATA),
+        "end": (-1000, DATA),
+        "nothing yet": ("-0", DATA),
+        "periodic": (-1000, b"tick\n" * 1000),
+    }
+    with ExitStack() as stack:  # all at once: each takes seconds, of waiting
+        cases = []
+        for name, (offset, before) in starts.items():
+            path = tmp_path / name
+            path.write_bytes(before)
+            server = serve(path, "-v", status=-signal.SIGKILL)
+            reader = stack.enter_context(Reader(here(server), offset))
+            server.logged("client streams: ")
+            cases.append((path, server, reader, b"" if offset == "-0" else before[int(offset) :]))
+        for path, server, reader, expected in cases:
+            reader.got(expected)
+            reader.anchored()
+            kill(server)
+            append(path, b"one")
+            eventually(lambda reader=reader: any("refused" in line for line in reader.reports))  # type: ignore[misc]
+            append(path, b"two")
+            restart(serve, server, path)
+        for path, server, reader, expected in cases:
+            reader.got(expected + b"onetwo")
+            append(path, b"three")
+            reader.got(expected + b"onetwothree")
+            assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
+            assert reader.reports[-1] == f"{here(server)} is there again"
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
+    """A server that has no room for the question after the file's end does not say that there is nothing before the place."""
+    path.write_bytes(DATA)
+    with Reader(here(serve(path, "--max-clients", "1")), "-0") as reader:
+        eventually(lambda: reader.stream._anchors < ANCHORS - 1)  # it asks again: it has not believed the first answer
+        assert reader.stream.offset is None
+
+
+@pytest.mark.slow
+def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
+    """Where more was appended than the file's end that is searched first, a wider one is searched."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(here(server), -10_000) as reader:
+        reader.got(DATA[-10_000:])
+        kill(server)
+        more = random_bytes(WINDOWS[0] + 5000, seed=2)
+        append(path, more)
+        restart(serve, server, path)
+        reader.got(DATA[-10_000:] + more)
+
+
+def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
+    """A connection that ends with the question whether the file is longer is tried again like any other."""
+    path.write_bytes(b"a line that is cut\n" * 100)
+    with Cutter(serve(path).port, cuts=4, longest=1) as cutter, Reader(cutter.endpoints(1), -50, whole_lines=True) as reader:
+        reader.got(b"a line that is cut\n" * 2)
+        assert reader.reports[0] == f"{cutter.endpoints(1)[0]}: the connection was ended; trying again"
+
+
+def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
+    """A `wait` that says that something has come when nothing has costs a turn, no byte."""
+    path.write_bytes(DATA)
+    turns = 0
+
+    def hasty(fd: int, events: int, _: float | None) -> bool:
+        nonlocal turns
+        if not wait(fd, events, 0.001):
+            turns += 1
+            if turns == 10:
+                append(path, b"more")
+        return True
+
+    with follow(here(serve(path)), wait=hasty) as stream:
+        assert take(stream, len(DATA) + 4) == DATA + b"more"
+    assert turns >= 10
+    turns, (out, into) = 0, os.pipe()
+    with open(out, "rb") as reader, open(into, "wb"), follow(here(serve(path)), len(DATA), recall=lambda _: b"", wait=hasty) as stream:
+        received = b""
+        while len(received) < 8:
+            received += reader.read(stream.splice(into, 1 << 16))
+    assert received == b"moremore"
+
+
+def test_address_that_cannot_be_reached() -> None:
+    """What the kernel refuses at once is said like what it refuses later."""
+    with pytest.raises(ConnectError, match=r"^255.255.255.255:1: (Network is unreachable|Permission denied)$"):
+        next(follow("255.255.255.255:1", once=True))
+
+
+@pytest.mark.slow
+def test_end_is_found_again_though_the_file_grows(serve: Serve, path: Path) -> None:
+    """Who began from the end of a small file that is never quiet comes back to it while it grows."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(here(server), -1000) as reader:
+        reader.got(DATA[-1000:])
+        kill(server)
+        restart(serve, server, path)
+
+        def found() -> bool:
+            append(path, random_bytes(10))
+            return len(reader.received) > 1000
+
+        eventually(found)
+        reader.got(path.read_bytes()[len(DATA) - 1000 :])
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
+    """The first line that is written to an empty file is a whole one."""
+    path.write_bytes(b"")
+    server = serve(path, "-v")
+    with Reader(here(server), "-0", whole_lines=True) as reader:
+        server.logged("client streams: ", count=3)
+        append(path, b"first\n")
+        reader.got(b"first\n")
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_whole_lines_from_a_slow_server() -> None:
+    """A server that is silent for a second has not said that the file is shorter."""
+    lines = b"a line that is cut\n" * 100
+    with slow_server(lines, 1.3) as address, follow(address, -50, whole_lines=True) as stream:
+        assert next(stream) == lines[-38:]
+
+
+def test_slow_servers_get_more_time() -> None:
+    """Each that is given up for its silence makes the next wait longer, up to a limit."""
+    stream = follow("127.0.0.1:1")
+
+    def seconds(given_up: int) -> float:
+        stream._given_up = given_up
+        return stream._stuck()
+
+    assert [seconds(given_up) for given_up in (0, 1, 2, 3, 4, 10_000)] == [2, 4, 8, 16, 30, 30]
+
+
+def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
+    """Who began from the end of a file that says the same again and again cannot come back, and says so."""
+    path.write_bytes(b"tick\n" * 20_000)
+    server = serve(path, "-v", status=-signal.SIGKILL)
+    with Reader(here(server), -1000) as reader:
+        reader.got(path.read_bytes()[-1000:])
+        kill(server)
+        restart(serve, server, path)
+        eventually(lambda: isinstance(reader.error, LostPlaceError))
+    assert len(reader.received) == 1000
+
+
+@pytest.mark.parametrize("size", [len(DATA), len(DATA) - 1000])
+def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
+    """A file that is another one behind the same port gives not one byte; the iteration has ended."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with follow(here(server), backoff=HASTE) as stream:
+        assert take(stream, len(DATA)) == DATA
+        kill(server)
+        path.write_bytes(bytes(size))
+        restart(serve, server, path)
+        with pytest.raises(OtherFileError):
+            next(stream)
+        assert stream.offset == len(DATA)
+        with pytest.raises(StopIteration):
+            next(stream)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
+    """A server that does not have what we have may get it: a replica that is behind."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(here(server), 0) as reader:
+        reader.got(DATA)
+        kill(server)
+        path.write_bytes(DATA[:1000])
+        restart(serve, server, path)
+        eventually(lambda: any("shorter" in line for line in reader.reports))
+        append(path, DATA[1000:] + b"new")
+        reader.got(DATA + b"new")
+
+
+def test_next_address_is_taken(serve: Serve, path: Path) -> None:
+    """A dead replica is passed over without a pause, at the start and when the one in use dies; a server comes back at its turn."""
+    path.write_bytes(DATA)
+    first, second = serve(path, status=-signal.SIGKILL), serve(path)
+    dead = f"127.0.0.1:{closed_port()}"
+    with follow([dead, here(first), here(second)], backoff=Backoff(60, 60)) as stream:
+        assert take(stream, len(DATA)) == DATA
+        kill(first)
+        append(path, b"new")
+        assert take(stream, 3) == b"new"
+
+
+@pytest.mark.parametrize("header", ["127.0.0.1:{}", ("127.0.0.1", 0), [("127.0.0.1", 0)], ["127.0.0.1:{}"]])
+def test_ways_to_name_a_server(serve: Serve, path: Path, header: Any) -> None:
+    """One string, one pair, or several of either."""
+    path.write_bytes(b"line\n")
+    port = serve(path).port
+
+    def named(one: Any) -> Any:
+        return one.format(port) if isinstance(one, str) else (one[0], port)
+
+    with follow([named(one) for one in header] if isinstance(header, list) else named(header)) as stream:
+        assert next(stream) == b"line\n"
+
+
+@pytest.mark.parametrize("addresses", ["localhost", "a:0", [], ["a:1", "b"], ("a", 65536), [("a", -1)]])
+def test_bad_address(addresses: Any) -> None:
+    """What cannot be connected to is an error at once."""
+    with pytest.raises(EndpointError):
+        follow(addresses)
+
+
+def test_bad_offset() -> None:
+    """So is what is no offset."""
+    with pytest.raises(OffsetError):
+        follow("localhost:1", "1e3")
+
+
+def test_unknown_host() -> None:
+    """A name that has no address at the start is an error; beside one that has, it is not."""
+    with follow("nosuch.invalid:1") as stream, pytest.raises(UnknownHostError, match=r"^nosuch\.invalid:1: "):
+        next(stream)
+    with (
+        follow(["nosuch.invalid:1", "127.0.0.1:1"], once=True) as stream,
+        pytest.raises(ConnectError, match=r"nosuch\..*, 127\.0\.0\.1:1: "),
+    ):
+        next(stream)
+
+
+def test_once_without_a_server() -> None:
+    """With `once`, each address is tried once, and then it is an error."""
+    ports = closed_port(), closed_port()
+    with follow([f"127.0.0.1:{port}" for port in ports], once=True) as stream, pytest.raises(ConnectError, match=r"refused.*refused"):
+        next(stream)
+
+
+def test_once_ends_with_the_connection(serve: Serve, path: Path) -> None:
+    """With `once`, the first connection's end is the iteration's."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    with follow(here(server), once=True) as stream:
+        assert take(stream, len(DATA)) == DATA
+        server.signal(signal.SIGTERM)
+        assert list(stream) == []
+
+
+def test_once_says_what_broke_the_connection(serve: Serve, path: Path) -> None:
+    """With `once`, a connection that ends in no good order is an error."""
+    path.write_bytes(DATA)
+    with (
+        Cutter(serve(path).port, cuts=1, longest=1, resets=True) as cutter,
+        follow(cutter.endpoints(1), once=True) as stream,
+        pytest.raises(ConnectError, match=r"^127\.0\.0\.1:\d+: Connection reset by peer"),
+    ):
+        list(stream)
+
+
+def test_idle_ends_the_iteration(serve: Serve, path: Path) -> None:
+    """So long without a byte is the end."""
+    path.write_bytes(DATA)
+    with follow(here(serve(path)), idle=0.2) as stream:
+        assert b"".join(stream) == DATA
+        assert list(stream) == []
+
+
+def test_idle_without_a_server() -> None:
+    """So long without a server is an error, for nobody knows what there would be."""
+    with follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=HASTE) as stream, pytest.raises(ConnectError, match="refused"):
+        list(stream)
+
+
+def test_idle_before_a_shorter_file(serve: Serve, path: Path) -> None:
+    """A server that does not have what we have is no end, either."""
+    path.write_bytes(DATA[:100])
+    with (
+        follow(here(serve(path)), 1000, idle=0.2, recall=lambda offset: DATA[:offset]) as stream,
+        pytest.raises(ConnectError, match="shorter"),
+    ):
+        list(stream)
+
+
+@pytest.mark.thorough
+def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """Where one replica does not have what we have, another may."""
+    path.write_bytes(DATA)
+    behind = tmp_path / "behind"
+    behind.write_bytes(DATA[:100])
+    with follow([here(serve(behind)), here(serve(path))], 1000, recall=lambda offset: DATA[:offset], backoff=Backoff(60, 60)) as stream:
+        assert take(stream, len(DATA) - 1000) == DATA[1000:]
+
+
+def test_close_ends_the_iteration(serve: Serve, path: Path) -> None:
+    """A closed stream gives nothing more, and the server has lost a client."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    stream = follow(here(server))
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    append(path, DATA)
+    server.logged("client left: ")
+
+
+def test_keepalive_is_on(serve: Serve, path: Path) -> None:
+    """A server whose machine has vanished is noticed."""
+    path.write_bytes(DATA)
+    with follow(here(serve(path))) as stream:
+        next(stream)
+        assert stream._sock is not None
+        assert stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [stream._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 15, 4]
+
+
+@pytest.mark.parametrize(("failures", "least", "most"), [(1, 0.25, 0.5), (2, 0.5, 1), (3, 1, 2), (6, 5, 10), (10_000, 5, 10)])
+def test_backoff(failures: int, least: float, most: float) -> None:
+    """Pauses double up to a limit, and chance takes up to half off."""
+    assert (Backoff().pause(failures, 1), Backoff().pause(failures, 0)) == (least, most)
+
+
+def loaded_by(module: str) -> set[str]:
+    """Return the names of all modules that an interpreter has after it has imported `module`."""
+    return set(run_python(f"import sys; import {module}; print(*sys.modules)").stdout.split())
+
+
+@pytest.mark.parametrize("module", ["tailsrv.client.tscat", "tailsrv.client.tssync"])
+def test_commands_do_not_import_the_server(module: str) -> None:
+    """A client starts without what only the server needs."""
+    loaded = loaded_by(module)
+    for unwanted in (
+        "psutil",
+        "inotify_simple",
+        "setproctitle",
+        "tailsrv.main",
+        "tailsrv.supervisor",
+        "tailsrv.worker",
+        "tailsrv.listeners",
+    ):
+        assert find_spec(unwanted), "a module that is not there is never imported"
+        assert unwanted not in loaded
+
+
+def test_server_does_not_import_the_clients() -> None:
+    """The server starts without what only clients need."""
+    loaded = loaded_by("tailsrv.main")
+    for unwanted in ("tailsrv.client", "tailsrv.health"):
+        assert find_spec(unwanted), "a module that is not there is never imported"
+        assert unwanted not in loaded

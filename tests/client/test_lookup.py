@@ -1,0 +1,214 @@
+"""A name service that does not answer: it must hold up nothing but the connections to those names."""
+
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.commands import TSCAT, TSSYNC, Command, answering, closed_port, run_client, started
+from support.files import random_bytes
+from support.interpreter import run_python
+from support.server import Serve
+from support.shims import build_shim
+from support.waiting import DEADLINE, eventually
+from tailsrv.client.connector import SILENT
+from tailsrv.client.lookup import Lookup
+
+DATA = random_bytes(10_000)
+
+
+NAME = "logserver.test"
+
+
+# What a look-up of NAME waits for is that $SILENCE/silent is not there; then it is 127.0.0.1. Syncs are counted in $SILENCE/synced.
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char *in_folder(char *path, const char *name) {
+    sprintf(path, "%s/%s", getenv("SILENCE"), name);
+    return path;
+}
+
+static void note(const char *name) {
+    char path[4096];
+    int fd = open(in_folder(path, name), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (write(fd, "x", 1) != 1)
+        abort();
+    close(fd);
+}
+
+int getaddrinfo(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
+    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
+    char path[4096];
+    if (host && strcmp(host, "logserver.test") == 0 && !(hints->ai_flags & AI_NUMERICHOST)) {
+        note("asked");
+        while (access(in_folder(path, "silent"), F_OK) == 0)
+            usleep(10000);
+        host = "127.0.0.1";
+    }
+    return real(host, service, hints, found);
+}
+
+int fdatasync(int fd) {
+    int (*real)(int) = dlsym(RTLD_NEXT, "fdatasync");
+    int result = real(fd);
+    note("synced");
+    return result;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a library that makes the name service silent."""
+    return build_shim(tmp_path_factory.mktemp("shim"), SHIM)
+
+
+@pytest.fixture
+def silence(tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have the clients that are started ask a name service of ours; return the folder that tells it what to do."""
+    folder = tmp_path / "silence"
+    folder.mkdir()
+    monkeypatch.setenv("LD_PRELOAD", str(shim))
+    monkeypatch.setenv("SILENCE", str(folder))
+    return folder
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def named(server: str) -> str:
+    """Return the HOST:PORT of `server` with a name that has to be looked up."""
+    return f"{NAME}:{server.rpartition(':')[2]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sync_and_signals_do_not_wait_for_names(silence: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """What has come is on the disk in time, and a signal ends it, while a name is looked up anew."""
+    before = 0
+
+    def answer(sock: socket.socket) -> None:
+        nonlocal before
+        before = size(silence / "synced")
+        (silence / "silent").touch()
+        sock.sendall(DATA)
+        sock.shutdown(socket.SHUT_WR)
+
+    with answering(answer) as server, Command(tmp_path, *TSSYNC, named(server), tmp_path / "copy", "--fsync", "0.2") as command:
+        command.says("the connection was ended")
+        eventually(lambda: size(silence / "asked") == 2)
+        eventually(lambda: size(silence / "synced") > before)
+        assert command.end(number) == 0
+        assert (tmp_path / "copy").read_bytes() == DATA
+
+
+@pytest.mark.slow
+def test_idle_time_does_not_wait_for_names(silence: Path) -> None:
+    """With --until-idle, silence of the name service is none of a server's, and no longer than any other."""
+    (silence / "silent").touch()
+    done = run_client(*TSCAT, f"{NAME}:1", "--until-idle", "0.2")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"tscat: {NAME}:1: {SILENT}")
+
+
+@pytest.mark.slow
+def test_reader_that_goes_does_not_wait_for_names(silence: Path) -> None:
+    """When nobody reads any more, it ends at once, also while a name is looked up."""
+    (silence / "silent").touch()
+    with started(*TSCAT, f"{NAME}:1", stdout=subprocess.PIPE) as process:
+        eventually((silence / "asked").exists)
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.slow
+def test_name_that_is_found_late(serve: Serve, path: Path, silence: Path, tmp_path: Path) -> None:
+    """A look-up that takes its time is used when it has its result."""
+    (silence / "silent").touch()
+    path.write_bytes(DATA)
+    with Command(tmp_path, *TSCAT, f"{NAME}:{serve(path).port}") as command:
+        eventually((silence / "asked").exists)
+        (silence / "silent").unlink()
+        command.wrote(DATA)
+        assert command.end(signal.SIGINT) == 0
+        assert command.errors == ""
+
+
+@pytest.mark.slow
+def test_other_names_are_tried_meanwhile(silence: Path) -> None:
+    """A name that is still looked up costs one thread and one wait; the other servers get their turns in each round."""
+    (silence / "silent").touch()
+    code = """
+import sys, threading
+from tailsrv.client import Backoff, follow
+from tailsrv.client.connector import wait
+
+class Enough(Exception): pass
+
+reports, pauses = [], []
+
+def count(fd, events, seconds):
+    if fd < 0:
+        pauses.append(seconds)
+        if len(pauses) == 5:
+            raise Enough
+    return wait(fd, events, seconds)
+
+with follow(sys.argv[1:], backoff=Backoff(0.01, 0.01), connect_timeout=0.1, report=reports.append, wait=count) as stream:
+    try:
+        next(stream)
+    except Enough:
+        print(threading.active_count(), *reports, sep="\\n")
+"""
+    here = f"127.0.0.1:{closed_port()}"
+    done = run_python(code, f"{NAME}:1", here)
+    assert (done.stdout, done.stderr) == (f"2\n{NAME}:1: {SILENT}, {here}: Connection refused; trying again\n", "")
+    assert size(silence / "asked") == 1
+
+
+@pytest.mark.slow
+def test_no_room_for_a_thread() -> None:
+    """Where a thread cannot be had, names are looked up all the same."""
+    done = run_python("""
+import threading
+from tailsrv.client.lookup import Lookup
+threading.stack_size(1 << 50)
+lookup = Lookup("localhost", 1)
+print(bool(lookup.result()), threading.active_count())
+""")
+    assert (done.stdout, done.stderr) == ("True 1\n", "")
+
+
+def test_no_room_for_a_descriptor() -> None:
+    """Where a descriptor cannot be had, that is what is said of the name."""
+    done = run_python(
+        """
+import resource
+from tailsrv.client.lookup import Lookup
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+lookup = Lookup("localhost", 1)
+try:
+    lookup.result()
+except OSError as error:
+    print(error.strerror, lookup.fileno())
+""",
+        env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
+    )  # it could not write its data
+    assert (done.stdout, done.stderr) == ("Too many open files None\n", "")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "a" * 64])
+def test_look_up_of_what_is_no_name(host: str) -> None:
+    """Numbers, and what cannot be a name, are known at once."""
+    assert Lookup(host, 1).fileno() is None

@@ -1,0 +1,283 @@
+"""The command tscat: what it writes, with what it ends, and what it says."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.commands import TSCAT, Command, closed_port, kill, restart, run_client, started
+from support.cutter import Cutter
+from support.files import append, random_bytes
+from support.processes import as_root, runs
+from support.server import Serve, Server
+from support.sockets import can_ipv6
+from support.waiting import DEADLINE
+from tailsrv import __version__
+
+DATA = random_bytes(300_000)
+
+
+OTHER = random_bytes(300_000, seed=2)
+
+
+LINES = b"".join(b"line %d\n" % number for number in range(1000))
+
+
+def here(server: Server) -> str:
+    return f"127.0.0.1:{server.port}"
+
+
+def tscat(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return run_client(*TSCAT, *arguments)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", LINES),
+        ("1000", LINES[1000:]),
+        ("-1000", LINES[-1000:]),
+        ("-0", b""),
+        ("--lines -9", b"line 999\n"),
+        ("-10 --lines", b"line 999\n"),
+        ("--lines -8", b""),
+        ("--lines -0", b""),
+        ("--lines -999999", LINES),
+        (f"--lines -{len(LINES)}", LINES),
+        (f"--lines -{len(LINES) - 1}", LINES[7:]),
+        ("--follow 5", LINES[5:]),
+    ],
+)
+def test_offset(serve: Serve, path: Path, arguments: str, expected: bytes) -> None:
+    """The offset is the protocol's, before or behind the options; --lines leaves out a part of a line, and nothing else."""
+    path.write_bytes(LINES)
+    done = tscat(here(serve(path)), *arguments.split(), "--until-idle", "0.2")
+    assert (done.stdout.encode(), done.stderr, done.returncode) == (expected, "", 0)
+
+
+def test_line_that_is_not_finished_is_left_out(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """With --lines and -0, the rest of a line that has begun before is left out, however late it comes."""
+    path.write_bytes(b"whole\nbegun")
+    server = serve(path, "-v")
+    with Command(tmp_path, *TSCAT, here(server), "--lines", "-0") as command:
+        server.logged("client streams: ", count=2)
+        append(path, b" and finished\nnew\n")
+        command.wrote(b"new\n")
+        assert command.end(signal.SIGINT) == 0
+
+
+@pytest.mark.skipif(not can_ipv6(), reason="no IPv6 here")
+def test_ipv6_literal(serve: Serve, path: Path) -> None:
+    """An IPv6 address is written in brackets."""
+    path.write_bytes(LINES)
+    assert tscat(f"[::1]:{serve(path).port}", "--until-idle", "0.1").stdout.encode() == LINES
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", ["0", "-200000"])
+def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offset: str) -> None:
+    """Through cuts at random bytes, and a server that is killed and comes back, every byte is written once."""
+    path.write_bytes(DATA)
+    start = int(offset)
+    server = serve(path, "-v", status=-signal.SIGKILL)
+    with (
+        Cutter(server.port, cuts=0 if start else 15, longest=60_000) as cutter,
+        Command(tmp_path, *TSCAT, *cutter.endpoints(), offset) as command,
+    ):
+        command.wrote(DATA[start:])
+        cutter.left = 15
+        kill(server)
+        append(path, OTHER)
+        restart(serve, server, path)
+        command.wrote(DATA[start:] + OTHER)
+        append(path, b"end")
+        command.wrote(DATA[start:] + OTHER + b"end")
+        assert command.end(signal.SIGINT) == 0
+
+
+def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A refused connection is one line, and tried again until a server is there."""
+    path.write_bytes(LINES)
+    server = serve(path, status=-signal.SIGKILL)
+    endpoint = here(server)
+    kill(server)
+    with Command(tmp_path, *TSCAT, endpoint) as command:
+        command.says("refused")
+        restart(serve, server, path)
+        command.wrote(LINES)
+        assert command.end(signal.SIGINT) == 0
+        assert command.errors == f"tscat: {endpoint}: Connection refused; trying again\ntscat: {endpoint} is there again\n"
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not (as_root and runs("unshare", "-m", "true")), reason="takes root, for an /etc/hosts of its own")
+def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A name's second address is tried where nobody listens at the first."""
+    path.write_bytes(LINES)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.2 replicas\n127.0.0.3 replicas\n")
+    script = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
+    for address in ("127.0.0.2", "127.0.0.3"):
+        endpoint = f"replicas:{serve(path, '--bind', address).port}"
+        done = run_client("unshare", "-m", "sh", "-c", script, "sh", hosts, *TSCAT, endpoint, "--until-idle", "0.2")
+        assert (done.stdout.encode(), done.stderr) == (LINES, "")
+
+
+@pytest.mark.skipif(not (as_root and runs("unshare", "-n", "ip", "link")), reason="takes root, for a network of its own")
+def test_connection_to_itself_is_none() -> None:
+    """A port that the kernel gives to our own end, so that TCP connects it to itself, is one where nobody listens."""
+    script = 'ip link set lo up && echo "40000 40000" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
+    done = run_client("unshare", "-n", "sh", "-c", script, "sh", *TSCAT, "--once", "127.0.0.1:40000")
+    assert (done.stdout, done.stderr, done.returncode) == ("", "tscat: 127.0.0.1:40000: Connection refused\n", 1)
+
+
+@pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "no server"])
+def test_closed_pipe_ends_it(serve: Serve, path: Path, quiet: bool) -> None:
+    """When nobody reads any more, it ends at once, also while nothing comes and while no server is there."""
+    path.write_bytes(b"line\n")
+    server = serve(path)
+    with started(*TSCAT, here(server), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(5) == b"line\n"
+        if not quiet:
+            server.signal(signal.SIGTERM)
+            assert b"ended" in process.stderr.readline()
+        process.stdout.close()
+        assert process.wait(DEADLINE) == 0
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_head_ends_it(serve: Serve, path: Path) -> None:
+    """A reader that has seen enough is no error."""
+    path.write_bytes(DATA * 10)
+    script = '"$@" | head -c 5; echo ${PIPESTATUS[0]}'
+    done = subprocess.run(["bash", "-c", script, "bash", *TSCAT, here(serve(path))], capture_output=True, timeout=DEADLINE)
+    assert (done.stdout, done.stderr) == (DATA[:5] + b"0\n", b"")
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["following", "no server"])
+def test_interrupt_ends_it(serve: Serve, path: Path, tmp_path: Path, served: bool) -> None:
+    """SIGINT is the way to end it: status 0, and not a word."""
+    path.write_bytes(LINES)
+    endpoint = here(serve(path)) if served else f"127.0.0.1:{closed_port()}"
+    with Command(tmp_path, *TSCAT, endpoint) as command:
+        command.wrote(LINES) if served else command.says("refused")
+        before = command.errors
+        assert command.end(signal.SIGINT) == 0
+        assert command.errors == before
+
+
+def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
+    """A pipe that takes no more for now, and says so, gets the rest later."""
+    path.write_bytes(DATA * 5)
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    with started(*TSCAT, here(serve(path)), "--until-idle", "0.2", stdout=into) as process:
+        os.close(into)
+        with open(out, "rb") as reader:
+            assert reader.read() == DATA * 5
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [(">/dev/full", "tscat: cannot write: No space left on device\n"), (">&-", "tscat: standard output is closed\n"), ("2>&- <&-", "")],
+)
+def test_odd_descriptors(serve: Serve, path: Path, redirection: str, message: str) -> None:
+    """An output that takes nothing is one line; a closed standard error or input is nobody's business."""
+    path.write_bytes(LINES)
+    script = f'exec "$@" {redirection}'
+    done = run_client("sh", "-c", script, "sh", *TSCAT, here(serve(path)), "--until-idle", "0.2")
+    assert (done.stderr, done.returncode) == (message, 1 if message else 0)
+    assert done.stdout.encode() == (b"" if message else LINES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "status"),
+    [("--help", ">/dev/full", 0), ("--help", ">&- 2>&-", 0), ("localhost", "2>/dev/full", 2), ("localhost", "2>&-", 2)],
+)
+def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
+    """A help or a complaint that nobody can take is lost, and the exit status is what it would be."""
+    done = run_client("sh", "-c", f'exec "$@" {redirection}', "sh", *TSCAT, arguments)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", status)
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["127.0.0.1:CLOSED", "--once"], 1, "127.0.0.1:CLOSED: Connection refused"),
+        (["nosuch.invalid:4321"], 1, "nosuch.invalid:4321: "),
+        (["a" * 64 + ":4321"], 1, ": not a host name"),
+        (["localhost:99999"], 2, "port must be from 1 to 65535, not 99999"),
+        (["localhost:http"], 2, "not a port: 'http' in 'localhost:http'"),
+        (["localhost"], 2, "not HOST:PORT: 'localhost'"),
+        (["::1:4321"], 2, "not HOST:PORT: '::1:4321'; an IPv6 address takes brackets, [::1]:4321"),
+        (["-1000"], 2, "no HOST:PORT"),
+        (["localhost:1", "9" * 20], 2, "offset does not fit 64 bits"),
+    ],
+)
+def test_error_is_one_line(arguments: list[str], status: int, message: str) -> None:
+    """What cannot be done is said in one line, with the command's name in front."""
+    port = str(closed_port())
+    done = tscat(*(argument.replace("CLOSED", port) for argument in arguments))
+    assert done.returncode == status
+    assert done.stderr.startswith("tscat: ")
+    assert message.replace("CLOSED", port) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--nonsense", "a:1"], ["a:1", "--until-idle", "soon"], ["a:1", "--until-idle", "-1"]])
+def test_usage_error(arguments: list[str]) -> None:
+    """A wrong command line is status 2, and says how to use it."""
+    done = tscat(*arguments)
+    assert done.returncode == 2
+    assert "usage: tscat" in done.stderr
+
+
+def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A file that is another one after a lost connection is status 3."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Command(tmp_path, *TSCAT, here(server)) as command:
+        command.wrote(DATA)
+        kill(server)
+        path.write_bytes(DATA[1:] + DATA)
+        restart(serve, server, path)
+        assert command.end() == 3
+        assert "tscat: another file is served now: " in command.errors
+        command.wrote(DATA)
+
+
+def test_once_ends_with_the_server(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """With --once, the end of the connection is the end, status 0."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    with Command(tmp_path, *TSCAT, "--once", here(server)) as command:
+        command.wrote(DATA)
+        server.signal(signal.SIGTERM)
+        assert command.end() == 0
+        assert command.errors == ""
+
+
+def test_idle_without_a_server_is_an_error() -> None:
+    """With --until-idle, a server that is not there is status 1: nobody knows what there would be."""
+    done = tscat(f"127.0.0.1:{closed_port()}", "--until-idle", "0.1")
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert done.stderr.splitlines()[-1].endswith(": Connection refused")
+
+
+def test_version_and_help() -> None:
+    """It says which version it is, and its help shows examples; a reader of the help may leave."""
+    assert tscat("--version").stdout == f"tscat {__version__}\n"
+    assert "examples:" in tscat("--help").stdout
+    done = subprocess.run(
+        ["bash", "-c", '"$@" --help | true; echo ${PIPESTATUS[0]}', "bash", *TSCAT], capture_output=True, timeout=DEADLINE
+    )
+    assert (done.stdout, done.stderr) == (b"0\n", b"")

@@ -1,0 +1,400 @@
+"""The command tssync: a copy that is always a beginning of the remote file, whatever happens to it."""
+
+import os
+import pty
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.commands import TSSYNC, Command, closed_port, holds, kill, restart, run_client, started
+from support.cutter import Cutter
+from support.files import append, random_bytes
+from support.interpreter import run_python
+from support.processes import as_root, runs
+from support.server import Serve, Server
+from support.strace import needs_strace
+from support.waiting import DEADLINE, eventually
+from tailsrv import __version__
+
+DATA = random_bytes(300_000)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Return where the copy is to be."""
+    return tmp_path / "copy"
+
+
+def here(server: Server) -> str:
+    return f"127.0.0.1:{server.port}"
+
+
+def tssync(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    return run_client(*TSSYNC, *arguments)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, len(DATA)])
+def test_copy_goes_on_where_it_ends(serve: Serve, path: Path, copy: Path, tmp_path: Path, length: int) -> None:
+    """It appends to what is there, and goes on with what is appended to the remote file."""
+    path.write_bytes(DATA)
+    copy.write_bytes(DATA[:length])
+    inode = copy.stat().st_ino
+    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+        holds(copy, DATA)
+        append(path, b"new")
+        holds(copy, DATA + b"new")
+        assert command.end(signal.SIGINT) == 0
+        assert command.errors == ""
+    assert copy.stat().st_ino == inode
+
+
+def test_copy_is_made(serve: Serve, path: Path, copy: Path) -> None:
+    """A copy that is not there is made, with the mode that the umask leaves."""
+    path.write_bytes(DATA)
+    before = os.umask(0o027)
+    try:
+        assert tssync(here(serve(path)), copy, "--until-idle", "0.2").returncode == 0
+    finally:
+        os.umask(before)
+    assert copy.read_bytes() == DATA
+    assert copy.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.slow
+def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """Through cuts at random bytes, and a server that is killed and comes back, the copy is exact."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v", status=-signal.SIGKILL)
+    with Cutter(server.port, cuts=15, longest=60_000) as cutter, Command(tmp_path, *TSSYNC, *cutter.endpoints(), copy) as command:
+        holds(copy, DATA)
+        kill(server)
+        append(path, DATA)
+        restart(serve, server, path)
+        holds(copy, DATA + DATA)
+        assert command.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, pytest.param(12, marks=pytest.mark.thorough)])
+def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path, kills: int) -> None:
+    """Killed at any moment while the file grows, it leaves a beginning of it, and the next run makes the rest."""
+    data, chance, unfinished = kills * random_bytes(22 << 20), random.Random(1), 0  # it grows for longer than all the starts take
+    path.write_bytes(data[: 8 << 20])
+    server = serve(path)
+    with growing(path, data):
+        for _ in range(kills):
+            before = copy.stat().st_size if copy.exists() else 0
+            with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+                eventually(lambda before=before: copy.exists() and copy.stat().st_size > before)  # type: ignore[misc]
+                time.sleep(chance.random() * 0.05)  # any moment
+                command.end(signal.SIGKILL)
+                unfinished += copy.stat().st_size < path.stat().st_size
+            assert data.startswith(copy.read_bytes())
+    assert unfinished > 1, "it was killed when all was done"
+    assert tssync(here(server), copy, "--until-idle", "0.3").returncode == 0
+    assert copy.read_bytes() == path.read_bytes()
+
+
+@contextmanager
+def growing(path: Path, data: bytes) -> Iterator[None]:
+    """Append to `path` what it lacks of `data`, in small pieces, until the end of the block."""
+    end = threading.Event()
+
+    def grow() -> None:
+        size = path.stat().st_size
+        while size < len(data) and not end.wait(0.001):
+            append(path, data[size : size + 10_000])
+            size += 10_000
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join(DEADLINE)
+
+
+@pytest.mark.parametrize("wrong", [1, 4096])
+def test_mismatch_stops(serve: Serve, path: Path, copy: Path, wrong: int) -> None:
+    """One wrong byte among the last 4 KiB is another file: status 3, and the copy is as it was."""
+    path.write_bytes(DATA)
+    held = bytearray(DATA[:10_000])
+    held[-wrong] ^= 1
+    copy.write_bytes(held)
+    done = tssync(here(serve(path)), copy)
+    assert done.returncode == 3
+    assert done.stderr == f"tssync: {copy} is not the beginning of the remote file: its last bytes differ\n"
+    assert copy.read_bytes() == held
+
+
+def test_mismatch_begins_again(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """With --on-mismatch=restart the old copy gets a name that was free, and a new one begins."""
+    path.write_bytes(DATA)
+    copy.write_bytes(b"old")
+    (tmp_path / "copy.1").write_bytes(b"older")
+    done = tssync(here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2")
+    assert done.returncode == 0
+    assert f"{copy} becomes {copy}.2" in done.stderr
+    assert (copy.read_bytes(), (tmp_path / "copy.1").read_bytes(), (tmp_path / "copy.2").read_bytes()) == (DATA, b"older", b"old")
+
+
+def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A remote file that is another one after a lost connection begins a new copy."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Command(tmp_path, *TSSYNC, "--on-mismatch", "restart", here(server), copy) as command:
+        holds(copy, DATA)
+        kill(server)
+        other = DATA[::-1]
+        path.write_bytes(other)
+        restart(serve, server, path)
+        command.says("begins again")
+        eventually(lambda: copy.read_bytes() == other)
+        assert (tmp_path / "copy.1").read_bytes() == DATA
+        assert command.end(signal.SIGINT) == 0
+
+
+@pytest.mark.thorough
+def test_shorter_remote_file_is_said(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A remote file that is shorter than the copy is waited for, and that is said, once."""
+    path.write_bytes(DATA[:1000])
+    copy.write_bytes(DATA[:100_000])
+    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+        command.says("shorter")
+        append(path, DATA[1000:])
+        holds(copy, DATA)
+        assert command.end(signal.SIGINT) == 0
+        assert command.errors.count("\n") == 1
+
+
+def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A second one on the same file ends with status 1 and one line, and changes nothing."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+        holds(copy, DATA)
+        done = tssync(here(server), copy)
+        assert (done.returncode, done.stderr) == (1, f"tssync: another program has locked {copy}\n")
+        assert command.end(signal.SIGINT) == 0
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda copy: os.truncate(copy, 10), "was changed by somebody else: it has 10 bytes, not "),
+        (lambda copy: append(copy, b"foreign"), "was changed by somebody else: it has "),
+        (os.unlink, "was moved or deleted by somebody else"),
+        (lambda copy: copy.rename(copy.with_suffix(".away")), "was moved or deleted by somebody else"),
+    ],
+)
+def test_copy_that_somebody_changes(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, change: Callable[[Path], object], complaint: str
+) -> None:
+    """A copy that is changed or taken away while it is kept ends it with the next bytes, which are not written anywhere."""
+    path.write_bytes(DATA)
+    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+        holds(copy, DATA)
+        change(copy)
+        append(path, b"more")
+        assert command.end() == 1
+        assert f"{copy} {complaint}" in command.errors
+    assert not any(b"more" in left.read_bytes() for left in copy.parent.glob(f"{copy.stem}*"))
+
+
+@pytest.mark.thorough
+def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A copy that has another length than what was written makes it end, rather than a hole."""
+    path.write_bytes(DATA)
+    server = serve(path, status=-signal.SIGKILL)
+    with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+        holds(copy, DATA)
+        os.truncate(copy, 10)
+        kill(server)
+        restart(serve, server, path)
+        assert command.end() == 1
+        assert f"{copy} was changed by somebody else" in command.errors
+    assert copy.stat().st_size == 10
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 256 KiB."""
+    if not as_root:
+        pytest.skip("takes root, to mount a file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not runs("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)):
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True, timeout=DEADLINE)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_full_disk_is_waited_for(serve: Serve, path: Path, tiny_disk: Path, tmp_path: Path) -> None:
+    """It says once that there is no room, goes on when there is, and says that, too."""
+    path.write_bytes(DATA[:200_000])
+    copy, ballast = tiny_disk / "copy", tiny_disk / "ballast"
+    ballast.write_bytes(bytes(100 << 10))
+    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+        command.says("No space left on device; waiting for room")
+        assert DATA.startswith(copy.read_bytes())
+        ballast.unlink()
+        holds(copy, DATA[:200_000])
+        command.says("there is room again")
+        assert command.end(signal.SIGINT) == 0
+        assert command.errors.count("\n") == 2
+
+
+def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
+    """What the kernel refuses for another reason than room is the end, and said."""
+    path.write_bytes(DATA * 10)
+    done = run_client("prlimit", f"--fsize={len(DATA) * 5}", *TSSYNC, here(serve(path)), copy)
+    assert (done.stderr, done.returncode) == (f"tssync: cannot append to {copy}: File too large\n", 1)
+    assert copy.read_bytes() == (DATA * 10)[: len(DATA) * 5]
+
+
+@needs_strace
+@pytest.mark.parametrize(("options", "synced"), [([], False), (["--fsync", "0.05"], True)])
+def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool) -> None:
+    """With --fsync the disk has the copy soon after, without it when the kernel likes."""
+    path.write_bytes(DATA)
+    trace = tmp_path / "trace"
+    traced = ("strace", "-f", "-o", trace, "-e", "trace=fdatasync,fsync")
+    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--until-idle", "0.5", *options)
+    assert done.returncode == 0
+    calls = [line for line in trace.read_text().splitlines() if "sync(" in line]
+    assert (len(calls) >= 2) == synced, "once while it waits, and once at the end"
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@needs_strace
+@pytest.mark.parametrize("numbers", [("TERM",), ("HUP",), ("INT", "INT"), ("TERM", "HUP"), ("HUP", "TERM", "INT", "HUP")])
+def test_signals_leave_a_synced_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]) -> None:
+    """What has come is synced before it ends, whichever signal ends it and whatever comes along."""
+    path.write_bytes(DATA)
+    trace = tmp_path / "trace"
+    traced = ("strace", "-f", "-o", trace, "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=100000")
+    with Command(tmp_path, *traced, *TSSYNC, here(serve(path)), copy, "--fsync", "1000") as command:
+        holds(copy, DATA)
+        pid = int(trace.read_text().split()[0])  # of the sync at its start
+        for number in numbers:
+            os.kill(pid, signal.Signals[f"SIG{number}"])
+        assert command.end() == 0
+        assert command.errors == ""
+    assert trace.read_text().count("fdatasync(") == 2
+
+
+@pytest.mark.thorough
+def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A SIGHUP that was to be ignored is."""
+    path.write_bytes(DATA)
+    with Command(tmp_path, "sh", "-c", 'trap "" HUP; exec "$@"', "sh", *TSSYNC, here(serve(path)), copy) as command:
+        holds(copy, DATA)
+        command.process.send_signal(signal.SIGHUP)
+        append(path, b"more")
+        holds(copy, DATA + b"more")
+        assert command.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.thorough
+def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
+    """On a terminal, a line says how much there is and how fast it grows, and is taken away when that ends."""
+    path.write_bytes(DATA)
+    near, far = pty.openpty()
+    server = serve(path)
+    with started(*TSSYNC, here(server), copy, stdout=far, stderr=far) as process:
+        os.close(far)
+        shown = b""
+        while b"iB/s" not in shown:  # it takes half a second of growth
+            append(path, DATA)
+            shown += _read_now(near)
+            time.sleep(0.02)
+        while not shown.endswith(b"\r\x1b[K"):
+            shown += os.read(near, 1000)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 0
+    os.close(near)
+    assert str(copy).encode() in shown
+
+
+def test_terminal_that_goes() -> None:
+    """A terminal that is closed while a line is on it takes no other, and is no error."""
+    done = run_python("""
+import os, pty
+from tailsrv.client.tssync import Progress
+near, far = pty.openpty()
+os.dup2(far, 2), os.close(far)
+progress = Progress("copy")
+progress.grow(0, 0.0)
+progress.grow(1000, 1.0)
+print(ascii(os.read(near, 1000)))
+os.close(near)
+progress.grow(2000, 2.0)
+progress.grow(3000, 3.0)
+progress.rest()
+""")
+    assert (done.stdout, done.returncode) == (r"b'\r\x1b[Kcopy: 1000 B, 1000 B/s'" + "\n", 0)
+
+
+def _read_now(fd: int) -> bytes:
+    os.set_blocking(fd, False)
+    try:
+        return os.read(fd, 1000)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.set_blocking(fd, True)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["127.0.0.1:CLOSED", "copy", "--once"], 1, "127.0.0.1:CLOSED: Connection refused"),
+        (["nosuch.invalid:4321", "copy"], 1, "nosuch.invalid:4321: "),
+        (["localhost:99999", "copy"], 2, "port must be from 1 to 65535, not 99999"),
+        (["localhost", "copy"], 2, "not HOST:PORT: 'localhost'"),
+        (["localhost:1", "/nosuch/copy"], 1, "/nosuch/copy: No such file or directory"),
+        (["localhost:1", "."], 1, ".: Is a directory"),
+        (["localhost:1", "/dev/null"], 1, "/dev/null is not a regular file"),
+        (["localhost:1", ""], 1, "No such file or directory"),
+    ],
+)
+def test_error_is_one_line(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+    """What cannot be done is said in one line, with the command's name in front."""
+    port = str(closed_port())
+    script = 'cd "$1" && shift && exec "$@"'
+    done = run_client("sh", "-c", script, "sh", tmp_path, *TSSYNC, *(argument.replace("CLOSED", port) for argument in arguments))
+    assert done.returncode == status
+    assert done.stderr.startswith("tssync: ")
+    assert message.replace("CLOSED", port) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["a:1"], ["a:1", "f", "--on-mismatch=panic"], ["a:1", "f", "--fsync", "never"]])
+def test_usage_error(arguments: list[str]) -> None:
+    """A wrong command line is status 2, and says how to use it."""
+    done = tssync(*arguments)
+    assert done.returncode == 2
+    assert "usage: tssync" in done.stderr
+
+
+def test_version_and_help() -> None:
+    """It says which version it is, and its help shows examples."""
+    assert tssync("--version").stdout == f"tssync {__version__}\n"
+    assert "examples:" in tssync("--help").stdout

@@ -1,0 +1,1 @@
+"""What becomes of each system call that fails."""

@@ -1,0 +1,280 @@
+"""The table of faults, how each is brought about, and what came of it."""
+
+import errno
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from faults.bench import Bench
+from support.sockets import recv_all
+from support.waiting import DEADLINE, eventually
+
+TABLE = Path(__file__).with_name("faults.md")
+POLLING = "looking at the file once a second"
+OCCURRENCES = (1, 2, 100)
+NOT_MADE = "not made"  # as often as that
+NOT_TRIED = "-"
+
+# What one call of the C library's may be to the kernel, by machine and by the library's version ("?": if there is such a call).
+CALLS = {
+    "fork": "clone,clone3,?fork,?vfork",
+    "stat": "newfstatat,fstat,?stat,statx",
+    "accept": "accept4,?accept",
+    "epoll_wait": "epoll_pwait,?epoll_wait",
+    "open": "openat",
+    "poll": "ppoll,?poll",
+    "wait": "wait4",
+    "pread": "pread64",
+    "recv": "recvfrom",
+    "send": "sendto",
+    "sleep": "clock_nanosleep",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault: the `occurrence`-th `call` that `process` makes in `act` fails with `error`."""
+
+    process: str
+    act: str
+    call: str
+    error: str
+    occurrence: int
+    expected: str
+    first: bool  # of its line in the table
+
+    def __str__(self) -> str:
+        return "-".join([self.process, self.act, self.call, self.error, str(self.occurrence)]).replace(" ", "_")
+
+
+def read_table(path: Path = TABLE) -> list[Case]:
+    """Return the cases of the tables in `path`."""
+    cases: list[Case] = []
+    for heading, cells in _rows(path):
+        if heading:
+            call, errors, *outcomes, _ = cells
+            names = errors.split()
+            cases += [
+                Case(heading[0], heading[1], call.strip("`"), name, occurrence, outcome, name == names[0])
+                for occurrence, outcome in zip(OCCURRENCES, outcomes, strict=True)
+                for name in names
+            ]
+    return cases
+
+
+def read_exempt(path: Path = TABLE) -> set[str]:
+    """Return the calls that `path` says do not fail."""
+    return {name.strip("`") for heading, cells in _rows(path) if not heading for name in cells[0].split()}
+
+
+def _rows(path: Path) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yield the cells of each line of a table that is about calls, and whose they are in which act, if that is in a heading."""
+    heading: tuple[str, ...] = ()
+    for line in path.read_text().splitlines():
+        if line.startswith("#"):
+            match = re.fullmatch(r"### (\w+): (.+)", line)
+            heading = match.groups() if match else ()
+        elif line.startswith("| `"):
+            yield heading, [cell.strip() for cell in line.strip("| ").split(" | ")]
+
+
+class Trace:
+    """What strace has seen of one process in which it makes a call fail."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def calls(self) -> Counter[str]:
+        """Return how often the process has made each call, by the names that the table has for them."""
+        made = Counter(re.findall(r"^(\w+)\(", self._path.read_text(errors="replace"), re.MULTILINE))
+        names = {call.strip("?"): name for name, calls in CALLS.items() for call in calls.split(",")}
+        found: Counter[str] = Counter()
+        for call, count in made.items():  # strace counts those of one name apart
+            found[names.get(call, call)] = max(count, found[names.get(call, call)])
+        return found
+
+    def fired(self) -> bool:
+        """Tell whether the call has failed."""
+        return "(INJECTED)" in self._path.read_text(errors="replace")
+
+    def __str__(self) -> str:
+        return self._path.read_text(errors="replace")[-2000:]
+
+
+@contextmanager
+def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
+    """Have a call of the process `pid` fail; `path` gets what strace writes."""
+    calls = CALLS.get(case.call, case.call)
+    with traced(pid, path, "-e", f"trace={calls}", "-e", f"inject={calls}:error={case.error}:when={case.occurrence}") as trace:
+        yield trace
+
+
+@contextmanager
+def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
+    """Have strace look at the process `pid`; `path` gets what it writes."""
+    command = ["strace", "-o", str(path), "-e", "signal=none", *options, "-p", str(pid)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        try:
+            line = tracer.stderr.readline()
+            assert line.endswith("attached\n"), line
+            yield Trace(path)
+        finally:
+            tracer.kill()  # it writes each line at once, and asked to end may wait for a process that has
+            tracer.communicate(timeout=DEADLINE)
+
+
+# How the faults are brought about
+
+
+@dataclass(frozen=True)
+class Act:
+    """What makes a process call: `turn`, up to `turns` times, or `begin` and then `turn` from where the process is `held`."""
+
+    turn: Callable[[Bench], None]
+    turns: int = 1
+    held: str = ""
+    begin: Callable[[Bench], object] = Bench.ready
+
+
+def upgrade(bench: Bench) -> None:
+    """Have the program replaced by itself, or be told why not."""
+    begin_upgrade(bench)
+    bench.await_upgrade()
+
+
+def drain(bench: Bench) -> None:
+    """End the server; every client gets all there is."""
+    assert bench.server is not None
+    bench.server.signal(signal.SIGTERM)
+    for client in bench.followers:
+        bench.lost += not (client.read(bench.data) and client.ended())
+    assert bench.stalled is not None
+    bench.lost += not (bench.stalled.read(bench.data) and bench.stalled.ended())
+    bench.server.process.wait(DEADLINE)
+
+
+def begin_boot(bench: Bench) -> None:
+    """Have the worker replaced."""
+    bench.ready()
+    os.kill(bench.worker, signal.SIGKILL)
+
+
+def begin_upgrade(bench: Bench) -> None:
+    """Ask for an upgrade, of which the log will tell."""
+    server = bench.ready()
+    bench.told = len(server.lines("upgrade"))
+    server.signal(signal.SIGHUP)
+
+
+def begin_start(bench: Bench) -> None:
+    """Start another server, which need not get far."""
+    bench.stop()
+    bench.launch()
+
+
+def await_start(bench: Bench) -> None:
+    """Wait for a server that serves, or has ended."""
+    server = bench.server
+    assert server is not None
+    eventually(lambda: server.process.poll() is not None or server.lines("worker ready"))
+    if server.process.poll() is None:
+        bench.settle_in()
+
+
+def begin_asking(bench: Bench) -> None:
+    """Ask who is connected."""
+    bench.asker = socket.socket(socket.AF_UNIX)
+    bench.asker.settimeout(DEADLINE)
+    bench.asker.connect(f"\0tailsrv:*:{bench.ready().port}/clients")
+
+
+def await_answer(bench: Bench) -> None:
+    """Wait for the answer, or for the end of the connection."""
+    assert bench.asker is not None
+    with bench.asker:
+        bench.lost += not recv_all(bench.asker).endswith(b"\n")
+
+
+ACTS = {
+    "append": Act(Bench.append, 500),
+    "visit": Act(Bench.visit, 100),
+    "header in pieces": Act(Bench.visit_in_pieces, 20),
+    "crowd": Act(Bench.crowd, 1),
+    "slow reader": Act(Bench.visit_slowly, 100),
+    "leave": Act(Bench.leave, 100),
+    "refuse": Act(Bench.be_refused, 100),
+    "alone": Act(Bench.be_alone, 50),
+    "ask": Act(Bench.ask, 150),
+    "death": Act(Bench.kill_worker, 2),
+    "upgrade": Act(upgrade, 1),
+    "rotation": Act(Bench.rotate, 1),
+    "drain": Act(drain, 1),
+    "boot": Act(Bench.await_worker, held="worker", begin=begin_boot),
+    "start": Act(await_start, held="main", begin=begin_start),
+    "proof": Act(Bench.await_upgrade, held="proof", begin=begin_upgrade),
+    "takeover": Act(Bench.await_upgrade, held="main", begin=begin_upgrade),
+    "answer": Act(await_answer, held="status", begin=begin_asking),
+}
+
+
+Tracer = Callable[[int], AbstractContextManager[Trace]]
+
+
+def perform(bench: Bench, act: Act, process: str, tracer: Tracer) -> Trace:
+    """Perform `act` until the fault has happened or all its turns are over, while the process is traced."""
+    if act.begin is not begin_start:
+        bench.ready()
+    if act.held:
+        (bench.hold / act.held).touch()
+    act.begin(bench)
+    server = bench.server
+    assert server is not None
+    pid = bench.worker if process == "worker" else server.pid
+    if act.held:
+        pid = bench.held(act.held, lambda: server.pid) if act.held == "main" else bench.held_child(act.held, bench.worker)
+    with tracer(pid) as trace:
+        if act.held:
+            os.kill(pid, signal.SIGCONT)
+        for _ in range(act.turns):
+            act.turn(bench)
+            if trace.fired() or bench.ended():
+                break
+        if not bench.ended():
+            bench.rest()
+    return trace
+
+
+def run(bench: Bench, case: Case, path: Path) -> str:
+    """Have the fault happen and return what became of it, in the table's words; `path` gets what strace writes."""
+    act = ACTS[case.act]
+    if bench.log().count(": client failed: ") >= 9:  # the log has a limit for these lines
+        bench.stop()
+    if act.begin is not begin_start:
+        bench.ready()
+        bench.rest()
+    server, starts, begin, before = bench.server, bench.starts, len(bench.log()), bench.count_descriptors()
+    fired = perform(bench, act, case.process, lambda pid: fault(pid, case, path)).fired()
+    outcome = bench.outcome()
+    log = bench.log()[begin if bench.starts == starts else 0 :]
+    assert "Traceback" not in log
+    if server is not None and bench.server is server and case.call != "close":
+        eventually(lambda: all(count == before[pid] for pid, count in bench.count_descriptors().items() if pid in before))
+    if POLLING in log:  # from now on it is slow
+        bench.stop()
+    return qualify(outcome, case, log) if fired else NOT_MADE
+
+
+def qualify(outcome: str, case: Case, log: str) -> str:
+    """Tell apart what the log gives a reason for from what it does not."""
+    said = os.strerror(getattr(errno, case.error)) in log
+    if outcome == "closed":
+        return "closed" if said else "left"
+    return outcome if said or not outcome.startswith("ends") else f"{outcome} without a word"

@@ -1,0 +1,66 @@
+"""Every system call fails once: faults.md says what becomes of it, and so it does."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from faults.bench import Bench
+from faults.faults import ACTS, NOT_MADE, NOT_TRIED, Case, perform, read_exempt, read_table, run, traced
+from support.strace import can_inject
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+
+# All that is in the table takes minutes; else later occurrences, and the acts of a whole program, are tried with the first error of a line.
+ALL = bool(os.environ.get("TAILSRV_TEST_FAULTS"))
+
+
+WHOLE = ("start", "takeover")
+
+
+def is_tried(case: Case) -> bool:
+    """Tell whether `case` is among those that are tried."""
+    return case.expected not in (NOT_TRIED, NOT_MADE) and (ALL or case.first or (case.occurrence == 1 and case.act not in WHOLE))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Give a server that goes on from fault to fault."""
+    if reason := can_inject():
+        pytest.skip(reason)
+    bench = Bench(tmp_path_factory.mktemp("faults"))
+    try:
+        yield bench
+        bench.finish()
+    finally:
+        bench.stop()
+
+
+@pytest.mark.parametrize("case", [case for case in read_table() if is_tried(case)], ids=str)
+def test_fault(bench: Bench, case: Case, tmp_path: Path) -> None:
+    """A call that fails leads to what the table says, and to nothing else."""
+    trace = tmp_path / "trace"
+    try:
+        outcome = run(bench, case, trace)
+        assert outcome in case.expected.split(" or "), f"{bench.log()}\n{trace.read_text()[-3000:]}"
+    except BaseException:
+        bench.stop()
+        raise
+
+
+@pytest.mark.parametrize(("process", "name"), list(dict.fromkeys((case.process, case.act) for case in read_table())))
+def test_no_call_is_forgotten(bench: Bench, process: str, name: str, tmp_path: Path) -> None:
+    """Each call that a process makes in an act is in a table of that process, or is known not to fail; and none that is "not made" is."""
+    act = ACTS[name]
+    cases = [case for case in read_table() if case.process == process]
+    made = perform(bench, replace(act, turns=min(2, act.turns)), process, lambda pid: traced(pid, tmp_path / "trace")).calls()
+    assert bench.outcome() == "exact"
+    for case in cases:
+        if case.act == name and case.expected == NOT_MADE:
+            assert act.turns <= 2
+            assert made[case.call] < case.occurrence, case
+    if (process, name) != ("supervisor", "upgrade"):  # it ends as another program, whose interpreter starts
+        assert set(made) <= {case.call for case in cases} | read_exempt()

@@ -1,0 +1,1135 @@
+"""tailsrv-health and its library face, against real servers, and against impostors."""
+
+import ctypes
+import dataclasses
+import json
+import os
+import pty
+import resource
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from support.files import append, random_bytes
+from support.interpreter import run_python
+from support.processes import AS_NOBODY, NOBODY, as_root, runs, stop
+from support.server import Serve, Server, run_tailsrv
+from support.sockets import expect
+from support.waiting import DEADLINE, eventually
+from tailsrv.control import credentials
+from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
+from tailsrv.health import Server as Found
+from tailsrv.health.control_client import ask_status, list_endpoints
+from tailsrv.linux.process import start_ticks
+
+HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
+
+
+HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")  # runs what follows so
+
+
+root_only = pytest.mark.skipif(not as_root, reason="only root can make namespaces")
+
+
+needs_nobody = pytest.mark.skipif(
+    not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv"), reason="not root, or nobody cannot run this Python"
+)
+
+
+def health(
+    *arguments: str, wrapper: Sequence[str] = (), env: Mapping[str, str] | None = None, stdout: int = subprocess.PIPE
+) -> "subprocess.CompletedProcess[str]":
+    """Run tailsrv-health to its end; whatever it is asked, it ends in good order."""
+    done = subprocess.run(
+        [*wrapper, *HEALTH, *arguments],
+        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def ask(server: Server, *arguments: str) -> tuple[int, str]:
+    """Return the exit status of a check of `server`, and its first line."""
+    done = health("-p", str(server.port), *arguments)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.partition("\n")[0]
+
+
+def ask_json(server: Server, *arguments: str) -> dict[str, Any]:
+    """Return what the JSON form says of `server`, which must be the only one on its port."""
+    said = json.loads(health("-p", str(server.port), "--format", "json", *arguments).stdout)
+    [found] = said["servers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def look(server: Server, *, clients: bool = False) -> Report:
+    """Return what the library says of `server`."""
+    [found] = find(port=server.port)
+    return inspect(found, clients=clients)
+
+
+def holds(server: Server, count: int) -> None:
+    """Wait until the supervisor knows of `count` clients."""
+    eventually(lambda: look(server).totals.clients == count)
+
+
+# A server that is well
+
+
+@pytest.mark.slow
+def test_healthy(serve: Serve, path: Path) -> None:
+    """A healthy server is OK: one sentence, tables that fit 100 columns, and a row for each process, listener and fact."""
+    path.write_bytes(random_bytes(3 << 19))
+    server = serve(path, "-w", "2", "--max-clients", "500")
+    supervisor, workers = server.pid, server.workers(2)
+    expect(server.connect(b"0\n"), path.read_bytes())
+    holds(server, 1)
+    done = health("-p", str(server.port))
+    first, *lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert first.startswith(f"OK: tailsrv *:{server.port} serves ")
+    assert first.endswith("file.log to 1 client with 2 workers")
+    assert max(map(len, [first, *lines])) <= 100
+    rows = [line.split() for line in lines]
+    assert [row[1] for row in rows if row[:1] == ["supervisor"]] == [str(supervisor)]
+    assert [int(row[2]) for row in rows if row[:1] == ["worker"]] == workers
+    assert {f"0.0.0.0:{server.port}", "total"} <= {row[0] for row in rows if row}
+    assert ["clients", "1,", "at", "most", "500"] in rows
+    assert "1.5 MiB" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_json_is_exact(serve: Serve, path: Path) -> None:
+    """The JSON form gives pids, sizes and limits as they are."""
+    path.write_bytes(b"x" * 12345)
+    server = serve(path, "-w", "2")
+    workers = server.workers(2)
+    said = ask_json(server)
+    report = said["report"]
+    assert (said["level"], said["reasons"], said["pid"], said["uid"]) == ("OK", [], server.pid, os.geteuid())
+    assert report["file"] == {"path": str(path), "size": 12345, "gone": False, "error": None}
+    assert [worker["process"]["pid"] for worker in report["workers"]] == workers
+    assert [worker["ready"] for worker in report["workers"]] == [True, True]
+    process = report["supervisor"]
+    assert process["descriptors"] == psutil.Process(server.pid).num_fds()
+    assert process["descriptor_limit"] == psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)[0]
+    assert process["pss"] > 1 << 20
+    assert 0 < process["uptime"] < 10 * DEADLINE
+    assert report["totals"]["pss"] == process["pss"] + sum(worker["process"]["pss"] for worker in report["workers"])
+    assert report["clients"] is None
+
+
+def test_no_client(serve: Serve, path: Path) -> None:
+    """A check does not connect to the service port: the server has nothing to say about it, even with -v."""
+    path.write_bytes(b"data")
+    server = serve(path, "-v")
+    server.workers()
+    before = server.log
+    assert ask(server, "--clients")[0] == Level.OK
+    assert server.log == before
+
+
+def test_waiting_for_file(serve: Serve, path: Path) -> None:
+    """A server that waits for its file is well, and says that it waits."""
+    server = serve(path, "-w", "2")
+    server.logged("waiting for file")
+    done = health("-p", str(server.port))
+    assert done.returncode == Level.OK
+    assert done.stdout.startswith(f"OK: tailsrv *:{server.port} waits for file ")
+    assert "not there yet" in done.stdout
+
+
+def test_draining(serve: Serve, path: Path) -> None:
+    """A server that drains is well, and says that it drains."""
+    path.write_bytes(bytes(32 << 20))
+    server = serve(path, "--grace", "60")
+    server.workers()
+    server.connect(b"0\n", receive_buffer=4096)
+    holds(server, 1)
+    server.signal(signal.SIGTERM)
+    server.logged("draining")
+    status, first = ask(server)
+    assert status == Level.OK
+    assert first.startswith(f"OK: tailsrv *:{server.port} is draining ")
+    assert first.endswith(", 1 client left")
+
+
+# Clients
+
+
+@pytest.mark.slow
+def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
+    """Each client is listed with its start, its position and how many bytes it is behind, the furthest behind first."""
+    path.write_bytes(bytes(1000))
+    server = serve(path, "-v")
+    [worker] = server.workers()
+    ahead, reader, silent = server.connect(b"5000\n"), server.connect(b"-100\n"), server.connect()
+    server.streaming(ahead)
+    expect(reader, bytes(100))
+    holds(server, 3)
+    stop(worker)
+    append(path, bytes(234))
+    try:
+        clients = {client.peer: client for client in look(server, clients=True).clients or ()}
+        table = health("-p", str(server.port), "--clients").stdout.partition("\nclient ")[2].splitlines()[1:]
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    peers = ["{}:{}".format(*sock.getsockname()) for sock in (reader, ahead, silent)]
+    figures = [(client.slot, client.start, client.position, client.lag) for client in map(clients.__getitem__, peers)]
+    assert figures == [(0, 900, 1000, 234), (0, 5000, 5000, 0), (0, None, None, None)]
+    assert [line.split() for line in table] == [
+        [peers[0], "0", "900", "1000", "234", "234", "B"],
+        [peers[1], "0", "5000", "5000", "0", "beyond", "the", "end"],
+        [peers[2], "0", "-", "-", "-", "-"],
+    ]
+
+
+@pytest.mark.thorough
+def test_clients_only_if_asked_for(serve: Serve, path: Path) -> None:
+    """Without being asked for, no client is listed, in no form."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    peer = "{}:{}".format(*server.connect(b"0\n").getsockname())
+    holds(server, 1)
+    for form in ("text", "json", "prometheus"):
+        arguments = ("-p", str(server.port), "--format", form)
+        assert peer not in health(*arguments).stdout
+        assert peer in health(*arguments, "--clients").stdout
+
+
+# Servers that are not well
+
+
+@pytest.mark.thorough
+def test_restarted_worker(serve: Serve, path: Path) -> None:
+    """A worker that was killed and replaced is a WARNING for a minute, and counted."""
+    path.write_bytes(b"data")
+    server = serve(path, "-w", "2")
+    os.kill(server.workers(2)[1], signal.SIGKILL)
+    server.logged("worker ready: slot=1", count=2)
+    assert ask(server) == (Level.WARNING, f"WARNING: tailsrv *:{server.port}: worker 1 was restarted in the last minute")
+    assert [worker["restarts"] for worker in ask_json(server)["report"]["workers"]] == [0, 1]
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_stopped_worker(serve: Serve, path: Path) -> None:
+    """A worker that a signal has stopped is CRITICAL as long as it is stopped; connections that wait for it are seen."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    [worker] = server.workers()
+    stop(worker)
+    for _ in range(3):
+        server.connect(b"0\n")
+    assert ask(server) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: worker 0 is stopped")
+    assert look(server).totals.queued == 3
+    os.kill(worker, signal.SIGCONT)
+    holds(server, 3)
+    assert ask(server)[0] == Level.OK
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Keep the process `pid` from running without stopping it, as ptrace(2) does."""
+    attach, detach = 16, 17  # PTRACE_ATTACH, PTRACE_DETACH
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    if libc.ptrace(attach, pid, None, None) != 0:
+        pytest.skip(f"no ptrace(2) here: {os.strerror(ctypes.get_errno())}")
+    os.waitpid(pid, 0x40000000)  # __WALL
+    try:
+        yield
+    finally:
+        libc.ptrace(detach, pid, None, None)
+
+
+@pytest.mark.slow
+def test_hung_worker(serve: Serve, path: Path) -> None:
+    """A worker that is not stopped, but does not answer its supervisor, hangs: CRITICAL."""
+    path.write_bytes(b"data")
+    server = serve(path, "-w", "2")
+    with traced(server.workers(2)[1]):
+        status, first = ask(server)
+        assert (status, first) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: worker 1 hangs")
+    eventually(lambda: ask(server)[0] == Level.OK)
+
+
+def test_few_descriptors(serve: Serve, path: Path) -> None:
+    """A process that has used more than nine tenths of its descriptors is a WARNING."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    [worker] = server.workers()
+    used = psutil.Process(worker).num_fds()
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 1, resource.prlimit(worker, resource.RLIMIT_NOFILE)[1]))
+    status, first = ask(server)
+    assert (status, first) == (Level.WARNING, f"WARNING: tailsrv *:{server.port}: worker 0 has {used} of {used + 1} descriptors")
+
+
+def test_gone_file(serve: Serve, path: Path) -> None:
+    """A file that is gone while it is served on is CRITICAL."""
+    path.write_bytes(b"data")
+    server = serve(path, "--linger-after-file-is-gone")
+    server.workers()
+    path.unlink()
+    server.logged("file is gone")
+    assert ask(server) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: the file is gone")
+    assert ask_json(server)["report"]["file"] == {"path": str(path), "size": 4, "gone": True, "error": None}
+
+
+@pytest.mark.slow
+def test_stopped_supervisor(serve: Serve, path: Path) -> None:
+    """A supervisor that does not answer is CRITICAL, and it is said why; in every form something is said of it."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    server.workers()
+    port = server.port
+    stop(server.pid)
+    try:
+        with ThreadPoolExecutor() as pool:
+            names = ("text", "json", "prometheus")
+            forms = dict(zip(names, pool.map(lambda form: health("-p", str(port), "--format", form), names), strict=True))
+    finally:
+        server.signal(signal.SIGCONT)
+    assert {done.returncode for done in forms.values()} == {Level.CRITICAL}
+    sentence = f"tailsrv *:{port}: supervisor does not answer: pid {server.pid} is stopped"
+    assert forms["text"].stdout == f"CRITICAL: {sentence}\n"
+    assert json.loads(forms["json"].stdout)["summary"] == sentence
+    assert f'tailsrv_health_status{{server="*:{port}"}} 2\n' in forms["prometheus"].stdout
+
+
+@contextmanager
+def spare_port() -> Iterator[int]:
+    """Give a port on which there is no server, and which no server of another test gets meanwhile."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+@pytest.mark.parametrize("form", ["text", "json", "prometheus"])
+def test_no_server(form: str) -> None:
+    """Where no server is found, that is CRITICAL."""
+    with spare_port() as port:
+        done = health("-p", str(port), "--format", form)
+    assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
+    assert {"text": "CRITICAL: no tailsrv on port ", "json": '"CRITICAL"', "prometheus": "\ntailsrv_servers 0\n"}[form] in done.stdout
+    done = health("--pid", str(os.getpid()))
+    assert (done.returncode, done.stdout) == (Level.CRITICAL, f"CRITICAL: no tailsrv has pid {os.getpid()}\n")
+
+
+# Which servers
+
+
+@pytest.mark.thorough
+def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
+    """A server that listens on two addresses is one, by its port and by its pid; another on the same port is another."""
+    path.write_bytes(b"data")
+    one = serve(path, "--bind", "127.0.0.2", "--bind", "127.0.0.3")
+    one.workers()
+    port = str(one.port)
+    two = serve(path, "-p", port, "--bind", "127.0.0.4")
+    two.workers()
+    assert [server.endpoints for server in find(port=one.port)] == [(f"127.0.0.2:{port}", f"127.0.0.3:{port}"), (f"127.0.0.4:{port}",)]
+    assert [server.pid for server in find(pid=two.pid)] == [two.pid]
+    done = health("-p", port)
+    lines = done.stdout.splitlines()
+    assert done.returncode == Level.OK
+    assert lines[0] == "OK: 2 servers of tailsrv serve 0 clients"
+    assert sum(line.startswith("OK: tailsrv 127.0.0.") for line in lines) == 2
+    done = health("--pid", str(one.pid))
+    assert done.stdout.startswith(f"OK: tailsrv 127.0.0.2:{port},127.0.0.3:{port} serves ")
+
+
+def test_long_host_name(serve: Serve, path: Path) -> None:
+    """A server whose host's name is too long for a socket's is found, inspected, and the only one there."""
+    path.write_bytes(b"data")
+    host = f"0x7f.{'0' * 50}.{'0' * 50}.1"  # of the numbers and dots of inet_aton(3): no name service is needed
+    server = serve(path, "--bind", host)
+    server.workers()
+    expect(server.connect(b"0\n"), b"data")
+    holds(server, 1)
+    assert len(look(server, clients=True).clients or ()) == 1
+    status, first = ask(server, "--clients")
+    assert status == Level.OK
+    assert first.startswith(f"OK: tailsrv 0x7f.{'0' * 50}.")
+    assert f":{server.port} serves " in first
+    second = run_tailsrv("-p", str(server.port), "--bind", host, path)
+    assert second.returncode == 1
+    assert f"pid {server.pid}" in second.stderr
+
+
+@root_only
+@pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces here")
+@pytest.mark.slow
+def test_all_servers_and_the_worst_of_them(serve: Serve, path: Path) -> None:
+    """Without -p all servers are listed, the worst decides, and its reason comes first."""
+    path.write_bytes(b"data")
+    well = serve(path, wrapper=("unshare", "--net"))
+    inside = ("nsenter", "--net", "--target", str(well.pid))
+    well.workers()
+    assert health(wrapper=inside).stdout.startswith(f"OK: tailsrv *:{well.port} serves ")
+    restarted, stopped = serve(path, wrapper=inside), serve(path, wrapper=inside)
+    os.kill(restarted.workers()[0], signal.SIGKILL)
+    restarted.logged("worker ready: ", count=2)
+    stop(stopped.workers()[0])
+    done = health(wrapper=inside)
+    os.kill(stopped.workers()[0], signal.SIGCONT)
+    assert done.returncode == Level.CRITICAL
+    first, warning = (
+        f"tailsrv *:{stopped.port}: worker 0 is stopped",
+        f"tailsrv *:{restarted.port}: worker 0 was restarted in the last minute",
+    )
+    assert done.stdout.partition("\n")[0] == f"CRITICAL: 2 of 3 servers: {first}; {warning}"
+
+
+@root_only
+@pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces here")
+def test_no_server_at_all() -> None:
+    """Where no server runs, that is CRITICAL without -p, too."""
+    done = health(wrapper=("unshare", "--net"))
+    assert (done.returncode, done.stdout) == (Level.CRITICAL, "CRITICAL: no tailsrv of this user\n")
+
+
+def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
+    """A server that follows the name and cannot open what is there now is CRITICAL, with the reason, although it waits."""
+    path.write_bytes(b"data")
+    server = serve(path, "--follow-name")
+    server.workers(1)
+    path.unlink()
+    path.mkdir()
+    server.logged("looking again")
+    assert ask(server) == (
+        Level.CRITICAL,
+        f"CRITICAL: tailsrv *:{server.port} (waiting for file): cannot open the file: not a regular file",
+    )
+    path.rmdir()
+
+
+def test_full_and_others_wait(serve: Serve, path: Path) -> None:
+    """Clients that --max-clients keeps waiting are a WARNING; being full is not."""
+    path.write_bytes(b"data")
+    server = serve(path, "--max-clients", "1")
+    expect(server.connect(b"0\n"), b"data")
+    assert ask(server)[0] == Level.OK
+    server.connect(b"0\n")
+    server.logged("more wait")
+    assert ask(server) == (
+        Level.WARNING,
+        f"WARNING: tailsrv *:{server.port}: as many clients as --max-clients allows (1), 1 wait",
+    )
+
+
+def test_no_standard_output() -> None:
+    """Where there is nothing to write to, that is UNKNOWN, without a word."""
+    command = f"exec {shlex.quote(sys.executable)} -m tailsrv.health -p 1 >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+
+
+@pytest.mark.thorough
+@needs_nobody
+def test_other_users(serve: Serve, open_folder: Path) -> None:
+    """Root sees everybody's servers and whose they are; others are refused what is not theirs, and do not list it."""
+    path = open_folder / "file.log"
+    path.write_bytes(b"data")
+    path.chmod(0o644)
+    ours, theirs = serve(path), serve(path, wrapper=AS_NOBODY)
+    ours.workers(), theirs.workers()
+    assert f" *:{theirs.port} (user nobody) serves " in ask(theirs)[1]
+    assert health("-p", str(theirs.port), wrapper=AS_NOBODY).stdout.startswith(f"OK: tailsrv *:{theirs.port} serves ")
+    done = health("-p", str(ours.port), wrapper=AS_NOBODY)
+    sentence = f"tailsrv *:{ours.port} (user root): belongs to user root: only that user and root get an answer"
+    assert (done.returncode, done.stdout) == (Level.UNKNOWN, f"UNKNOWN: {sentence}\n")
+    done = health("--pid", str(ours.pid), wrapper=AS_NOBODY)
+    assert (done.returncode, done.stdout) == (Level.UNKNOWN, f"UNKNOWN: {sentence}\n")
+    listed = health("--format", "prometheus", wrapper=AS_NOBODY).stdout
+    assert f'server="*:{theirs.port}"' in listed
+    assert f'server="*:{ours.port}"' not in listed
+
+
+# Impostors, and supervisors of another version
+
+
+@contextmanager
+def pretending(answer: bytes, backlog: int = 16, name: str = "") -> Iterator[int]:
+    """Answer for a server that is not there, under a `name` of its port or another; give the port that it is not on."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(f"\0tailsrv:{name or f'127.9.9.9:{port}'}")
+        listener.listen(backlog)
+        if backlog:
+            thread = threading.Thread(target=give, args=(listener, answer))
+            stack.callback(thread.join)
+            stack.callback(listener.shutdown, socket.SHUT_RDWR)
+            thread.start()
+        yield port
+
+
+def give(listener: socket.socket, answer: bytes) -> None:
+    """Answer until the listener is shut down."""
+    while True:
+        try:
+            peer, _ = listener.accept()
+        except OSError:
+            return
+        with peer:
+            try:
+                peer.sendall(answer)
+            except OSError:
+                pass
+
+
+FILE = {"path": "/log", "gone": False, "size": 1, "error": None}
+
+
+def status_of(pid: int, **changes: object) -> bytes:
+    """Return a status as the process `pid` might give it."""
+    said = {
+        "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving", "started": 1767225600.0, "endpoints": ["*:1"],
+        "file": FILE, "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
+    }  # fmt: skip
+    return json.dumps(said | changes).encode()
+
+
+def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
+    counts = {"clients": 0, "unprotected": 0, "restarts": 0}
+    return {"slot": 0, "pid": pid, "ticks": ticks, "ready": True, "restarted": None, "silent": 0.0, **counts}
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"hello", b"null", b"[]", b"{}", b'{"pid": NaN}', b"\xff\n", b"[" * 100_000, b"",
+        status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"), status_of(os.getpid(), workers=None),
+        status_of(os.getpid(), state=1), status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
+        status_of(os.getpid(), clients=1 << 63), status_of(os.getpid(), started=1 << 2000), b'{"pid": ' + b"9" * 5000 + b"}",
+        status_of(1 << 40), status_of(0), status_of(os.getpid(), version="x" * 20_000), status_of(os.getpid(), state=["\x1b" * 99_999]),
+        status_of(os.getpid(), workers=[worker_of(1 << 40, 1)]), status_of(os.getpid(), workers=[worker_of(1, 1 << 2000)]),
+        status_of(os.getpid(), workers=[worker_of(1, 1)] * 1025), status_of(os.getpid(), state="x" * (1 << 22)),
+        status_of(os.getpid(), clients=True), status_of(os.getpid(), clients=-1), status_of(os.getpid(), started=float("inf")),
+    ],
+)  # fmt: skip
+def test_answer_that_is_not_to_be_understood(answer: bytes) -> None:
+    """Rubbish, or a process that is not what it says, is UNKNOWN, in one sentence."""
+    with pretending(answer) as port:
+        done = health("-p", str(port))
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (Level.UNKNOWN, "", 1)
+    assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: ")
+    assert len(done.stdout) < 400
+    assert done.stdout.rstrip("\n").isprintable()
+
+
+# What an impostor may say without being refused; the largest of everything.
+EXTREME = {
+    "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "clients": (1 << 63) - 1, "unprotected": (1 << 63) - 1, "started": 1e18,
+    "max_clients": 1, "version": "\x1b" * 16_384, "state": "\n" * 16_384, "workers": [
+        {"slot": (1 << 63) - 1, "pid": pid, "ticks": (1 << 63) - 1, "ready": True, "clients": (1 << 63) - 1, "restarts": (1 << 63) - 1,
+         "unprotected": (1 << 63) - 1, "restarted": -1e18, "silent": 1e18} for pid in (1, 1 << 22, None) * 300
+    ],
+    "listeners": [{"slot": None, "endpoint": "\ud800\n", "queued": (1 << 63) - 1, "backlog": (1 << 63) - 1}] * 2000,
+    "file": {"path": "\0" * 16_384, "size": (1 << 63) - 1, "gone": True, "error": "\x1b[2J\n" * 3000},
+}  # fmt: skip
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "json", "prometheus"])
+def test_extreme_answer(form: str) -> None:
+    """Whatever figures and texts an answer holds, a check ends in good order."""
+    with pretending(json.dumps(EXTREME).encode()) as port:
+        done = health("-p", str(port), "--format", form)
+    assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
+    if form == "text":
+        assert done.stdout.replace("\n", "").isprintable()
+    elif form == "json":
+        assert json.loads(done.stdout)["level"] == "CRITICAL"
+    else:
+        assert list(text_string_to_metric_families(done.stdout))
+
+
+def test_answer_that_drips() -> None:
+    """An answer that comes byte by byte for ever is waited for until the deadline only."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        found = only(port)
+        listener.accept()[0].close()
+        asked = pool.submit(ask_status, found, time.monotonic() + 0.2)
+        with listener.accept()[0] as peer:
+            while not asked.done():
+                with suppress(OSError):
+                    peer.send(b"[")
+                select.select([], [], [], 0.005)
+        with pytest.raises(InspectError, match="does not answer") as caught:
+            asked.result()
+    assert caught.value.level is Level.CRITICAL
+
+
+WITHOUT_THREADS = """
+import os, resource, shutil, sys  # shutil for argparse: later on Python's own folder may be closed to us
+from tailsrv.health.main import main
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+os.setuid(3_000_000_003)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@root_only
+def test_no_threads() -> None:
+    """Where no thread can be had, servers are looked at one after another."""
+    with pretending(b"") as port:
+        done = run_python(WITHOUT_THREADS, "-p", str(port))
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+    assert done.stdout == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): belongs to user 0: only that user and root get an answer\n"
+
+
+def only(port: int) -> Found:
+    """Return the server that is found on `port`."""
+    [found] = find(port=port)
+    return found
+
+
+def test_another_has_taken_its_place() -> None:
+    """Who answers for a server that was of another pid is not that server."""
+    with pretending(status_of(os.getpid())) as port, pytest.raises(EndedError, match="another has taken its place"):
+        inspect(dataclasses.replace(only(port), pid=1))
+
+
+def test_ends_while_it_is_asked() -> None:
+    """A server that ends with our question in its queue has ended, whatever it was."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        found = only(port)
+        listener.accept()[0].close()  # it was found by connecting to it
+        asked = pool.submit(inspect, found)
+        assert select.select([listener], [], [], DEADLINE)[0]
+        listener.close()
+        with pytest.raises(EndedError, match="the server has ended"):
+            asked.result(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(b"[]", "cannot be understood"), (b'{"pid": 1, "size": 1, "clients": []}', "is by pid 1, here")]
+)
+def test_list_of_clients_that_is_not_to_be_understood(answer: bytes, reason: str) -> None:
+    """A list of clients that is rubbish, or somebody else's, is not believed."""
+    with pretending(status_of(os.getpid())) as port, pretending(answer, name=f"127.9.9.9:{port}/clients"):
+        inspect(only(port))
+        with pytest.raises(InspectError, match=f"list of clients {reason}"):
+            inspect(only(port), clients=True)
+
+
+@contextmanager
+def being(user: int) -> Iterator[None]:
+    """Act as `user`, as far as the kernel asks who we are."""
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_file_system_that_has_gone() -> None:
+    """A server that cannot tell the size of the file that it serves is CRITICAL."""
+    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        workers = [worker_of(worker.pid, start_ticks(worker.pid))]
+        status = status_of(os.getpid(), workers=workers, file=FILE | {"size": None})
+        with pretending(status) as port:
+            done = health("-p", str(port))
+    finally:
+        worker.communicate()
+    assert done.returncode == Level.CRITICAL
+    reason = "the file cannot be read: its file system does not answer"
+    assert done.stdout.startswith(f"CRITICAL: tailsrv 127.9.9.9:{port}: {reason}\n")
+    assert "/log, cannot be read\n" in done.stdout
+
+
+@root_only
+def test_no_proc() -> None:
+    """Where there is no /proc to find servers in, that is UNKNOWN."""
+    without = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+    done = health(wrapper=without)
+    assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
+    assert done.stdout.startswith("UNKNOWN: cannot look for servers: [Errno 2] No such file or directory")
+
+
+@root_only
+def test_user_without_a_name() -> None:
+    """A user that has no name is told by number, and gets an answer from root only by asking as root."""
+    with being(3_000_000_001):
+        held = pretending(b"")
+        port = held.__enter__()
+    try:
+        found = only(port)
+        assert (found.uid, found.user, found.ours) == (3_000_000_001, "3000000001", False)
+        with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user 3000000001: "):
+            inspect(found)
+    finally:
+        held.__exit__(None, None, None)
+
+
+@pytest.mark.sample(1)
+@root_only
+@pytest.mark.parametrize("beside", [False, True])
+def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> None:
+    """Another user's name makes root's check CRITICAL, but UNKNOWN beside a server on that port."""
+    path.write_bytes(b"data")
+    with ExitStack() as stack:
+        port = stack.enter_context(spare_port())
+        if beside:
+            server = serve(path)
+            server.workers()
+            port = server.port
+        with being(3_000_000_001):
+            stack.enter_context(pretending(status_of(os.getpid()), name=f"a-name:{port}"))
+        done = health("-p", str(port))
+        metrics = health("-p", str(port), "--format", "prometheus").stdout
+    assert done.returncode == (Level.UNKNOWN if beside else Level.CRITICAL)
+    assert done.stdout.partition("\n")[0].endswith(f"tailsrv a-name:{port} (user 3000000001): no worker")
+    assert (f'tailsrv_health_status{{server="*:{port}"}} 0\n' in metrics) is beside
+    assert list(text_string_to_metric_families(metrics))
+
+
+@root_only
+def test_pid_that_was_an_impostors() -> None:
+    """A name that a process took as another user is not listed with the names of its pid."""
+    with spare_port() as port, ExitStack() as stack:
+        for user, host in ((3_000_000_001, "127.9.9.8"), (0, "127.9.9.9")):
+            with being(user):
+                stack.enter_context(pretending(b"", name=f"{host}:{port}"))
+        found = find(port=port)
+    assert [(server.uid, server.endpoints) for server in found] == [
+        (3_000_000_001, (f"127.9.9.8:{port}",)),
+        (0, (f"127.9.9.9:{port}",)),
+    ]
+
+
+@root_only
+def test_silence_of_another_user() -> None:
+    """A supervisor of root's that says nothing to us is none of ours; one that says nothing to root is broken."""
+    with pretending(b"") as port:
+        found = only(port)
+        with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
+            inspect(found)
+        with pytest.raises(InspectError, match="supervisor gives an empty answer: perhaps it is in another user namespace"):
+            inspect(found)
+
+
+needs_user_namespace = pytest.mark.skipif(
+    not as_root or not runs("unshare", "--user", "--map-user=1000", "true"), reason="no user namespaces here"
+)
+
+
+ROOTLESS = (*AS_NOBODY, "unshare", "--user", "--map-user=1000")
+
+
+@pytest.mark.skipif(not runs(*ROOTLESS, sys.executable, "-c", "import tailsrv"), reason="no user namespaces, or Python cannot be read")
+def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> None:
+    """Of a server that cannot know root, root learns that it may be in another user namespace."""
+    path = open_folder / "file.log"
+    path.write_bytes(b"data")
+    path.chmod(0o644)
+    server = serve(path, wrapper=ROOTLESS)
+    server.workers()
+    status, first = ask(server)
+    assert status == Level.UNKNOWN
+    assert "(user nobody): supervisor gives an empty answer: perhaps it is in another user namespace" in first
+
+
+@needs_user_namespace
+def test_stranger_of_a_user_namespace_is_not_believed() -> None:
+    """A user who only looks like ours in our user namespace is not believed."""
+    with ExitStack() as stack:
+        with being(3_000_000_001):
+            port = stack.enter_context(pretending(status_of(os.getpid())))
+        done = health("-p", str(port), wrapper=("unshare", "--user", "--map-user=65534"))
+    assert done.returncode == Level.UNKNOWN
+    assert "belongs to user that this user namespace does not know: " in done.stdout
+
+
+SLOW_USERS = """
+import pwd, sys, threading
+asked, look_up = set(), pwd.getpwuid
+def getpwuid(uid):
+    if uid in asked:
+        sys.stderr.write(f"{uid} was looked up before\\n")
+    asked.add(uid)
+    if uid:
+        threading.Event().wait()
+    return look_up(uid)
+pwd.getpwuid = getpwuid
+"""
+
+
+@root_only
+@pytest.mark.slow
+def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
+    """Users whose names cannot be had in time are told by number; each is looked up once."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_USERS)
+    with spare_port() as port, ExitStack() as stack:
+        for place, user in enumerate([0, 0, 3_000_000_001, 3_000_000_001, 3_000_000_002]):
+            with being(user):
+                stack.enter_context(pretending(b"", name=f"127.9.9.{place}:{port}"))
+        done = health("-p", str(port), "--format", "json", env={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr == ""
+    users = {server["user"] for server in json.loads(done.stdout)["servers"]}
+    assert users == {"root", "3000000001", "3000000002"}
+
+
+@pytest.mark.thorough
+def test_worker_that_is_another_process() -> None:
+    """A worker's pid that is now another's, of another start or another parent, is not taken for the worker."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    own = start_ticks(child.pid)
+    assert own is not None
+    stranger = os.getppid()
+    cases = [(child.pid, own, Level.OK), (child.pid, own - 1, Level.CRITICAL), (stranger, start_ticks(stranger), Level.CRITICAL)]
+    try:
+        for pid, ticks, level in cases:
+            with pretending(status_of(os.getpid(), workers=[worker_of(pid, ticks)])) as port:
+                assert health("-p", str(port)).returncode == level
+    finally:
+        child.communicate()
+
+
+def test_text_that_a_terminal_would_obey() -> None:
+    """What a terminal would act on reaches none, whoever says it."""
+    evil = "\x1b[2J\n"
+    file = {"path": f"/log{evil}", "gone": False, "size": 1, "error": None}
+    listeners = [{"slot": 0, "endpoint": evil, "queued": 0, "backlog": 1}]
+    with pretending(status_of(os.getpid(), state=evil, version=evil, file=file, listeners=listeners)) as port:
+        done = health("-p", str(port))
+    assert done.returncode == Level.OK
+    assert "\x1b" not in done.stdout
+    assert r"\x1b[2J" in done.stdout
+
+
+def test_queue_that_has_room_in_time() -> None:
+    """A question waits for room in a full queue, and is answered then."""
+    status = status_of(os.getpid())
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(f"\0tailsrv:127.9.9.9:{port}")
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        asked = pool.submit(inspect, only(port))
+        listener.accept()[0].close()
+        while not asked.done():
+            if select.select([listener], [], [], 0.01)[0]:
+                with listener.accept()[0] as peer, suppress(OSError):  # another check finds us, too
+                    peer.sendall(status)
+        assert asked.result().state == "serving"
+
+
+HIDE = """
+import socket
+del socket.SO_SNDTIMEO, socket.SO_RCVTIMEO
+"""
+
+
+@pytest.mark.thorough
+def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """The options whose format depends on the libc's time_t, on machines of 32 bits, are not used."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    server.workers()
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    done = health("-p", str(server.port), "--clients", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (Level.OK, "")
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_full_queue() -> None:
+    """A supervisor that has left so many questions waiting that there is room for no more does not answer."""
+    with pretending(b"", backlog=0) as port, socket.socket(socket.AF_UNIX) as first:
+        first.connect(f"\0tailsrv:127.9.9.9:{port}")
+        done = health("-p", str(port))
+    assert done.returncode == Level.CRITICAL
+    assert done.stdout == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
+
+
+NO_HOSTS = (
+    "a:1,b", "a,b", "a/b", 'a"b', "a\\b", "a=b", "a\u00a0b", "a\x1bb", "a\u202eb", "**", "\udcff",
+    "::1", "a:b", "[]", "[::1", "[::1%]", "[::1%a,b]", "[::1%a b]", "[x]",
+)  # fmt: skip
+
+
+def test_forged_list_of_sockets(tmp_path: Path) -> None:
+    """A name that forges lines of the kernel's list of sockets, or looks like ours, is passed over."""
+    with spare_port() as port, ExitStack() as stack:
+        names = [
+            f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}",
+            f"\0tailsrv:127.9.9.9:{port}/clients", f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0",
+            f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
+            *(f"\0tailsrv:{host}:{port}" for host in NO_HOSTS), "\0tailsrv:127.9.9.9:65536",
+        ]  # fmt: skip
+        for name in names:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(name.encode(errors="surrogateescape"))
+            listener.listen()
+        packets = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        packets.bind(f"\0tailsrv:127.9.9.9:{port}")
+        packets.listen()
+        stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
+        assert find(port=port) == []
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "127.9.9.9", "log-server_1.example.net", "b\u00fccher.example", "[::1]", "[::ffff:127.9.9.9]", "[fe80::1%eth0.100]"]
+)
+def test_names_of_servers(host: str) -> None:
+    """Whatever `--bind` may be given, a server's name is found."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0tailsrv:{host}:{port}")
+        listener.listen()
+        assert [server.endpoints for server in find(port=port)] == [(f"{host}:{port}",)]
+
+
+CHURN = """
+import os, socket
+print("ready", flush=True)
+for turn in range(1_000_000_000):
+    sockets = []
+    for number in range(60):
+        sockets.append(socket.socket(socket.AF_UNIX))
+        sockets[-1].bind(f"\\0x{os.getpid()}-{turn * 60 + number}")
+    for sock in sockets:
+        sock.close()
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_many_sockets_come_and_go() -> None:
+    """However many sockets others make and close meanwhile, a server's is found."""
+    with spare_port() as port, ExitStack() as stack:
+        names = {f"127.9.9.{number}:{port}" for number in range(100)}
+        for name in names:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(f"\0tailsrv:{name}")
+            listener.listen()
+        churn = stack.enter_context(subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE))
+        stack.callback(churn.kill)
+        assert churn.stdout is not None
+        churn.stdout.readline()
+        for _ in range(500):
+            assert names <= set(list_endpoints())
+
+
+@root_only
+@pytest.mark.skipif(not runs(*HIDDEN, "true"), reason="no mount namespaces here")
+def test_hidden_proc(serve: Serve, path: Path) -> None:
+    """Where /proc shows nothing but processes (systemd's ProcSubset=pid), what can be seen is reported, and is well."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    [worker] = server.workers()
+    command = [*HIDDEN, *HEALTH, "-p", str(server.port), "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)  # psutil 5 tells standard error what it misses
+    [found] = json.loads(done.stdout)["servers"]
+    assert (done.returncode, found["level"], found["pid"]) == (Level.OK, "OK", server.pid)
+    assert found["report"]["workers"][0]["process"]["pid"] == worker
+
+
+def accept_from(pid: int, listener: socket.socket) -> socket.socket:
+    """Return the next connection that the process `pid` makes; checks of other tests may find the same name."""
+    while True:
+        sock, _ = listener.accept()
+        if credentials(sock)[0] == pid:
+            return sock
+        sock.close()
+
+
+def test_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C ends a check that waits, without a word."""
+    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
+        listener.settimeout(DEADLINE)
+        listener.bind(f"\0tailsrv:127.9.9.9:{port}")
+        listener.listen()
+        with (tmp_path / "stderr").open("wb") as stderr:
+            process = subprocess.Popen([*HEALTH, "-p", str(port)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+        accept_from(process.pid, listener).close()  # it finds us
+        asked = accept_from(process.pid, listener)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == -signal.SIGINT  # which a shell makes 130
+        asked.close()
+    assert (tmp_path / "stderr").read_text() == ""
+
+
+SQUAT = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0tailsrv:" + sys.argv[1])
+listener.listen()
+print("listening", flush=True)
+input()
+"""
+
+
+@pytest.mark.thorough
+@needs_nobody
+def test_stranger_is_not_believed() -> None:
+    """A name that another user has taken says nothing: it is not even waited for."""
+    stranger = ("setpriv", f"--reuid={NOBODY - 1}", f"--regid={NOBODY - 1}", "--clear-groups")
+    with spare_port() as port:
+        command = [*stranger, sys.executable, "-c", SQUAT, f"127.9.9.9:{port}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
+            assert squatter.stdout is not None
+            squatter.stdout.readline()
+            done = health("-p", str(port), wrapper=AS_NOBODY)
+            squatter.communicate(b"\n")
+    assert done.returncode == Level.UNKNOWN
+    assert f"belongs to user {NOBODY - 1}: " in done.stdout
+
+
+# Prometheus
+
+
+def test_prometheus_is_parsed(serve: Serve, open_folder: Path) -> None:
+    """A real parser reads the metrics back, with a path that needs every escape, and each name has its help and type."""
+    path = open_folder / 'a"b\\c\nd é'
+    path.write_bytes(bytes(1000))
+    server = serve(path, "-w", "2")
+    server.workers(2)
+    reader = server.connect(b"900\n")
+    expect(reader, bytes(100))
+    holds(server, 1)
+    done = health("-p", str(server.port), "--format", "prometheus", "--clients", env={"PYTHONIOENCODING": "latin-1"})
+    families = {family.name: family for family in text_string_to_metric_families(done.stdout)}
+    assert done.returncode == Level.OK
+    assert all(name.startswith("tailsrv_") and family.documentation and family.type != "unknown" for name, family in families.items())
+    assert [sample.labels["path"] for sample in families["tailsrv_info"].samples] == [str(path)]
+    figures = {(sample.name, *sample.labels.values()): sample.value for family in families.values() for sample in family.samples}
+    name = f"*:{server.port}"
+    assert figures["tailsrv_health_status", name] == Level.OK
+    assert figures["tailsrv_file_size_bytes", name] == 1000
+    assert figures["tailsrv_state", name, "serving"] == 1
+    assert figures["tailsrv_worker_restarts_total", name, "1"] == 0
+    assert figures["tailsrv_process_open_fds", name, "supervisor"] == psutil.Process(server.pid).num_fds()
+    [lag] = families["tailsrv_client_lag_bytes"].samples
+    assert (lag.labels["peer"], lag.value) == ("{}:{}".format(*reader.getsockname()), 0)
+
+
+# The command line
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    "arguments",
+    [("-p", "x"), ("-p", "0"), ("-p", "65536"), ("--pid", "0"), ("--pid", "-1"), ("--format", "xml"), ("-p", "1", "--pid", "1"),
+     ("--nonsense",), ("what",)],
+)  # fmt: skip
+def test_usage_errors(arguments: tuple[str, ...]) -> None:
+    """A wrong command line is UNKNOWN, not CRITICAL as argparse's own status would be."""
+    done = health(*arguments)
+    assert (done.returncode, done.stdout) == (Level.UNKNOWN, "")
+    assert "tailsrv-health: error: " in done.stderr
+
+
+def test_installed_command() -> None:
+    """The package brings the command."""
+    command = Path(sysconfig.get_path("scripts")) / "tailsrv-health"
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "tailsrv-health")
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_closed_pipe(arguments: tuple[str, ...], serve: Serve, path: Path) -> None:
+    """A reader that has seen enough changes neither the status nor what is on standard error."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    server.workers()
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = health("-p", str(server.port), *arguments, stdout=writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (Level.OK, "")
+
+
+@pytest.mark.parametrize("arguments", [("-p", "1"), ("--help",)])
+def test_full_disk(arguments: tuple[str, ...]) -> None:
+    """What cannot be written is UNKNOWN, with the reason on one line."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        done = health(*arguments, stdout=full)
+    finally:
+        os.close(full)
+    assert (done.returncode, done.stderr.count("\n")) == (Level.UNKNOWN, 1)
+    assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_colour_only_on_a_terminal_that_wants_it(env: dict[str, str], coloured: bool) -> None:
+    """On a terminal the level has a colour, unless NO_COLOR or TERM say that it must not."""
+    ours, theirs = pty.openpty()
+    try:
+        plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        with spare_port() as port:
+            done = subprocess.run([*HEALTH, "-p", str(port)], stdout=theirs, env=plain | env, timeout=DEADLINE)
+        said = os.read(ours, 1000)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert done.returncode == Level.CRITICAL
+    assert said.startswith(b"\x1b[31mCRITICAL\x1b[0m: no tailsrv" if coloured else b"CRITICAL: no tailsrv")
+
+
+# The library
+
+
+def test_library(serve: Serve, path: Path) -> None:
+    """What the command says, the library returns: found, inspected, judged; nothing of it can be changed."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    [worker] = server.workers()
+    [found] = find(pid=server.pid)
+    report = inspect(found)
+    assert (found.endpoints, found.ours, report.server) == ((f"*:{server.port}",), True, found)
+    assert [seen.process.pid for seen in report.workers if seen.process] == [worker]
+    assert (judge(report).level, judge(report).reasons) == (Level.OK, ())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.state = "rich"  # type: ignore[misc]
+
+
+def test_library_says_that_a_server_has_ended(serve: Serve, path: Path) -> None:
+    """A server that ended after it was found is told from one that cannot be understood."""
+    path.write_bytes(b"data")
+    server = serve(path)
+    server.workers()
+    [found] = find(port=server.port)
+    server.finish()
+    with pytest.raises(EndedError) as caught:
+        inspect(found)
+    assert caught.value.level is Level.CRITICAL
+    assert issubclass(EndedError, InspectError)
+    assert issubclass(NotOursError, InspectError)
+    assert find(port=server.port) == []

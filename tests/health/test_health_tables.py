@@ -1,0 +1,395 @@
+"""What tailsrv-health decides and how it says so, without a server: tables."""
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tailsrv.formatting import size
+from tailsrv.health import EndedError, InspectError, NotOursError
+from tailsrv.health.main import doubtful_ones, examine, in_turns, weigh
+from tailsrv.health.prometheus import render_metrics
+from tailsrv.health.report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
+from tailsrv.health.text import WIDTH, render_text, span, summarize
+from tailsrv.status_schema import Client, Listener, ServedFile
+
+SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
+
+
+PROCESS = Process(4711, "sleeping", 100.0, 0.0, 1.5, 1 << 20, 20, 1000)
+
+
+WORKER = Worker(0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0)
+
+
+LISTENER = Listener(0, "0.0.0.0:4321", 0, 100)
+
+
+REPORT = Report(
+    server=SERVER,
+    version="1.0.0",
+    state="serving",
+    started=1767225600.0,
+    file=ServedFile("/var/log/app.log", 588895, gone=False, error=None),
+    supervisor=PROCESS,
+    workers=(WORKER, replace(WORKER, slot=1)),
+    listeners=(LISTENER, replace(LISTENER, slot=1)),
+    totals=Totals(137, 0, 0, 0, 0, 0.0, 3 << 20, 60),
+    clients=None,
+)
+
+
+def with_worker(**changes: object) -> Report:
+    """Return a report whose second worker differs."""
+    return replace(REPORT, workers=(WORKER, replace(WORKER, slot=1, **changes)))  # type: ignore[arg-type]
+
+
+def with_process(**changes: object) -> Report:
+    """Return a report in which the second worker's process differs."""
+    return with_worker(process=replace(PROCESS, **changes))  # type: ignore[arg-type]
+
+
+EMPTY = (replace(WORKER, process=None, ready=False),)
+
+
+FULL = "the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100"
+
+
+GONE = ServedFile("/log", 1, gone=True, error=None)
+
+
+DEAD = ServedFile("/log", None, gone=False, error=None)
+
+
+UNREADABLE = "the file cannot be read: its file system does not answer"
+
+
+@pytest.mark.parametrize(
+    ("report", "level", "reasons"),
+    [
+        (REPORT, Level.OK, ()),
+        (with_worker(process=None), Level.WARNING, ("1 of 2 workers",)),
+        (with_worker(ready=False), Level.WARNING, ("1 of 2 workers",)),
+        (with_process(state="zombie"), Level.WARNING, ("1 of 2 workers",)),
+        (with_process(state="disk-sleep"), Level.OK, ()),
+        (with_process(state=None, pss=None, descriptors=None, descriptor_limit=None), Level.OK, ()),
+        (with_process(descriptors=900), Level.OK, ()),
+        (with_process(descriptors=901), Level.WARNING, ("worker 1 has 901 of 1000 descriptors",)),
+        (with_process(descriptors=901, descriptor_limit=None), Level.OK, ()),
+        (replace(REPORT, supervisor=replace(PROCESS, descriptors=999)), Level.WARNING, ("supervisor has 999 of 1000 descriptors",)),
+        (with_worker(restarted=59.9), Level.WARNING, ("worker 1 was restarted in the last minute",)),
+        (with_worker(restarted=60.0), Level.OK, ()),
+        (replace(REPORT, listeners=(replace(LISTENER, queued=90),)), Level.OK, ()),
+        (
+            replace(REPORT, listeners=(replace(LISTENER, queued=91),)),
+            Level.WARNING,
+            ("the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100",),
+        ),
+        (replace(REPORT, listeners=(Listener(None, "[::]:1", 95, 100),)), Level.WARNING, ("the queue at [::]:1 holds 95 of 100",)),
+        (replace(REPORT, listeners=(replace(LISTENER, queued=1, backlog=0),)), Level.OK, ()),
+        (replace(REPORT, workers=EMPTY), Level.CRITICAL, ("no worker",)),
+        (replace(REPORT, workers=EMPTY, state="starting"), Level.CRITICAL, ("no worker",)),
+        (replace(REPORT, workers=EMPTY, state="waiting for file"), Level.OK, ()),
+        (replace(REPORT, workers=EMPTY, state="rotating"), Level.OK, ()),
+        (replace(REPORT, workers=EMPTY, state="draining"), Level.OK, ()),
+        (replace(REPORT, file=GONE), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=replace(GONE, size=None)), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=DEAD), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=DEAD, state="starting"), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=DEAD, state="waiting for file"), Level.OK, ()),
+        (replace(REPORT, file=DEAD, state="draining"), Level.OK, ()),
+        (replace(REPORT, file=DEAD, state="rotating"), Level.OK, ()),
+        (
+            replace(REPORT, state="waiting for file", file=ServedFile("/log", None, gone=False, error="Permission denied")),
+            Level.CRITICAL,
+            ("cannot open the file: Permission denied",),
+        ),
+        (
+            replace(REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=3)),
+            Level.WARNING,
+            (f"as many clients as --max-clients allows ({REPORT.totals.clients}), 3 wait",),
+        ),
+        (replace(REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=0)), Level.OK, ()),
+        (replace(REPORT, file=GONE, state="draining"), Level.OK, ()),
+        (replace(REPORT, file=GONE, state="rotating"), Level.OK, ()),
+        (with_process(state="stopped"), Level.CRITICAL, ("worker 1 is stopped",)),
+        (with_worker(process=replace(PROCESS, state="stopped"), silent=9.0), Level.CRITICAL, ("worker 1 is stopped",)),
+        (with_worker(silent=1.9), Level.OK, ()),
+        (with_worker(silent=2.0), Level.CRITICAL, ("worker 1 hangs",)),
+        (with_worker(process=None, silent=9.0), Level.WARNING, ("1 of 2 workers",)),
+        (replace(REPORT, state="draining", workers=(replace(WORKER, silent=3.0),)), Level.CRITICAL, ("worker 0 hangs",)),
+        (
+            replace(REPORT, workers=(replace(WORKER, silent=3.0), replace(WORKER, slot=1, silent=3.0, restarted=1.0))),
+            Level.CRITICAL,
+            ("workers 0, 1 hang", "worker 1 was restarted in the last minute"),
+        ),
+    ],
+)
+def test_judge(report: Report, level: Level, reasons: tuple[str, ...]) -> None:
+    """Each fault has its level and its words, and the gravest come first."""
+    assert judge(report) == Verdict(level, reasons)
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([], Level.OK),
+        ([Level.OK, Level.UNKNOWN], Level.UNKNOWN),
+        ([Level.UNKNOWN, Level.WARNING, Level.OK], Level.WARNING),
+        ([Level.UNKNOWN, Level.CRITICAL, Level.WARNING], Level.CRITICAL),
+    ],
+)
+def test_worst(levels: list[Level], expected: Level) -> None:
+    """What is known to be bad is worse than what is not known."""
+    assert worst(levels) is expected
+
+
+ILL = replace(REPORT, workers=())
+
+
+@pytest.mark.parametrize(
+    ("outcome", "asked_for", "doubtful", "level"),
+    [
+        (REPORT, False, False, Level.OK),
+        (REPORT, True, True, Level.OK),
+        (ILL, True, False, Level.CRITICAL),
+        (ILL, True, True, Level.UNKNOWN),
+        (with_worker(restarted=1.0), True, True, Level.UNKNOWN),
+        (EndedError("ended", Level.CRITICAL), True, False, None),
+        (NotOursError("a stranger's"), False, False, None),
+        (NotOursError("a stranger's"), True, False, Level.UNKNOWN),
+        (InspectError("no answer", Level.CRITICAL), False, False, Level.CRITICAL),
+        (InspectError("no answer", Level.CRITICAL), True, False, Level.CRITICAL),
+        (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
+    ],
+)
+def test_weigh(outcome: Report | InspectError, asked_for: bool, doubtful: bool, level: Level | None) -> None:
+    """Neither a server that has ended nor a stranger's is spoken of; an impostor raises no alarm."""
+    finding = weigh(SERVER, outcome, asked_for, doubtful)
+    assert (finding.verdict.level if finding else None) == level
+
+
+@pytest.mark.parametrize(("asked_for", "level"), [(True, Level.CRITICAL), (False, Level.UNKNOWN)])
+def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
+    """A server whose queue was too full to see its user is an alarm only if it was asked for."""
+    finding = weigh(replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for)
+    assert finding is not None
+    assert finding.verdict.level == level
+
+
+def server_of(uid: int | None, *endpoints: str) -> Server:
+    """Return a server of another user's."""
+    return Server(endpoints, 4711, uid, None, ours=False)
+
+
+@pytest.mark.parametrize(
+    ("server", "others", "doubtful"),
+    [
+        (server_of(7, "evil:1"), [], False),
+        (server_of(7, "evil:1"), [server_of(0, "*:1")], True),
+        (server_of(7, "evil:1"), [server_of(8, "*:1")], True),
+        (server_of(7, "evil:1", "evil:2"), [server_of(0, "127.0.0.1:2", "127.0.0.1:3")], True),
+        (server_of(7, "evil:1"), [server_of(0, "*:2")], False),
+        (server_of(7, "a:1"), [server_of(7, "b:1")], False),
+        (server_of(0, "*:1"), [server_of(7, "evil:1")], False),
+        (replace(server_of(7, "*:1"), ours=True), [server_of(8, "evil:1")], False),
+        (server_of(None, "*:1"), [], False),
+        (server_of(None, "*:1"), [server_of(None, "evil:1")], True),
+        (server_of(7, "a:1"), [server_of(None, "b:1")], True),
+    ],
+)
+def test_doubtful_ones(server: Server, others: list[Server], doubtful: bool) -> None:
+    """Beside another user's server on its port a server is doubtful, unless it is root's or ours."""
+    assert (server in doubtful_ones([server, *others])) is doubtful
+
+
+def test_in_turns() -> None:
+    """However many servers somebody has, the first of everybody else comes before the second."""
+    many, few = [server_of(7, f"{number}:1") for number in range(100)], [server_of(8, "x:1"), server_of(None, "y:1")]
+    assert in_turns([*many, *few]) == [many[0], *few, *many[1:]]
+
+
+def test_no_time_left() -> None:
+    """A server for which there is no time left is UNKNOWN, and said to be not asked."""
+    outcome = examine(SERVER, clients=False, until=0.0)
+    assert isinstance(outcome, InspectError)
+    assert (outcome.level, str(outcome).partition(":")[0]) == (Level.UNKNOWN, "not asked")
+
+
+def test_total() -> None:
+    """A sum of which a part is unknown is unknown."""
+    assert total([1, 2]) == 3
+    assert total([1, None]) is None
+
+
+def judged(report: Report) -> Finding:
+    return Finding(report.server, judge(report), report)
+
+
+BAD = Finding(replace(SERVER, endpoints=("*:1",)), Verdict(Level.CRITICAL, ("no worker", "the file is gone")))
+
+
+@pytest.mark.parametrize(
+    ("findings", "level", "sentence"),
+    [
+        ([judged(REPORT)], Level.OK, "tailsrv *:4321 serves /var/log/app.log to 137 clients with 2 workers"),
+        ([judged(replace(REPORT, state="starting"))], Level.OK, "tailsrv *:4321 starts to serve /var/log/app.log with 2 workers"),
+        ([judged(replace(REPORT, state="waiting for file"))], Level.OK, "tailsrv *:4321 waits for file /var/log/app.log"),
+        ([judged(replace(REPORT, state="draining"))], Level.OK, "tailsrv *:4321 is draining /var/log/app.log, 137 clients left"),
+        (
+            [judged(replace(REPORT, state="rotating"))],
+            Level.OK,
+            "tailsrv *:4321 ends the streams of the file that was /var/log/app.log, 137 clients left",
+        ),
+        ([judged(replace(with_worker(ready=False), state="starting"))], Level.WARNING, "tailsrv *:4321 (starting): 1 of 2 workers"),
+        (
+            [judged(replace(REPORT, server=replace(SERVER, user="nobody", ours=False), state="waiting for file"))],
+            Level.OK,
+            "tailsrv *:4321 (user nobody) waits for file /var/log/app.log",
+        ),
+        ([BAD], Level.CRITICAL, "tailsrv *:1: no worker; the file is gone"),
+        ([judged(REPORT), judged(REPORT)], Level.OK, "2 servers of tailsrv serve 274 clients"),
+        (
+            [judged(REPORT), judged(with_worker(ready=False)), BAD],
+            Level.CRITICAL,
+            "2 of 3 servers: tailsrv *:1: no worker; the file is gone; tailsrv *:4321: 1 of 2 workers",
+        ),
+        ([], Level.CRITICAL, "nothing here"),
+    ],
+)
+def test_summary(findings: list[Finding], level: Level, sentence: str) -> None:
+    """One sentence says what is served to how many, or else why not."""
+    assert summarize(findings, "nothing here") == (level, sentence)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 19, "1.5 MiB"), (5 << 30, "5.0 GiB"), (1 << 52, "4096.0 TiB")],
+)
+def test_size(count: int | None, text: str) -> None:
+    """Bytes are given in the largest unit of which there is one."""
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.4, "0s"), (59.9, "59s"), (60, "1m 0s"), (3661, "1h 1m"), (3 * 86400 + 4 * 3600, "3d 4h"), (400 * 86400, "400d 0h")],
+)
+def test_span(seconds: float | None, text: str) -> None:
+    """A time is given by its two largest parts."""
+    assert span(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        ("waiting for file", None, "not there yet"),
+        ("waiting for file", "Permission denied", "cannot be opened"),
+        ("serving", None, "cannot be read"),
+        ("starting", None, "cannot be read"),
+        ("draining", None, "cannot be read"),
+    ],
+)
+def test_size_that_is_not_known(state: str, error: str | None, words: str) -> None:
+    """A file whose size is not known is not there, cannot be opened, or cannot be read."""
+    report = replace(REPORT, state=state, file=replace(DEAD, error=error))
+    assert f"file     /log, {words}" in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
+
+
+def test_table_fits() -> None:
+    """However large the figures and however long the path, the tables have at most 100 columns, and the whole path."""
+    process = Process(4194304, "tracing-stop", 999 * 86400.0 + 86399, 100.0, 1e9, 1023 << 20, 524288, 1048576)
+    workers = (replace(WORKER, process=process, clients=1000000, restarts=99999), replace(WORKER, slot=1023, process=None, ready=False))
+    endpoint = "[fe80:1111:2222:3333:4444:5555:6666:7777]:65535"
+    path = "/a-folder" * 30
+    report = replace(
+        REPORT,
+        supervisor=process,
+        workers=workers,
+        listeners=(Listener(1023, endpoint, 4096, 4096),),
+        file=ServedFile(path, 1 << 45, gone=True, error=None),
+        totals=Totals(1000000, 1000000, 1 << 30, 99999, 4096, 800.0, 1 << 35, 3 << 20),
+        state="waiting for file",
+    )
+    level, summary = summarize([judged(report)], "")
+    lines = render_text([judged(report)], level, summary, colour=False).splitlines()
+    assert max(map(len, lines[1:])) <= WIDTH
+    assert path in "".join(line.strip() for line in lines)
+
+
+def test_table_shows_what_is_not_known() -> None:
+    """A figure that may not be had is a dash, and an empty slot says so."""
+    unknown = Process(7, None, None, None, None, None, None, None)
+    workers = (replace(WORKER, process=unknown), replace(WORKER, slot=1, process=None))
+    report = replace(REPORT, workers=workers, totals=replace(REPORT.totals, cpu=None, pss=None, descriptors=None))
+    rows = [line.split() for line in render_text([judged(report)], Level.OK, "", colour=False).splitlines()]
+    assert ["worker", "0", "7", "-", "-", "-", "-", "-", "35", "0"] in rows
+    assert ["worker", "1", "-", "missing", "-", "-", "-", "-", "35", "0"] in rows
+    assert ["total", "-", "-", "-", "137", "0"] in rows
+
+
+def test_fullest_queue() -> None:
+    """Of the queues at one address the fullest is shown, with its slot."""
+    listeners = (LISTENER, Listener(1, LISTENER.endpoint, 50, 100), Listener(2, LISTENER.endpoint, 60, 4096))
+    text = render_text([judged(replace(REPORT, listeners=listeners))], Level.OK, "", colour=False)
+    assert ["0.0.0.0:4321", "3", "110", "50", "of", "100", "(50", "%),", "slot", "1"] in [line.split() for line in text.splitlines()]
+
+
+def test_colour_marks_what_is_bad() -> None:
+    """The rows of workers that do not work stand out, and the columns are where they are without colour."""
+    findings = [judged(with_process(state="stopped"))]
+    plain, coloured = (render_text(findings, Level.CRITICAL, "", colour=colour) for colour in (False, True))
+    [red] = [line for line in coloured.splitlines() if line.startswith("\x1b[31mworker ")]
+    assert "worker 1 " in red
+    assert coloured.replace("\x1b[31m", "").replace("\x1b[1m", "").replace("\x1b[0m", "") == plain
+
+
+def test_metrics_leave_out_what_is_not_known() -> None:
+    """An unknown figure is no sample, and a family without samples is not named."""
+    unknown = Process(7, None, None, None, None, None, None, None)
+    text = render_metrics([judged(replace(REPORT, workers=(), supervisor=unknown))])
+    names = {family.name for family in text_string_to_metric_families(text)}
+    assert "tailsrv_clients" in names
+    assert not any(name.startswith("tailsrv_process_") for name in names)
+
+
+def test_metrics_name_each_peer_once() -> None:
+    """Clients without a peer are left out, and of two with the same peer the one that is further behind is shown."""
+    peer = "192.0.2.7:41234"
+    clients = (Client(0, peer, 0, 90, 10), Client(0, peer, 0, 1, 99), Client(0, None, 0, 1, 99), Client(0, "[::1]:1", None, None, None))
+    families = {
+        family.name: family for family in text_string_to_metric_families(render_metrics([judged(replace(REPORT, clients=clients))]))
+    }
+    assert [(sample.labels["peer"], sample.value) for sample in families["tailsrv_client_lag_bytes"].samples] == [(peer, 99)]
+
+
+def test_metrics_have_each_label_set_once() -> None:
+    """Whatever an impostor repeats, no two samples have the same labels, and the first counts."""
+    worker, client = replace(WORKER, clients=1), Client(0, "192.0.2.7:1", 0, 1, 1)
+    report = replace(
+        REPORT,
+        state="serving",
+        workers=(worker, replace(worker, clients=2)),
+        listeners=(LISTENER, LISTENER, replace(LISTENER, slot=None), replace(LISTENER, slot=None)),
+        clients=(client, client),
+    )
+    lines = render_metrics([judged(report), judged(report), Finding(SERVER, Verdict(Level.UNKNOWN))]).splitlines()
+    samples = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert 'tailsrv_worker_clients{server="*:4321",slot="0"} 1' in lines
+    assert lines.count("# TYPE tailsrv_health_status gauge") == 1
+
+
+@pytest.mark.parametrize("path", ["/a b", '/"', "/\\", "/\\n", "/\n", "/é", "/\x1b"])
+def test_metrics_escape(path: str) -> None:
+    """A path comes through the format as it is."""
+    text = render_metrics([judged(replace(REPORT, file=replace(REPORT.file, path=path)))])
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["tailsrv_info"].samples[0].labels["path"] == path
+
+
+def test_metrics_of_a_path_that_is_not_text() -> None:
+    """Bytes of a path that are not UTF-8 do not spoil the output, which must be."""
+    text = render_metrics([judged(replace(REPORT, file=replace(REPORT.file, path="/\udcff")))])
+    families = {family.name: family for family in text_string_to_metric_families(text.encode().decode())}
+    assert families["tailsrv_info"].samples[0].labels["path"] == r"/\udcff"

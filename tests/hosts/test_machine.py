@@ -1,0 +1,637 @@
+"""tailsrv under a real systemd: its units, and the manual's page on them, in a machine of their own."""
+
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from support.checkout import ROOT
+from support.debian import (
+    COMMAND_DEADLINE,
+    Machine,
+    NoMachineError,
+    Service,
+    is_required,
+    locked,
+    make_root,
+    make_wheels,
+    reason_to_skip,
+)
+from support.files import random_bytes
+from support.sockets import expect, expect_eof
+from support.waiting import eventually
+
+pytestmark = [pytest.mark.machine, pytest.mark.slow]
+
+
+PORT = 4321
+
+
+UNITS = "/etc/systemd/system"
+
+
+Boot = Callable[[], Machine]
+
+
+MakeService = Callable[..., Service]
+
+
+@pytest.fixture(scope="module")
+def boot() -> Iterator[Boot]:
+    """Boot machines that are alike, and end them at the end."""
+    if reason := reason_to_skip():
+        pytest.skip(f"no machine: {reason}")
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailsrv-machine-")))
+        folder = Path(os.environ.get("TAILSRV_TEST_MACHINE") or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(folder):
+                root, wheels = make_root(folder), make_wheels(folder)
+        except NoMachineError as error:
+            if is_required():
+                raise
+            pytest.skip(f"no machine: {error}")
+        booted: list[Machine] = []
+
+        def start() -> Machine:
+            machine = Machine(root, wheels, temporary / f"{len(booted)}.log")
+            stack.callback(machine.end)
+            machine.use_wheels()
+            machine.copy_checkout("/root/tailsrv")
+            booted.append(machine)
+            return machine
+
+        yield start
+
+
+def operations(page: str = "docs/operations.md", mark: str = "operations") -> dict[str, str]:
+    """Return the page's commands for operators, by what they are for, in order."""
+    text = (ROOT / page).read_text()
+    return dict(re.findall(rf"<!-- {mark}: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
+
+
+def follow_manual(machine: Machine, what: str) -> str:
+    """Run the manual's commands for `what` by the letter, as root in a checkout; return what they print."""
+    return follow(machine, operations()[what])
+
+
+def follow(machine: Machine, commands: str) -> str:
+    """Run commands of ours by the letter, as root of a hardened machine in a checkout; return what they print."""
+    return machine.run("bash", "-euc", "umask 077\ncd /root/tailsrv\n" + commands)
+
+
+@pytest.fixture(scope="module")
+def machine(boot: Boot) -> Machine:
+    """Return a machine in which tailsrv is installed as the manual says."""
+    machine = boot()
+    follow_manual(machine, "install")
+    return machine
+
+
+@pytest.fixture
+def make_service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[MakeService]:
+    """Make instances that are stopped at the end; each test has files of its own, and so a log of its own."""
+    name = re.sub(r"\W+", "_", request.node.name)
+    with ExitStack() as stack:
+
+        def make(path: str = f"/var/log/{name}.log", **settings: str) -> Service:
+            service = Service(machine, path)
+            stack.callback(service.finish)
+            if settings:
+                service.configure(**settings)
+            return service
+
+        yield make
+
+
+@pytest.fixture
+def service(make_service: MakeService) -> Service:
+    """Return a running service of two workers, whose file belongs to group adm."""
+    service = make_service(PORT=str(PORT), WORKERS="2")
+    service.create(b"first\n")
+    service.start()
+    return service
+
+
+def test_the_units_are_what_systemd_calls_safe(machine: Machine) -> None:
+    """The service scores 1.5 at most, and systemd has nothing to say against either unit."""
+    assert_safe(machine, "tailsrv@.service")
+    assert machine.run("systemd-analyze", "verify", f"{UNITS}/tailsrv@.socket") == ""
+
+
+def assert_safe(machine: Machine, *services: str) -> None:
+    """Assert that these score 1.5 at most, and that systemd has nothing to say against them."""
+    for service in services:
+        machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=15", "--no-pager", f"{UNITS}/{service}")
+        assert machine.run("systemd-analyze", "verify", f"{UNITS}/{service}") == ""
+
+
+def test_a_log_of_group_adm_is_served(service: Service) -> None:
+    """The sandboxed service is ready, serves a log that only group adm may read, and watches it with inotify."""
+    sock = service.connect(PORT, b"0\n")
+    expect(sock, b"first\n")
+    service.append(b"second\n")
+    expect(sock, b"second\n")
+    assert service.show("ActiveState") == "active"
+    assert not service.lines("once a second")
+
+
+def test_the_log_has_priorities(service: Service) -> None:
+    """The journal knows how grave a line is."""
+    query = ("journalctl", "--quiet", "--output=cat", "--unit", service.unit, "--identifier=tailsrv")
+    service.kill(service.workers()[0], signal.SIGKILL)
+    assert "SIGKILL" in service.logged("worker", "SIGKILL")
+    assert "SIGKILL" in service.machine.run(*query, "--priority=warning")
+    assert "listening" not in service.machine.run(*query, "--priority=warning")
+
+
+def test_a_reload_keeps_the_clients(service: Service) -> None:
+    """A reload replaces the program and its workers; no client notices, and systemd sees no restart."""
+    sock, pid, workers = service.connect(PORT, b"0\n"), service.pid, service.workers()
+    expect(sock, b"first\n")
+    reload(service)
+    service.append(b"second\n")
+    expect(sock, b"second\n")
+    assert service.pid == pid
+    assert not set(service.workers()) & set(workers)
+    assert service.show("NRestarts") == "0"
+
+
+def test_a_killed_worker_costs_nothing(service: Service) -> None:
+    """A worker that is killed is replaced; its clients and the service go on."""
+    sock, pid = service.connect(PORT, b"0\n"), service.pid
+    expect(sock, b"first\n")
+    for worker in service.workers():
+        service.kill(worker, signal.SIGKILL)
+    service.append(b"second\n")
+    expect(sock, b"second\n")
+    assert service.pid == pid
+    assert service.show("ActiveState") == "active"
+
+
+def test_a_killed_supervisor_is_started_again(service: Service) -> None:
+    """A supervisor that is killed takes its workers with it and comes back; clients go on where they were."""
+    sock, pid, workers = service.connect(PORT, b"0\n"), service.pid, service.workers()
+    expect(sock, b"first\n")
+    service.kill(pid, signal.SIGKILL)
+    eventually(lambda: service.pid not in (0, pid))
+    service.reaches("active")
+    assert not set(service.workers()) & set(workers)
+    assert service.show("NRestarts") == "1"
+    service.append(b"second\n")
+    expect(service.connect(PORT, b"6\n"), b"second\n")
+
+
+def test_a_stop_is_in_time_and_in_good_order(service: Service) -> None:
+    """Clients that read get all and an orderly end; one that does not read holds the stop up for the grace only."""
+    data = random_bytes(30 << 20)
+    service.append(data)
+    stalled = service.connect(PORT, b"0\n", receive_buffer=4096)
+    expect(stalled, b"first\n")
+    sock = service.connect(PORT, b"6\n")
+    expect(sock, data)
+    assert stop(service) < 10
+    expect_eof(sock)
+    assert service.show("Result") == "success"
+    assert service.log[-1] == "ended: status=0"
+
+
+def test_a_hung_worker_does_not_hold_a_stop_up(service: Service) -> None:
+    """A stop ends in order, long before systemd would insist, if a worker hangs."""
+    service.kill(service.workers()[0], signal.SIGSTOP)
+    assert stop(service) < 15
+    assert service.show("Result") == "success"
+
+
+def stop(service: Service) -> float:
+    """Stop the service; return the seconds it took."""
+    began = time.monotonic()
+    service.machine.run("systemctl", "stop", service.unit)
+    return time.monotonic() - began
+
+
+def reload(service: Service) -> None:
+    """Reload the service, and wait until it has been."""
+    service.machine.run("systemctl", "reload", service.unit)
+    service.logged("upgraded: ")
+    service.reaches("active")
+
+
+def test_the_status_says_clients_and_workers(service: Service) -> None:
+    """systemd shows how many clients and workers there are, and what becomes of them."""
+    eventually(lambda: service.show("StatusText") == "2 workers, 0 clients")
+    socks = [service.connect(PORT, b"0\n") for _ in range(3)]
+    eventually(lambda: service.show("StatusText") == "2 workers, 3 clients")
+    for sock in socks:
+        expect(sock, b"first\n")
+
+
+def test_a_file_that_comes_later_is_waited_for(make_service: MakeService) -> None:
+    """The service is up and says that it waits; a client that has come by then gets the file."""
+    service = make_service(PORT=str(PORT))
+    service.start()
+    eventually(lambda: service.show("StatusText") == "waiting for file")
+    sock = service.connect(PORT, b"0\n")
+    service.create(b"first\n")
+    expect(sock, b"first\n")
+
+
+def test_health_is_for_root(service: Service) -> None:
+    """A health check by root sees through the sandbox; one by somebody else says that it may not look."""
+    health = ("/opt/tailsrv/bin/tailsrv-health", "-p", str(PORT))
+    first, *rest = service.machine.run(*health).splitlines()
+    assert first.startswith("OK: ")
+    assert first.endswith(" to 0 clients with 2 workers")
+    assert sum(bool(re.search(r" \d+/\d+ ?", line)) for line in rest) == 3  # descriptors of their limit
+    assert service.machine.ask("setpriv", "--reuid=nobody", "--clear-groups", *health).returncode == 3
+    service.kill(service.workers()[0], signal.SIGSTOP)
+    assert service.machine.ask(*health).returncode == 2
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_hung_worker_is_healed(make_service: MakeService, reloaded: bool) -> None:
+    """A worker that does not answer is killed and replaced; its clients go on, and the service never ends."""
+    service = make_service(PORT=str(PORT), WORKERS="2")
+    service.override("[Service]", "WatchdogSec=6")
+    service.create(b"first\n")
+    service.start()
+    if reloaded:
+        reload(service)
+    sock, pid = service.connect(PORT, b"0\n"), service.pid
+    expect(sock, b"first\n")
+    for worker in service.workers():
+        service.kill(worker, signal.SIGSTOP)
+    service.append(b"second\n")
+    expect(sock, b"second\n")
+    service.logged("worker does not answer", count=2)
+    service.logged("worker ready", count=6 if reloaded else 4)
+    assert service.pid == pid
+    assert service.show("NRestarts") == "0"
+
+
+def test_a_hung_supervisor_is_ended_by_the_watchdog(make_service: MakeService) -> None:
+    """systemd ends a service whose supervisor does not answer, workers and all, and starts it again."""
+    service = make_service(PORT=str(PORT))
+    service.override("[Service]", "WatchdogSec=2")
+    service.create(b"first\n")
+    service.start()
+    sock, pid = service.connect(PORT, b"0\n"), service.pid
+    expect(sock, b"first\n")
+    service.kill(pid, signal.SIGSTOP)
+    expect_eof(sock)
+    eventually(lambda: service.pid not in (0, pid))
+    service.reaches("active")
+    expect(service.connect(PORT, b"0\n"), b"first\n")
+
+
+# Socket activation
+
+
+def test_one_socket_is_shared(make_service: MakeService) -> None:
+    """The first client starts the service; all workers serve from the one socket, also after a reload."""
+    service = make_service(PORT="", WORKERS="2")
+    service.create(b"first\n")
+    service.listen("ListenStream=4322")
+    assert service.show("ActiveState") == "inactive"
+    socks = [service.connect(4322, b"0\n") for _ in range(10)]
+    for sock in socks:
+        expect(sock, b"first\n")
+    service.reaches("active")
+    assert len(service.workers()) == 2
+    assert [listener["slot"] for listener in service.status(4322)["listeners"]] == [None]
+    reload(service)
+    service.append(b"second\n")
+    for sock in socks:
+        expect(sock, b"second\n")
+    expect(service.connect(4322, b"0\n"), b"first\nsecond\n")
+
+
+def test_as_many_sockets_as_workers_are_used_one_each(make_service: MakeService) -> None:
+    """With a ReusePort socket for each slot, each worker has its own queue, and all of them get clients."""
+    service = make_service(PORT="", WORKERS="2")
+    service.create(b"first\n")
+    service.listen("ReusePort=yes", "ListenStream=[::]:4322", "ListenStream=[::]:4322")
+    socks = [service.connect(4322, b"0\n") for _ in range(40)]
+    for sock in socks:
+        expect(sock, b"first\n")
+    assert [listener["slot"] for listener in service.status(4322)["listeners"]] == [0, 1]
+    assert all(worker["clients"] for worker in eventually(lambda: seated(service, 40)))
+    reload(service)
+    service.append(b"second\n")
+    for sock in socks:
+        expect(sock, b"second\n")
+
+
+def seated(service: Service, clients: int) -> list[dict[str, int]]:
+    """Return what the status says of the workers, once they have so many clients."""
+    status = service.status(4322)
+    workers: list[dict[str, int]] = status["workers"]
+    return workers if status["clients"] == clients else []
+
+
+def test_nobody_is_refused_while_systemd_holds_the_socket(make_service: MakeService) -> None:
+    """Who connects while a killed service is down waits, and is served by the next."""
+    service = make_service(PORT="")
+    service.override("[Service]", "RestartSec=3")
+    service.create(b"first\n")
+    service.listen("ListenStream=4322")
+    expect(service.connect(4322, b"0\n"), b"first\n")
+    service.reaches("active")
+    service.kill(service.pid, signal.SIGKILL)
+    service.reaches("activating")
+    expect(service.connect(4322, b"0\n"), b"first\n")
+
+
+def test_a_port_and_sockets_exclude_each_other(make_service: MakeService) -> None:
+    """A port besides passed sockets is a usage error, which says what to leave out, and is not tried for ever."""
+    service = make_service(PORT=str(PORT))
+    service.create()
+    service.listen("ListenStream=4322")
+    assert service.fails() == "2"
+    assert "PORT=" in service.log[-1]
+
+
+# Rotation
+
+
+def rotate(service: Service, *directives: str) -> None:
+    """Have logrotate rotate the file."""
+    name = f"/etc/logrotate.d/{os.path.basename(service.path)}"
+    service.machine.write(name, "\n".join([f'"{service.path}" {{', "rotate 2", *directives, "}\n"]))
+    service.machine.run("logrotate", "--force", name)
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> None:
+    """With --follow-name clients get all of the old file and an orderly end, and who comes next gets the new one."""
+    service = make_service(PORT="" if activated else str(PORT), WORKERS="2", OPTIONS="--follow-name")
+    service.create(b"first\n")
+    service.listen(f"ListenStream={PORT}") if activated else service.start()
+    sock = service.connect(PORT, b"0\n")
+    expect(sock, b"first\n")
+    pid = service.pid
+    rotate(service, "create 0640 root adm")
+    expect_eof(sock)
+    sock = service.connect(PORT, b"0\n")
+    service.append(b"new\n")
+    expect(sock, b"new\n")
+    rotate(service, "create 0640 root adm")
+    expect_eof(sock)
+    assert service.pid == pid
+    assert service.show("NRestarts") == "0"
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_a_rotation_restarts_a_service_that_does_not_follow(make_service: MakeService, activated: bool) -> None:
+    """Without --follow-name the service ends and comes back for the new file."""
+    service = make_service(PORT="" if activated else str(PORT))
+    service.create(b"first\n")
+    service.listen(f"ListenStream={PORT}") if activated else service.start()
+    sock = service.connect(PORT, b"0\n")
+    expect(sock, b"first\n")
+    rotate(service, "create 0640 root adm")
+    expect_eof(sock)
+    service.append(b"new\n")
+    if not activated:
+        service.logged("listening", count=2)
+        service.reaches("active")
+    expect(service.connect(PORT, b"0\n"), b"new\n")
+    service.reaches("active")
+
+
+def test_a_truncation_is_said(make_service: MakeService) -> None:
+    """copytruncate ends nothing: the log warns, and a client goes on when the file is longer than it was."""
+    service = make_service(PORT=str(PORT), OPTIONS="--follow-name")
+    service.create(b"first\n")
+    service.start()
+    sock, pid = service.connect(PORT, b"0\n"), service.pid
+    expect(sock, b"first\n")
+    rotate(service, "copytruncate")
+    service.logged("file was truncated")
+    service.append(b"second\n")
+    expect(sock, b"\n")
+    expect(service.connect(PORT, b"0\n"), b"second\n")
+    assert service.pid == pid
+
+
+def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService) -> None:
+    """A rotation that makes the file unreadable is said with user, group and mode, and goes on once that is mended."""
+    service = make_service(PORT=str(PORT), OPTIONS="--follow-name")
+    service.create(b"first\n")
+    service.start()
+    sock = service.connect(PORT, b"0\n")
+    expect(sock, b"first\n")
+    rotate(service, "create 0600 root root")
+    line = service.logged("cannot serve")
+    assert "mode 0600, user 0 and group 0" in line
+    assert "groups 4," in line  # adm
+    service.append(b"new\n")
+    service.machine.run("chgrp", "adm", service.path)
+    service.machine.run("chmod", "640", service.path)
+    expect(service.connect(PORT, b"0\n"), b"new\n")
+
+
+# What an operator may get wrong
+
+
+def test_a_missing_file_of_settings(make_service: MakeService) -> None:
+    """A service without settings is not started again and again, and says where they belong."""
+    service = make_service()
+    service.create()
+    assert service.fails() == "2"
+    assert "/etc/tailsrv/" in service.log[-1]
+    assert service.show("NRestarts") == "0"
+
+
+def test_a_wrong_setting(make_service: MakeService) -> None:
+    """A wrong option is named, and is not tried again and again."""
+    service = make_service(PORT=str(PORT), OPTIONS="--grace soon")
+    service.create()
+    assert service.fails() == "2"
+    assert "--grace" in service.log[-1]
+    assert service.show("NRestarts") == "0"
+
+
+def test_settings_of_a_path_with_odd_characters(make_service: MakeService) -> None:
+    """The file of settings is found for a path with dashes and blanks, its name being without the backslashes."""
+    service = make_service("/var/log/my-app of today.log", PORT=str(PORT), WORKERS="auto")
+    assert "\\" in service.instance
+    service.create(b"first\n")
+    service.start()
+    expect(service.connect(PORT, b"0\n"), b"first\n")
+
+
+def test_a_port_in_use(make_service: MakeService) -> None:
+    """A port that somebody else has is named with a way to find out who; the service is up once it is free."""
+    service = make_service(PORT=str(PORT))
+    service.create(b"first\n")
+    service.machine.run("systemd-run", "--unit=squatter", "socat", f"TCP-LISTEN:{PORT},reuseaddr,fork", "OPEN:/dev/null")
+    eventually(lambda: service.machine.ask("nc", "-z", "localhost", str(PORT)).returncode == 0)
+    service.start(succeeds=False)
+    assert service.show("ActiveState") == "activating"
+    assert "Address already in use" in service.log[-1]
+    assert f"ss -tanp sport = :{PORT}" in service.log[-1]
+    service.machine.run("systemctl", "stop", "squatter")
+    service.reaches("active")
+    expect(service.connect(PORT, b"0\n"), b"first\n")
+
+
+def test_a_port_of_another_tailsrv(service: Service, make_service: MakeService) -> None:
+    """A port that another tailsrv has is said with its pid."""
+    other = make_service("/var/log/other.log", PORT=str(PORT))
+    other.create()
+    other.start(succeeds=False)
+    assert str(service.pid) in other.log[-1]
+
+
+def test_a_privileged_port(make_service: MakeService) -> None:
+    """A port below 1024 is beyond the service, which says so; a socket unit can have it."""
+    service = make_service(PORT="443")
+    service.create(b"first\n")
+    service.start(succeeds=False)
+    assert "choose a port above 1023" in service.log[-1]
+    service.machine.run("systemctl", "stop", service.unit)
+    service.configure(PORT="")
+    service.listen("ListenStream=443")
+    expect(service.connect(443, b"0\n"), b"first\n")
+
+
+def test_a_file_that_may_not_be_read(make_service: MakeService) -> None:
+    """A file that the service's user may not read is said with user, groups and mode; the service is up once it may."""
+    service = make_service(PORT=str(PORT))
+    service.create(b"first\n", mode=0o600, group="root")
+    service.start(succeeds=False)
+    assert "mode 0600, user 0 and group 0" in service.log[-1]
+    assert "groups 4," in service.log[-1]  # adm
+    service.machine.run("chgrp", "adm", service.path)
+    service.machine.run("chmod", "640", service.path)
+    service.reaches("active")
+
+
+@pytest.mark.parametrize(
+    ("folder", "remedy"),
+    [
+        ("/home/me", "ProtectHome=read-only"),
+        ("/root", "ProtectHome=read-only"),
+        ("/run/user/1000", "ProtectHome=read-only"),
+        ("/tmp", "BindReadOnlyPaths=/tmp"),
+        ("/var/tmp/logs", "BindReadOnlyPaths=/var/tmp/logs"),
+    ],
+)
+def test_a_file_that_the_sandbox_hides(make_service: MakeService, folder: str, remedy: str) -> None:
+    """Where the sandbox hides the file, the log's last line has the setting with which the service then sees it."""
+    service = make_service(f"{folder}/app.log", PORT=str(PORT))
+    service.create(b"first\n")
+    service.machine.run("chmod", "o+x", folder)
+    service.machine.ask("systemctl", "start", service.unit)
+    assert remedy in service.logged("cannot see")
+    assert "cannot see" in service.log[-1]
+    service.override("[Service]", remedy)
+    service.machine.run("systemctl", "restart", service.unit)
+    expect(service.connect(PORT, b"0\n"), b"first\n")
+
+
+# A relay
+
+
+def test_a_relay(machine: Machine, make_service: MakeService) -> None:
+    """Who follows the relay's page gets a relay, whose clients notice nothing of a killed tssync or an origin that restarts."""
+    origin = make_service("/var/log/origin.log", PORT="5321")
+    origin.create(b"first\n")
+    origin.start()
+    pages = operations("contrib/relay/README.md", "relay")
+    follow(machine, pages["install"])
+    assert_safe(machine, "tailsrv-relay@.service", "tssync@.service")
+    machine.run("sed", "-i", "s/^ORIGIN=.*/ORIGIN=localhost:5321/", "/etc/tailsrv-relay/app.log.env")
+    assert follow(machine, pages["start"]).endswith("first")
+    relay, sync = "tailsrv-relay@app.log.service", "tssync@app.log.service"
+    pid, sock = machine.run("systemctl", "show", "--value", "--property=MainPID", relay), machine.connect(PORT, b"0\n")
+    with sock:
+        expect(sock, b"first\n")
+        machine.run("systemctl", "kill", "--signal=KILL", sync)
+        eventually(lambda: machine.run("systemctl", "show", "--value", "--property=NRestarts", sync) == "1")
+        machine.run("systemctl", "restart", origin.unit)
+        origin.append(b"second\n")
+        expect(sock, b"second\n")
+    assert machine.run("systemctl", "show", "--value", "--property=MainPID", relay) == pid
+    machine.run("systemctl", "disable", "--now", relay)
+    assert machine.ask("systemctl", "is-active", sync).stdout == "inactive\n"
+
+
+# The manual
+
+
+def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
+    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service, and rid of it all."""
+    machine = boot()
+    service = Service(machine, "/var/log/app.log")
+    request.addfinalizer(service.finish)
+    said = {}
+    for what in operations():
+        said[what] = follow_manual(machine, what)
+        if what == "serve":
+            sock = service.connect(PORT, b"0\n")
+            expect(sock, b"".join(b"%d\n" % number for number in range(1, 1001)))
+        if what == "upgrade":
+            service.logged("upgraded: ")
+            service.append(b"after the upgrade\n")
+            expect(sock, b"after the upgrade\n")
+        if what == "rotate":
+            expect_eof(sock)
+            service.append(b"new\n")
+            expect(service.connect(PORT, b"0\n"), b"new\n")
+    assert list(said) == ["install", "serve", "look", "upgrade", "rotate", "activate", "remove"]
+    assert said["serve"].endswith("1000")
+    assert "Status:" in said["look"]
+    assert "serving: path=/var/log/app.log" in said["look"]
+    assert re.search(r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE)
+    assert said["activate"].endswith("new")
+    assert machine.run("find", "/etc", "/opt", "-name", "*tailsrv*") == ""
+    assert machine.ask("pgrep", "-f", "^tailsrv: ").stdout == ""
+
+
+# The README
+
+
+def test_the_readme(boot: Boot) -> None:
+    """Two commands take a newcomer from a bare Debian to a server, and two lines to its first client; Ctrl-C ends it."""
+    machine, page = boot(), (ROOT / "README.md").read_text()
+    install = re.findall(r"`(apt install .*?)`", page)[0]
+    serve, read = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2]
+    strip(machine, but=install.split()[2:])
+    follow(machine, install)  # it finds all of them there, for there is no network
+    log = launch(machine, "server", serve)
+    eventually(lambda: "waiting for file: path=app.log" in log.read_text(), COMMAND_DEADLINE)
+    received = launch(machine, "client", read)
+    numbers = "".join(f"{number}\n" for number in range(1, 1001))
+    eventually(lambda: received.read_text() == numbers)
+    follow(machine, "echo more >> app.log")
+    eventually(lambda: received.read_text() == numbers + "more\n")
+    machine.run("systemctl", "kill", "--signal=INT", "server")  # all of its processes, as Ctrl-C does
+    state = ("systemctl", "show", "--value", "--property=SubState", "server", "client")
+    eventually(lambda: machine.run(*state).split() == ["exited"] * 2)  # with status 0
+
+
+def strip(machine: Machine, but: list[str]) -> None:
+    """Remove what no bare Debian has, except for systemd, the packages `but`, and what these need."""
+    all_but_required = r"dpkg-query --show --showformat '${Priority} ${Package}\n' | sed -n '/^required /!s/.* //p'"
+    machine.run("sh", "-ec", f"{all_but_required} | xargs apt-mark -qq auto")
+    machine.run("apt-mark", "-qq", "manual", "apt", "systemd", "systemd-sysv", *but)
+    machine.run("apt-get", "-qq", "--yes", "autoremove")
+
+
+def launch(machine: Machine, name: str, commands: str) -> Path:
+    """Run commands of ours by the letter, as in a terminal of their own; return the file that gets what they print."""
+    machine.run("touch", f"/{name}")  # systemd opens it a moment later
+    machine.run(
+        "systemd-run", f"--unit={name}", "--remain-after-exit", f"--property=StandardOutput=file:/{name}",
+        "--working-directory=/root/tailsrv", "bash", "-euc", commands,
+    )  # fmt: skip
+    return machine.files / name

@@ -1,0 +1,118 @@
+"""Machines that vanish while bytes are on their way to them."""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from support.files import append, random_bytes
+from support.namespaces import Host, Network, enter, in_thread, reason_to_skip
+from support.processes import children
+from support.server import Server
+from support.sockets import connect, expect
+from support.waiting import eventually
+
+# What they are by default, in seconds that a test can wait.
+SHORT = "interval=0.1, silence=0.5, attempts=2"
+
+
+PROGRAM = f"""
+import sys
+from functools import partial
+from tailsrv import main as cli
+from tailsrv.worker import dead_peers
+dead_peers.Limits = partial(dead_peers.Limits, {SHORT})
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """Give a network to which the tests connect hosts."""
+    if reason := reason_to_skip():
+        pytest.skip(f"no hosts: {reason}")
+    with Network() as network:
+        yield network
+
+
+def start(host: Host, path: Path, *options: str) -> Server:
+    """Return a server on `host` that gives peers up in a second."""
+    command: Sequence[str | Path] = [*host.wrapper, sys.executable, "-c", PROGRAM, "-v", "-p", "0", *options, path]
+    return Server([*command], path.with_suffix(".err"), status=0)
+
+
+def connect_from(host: Host, to: Host, server: Server, header: bytes, receive_buffer: int = 0) -> socket.socket:
+    """Return a connection from `host` to the server, which has read the header if there is one."""
+
+    def make() -> socket.socket:
+        namespace = os.open(host.path, os.O_RDONLY)
+        try:
+            enter(namespace)
+        finally:
+            os.close(namespace)
+        return connect(server.port, header, to.address, receive_buffer)
+
+    sock = in_thread(make)
+    server.clients.append(sock)
+    if header:
+        server.streaming(sock)
+    return sock
+
+
+def given_up(server: Server, sock: socket.socket) -> list[str]:
+    """Return the log's line that says that the peer at `sock` is dead."""
+    host, port = sock.getsockname()
+    return server.lines("stopped acknowledging", f" peer={host}:{port} ")
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_machines_vanish(network: Network, tmp_path: Path) -> None:
+    """Vanished clients are dropped, another gets their place, and all who live get every byte."""
+    ours, theirs = network.host("ours", "10.0.1.1"), network.host("theirs", "10.0.1.2")
+    lives, slow = network.host("lives", "10.0.1.3"), network.host("slow", "10.0.1.4", delay=0.1)
+    path, data = tmp_path / "log", random_bytes(1 << 16)
+    path.write_bytes(data)
+    server = start(ours, path, "--max-clients", "5")
+    try:
+        growing, closed = connect_from(theirs, ours, server, b"-0\n"), connect_from(theirs, ours, server, b"0\n", 4096)
+        pauses, far = connect_from(lives, ours, server, b"0\n", 4096), connect_from(slow, ours, server, b"0\n")
+        quiet = connect_from(lives, ours, server, b"9999999\n")
+        comes = connect_from(lives, ours, server, b"")
+        comes.sendall(b"65536\n")
+        server.logged("as many clients as --max-clients allows")
+        theirs.cut()
+        append(path, b"more")
+        eventually(lambda: given_up(server, growing) and given_up(server, closed))
+        for sock in (pauses, far):
+            expect(sock, data + b"more")
+        expect(comes, b"more")
+        assert len(server.lines("stopped acknowledging")) == 2
+        assert not server.lines("client left", f":{quiet.getsockname()[1]} ")
+    finally:
+        theirs.join()
+        server.finish()
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_a_machine_vanishes_with_its_worker(network: Network, tmp_path: Path) -> None:
+    """A successor finds a client that vanished with bytes of the killed worker in flight."""
+    ours, theirs = network.host("ours2", "10.0.1.11"), network.host("theirs2", "10.0.1.12")
+    path = tmp_path / "log"
+    path.write_bytes(b"first")
+    server = start(ours, path)
+    try:
+        sock = connect_from(theirs, ours, server, b"-0\n")
+        theirs.cut()
+        append(path, b"more")
+        os.kill(children(server.pid)[0], signal.SIGKILL)
+        eventually(lambda: given_up(server, sock))
+        server.logged("worker ready: ", count=2)
+    finally:
+        theirs.join()
+        server.finish()

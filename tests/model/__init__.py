@@ -1,0 +1,1 @@
+"""A model of the whole: what clients may receive, whatever happens."""

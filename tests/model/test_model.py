@@ -1,0 +1,166 @@
+"""A model of the whole: clients and file do as they like, workers die, the program is upgraded, and every byte is accounted for.
+
+Each example has a server of its own, a real one. The model knows what each client must receive, or where the protocol
+leaves that open, what it may. When an example fails, hypothesis prints the shortest one that it can find. That is a script:
+
+    from test_model import Model
+    state = Model()
+    ...
+
+The examples are the same each time, unless TAILSRV_MODEL_EXAMPLES says how many others to try (and TAILSRV_MODEL_STEPS, how long).
+"""
+
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from model.client import Client
+from model.world import WORKERS, FollowingWorld, World
+
+pytestmark = pytest.mark.slow
+
+
+EXAMPLES = int(os.environ.get("TAILSRV_MODEL_EXAMPLES", "0"))
+
+
+STEPS = int(os.environ.get("TAILSRV_MODEL_STEPS", "60"))
+
+
+OPTIONS = settings(
+    max_examples=EXAMPLES or 60,
+    stateful_step_count=STEPS,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=None,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+MAX_KILLS = 4  # in one example: more of them, and successors are made to wait
+
+
+counts = st.one_of(st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5]))
+
+
+numbers = st.one_of(st.integers(0, 100), st.integers(0, 12_000), st.integers(0, 400_000))
+
+
+forms = st.sampled_from([b"%d\n", b"%d\n", b"-%d\n", b"-%d\n", b"-0%d\n", b"+%d\r\n", b" \t%d \n"])
+
+
+headers = st.builds(lambda form, number: form % number, forms, numbers)
+
+
+bad_headers = st.sampled_from([b"\n", b"-\n", b"abc\n", b"1_0\n", b"1e3\n", b"9223372036854775808\n", b"1" * 33, b"5 5\n", b"5\0\n"])
+
+
+if_there = precondition(lambda self: self.file is not None)
+
+
+class Model(World, RuleBasedStateMachine):
+    """What may happen, in any order."""
+
+    clients: Bundle[Client] = Bundle("clients")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = sys.exc_info()[1]
+
+    @initialize(target=clients, linger=st.booleans(), size=st.one_of(st.none(), *[numbers] * 5))
+    def begin(self, linger: bool, size: int | None) -> MultipleResults[Client]:
+        """Start the server, and two clients that want all there is and all there will be."""
+        self.start(linger, size)
+        return multiple(World.connect(self, b"0\n"), World.connect(self, b"-0\n"))
+
+    connect = rule(target=clients, header=headers, at_once=st.sampled_from([64, 64, 64, 0, 1, 2]), narrow=st.booleans())(World.connect)  # type: ignore[assignment]
+    connect_badly = rule(target=clients, header=bad_headers)(World.connect_badly)  # type: ignore[assignment]
+    send = rule(client=clients, count=st.integers(1, 8))(World.send)
+    send_junk = rule(client=clients, count=st.integers(1, 500))(World.send_junk)
+    half_close = rule(client=clients)(World.half_close)
+    read = rule(client=clients, count=counts)(World.read)
+    leave = rule(client=consumes(clients), how=st.sampled_from(["close", "reset", "vanish"]))(World.leave)
+    settle = rule(client=clients)(World.settle)
+
+    create = precondition(lambda self: self.file is None)(rule()(World.create))
+    append = if_there(rule(count=counts)(World.append))
+    truncate = if_there(rule(count=numbers)(World.truncate))
+    overwrite = if_there(rule(before_end=numbers, count=st.integers(1, 6000))(World.overwrite))
+    move = precondition(lambda self: self.file is not None and self.linger and not self.moved)(
+        rule(how=st.sampled_from(["rename", "unlink", "replace"]))(World.move)
+    )
+
+    stop = precondition(lambda self: self.file is not None and not self.stopping)(rule()(World.stop))
+    go_on = precondition(lambda self: self.stopping)(rule()(World.go_on))
+    kill = precondition(lambda self: self.kills < MAX_KILLS)(
+        rule(slot=st.integers(0, WORKERS - 1), number=st.sampled_from(["SIGKILL", "SIGKILL", "SIGTERM"]), known=st.booleans())(World.kill)
+    )
+    upgrade = precondition(lambda self: self.upgrades < 1)(rule()(World.upgrade))
+
+    def teardown(self) -> None:
+        """See, unless a step has failed, that all comes to a good end."""
+        try:
+            if hasattr(self, "port") and sys.exc_info()[1] is self.before:
+                self.finish()
+        finally:
+            self.close()
+
+
+class Following(FollowingWorld, Model):
+    """The same with --follow-name."""
+
+    rotate = precondition(lambda self: self.file is not None and self.rotations < 2)(
+        rule(news=counts, at_once=st.booleans())(FollowingWorld.rotate)
+    )
+
+
+def numbers_of_examples(few: int, many: int, asked_for: int) -> list[object]:
+    """Return how many examples to try: what the environment asks for, else a few, and many in a thorough run."""
+    return [asked_for] if asked_for else [few, pytest.param(many, marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("examples", numbers_of_examples(6, 60, EXAMPLES))
+def test_model(examples: int) -> None:
+    """Whatever clients, file and processes do, every client gets the bytes it asked for."""
+    run_state_machine_as_test(Model, settings=settings(OPTIONS, max_examples=examples))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("examples", numbers_of_examples(2, 8, EXAMPLES // 8))
+def test_model_of_rotations(examples: int) -> None:
+    """The same while the file is replaced by the next."""
+    run_state_machine_as_test(Following, settings=settings(OPTIONS, max_examples=examples))
+
+
+class Wrong(Model):
+    """A model that takes it for a fault that a worker was killed."""
+
+    def finish(self) -> None:
+        """Fail, now and then."""
+        super().finish()
+        assert not self.kills, "there was a kill"
+
+
+@pytest.mark.thorough
+def test_what_is_printed_is_a_script() -> None:
+    """The steps of an example that fails are printed as calls that repeat it."""
+    quick = settings(OPTIONS, phases=[Phase.generate], report_multiple_bugs=False, stateful_step_count=10)
+    with pytest.raises(AssertionError, match="there was a kill") as failure:
+        run_state_machine_as_test(Wrong, settings=quick)
+    script = "\n".join(failure.value.__notes__).partition("state = ")
+    with pytest.raises(AssertionError, match="there was a kill"):
+        exec("".join(script[1:]), {"Wrong": Wrong})

@@ -1,0 +1,245 @@
+"""What a build makes of the parsers: manual pages and completions, in a wheel that comes from a source distribution."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+import tailsrv
+from support.checkout import ROOT
+from support.tools import missing
+from tailsrv.arguments import make_health_parser, make_parser, make_tscat_parser, make_tssync_parser
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+PARSERS = [make_parser(), make_health_parser(), make_tscat_parser(), make_tssync_parser()]
+
+
+# A day on which it is the next day already in the time zone, and a terminal too narrow for anything.
+SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
+
+
+DATE = "2023-11-14"
+
+
+pytestmark = [pytest.mark.build, pytest.mark.slow]
+
+
+def run(*command: str | Path, **more: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **more})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def requirements(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the build requires, in a folder."""
+    folder = tmp_path_factory.mktemp("requirements")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), *PROJECT["build-system"]["requires"]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if result.returncode:
+        pytest.skip(f"what a build requires cannot be had here: {result.stderr.strip()[-300:]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout: a build leaves its traces."""
+    copy = tmp_path_factory.mktemp("sources") / "tailsrv"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"))
+    return copy
+
+
+def call_backend(hook: str, sources: Path, requirements: Path) -> Path:
+    """Let the build backend make what `hook` makes, and return it."""
+    out = sources.parent / hook
+    script = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+    command = f'cd "$1" && exec "$2" -c "{script}" "$3" "$4"'
+    printed = run("sh", "-c", command, "sh", sources, sys.executable, hook, out, PYTHONPATH=str(requirements), **SURROUNDINGS)
+    return out / printed.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def share(sources: Path, requirements: Path) -> Path:
+    """The folder PREFIX/share as a user gets it who installs the source distribution."""
+    sdist = call_backend("build_sdist", sources, requirements)
+    out = sources.parent / "wheel"
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, sdist, **SURROUNDINGS)  # isolated: only what is declared
+    (wheel,) = out.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(out)
+    return out / f"tailsrv-{tailsrv.__version__}.data/data/share"
+
+
+@pytest.fixture(params=PARSERS, ids=lambda parser: str(parser.prog))
+def parser(request: pytest.FixtureRequest) -> ArgumentParser:
+    assert isinstance(request.param, ArgumentParser)
+    return request.param
+
+
+def options(parser: ArgumentParser) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", parser.format_help().partition("\n\n")[2].partition("options:")[2]))
+
+
+def texts(parser: ArgumentParser) -> list[str]:
+    """Return what the parser's author wrote for its user."""
+    helps = [(action.help or "") % {**vars(action), "prog": parser.prog} for action in parser._actions if action.dest != "help"]
+    return [parser.description or "", parser.epilog or "", *helps]
+
+
+def words(*texts: str) -> set[str]:
+    return set(re.findall(r"[\w-]+", " ".join(texts).lower()))
+
+
+def read_page(page: Path) -> str:
+    """Return what a terminal of 80 columns shows of a manual page."""
+    if reason := missing("mandoc"):
+        pytest.skip(reason)
+    return re.sub(r".\x08", "", run("mandoc", "-T", "utf8", "-O", "width=80", page))
+
+
+def test_parsers_need_only_the_standard_library() -> None:
+    """The parsers can be made where no dependency of the server is installed."""
+    run(sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import tailsrv.arguments")
+
+
+def test_every_command_has_its_files(share: Path) -> None:
+    """The wheel brings a manual page and completions for each command that it installs, and nothing else."""
+    commands = {*PROJECT["project"]["scripts"], *(parser.prog for parser in PARSERS)}
+    files = {str(path.relative_to(share)) for path in share.rglob("*") if path.is_file()}
+    places = ["man/man1/{}.1", "bash-completion/completions/{}", "zsh/site-functions/_{}"]
+    assert files == {place.format(command) for place in places for command in commands}
+
+
+def test_every_module_is_installed(share: Path) -> None:
+    """The wheel has each module of the checkout, also those in packages below the first, and nothing else that can be imported."""
+    installed = share.parent.parent.parent
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tailsrv").rglob("*.py")}
+    assert {str(path.relative_to(installed)) for path in installed.rglob("*.py")} == modules
+
+
+def test_packages_below_the_first_are_installed(tmp_path: Path, requirements: Path) -> None:
+    """A package that is added within ours needs no list to be found by a build."""
+    copy = tmp_path / "sources" / "tailsrv"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "contrib", "docs")
+    )
+    (copy / "tailsrv" / "room").mkdir()
+    (copy / "tailsrv" / "room" / "__init__.py").touch()
+    wheel = call_backend("build_wheel", copy, requirements)
+    assert "tailsrv/room/__init__.py" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_build_of_a_checkout_keeps_to_its_folder(share: Path, sources: Path, requirements: Path) -> None:
+    """A wheel made in a checkout has the same files, and making it writes nothing outside what git ignores."""
+    before = {path.name for path in sources.iterdir()}
+    wheel = call_backend("build_wheel", sources, requirements)
+    names = [name.partition("/share/")[2] for name in zipfile.ZipFile(wheel).namelist() if "/share/" in name]
+    assert sorted(names) == sorted(str(path.relative_to(share)) for path in share.rglob("*") if path.is_file())
+    assert {path.name for path in sources.iterdir()} - before <= {"build", "tailsrv.egg-info", "__pycache__"}
+
+
+def test_editable_install_needs_no_files(sources: Path, requirements: Path) -> None:
+    """An editable wheel can be made; it brings the commands only."""
+    wheel = call_backend("build_editable", sources, requirements)
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "/share/" in name]
+
+
+def test_page_explains_every_option(share: Path, parser: ArgumentParser) -> None:
+    """Each option but --help, which the page is, has its paragraph."""
+    page = (share / f"man/man1/{parser.prog}.1").read_text()
+    described = set(re.findall(r"\\fB(-.*?)\\fR", page.replace(r"\-", "-")))
+    assert described == options(parser) - {"-h", "--help"}
+
+
+def test_page_has_its_sections(share: Path, parser: ArgumentParser) -> None:
+    """The page has the sections that one looks for, and what the epilog says is among them."""
+    page = (share / f"man/man1/{parser.prog}.1").read_text()
+    sections = re.findall(r"^\.SH (.*)", page, re.MULTILINE)
+    assert [name for name in sections if name not in ("SIGNALS", "EXAMPLES")] == [
+        "NAME",
+        "SYNOPSIS",
+        "DESCRIPTION",
+        "OPTIONS",
+        "EXIT STATUS",
+        "SEE ALSO",
+    ]
+    assert f'"{DATE}" "tailsrv {tailsrv.__version__}"' in page.splitlines()[0]
+
+
+def test_page_is_sound(share: Path, parser: ArgumentParser) -> None:
+    """The page keeps the rules of man(7), and says in a terminal what the parser says, with minus signs that can be copied."""
+    page = share / f"man/man1/{parser.prog}.1"
+    text = read_page(page)
+    run("mandoc", "-T", "lint", "-W", "warning", page)
+    assert max(map(len, text.splitlines())) <= 80
+    assert words(*texts(parser)) <= words(text)
+
+
+def complete_in_bash(share: Path, command: str, *typed: str, folder: Path) -> list[str]:
+    """Return what bash offers for the last of the words."""
+    script = """
+        source "$1"; shift; COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+        function=$(complete -p "$1" | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
+        "$function" "$1" "${@: -1}" "${@: -2:1}"; printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    source = share / "bash-completion/completions" / command
+    result = subprocess.run(["bash", "-c", script, "bash", source, command, *typed], capture_output=True, text=True, timeout=30, cwd=folder)
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "offered"),
+    [
+        ("tailsrv", ["--fol"], ["--follow-name"]),
+        ("tailsrv", ["app.log", "--ver"], ["--verbose", "--version"]),
+        ("tailsrv", ["-w", "2", "ap"], ["app.log"]),
+        ("tailsrv", ["--grace", "a"], []),
+        ("tailsrv", ["app.log", ""], []),
+        ("tailsrv-health", ["--format", "pro"], ["prometheus"]),
+        ("tailsrv-health", [""], []),
+        ("tscat", ["--un"], ["--until-idle"]),
+        ("tssync", ["--on-mismatch", "r"], ["restart"]),
+        ("tssync", ["localhost:1", "ap"], ["app.log"]),
+    ],
+)
+def test_bash_completes(share: Path, tmp_path: Path, command: str, typed: list[str], offered: list[str]) -> None:
+    """Bash completes options, choices, and the file's name where a file is meant."""
+    (tmp_path / "app.log").touch()
+    assert complete_in_bash(share, command, *typed, folder=tmp_path) == offered
+
+
+ZSH = r"""
+zmodload zsh/zpty || exit
+zpty shell zsh -f -i
+zpty -w shell "PS1=; fpath=(${(q)1} \$fpath); autoload -Uz compinit; compinit -u -D; print re''ady"
+zpty -r shell out '*ready*'
+zpty -w -n shell "$2"$'\t'
+zpty -r shell out "*$3*" && print completed
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("tailsrv --fol", "--follow-name"),
+        ("tailsrv -w 2 ap", "app.log"),
+        ("tailsrv-health --format pro", "prometheus"),
+        ("tssync a:1 ap", "app.log"),
+    ],
+)
+def test_zsh_completes(share: Path, tmp_path: Path, typed: str, shown: str) -> None:
+    """Zsh, at a terminal, finds the functions in its fpath and completes with them."""
+    if reason := missing("zsh"):
+        pytest.skip(reason)
+    (tmp_path / "app.log").touch()
+    command: list[str | Path] = ["zsh", "-f", "-c", ZSH, "zsh", share / "zsh/site-functions", typed, shown]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path, env={**os.environ, "TERM": "dumb"})
+    assert result.stdout.endswith("completed\n"), result

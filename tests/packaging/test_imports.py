@@ -1,0 +1,67 @@
+"""The direction of imports is a contract, in pyproject.toml; here it is kept, and seen to break."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.checkout import ROOT
+from support.waiting import DEADLINE
+
+CHECK = "import sys; sys.path.insert(0, ''); from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Check the contracts of the pyproject.toml in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-c", CHECK], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE
+    )
+
+
+@pytest.mark.slow
+def test_contracts_are_kept() -> None:
+    """No package imports what it is not to know of, and the pure modules make no system call."""
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert " 0 broken" in done.stdout
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("protocol.py", "import socket"),
+        ("linux/sockets.py", "import tailsrv.protocol"),
+        ("worker/streams.py", "import tailsrv.supervisor.client_table"),
+        ("client/stream.py", "import tailsrv.channel"),
+        ("health/report.py", "import tailsrv.listeners"),
+    ],
+)
+def test_wrong_import_is_found(tmp_path: Path, module: str, line: str) -> None:
+    """An import of what a package is not to know of, or of a system call into a pure module, breaks a contract."""
+    shutil.copytree(ROOT / "tailsrv", tmp_path / "tailsrv", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source = tmp_path / "tailsrv" / module
+    source.write_text(f"{source.read_text()}\n{line}\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "BROKEN" in done.stdout
+
+
+def test_contracts_are_about_modules_that_are_there() -> None:
+    """A contract that names a module which has moved would be kept by everybody."""
+    listed = (ROOT / "pyproject.toml").read_text().partition("[tool.importlinter]")[2]
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "tailsrv").rglob("*.py")]
+    modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
+    assert set(re.findall(r"\"(tailsrv\.[.\w]+)", listed)) - modules == set()
+
+
+def test_every_module_of_the_first_level_is_in_a_contract() -> None:
+    """What is beside the packages is forbidden to the operating system's package, but for what starts the program."""
+    listed = (ROOT / "pyproject.toml").read_text().partition("[tool.importlinter]")[2]
+    names = {path.stem for path in (ROOT / "tailsrv").glob("*.py")} - {"__init__", "__main__"}
+    assert names - set(re.findall(r"\"tailsrv\.(\w+)\"", listed)) == set()

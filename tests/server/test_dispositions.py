@@ -1,0 +1,272 @@
+"""What each signal does to the server's processes: none ends them but those that are to."""
+
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from support.checkout import PROGRAMS
+from support.files import append, random_bytes
+from support.processes import children
+from support.server import Serve
+from support.sockets import expect, recv_all
+from support.waiting import DEADLINE, eventually
+from tailsrv.linux.signals import STRAY, name_of
+from tailsrv.stray_signals import StraySignals
+
+DATA, NEWS = random_bytes(1000), b"more"
+
+
+HELD = PROGRAMS / "breakpoints.py"
+
+
+# Without core files: some of these signals leave one.
+NO_CORES = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
+
+
+# What supervisor and worker have installed for each signal: signal(7) says what `default` does.
+INSTALLED = {
+    "SIGHUP": ("caught", "ignored"),
+    "SIGINT": ("caught", "ignored"),
+    "SIGQUIT": ("caught", "default"),
+    "SIGILL": ("default", "default"),
+    "SIGTRAP": ("default", "default"),
+    "SIGABRT": ("default", "default"),
+    "SIGBUS": ("default", "default"),
+    "SIGFPE": ("default", "default"),
+    "SIGKILL": ("default", "default"),
+    "SIGUSR1": ("caught", "caught"),
+    "SIGSEGV": ("default", "default"),
+    "SIGUSR2": ("caught", "caught"),
+    "SIGPIPE": ("ignored", "ignored"),
+    "SIGALRM": ("caught", "caught"),
+    "SIGTERM": ("caught", "caught"),
+    "SIGSTKFLT": ("caught", "caught"),
+    "SIGCHLD": ("caught", "default"),
+    "SIGCONT": ("default", "default"),
+    "SIGSTOP": ("default", "default"),
+    "SIGTSTP": ("default", "default"),
+    "SIGTTIN": ("caught", "caught"),
+    "SIGTTOU": ("ignored", "ignored"),
+    "SIGURG": ("default", "default"),
+    "SIGXCPU": ("default", "default"),
+    "SIGXFSZ": ("ignored", "ignored"),
+    "SIGVTALRM": ("caught", "caught"),
+    "SIGPROF": ("caught", "caught"),
+    "SIGWINCH": ("default", "default"),
+    "SIGIO": ("caught", "caught"),
+    "SIGPWR": ("caught", "ignored"),
+    "SIGSYS": ("default", "default"),
+}
+
+
+DEADLY = ("SIGILL", "SIGTRAP", "SIGABRT", "SIGBUS", "SIGFPE", "SIGKILL", "SIGSEGV", "SIGXCPU", "SIGSYS")
+
+
+SILENT = ("SIGPIPE", "SIGCHLD", "SIGCONT", "SIGTTOU", "SIGURG", "SIGXFSZ", "SIGWINCH")
+
+
+def installed(number: int) -> tuple[str, str]:
+    """Return the line of the table for a signal; all real-time signals are alike."""
+    return ("caught", "caught") if number >= signal.SIGRTMIN else INSTALLED[name_of(number)]
+
+
+def disposition(pid: int, number: int) -> str:
+    """Return what the process `pid` has installed for a signal: proc_pid_status(5)."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    for key, word in (("SigCgt", "caught"), ("SigIgn", "ignored")):
+        if int(text.partition(f"{key}:")[2].split()[0], 16) >> number - 1 & 1:
+            return word
+    return "default"
+
+
+@pytest.fixture(autouse=True)
+def file(path: Path) -> None:
+    """Put the data where it is served from."""
+    path.write_bytes(DATA)
+
+
+def test_every_signal_is_in_the_table(serve: Serve, path: Path) -> None:
+    """For each signal of this system, supervisor and worker have installed what the table says."""
+    server = serve(path)
+    pids = (server.pid, *server.workers(1))
+    numbers = signal.valid_signals()
+    seen = {name_of(number): tuple(disposition(pid, number) for pid in pids) for number in numbers}
+    assert seen == {name_of(number): installed(number) for number in numbers}
+
+
+def test_the_server_survives_what_has_no_meaning(serve: Serve, path: Path) -> None:
+    """Supervisor and worker ignore signals that mean nothing, and the log says what to send."""
+    server = serve(path)
+    (worker,) = server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    for pid in (server.pid, worker):
+        for number in STRAY:
+            os.kill(pid, number)
+    for number in STRAY:
+        server.logged("warning: ignored a signal ", f" signal={name_of(number)} hint=", "HUP upgrades")
+        server.logged("warning: ignored a signal ", f" signal={name_of(number)} slot=0 hint=")
+    append(path, NEWS)
+    expect(client, NEWS)
+    assert server.workers(1) == [worker]
+
+
+def test_the_server_survives_what_is_not_worth_a_line(serve: Serve, path: Path) -> None:
+    """What the kernel sends for reasons of its own is ignored without a word."""
+    server = serve(path)
+    (worker,) = server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    for pid in (server.pid, worker):
+        for name in SILENT:
+            os.kill(pid, signal.Signals[name])
+    for pid in (server.pid, worker):
+        os.kill(pid, signal.SIGUSR1)
+    server.logged(" signal=SIGUSR1 hint=")
+    server.logged(" signal=SIGUSR1 slot=0 ")
+    append(path, NEWS)
+    expect(client, NEWS)
+    assert server.workers(1) == [worker]
+    assert len(server.lines("warning")) == 2
+
+
+def test_only_some_of_a_flood_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Each signal has one line in ten seconds, however often it comes."""
+    stray = StraySignals(slot=3)
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1, signal.SIGRTMIN + 3):
+        stray.note(number)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" signal=")[2].split(" hint=")[0] for message in messages] == [
+        "SIGUSR1 slot=3", "SIGUSR2 slot=3", "SIGRTMIN+3 slot=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.sample(2)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEADLY)
+def test_what_ends_the_supervisor(serve: Serve, path: Path, name: str) -> None:
+    """A fault, a limit on CPU time, ABRT and KILL end the supervisor and its workers."""
+    server = serve(path, status=-signal.Signals[name], wrapper=NO_CORES)
+    server.workers(1)
+    server.signal(signal.Signals[name])
+    server.wait()
+
+
+@pytest.mark.slow
+def test_what_ends_a_worker(serve: Serve, path: Path) -> None:
+    """The same signals, TERM and QUIT end a worker, which is replaced, and its clients stay."""
+    names = (*DEADLY, "SIGTERM", "SIGQUIT")
+    server = serve(path, "-w", str(len(names)), wrapper=NO_CORES)
+    workers = server.workers(len(names))
+    clients = [server.connect(b"0\n") for _ in range(3 * len(names))]
+    for client in clients:
+        expect(client, DATA)
+    for worker, name in zip(workers, names, strict=True):
+        os.kill(worker, signal.Signals[name])
+        server.logged("warning: worker ", f" pid={worker} ")
+    server.logged("worker ready: ", count=2 * len(names))
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+    assert not set(workers) & set(server.workers(len(names)))
+
+
+def test_power_fails(serve: Serve, path: Path) -> None:
+    """PWR, which lxc-stop(1) sends to a container, drains; TERM with it does not hurry that."""
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    append(path, NEWS)
+    server.signal(signal.SIGPWR)
+    server.logged("draining: signal=SIGPWR grace=5 reason=")
+    server.signal(signal.SIGPWR)
+    server.signal(signal.SIGTERM)
+    assert recv_all(client) == NEWS
+    server.wait()
+    assert len(server.lines("draining: signal=SIGPWR grace=5 reason=")) == 1
+
+
+# Processes that come and go
+
+
+@pytest.mark.slow
+def test_a_group_is_signalled_while_an_upgrade_is_checked(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A signal for all processes of the service does not fail the check of an upgrade."""
+    gate, script = tmp_path / "gate", tmp_path / "program.py"
+    os.mkfifo(gate)
+    script.write_text(f"""
+import os, sys
+if os.environ.get("TAILSRV_UPGRADE") == "check":
+    open({str(gate)!r}).read()
+from tailsrv.__main__ import main
+sys.exit(main())
+""")
+    server = serve(path, program=(sys.executable, str(script)))
+    (worker,) = server.workers(1)
+    server.signal(signal.SIGHUP)
+    opened = eventually(lambda: open_gate(gate))
+    (proof,) = [pid for pid in children(server.pid) if pid != worker]
+    for number in (*STRAY, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPWR):
+        os.kill(proof, number)
+    assert opened
+    os.close(opened)
+    server.logged("upgraded: ")
+    assert not server.lines("upgrade failed")
+
+
+def open_gate(path: Path) -> int | None:
+    """Return a descriptor that writes to a named pipe, None while no process reads from it."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def test_clients_are_told_all_the_same(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A child that tells about the clients survives what means nothing, and answers."""
+    hold = tmp_path / "hold"
+    hold.mkdir()
+    server = serve(path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=(sys.executable, str(HELD)))
+    server.workers(1)
+    (hold / "status").touch()
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(DEADLINE)
+        asker.connect(f"\0tailsrv:*:{server.port}/clients")
+        (child,) = eventually(lambda: stopped(server.pid))
+        for number in STRAY - {signal.SIGALRM}:  # this one ends it if the asker does not read
+            os.kill(child, number)
+        os.kill(child, signal.SIGCONT)
+        assert recv_all(asker).endswith(b"\n")
+
+
+def stopped(pid: int) -> list[int]:
+    """Return the stopped children of the process `pid`."""
+    found = [child for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_STOPPED]
+    return [child.pid for child in found]
+
+
+def test_stray_signals_come_through_an_upgrade(serve: Serve, path: Path) -> None:
+    """USR1 for all processes at each moment of an upgrade ends none of them."""
+    server = serve(path)
+    server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    server.signal(signal.SIGHUP)
+
+    def upgraded() -> list[str]:
+        for pid in (server.pid, *children(server.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        return server.lines("upgraded: ")
+
+    eventually(upgraded)
+    append(path, NEWS)
+    expect(client, NEWS)
+    assert not server.lines("upgrade failed")
+    assert not server.lines("worker was killed")

@@ -1,0 +1,347 @@
+"""How a server ends: section 5 of the design."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from support.files import append, random_bytes
+from support.processes import gone, stop, switches, title
+from support.server import HURRIED, Serve, Server
+from support.sockets import expect, expect_eof, recv_all, recv_exactly
+from support.strace import needs_strace, strace
+from support.waiting import eventually
+
+DATA = random_bytes(1000)
+
+
+BIG = random_bytes(16 << 20)  # more than the kernel takes for a client that does not read
+
+
+Ending = Callable[[Server, Path], None]
+
+
+def terminate(server: Server, path: Path) -> None:  # noqa: ARG001 the other way needs it
+    server.signal(signal.SIGTERM)
+
+
+def interrupt(server: Server, path: Path) -> None:  # noqa: ARG001
+    server.signal(signal.SIGINT)
+
+
+def delete_file(server: Server, path: Path) -> None:  # noqa: ARG001
+    path.unlink()
+
+
+@pytest.fixture(params=[terminate, interrupt, delete_file], ids=lambda ending: ending.__name__)
+def end(request: pytest.FixtureRequest) -> Ending:
+    """Return each thing that makes a server drain."""
+    ending: Ending = request.param
+    return ending
+
+
+@pytest.mark.slow
+def test_everyone_gets_everything(serve: Serve, path: Path, end: Ending) -> None:
+    """Every client gets the file up to its end and then EOF, wherever it is."""
+    path.write_bytes(BIG)
+    server = serve(path, "-w", "2", "-v", "--grace", "60")
+    starts = [0, 1, 5 << 20, len(BIG) - 1, len(BIG), len(BIG) + 1, 1 << 40]
+    clients = [server.connect(b"%d\n" % start) for start in starts]
+    for client in clients:
+        server.streaming(client)
+    append(path, DATA)
+    end(server, path)
+    for start, client in zip(starts, clients, strict=True):
+        expect(client, (BIG + DATA)[start:])
+        expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+def test_slow_reader(serve: Serve, path: Path, end: Ending) -> None:
+    """A client that was stalled when the draining began gets all within the grace."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "60")
+    slow = server.connect(b"0\n", receive_buffer=4096)
+    expect(slow, BIG[:10])
+    end(server, path)
+    server.logged("draining")
+    expect(slow, BIG[10:])
+    expect_eof(slow)
+    server.wait()
+    assert server.lines("grace is over") == []
+
+
+@pytest.mark.slow
+def test_stray_input(serve: Serve, path: Path) -> None:
+    """Bytes that a client has sent after its header, and nobody has read, do not cost it what is queued for it."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "60")
+    (worker,) = server.workers(1)
+    clients = [server.connect(b"0\n", receive_buffer=4096) for _ in range(5)]
+    for client in clients:
+        expect(client, BIG[:10])
+    stop(worker)
+    for client in clients:
+        client.sendall(b"stray bytes" * 100)
+    server.signal(signal.SIGTERM)
+    server.logged("draining")
+    os.kill(worker, signal.SIGCONT)
+    for client in clients:
+        client.sendall(b"stray while draining")
+        expect(client, BIG[10:])
+        expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
+    """A client that has all from us but not from the kernel, and goes on talking, is not reset: we wait for its acknowledgement."""
+    path.write_bytes(data := BIG[:100_000])
+    server = serve(path, "-v", "--grace", "60")
+    client = server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(client)
+    (worker,) = server.workers(1)
+    server.signal(signal.SIGTERM)
+    eventually(lambda: "[draining, 1 client]" in title(worker))
+    for place in range(0, 50_000, 10_000):
+        client.sendall(b"stray while the kernel holds the rest")
+        assert server.lines("client left") == []
+        expect(client, data[place : place + 10_000])
+    expect(client, data[50_000:])
+    expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
+    """A client that does not read cannot keep the server from ending; what the kernel has for it is a part of the file."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "0.3", program=HURRIED)
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    done = server.connect(b"0\n")
+    expect(stalled, BIG[:10])
+    expect(done, BIG)
+    stalled.sendall(b"stray bytes, which must not turn the end into a reset")
+    end(server, path)
+    expect_eof(done)
+    server.wait()
+    assert len(server.lines("warning: grace is over: slot=0 clients=1")) == 1
+    rest = recv_all(stalled)
+    assert 0 < len(rest) < len(BIG) - 10
+    assert rest == BIG[10 : 10 + len(rest)]
+
+
+@pytest.mark.slow
+def test_grace_of_nothing(serve: Serve, path: Path) -> None:
+    """With --grace 0 the server ends without waiting for anybody."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "0")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(stalled, BIG[:10])
+    server.signal(signal.SIGTERM)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_worker_that_does_not_drain(serve: Serve, path: Path) -> None:
+    """A worker that does not react is killed after the grace, and the server still ends as asked."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2", "--grace", "0.1")
+    stop(server.workers(2)[0])
+    server.signal(signal.SIGTERM)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_accept_queue(serve: Serve, path: Path, end: Ending) -> None:
+    """Connections that nobody had accepted when the draining began are served like the others."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2")
+    workers = server.workers(2)
+    stop(workers[0])
+    if end is not delete_file:  # somebody has to see it
+        stop(workers[1])
+    clients = [server.connect(b"%d\n" % start) for start in range(200)]
+    end(server, path)
+    server.logged("draining")
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
+    for start, client in enumerate(clients):
+        expect(client, DATA[start:])
+        expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("header", [b"", b"12", b"  -"])
+def test_without_a_header(serve: Serve, path: Path, end: Ending, header: bytes) -> None:
+    """A connection that has not said what it wants gets a clean EOF."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    silent = server.connect(header)
+    expect(server.connect(b"0\n"), DATA)
+    end(server, path)
+    expect_eof(silent)
+    server.wait()
+
+
+def test_before_there_is_a_file(serve: Serve, path: Path) -> None:
+    """A server that ends while it waits for its file leaves nobody waiting."""
+    server = serve(path)
+    client = server.connect(b"0\n")
+    server.logged("waiting for file")
+    server.signal(signal.SIGTERM)
+    expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_the_end_is_where_it_was(serve: Serve, path: Path) -> None:
+    """What is appended while the server drains is not its business any more."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "60")
+    slow = server.connect(b"0\n", receive_buffer=4096)
+    expect(slow, BIG[:10])
+    (worker,) = server.workers(1)
+    server.signal(signal.SIGTERM)
+    eventually(lambda: "draining" in title(worker))
+    append(path, DATA)
+    slow.sendall(b"stray bytes, for which the worker wakes up")
+    assert recv_exactly(slow, len(BIG) - 10) == BIG[10:]
+    expect_eof(slow)
+    server.wait()
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+def test_nobody_is_let_in_while_draining(serve: Serve, path: Path, end: Ending) -> None:
+    """The port is closed as soon as the draining has begun, while streams go on."""
+    path.write_bytes(BIG)
+    server = serve(path, "-w", "2", "--grace", "60")
+    server.workers(2)
+    slow = server.connect(b"0\n", receive_buffer=4096)
+    expect(slow, BIG[:10])
+    end(server, path)
+    server.logged("draining")
+
+    def refused() -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", server.port)) != 0
+
+    eventually(refused)
+    expect(slow, BIG[10:])
+    expect_eof(slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_after_the_file_has_gone(serve: Serve, path: Path, number: signal.Signals) -> None:
+    """Who is being served to the end of a file that is gone is so still when the server is told to end; a second signal ends it at once."""
+    path.write_bytes(BIG)
+    server = serve(path, "--grace", "60")
+    slow = server.connect(b"0\n", receive_buffer=4096)
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(slow, BIG[:10])
+    expect(stalled, BIG[:10])
+    path.unlink()
+    server.logged("file is gone, draining")
+    server.signal(number)
+    server.logged(f"draining: signal={number.name}")
+    expect(slow, BIG[10:])
+    expect_eof(slow)
+    server.signal(number)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_has_just_died(serve: Serve, path: Path) -> None:
+    """Who waits in the queue of a worker whose end is noticed with the signal is served like the others."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    stop(server.pid)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: gone(worker))
+    client = server.connect(b"0\n")
+    server.signal(signal.SIGTERM)
+    server.signal(signal.SIGCONT)
+    expect(client, DATA)
+    expect_eof(client)
+    server.wait()
+
+
+# A worker that dies around the start of a drain: its accept queue is served by its successor.
+
+
+def served_in_the_end(server: Server, clients: list[socket.socket]) -> None:
+    """Assert that each of `clients`, which have asked for everything, gets it and then the end of the stream."""
+    for client in clients:
+        expect(client, DATA)
+        expect_eof(client)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_is_killed_with_its_order(serve: Serve, path: Path) -> None:
+    """A worker that is killed before it obeys the order to drain leaves its queue to its successor."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    stop(worker)
+    clients = [server.connect(b"0\n") for _ in range(100)]
+    server.signal(signal.SIGTERM)
+    server.logged("draining")
+    os.kill(worker, signal.SIGKILL)
+    served_in_the_end(server, clients)
+
+
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_dies_with_its_notice(serve: Serve, path: Path) -> None:
+    """A worker that has reported that the file is gone, and dies before the supervisor acts, leaves its queue to its successor."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    stop(server.pid)
+    before = switches(worker)
+    path.unlink()
+    eventually(lambda: switches(worker) > before and psutil.Process(worker).status() == psutil.STATUS_SLEEPING)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: gone(worker))
+    clients = [server.connect(b"0\n") for _ in range(100)]
+    server.signal(signal.SIGCONT)
+    served_in_the_end(server, clients)
+
+
+@needs_strace
+@pytest.mark.slow
+def test_accept_queue_of_a_worker_that_ends_before_its_order(serve: Serve, path: Path) -> None:
+    """Where TERM reaches a worker before the supervisor's order, as one to the whole group may, its queue is served all the same."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    with strace(worker, "exit_group:delay_enter=300000"):
+        os.kill(worker, signal.SIGTERM)  # without an order it ends as in a crash: for longer than the supervisor takes to send one
+        eventually(lambda: psutil.Process(worker).status() == psutil.STATUS_TRACING_STOP)
+        clients = [server.connect(b"0\n") for _ in range(100)]
+        server.signal(signal.SIGTERM)
+        served_in_the_end(server, clients)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_signal_to_the_whole_group(serve: Serve, path: Path) -> None:
+    """TERM to supervisor and workers at once, with more connections in the queues than a turn accepts, costs none of them its bytes."""
+    for _ in range(10):
+        path.write_bytes(DATA)
+        server = serve(path, "-w", "2")
+        server.workers(2)
+        clients = [server.connect(b"0\n") for _ in range(100)]
+        os.killpg(server.pid, signal.SIGTERM)
+        served_in_the_end(server, clients)

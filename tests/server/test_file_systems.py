@@ -1,0 +1,329 @@
+"""File systems that fail, die, make up inode numbers, or are mounted over the file or out of sight."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.checkout import PROGRAMS, ROOT
+from support.files import append, random_bytes
+from support.fusefs import Fuse
+from support.processes import runs, switches
+from support.server import Serve, Server
+from support.sockets import expect, expect_eof
+from support.status import status
+from support.waiting import DEADLINE, eventually
+
+pytestmark = pytest.mark.slow
+
+
+HELD = PROGRAMS / "breakpoints.py"
+
+
+OLD, NEW, MORE = random_bytes(5000, 1), random_bytes(9000, 2), random_bytes(3000, 3)
+
+
+@pytest.fixture
+def hurried(tmp_path: Path) -> Iterator[tuple[str, ...]]:
+    """Give a program to serve with that looks at the file twenty times as often."""
+    (hold := tmp_path / "hold").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAILSRV_TEST_HOLD", str(hold))
+        yield (sys.executable, str(HELD))
+
+
+@pytest.fixture
+def fuse(tmp_path: Path) -> Fuse:
+    """Give a file system of one file, which holds OLD, that behaves as ordered."""
+    fuse = Fuse(tmp_path / "fuse")
+    fuse.write(OLD)
+    if not runs(*fuse.wrapper, "true"):
+        pytest.skip("a FUSE file system cannot be mounted in a namespace of its own")
+    return fuse
+
+
+def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
+    """Have the name lead to another file; the streams of the old one end, and this one is served."""
+    old = server.connect(b"-0\n")
+    server.streaming(old)
+    node = int(fuse.orders["node"]) + 1
+    data = random_bytes(1000, node)
+    fuse.write(data, node)
+    fuse.order(node=node, **orders)
+    server.logged("serving: ", count=node - 1)
+    expect_eof(old)
+    fuse.order(fail={})
+    expect(server.connect(b"0\n"), data)
+
+
+def run_in(fuse: Fuse, folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program in `folder`, in a mount namespace with the file system."""
+    command = [*fuse.wrapper, sys.executable, "-W", "error", "-c", code, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+
+
+# Calls that fail
+
+CALLS = [
+    ("FLUSH", 0, 100),  # of close(2)
+    ("OPEN", 0, 1),
+    ("GETATTR AFTER OPEN", 0, 1),
+    ("READ", 0, 1),
+    *(("LOOKUP", skip, 2) for skip in range(3)),
+    *(("GETATTR", skip, 3) for skip in range(0, 9, 3)),
+]
+
+
+@pytest.mark.thorough
+def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> None:
+    """Whichever call on the file fails during a rotation, the server goes on with the next file."""
+    server = serve(fuse.path, "--follow-name", "-v", wrapper=fuse.wrapper, program=hurried)
+    server.workers(1)
+    for operation, skip, times in CALLS:
+        rotate(fuse, server, fail={operation: ["EIO", skip, times]})
+    assert "cannot go on" not in server.log
+
+
+# A file system that dies
+
+
+@pytest.mark.parametrize("options", [(), ("--follow-name",)])
+def test_held_file_is_dead(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], path: Path, options: tuple[str, ...]) -> None:
+    """A file that will never answer again is gone once the path names another one, and not before."""
+    path.symlink_to(fuse.path)
+    server = serve(path, *options, wrapper=fuse.wrapper, program=hurried)
+    expect(old := server.connect(b"0\n"), OLD)
+    fuse.kill()
+    eventually(lambda: status(server)["file"]["size"] is None)
+    assert not server.lines("file is gone")
+    (fresh := path.with_name("fresh")).write_bytes(NEW)
+    fresh.rename(path)
+    server.logged("file is gone")
+    expect_eof(old)
+    if options:
+        expect(server.connect(b"0\n"), NEW)
+    else:
+        server.wait()
+
+
+# Inode numbers that change
+
+
+@pytest.mark.parametrize("options", [(), ("--follow-name",)])
+def test_inode_numbers_that_change(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """A file whose number changes from look to look is still the same file, until another has its name."""
+    fuse.order(unstable=True)
+    server = serve(fuse.path, *options, "-v", wrapper=fuse.wrapper, program=hurried)
+    expect(client := server.connect(b"0\n"), OLD)
+    for size in (len(MORE), 2 * len(MORE)):
+        fuse.write(OLD + (MORE + MORE)[:size])
+        expect(client, MORE)
+    assert not server.lines("file is gone")
+    fuse.write(NEW, 3)
+    fuse.order(node=3)
+    server.logged("file is gone")
+    expect_eof(client)
+    if options:
+        expect(server.connect(b"0\n"), NEW)
+    else:
+        server.wait()
+
+
+OTHER_NUMBER = """
+import os, sys
+from pathlib import Path
+from support.fusefs import Fuse
+from tailsrv.file_identity import CATCH_UP, Identity
+fuse = Fuse(Path(sys.argv[1]), fresh=False)
+for contents, grown, expected in {CASES}:
+    fuse.write(contents[0], 2), fuse.write(contents[1], 3)
+    fuse.order(node=2)
+    file = os.open(fuse.path, os.O_RDONLY)
+    identity = Identity(file, str(fuse.path))
+    fuse.order(node=3)
+    seen = [identity.is_gone(now) for now in (0.0, CATCH_UP - 1)]
+    if grown:
+        fuse.write(contents[0] + grown, 2)
+    seen += [identity.is_gone(now) for now in (CATCH_UP, 2 * CATCH_UP - 2, 2 * CATCH_UP)]
+    assert seen == expected, (contents, grown, seen)
+    os.close(file)
+"""
+
+
+LONG = b"x" * 10_000
+
+
+CASES: list[tuple[tuple[bytes, bytes], bytes, list[bool | None]]] = [
+    ((b"same", b"same"), b"", [False] * 5),
+    ((LONG, LONG), b"", [False] * 5),
+    ((b"", b""), b"", [False] * 5),
+    ((b"same", b"shor"), b"", [True] * 5),
+    ((b"longer", b"long"), b"", [True] * 5),
+    ((b"a" + LONG, b"b" + LONG), b"", [True] * 5),
+    ((LONG + b"a", LONG + b"b" + LONG), b"", [True] * 5),
+    ((b"copy", b"copy that grows"), b"", [None, None, True, True, True]),
+    ((b"late", b"late news"), b" news", [None, None, False, False, False]),
+    ((b"late", b"late news"), b" n", [None, None, None, None, True]),
+]
+
+
+def test_another_number(fuse: Fuse, tmp_path: Path) -> None:
+    """Without reliable numbers, beginning, end and growth tell whether it is another file."""
+    code = OTHER_NUMBER.format(CASES=CASES)
+    done = run_in(fuse, tmp_path, code, str(fuse.folder))
+    assert done.returncode == 0, done.stderr
+
+
+def test_rotations_without_end(serve: Serve, path: Path) -> None:
+    """A file that is replaced all the time is rotated less and less often, and the last one is served."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name")
+    server.workers(1)
+
+    def replace() -> bool:
+        (fresh := path.with_name("fresh")).write_bytes(NEW)
+        fresh.rename(path)
+        return bool(server.lines("file is gone again so soon"))
+
+    eventually(replace)
+    (fresh := path.with_name("fresh")).write_bytes(MORE)
+    fresh.rename(path)
+    server.logged("serving: ", f"size={len(MORE)} ")
+    expect(server.connect(b"0\n"), MORE)
+
+
+# A mount that is out of sight
+
+HIDDEN = """
+import os, subprocess, sys
+from tailsrv.linux.file_system import why_poll
+odd, local = (os.open(path, os.O_RDONLY) for path in sys.argv[1:3])
+print(why_poll(odd), why_poll(local), sep="\\n")
+os.makedirs("jail/proc"), os.makedirs("jail/empty")
+subprocess.run(["mount", "-t", "proc", "proc", "jail/proc"], check=True)
+os.chroot("jail")
+print(why_poll(odd), why_poll(local), sep="\\n")
+os.chroot("/empty")
+print(why_poll(odd), why_poll(local), sep="\\n")
+"""
+
+
+HIDDEN_REASON = (
+    "inotify may not report every change: its mount is not in /proc/self/mountinfo, the file system is of type 0x65735546, see statfs(2)"
+)
+
+
+def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
+    """In a chroot, and without /proc, the kernel itself is asked whether a file system is local."""
+    (local := tmp_path / "local").touch()
+    done = run_in(fuse, tmp_path, HIDDEN, str(fuse.path), str(local))
+    if "mount failed" in done.stderr:
+        pytest.skip("/proc cannot be mounted here")
+    assert done.returncode == 0, done.stderr
+    listed, *others = done.stdout.splitlines()
+    assert listed == "inotify does not report every change on fuse.odd"
+    assert others[::2] == ["None"] * 3
+    assert set(others[1::2]) == {HIDDEN_REASON}
+
+
+# Mounts
+
+IN_NAMESPACE = ("unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")), "--mount")
+
+
+def mount(server: Server, command: str) -> None:
+    """Run a command in the mount namespace of a server."""
+    subprocess.run(["nsenter", f"--target={server.pid}", "--mount", "sh", "-ec", command], check=True, timeout=DEADLINE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a folder whose file holds OLD, for a server in a mount namespace of its own."""
+    if not runs(*IN_NAMESPACE, "mount", "-t", "tmpfs", "none", str(tmp_path)) or os.geteuid() != 0:
+        pytest.skip("takes root, and a mount namespace")
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "file.log").write_bytes(OLD)
+    (tmp_path / "new").write_bytes(NEW)
+    return folder
+
+
+WAYS = {
+    "over the folder": "mount -t tmpfs none {folder}; cp {folder}/../new {folder}/file.log",
+    "over the file": "mount --bind {folder}/../new {folder}/file.log",
+    "unmounted": "umount --lazy {folder}; cp {folder}/../new {folder}/file.log",
+}
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("way", WAYS)
+def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
+    """What is mounted over the file, or taken away from under it, is noticed at once."""
+    setup = f"mount -t tmpfs none {folder}; cp {folder}/../old {folder}/file.log" if way == "unmounted" else "true"
+    (folder.parent / "old").write_bytes(OLD)
+    path = folder / "file.log"
+    server = serve(path, "--follow-name", wrapper=(*IN_NAMESPACE, "sh", "-ec", f'{setup}; exec "$@"', "sh"))
+    expect(old := server.connect(b"0\n"), OLD)
+    (other := folder.parent / "other").mkdir()
+    mount(server, f"mount -t tmpfs none {other}; {WAYS[way].format(folder=folder)}")  # one is looked at soon after another
+    expect_eof(old)
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:
+    """A host that mounts all the time wakes the supervisor about once a second, and no worker."""
+    server = serve(folder / "file.log", wrapper=IN_NAMESPACE)
+    (worker,) = server.workers(1)
+    expect(client := server.connect(b"0\n"), OLD)
+    (other := folder.parent / "other").mkdir()
+    began, before = time.monotonic(), switches(server.pid)
+    mount(server, f"for i in $(seq 100); do mount -t tmpfs none {other}; umount {other}; done")
+    seconds = time.monotonic() - began
+    assert switches(server.pid) - before <= 5 * (seconds + 2)
+    assert not [fd for fd in Path(f"/proc/{worker}/fd").iterdir() if fd.readlink().name == "mountinfo"]
+    append(folder / "file.log", NEW)
+    expect(client, NEW)
+    assert not server.lines("file is gone")
+
+
+def test_without_proc(serve: Serve, folder: Path) -> None:
+    """Without /proc the server serves; it is only that mounts go unnoticed."""
+    server = serve(folder / "file.log", wrapper=(*IN_NAMESPACE, "sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"))
+    expect(client := server.connect(b"0\n"), OLD)
+    append(folder / "file.log", NEW)
+    expect(client, NEW)
+
+
+# Overlay
+
+LAYERS = """
+mount -t tmpfs none {folder}
+mkdir {folder}/lower {folder}/upper {folder}/work {folder}/merged
+cp {folder}/../new {folder}/lower/file.log
+mount -t overlay -o lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work none {folder}/merged
+exec "$@"
+"""
+
+
+def test_overlay_copy_up(serve: Serve, folder: Path) -> None:
+    """The append that copies a file up from the lower layer is served at once, and the file is not gone by it."""
+    layers = (*IN_NAMESPACE, "sh", "-ec", LAYERS.format(folder=folder), "sh")
+    if not runs(*layers, "true"):
+        pytest.skip("overlay cannot be mounted here")
+    path = folder / "merged" / "file.log"
+    server = serve(path, wrapper=layers)
+    expect(client := server.connect(b"0\n"), NEW)
+    there = Path(f"/proc/{server.pid}/root{path}")
+    append(there, MORE)
+    expect(client, MORE)
+    append(there, MORE)
+    expect(client, MORE)
+    assert not server.lines("file is gone")
+    assert not server.lines("looking at the file once a second")
+    there.unlink()
+    expect_eof(client)
+    server.wait()

@@ -1,0 +1,457 @@
+"""--follow-name: the streams of a file that is gone end at its end, and the next file of its name is served."""
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from support.files import append, random_bytes
+from support.processes import children, stop, title
+from support.server import HURRIED, TAILSRV, Serve, Server, wrapper_without_rights
+from support.sockets import expect, expect_eof, recv_all
+from support.status import status
+from support.tools import NOT_INSTALLED
+from support.waiting import DEADLINE, eventually
+
+BIG = random_bytes(20_000_000)
+
+
+OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)
+
+
+@pytest.fixture
+def server(serve: Serve, path: Path, request: pytest.FixtureRequest) -> Server:
+    """Start a server that follows the name of a file that is there; unless a test asks for another program, one that soon goes over."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name", "-w", "2", "-v", program=getattr(request, "param", HURRIED))
+    server.workers(2)
+    return server
+
+
+# For tests that do something while the server waits for the old file to be complete.
+usual_pace = pytest.mark.parametrize("server", [TAILSRV], indirect=True, ids=["usual pace"])
+
+
+def rotate(path: Path, data: bytes = b"") -> Path:
+    """Move the file away as logrotate does, make the next one, and return where the old one is."""
+    old = path.with_suffix(".1")
+    path.rename(old)
+    path.write_bytes(data)
+    return old
+
+
+def test_rotation(server: Server, path: Path) -> None:
+    """Streams get the old file to its end and then end; who connects afterwards gets the next one, at the same port, to the end."""
+    streams = [server.connect(b"0\n") for _ in range(10)]
+    for stream in streams:
+        expect(stream, OLD)
+    before = server.workers(2)
+    rotate(path, NEW)
+    for stream in streams:
+        expect_eof(stream)
+    later = server.connect(b"0\n")
+    expect(later, NEW)
+    append(path, MORE)
+    expect(later, MORE)
+    assert not set(before) & set(children(server.pid))
+
+
+@usual_pace
+def test_late_appends(server: Server, path: Path) -> None:
+    """What the writer appends to the old file before it has gone over to the next is part of the old file's streams."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    old = rotate(path)
+    server.logged("going over to the next")
+    append(old, LATE)
+    expect(stream, LATE)
+    append(old, MORE)
+    expect(stream, MORE)
+    expect_eof(stream)
+
+
+@pytest.mark.thorough
+def test_who_connects_in_between_waits(server: Server, path: Path) -> None:
+    """Between two files nobody is refused: not with a header, not without, not before the rotation and not after."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    early = [server.connect() for _ in range(8)]
+    eventually(lambda: "9 clients" in server.title())
+    path.unlink()
+    server.logged("going over to the next")
+    meanwhile = [server.connect(b"0\n") for _ in range(8)]
+    expect_eof(stream)
+    server.logged("waiting for file")
+    eventually(lambda: server.title().endswith("[waiting for file]"))
+    waiting = [server.connect(b"0\n") for _ in range(8)]
+    for sock in early[::2]:
+        sock.sendall(b"0\n")
+    path.write_bytes(NEW)
+    for sock in early[1::2]:
+        sock.sendall(b"0\n")
+    for sock in [*early, *meanwhile, *waiting]:
+        expect(sock, NEW)
+
+
+@pytest.mark.parametrize("times", [5])
+def test_again_and_again(server: Server, path: Path, times: int) -> None:
+    """Each of several files is streamed to its very end, and no descriptor is left over from the ones before."""
+    held = 0
+    for number in range(times):
+        data = random_bytes(100_000, number)
+        rotate(path, data)
+        server.logged("serving: ", f"size={len(data)} ", count=number + 1)
+        stream = server.connect(b"0\n")
+        expect(stream, data)
+        eventually(lambda: status(server)["clients"] == 1)
+        if number == 1:  # from now on the supervisor holds the file before this one, for a minute
+            held = descriptors(server.pid)
+        append(path, LATE)
+        expect(stream, LATE)
+    eventually(lambda: descriptors(server.pid) == held)
+
+
+def descriptors(pid: int) -> int:
+    """Return how many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_replaced_by_a_move(server: Server, path: Path) -> None:
+    """A file that is moved over ours is the next one."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    other = path.with_suffix(".new")
+    other.write_bytes(NEW)
+    other.rename(path)
+    expect_eof(stream)
+    expect(server.connect(b"0\n"), NEW)
+
+
+def test_moved_away_and_back(server: Server, path: Path) -> None:
+    """The same file under its old name is a next file like any other."""
+    away = path.rename(path.with_suffix(".away"))
+    server.logged("waiting for file")
+    away.rename(path)
+    expect(server.connect(b"0\n"), OLD)
+
+
+def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: Path) -> None:
+    """One that stalls keeps the others from the next file for as long as the grace, and no longer."""
+    path.write_bytes(BIG)
+    server = serve(path, "--follow-name", "--grace", "0.5", "-v")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(stalled)
+    rotate(path, NEW)
+    server.logged("grace is over")
+    expect(server.connect(b"0\n"), NEW)
+
+
+@pytest.mark.thorough
+def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path) -> None:
+    """A worker that does not end its streams keeps nobody from the next file for much longer than the grace."""
+    path.write_bytes(BIG)
+    server = serve(path, "--follow-name", "--grace", "2", "-v", program=HURRIED)
+    (worker,) = server.workers(1)
+    stalled = server.connect(b"0\n", receive_buffer=4096)  # keeps the worker at it for all of the grace
+    server.streaming(stalled)
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    stop(worker)
+    expect(server.connect(b"0\n"), NEW)
+    server.logged("worker was killed: ", f"pid={worker} ")
+
+
+@usual_pace
+def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
+    """A worker that dies while its streams are being ended has a successor that ends them, to the byte."""
+    streams = [server.connect(b"0\n") for _ in range(10)]
+    for stream in streams:
+        expect(stream, OLD)
+    workers = server.workers(2)
+    old = rotate(path, NEW)
+    server.logged("going over to the next")
+    for worker in workers:
+        with suppress(ProcessLookupError):  # one without clients has nothing to wait for
+            os.kill(worker, signal.SIGKILL)
+    append(old, LATE)
+    for stream in streams:
+        assert recv_all(stream) in (LATE, b"")  # the successor looks at once: it may be done before the append
+    expect(server.connect(b"0\n"), NEW)
+
+
+@pytest.mark.thorough
+def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
+    """A worker that takes over in the middle of a rotation leaves those who wait for the next file alone."""
+    path.write_bytes(BIG)
+    server = serve(path, "--follow-name", "--grace", "10", "-v")
+    (worker,) = server.workers(1)
+    early, stalled = server.connect(), server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(stalled)
+    eventually(lambda: "2 clients" in server.title())
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    early.sendall(b"0\n")
+    os.kill(worker, signal.SIGKILL)
+    server.logged("worker ready: ", count=2)
+    expect(stalled, BIG)
+    expect_eof(stalled)
+    expect(early, NEW)
+
+
+def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
+    """Those who wait for the next file count for --max-clients: nobody else gets their places."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name", "--max-clients", "10", "-w", "4", program=HURRIED)
+    server.workers(4)
+    early = [server.connect() for _ in range(10)]
+    eventually(lambda: "10 clients" in server.title())
+    later = [server.connect(b"0\n") for _ in range(20)]
+    server.logged("more wait")
+    rotate(path, NEW)
+    server.logged("worker ready: ", count=8)
+    server.logged("more wait", count=2)
+    assert status(server)["clients"] == 10
+    for sock in early:
+        sock.sendall(b"0\n")
+        expect(sock, NEW)
+    assert not select.select(later, [], [], 0)[0]
+
+
+def test_the_folder_goes(serve: Serve, path: Path) -> None:
+    """A folder that is gone with the file, and that we work in, is waited for like the file."""
+    folder = path.parent / "folder"
+    folder.mkdir()
+    (folder / "log").write_bytes(OLD)
+    server = serve("log", "--follow-name", wrapper=("env", "-C", str(folder)), program=HURRIED)
+    expect(server.connect(b"0\n"), OLD)
+    shutil.rmtree(folder)
+    server.logged("waiting for file")
+    server.signal(signal.SIGTERM)
+    server.wait()
+
+
+@pytest.mark.thorough
+def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
+    """A next file that may not be read is looked at again until it may, and the log says so once."""
+    path = open_folder / "file.log"
+    path.write_bytes(OLD)
+    path.chmod(0o644)
+    server = serve(path, "--follow-name", wrapper=wrapper_without_rights(), program=HURRIED)
+    server.workers(1)
+    path.unlink()
+    server.logged("waiting for file")
+    hidden = open_folder / "hidden"
+    hidden.write_bytes(NEW)
+    hidden.chmod(0o600)
+    hidden.rename(path)
+    line = server.logged("error: cannot serve the file of that name, looking again: ")
+    assert "it has mode 0600" in line
+    waiting = server.connect(b"0\n")
+    path.chmod(0o644)
+    expect(waiting, NEW)
+    assert len(server.lines("looking again")) == 1
+
+
+@usual_pace
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_end_while_going_over(server: Server, path: Path, number: signal.Signals) -> None:
+    """A server that is told to end between two files ends, with status 0."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    server.signal(number)
+    server.wait()
+
+
+def test_end_while_waiting_for_the_next(server: Server, path: Path) -> None:
+    """So does one that waits for the next file, whoever waits with it."""
+    path.unlink()
+    server.logged("waiting for file")
+    waiting = server.connect(b"0\n")
+    server.signal(signal.SIGTERM)
+    server.wait()
+    expect_eof(waiting)
+
+
+@pytest.mark.thorough
+@usual_pace
+def test_upgrade_while_going_over(server: Server, path: Path) -> None:
+    """A HUP between two files is acted on when the next one is served, or waited for."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    rotate(path, NEW)
+    server.logged("going over to the next")
+    server.signal(signal.SIGHUP)
+    expect_eof(stream)
+    server.logged("upgraded: ")
+    later = server.connect(b"0\n")
+    expect(later, NEW)
+    rotate(path, MORE)
+    expect_eof(later)
+    expect(server.connect(b"0\n"), MORE)
+
+
+@pytest.mark.thorough
+def test_rotation_while_upgrading(server: Server, path: Path) -> None:
+    """A file that goes while an upgrade is under way delays it, and loses nobody."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    server.signal(signal.SIGHUP)
+    rotate(path, NEW)
+    expect_eof(stream)
+    server.logged("upgraded: ")
+    expect(server.connect(b"0\n"), NEW)
+
+
+@pytest.mark.thorough
+def test_upgrade_while_waiting_for_the_next(server: Server, path: Path) -> None:
+    """An upgrade between two files keeps who waits, with a header or without."""
+    early = server.connect()
+    eventually(lambda: "1 client]" in server.title())
+    path.unlink()
+    server.logged("waiting for file")
+    waiting = server.connect(b"0\n")
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: ")
+    path.write_bytes(NEW)
+    early.sendall(b"0\n")
+    expect(early, NEW)
+    expect(waiting, NEW)
+
+
+@usual_pace
+def test_title_says_so(server: Server, path: Path) -> None:
+    """While streams of the old file are being ended, the supervisor's title says that it is rotating."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    eventually(lambda: "1 client]" in title(server.pid))
+    rotate(path, NEW)
+    eventually(lambda: "[rotating, " in title(server.pid))
+
+
+def follow_link(path: Path, number: int) -> None:
+    """Point the link `path` at a new file."""
+    target = path.with_name(f"target-{number}")
+    target.write_bytes(random_bytes(1000, number))
+    link = path.with_name("link")
+    link.symlink_to(target)
+    link.rename(path)
+
+
+def test_links(serve: Serve, path: Path) -> None:
+    """A name that is a link leads to the next file when it is pointed there."""
+    follow_link(path, 1)
+    server = serve(path, "--follow-name", program=HURRIED)
+    stream = server.connect(b"0\n")
+    expect(stream, random_bytes(1000, 1))
+    follow_link(path, 2)
+    expect_eof(stream)
+    expect(server.connect(b"0\n"), random_bytes(1000, 2))
+
+
+# It is there again, and goes once more
+
+
+def heard(path: Path, stream: socket.socket) -> None:
+    """Wait until the worker has acted on what has happened to the file so far: each append takes a turn."""
+    for _ in range(5):
+        append(path, LATE)
+        expect(stream, LATE)
+
+
+def test_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
+    """A file that is back when the supervisor looks, and goes again while the worker does not, is missed by neither."""
+    path.write_bytes(OLD)
+    server = serve(path, "--follow-name", program=HURRIED)
+    (worker,) = server.workers(1)
+    expect(stream := server.connect(b"0\n"), OLD)
+    stop(server.pid)
+    away = path.rename(path.with_suffix(".away"))
+    heard(away, stream)
+    stop(worker)
+    away.rename(path)
+    server.signal(signal.SIGCONT)
+    assert status(server)["file"]["gone"] is False
+    path.rename(away)
+    os.kill(worker, signal.SIGCONT)
+    server.logged("file is gone")
+
+
+def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
+    """So it is with a link: the one that comes back is watched like the first."""
+    path.write_bytes(OLD)
+    (link := path.with_name("link")).symlink_to(path)
+    server = serve(link, "--follow-name", program=HURRIED)
+    server.workers(1)
+    expect(stream := server.connect(b"0\n"), OLD)
+    stop(server.pid)
+    link.unlink()
+    heard(path, stream)
+    link.symlink_to(path)
+    server.signal(signal.SIGCONT)
+    assert status(server)["file"]["gone"] is False
+    link.unlink()
+    server.logged("file is gone")
+
+
+# The real logrotate
+
+LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
+
+
+needs_logrotate = pytest.mark.skipif(not Path(LOGROTATE).exists(), reason=f"{NOT_INSTALLED}logrotate")
+
+
+def logrotate(path: Path, *directives: str) -> None:
+    """Rotate `path` with the real logrotate."""
+    config, state = path.with_name("logrotate.conf"), path.with_name("logrotate.state")
+    config.write_text("\n".join([f"{path} {{", "su root root" if os.getuid() == 0 else "", "rotate 3", *directives, "}", ""]))
+    config.chmod(0o644)
+    done = subprocess.run([LOGROTATE, "--force", "--state", state, config], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.thorough
+@needs_logrotate
+def test_logrotate_create(server: Server, path: Path) -> None:
+    """Rotated with `create`, every byte of every file arrives, and the file that logrotate makes is served."""
+    data = OLD
+    for number in range(3):
+        stream: socket.socket = server.connect(b"0\n")
+        expect(stream, data)
+        logrotate(path, "create")
+        expect_eof(stream)
+        data = random_bytes(50_000, 10 + number)
+        append(path, data)
+
+
+@needs_logrotate
+def test_logrotate_nocreate(server: Server, path: Path) -> None:
+    """Rotated with `nocreate`, clients wait until the writer has made the next file."""
+    logrotate(path, "nocreate")
+    server.logged("waiting for file")
+    waiting = server.connect(b"0\n")
+    append(path, NEW)
+    expect(waiting, NEW)
+
+
+@needs_logrotate
+def test_logrotate_copytruncate(server: Server, path: Path) -> None:
+    """Rotated with `copytruncate` it stays the same file: its clients get nothing until it is longer than what they have."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    logrotate(path, "copytruncate")
+    server.logged("warning: file was truncated: ", "size=0")
+    append(path, OLD[:1000])
+    later = server.connect(b"0\n")
+    expect(later, OLD[:1000])
+    append(path, OLD[1000:] + MORE)
+    expect(stream, MORE)
+    assert not server.lines("going over")

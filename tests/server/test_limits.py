@@ -1,0 +1,212 @@
+"""Limits: --max-clients, --allow, and the warnings about limits of the system."""
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from support.files import append, random_bytes
+from support.processes import runs, switches
+from support.server import Serve, Server, activated
+from support.sockets import connect, expect, expect_eof, needs_ipv6
+from support.waiting import DEADLINE, eventually
+
+DATA = random_bytes(1000)
+
+
+QUIET = 1.0  # seconds in which a server that admits somebody every 0.2 seconds would have done so
+
+
+@pytest.fixture(autouse=True)
+def file(path: Path) -> None:
+    """Put the data where it is served from."""
+    path.write_bytes(DATA)
+
+
+def readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
+    """Return those that something has come for, after `seconds` at the latest."""
+    return select.select(list(socks), [], [], seconds)[0]
+
+
+def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
+    """Wait until `count` of them are served, assert that no more are, and return those."""
+    eventually(lambda: len(readable(socks)) >= count)
+    time.sleep(QUIET)  # no event to wait for: the point is that there is none
+    found = readable(socks)
+    assert len(found) == count
+    return found
+
+
+# --max-clients
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
+    """Exactly so many are served at a time, on however many workers; the others wait, and one that leaves lets one in."""
+    server = serve(path, "-w", str(workers), "--max-clients", "5")
+    socks = [server.connect(b"0\n") for _ in range(12)]
+    found = served(socks, 5)
+    for sock in found[:3]:
+        expect(sock, DATA)
+        socks.remove(sock)
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+    eventually(lambda: append_something(path) and len(readable(socks)) == 5)
+    server.logged("as many clients as --max-clients allows, more wait: ")
+
+
+def append_something(path: Path) -> bool:
+    """Append a byte: while the file is quiet, a server does not see who has left."""
+    append(path, b"x")
+    return True
+
+
+def test_max_clients_without_a_header(serve: Serve, path: Path) -> None:
+    """A connection counts before it has sent its header, too; --header-timeout makes room."""
+    server = serve(path, "--max-clients", "2", "--header-timeout", "1")
+    silent = [server.connect() for _ in range(2)]
+    eventually(lambda: "2 clients" in server.title())
+    waiting = server.connect(b"0\n")
+    for sock in silent:
+        expect_eof(sock)
+    expect(waiting, DATA)
+
+
+def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
+    """While clients wait for room, their worker looks a few times a second, and does not spin."""
+    server = serve(path, "--max-clients", "1")
+    (worker,) = server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    waiting = [server.connect(b"0\n") for _ in range(20)]
+    server.logged("more wait")
+    before = switches(worker)
+    time.sleep(QUIET)  # no event to wait for
+    assert switches(worker) - before < 50
+    assert not readable(waiting)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
+def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
+    """The limit is kept when workers die and when the server is upgraded: nobody is let in too much, and no place is lost."""
+    server = serve(path, "-w", "2", "--max-clients", "6")
+    workers = server.workers(2)
+    socks = [server.connect(b"0\n") for _ in range(10)]
+    inside = served(socks, 6)
+    for sock in inside:
+        expect(sock, DATA)
+    if how is signal.SIGHUP:
+        server.signal(how)
+        server.logged("upgraded: ", "clients=6")
+    else:
+        for worker in workers:
+            os.kill(worker, how)
+        server.logged("worker ready: ", count=4)
+    waiting = [sock for sock in socks if sock not in inside]
+    time.sleep(QUIET)  # no event to wait for
+    assert not readable(waiting)
+    for sock in inside:
+        sock.close()
+    for sock in waiting:
+        eventually(lambda sock=sock: append_something(path) and readable([sock]))  # type: ignore[misc]
+
+
+# --allow
+
+
+def test_allow(serve: Serve, path: Path) -> None:
+    """Who comes from an allowed network is served, everybody else is closed at once; the log says so in one line."""
+    server = serve(path, "--allow", "127.0.0.1", "--allow", "127.9.0.0/16")
+    expect(server.connect(b"0\n"), DATA)
+    for source in ("127.9.1.2", "127.9.255.255"):
+        expect(connect_from(server, source), DATA)
+    for source in ("127.0.0.2", "127.8.0.1", "127.0.0.2"):
+        with connect_from(server, source) as sock:
+            assert closed(sock)
+    assert server.logged("client is not in an allowed network: ").count("peer=127.0.0.2:") == 1
+    assert len(server.lines("not in an allowed network")) == 1
+
+
+def connect_from(server: Server, source: str) -> socket.socket:
+    """Return a connection from the address `source`."""
+    sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE, (source, 0))
+    server.clients.append(sock)
+    sock.sendall(b"0\n")
+    return sock
+
+
+def closed(sock: socket.socket) -> bool:
+    """Tell whether the connection ends without a byte."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:  # our header was not read
+        return True
+
+
+@needs_ipv6
+def test_allow_ipv6(serve: Serve, path: Path) -> None:
+    """IPv6 networks are for IPv6 addresses."""
+    server = serve(path, "--allow", "::1")
+    expect(server.connect(b"0\n", host="::1"), DATA)
+    assert closed(server.connect(b"0\n"))
+
+
+@needs_ipv6
+def test_allow_mapped(serve: Serve, path: Path) -> None:
+    """An IPv4 client of a dual-stack socket matches the rules for IPv4."""
+    server = serve(path, "-p", "", "--allow", "127.0.0.0/8", wrapper=activated("tcp6"))
+    expect(server.connect(b"0\n"), DATA)
+    assert closed(server.connect(b"0\n", host="::1"))
+
+
+# Warnings
+
+
+def test_descriptors_do_not_suffice(serve: Serve, path: Path) -> None:
+    """A limit of descriptors below what --max-clients takes is warned of at the start, and does not keep the server from serving."""
+    server = serve(path, "--max-clients", "1000", wrapper=("prlimit", "--nofile=200"))
+    line = server.logged("warning: descriptors do not suffice for --max-clients")
+    assert " max_clients=1000 " in line
+    assert " descriptors=200 " in line
+    expect(server.connect(b"0\n"), DATA)
+
+
+def test_descriptors_suffice(serve: Serve, path: Path) -> None:
+    """No warning where the limit is high enough, or where there is no --max-clients."""
+    for options in ((), ("--max-clients", "100")):
+        server = serve(path, *options, wrapper=("prlimit", "--nofile=200"))
+        server.workers(1)
+        assert not server.lines("warning")
+
+
+SMALL_QUEUES = ("unshare", "--net", "--map-root-user", "sh", "-c", 'echo 100 >/proc/sys/net/core/somaxconn && exec "$@"', "sh")
+
+
+def test_backlog_is_cut(serve: Serve, path: Path) -> None:
+    """Where the kernel cuts the accept queues, the log says how short they are and what to change."""
+    if not runs(*SMALL_QUEUES, "true"):
+        pytest.skip("a network namespace cannot be had")
+    os.truncate(path, 0)
+    server = serve(path, wrapper=SMALL_QUEUES)
+    line = server.logged("accept queues are cut short", "backlog=100 wanted=4096", "net.core.somaxconn")
+    assert server.lines("warning") == [line]
+
+
+def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> None:
+    """Who waits for room waits in the kernel's queue: connected, and with a header that is kept."""
+    server = serve(path, "--max-clients", "1")
+    first = server.connect(b"0\n")
+    expect(first, DATA)
+    second = connect(server.port, b"0\n")
+    server.clients.append(second)
+    server.logged("more wait")
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leave with a reset, which is noticed at once
+    first.close()
+    expect(second, DATA)

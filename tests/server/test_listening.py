@@ -1,0 +1,159 @@
+"""The addresses and ports of a server, on machines that lack some."""
+
+import errno
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.processes import runs
+from support.server import Serve, activated, run_tailsrv
+from support.sockets import needs_ipv6
+
+# Leaves the kernel four ports to choose from, takes those that are named on IPv6 alone, and becomes what its other arguments say.
+FEW_PORTS = """
+import os, socket, sys
+with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
+    file.write("40000 40003")
+for port in map(int, sys.argv[1].split()):
+    sock = socket.socket(socket.AF_INET6)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(("::", port))
+    sock.set_inheritable(True)
+    sock.detach()
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+WITH_FEW_PORTS = ("unshare", "--net", "--map-root-user", sys.executable, "-c", FEW_PORTS)
+
+
+needs_network = pytest.mark.skipif(not runs(*WITH_FEW_PORTS, "", "true"), reason="no network namespaces here")
+
+
+@needs_ipv6
+@needs_network
+@pytest.mark.parametrize("free", range(40000, 40004))
+def test_port_0_is_free_at_all_addresses(serve: Serve, path: Path, free: int) -> None:
+    """Where the kernel's choice for the first address is taken at another, it is asked for another."""
+    taken = " ".join(str(port) for port in range(40000, 40004) if port != free)
+    assert serve(path, "-w", "2", wrapper=(*WITH_FEW_PORTS, taken)).port == free
+
+
+@needs_ipv6
+@needs_network
+def test_no_port_is_free_at_all_addresses(path: Path) -> None:
+    """Where each port is taken at one address or another, that is said, once all have been tried."""
+    path.touch()
+    refused = run_tailsrv("-p", "0", path, wrapper=(*WITH_FEW_PORTS, "40000 40001 40002 40003"))
+    assert "cannot listen on 0.0.0.0:0: Address already in use; no port of net.ipv4.ip_local_port_range is free" in refused.stderr
+    assert refused.returncode == 1
+
+
+# Makes every TCP socket one of MPTCP, as mptcpize(8) or a BPF program does behind a program's back.
+MPTCPIZE = """
+import socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        if fileno is None and family in (socket.AF_INET, socket.AF_INET6) and type == socket.SOCK_STREAM:
+            proto = socket.IPPROTO_MPTCP
+        super().__init__(family, type, proto, fileno)
+socket.socket = Socket
+"""
+
+
+def skip_without_mptcp() -> None:
+    """Skip a test where the kernel has no MPTCP."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no MPTCP here")
+
+
+def test_passed_mptcp_socket(path: Path) -> None:
+    """A socket of MPTCP from a service manager is refused in one line: nobody could say where a stream on it stands."""
+    skip_without_mptcp()
+    path.touch()
+    ended = run_tailsrv(path, wrapper=activated("mptcp"))
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "descriptor 3, passed by the service manager, is no TCP socket but MPTCP; use SocketProtocol=tcp" in line
+
+
+def test_mptcpize(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where our own sockets come out as such, one line says so, and what to do."""
+    skip_without_mptcp()
+    path.touch()
+    (tmp_path / "sitecustomize.py").write_text(MPTCPIZE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended = run_tailsrv("-p", "0", path)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "the kernel gives us MPTCP sockets instead of TCP; start without mptcpize" in line
+
+
+# Names for two addresses each, of which this machine has one, or none; then it becomes what its other arguments say.
+NAMES = """
+127.0.0.1 half.test
+::1 half.test
+192.0.2.1 none.test
+2001:db8::1 none.test
+"""
+
+
+WITHOUT_IPV6 = (
+    "unshare", "--net", "--mount", "--map-root-user", "sh", "-c",
+    'mount --bind "$1" /etc/hosts && ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && shift && exec "$@"', "sh",
+)  # fmt: skip
+
+
+@pytest.fixture
+def without_ipv6(tmp_path: Path) -> list[str]:
+    """Return a wrapper that starts a program on a machine whose loopback has no IPv6 address."""
+    (tmp_path / "hosts").write_text(NAMES)
+    wrapper = [*WITHOUT_IPV6, str(tmp_path / "hosts")]
+    if not runs(*wrapper, "true") or runs(*wrapper, sys.executable, "-c", "import socket; socket.socket(10).bind(('::1', 0))"):
+        pytest.skip("a machine without IPv6 cannot be had")
+    return wrapper
+
+
+def test_name_with_an_address_that_is_not_there(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+    """Of the addresses of a name those that this machine does not have are left out, with a warning that says which."""
+    path.touch()
+    server = serve(path, "-w", "2", "--bind", "half.test", wrapper=without_ipv6)
+    server.workers(2)
+    assert " endpoints=half.test:" in server.logged("listening: ")
+    [line] = server.lines("warning: ")
+    assert "this machine does not have one of the addresses of a name" in line
+    assert "name=half.test address=::1 " in line
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    ("bind", "addresses"),
+    [
+        (["::1"], ["[::1]"]),
+        (["half.test", "::1"], ["[::1]"]),
+        (["::1", "half.test"], ["[::1]"]),
+        (["none.test"], ["192.0.2.1", "[2001:db8::1]"]),
+        (["half.test", "none.test"], ["192.0.2.1", "[2001:db8::1]"]),
+    ],
+)
+def test_address_that_is_not_there(path: Path, without_ipv6: list[str], bind: list[str], addresses: list[str]) -> None:
+    """An address that is asked for by itself must be there, and so must one of those of each name."""
+    path.touch()
+    ended = run_tailsrv("-p", "0", *(word for host in bind for word in ("--bind", host)), path, wrapper=without_ipv6)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert any(f"cannot listen on {address}:" in line for address in addresses)
+    assert os.strerror(errno.EADDRNOTAVAIL) in line
+
+
+def test_every_address_of_a_machine_without_ipv6(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+    """Without --bind, such a machine is served on the addresses that it has, without a word."""
+    path.touch()
+    server = serve(path, wrapper=without_ipv6)
+    server.workers(1)
+    assert not server.lines("warning: ")

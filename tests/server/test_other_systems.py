@@ -1,0 +1,58 @@
+"""A server on a system that does not tell how much of a stream has been sent: its clients are not continued wrongly."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from support.files import append, random_bytes
+from support.other_systems import write_hook
+from support.server import Serve
+from support.sockets import expect, expect_eof
+from support.status import status
+from support.waiting import eventually
+
+DATA = random_bytes(100_000)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["short", "not counted"])
+def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """Its clients are served, are counted as unprotected, and are disconnected, not continued, where their worker dies."""
+    (folder := tmp_path / "hook").mkdir()
+    write_hook(folder, system)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    path.write_bytes(DATA)
+    server = serve(path)
+    [worker] = server.workers(1)
+    clients = [server.connect(b"0\n") for _ in range(3)]
+    for client in clients:
+        expect(client, DATA)
+    eventually(lambda: (status(server)["clients"], status(server)["unprotected"]) == (3, 3))
+    os.kill(worker, signal.SIGKILL)
+    for client in clients:
+        expect_eof(client)
+    server.logged("worker ready: ", count=2)
+    expect(server.connect(b"0\n"), DATA)
+    append(path, b"more")
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: ")
+    assert len(server.lines("does not tell how much of a stream has been sent")) == 2  # once by each version
+    assert not server.lines("no descriptor left")
+    expect(server.connect(b"0\n"), DATA + b"more")
+
+
+@pytest.mark.slow
+def test_waiting_for_the_file(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that come before the file wait in the accept queue, as they would be lost with the worker that waits with them."""
+    (folder := tmp_path / "hook").mkdir()
+    write_hook(folder, "empty")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    server = serve(path)
+    server.logged("waiting for file")
+    clients = [server.connect(b"0\n") for _ in range(3)]
+    path.write_bytes(DATA)
+    for client in clients:
+        expect(client, DATA)

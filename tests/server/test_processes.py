@@ -1,0 +1,595 @@
+"""The supervisor and its workers: titles, listeners, deaths, signals, exit statuses, the control socket, idleness."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from support.files import append, random_bytes
+from support.processes import AS_NOBODY, children, gone, runs, stop, switches, title
+from support.server import TAILSRV, Serve, Server, run_tailsrv
+from support.sockets import expect, expect_eof
+from support.status import ask
+from support.waiting import DEADLINE, eventually
+
+DATA = random_bytes(1000)
+
+
+NEWS = b"appended"
+
+
+# Titles
+
+
+@pytest.mark.slow
+def test_titles(serve: Serve, path: Path) -> None:
+    """Each process says in its title what it is, what it serves and to how many."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2")
+    workers = server.workers(2)
+    port = server.port
+    assert eventually(lambda: server.title().endswith("[2 workers, 0 clients]"))
+    assert server.title() == f"tailsrv: supervisor *:{port} {path} [2 workers, 0 clients]"
+    assert [title(pid) for pid in workers] == [f"tailsrv: worker {slot} *:{port} [0 clients]" for slot in (0, 1)]
+    clients = [server.connect(b"0\n") for _ in range(20)]
+    for client in clients:
+        expect(client, DATA)
+    eventually(lambda: server.title() == f"tailsrv: supervisor *:{port} {path} [2 workers, 20 clients]")
+
+    def shown() -> int:
+        titles = [re.fullmatch(rf"tailsrv: worker {slot} \*:{port} \[(\d+) clients?\]", title(pid)) for slot, pid in enumerate(workers)]
+        return sum(int(match[1]) for match in titles if match)
+
+    eventually(lambda: shown() == 20)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_title_of_one(serve: Serve, path: Path) -> None:
+    """One of a kind is not written as many; more than one address is named."""
+    path.write_bytes(DATA)
+    server = serve(path, "--bind", "127.0.0.1", "--bind", "::1")
+    client = server.connect(b"0\n")
+    endpoints = f"127.0.0.1:{server.port},[::1]:{server.port}"
+    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 1 client]")
+    [worker] = server.workers(1)
+    eventually(lambda: title(worker) == f"tailsrv: worker 0 {endpoints} [1 client]")
+    client.shutdown(socket.SHUT_WR)  # not a hang-up: it still counts
+    expect(client, DATA)
+    client.close()
+    append(path, NEWS)
+    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 0 clients]")
+
+
+def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
+    """Without a file the supervisor's title says what is waited for; its workers look after clients already."""
+    server = serve(path, "-w", "2")
+    eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]")
+    titles = [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
+    eventually(lambda: sorted(map(title, children(server.pid))) == titles)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_titles_while_draining(serve: Serve, path: Path) -> None:
+    """Both kinds of process say that they drain, and what is left."""
+    path.write_bytes(data := random_bytes(16 << 20))
+    server = serve(path, "--grace", "60")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(stalled, data[:10])
+    (worker,) = server.workers(1)
+    server.process.terminate()
+    eventually(lambda: title(worker) == f"tailsrv: worker 0 *:{server.port} [draining, 1 client]")
+    eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [draining, 1 worker, 1 client]")
+    expect(stalled, data[10:])
+    expect_eof(stalled)
+
+
+# A program that is tailsrv but for what its workers do.
+ODD_WORKERS = """\
+import errno, os, resource, signal, sys
+from tailsrv import main as cli
+from tailsrv.worker import worker
+from tailsrv.config import Timing
+from tailsrv.channel import Notices, Report, encode
+
+def work(inheritance, config):
+    {body}
+
+cli.work = work
+sys.exit(cli.main(sys.argv[1:], timing=Timing(first_delay=0.01)))
+"""
+
+
+def with_work(body: str) -> tuple[str, ...]:
+    """Return the command of a tailsrv whose workers do `body`, Python lines of one block."""
+    return (sys.executable, "-c", ODD_WORKERS.format(body=body.replace("\n", "\n    ")))
+
+
+READY = "inheritance.channel.send(encode(Report(notices=Notices(ready=True))))\n"
+
+
+@pytest.mark.slow
+def test_title_while_starting(serve: Serve, path: Path) -> None:
+    """Until every slot has had a worker that was ready, the title says `starting`."""
+    path.touch()
+    server = serve(path, "-w", "2", program=with_work(f"if inheritance.slot == 0:\n    {READY}signal.pause()"))
+    server.logged("worker ready: slot=0")
+    eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [starting]")
+    server.signal(signal.SIGQUIT)
+
+
+# Listeners
+
+
+def listening_inodes(pid: int, table: str, port: int) -> set[str]:
+    """Return the inodes of the listening sockets of `port` that the process `pid` holds."""
+    rows = [line.split() for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    listening = {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            links.append(os.readlink(link))
+        except FileNotFoundError:
+            pass
+    return {inode for inode in listening if f"socket:[{inode}]" in links}
+
+
+def test_one_listener_for_each_slot_and_address(serve: Serve, path: Path) -> None:
+    """Each worker holds the listeners of its slot and no others; the supervisor holds all of them."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "4")
+    workers = server.workers(4)
+    for table in ("tcp", "tcp6"):
+        held = [listening_inodes(pid, table, server.port) for pid in workers]
+        assert [len(inodes) for inodes in held] == [1, 1, 1, 1]
+        assert len(set.union(*held)) == 4
+        assert listening_inodes(server.pid, table, server.port) == set.union(*held)
+
+
+@pytest.mark.slow
+def test_every_connection_is_answered(serve: Serve, path: Path) -> None:
+    """No connection lands where nobody accepts, and every worker gets its share."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "4", "-v")
+    clients = [server.connect(b"%d\n" % number, ("127.0.0.1", "::1")[number % 2]) for number in range(200)]
+    for number, client in enumerate(clients):
+        expect(client, DATA[number:])
+    shares = [len(server.lines(f"client streams: slot={slot} ")) for slot in range(4)]
+    assert sum(shares) == 200
+    assert min(shares) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bind", [(), ("--bind", "127.0.0.1")])
+def test_second_instance(serve: Serve, path: Path, bind: Sequence[str]) -> None:
+    """A second server on the port ends with status 1 and names the first by its pid; the first goes on undisturbed."""
+    path.write_bytes(DATA)
+    server = serve(path, *bind)
+    where = f"127.0.0.1:{server.port}" if bind else f"*:{server.port}"
+    second = run_tailsrv("-p", str(server.port), *bind, path)
+    (line,) = second.stderr.splitlines()
+    assert line.endswith(f"critical: cannot serve: path={path} reason='{where} is served by another tailsrv, pid {server.pid}'")
+    assert second.returncode == 1
+    for _ in range(20):
+        expect(server.connect(b"0\n"), DATA)
+
+
+def test_port_of_another_program(path: Path) -> None:
+    """A port that another program listens on is refused with status 1, even if it allows sharing."""
+    path.write_bytes(DATA)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = run_tailsrv("-p", str(port), "--bind", "127.0.0.1", path)
+    (line,) = ended.stderr.splitlines()
+    assert (
+        f"critical: cannot serve: path={path} reason='cannot listen on 127.0.0.1:{port}: Address already in use; choose another port"
+        in line
+    )
+    assert ended.returncode == 1
+
+
+@pytest.mark.slow
+def test_same_port_on_different_addresses(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """Two servers may have the same port on different addresses, each with its file."""
+    path.write_bytes(DATA)
+    (other_path := tmp_path / "other").write_bytes(NEWS)
+    server = serve(path, "--bind", "127.0.0.1")
+    other = serve(other_path, "--bind", "127.0.0.2", "-p", str(server.port))
+    assert other.port == server.port
+    expect(server.connect(b"0\n"), DATA)
+    expect(other.connect(b"0\n", "127.0.0.2"), NEWS)
+
+
+@pytest.mark.slow
+def test_port_is_free_after_the_end(serve: Serve, path: Path) -> None:
+    """A server that has had clients can be started again at once on the same port."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    server.process.terminate()
+    expect_eof(client)
+    server.wait()
+    again = serve(path, "-p", str(server.port))
+    expect(again.connect(b"0\n"), DATA)
+
+
+# Deaths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGQUIT, signal.SIGSEGV])
+def test_worker_is_replaced(serve: Serve, path: Path, number: signal.Signals) -> None:
+    """A worker that ends by whatever signal is replaced in its slot; its clients, the others and new ones do not notice."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2", "-v")
+    first, second = server.workers(2)
+    clients = [server.connect(b"0\n") for _ in range(30)]
+    for client in clients:
+        expect(client, DATA)
+    for slot in (0, 1):
+        assert any(server.lines(f"client streams: slot={slot} ", f":{client.getsockname()[1]} ") for client in clients)
+    os.kill(first, number)
+    eventually(lambda: gone(first))
+    assert server.workers(2)[1] == second
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+    for _ in range(30):
+        expect(server.connect(b"0\n"), DATA + NEWS)
+    assert server.logged("warning: worker ", f"pid={first}").split()[-1] == (
+        "status=0" if number is signal.SIGTERM else f"signal={number.name}"
+    )
+
+
+@pytest.mark.slow
+def test_accept_queue_outlives_the_worker(serve: Serve, path: Path) -> None:
+    """Connections that a worker had not accepted when it was killed are served by its successor."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    stop(worker)
+    clients = [server.connect(b"%d\n" % number) for number in range(200)]
+    os.kill(worker, signal.SIGKILL)
+    for number, client in enumerate(clients):
+        expect(client, DATA[number:])
+    assert server.workers(1) != [worker]
+
+
+@pytest.mark.slow
+def test_appends_and_clients_between_two_workers(serve: Serve, path: Path) -> None:
+    """A worker that is killed again and again leaves a server that works."""
+    path.write_bytes(data := DATA)
+    server = serve(path)
+    for _ in range(3):
+        (worker,) = server.workers(1)
+        os.kill(worker, signal.SIGKILL)
+        append(path, NEWS)
+        data += NEWS
+        expect(server.connect(b"0\n"), data)
+        server.logged("worker was killed: ", f"pid={worker} ")
+    assert len(server.lines("worker was killed: ", "signal=SIGKILL")) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_worker_ignores(serve: Serve, path: Path, number: signal.Signals) -> None:
+    """What a terminal sends to the whole foreground group is for the supervisor to act on."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    for _ in range(3):
+        os.kill(worker, number)
+        append(path, NEWS)
+        expect(client, NEWS)
+    assert server.workers(1) == [worker]
+    assert server.lines("warning") == []
+
+
+@pytest.mark.slow
+def test_supervisor_killed(serve: Serve, path: Path) -> None:
+    """Workers end when their supervisor is gone, and the port is free again."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "3", status=-signal.SIGKILL)
+    workers = server.workers(3)
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, DATA)
+    eventually(lambda: server.title().endswith("[3 workers, 10 clients]"))  # from here on nobody has anything to say
+    server.signal(signal.SIGKILL)
+    eventually(lambda: all(gone(worker) for worker in workers))
+    server.wait()
+    again = serve(path, "-p", str(server.port))
+    expect(again.connect(b"0\n"), DATA)
+
+
+# Signals to the supervisor
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_ends_as_asked(serve: Serve, path: Path, number: signal.Signals) -> None:
+    """TERM, INT and QUIT end the server with status 0."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2")
+    server.workers(2)
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    server.signal(number)
+    server.wait()
+    assert len(server.lines("info: ended: status=0")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_ends_while_waiting_for_the_file(serve: Serve, path: Path, number: signal.Signals) -> None:
+    """A server that has no file yet can be ended in the same ways."""
+    server = serve(path)
+    server.logged("waiting for file")
+    server.signal(number)
+    server.wait()
+
+
+@pytest.mark.sample(2)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGQUIT,),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGQUIT),
+    ],
+)
+def test_ends_at_once(serve: Serve, path: Path, numbers: Sequence[signal.Signals]) -> None:
+    """QUIT, and a second TERM or INT, end the server whatever its clients still want."""
+    path.write_bytes(data := random_bytes(16 << 20))
+    server = serve(path, "--grace", "3600")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(stalled, data[:10])
+    *first, last = numbers
+    for number in first:
+        server.signal(number)
+        server.logged("draining: ", f"signal={number.name}")
+    server.signal(last)
+    server.wait()
+
+
+def test_signals_to_the_very_end(serve: Serve, path: Path) -> None:
+    """Whoever goes on sending TERM does not change the exit status, also not while the interpreter ends."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    server.workers(1)
+    while server.process.poll() is None:
+        server.signal(signal.SIGTERM)
+    server.wait()
+
+
+@pytest.mark.slow
+def test_interrupt_of_the_whole_group(serve: Serve, path: Path) -> None:
+    """Ctrl-C, which reaches the workers too, drains."""
+    path.write_bytes(data := random_bytes(4 << 20))
+    server = serve(path, "-w", "2")
+    server.workers(2)
+    clients = [server.connect(b"0\n") for _ in range(6)]
+    for client in clients:
+        expect(client, data[:10])
+    os.killpg(server.pid, signal.SIGINT)
+    for client in clients:
+        expect(client, data[10:])
+        expect_eof(client)
+    server.wait()
+
+
+# Workers that cannot start
+
+
+@pytest.mark.slow
+def test_worker_that_cannot_boot(serve: Serve, path: Path) -> None:
+    """A worker that lacks what it needs says so, and ends the server with status 3 and the reason."""
+    path.touch()
+    no_descriptors = """\
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError:
+    pass
+for fd in taken[-2:]:
+    os.close(fd)
+status = worker.work(inheritance, config)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
+return status"""
+    server = serve(path, status=3, program=with_work(no_descriptors))
+    server.wait()
+    assert len(server.lines("critical: worker cannot boot: slot=0", "Too many open files")) == 1
+    assert len(server.lines(f"critical: workers cannot start: slot=0 status={os.EX_TEMPFAIL}")) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> None:
+    """The kernel's OOM killer prefers each worker to the supervisor, also the successor of one that was killed."""
+    path.touch()
+    server = serve(path, "-w", "2")
+
+    def adjustment(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    os.kill(server.workers(2)[0], signal.SIGKILL)
+    server.logged("worker ready: slot=0", count=2)
+    assert adjustment(server.pid) == adjustment(os.getpid())
+    assert {adjustment(pid) for pid in server.workers(2)} == {min(adjustment(server.pid) + 500, 1000)}
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["OSError(errno.ENFILE, os.strerror(errno.ENFILE))", "MemoryError"])
+def test_a_successor_that_finds_no_room(serve: Serve, path: Path, error: str) -> None:
+    """Where successors meet a shortage of descriptors or memory, others try again, however often; the clients' streams go on."""
+    path.write_bytes(DATA)
+    lives = Path(f"{path}.lives")
+    body = f"""\
+with open(config.path + ".lives", "ab", buffering=0) as lives:
+    lives.write(b".")
+    if 1 < lives.tell() <= 7:
+        raise {error}
+signal.set_wakeup_fd(-1)
+return worker.work(inheritance, config)"""
+    server = serve(path, program=with_work(body))
+    clients = [server.connect(b"0\n") for _ in range(10)]
+    for client in clients:
+        expect(client, DATA)
+    os.kill(server.workers(1)[0], signal.SIGKILL)
+    server.logged("worker ended for want of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+    assert len(lives.read_bytes()) == 8
+
+
+@pytest.mark.slow
+def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
+    """Status 3 of one worker ends the server at once, with all its other workers."""
+    path.touch()
+    server = serve(path, "-w", "3", status=3, program=with_work("return 3 if inheritance.slot == 1 else signal.pause()"))
+    server.wait()
+    assert len(server.lines("warning: worker cannot boot: slot=1", "status=3")) == 1
+    assert len(server.lines("critical: workers cannot start: slot=1 status=3")) == 1
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@pytest.mark.parametrize(("body", "died"), [("return 1", "status=1"), ("os.kill(os.getpid(), signal.SIGSEGV)", "signal=SIGSEGV")])
+def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: str) -> None:
+    """After five deaths in a row before it was ready, with growing delays between them, the server ends with status 3."""
+    path.touch()
+    server = serve(path, status=3, program=with_work(body))
+    server.wait()
+    assert len(server.lines("warning: worker died by its own fault: slot=0", died)) == 5
+    assert [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")] == ["0.01", "0.02", "0.04"]
+    assert len(server.lines(f"critical: workers cannot start: slot=0 {died}")) == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
+    """A worker that was ready each time is replaced for ever, less and less often."""
+    path.touch()
+    server = serve(path, program=with_work(f"{READY}return 1"))
+    server.logged("worker died by its own fault: slot=0", "status=1", count=7)
+    delays = [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")]
+    assert delays[:5] == ["0.01", "0.02", "0.04", "0.08", "0.16"]
+    assert server.lines("critical") == []
+
+
+@pytest.mark.slow
+def test_worker_that_raises(serve: Serve, path: Path) -> None:
+    """An exception that nothing has caught is logged and counts as a fault of the worker; it does not reach the supervisor."""
+    path.touch()
+    server = serve(path, program=with_work(f"{READY}return [][0]"))
+    server.logged("worker died by its own fault: slot=0", f"status={os.EX_SOFTWARE}")
+    assert "IndexError: list index out of range" in server.log
+    server.traceback_expected = True
+    server.signal(signal.SIGQUIT)
+
+
+# The control socket
+
+
+@pytest.mark.slow
+def test_status(serve: Serve, path: Path) -> None:
+    """The control socket of each endpoint is the supervisor's, and tells how it is."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2", "--bind", "127.0.0.1", "--bind", "::1")
+    workers = server.workers(2)
+    for _ in range(10):
+        expect(server.connect(b"0\n"), DATA)
+    eventually(lambda: "10 clients" in server.title())
+    endpoints = [f"127.0.0.1:{server.port}", f"[::1]:{server.port}"]
+    for endpoint in endpoints:
+        answer, pid = ask(endpoint)
+        status = json.loads(answer)
+        assert pid == server.pid
+        assert (status["pid"], status["state"], status["clients"]) == (server.pid, "serving", 10)
+        assert status["endpoints"] == endpoints
+        assert status["file"] == {"path": str(path), "gone": False, "error": None, "size": len(DATA)}
+        assert [(worker["slot"], worker["pid"], worker["ready"]) for worker in status["workers"]] == [
+            (0, workers[0], True),
+            (1, workers[1], True),
+        ]
+        assert sum(worker["clients"] for worker in status["workers"]) == 10
+
+
+def test_status_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
+    """There is a status before there is a file."""
+    server = serve(path)
+    server.logged("waiting for file")
+    status = json.loads(ask(f"*:{server.port}")[0])
+    assert (status["state"], status["file"]["size"], status["clients"]) == ("waiting for file", None, 0)
+
+
+ASK = """\
+import socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect("\\0tailsrv:" + sys.argv[1])
+    sys.stdout.buffer.write(sock.recv(65536))
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_status_is_for_the_same_user_and_root(serve: Serve, path: Path, open_folder: Path) -> None:
+    """Another user gets no answer; the same user does, and so does root."""
+    if os.geteuid() != 0 or not runs(*AS_NOBODY, *TAILSRV, "--version"):
+        pytest.skip("takes root, who can become another user")
+    path.write_bytes(DATA)
+    (public := open_folder / "file.log").write_bytes(DATA)
+    ours, theirs = serve(path), serve(public, wrapper=AS_NOBODY)
+
+    def ask_as_nobody(server: Server) -> bytes:
+        command = [*AS_NOBODY, sys.executable, "-c", ASK, f"*:{server.port}"]
+        return subprocess.run(command, capture_output=True, timeout=DEADLINE, check=True).stdout
+
+    assert ask_as_nobody(ours) == b""
+    assert json.loads(ask_as_nobody(theirs))["pid"] == theirs.pid
+    assert json.loads(ask(f"*:{theirs.port}")[0])["pid"] == theirs.pid
+    assert json.loads(ask(f"*:{ours.port}")[0])["pid"] == ours.pid
+
+
+# Idleness
+
+
+@pytest.mark.slow
+def test_idle(serve: Serve, path: Path) -> None:
+    """A quiet file costs not one wake-up, whatever clients there are: caught up, ahead, half-closed or without a header."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "2")
+    processes = [server.pid, *server.workers(2)]
+    clients = [server.connect(header) for header in (b"0\n", b"-0\n", b"5000\n", b"", b"12", b"0\njunk", b"0\n") * 7]
+    for client in clients[5::7]:
+        client.shutdown(socket.SHUT_WR)
+    for client in clients[6::7]:
+        expect(client, DATA)
+    eventually(lambda: server.title().endswith("[2 workers, 49 clients]"))
+    eventually(lambda: quiet(processes), deadline=2 * DEADLINE)
+
+
+def quiet(pids: Sequence[int]) -> bool:
+    """Tell whether the processes have slept through two seconds: what is planned for later than that is not idle either."""
+    before = [switches(pid) for pid in pids]
+    time.sleep(2)  # no event to wait for: the point is that there are none
+    return [switches(pid) for pid in pids] == before

@@ -1,0 +1,365 @@
+"""The protocol, and what clients can rely on: the whole program over real sockets."""
+
+import os
+import random
+import selectors
+import socket
+import struct
+import threading
+import time
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from support.files import append, random_bytes
+from support.processes import cpu_seconds
+from support.server import Serve, Server
+from support.sockets import expect, expect_eof, recv_all, recv_exactly
+from support.waiting import eventually
+
+DATA = random_bytes(100)
+
+
+NEWS = b"appended after all headers were read"
+
+
+INT64_MAX = 2**63 - 1
+
+
+LOOPBACKS = ["127.0.0.1", "::1"]
+
+
+# What a client sends, and where in DATA + NEWS its stream then starts.
+GOOD_HEADERS = {
+    b"0\n": 0,
+    b"7\n": 7,
+    b"99\n": 99,
+    b"100\n": 100,
+    b"103\n": 103,
+    b"-5\n": 95,
+    b"-100\n": 0,
+    b"-101\n": 0,
+    b"-0\n": 100,
+    b"+0\n": 0,
+    b"+7\n": 7,
+    b"7\r\n": 7,
+    b"-7\r\n": 93,
+    b" 7 \n": 7,
+    b"\t 7 \t\r\n": 7,
+    b"0007\n": 7,
+    b"0" * 31 + b"7\n": 7,
+    b"%d\n" % INT64_MAX: 136,
+    b"%d\n" % -(2**63): 0,
+    b"7\nand more": 7,
+    b"7\n8\n": 7,
+    b"7\n" + bytes(1000): 7,
+}
+
+
+BAD_HEADERS = {
+    b"abc\n": "not a number",
+    b"\n": "not a number",
+    b"\r\n": "not a number",
+    b"1_000\n": "not a number",
+    b"1e3\n": "not a number",
+    "٣\n".encode(): "not a number",
+    b"-\n": "not a number",
+    b"--1\n": "not a number",
+    b"1 2\n": "not a number",
+    b"0x10\n": "not a number",
+    b"\xff\0\n": "not a number",
+    b"1.0\n": "not a number",
+    b"1" * 33: "header too long",
+    b"1" * 33 + b"\n": "header too long",
+    b" " * 5000: "header too long",
+    b"%d\n" % (INT64_MAX + 1): "number does not fit 64 bits",
+    b"%d\n" % -(2**63 + 1): "number does not fit 64 bits",
+    b"9" * 30 + b"\n": "number does not fit 64 bits",
+}
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+def test_good_headers(serve: Serve, path: Path, host: str) -> None:
+    """Each client gets exactly the bytes from where it asked to start, whatever the others asked for, and then what is appended."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    clients = {header: server.connect(header, host) for header in GOOD_HEADERS}
+    for client in clients.values():
+        server.streaming(client)
+    append(path, NEWS)
+    for header, start in GOOD_HEADERS.items():
+        expect(clients[header], (DATA + NEWS)[start:])
+    server.process.terminate()
+    assert {header: recv_all(client) for header, client in clients.items()} == dict.fromkeys(GOOD_HEADERS, b"")
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("start", [0, 1, 5_000_000_000, 2**40 - 1, 2**40, 2**40 + 10])
+def test_offsets_beyond_32_bits(serve: Serve, path: Path, start: int) -> None:
+    """A client of a huge file gets the bytes from its 64-bit offset on, also when the file only grows past it later."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    here = server.connect(b"-%d\n" % len(DATA))
+    there = server.connect(b"%d\n" % start) if start > len(DATA) else server.connect(b"%d\n" % (start + 2**40))
+    server.streaming(there)
+    expect(here, DATA)
+    os.truncate(path, 2**40)  # sparse: it takes no room
+    append(path, DATA)
+    zeros = max(0, 2**40 - start) if start > len(DATA) else 0
+    expect(there, (bytes(min(zeros, 1000)) + DATA[max(0, start - 2**40) if start > len(DATA) else start :])[:1000])
+
+
+@pytest.mark.parametrize("host", LOOPBACKS)
+@pytest.mark.parametrize("half", [0, 1])  # no more than the ten log lines that a worker grants to strangers
+def test_bad_headers(serve: Serve, path: Path, host: str, half: int) -> None:
+    """A bad header ends its connection at once, without a byte, and with one log line that has the peer and the reason."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    bystander = server.connect(b"0\n")
+    expect(bystander, DATA)
+    for header, reason in list(BAD_HEADERS.items())[half::2]:
+        client = server.connect(header, host)
+        assert (header, client.recv(100)) == (header, b"")
+        name, port = client.getsockname()[:2]
+        peer = f" peer=[{name}]:{port} " if ":" in name else f" peer={name}:{port} "
+        assert len(server.lines(peer)) == 1, server.log
+        assert len(server.lines("warning: client refused: slot=0", peer, "reason=", reason)) == 1, server.log
+    append(path, NEWS)
+    expect(bystander, NEWS)
+
+
+@pytest.mark.parametrize(("sent", "reason"), [(b"", "input ended without a header"), (b"123", "input ended before the header's newline")])
+def test_end_of_input_before_the_newline(serve: Serve, path: Path, sent: bytes, reason: str) -> None:
+    """A client that ends its input without a whole header is let go of, for that reason."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    client = server.connect(sent)
+    client.shutdown(socket.SHUT_WR)
+    expect_eof(client)
+    server.logged("client refused: ", f" peer=127.0.0.1:{client.getsockname()[1]} ", reason)
+
+
+def test_refusals_do_not_flood_the_log(serve: Serve, path: Path) -> None:
+    """A stranger who sends rubbish again and again is refused each time, and logged ten times."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    for _ in range(30):
+        expect_eof(server.connect(b"rubbish\n"))
+    server.finish()
+    assert len(server.lines("client refused: ")) == 10
+
+
+def test_header_in_pieces(serve: Serve, path: Path) -> None:
+    """A header that comes byte by byte is one header, and the end it counts from is the file's when it is whole."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    witness = server.connect(b"0\n")
+    expect(witness, DATA)
+    client = server.connect()
+    header = b"  -101\r\n"
+    for place in range(len(header)):
+        client.sendall(header[place : place + 1])
+        if header[place : place + 1] == b"\n":
+            server.streaming(client)
+        append(path, b"%03d," % place)
+        expect(witness, b"%03d," % place)  # by now the server has seen all of the header that was sent
+    expected = DATA + b"".join(b"%03d," % place for place in range(len(header)))
+    end = len(expected) - len(b"000,")  # the newline came before the last append
+    expect(client, expected[end - 101 :])
+    append(path, NEWS)
+    expect(client, NEWS)
+
+
+@pytest.mark.slow
+def test_junk_for_ever(serve: Serve, path: Path) -> None:
+    """A client that never stops sending after its header is never blocked, and its stream stays exact."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    client, other = server.connect(b"0\n"), server.connect(b"0\n")
+    expect(client, DATA)
+    expect(other, DATA)
+    junk = b"0\n-7\nabc" * (1 << 17)
+    for turn in range(50):  # far more than the kernel would buffer
+        client.sendall(junk)
+        append(path, news := random_bytes(1000, turn))
+        expect(client, news)
+        expect(other, news)
+
+
+def test_half_close(serve: Serve, path: Path) -> None:
+    """A client that ends its input after the header goes on being streamed to."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    clients = [server.connect(header) for header in (b"0\n", b"50\n", b"-0\n", b"110\n", b"0\nmore")]
+    for client in clients:
+        client.shutdown(socket.SHUT_WR)
+        server.streaming(client)
+    append(path, NEWS)
+    for client, start in zip(clients, (0, 50, 100, 110, 0), strict=True):
+        expect(client, (DATA + NEWS)[start:])
+    append(path, DATA)
+    for client in clients:
+        expect(client, DATA)
+
+
+def test_header_timeout(serve: Serve, path: Path) -> None:
+    """--header-timeout ends connections without a whole header, and no others."""
+    path.write_bytes(DATA)
+    server = serve(path, "--header-timeout", "0.1")
+    streaming = server.connect(b"0\n")
+    expect(streaming, DATA)
+    silent, halting = server.connect(), server.connect(b"12")
+    expect_eof(silent)
+    expect_eof(halting)
+    for client in (silent, halting):
+        server.logged("client refused: ", f":{client.getsockname()[1]} ", "no header in 0.1 s")
+    append(path, NEWS)
+    expect(streaming, NEWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_clients_while_the_file_grows(serve: Serve, path: Path, workers: int) -> None:
+    """Two hundred clients that come while somebody appends each get every byte from their offset on, once and in order."""
+    whole, before = random_bytes(1 << 20), 1 << 18
+    path.write_bytes(whole[:before])
+    server = serve(path, "-w", str(workers))
+    dice = random.Random(2)
+
+    def keep_appending() -> None:
+        place = before
+        while place < len(whole):
+            step = dice.randint(1, 20_000)
+            append(path, whole[place : place + step])
+            place += step
+
+    appender = threading.Thread(target=keep_appending)
+    starts = random.Random(3).sample(range(len(whole)), 200)
+    received = [bytearray() for _ in starts]
+    with selectors.DefaultSelector() as selector:
+        for number, start in enumerate(starts):
+            client = server.connect(b"%d\n" % start, LOOPBACKS[number % 2])
+            selector.register(client, selectors.EVENT_READ, number)
+            if number == 20:
+                appender.start()
+        while selector.get_map():
+            ready = selector.select(20)
+            assert ready, "no client gets anything any more"
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
+                stream = received[key.data]
+                some = key.fileobj.recv(1 << 20)
+                stream += some
+                if not some or len(stream) >= len(whole) - starts[key.data]:
+                    selector.unregister(key.fileobj)
+    appender.join()
+    wrong = {start: len(stream) for start, stream in zip(starts, received, strict=True) if stream != whole[start:]}
+    assert wrong == {}
+
+
+@pytest.mark.slow
+def test_stalled_reader(serve: Serve, path: Path) -> None:
+    """A client that does not read holds nobody up, is not hung up on, and has every byte when it reads again."""
+    data = random_bytes(16 << 20)
+    path.write_bytes(data)
+    server = serve(path)
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(stalled, data[:10])
+    other = server.connect(b"0\n")
+    expect(other, data)
+    for turn in range(10):
+        append(path, news := random_bytes(100, turn))
+        expect(other, news)
+        data += news
+    expect(stalled, data[10:])
+
+
+@pytest.mark.slow
+def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
+    """Connections that end in every manner, at every moment, leave the streams of the others exact."""
+    data = random_bytes(4 << 20)
+    path.write_bytes(data)
+    server = serve(path, "-w", "2")
+    staying = [server.connect(b"0\n", receive_buffer=1 << 16) for _ in range(10)]
+    for turn in range(300):
+        client = server.connect([b"", b"12", b"0\n", b"0\njunk", b"rubbish\n", b"-0\n", b"999999999\n"][turn % 7])
+        if turn % 3 == 0:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        elif turn % 3 == 1:
+            client.shutdown(socket.SHUT_WR)
+        client.close()
+        append(path, news := random_bytes(50, turn))
+        data += news
+    for client in staying:
+        expect(client, data)
+
+
+DESCRIPTORS = 40  # of a process: some dozen are its own
+
+
+FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")  # it execs: the pid stays
+
+
+def fill(server: Server, data: bytes) -> list[socket.socket]:
+    """Return streaming clients, as many as the server has room for, and one more that waits."""
+    clients: list[socket.socket] = []
+    while not server.lines("short of descriptors"):
+        clients.append(server.connect(b"0\n"))
+        eventually(lambda: readable(clients[-1]) or server.lines("short of descriptors"))
+    for client in clients[:-1]:
+        expect(client, data)
+    return clients
+
+
+def readable(sock: socket.socket) -> bool:
+    """Tell whether something has come on `sock`, without waiting."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -> None:
+    """Short of descriptors, the connections without a header go, the oldest first; those that stream stay."""
+    path.write_bytes(DATA)
+    server = serve(path, "--bind", "127.0.0.1", wrapper=FEW)
+    streaming = [server.connect(b"0\n") for _ in range(5)]
+    for client in streaming:
+        expect(client, DATA)
+    headerless = [server.connect() for _ in range(2 * DESCRIPTORS)]
+    headerless[-1].sendall(b"0\n")
+    expect(headerless[-1], DATA)  # the last is accepted, and so are all before it
+    for client in headerless[:-1]:
+        if not readable(client):
+            client.sendall(b"0\n")
+    fates = [recv_exactly(client, len(DATA)) for client in headerless[:-1]]
+    dropped = len(list(takewhile(lambda fate: fate == b"", fates)))
+    assert 40 <= dropped < 2 * DESCRIPTORS - 5
+    assert fates[dropped:] == [DATA] * (len(fates) - dropped)
+    append(path, NEWS)
+    for client in streaming + headerless[dropped:]:
+        expect(client, NEWS)
+    assert len(server.lines("warning: short of descriptors, dropped the oldest connection without a header")) == 1
+
+
+@pytest.mark.slow
+def test_short_of_descriptors_keeps_streaming_clients(serve: Serve, path: Path) -> None:
+    """With streaming clients only, a new one waits until another leaves; meanwhile the worker does not spin."""
+    path.write_bytes(DATA)
+    server = serve(path, "--bind", "127.0.0.1", wrapper=FEW)
+    *clients, waiting = fill(server, DATA)
+    assert len(clients) > 10
+    (worker,) = server.workers(1)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+    before = cpu_seconds(worker)
+    time.sleep(1)  # no event to wait for: the point is that there are none
+    assert cpu_seconds(worker) - before < 0.2
+    assert not readable(waiting)
+    assert len(server.lines("short of descriptors")) == 1
+    clients.pop(0).close()
+    append(path, DATA)  # sending it tells the close from a half-close
+    for client in clients:
+        expect(client, DATA)
+    expect(waiting, DATA + NEWS + DATA)

@@ -1,0 +1,642 @@
+"""No client is lost: workers die at any moment, and every byte of every stream is compared."""
+
+import ctypes
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+import tailsrv
+from support.files import append, random_bytes
+from support.load import loaded
+from support.processes import NO_CORE, forked_children, gone, open_descriptors, stop
+from support.server import HURRIED, Serve, Server
+from support.sockets import expect, expect_eof, outcome, recv_all, recv_exactly
+from support.status import await_clients, await_protected, ready_workers, status, workers
+from support.strace import needs_strace, strace
+from support.waiting import DEADLINE, eventually
+from tailsrv.channel import Ping, encode
+
+pytestmark = pytest.mark.slow
+
+
+DATA = random_bytes(12 << 20)
+
+
+SMALL = DATA[:1000]
+
+
+PACKAGE = Path(tailsrv.__file__).parent.parent
+
+
+NEWS = b"appended later, by somebody else"
+
+
+# Any moment
+
+
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.thorough)])
+def test_many_kills(serve: Serve, path: Path, kills: int) -> None:
+    """Fifty clients of all paces lose nothing while their workers are killed at random moments, again and again."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "8")
+    dice, killed = random.Random(3), set[int]()
+    with loaded(server, path, seed=3) as load:
+        while len(killed) < kills:
+            load.run(dice.uniform(0, 0.24))
+            # the oldest first; also those that have only just been forked
+            if living := [pid for pid in forked_children(server.pid) if pid not in killed]:
+                killed.add(pid := living[0] if dice.random() < 0.8 else dice.choice(living))
+                os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(server.lines("worker was killed", "signal=SIGKILL")) == kills)
+    assert not server.lines("error")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("number", "deaths", "age"),
+    [
+        (signal.SIGSEGV, 4, 1.1),
+        (signal.SIGTERM, 8, 0.5),
+        pytest.param(signal.SIGSEGV, 12, 1.1, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGTERM, 24, 0.5, marks=pytest.mark.thorough),
+    ],
+)
+def test_other_deaths(serve: Serve, path: Path, number: signal.Signals, deaths: int, age: float) -> None:
+    """Neither crashes that are spaced out nor SIGTERM to a worker by hand cost a client anything."""
+    path.write_bytes(DATA)
+    server = serve(path, "-w", "4", wrapper=NO_CORE)
+    seen: dict[int, float] = {}  # pids, with the time when each was first seen
+    killed: set[int] = set()
+
+    def kill_one() -> bool:
+        living = [pid for pid in workers(server) if pid not in killed]
+        for pid in living:
+            seen.setdefault(pid, time.monotonic())
+        pid = min(living, key=lambda pid: seen[pid], default=0)
+        if not pid or time.monotonic() - seen[pid] < age:
+            return False
+        os.kill(pid, number)
+        killed.add(pid)
+        return True
+
+    with loaded(server, path, seed=number) as load:
+        for _ in range(deaths):
+            load.run_until(kill_one)
+    assert sum(worker["restarts"] for worker in status(server)["workers"]) == deaths
+    assert not server.lines("error")
+
+
+@pytest.mark.thorough
+def test_visitors_while_workers_are_killed(serve: Serve, path: Path) -> None:
+    """Who connects while workers are killed gets an exact stream or, if it was not passed up yet, an end at once: none hangs."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "4")
+    server.workers(4)
+    dice, served, lost = random.Random(5), 0, 0
+    for _ in range(20):
+        os.kill(eventually(lambda: forked_children(server.pid))[0], signal.SIGKILL)
+        for _ in range(15):
+            start = dice.randrange(1000)
+            visitor = server.connect(b"%d\n" % start)
+            try:
+                some = visitor.recv(1)
+            except ConnectionResetError:
+                some = b""
+            if some:
+                expect(visitor, SMALL[start + 1 :])
+                served += 1
+            else:
+                lost += 1
+            visitor.close()
+    assert served > 200
+    assert lost < 60
+
+
+# A chosen moment: the worker is stopped while a client connects, so that it finds connection and header at once
+
+
+@needs_strace
+@pytest.mark.parametrize("bystanders", [0, 3])
+def test_killed_between_accept_and_report(serve: Serve, path: Path, bystanders: int) -> None:
+    """A connection that was accepted but not passed up is ended, not left to hang; nobody else notices."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    others = [server.connect(b"0\n") for _ in range(bystanders)]
+    for other in others:
+        expect(other, SMALL)
+    stop(worker)
+    lost = server.connect(b"0\n")
+    with strace(worker, "sendmsg:signal=SIGKILL:when=1"):
+        os.kill(worker, signal.SIGCONT)
+        assert not outcome(lost)
+        eventually(lambda: gone(worker))
+    ready_workers(server, [worker])
+    append(path, NEWS)
+    for other in others:
+        expect(other, NEWS)
+    expect(server.connect(b"0\n"), SMALL + NEWS)
+
+
+@needs_strace
+def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
+    """A stream whose start is known goes on from there, also where the header is still in the socket and the file has grown."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    stop(worker)
+    clients = [server.connect(header) for header in (b"-5\n", b"-0\n", b"7\njunk")]
+    clients[2].shutdown(socket.SHUT_WR)
+    with strace(worker, "recvfrom:delay_enter=60000000:when=4"):  # three headers are looked at, then the first is consumed
+        os.kill(worker, signal.SIGCONT)
+        await_protected(server, 3)
+        append(path, NEWS)
+        os.kill(worker, signal.SIGKILL)
+    for client, start in zip(clients, (-5, 1000, 7), strict=True):
+        expect(client, SMALL[start:] + NEWS)
+    append(path, SMALL)
+    for client in clients:
+        expect(client, SMALL)
+
+
+def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
+    """A client without a whole header keeps its connection, and what it has sent of it."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    (worker,) = server.workers(1)
+    silent, halting = server.connect(), server.connect(b"99")
+    await_clients(server, 2)
+    os.kill(worker, signal.SIGKILL)
+    ready_workers(server, [worker])
+    halting.sendall(b"8\n")
+    expect(halting, SMALL[998:])
+    silent.sendall(b"0\n")
+    expect(silent, SMALL)
+
+
+@pytest.mark.sample(1)
+@needs_strace
+@pytest.mark.parametrize("when", [1, 3, *(pytest.param(when, marks=pytest.mark.thorough) for when in (2, 7, 20))])
+@pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
+def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) -> None:
+    """A worker that dies before, in or after a sendfile(2), whose result it never learned, loses and doubles nothing."""
+    path.write_bytes(DATA)
+    server = serve(path, wrapper=NO_CORE)
+    (worker,) = server.workers(1)
+    stop(worker)
+    clients = [server.connect(b"0\n", receive_buffer=size) for size in (0, 4096, 1 << 16)]
+    received = b""
+    with strace(worker, f"sendfile:{what}:when={when}"):
+        os.kill(worker, signal.SIGCONT)
+        if what.startswith("delay"):
+            clients[0].settimeout(0.1)
+            while not is_held(worker):
+                with suppress(TimeoutError):
+                    received += clients[0].recv(1 << 16)
+            os.kill(worker, signal.SIGKILL)
+            clients[0].settimeout(DEADLINE)
+        else:
+            received += recv_exactly(clients[0], len(DATA))
+            for client in clients[1:]:
+                expect(client, DATA)
+            while not gone(worker):  # all that may have taken fewer calls
+                append(path, NEWS)
+                for client in clients:
+                    expect(client, NEWS)
+    assert received == DATA[: len(received)]
+    if what.startswith("delay"):
+        expect(clients[0], DATA[len(received) :])
+        for client in clients[1:]:
+            expect(client, DATA)
+    assert gone(worker)
+    append(path, NEWS)
+    for client in clients:
+        expect(client, NEWS)
+
+
+def is_held(pid: int) -> bool:
+    """Tell whether strace holds `pid` at a sendfile(2) for longer than it takes to look at it twice."""
+    before = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
+    time.sleep(0.02)  # no event says that nothing happens
+    after = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
+    return before == after and psutil.Process(pid).status() == psutil.STATUS_TRACING_STOP
+
+
+# A client that kills
+
+POISONED = '''
+"""A tailsrv whose workers die of any client that wants to start at byte 666."""
+
+import os, signal, sys
+from tailsrv import main as cli
+from tailsrv.worker import worker
+from tailsrv.config import ExitStatus
+from tailsrv.control import Control
+from tailsrv.listeners import endpoints
+from tailsrv.log import logger, set_up
+from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.supervisor import Supervisor
+from tailsrv.served_file import open_file
+
+
+def die():
+    match how:
+        case "raise":
+            raise RuntimeError("poison")
+        case "exit":
+            os._exit(1)
+        case _:
+            os.kill(os.getpid(), getattr(signal, how))
+
+
+class Poisoned(worker.Worker):
+    def adopt(self, entries):
+        if any(entry.start == 666 for entry in entries.values()):
+            die()
+        super().adopt(entries)
+
+    def start_stream(self, client, offset):
+        super().start_stream(client, offset)
+        if offset == 666:
+            die()
+
+
+def work(inheritance):
+    worker.Worker = Poisoned  # in this child only
+    return worker.work(inheritance, config)
+
+
+how = sys.argv.pop(1)
+config, verbosity = cli.parse(None)
+set_up(verbosity)
+file = open_file(config.path)
+listeners = cli.listen(config, config.port)
+port = listeners[0][0].getsockname()[1]
+names = endpoints(config.bind, port)
+logger.info("listening: port=%d", port)
+slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
+sys.exit(Supervisor(config, slots, names, Control.lock(names), work).run(file))
+'''
+
+
+def slot_of(server: Server, sock: socket.socket) -> int:
+    """Return the slot that serves `sock`; takes a server with -v."""
+    line = server.logged("client streams: ", f" peer=127.0.0.1:{sock.getsockname()[1]} ")
+    return int(line.partition(" slot=")[2].split()[0])
+
+
+def spread(server: Server, count: int) -> list[list[socket.socket]]:
+    """Return streaming clients of the first two slots, at least `count` of each."""
+    found: list[list[socket.socket]] = [[], []]
+    while min(map(len, found)) < count:
+        client = server.connect(b"0\n")
+        found[slot_of(server, client)].append(client)
+    return found
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("how", ["raise", "exit", "SIGABRT", "SIGSEGV"])
+def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
+    """A client that kills every worker which adopts it ends with those of its slot, soon; the others and newcomers are served."""
+    path.write_bytes(SMALL)
+    program = path.with_name("poisoned.py")
+    program.write_text(POISONED)
+    server = serve(path, "-v", "-w", "2", wrapper=("env", f"PYTHONPATH={PACKAGE}", *NO_CORE), program=(sys.executable, str(program), how))
+    server.traceback_expected = True
+    server.workers(2)
+    clients = spread(server, 3)
+    for client in clients[0] + clients[1]:
+        expect(client, SMALL)
+    poison = server.connect(b"666\n")
+    line = server.logged("a client kills the worker that adopts it")
+    slot = int(line.partition(" slot=")[2].split()[0])
+    assert not outcome(poison)
+    for client in clients[slot]:
+        assert not outcome(client)
+    append(path, NEWS)
+    for client in clients[1 - slot]:
+        expect(client, NEWS)
+    for client in [client for newcomers in spread(server, 2) for client in newcomers]:
+        expect(client, SMALL + NEWS)
+    assert [worker["restarts"] > 0 for worker in status(server)["workers"]] == [slot == 0, slot == 1]
+
+
+def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
+    """A client that kills every worker which adopts it does not keep a drain busy until its grace is over."""
+    path.write_bytes(SMALL)
+    program = path.with_name("poisoned.py")
+    program.write_text(POISONED)
+    server = serve(path, "-v", "--grace", "3600", wrapper=("env", f"PYTHONPATH={PACKAGE}"), program=(sys.executable, str(program), "exit"))
+    (worker,) = server.workers(1)
+    stop(worker)
+    poison = server.connect(b"666\n")  # waits in the accept queue, which a drain empties
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(worker, signal.SIGCONT)
+    server.logged("a client kills the worker that adopts it")
+    assert not outcome(poison)
+    server.wait()
+    assert len(server.lines("worker died by its own fault")) == 3
+
+
+# Descriptors
+
+
+def counts(server: Server) -> list[int]:
+    """Return the number of descriptors of the supervisor and of each worker."""
+    return [open_descriptors(pid) for pid in [server.pid, *workers(server)]]
+
+
+def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
+    """After a thousand clients that came and left in every manner, and some deaths, all processes have the descriptors they had."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    ready_workers(server)
+    before = counts(server)
+    headers, killed = (b"0\n", b"-0\n", b"", b"rubbish\n", b"12", b"5\njunk"), list[int]()
+    for batch in range(20):
+        clients = [server.connect(headers[(batch + number) % len(headers)]) for number in range(50)]
+        if batch % 4 == 3:
+            killed.append(ready_workers(server, besides=killed)[batch % 2])
+            os.kill(killed[-1], signal.SIGKILL)
+        for client in clients[::2]:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        for client in clients:
+            client.close()
+        append(path, b"x")
+    ready_workers(server)
+
+    def none_left() -> bool:
+        append(path, b"x")  # sending it tells a close from a half-close
+        return bool(status(server)["clients"] == 0)
+
+    eventually(none_left)
+    eventually(lambda: counts(server) == before)
+    assert sum(worker["restarts"] for worker in status(server)["workers"]) == 5
+
+
+def test_unprotected_clients(serve: Serve, path: Path) -> None:
+    """Where the supervisor runs out of descriptors, all clients are served; those without protection are counted and told of once."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-v", "-w", "2", wrapper=("prlimit", "--nofile=64:64"))
+    living = server.workers(2)
+    clients = [server.connect(b"0\n") for _ in range(60)]
+    for client in clients:
+        expect(client, SMALL)
+    await_clients(server, 60)
+    unprotected = status(server)["unprotected"]
+    assert 20 < unprotected < 60
+    assert len(server.lines("warning: no descriptor left to protect clients with", "unprotected=")) == 1
+    slots = [slot_of(server, client) for client in clients]
+    os.kill(living[0], signal.SIGKILL)
+    line = server.logged("worker was killed", "slot=0")
+    ready_workers(server, living[:1])
+    lost = int(line.partition(" lost=")[2].split()[0])
+    append(path, NEWS)
+    fates = [outcome_of(client, NEWS) for client in clients]
+    assert fates.count(False) == lost
+    assert all(fate for fate, slot in zip(fates, slots, strict=True) if slot == 1)
+    assert status(server)["unprotected"] == unprotected - lost
+    assert status(server)["clients"] == 60 - lost
+    newcomer = server.connect(b"0\n")
+    expect(newcomer, SMALL + NEWS)
+
+
+def outcome_of(client: socket.socket, news: bytes) -> bool:
+    """Tell whether `client` gets `news`, or its end."""
+    try:
+        some = client.recv(len(news))
+    except ConnectionResetError:
+        return False
+    assert some in (news, b"")
+    return bool(some)
+
+
+def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
+    """A slot that cannot be filled for lack of descriptors keeps its clients, and is filled as soon as there are some."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=HURRIED)
+    (worker,) = server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    await_protected(server, 1)  # there must have been a descriptor for it
+    limits = psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)
+    psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (5, limits[1]))
+    os.kill(worker, signal.SIGKILL)
+    server.logged("error: cannot spawn a worker: slot=0")
+    append(path, NEWS)
+    waiting = server.connect(b"0\n")
+    psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, limits)
+    expect(client, NEWS)
+    expect(waiting, SMALL + NEWS)
+
+
+@needs_strace
+def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
+    """Where a worker cannot be forked, its clients wait until one can."""
+    path.write_bytes(SMALL)
+    server = serve(path, program=HURRIED)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    before = ready_workers(server)
+    with strace(server.pid, "clone:error=EAGAIN:when=1"):
+        os.kill(before[0], signal.SIGKILL)
+        server.logged("error: cannot spawn a worker: slot=0", "Resource temporarily unavailable")
+    append(path, NEWS)
+    expect(client, NEWS)
+    ready_workers(server, besides=before)
+
+
+@needs_strace
+def test_client_that_cannot_be_watched(serve: Serve, path: Path) -> None:
+    """Where the kernel has no room to watch one more client, that one is closed, and nobody else notices."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    [worker] = ready_workers(server)
+    with strace(worker, "epoll_ctl:error=ENOSPC:when=1"):
+        expect_eof(server.connect())
+        server.logged("error: client failed: slot=0", "No space left on device")
+    append(path, NEWS)
+    expect(client, NEWS)
+    expect(server.connect(b"0\n"), SMALL + NEWS)
+
+
+@needs_strace
+@pytest.mark.parametrize("error", ["ENFILE", "ENOMEM", "ENOBUFS"])
+def test_system_that_has_no_room(serve: Serve, path: Path, error: str) -> None:
+    """Where the whole system is short, who comes waits for a moment, and nobody goes for it, not even who has asked for nothing yet."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    silent = server.connect()
+    [worker] = ready_workers(server)
+    await_clients(server, 1)
+    with strace(worker, f"accept4:error={error}:when=1"):
+        late = server.connect(b"0\n")
+        server.logged("short of descriptors or memory, not accepting for a moment")
+        expect(late, SMALL)
+    silent.sendall(b"0\n")
+    expect(silent, SMALL)
+
+
+def channel_of(worker: int) -> socket.socket:
+    """Return a duplicate of a worker's end of its channel."""
+    pidfd_getfd, libc = 438, ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(worker)
+    try:
+        for fd in os.listdir(f"/proc/{worker}/fd"):
+            if (taken := libc.syscall(pidfd_getfd, process, int(fd), 0)) < 0:
+                pytest.skip(f"a descriptor of another process may not be taken: {os.strerror(ctypes.get_errno())}")
+            try:
+                sock = socket.socket(fileno=taken)
+            except OSError:
+                os.close(taken)
+                continue
+            if sock.type == socket.SOCK_SEQPACKET:
+                return sock
+            sock.close()
+    finally:
+        os.close(process)
+    raise AssertionError("it has no channel")
+
+
+def test_worker_that_speaks_nonsense(serve: Serve, path: Path) -> None:
+    """A message that is none, or an order that only the supervisor gives, is a line in the log, and what came with it is closed."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    [worker] = ready_workers(server)
+    await_protected(server, 1)
+    before = open_descriptors(server.pid)
+    with channel_of(worker) as channel:
+        for packet in (b"nonsense", encode(Ping())):
+            socket.send_fds(channel, [packet], [channel.fileno()])
+        eventually(lambda: len(server.lines("error: worker speaks nonsense: slot=0")) == 2)
+    eventually(lambda: open_descriptors(server.pid) == before)
+    append(path, NEWS)
+    expect(client, NEWS)
+    assert ready_workers(server) == [worker]
+
+
+# The end
+
+
+def kill_into_backoff(server: Server) -> None:
+    """Kill the only worker again and again, until its slot is to stay empty for more than a second."""
+    while not server.lines("respawning after a delay: slot=0 seconds=1.6"):
+        for pid in forked_children(server.pid):
+            with suppress(ProcessLookupError):  # killed in the last round, reaped in this
+                os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: gone(pid))  # type: ignore[misc]
+
+
+def test_drain_of_a_slot_in_backoff(serve: Serve, path: Path) -> None:
+    """SIGTERM while a slot has no worker: its clients and those in its queue still get the whole file, and a proper end."""
+    path.write_bytes(DATA)
+    server = serve(path, "--grace", "20")
+    clients = [server.connect(b"0\n", receive_buffer=4096), server.connect(b"-0\n"), server.connect(b"1000\n")]
+    clients[2].shutdown(socket.SHUT_WR)
+    expect(clients[0], DATA[:1000])
+    await_clients(server, 3)
+    kill_into_backoff(server)
+    append(path, NEWS)
+    queued = server.connect(b"-5\n")
+    server.signal(signal.SIGTERM)
+    whole = DATA + NEWS
+    received = [recv_all(client) for client in (*clients, queued)]
+    lengths = [len(stream) for stream in received]
+    assert lengths == [len(whole) - 1000, len(NEWS), len(whole) - 1000, 5]
+    assert received == [whole[1000:], NEWS, whole[1000:], whole[-5:]]
+    server.wait()
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_killed_while_draining(serve: Serve, path: Path, deaths: int) -> None:
+    """A successor finishes the drain that its predecessor was killed in."""
+    path.write_bytes(DATA)
+    server = serve(path, "--grace", "20")
+    server.workers(1)
+    stalled, half = server.connect(b"0\n", receive_buffer=4096), server.connect(b"7\n", receive_buffer=4096)
+    half.shutdown(socket.SHUT_WR)
+    expect(stalled, DATA[:1000])
+    expect(half, DATA[7:1000])
+    server.signal(signal.SIGTERM)
+    seen: list[int] = []
+    for _ in range(deaths):
+        worker = eventually(lambda: [pid for pid in server_draining(server) if pid not in seen])[0]
+        seen.append(worker)
+        os.kill(worker, signal.SIGKILL)
+    assert recv_all(stalled) == DATA[1000:]
+    assert recv_all(half) == DATA[1000:]
+    server.wait()
+
+
+def test_killed_in_a_drain_before_it_read_a_header(serve: Serve, path: Path) -> None:
+    """A successor also starts the streams that its predecessor did not get to."""
+    path.write_bytes(SMALL)
+    server = serve(path)
+    [worker] = ready_workers(server)
+    client = server.connect()
+    await_clients(server, 1)
+    stop(worker)
+    client.sendall(b"0\n")
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(worker, signal.SIGKILL)
+    expect(client, SMALL)
+    expect_eof(client)
+    server.wait()
+
+
+def server_draining(server: Server) -> list[int]:
+    """Return the pids of the workers that drain."""
+    return [pid for pid in forked_children(server.pid) if "draining" in server.title(pid)]
+
+
+def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> None:
+    """A drain in which nobody is left to serve ends, though its worker was killed."""
+    path.write_bytes(DATA)
+    server = serve(path, "--grace", "20")
+    stalled = server.connect(b"0\n", receive_buffer=4096)
+    expect(stalled, DATA[:1000])
+    server.signal(signal.SIGTERM)
+    worker = eventually(lambda: server_draining(server))[0]
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stop(worker)
+    stalled.close()
+    os.kill(worker, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.mark.thorough
+def test_backoff_does_not_outlast_a_drain(serve: Serve, path: Path) -> None:
+    """However often a slot's workers have died: in a drain the next comes at once, while there is time for its streams."""
+    data = random_bytes(20_000_000)
+    path.write_bytes(data)
+    server = serve(path, "--grace", "4")
+    client = server.connect(b"0\n", receive_buffer=4096)
+    await_clients(server, 1)
+    count = 1
+    while not server.lines("respawning after a delay: ", "seconds=1.6"):
+        server.logged("worker ready: ", count=count)
+        os.kill(workers(server)[0], signal.SIGKILL)
+        server.logged("worker was killed: ", count=count)
+        count += 1
+    server.logged("worker ready: ", count=count)
+    server.signal(signal.SIGTERM)
+    server.logged("draining: ")
+    os.kill(workers(server)[0], signal.SIGKILL)
+    expect(client, data)
+    expect_eof(client)

@@ -1,0 +1,150 @@
+"""A load on a server: clients of all kinds, each byte of whose streams is compared."""
+
+import random
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.files import append, random_bytes
+from support.server import Server
+from support.status import await_clients
+from support.waiting import DEADLINE
+
+
+@dataclass
+class Stream:
+    """A client of the load, and where its stream is."""
+
+    kind: str
+    sock: socket.socket
+    position: int | None = None  # in the file, of the next byte to come; None: it is counted from an end that we do not know
+    earliest: int = 0  # where the first byte may come from, in that case
+    unsent: bytes = b""  # of the header
+
+
+KINDS = ("fast", "slow", "stalled", "half-closed", "junk", "late", "from end", "ahead", "slow half-closed junk", "only news")
+
+
+class Load:
+    """Clients of all kinds, a file that grows, and a comparison of every byte that comes."""
+
+    def __init__(self, server: Server, path: Path, seed: int, count: int = 50) -> None:
+        self.server, self.path = server, path
+        self.dice = random.Random(seed)
+        self.data = bytearray(path.read_bytes())
+        self.selector = selectors.DefaultSelector()
+        self.streams = [self.join(KINDS[number % len(KINDS)]) for number in range(count)]
+        await_clients(server, count)
+
+    def join(self, kind: str) -> Stream:
+        """Return a new client of that kind."""
+        size, junk, dice = len(self.data), bytes(100) if "junk" in kind else b"", self.dice
+        sock = self.server.connect(receive_buffer=4096 if kind == "stalled" else 0)
+        match kind:
+            case "from end" | "only news":
+                count = dice.randrange(1, size) if kind == "from end" else 0
+                stream = Stream(kind, sock, None, size - count, b"-%d\n" % count)
+            case "ahead":
+                start = size + dice.randrange(1, 50_000)
+                stream = Stream(kind, sock, start, 0, b"%d\n" % start)
+            case _:
+                start = dice.randrange(size // 4)
+                stream = Stream(kind, sock, start, 0, b"%d\n" % start + junk)
+        if kind != "late":
+            sock.sendall(stream.unsent)
+            stream.unsent = b""
+        if "half-closed" in kind:
+            sock.shutdown(socket.SHUT_WR)
+        sock.setblocking(False)
+        self.selector.register(sock, selectors.EVENT_READ, stream)
+        return stream
+
+    def turn(self, timeout: float = 0.002) -> None:
+        """Let everyone do a little, each at its pace."""
+        dice = self.dice
+        if dice.random() < 0.3:
+            news = dice.randbytes(dice.randrange(1, 3000))
+            self.data += news
+            append(self.path, news)
+        for stream in self.streams:
+            if stream.unsent and dice.random() < 0.01:
+                stream.unsent = stream.unsent[stream.sock.send(stream.unsent[:1]) :]
+            elif stream.kind == "junk" and dice.random() < 0.01:
+                stream.sock.send(b"7\njunk")
+        for key, _ in self.selector.select(timeout):
+            stream = key.data
+            if stream.kind == "stalled" or ("slow" in stream.kind and dice.random() < 0.9):
+                continue
+            self.read(stream, 4096 if "slow" in stream.kind else dice.choice([100, 4096, 1 << 17]))
+
+    def run(self, seconds: float) -> None:
+        """Take turns for that long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.turn()
+
+    def run_until(self, check: Callable[[], object]) -> None:
+        """Take turns until `check` is true."""
+        end = time.monotonic() + DEADLINE
+        while not check():
+            assert time.monotonic() < end, self.server.log
+            self.turn()
+
+    def read(self, stream: Stream, count: int) -> int:
+        """Read and compare up to `count` bytes; return how many there were."""
+        try:
+            some = stream.sock.recv(count)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise AssertionError(f"{stream}: {error}\n{self.server.log}") from error
+        assert some, f"{stream} ended\n{self.server.log}"
+        if stream.position is None:
+            stream.position = self.data.find(some, stream.earliest)
+            assert stream.position >= 0, f"{stream}: {some[:20]!r} is nowhere in the file\n{self.server.log}"
+        ours = self.data[stream.position : stream.position + len(some)]
+        assert ours == some, f"{stream} differs\n{self.server.log}"
+        stream.position += len(some)
+        return len(some)
+
+    def catch_up(self) -> None:
+        """Have every client read all that there is, at once, and no more."""
+        for stream in self.streams:
+            stream.sock.settimeout(DEADLINE)
+            if stream.unsent:
+                stream.sock.sendall(stream.unsent)
+                stream.unsent = b""
+        last = random_bytes(60_000, seed=len(self.data))  # all who are ahead get something, and the others too
+        await_reading(self)
+        self.data += last
+        append(self.path, last)
+        for stream in self.streams:
+            while stream.position is None or stream.position < len(self.data):
+                assert self.read(stream, 1 << 20)
+
+    def close(self) -> None:
+        """Forget the clients, whose sockets the server's fixture closes."""
+        self.selector.close()
+
+
+def await_reading(load: Load) -> None:
+    """Wait until those who have sent their header late are streamed to: what comes then is news to them all."""
+    for stream in load.streams:
+        if stream.kind == "late" and (stream.position or 0) < len(load.data):
+            assert load.read(stream, 1)
+
+
+@contextmanager
+def loaded(server: Server, path: Path, seed: int, count: int = 50) -> Iterator[Load]:
+    """Give a load on `server`; at the end each of its streams has been read to the end of the file."""
+    load = Load(server, path, seed, count)
+    try:
+        yield load
+        load.catch_up()
+        await_clients(server, count)
+    finally:
+        load.close()

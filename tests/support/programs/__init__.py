@@ -1,0 +1,1 @@
+"""Programs that tests run by their paths, with arguments."""

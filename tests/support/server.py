@@ -1,0 +1,136 @@
+"""A running server, and how tests start one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from support.checkout import PROGRAMS
+from support.processes import AS_NOBODY, children, runs, session, title
+from support.sockets import connect
+from support.waiting import DEADLINE, eventually
+
+TAILSRV = (sys.executable, "-m", "tailsrv")
+HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))  # the same with shorter waits
+ACTIVATE = PROGRAMS / "activate.py"
+
+
+def activated(*kinds: str) -> tuple[str, ...]:
+    """Return a wrapper that starts a program with these sockets as a service manager does; activate.py has the kinds."""
+    return (sys.executable, str(ACTIVATE), ",".join(kinds))
+
+
+def wrapper_without_rights() -> tuple[str, ...]:
+    """Return what starts a server that a file's mode can keep out."""
+    if os.geteuid() != 0:
+        return ()
+    if not runs(*AS_NOBODY, *TAILSRV, "--version"):
+        pytest.skip("root may read every file, and another user cannot be had")
+    return AS_NOBODY
+
+
+def run_tailsrv(*arguments: str | bytes | Path, wrapper: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    """Run a tailsrv that ends by itself, to its end."""
+    command = [*wrapper, *TAILSRV, *arguments]
+    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="backslashreplace", timeout=DEADLINE)
+
+
+class Server:
+    """A running tailsrv, its log, and the clients that are connected to it."""
+
+    def __init__(self, command: Sequence[str | bytes | Path], log: Path, status: int) -> None:
+        self.expected_status = status
+        self.traceback_expected = False
+        self.clients: list[socket.socket] = []
+        self._log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+        self.pid = self.process.pid  # also of its session
+
+    @property
+    def log(self) -> str:
+        """What it has written to standard error."""
+        return self._log.read_text(errors="backslashreplace")
+
+    def lines(self, *parts: str) -> list[str]:
+        """Return the log's lines that hold all of `parts`."""
+        return [line for line in self.log.splitlines() if all(part in line for part in parts)]
+
+    def logged(self, *parts: str, count: int = 1) -> str:
+        """Wait for `count` log lines that hold all of `parts`, and return the last."""
+
+        def look() -> list[str]:
+            found = self.lines(*parts)
+            assert len(found) >= count or self.process.poll() is None, f"ended without {parts}:\n{self.log}"
+            return found if len(found) >= count else []
+
+        return eventually(look)[-1]
+
+    @cached_property
+    def port(self) -> int:
+        """The port it listens on, as it says in its log."""
+        return int(self.logged("listening: ", " port=").partition(" port=")[2].split()[0])
+
+    def connect(self, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0) -> socket.socket:
+        """Return a connection that is closed in the end, `header` sent."""
+        sock = connect(self.port, header, host, receive_buffer)
+        self.clients.append(sock)
+        return sock
+
+    def streaming(self, sock: socket.socket) -> None:
+        """Wait until the header of `sock` has been read; takes a server with -v."""
+        host, port = sock.getsockname()[:2]
+        self.logged("client streams: ", f" peer=[{host}]:{port} " if ":" in host else f" peer={host}:{port} ")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the supervisor."""
+        self.process.send_signal(number)
+
+    def title(self, pid: int | None = None) -> str:
+        """Return the title of a process, the supervisor's by default."""
+        return title(pid or self.pid)
+
+    def workers(self, count: int | None = None) -> list[int]:
+        """Return the pids of the workers by slot, once there are `count` and all are ready."""
+
+        def look() -> list[int]:
+            found = [pid for pid in children(self.pid) if title(pid).startswith("tailsrv: worker ")]
+            ready = {f"pid={pid}" for pid in found} <= {word for line in self.lines("worker ready: ") for word in line.split()}
+            return found if ready and len(found) == (count or 1) else []
+
+        return sorted(eventually(look), key=lambda pid: int(title(pid).split()[2]))
+
+    def wait(self) -> None:
+        """Wait for its end and assert that it is the expected one, clean and complete."""
+        try:
+            status = self.process.wait(DEADLINE)
+            assert status == self.expected_status, self.log
+            assert self.traceback_expected or "Traceback" not in self.log, self.log
+            eventually(lambda: not session(self.pid))
+        finally:
+            for pid in session(self.pid):
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait(DEADLINE)
+
+    def finish(self) -> None:
+        """Close the clients, end the server if the test has not, and assert that it ended well."""
+        for sock in self.clients:
+            sock.close()
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        self.wait()
+
+
+class Serve(Protocol):
+    """Starts `tailsrv -p 0 OPTIONS PATH`, by way of `wrapper`; it must end with `status`."""
+
+    def __call__(
+        self, path: str | bytes | Path, *options: str, status: int = 0, wrapper: Sequence[str] = (), program: Sequence[str] = TAILSRV
+    ) -> Server: ...

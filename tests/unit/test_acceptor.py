@@ -1,0 +1,34 @@
+"""Which clients may come in."""
+
+from ipaddress import ip_network
+
+import pytest
+
+from tailsrv.config import Network
+from tailsrv.worker.acceptor import is_allowed
+
+V4, V6, MAPPED = ip_network("10.1.0.0/16"), ip_network("2001:db8::/32"), ip_network("::ffff:10.1.0.0/112")
+
+
+@pytest.mark.parametrize(
+    ("host", "networks", "allowed"),
+    [
+        ("10.1.2.3", [V4], True),
+        ("10.2.0.1", [V4], False),
+        ("10.2.0.1", [V6, V4, ip_network("10.2.0.1")], True),
+        ("::ffff:10.1.2.3", [V4], True),
+        ("::ffff:10.2.0.1", [V4], False),
+        ("::ffff:10.1.2.3", [MAPPED], False),  # an IPv4 address is an IPv4 address, however it is written
+        ("2001:db8::1", [V4], False),
+        ("2001:db8::1", [V4, V6], True),
+        ("2001:db9::1", [V6], False),
+        ("fe80::1%eth0", [ip_network("fe80::/10")], True),
+        ("fe80::1%eth0", [V6], False),
+        ("10.1.2.3", [ip_network("0.0.0.0/0")], True),
+        ("::1", [ip_network("0.0.0.0/0")], False),
+        ("10.1.2.3", [], False),
+    ],
+)
+def test_is_allowed(host: str, networks: list[Network], allowed: bool) -> None:
+    """A client may come from any of the networks; IPv4 rules are for IPv4 addresses, also for those mapped into IPv6."""
+    assert is_allowed(host, networks) is allowed

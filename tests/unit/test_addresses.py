@@ -1,0 +1,66 @@
+"""HOST:PORT, as people write it."""
+
+import pytest
+
+from tailsrv.addresses import EndpointError, endpoint, parse_endpoint
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("logserver:4321", "logserver", 4321),
+        ("192.0.2.1:1", "192.0.2.1", 1),
+        ("[::1]:65535", "::1", 65535),
+        ("[fe80::1%eth0]:4321", "fe80::1%eth0", 4321),
+        ("a:04321", "a", 4321),
+    ],
+)
+def test_endpoint_is_read(text: str, host: str, port: int) -> None:
+    """A name, an IPv4 address, or an IPv6 address in brackets, and a port."""
+    assert parse_endpoint(text) == (host, port)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not HOST:PORT"),
+        ("logserver", "not HOST:PORT"),
+        (":4321", "not HOST:PORT"),
+        ("[]:4321", "not HOST:PORT"),
+        ("::1:4321", "takes brackets"),
+        ("fe80::1", "takes brackets"),
+        ("[::1]", "takes brackets"),
+        ("a:", "not a port"),
+        ("a:http", "not a port"),
+        ("a:-1", "not a port"),
+        ("a:1_000", "not a port"),
+        ("a:\u0663", "not a port"),
+        ("a:0", "from 1 to 65535"),
+        ("a:65536", "from 1 to 65535"),
+        ("a:" + "9" * 5000, "from 1 to 65535"),
+    ],
+)
+def test_what_is_no_endpoint(text: str, reason: str) -> None:
+    """Anything else is refused, with the reason."""
+    with pytest.raises(EndpointError, match=reason):
+        parse_endpoint(text)
+
+
+@pytest.mark.parametrize("text", ["logserver:4321", "[::1]:4321", "127.0.0.1:1"])
+def test_endpoint_is_written_as_it_is_read(text: str) -> None:
+    """Writing is the inverse of reading."""
+    assert endpoint(*parse_endpoint(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("127.0.0.1", 4321, "127.0.0.1:4321"),
+        ("::1", 4321, "[::1]:4321"),
+        ("localhost", 1, "localhost:1"),
+        ("fe80::1%eth0", 1, "[fe80::1%eth0]:1"),
+    ],
+)
+def test_endpoint(host: str, port: int, words: str) -> None:
+    """An address and a port are written as people write them."""
+    assert endpoint(host, port) == words

@@ -1,0 +1,147 @@
+"""The channel's words: what one side says the other understands, and nothing else passes for it."""
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailsrv.channel import (
+    MAX_MESSAGE,
+    MAX_NEWS,
+    MAX_SOCKETS,
+    VERSION,
+    Drain,
+    Message,
+    MessageError,
+    Notices,
+    Ping,
+    Report,
+    decode,
+    encode,
+)
+
+numbers = st.integers(0, 2**63 - 1)
+
+
+notices = st.builds(
+    Notices,
+    ready=st.booleans(),
+    gone=st.booleans(),
+    truncated=st.none() | numbers,
+    polling=st.none() | st.text(max_size=100),
+)
+
+
+reports = st.builds(
+    Report,
+    joined=st.lists(numbers, max_size=20),
+    started=st.lists(st.tuples(numbers, numbers), max_size=20),
+    left=st.lists(numbers, max_size=20),
+    notices=notices,
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Report(),
+        Report([7], [(7, 4096)], [8, 9], Notices(True, True, 0, "no inotify: 'ünï'")),
+        Report(notices=Notices(truncated=0)),
+        Report(left=[2**63 - 1]),
+        Drain(0.0),
+        Drain(5.25),
+        Drain(5.25, rotating=True),
+        Ping(),
+    ],
+)
+def test_round_trip(message: Message) -> None:
+    """A message comes out as it went in, and what has not happened costs no JSON."""
+    packet = encode(message)
+    assert message == decode(packet)
+    assert (b"{" in packet) == (isinstance(message, Report) and message.notices != Notices())
+
+
+@pytest.mark.thorough
+@given(reports)
+def test_any_report(report: Report) -> None:
+    """Every report comes out as it went in."""
+    assert report == decode(encode(report))
+
+
+def test_the_largest_report_fits() -> None:
+    """A packet holds as many clients of each kind as it may speak of, and notices."""
+    report = Report(
+        joined=list(range(MAX_SOCKETS)),
+        started=[(client, 2**62) for client in range(MAX_NEWS)],
+        left=list(range(MAX_NEWS)),
+        notices=Notices(True, True, 2**62, "\N{PILE OF POO}" * 100),
+    )
+    packet = encode(report)
+    assert len(packet) <= MAX_MESSAGE
+    assert report == decode(packet)
+
+
+HEAD = struct.Struct("=B4sHHH")
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"", b"junk", b"\xff\x00", b"{}", bytes(5), bytes(100),
+        bytes([VERSION]),
+        bytes([VERSION]) + b"danc",
+        bytes([VERSION]) + b"rept",
+        bytes([VERSION]) + b"drai",
+        encode(Drain(1.0)) + b"\0",
+        encode(Ping()) + b"\0",
+        HEAD.pack(VERSION + 1, b"rept", 0, 0, 0),
+        HEAD.pack(VERSION, b"rept", 1, 0, 0),
+        HEAD.pack(VERSION, b"rept", 65535, 65535, 65535) + bytes(100),
+        encode(Report()) + b"{",
+        encode(Report()) + b"[]",
+        encode(Report()) + b"7",
+        encode(Report()) + b"\xff",
+        encode(Report()) + b'{"dance": true}',
+    ],
+)  # fmt: skip
+def test_junk(packet: bytes) -> None:
+    """What encode() cannot have made is a MessageError and no other."""
+    with pytest.raises(MessageError):
+        decode(packet)
+
+
+@pytest.mark.parametrize("message", [Drain(1.0), Report([1], [(1, 2)], [3]), Report([1], [], [], Notices(ready=True))])
+def test_cut_short(message: Message) -> None:
+    """A packet of which the end is missing is a MessageError wherever it was cut, unless only the notices are gone."""
+    packet = encode(message)
+    whole = packet.find(b"{") if b"{" in packet else len(packet)
+    for length in range(len(packet)):
+        if length != whole:
+            with pytest.raises(MessageError):
+                decode(packet[:length])
+
+
+@pytest.mark.parametrize("message", [Drain(1.0), Report([1], [(1, 2)], [3])])
+def test_another_version(message: Message) -> None:
+    """Words of another version are not understood, and the reason names ours."""
+    packet = encode(message)
+    with pytest.raises(MessageError, match=f"version {VERSION}"):
+        decode(bytes([VERSION + 1]) + packet[1:])
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_at_all(packet: bytes) -> None:
+    """Bytes that are no message never raise anything but MessageError."""
+    with pytest.raises(MessageError):
+        decode(packet)
+
+
+@given(st.binary(max_size=100), st.sampled_from([b"rept", b"drai"]))
+def test_any_bytes_behind_a_good_start(rest: bytes, kind: bytes) -> None:
+    """Whatever comes behind a version and a kind is a message, or a MessageError."""
+    try:
+        message = decode(bytes([VERSION]) + kind + rest)
+    except MessageError:
+        return
+    assert isinstance(message, Report | Drain)

@@ -1,0 +1,348 @@
+"""The control socket: lock, discovery and status in one."""
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from support.interpreter import run_python
+from support.processes import as_root
+from support.sockets import recv_all, wait_readable
+from support.waiting import DEADLINE
+from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, socket_name
+from tailsrv.linux.process import read_stat
+
+STATUS = b'{"clients": 3}\n'
+
+
+@pytest.fixture
+def endpoint() -> str:
+    """Give a name that no server and no other test run has."""
+    return f"test-{os.getpid()}-{os.urandom(4).hex()}:0"
+
+
+@contextmanager
+def held(*names: str) -> Iterator[Control]:
+    """Hold the lock for these names."""
+    control = Control.lock(names)
+    try:
+        yield control
+    finally:
+        control.close()
+
+
+def connect(endpoint: str) -> socket.socket:
+    """Connect as a client of the status does."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(DEADLINE)
+    sock.connect(f"\0tailsrv:{endpoint}")
+    return sock
+
+
+def answer(control: Control, sock: socket.socket, status: bytes) -> None:
+    """Give `status` to everyone who may have it."""
+    for peer in control.askers(sock)[0]:
+        with peer, suppress(OSError):
+            peer.send(status)
+
+
+def test_process_that_has_gone() -> None:
+    """A process is known by its parent and its start as long as it is there."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        stat = read_stat(child.pid)
+        child.kill()
+    assert stat is not None
+    assert stat.parent == os.getpid()
+    assert read_stat(child.pid) != stat
+
+
+MAP = """
+import ctypes, os, sys
+from tailsrv.control import overflow_uid
+print(overflow_uid(), end=" ", flush=True)
+(ready, tell), (mapped, go) = os.pipe(), os.pipe()
+if (pid := os.fork()) == 0:
+    if ctypes.CDLL(None).unshare(0x10000000) != 0:  # CLONE_NEWUSER
+        os._exit(77)
+    os.write(tell, b"!")
+    os.read(mapped, 1)
+    print(overflow_uid(), flush=True)
+    os._exit(0)
+os.close(tell)
+if os.read(ready, 1):
+    with open(f"/proc/{pid}/uid_map", "w") as file:
+        file.write(sys.argv[1])
+    os.write(go, b"!")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not as_root or overflow_uid() is not None, reason="not root where every user is known")
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [("0 0 4294967295", None), ("0 0 4294967294", 65534), ("1000 0 1", 65534), ("0 5 5\n5 10 4294967285", 65534),
+     ("0 0 5\n5 5 4294967290", None)],
+)  # fmt: skip
+def test_overflow_uid(users: str, expected: int | None) -> None:
+    """Only in a user namespace that leaves users out does one number stand for many."""
+    done = run_python(MAP, users)
+    if done.returncode == 77:
+        pytest.skip("no user namespaces here")
+    assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
+
+
+TELL = """
+import os, socket, sys
+from contextlib import ExitStack
+from tailsrv.control import Control
+from tailsrv.linux.event_loop import Loop
+from tailsrv.supervisor.status_server import Teller
+from support.sockets import recv_all
+name, long = sys.argv[1], b"x" * 1_000_000
+control, loop = Control.lock([name]), Loop()
+teller = Teller(loop, control, lambda: long, lambda: b"", lambda: None)
+def ask():
+    asker = socket.socket(socket.AF_UNIX)
+    asker.settimeout(20)
+    asker.connect("\\0tailsrv:" + name)
+    return asker
+"""
+
+
+def test_long_status_is_told_by_a_child(endpoint: str) -> None:
+    """A status that may not fit a socket's buffer is given by a child, one at a time, also beside somebody who has left."""
+    code = """
+for _ in range(2):
+    with ask() as asker:
+        ask().close()
+        loop.turn()
+        assert recv_all(asker) == long
+    pid, status = os.wait()
+    assert status == 0
+    assert teller.reaped(pid)
+    assert not teller.reaped(pid)
+control.close()
+"""
+    done = run_python(TELL + code, endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not as_root, reason="only root can be a user who has no process")
+def test_no_child_to_tell(endpoint: str) -> None:
+    """Where no child can be had, who asked gets no answer, and may ask again."""
+    code = """
+import resource
+before = resource.getrlimit(resource.RLIMIT_NPROC)
+resource.setrlimit(resource.RLIMIT_NPROC, (0, before[1]))
+os.setuid(3_000_000_000 + os.getpid())
+with ask() as asker:
+    loop.turn()
+    assert recv_all(asker) == b""
+resource.setrlimit(resource.RLIMIT_NPROC, before)
+with ask() as asker:
+    loop.turn()
+    assert recv_all(asker) == long
+control.close()
+"""
+    done = run_python(TELL + code, endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.sample(1)
+@pytest.mark.slow
+@pytest.mark.parametrize("socket", ["", "/clients"])
+def test_no_room_to_accept(endpoint: str, socket: str) -> None:
+    """Without a descriptor for those who ask nothing spins; once there is one, they get their answer."""
+    code = """
+import resource
+name += sys.argv[2]
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+with ask() as asker:
+    ask().close()
+    lowest = os.dup(asker.fileno())
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    for _ in range(2):
+        loop.turn()
+        assert loop.wait(0) == [], "it spins"
+        loop.turn()
+        assert loop.wait(0) != [], "it has not tried again"
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    loop.turn()
+    assert recv_all(asker) == (long if name == sys.argv[1] else b"")
+    pid, _ = os.wait()
+    assert teller.reaped(pid)
+control.close()
+"""
+    done = run_python(TELL + code, endpoint, socket)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "short of descriptors or memory, health checks have to wait, clients do not: reason='Too many open files'"
+    ]
+
+
+def test_name_that_is_none(endpoint: str) -> None:
+    """A name that no socket can have is an error of its own, and nothing stays open."""
+    with pytest.raises(OSError, match="path too long") as caught:
+        Control.lock([endpoint, "x" * 200])
+    assert not isinstance(caught.value, AlreadyServedError)
+    assert find_supervisor(endpoint) is None
+
+
+@pytest.mark.parametrize("host", ["*", "[::1]", "h" * 89, "\u00fc" * 44])
+def test_name_that_fits(host: str) -> None:
+    """A name for which there is room is the endpoint itself."""
+    assert socket_name(f"{host}:1") == f"{host}:1"
+
+
+@pytest.mark.parametrize("letter", ["h", "\u00fc", "\U0001f4dc"])
+@pytest.mark.parametrize("port", [1, 65535])
+def test_long_name(letter: str, port: int) -> None:
+    """A name for which there is no room is shortened, differs from others, and keeps its port."""
+    first = os.urandom(4).hex()
+    hosts = [first + letter * count for count in (84, 85, 250)] + [first + letter * 84 + "x"]
+    names = [f"{host}:{port}" for host in hosts]
+    short = [socket_name(name) for name in names]
+    assert len(set(short)) == len(names)
+    assert all(name.startswith(first + letter * 15) and name.endswith(f":{port}") for name in short)
+    assert [socket_name(name) for name in short] == short
+    with held(*names):
+        assert {find_supervisor(name) for name in names} == {os.getpid()}
+        with pytest.raises(AlreadyServedError, match=f"pid {os.getpid()}"):
+            Control.lock(names[:1])
+
+
+def test_nobody_serves(endpoint: str) -> None:
+    """Where no server is there is no supervisor to find."""
+    assert find_supervisor(endpoint) is None
+
+
+def test_find_supervisor(endpoint: str) -> None:
+    """The supervisor's pid is found by each of its names as long as it lives, without its doing anything."""
+    with held(endpoint, endpoint + "1"):
+        assert [find_supervisor(endpoint), find_supervisor(endpoint + "1")] == [os.getpid()] * 2
+        assert find_supervisor(endpoint + "2") is None
+    assert find_supervisor(endpoint) is None
+
+
+def test_find_supervisor_in_another_process(endpoint: str) -> None:
+    """The pid is that of the process that holds the lock, not that of the one that asks."""
+    with held(endpoint):
+        done = run_python("import sys; from tailsrv.control import find_supervisor; print(find_supervisor(sys.argv[1]))", endpoint)
+    assert done.stdout == f"{os.getpid()}\n"
+
+
+def test_lock(endpoint: str) -> None:
+    """A second server for the same endpoint is refused and told who is there; afterwards the name is free."""
+    with held(endpoint):
+        with pytest.raises(AlreadyServedError) as caught:
+            Control.lock([endpoint])
+        assert endpoint in str(caught.value)
+        assert str(os.getpid()) in str(caught.value)
+    with held(endpoint):
+        assert find_supervisor(endpoint) == os.getpid()
+
+
+def test_lock_is_all_or_nothing(endpoint: str) -> None:
+    """A server that gets only some of its names holds none of them."""
+    with held(endpoint):
+        with pytest.raises(AlreadyServedError):
+            Control.lock([endpoint + "1", endpoint])
+        assert find_supervisor(endpoint + "1") is None
+
+
+def test_lock_dies_with_its_holder(endpoint: str) -> None:
+    """A server that was killed leaves nothing behind."""
+    code = "import os, sys; from tailsrv.control import Control; control = Control.lock(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    assert run_python(code, endpoint).returncode == -9
+    with held(endpoint):
+        assert find_supervisor(endpoint) == os.getpid()
+
+
+def test_closed_copy_keeps_the_lock(endpoint: str) -> None:
+    """A forked child that closes its copy leaves the lock to the parent."""
+    code = """
+import os, sys
+from tailsrv.control import Control, find_supervisor
+control = Control.lock(sys.argv[1:])
+if (pid := os.fork()) == 0:
+    control.close()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert find_supervisor(sys.argv[1]) == os.getpid()
+control.close()
+"""
+    done = run_python(code, endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_describe_holder(endpoint: str) -> None:
+    """The holder is described with its pid, as far as it can be found."""
+    assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv"
+    with held(endpoint):
+        assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv, pid {os.getpid()}"
+
+
+def test_answer(endpoint: str) -> None:
+    """Everyone who waits gets the status, once, and the end; with nobody waiting nothing happens."""
+    with held(endpoint) as control:
+        [listener] = control.status
+        answer(control, listener, STATUS)
+        with connect(endpoint) as one, connect(endpoint) as two:
+            wait_readable(listener)
+            answer(control, listener, STATUS)
+            assert [recv_all(one), recv_all(two)] == [STATUS, STATUS]
+        with connect(endpoint) as three:
+            answer(control, listener, b"{}\n")
+            assert json.loads(recv_all(three)) == {}
+
+
+def test_answer_to_one_that_is_gone(endpoint: str) -> None:
+    """Somebody who does not wait for the answer does not keep the next from getting it."""
+    with held(endpoint) as control:
+        connect(endpoint).close()
+        with connect(endpoint) as patient:
+            answer(control, control.sockets[0], STATUS)
+            assert recv_all(patient) == STATUS
+
+
+SERVE_AS_NOBODY = """
+import os, select, sys, socket
+from tailsrv.control import Control
+server, asker = int(sys.argv[2]), int(sys.argv[3])
+ready, told = os.pipe()
+if (pid := os.fork()) == 0:
+    os.read(ready, 1)
+    os.setgroups([])
+    os.setuid(asker)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect("\\0tailsrv:" + sys.argv[1])
+        print(sock.recv(1000).decode(), flush=True)
+    os._exit(0)
+os.setgroups([])
+os.setuid(server)
+control = Control.lock([sys.argv[1]])
+os.write(told, b"!")
+assert select.select(control.status, [], [], 20)[0]
+for peer in control.askers(control.status[0])[0]:
+    with peer:
+        peer.send(b"status")
+control.close()
+os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.parametrize(
+    ("server", "asker", "answer"),
+    [(0, 0, "status"), (12345, 12345, "status"), (12345, 0, "status"), (0, 12345, ""), (12345, 12344, "")],
+)
+def test_answer_only_to_the_same_user_and_root(endpoint: str, server: int, asker: int, answer: str) -> None:
+    """A stranger gets no status, only the end."""
+    done = run_python(SERVE_AS_NOBODY, endpoint, str(server), str(asker))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{answer}\n")

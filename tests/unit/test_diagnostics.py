@@ -1,0 +1,113 @@
+"""What an operator is told to change."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from support.interpreter import run_python
+from support.processes import as_root
+from tailsrv.diagnostics import cannot_bind, cannot_open, cannot_see
+
+
+def error(number: int) -> OSError:
+    """Return the exception for an error number."""
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("number", "port", "hint"),
+    [
+        (errno.EADDRINUSE, 99, "Address already in use; choose another port, or see who has this one: ss -tanp sport = :99"),
+        (errno.EADDRINUSE, 0, "Address already in use; no port of net.ipv4.ip_local_port_range is free"),
+        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"),
+        (errno.EACCES, 8080, "Permission denied"),
+        (errno.EADDRNOTAVAIL, 1, "Cannot assign requested address; no interface of this machine has it: ip addr"),
+        (errno.EMFILE, 1, "Too many open files"),
+    ],
+)
+def test_cannot_bind(number: int, port: int, hint: str) -> None:
+    """The kernel's words come first, and what to do where that is known."""
+    assert cannot_bind(error(number), port) == hint
+
+
+def test_port_of_a_connection() -> None:
+    """A port that lies where the kernel takes those of connections from may be one's, which has no listener."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    end = f"; it may be a connection, as the port lies in net.ipv4.ip_local_port_range ({first} to {last})"
+    for port in (first, last):
+        assert cannot_bind(error(errno.EADDRINUSE), port).endswith(f"ss -tanp sport = :{port}{end}")
+    for port in (first - 1, last + 1):
+        assert cannot_bind(error(errno.EADDRINUSE), port).endswith(f"ss -tanp sport = :{port}")
+
+
+def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that may not be read is described with its mode and owner, beside who we are; other errors speak for themselves."""
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    path = tmp_path / "log"
+    path.touch()
+    path.chmod(0o640)
+    assert cannot_open(str(path), error(errno.EIO)) == "Input/output error"
+    hint = cannot_open(str(path), error(errno.EACCES))
+    assert hint.startswith("Permission denied; it has mode 0640, user ")
+    assert "and we are user " in hint
+
+
+@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+def test_closed_folder(open_folder: Path) -> None:
+    """Where the file cannot even be looked at, the folder that keeps us from it is named, the outermost one."""
+    (open_folder / "a" / "b" / "c").mkdir(parents=True)
+    (open_folder / "a" / "b").chmod(0o700)
+    code = """
+import errno, os, sys
+from tailsrv.diagnostics import cannot_open
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
+"""
+    done = run_python(code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""})
+    assert f"; {open_folder}/a/b may not be entered, and we are user 65534 with groups 65534: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "setting"),
+    [
+        ("/home/me/log", "ProtectHome=read-only"),
+        ("/root/log", "ProtectHome=read-only"),
+        ("/run/user/1000/log", "ProtectHome=read-only"),
+        ("/tmp/log", "BindReadOnlyPaths=/tmp"),
+        ("/var/tmp/a/log", "BindReadOnlyPaths=/var/tmp/a"),
+        ("/var/log/../tmp/log", "BindReadOnlyPaths=/var/tmp"),
+        ("/var/log/app.log", None),
+        ("/homes/log", None),
+        ("/run/log", None),
+    ],
+)
+def test_cannot_see(path: str, setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sandbox of systemd's hides is named, with the setting; a program that systemd did not start has no such hint."""
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    assert "set " not in (cannot_see(path) or "")
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    hint = cannot_see(path) or ""
+    assert ("set " in hint, f"set {setting} " in hint) == (setting is not None, setting is not None)
+
+
+def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is not there either is more likely a slip than a file that is yet to come."""
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    assert cannot_see(str(tmp_path / "log")) is None
+    assert cannot_see(str(tmp_path / "lost" / "log")) == f"there is no folder {tmp_path}/lost"
+
+
+def test_user_database_is_not_asked(tmp_path: Path) -> None:
+    """Users and groups are given by number: a database that is slow or down would stop the loop."""
+    code = """
+import errno, grp, pwd, sys
+del pwd.getpwuid, pwd.getpwnam, pwd.getpwall, grp.getgrgid, grp.getgrnam, grp.getgrall
+from tailsrv.diagnostics import cannot_open, cannot_see
+print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1]))
+"""
+    path = tmp_path / "log"
+    path.touch(0o600)
+    done = run_python(code, str(path))
+    assert f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and we are user {os.geteuid()} with" in done.stdout, done.stderr

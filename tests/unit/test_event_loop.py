@@ -1,0 +1,146 @@
+"""The event loop and its timers: what is planned, when, and in what order it is done. The clock is a number."""
+
+import socket
+from collections.abc import Callable
+
+from tailsrv.linux.event_loop import Loop, Timers
+
+
+def recorder(done: list[str], name: str) -> Callable[[], None]:
+    """Return an action that notes that it was done."""
+    return lambda: done.append(name)
+
+
+def test_nothing_planned() -> None:
+    """Without a plan there is no timeout, so that a loop can sleep for ever."""
+    timers = Timers()
+    assert timers.timeout(0.0) is None
+    timers.run(1e9)
+    assert timers.timeout(1e9) is None
+
+
+def test_timeout_is_to_the_next() -> None:
+    """The timeout leads to the earliest action, and is 0 and not less for one that is overdue."""
+    timers = Timers()
+    timers.set(recorder([], "late"), 20.0)
+    timers.set(recorder([], "early"), 10.0)
+    assert [timers.timeout(now) for now in (0.0, 9.0, 10.0, 11.0)] == [10.0, 1.0, 0.0, 0.0]
+
+
+def test_run_does_what_is_due_once() -> None:
+    """An action is done when its time has come, and then no more."""
+    timers, done = Timers(), list[str]()
+    timers.set(recorder(done, "a"), 10.0)
+    timers.set(recorder(done, "b"), 20.0)
+    timers.run(9.9)
+    assert done == []
+    timers.run(10.0)
+    timers.run(10.0)
+    assert done == ["a"]
+    timers.run(30.0)
+    timers.run(30.0)
+    assert done == ["a", "b"]
+    assert timers.timeout(30.0) is None
+
+
+def test_set_replaces() -> None:
+    """An action has one plan, the last that was made."""
+    timers, done = Timers(), list[str]()
+    action = recorder(done, "a")
+    timers.set(action, 10.0)
+    timers.set(action, 20.0)
+    timers.run(15.0)
+    assert done == []
+    timers.set(action, 5.0)
+    assert timers.timeout(15.0) == 0.0
+    timers.run(15.0)
+    timers.run(25.0)
+    assert done == ["a"]
+
+
+def test_cancel() -> None:
+    """A cancelled action is not done, and cancelling what is not planned is fine."""
+    timers, done = Timers(), list[str]()
+    action = recorder(done, "a")
+    timers.cancel(action)
+    timers.set(action, 10.0)
+    assert action in timers
+    timers.cancel(action)
+    assert action not in timers
+    timers.run(10.0)
+    assert done == []
+
+
+def test_bound_methods_are_one_action() -> None:
+    """The same method of the same object is the same action, as the loops rely on."""
+    timers, done = Timers(), list[str]()
+    timers.set(done.clear, 10.0)
+    assert done.clear in timers
+    timers.cancel(done.clear)
+    assert timers.timeout(0.0) is None
+
+
+def test_action_that_plans_itself_anew() -> None:
+    """What an action plans is for the next call, due already or not, so that no call lasts for ever."""
+    timers, done = Timers(), list[str]()
+
+    def again() -> None:
+        done.append("again")
+        timers.set(again, 0.0)
+
+    timers.set(again, 0.0)
+    timers.run(5.0)
+    assert done == ["again"]
+    timers.run(5.0)
+    assert done == ["again", "again"]
+
+
+def test_action_that_cancels_another() -> None:
+    """An action that another one has cancelled in the same call is not done any more."""
+    timers, done = Timers(), list[str]()
+    second = recorder(done, "second")
+
+    def first() -> None:
+        done.append("first")
+        timers.cancel(second)
+
+    timers.set(first, 1.0)
+    timers.set(second, 1.0)
+    timers.run(1.0)
+    assert done == ["first"]
+
+
+def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
+    """A descriptor that stays readable is not reported while it is stalled, and is again when that is over."""
+    now = 0.0
+    loop = Loop(lambda: now)
+    near, far = socket.socketpair()
+    with near, far:
+        seen: list[float] = []
+        loop.register(near.fileno(), lambda: seen.append(now))
+        far.send(b"x")
+        loop.turn()
+        loop.stall(near.fileno(), 5.0)
+        assert loop.timeout() == 5.0
+        loop.wait(0)
+        assert seen == [0.0]
+        now = 5.0
+        loop.turn()  # ends the stall
+        loop.turn()
+        assert seen == [0.0, 5.0]
+        assert loop.timeout() is None
+
+
+def test_stalled_descriptors_may_go() -> None:
+    """A descriptor that is unregistered while it is stalled is not touched when that is over."""
+    now = 0.0
+    loop = Loop(lambda: now)
+    near, far = socket.socketpair()
+    with far, near:
+        loop.register(near.fileno(), lambda: None)
+        loop.stall(near.fileno(), 5.0)
+        loop.unregister(near.fileno())
+        near.close()
+        now = 5.0
+        loop.turn()
+        assert loop.timeout() is None

@@ -1,0 +1,497 @@
+"""The watch on one file: real inotify, real files, and no waiting for what must not come."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.files import append, is_gone, opened
+from support.interpreter import run_python
+from support.processes import as_root
+from support.sockets import readable, wait_readable
+from support.waiting import DEADLINE
+from tailsrv.linux.files import memory
+from tailsrv.linux.inotify import Watch, steps_to
+from tailsrv.served_file import size_of
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of four bytes."""
+    path = tmp_path / "log"
+    path.write_bytes(b"four")
+    return path
+
+
+@contextmanager
+def watching(path: Path | str, following: bool = True) -> Iterator[Watch]:
+    """Give a watch on the file that `path` names now."""
+    with opened(path) as file:
+        watch = Watch(file, str(path))
+        assert watch.polling is None
+        watch.follow(following)
+        try:
+            yield watch
+        finally:
+            watch.close()
+
+
+def fd_of(watch: Watch) -> int:
+    """Return the descriptor of a watch that does not poll."""
+    fd = watch.fileno()
+    assert fd is not None
+    return fd
+
+
+def quiet(watch: Watch) -> bool:
+    """Tell whether the watch has nothing to say: inotify(7) queues an event before the call that causes it returns."""
+    return not readable(fd_of(watch))
+
+
+def gone(watch: Watch) -> bool:
+    """Take what the watch says, as a worker does, until it says no more; tell whether the file is gone."""
+    assert not quiet(watch)
+    suspicious = False
+    while not quiet(watch):
+        suspicious |= watch.read()
+    return suspicious and bool(is_gone(watch.file, watch.path))
+
+
+# Appends
+
+
+def test_append(path: Path) -> None:
+    """An append wakes whoever follows, says the new size, and is no reason to look at the path."""
+    with watching(path) as watch:
+        assert quiet(watch)
+        append(path, b"more")
+        wait_readable(fd_of(watch))
+        assert watch.size() == 8
+        assert watch.read() is False
+        assert quiet(watch)
+
+
+def test_many_appends_are_one_event(path: Path) -> None:
+    """However many appends there were, one read takes them all."""
+    with watching(path) as watch:
+        for _ in range(1000):
+            append(path, b"x")
+        assert watch.read() is False
+        assert quiet(watch)
+        assert watch.size() == 1004
+
+
+def test_append_between_two_ways_to_write(path: Path) -> None:
+    """An append through another hard link of the file is one of this file."""
+    other = path.with_name("other")
+    other.hardlink_to(path)
+    with watching(path) as watch:
+        append(other, b"more")
+        assert watch.read() is False
+        assert watch.size() == 8
+
+
+def test_append_before_following(path: Path) -> None:
+    """What was appended while nobody followed has no event of its own any more; the size says it."""
+    with watching(path, following=False) as watch:
+        append(path, b"more")
+        watch.follow(True)
+        assert quiet(watch)
+        assert watch.size() == 8
+        append(path, b"!")
+        assert watch.read() is False
+        assert watch.size() == 9
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_append_while_not_following(path: Path, times: int) -> None:
+    """Nobody is woken by appends that nobody follows; only the chmod behind them is told of."""
+    with watching(path) as watch:
+        for _ in range(times):
+            append(path, b"heard")
+            assert watch.read() is False
+            watch.follow(False)
+            append(path, b"not heard")
+            assert quiet(watch)
+            path.chmod(0o600)
+            assert watch.read() is True
+            assert quiet(watch)
+            watch.follow(True)
+
+
+def test_path_is_looked_at_again_without_losing_appends(path: Path) -> None:
+    """Taking in an event about the path leaves the watch on the file as it was."""
+    with watching(path) as watch:
+        path.chmod(0o600)
+        assert not gone(watch)
+        append(path, b"more")
+        assert watch.read() is False
+        watch.follow(False)
+        path.chmod(0o644)
+        assert not gone(watch)
+        append(path, b"more")
+        assert quiet(watch)
+
+
+def test_truncation(path: Path) -> None:
+    """A truncated file wakes like an append, is smaller, and is not gone."""
+    with watching(path) as watch:
+        os.truncate(path, 1)
+        wait_readable(fd_of(watch))
+        assert watch.size() == 1
+        assert not gone(watch)
+
+
+def test_read_without_events(path: Path) -> None:
+    """A read with nothing to take does not wait, and says that all is well."""
+    with watching(path) as watch:
+        assert watch.read() is False
+
+
+def test_more_events_than_one_read_takes(path: Path) -> None:
+    """A long queue is read to its end in pieces, and the file's end is found in it."""
+    with watching(path) as watch:
+        for number in range(100):
+            append(path, b"x")
+            path.chmod(0o600 + number % 2)
+        path.unlink()
+        assert gone(watch)
+        assert watch.size() == 104
+
+
+# The end of the file
+
+
+@pytest.mark.parametrize("following", [True, False])
+def test_unlink(path: Path, following: bool) -> None:
+    """A deleted file is gone; what we hold of it is still there to be read."""
+    with watching(path, following) as watch:
+        path.unlink()
+        assert gone(watch)
+        assert watch.size() == 4
+
+
+@pytest.mark.parametrize("following", [True, False])
+def test_rename_away(path: Path, following: bool) -> None:
+    """A file that has moved away is gone, as far as its path is concerned; appends to it are still seen."""
+    moved = path.with_name("log.1")
+    with watching(path, following) as watch:
+        path.rename(moved)
+        assert gone(watch)
+        watch.follow(True)
+        append(moved, b"more")
+        assert watch.read() is False
+        assert watch.size() == 8
+
+
+def test_replaced_by_rename(path: Path) -> None:
+    """A file over which another has been moved is gone, though its path names a file."""
+    other = path.with_name("new")
+    other.write_bytes(b"another")
+    with watching(path) as watch:
+        other.rename(path)
+        assert gone(watch)
+        assert watch.size() == 4
+
+
+def test_replaced_while_a_hard_link_remains(path: Path) -> None:
+    """The path is what counts: that the file lives on under another name does not help."""
+    path.with_name("kept").hardlink_to(path)
+    with watching(path) as watch:
+        path.unlink()
+        path.write_bytes(b"another")
+        assert gone(watch)
+
+
+def test_rotation(path: Path) -> None:
+    """The file is gone when it was moved away and a new one created in its place."""
+    with watching(path) as watch:
+        path.rename(path.with_name("log.1"))
+        path.write_bytes(b"")
+        assert gone(watch)
+
+
+def test_hard_link_elsewhere(path: Path) -> None:
+    """A second name changes nothing, coming or going."""
+    other = path.with_name("other")
+    with watching(path) as watch:
+        other.hardlink_to(path)
+        assert not gone(watch)
+        other.unlink()
+        assert not gone(watch)
+
+
+def test_chmod(path: Path) -> None:
+    """Other permissions or times do not end a file, not even if it could not be opened any more."""
+    with watching(path) as watch:
+        path.chmod(0)
+        assert not gone(watch)
+        os.utime(path, (0, 0))
+        assert not gone(watch)
+
+
+def test_moved_away_and_back(path: Path) -> None:
+    """A file that is at its place again by the time that somebody looks is not gone."""
+    with watching(path) as watch:
+        path.rename(path.with_name("elsewhere"))
+        path.with_name("elsewhere").rename(path)
+        assert not gone(watch)
+        path.unlink()
+        assert gone(watch)
+
+
+def test_other_files_do_not_wake(path: Path) -> None:
+    """What happens to the neighbours in its folder is not told of."""
+    with watching(path) as watch:
+        neighbour = path.with_name("neighbour")
+        neighbour.write_bytes(b"x")
+        neighbour.rename(path.with_name("moved"))
+        path.with_name("moved").unlink()
+        assert quiet(watch)
+
+
+# The way to the file
+
+
+def test_symlink_retargeted(path: Path) -> None:
+    """A link that leads to another file takes the name from the first, replaced atomically or not."""
+    other, link, fresh = path.with_name("other"), path.with_name("link"), path.with_name("fresh")
+    other.write_bytes(b"another")
+    link.symlink_to(path)
+    with watching(link) as watch:
+        append(path, b"more")
+        assert watch.read() is False
+        fresh.symlink_to(other)
+        fresh.rename(link)
+        assert gone(watch)
+    with watching(link) as watch:
+        link.unlink()
+        link.symlink_to(path)
+        assert gone(watch)
+
+
+def test_symlink_replaced_by_one_to_the_same_file(path: Path) -> None:
+    """A new link to the same file changes nothing, and is watched in the old one's place."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with watching(link) as watch:
+        fresh.symlink_to(path)
+        fresh.rename(link)
+        assert not gone(watch)
+        link.unlink()
+        assert gone(watch)
+
+
+def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
+    """A link to a name that no file can have is gone as far as anybody sees, and what is held goes on being watched."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with watching(link) as watch:
+        fresh.symlink_to("x" * 300)
+        fresh.rename(link)
+        assert watch.read()
+        assert is_gone(watch.file, watch.path) is None
+        append(path, b"more")
+        wait_readable(fd_of(watch))
+        assert watch.size() == 8
+
+
+def test_symlink_in_the_middle(tmp_path: Path) -> None:
+    """A folder on the way may be a link, a relative one too, and retargeting it is seen."""
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "log").write_bytes(day.encode())
+    current = tmp_path / "current"
+    current.symlink_to("monday")
+    with watching(current / "log") as watch:
+        current.unlink()
+        current.symlink_to("tuesday")
+        assert gone(watch)
+
+
+def test_parent_folder_renamed(tmp_path: Path) -> None:
+    """A folder that moves away takes the file's name with it, however far up it is."""
+    folder = tmp_path / "a" / "b" / "c"
+    folder.mkdir(parents=True)
+    (folder / "log").write_bytes(b"x")
+    with watching(folder / "log") as watch:
+        (tmp_path / "a").rename(tmp_path / "z")
+        assert gone(watch)
+
+
+def test_parent_folder_renamed_and_replaced(tmp_path: Path) -> None:
+    """A folder that was replaced by one that leads to the same file is watched in its place."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log").write_bytes(b"x")
+    with watching(tmp_path / "a" / "log") as watch:
+        (tmp_path / "a").rename(tmp_path / "b")
+        (tmp_path / "a").symlink_to("b")
+        assert not gone(watch)
+        (tmp_path / "a").unlink()
+        assert gone(watch)
+
+
+def test_relative_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is watched like an absolute one."""
+    monkeypatch.chdir(path.parent)
+    with watching("log") as watch:
+        append(path, b"more")
+        assert watch.read() is False
+        path.rename(path.with_name("log.1"))
+        assert gone(watch)
+
+
+def test_gone_before_the_watch(path: Path) -> None:
+    """A file that has gone before it is watched is watched all the same, and is found to be gone by looking."""
+    with opened(path) as file:
+        path.unlink()
+        watch = Watch(file, str(path))
+        try:
+            assert watch.polling is None
+            assert is_gone(file, str(path))
+        finally:
+            watch.close()
+
+
+def test_steps_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name on the way is a step, links and what they lead to, the file last."""
+    base = tmp_path.resolve()
+    (base / "real").mkdir()
+    (base / "real" / "log").write_bytes(b"")
+    (base / "relative").symlink_to("real/../real")
+    (base / "absolute").symlink_to(base / "relative")
+    above = [str(folder) for folder in reversed([base, *base.parents[:-1]])]
+    below = ["relative", "real", "real/..", "real/../real", "real/../real/log"]
+    assert list(steps_to(f"{base}/absolute/log")) == [*above, f"{base}/absolute", *above, *[f"{base}/{step}" for step in below]]
+    monkeypatch.chdir(base / "real")
+    assert list(steps_to("log"))[-1] == str(base / "real" / "log")
+
+
+def test_steps_to_a_loop(tmp_path: Path) -> None:
+    """Links that lead in a circle come to an end, and so does a path to nothing."""
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert len(list(steps_to(str(tmp_path / "a" / "log")))) < 100
+    assert list(steps_to(str(tmp_path / "no" / "log")))[-1] == str(tmp_path / "no" / "log")
+
+
+def test_size_that_is_not_told(path: Path) -> None:
+    """A file that does not say how long it is counts as long as it was."""
+    reader, writer = os.pipe()
+    with watching(path) as watch:
+        assert (watch.size(), size_of(watch.file)) == (4, 4)
+        os.dup2(reader, watch.file)
+        append(path, b"more")
+        assert watch.size() == 4
+        os.close(reader)
+        os.close(writer)
+    assert size_of(writer) is None
+
+
+def test_folder_that_is_gone() -> None:
+    """A relative path in a folder that is gone leads through nothing."""
+    done = run_python("""
+import os, tempfile
+from tailsrv.linux.inotify import steps_to
+with tempfile.TemporaryDirectory() as folder:
+    os.chdir(folder)
+    assert list(steps_to("log"))[-1] == os.path.join(os.path.realpath(folder), "log")
+assert list(steps_to("log")) == []
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Where inotify does not help
+
+
+def test_file_of_no_mount() -> None:
+    """An anonymous file is on no file system that /proc names, and is watched like a local one."""
+    with open(memory(b"data"), "rb") as file:
+        watch = Watch(file.fileno(), f"/proc/self/fd/{file.fileno()}")
+        assert watch.polling is None
+        assert watch.size() == 4
+        watch.close()
+
+
+def test_file_that_may_not_be_read_any_more(path: Path) -> None:
+    """Where the kernel refuses to tell of appends, the reason is said, and the file is polled."""
+    if not as_root:
+        pytest.skip("only root can be another user")
+    code = """
+import ctypes, os, sys
+from tailsrv.linux.inotify import Watch
+file = os.open(sys.argv[1], os.O_RDONLY)
+os.setgroups([]), os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: or /proc/self/fd would be closed to us, after this change of user
+watch = Watch(file, "log")
+assert watch.polling is None, watch.polling
+os.write(int(sys.argv[2]), b"ready"), sys.stdin.read()
+watch.follow(True)
+print(watch.polling, watch.size())
+watch.close()
+"""
+    path.chmod(0o644)
+    path.parent.chmod(0o755)
+    ready, say = os.pipe()
+    command = [sys.executable, "-W", "error", "-c", code, str(path), str(say)]
+    piped = subprocess.PIPE
+    with subprocess.Popen(command, stdin=piped, stdout=piped, stderr=piped, text=True, pass_fds=[say]) as child:
+        os.close(say)
+        assert os.read(ready, 5) == b"ready"
+        os.close(ready)
+        path.chmod(0)
+        assert child.communicate(timeout=DEADLINE) == ("no inotify: Permission denied 4\n", "")
+
+
+def test_polling_says_why() -> None:
+    """A file system whose files change unseen is polled, by name; there is nothing to wait for then, and all else works."""
+    with opened("/proc/self/mountinfo") as file:
+        watch = Watch(file, "/proc/self/mountinfo")
+        assert watch.polling is not None
+        assert "proc" in watch.polling
+        assert watch.fileno() is None
+        watch.follow(True)
+        watch.follow(False)
+        watch.close()
+
+
+def test_no_inotify_instances(path: Path) -> None:
+    """Out of inotify instances, or of descriptors for them, the file is polled, and the reason names the setting."""
+    done = run_python(
+        """
+import os, resource, sys
+from tailsrv.linux.inotify import Watch
+file = os.open(sys.argv[1], os.O_RDONLY)
+Watch(file, sys.argv[1]).close()
+spare = os.open("/", os.O_RDONLY)
+first = os.open("/", os.O_RDONLY)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))
+os.close(first)
+held = Watch(file, sys.argv[1])
+assert held.polling is None, held.polling
+watch = Watch(file, sys.argv[1])
+print(watch.polling, watch.fileno(), watch.size())
+held.close(), watch.close()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
+""",
+        str(path),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fs.inotify.max_user_instances" in done.stdout
+    assert done.stdout.endswith(" None 4\n")
+
+
+def test_close_gives_the_instance_back(path: Path) -> None:
+    """After close() there is nothing to wait for, and closing twice is fine."""
+    with watching(path) as watch:
+        fd = fd_of(watch)
+        watch.close()
+        assert watch.fileno() is None
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+        watch.close()

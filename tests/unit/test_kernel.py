@@ -1,0 +1,109 @@
+"""An interpreter that was built against an old C library: what it lacks is there all the same, or is done without."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from support.checkout import ROOT
+from support.files import opened
+from support.interpreter import run_python
+from support.old_libc import FUNCTIONS, uses, write_hook
+from tailsrv.linux import kernel
+
+THE_ONE_PLACE = "kernel.py"
+
+
+libraries = pytest.mark.parametrize("functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"])
+
+
+def test_names_are_in_one_place() -> None:
+    """No module but that one uses a name that an interpreter may be without."""
+    found = {
+        f"{module.name}:{line}": name
+        for module in (ROOT / "tailsrv").rglob("*.py")
+        if module.name != THE_ONE_PLACE
+        for line, name in uses(module.read_text())
+    }
+    assert found == {}, f"take them from {THE_ONE_PLACE}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import os; os.memfd_create('x')",
+        "from os import RWF_NOWAIT",
+        "import socket; getattr(socket, 'TCP_NOTSENT_LOWAT', 25)",
+        "import socket; socket.TCP_FASTOPEN",
+        "import select; select.EPOLLEXCLUSIVE",
+        "import os; os.preadv(1, [], 0, 8)",
+        "import os; os.pidfd_open(1)",
+        "from signal import pidfd_send_signal",
+    ],
+)
+def test_use_is_found(line: str) -> None:
+    """A use of such a name is found, however it is written, and what every interpreter has is not taken for one."""
+    assert len(list(uses(line))) == 1
+    assert not list(uses("import os, socket, select; os.preadv(1, [], 0); socket.TCP_INFO; select.EPOLLRDHUP; from os import read"))
+
+
+NUMBERS = "from tailsrv.linux import kernel; print({name: value for name, value in vars(kernel).items() if name.isupper()})"
+
+
+def test_numbers(tmp_path: Path) -> None:
+    """The numbers that stand in for missing names are those that this interpreter has by these names."""
+    write_hook(tmp_path)
+    here, without = run_python(NUMBERS), run_python(NUMBERS, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert "'TCP_NOTSENT_LOWAT': 25" in here.stdout
+    assert (without.stdout, without.stderr) == (here.stdout, "")
+
+
+@libraries
+def test_reading_what_is_in_memory(tmp_path: Path, functions: tuple[str, ...]) -> None:
+    """The page cache is asked by way of the C library where the interpreter cannot, and where that cannot either, it is said."""
+    write_hook(tmp_path, functions)
+    (tmp_path / "file").write_bytes(b"0123")
+    done = run_python(
+        """
+import sys
+from tailsrv.linux.kernel import preadv_nowait
+with open(sys.argv[1], "rb") as file:
+    buffer = bytearray(2)
+    try:
+        print(preadv_nowait(file.fileno(), buffer, 1), bytes(buffer), preadv_nowait(file.fileno(), buffer, 4))
+    except OSError as error:
+        print(error.errno)
+""",
+        str(tmp_path / "file"),
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert done.stderr == ""
+    assert done.stdout == (f"{errno.ENOSYS}\n" if functions else "2 b'12' 0\n")
+
+
+def test_errors_of_the_library(path: Path) -> None:
+    """What a call of the C library's fails with is the error that it says."""
+    path.write_bytes(b"")
+    with opened(path) as file:
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        kernel._preadv2(file, bytearray(1), 0)
+    assert caught.value.errno == errno.EBADF
+
+
+@libraries
+def test_memory_file(tmp_path: Path, functions: tuple[str, ...]) -> None:
+    """An anonymous file has no name anywhere, is not inherited, and is as good as one of memfd_create(2)."""
+    write_hook(tmp_path, functions)
+    done = run_python(
+        """
+import os
+from tailsrv.linux.kernel import memory_file
+fd = memory_file("name")
+os.write(fd, b"data")
+print(os.pread(fd, 10, 0), os.get_inheritable(fd), os.fstat(fd).st_nlink, os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:name"))
+""",
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert done.stderr == ""
+    assert done.stdout == f"b'data' False 0 {not functions}\n"

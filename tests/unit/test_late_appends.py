@@ -1,0 +1,103 @@
+"""What is appended to a file too late for its streams is counted, and said."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.files import append
+from tailsrv.config import Timing
+from tailsrv.linux.event_loop import Loop
+from tailsrv.supervisor.late_appends import LateAppends
+
+TIMING = Timing()
+
+
+class Bench:
+    """A file that has been rotated away, and a clock in hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_bytes(b"old")
+        self.time = 100.0
+        self.loop = Loop(lambda: self.time)
+        self.late = LateAppends(self.loop, "log", TIMING)
+
+    def begin(self) -> None:
+        """Rotate the file away."""
+        file = os.open(self.path, os.O_RDONLY)
+        self.late.begin(file, polling=False)
+        os.close(file)
+
+    def run(self, seconds: float) -> None:
+        """Let time pass, and do what is due meanwhile."""
+        end = self.time + seconds
+        while (left := self.loop.timeout()) is not None and self.time + left <= end:
+            self.time += left
+            self.loop.now = self.time
+            self.loop.timers.run(self.time)
+        self.time = self.loop.now = end
+
+
+@pytest.fixture
+def bench(path: Path) -> Iterator[Bench]:
+    """Give a file of three bytes."""
+    bench = Bench(path)
+    yield bench
+    bench.late.close()
+    bench.loop.epoll.close()
+
+
+def bytes_said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the numbers of bytes in the log."""
+    return [word for record in caplog.records for word in record.getMessage().split() if word.startswith("bytes=")]
+
+
+def test_nothing_is_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """What comes before the workers take the file for complete is sent; without late bytes nothing is said."""
+    bench.begin()
+    for _ in range(10):
+        bench.run(0.9)
+        append(bench.path, b"more")
+    bench.run(2 * TIMING.late_patience)
+    assert bytes_said(caplog) == []
+    assert bench.loop.timeout() is None
+
+
+def test_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The first late bytes are said soon, all of them at the end, and nothing in between."""
+    bench.begin()
+    bench.run(3)
+    append(bench.path, b"late\n")
+    bench.run(TIMING.late_interval)
+    assert bytes_said(caplog) == ["bytes=5"]
+    for _ in range(3):
+        append(bench.path, b"later\n")
+        bench.run(TIMING.late_interval)
+    assert bytes_said(caplog) == ["bytes=5"]
+    bench.run(TIMING.late_patience)
+    assert bytes_said(caplog) == ["bytes=5", "bytes=23"]
+    assert bench.loop.timeout() is None
+
+
+def test_streams_have_ended(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """As soon as no stream is left, all that comes is late."""
+    bench.begin()
+    append(bench.path, b"more")
+    bench.late.seal()
+    append(bench.path, b"late\n")
+    bench.run(TIMING.late_interval)
+    assert bytes_said(caplog) == ["bytes=5"]
+
+
+def test_next_rotation(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The next rotation ends the count of the last one, and no descriptor is left over."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        bench.begin()
+        bench.run(3)
+        append(bench.path, b"late\n")
+    bench.late.end()
+    assert bytes_said(caplog) == ["bytes=5"] * 3
+    assert len(os.listdir("/proc/self/fd")) == before

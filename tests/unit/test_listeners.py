@@ -1,0 +1,273 @@
+"""Listening sockets: one for each slot and address, and together they are one port."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from support.checkout import ROOT
+from support.processes import runs
+from support.sockets import closing_all, needs_ipv6, wait_readable
+from support.waiting import DEADLINE
+from tailsrv.linux.sockets import streamed
+from tailsrv.listeners import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
+
+LOOPBACK = ["127.0.0.1"]
+
+
+@contextmanager
+def listening(bind: list[str], port: int, slots: int) -> Iterator[list[list[socket.socket]]]:
+    """Give the listeners of each slot, and close them."""
+    seats = open_listeners(bind, port, slots)
+    with closing_all([sock for seat in seats for sock in seat]):
+        yield seats
+
+
+@pytest.mark.parametrize(
+    ("bind", "words"),
+    [
+        ([], ["*:7"]),
+        (["127.0.0.1"], ["127.0.0.1:7"]),
+        (["::1"], ["[::1]:7"]),
+        (["[::1]"], ["[::1]:7"]),
+        (["a", "b", "a"], ["a:7", "b:7"]),
+    ],
+)
+def test_endpoints(bind: list[str], words: list[str]) -> None:
+    """Each address that is listened on is named once, and all of them with a star."""
+    assert endpoints(bind, 7) == words
+
+
+def test_resolve() -> None:
+    """Names and numbers become addresses, each once, and none means every address."""
+    assert resolve([]) == list(EVERY_ADDRESS)
+    assert resolve(["127.0.0.1", "127.0.0.1"]) == [Address(socket.AF_INET, "127.0.0.1")]
+    assert resolve(["::1", "[::1]", "127.0.0.1"]) == [Address(socket.AF_INET6, "::1"), Address(socket.AF_INET, "127.0.0.1")]
+
+
+@pytest.mark.parametrize("host", ["300.0.0.1", "", "no such host", "a..b", "1.2.3.4:80", "x" * 300, "\udcff"])
+def test_bad_address(host: str) -> None:
+    """What is no address is a ListenError that names it, on one line."""
+    with pytest.raises(ListenError) as caught:
+        open_listeners([host], 0, 1)
+    assert host in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_address_of_another_machine() -> None:
+    """An address that this machine does not have is refused by name and with the reason."""
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0") as caught:
+        open_listeners(["192.0.2.1"], 0, 1)
+    assert os.strerror(errno.EADDRNOTAVAIL) in str(caught.value)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_each_slot_has_its_own_queue(slots: int) -> None:
+    """Each slot has a listening socket of its own on the one port, non-blocking."""
+    with listening(LOOPBACK, 0, slots) as seats:
+        assert [len(seat) for seat in seats] == [1] * slots
+        socks = [seat[0] for seat in seats]
+        assert len({os.fstat(sock.fileno()).st_ino for sock in socks}) == slots
+        assert len({sock.getsockname() for sock in socks}) == 1
+        assert [sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in socks] == [1] * slots
+        assert [sock.getblocking() for sock in socks] == [False] * slots
+
+
+def take_all(listener: socket.socket) -> list[socket.socket]:
+    """Return every connection that waits at `listener`."""
+    taken = []
+    try:
+        while True:
+            taken.append(listener.accept()[0])
+    except BlockingIOError:
+        return taken
+
+
+def test_connections_reach_every_slot() -> None:
+    """The kernel spreads connections over the slots, and every one of them waits in exactly one queue."""
+    slots, connects = 3, 300
+    with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
+        address = seats[0][0].getsockname()
+        fars = [stack.enter_context(socket.create_connection(address)) for _ in range(connects)]
+        queues = [[stack.enter_context(sock) for sock in take_all(seat[0])] for seat in seats]
+        assert sorted(sock.getpeername() for queue in queues for sock in queue) == sorted(far.getsockname() for far in fars)
+        # by the kernel's hash of ports: that one of three gets fewer than 30 of 300 is beyond 8 standard deviations
+        assert min(len(queue) for queue in queues) >= 30
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_second_server_is_refused(slots: int) -> None:
+    """A second server on the port is refused by address and reason, and disturbs nothing."""
+    with listening(LOOPBACK, 0, slots) as seats:
+        port = seats[0][0].getsockname()[1]
+        with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{port}") as caught:
+            open_listeners(LOOPBACK, port, slots)
+        assert os.strerror(errno.EADDRINUSE) in str(caught.value)
+        with socket.create_connection(seats[0][0].getsockname()):
+            assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
+
+
+def take_and_close(listener: socket.socket) -> list[socket.socket]:
+    """Return the connections that waited at `listener`, closed."""
+    taken = take_all(listener)
+    for sock in taken:
+        sock.close()
+    return taken
+
+
+def test_port_is_free_again_at_once() -> None:
+    """A server that has just ended, with a connection that it closed itself, does not keep the next from its port."""
+    with listening(LOOPBACK, 0, 2) as seats:
+        port = seats[0][0].getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as far:
+            assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
+            assert far.recv(1) == b""  # the server closed first: its side waits in TIME_WAIT
+    with listening(LOOPBACK, port, 2) as seats:
+        assert seats[0][0].getsockname()[1] == port
+
+
+def test_port_0_is_one_port_for_all_addresses() -> None:
+    """The port that the kernel chooses for the first address is the port of the others."""
+    with listening(["127.0.0.1", "127.0.0.2", "127.0.0.3"], 0, 2) as seats:
+        names = [[sock.getsockname() for sock in seat] for seat in seats]
+        assert names[0] == names[1]
+        assert [host for host, _ in names[0]] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+        assert len({port for _, port in names[0]}) == 1
+        assert names[0][0][1] > 0
+
+
+def test_overlapping_addresses_have_no_port() -> None:
+    """No port is free at an address that another one covers, which is said after some tries."""
+    with pytest.raises(ListenError, match=r"127\.0\.0\.1:\d+: " + os.strerror(errno.EADDRINUSE)):
+        open_listeners(["0.0.0.0", "127.0.0.1"], 0, 1)
+
+
+@needs_ipv6
+def test_every_address_is_both_families() -> None:
+    """Without an address, IPv4 and IPv6 are served, on one port and by sockets of their own."""
+    with listening([], 0, 2) as seats:
+        assert [sock.family for seat in seats for sock in seat] == [socket.AF_INET, socket.AF_INET6] * 2
+        assert len({sock.getsockname()[1] for seat in seats for sock in seat}) == 1
+        port = seats[0][0].getsockname()[1]
+        for host, which in (("127.0.0.1", 0), ("::1", 1)):
+            with socket.create_connection((host, port)):
+                assert sum(len(take_and_close(seat[which])) for seat in seats) == 1
+
+
+@needs_ipv6
+def test_ipv6() -> None:
+    """An IPv6 address is served, and a second server on it is refused in people's notation."""
+    with listening(["::1"], 0, 2) as seats:
+        port = seats[0][0].getsockname()[1]
+        with socket.create_connection(("::1", port)):
+            assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
+        with pytest.raises(ListenError, match=rf"\[::1\]:{port}"):
+            open_listeners(["::1"], port, 1)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_accepted_sockets_inherit_their_options(slots: int) -> None:
+    """Every slot's connections have what the listener was given, so that nobody sets it again."""
+    wanted = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0),
+    ]
+    with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
+        served = set[int]()
+        while len(served) < slots:  # the kernel chooses: go on until each slot has had one
+            stack.enter_context(socket.create_connection(seats[0][0].getsockname()))
+            for index, seat in enumerate(seats):
+                for sock in take_all(seat[0]):
+                    with sock:
+                        assert [(level, option, sock.getsockopt(level, option)) for level, option, _ in wanted] == wanted
+                    served.add(index)
+
+
+def test_queue_outlives_a_copy() -> None:
+    """While one holder of a listener is left, its queue waits: closing a worker's copy resets nobody."""
+    with listening(LOOPBACK, 0, 1) as [[listener]]:
+        copy = listener.dup()
+        with socket.create_connection(listener.getsockname()) as far:
+            wait_readable(copy)
+            copy.close()
+            [near] = take_all(listener)
+            with near:
+                near.sendall(b"hello")
+            assert far.recv(10) == b"hello"
+
+
+def skip_without_mptcp() -> None:
+    """Skip a test where the kernel has no MPTCP."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no MPTCP here")
+
+
+def test_position_on_an_mptcp_socket() -> None:
+    """Where a stream on such a socket stands is not known, and that is what is said."""
+    skip_without_mptcp()
+    kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+    with socket.socket(*kind) as listener, socket.socket(*kind) as far:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        far.connect(listener.getsockname())
+        near, _ = listener.accept()
+        with near:
+            near.send(b"data")
+            assert streamed(near) is None
+
+
+# Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us, and prints after each
+# how many connections the kernel has given out before their handshake was complete.
+FAST_OPEN = """
+import socket
+from tailsrv.listeners import open_listeners, take_listeners
+
+def count():
+    names, values = [line.split() for line in open("/proc/net/netstat") if line.startswith("TcpExt:")]
+    return int(values[names.index("TCPFastOpenPassive")])
+
+def visit(listener):
+    with socket.socket() as far:
+        far.sendto(b"0", socket.MSG_FASTOPEN, listener.getsockname())
+        listener.settimeout(20)
+        listener.accept()[0].close()
+        print(count())
+
+def plain():
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    return listener
+
+visit(plain())
+for [listener] in open_listeners(["127.0.0.1"], 0, 1):
+    visit(listener)
+visit(take_listeners([plain().detach()])[0])
+"""
+
+
+EVERYBODY_OPENS_FAST = (
+    "unshare", "--net", "--map-root-user", "sh", "-c",
+    'ip link set lo up && echo 0x607 >/proc/sys/net/ipv4/tcp_fastopen && exec "$@"', "sh",
+)  # fmt: skip
+
+
+def test_no_fast_open() -> None:
+    """Nobody is accepted before the handshake is complete, also where the system wants that of every listener."""
+    if not runs(*EVERYBODY_OPENS_FAST, "true"):
+        pytest.skip("a network namespace cannot be had")
+    command = [*EVERYBODY_OPENS_FAST, sys.executable, "-c", FAST_OPEN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT)
+    assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")

@@ -1,0 +1,178 @@
+"""This process's own descriptors, and how many processors it may use: trees of files as cgroups(7) describes them, in a folder."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from support.interpreter import run_python
+from tailsrv.linux.process import _quotas, count_processors, raise_limit, usable_processors
+
+AFFINITY = len(os.sched_getaffinity(0))
+
+
+class Tree:
+    """A membership file and a cgroup file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.membership = folder / "membership"
+        self.cgroups = folder / "cgroup"
+        self.cgroups.mkdir()
+
+    def write(self, name: str, text: str) -> None:
+        path = self.cgroups / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def quotas(self, membership: str) -> list[int]:
+        """Return the quotas that are found, in thousandths of a processor."""
+        self.membership.write_text(membership)
+        return [quota * 1000 // period for quota, period in _quotas(self.membership, self.cgroups)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """Give an empty tree."""
+    return Tree(tmp_path)
+
+
+@pytest.mark.parametrize("membership", ["", "0::/\n", "0::/a\n4:cpu:/a\n"])
+def test_no_cgroups(tree: Tree, membership: str) -> None:
+    """Files that are not there set no limit, and the affinity is what counts."""
+    assert count_processors(tree.membership, tree.cgroups) == AFFINITY
+    assert tree.quotas(membership) == []
+    assert count_processors(tree.membership, tree.cgroups) == AFFINITY
+
+
+def test_quota_is_taken_into_account(tree: Tree) -> None:
+    """A quota of half a processor makes one worker."""
+    tree.write("a/cpu.max", "50000 100000\n")
+    assert tree.quotas("0::/a\n") == [500]
+    assert count_processors(tree.membership, tree.cgroups) == 1
+
+
+def test_this_machine() -> None:
+    """Whatever this machine has, the answer is from 1 to what the affinity allows."""
+    assert 1 <= count_processors() <= AFFINITY
+
+
+@pytest.mark.parametrize(
+    ("words", "quotas"),
+    [("max 100000\n", []), ("200000 100000\n", [2000]), ("250000 100000\n", [2500]), ("1000 100000\n", [10]), ("", []), ("junk\n", [])],
+)
+def test_version_2(tree: Tree, words: str, quotas: list[int]) -> None:
+    """Version 2 has quota and period in one file, `max` for none."""
+    tree.write("a/b/cpu.max", words)
+    assert tree.quotas("0::/a/b\n") == quotas
+
+
+def test_version_2_outer_groups_count(tree: Tree) -> None:
+    """A group's own quota is found, and those above it up to the root as a container sees it."""
+    tree.write("a/b/c/cpu.max", "400000 100000\n")
+    tree.write("a/b/cpu.max", "max 100000\n")
+    tree.write("a/cpu.max", "300000 100000\n")
+    tree.write("cpu.max", "100000 50000\n")
+    assert tree.quotas("0::/a/b/c\n") == [4000, 3000, 2000]
+
+
+def test_version_2_other_groups_do_not_count(tree: Tree) -> None:
+    """A sibling's quota is not ours, nor is that of a group below."""
+    for group in ("b", "a/below"):
+        tree.write(f"{group}/cpu.max", "100000 100000\n")
+    assert tree.quotas("0::/a\n") == []
+
+
+@pytest.mark.parametrize("group", ["/docker/0123456789", "/../../elsewhere", "/..", "/"])
+def test_group_that_is_not_in_the_tree(tree: Tree, group: str) -> None:
+    """In a container the group's path may lead nowhere, or upwards; the root is all there is then."""
+    tree.write("cpu.max", "500000 100000\n")
+    assert tree.quotas(f"0::{group}\n") == [5000]
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "quotas"),
+    [
+        ("200000\n", "100000\n", [2000]),
+        ("-1\n", "100000\n", []),
+        ("50000\n", "100000\n", [500]),
+        ("", "100000\n", []),
+        ("200000\n", "", []),
+    ],
+)
+def test_version_1(tree: Tree, quota: str, period: str, quotas: list[int]) -> None:
+    """Version 1 has a file for the quota, -1 for none, and one for the period."""
+    tree.write("cpu,cpuacct/a/cpu.cfs_quota_us", quota)
+    tree.write("cpu,cpuacct/a/cpu.cfs_period_us", period)
+    assert tree.quotas("12:memory:/m\n4:cpu,cpuacct:/a\n1:name=systemd:/s\n0::/\n") == quotas
+
+
+def test_version_1_other_controllers_do_not_count(tree: Tree) -> None:
+    """`cpuset` is not `cpu`."""
+    for controller in ("cpuset", "cpuacct", "cpu"):
+        tree.write(f"{controller}/a/cpu.cfs_quota_us", "100000\n")
+        tree.write(f"{controller}/a/cpu.cfs_period_us", "100000\n")
+    assert tree.quotas("4:cpuset:/a\n3:cpuacct:/a\n") == []
+
+
+def test_both_versions(tree: Tree) -> None:
+    """On a machine with both, both count, and a group's name may hold colons."""
+    tree.write("cpu/a:b/cpu.cfs_quota_us", "300000\n")
+    tree.write("cpu/a:b/cpu.cfs_period_us", "100000\n")
+    tree.write("x:y/cpu.max", "200000 100000\n")
+    assert tree.quotas("4:cpu:/a:b\n0::/x:y\n") == [3000, 2000]
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quotas", "processors"),
+    [
+        (8, [], 8),
+        (8, [(200_000, 100_000)], 2),
+        (8, [(150_000, 100_000)], 2),
+        (8, [(1_000, 100_000)], 1),
+        (2, [(800_000, 100_000)], 2),
+        (8, [(400_000, 100_000), (300_000, 100_000), (500_000, 100_000)], 3),
+        (8, [(-1, 100_000)], 8),
+        (8, [(0, 100_000), (100_000, 0)], 8),
+        (1, [(50_000, 100_000)], 1),
+    ],
+)
+def test_usable_processors(affinity: int, quotas: list[tuple[int, int]], processors: int) -> None:
+    """The smallest share counts, rounded up, at least 1; what is not a quota sets no limit."""
+    assert processors == usable_processors(affinity, quotas)
+
+
+def test_raise_limit() -> None:
+    """The soft limit becomes the hard one, which is returned."""
+    done = run_python("""
+import resource
+from tailsrv.linux.process import raise_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
+assert raise_limit() == 200
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
+assert raise_limit() == 200
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_raise_limit_here() -> None:
+    """Where both limits are the same nothing is changed."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[0] != before[1]:
+        pytest.skip("the limits of this process differ, and are not ours to change")
+    assert raise_limit() == before[1]
+
+
+def test_occupy_standard() -> None:
+    """Of the standard descriptors those that are closed are taken, and no others."""
+    done = run_python("""
+import os
+from tailsrv.linux.process import occupy_standard
+free = os.dup(2)
+os.close(free)
+os.close(0)
+occupy_standard()
+assert os.readlink("/proc/self/fd/0") == os.devnull
+assert os.dup(2) == free
+""")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,116 @@
+"""Process titles: how often they change, and the room for them."""
+
+from collections.abc import Iterator
+
+import pytest
+from setproctitle import getproctitle, setproctitle
+
+from support.interpreter import run_python
+from tailsrv.linux.event_loop import Timers
+from tailsrv.linux.process_title import Title
+
+
+class Process:
+    """What a Title shows: the state is set by the test."""
+
+    def __init__(self) -> None:
+        self.timers = Timers()
+        self.text = "one"
+        self.title = Title(self.timers, self.render)
+
+    def render(self) -> str:
+        return f"tailsrv: test {self.text}"
+
+    def change(self, text: str, now: float) -> None:
+        """Have something new to show at that time, as a loop does that runs its timers afterwards."""
+        self.text = text
+        self.title.changed(now)
+        self.timers.run(now)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    """Give a process with a title, and have the title of this one back afterwards."""
+    before = getproctitle()
+    yield Process()
+    setproctitle(before)
+
+
+def test_first_title_at_once(process: Process) -> None:
+    """The first title is there at once, and nothing is planned while nothing changes."""
+    process.change("one", 100.0)
+    assert getproctitle() == "tailsrv: test one"
+    assert process.timers.timeout(100.0) is None
+
+
+def test_at_most_one_a_second(process: Process) -> None:
+    """Changes within a second show once, when it is over, and as they are by then."""
+    process.change("one", 100.0)
+    for number in range(50):
+        process.change(f"number {number}", 100.1 + number / 100)
+    assert getproctitle() == "tailsrv: test one"
+    assert pytest.approx(process.timers.timeout(100.0)) == 1.0
+    process.timers.run(100.99)
+    assert getproctitle() == "tailsrv: test one"
+    process.timers.run(101.0)
+    assert getproctitle() == "tailsrv: test number 49"
+    assert process.timers.timeout(101.0) is None
+
+
+def test_the_interval_counts_from_the_last_one_shown(process: Process) -> None:
+    """A change just after a delayed title waits for a second of its own."""
+    process.change("one", 100.0)
+    process.change("two", 100.5)
+    process.timers.run(101.0)
+    process.change("three", 101.5)
+    assert getproctitle() == "tailsrv: test two"
+    assert pytest.approx(process.timers.timeout(101.5)) == 0.5
+    process.timers.run(102.0)
+    assert getproctitle() == "tailsrv: test three"
+
+
+def test_nothing_new_is_not_set(process: Process) -> None:
+    """A title that would be the same again is not set, and no later look at it is planned."""
+    process.change("one", 100.0)
+    setproctitle("tailsrv: set by somebody else")
+    process.change("one", 200.0)
+    assert getproctitle() == "tailsrv: set by somebody else"
+    process.change("one", 200.5)
+    assert process.timers.timeout(200.5) is None
+
+
+def test_after_a_quiet_time_at_once(process: Process) -> None:
+    """A change after more than a second of quiet shows at once."""
+    process.change("one", 100.0)
+    process.change("two", 105.0)
+    assert getproctitle() == "tailsrv: test two"
+
+
+ROOM = """
+import os, sys
+from setproctitle import getproctitle, setproctitle
+getproctitle()
+from tailsrv.linux.process_title import make_room
+make_room(100_000, {executable}, sys.orig_argv)
+os.system("env")
+setproctitle("y" * 100_000)
+print(len(getproctitle()))
+"""
+
+
+def test_room_is_not_handed_on() -> None:
+    """Programs that are started later do not get the variable that makes the room."""
+    done = run_python(
+        ROOM.format(executable="sys.executable"), env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
+    )  # it changes what execve(2) gets
+    assert done.returncode == 0, done.stderr
+    assert "PATH=" in done.stdout
+    assert "TAILSRV_TITLE_ROOM" not in done.stdout
+    assert int(done.stdout.splitlines()[-1]) == 100_000
+
+
+def test_no_room_can_be_made() -> None:
+    """Where the program cannot be executed again, it goes on, and its title is cut."""
+    done = run_python(ROOM.format(executable="'/nonexistent'"))
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout.splitlines()[-1]) < 100_000

@@ -1,0 +1,147 @@
+"""What follows from the deaths of workers, each as a table; time is a number."""
+
+import os
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailsrv.config import Timing
+from tailsrv.supervisor.restart_policy import MAX_UNREADY, Failures, Verdict, describe_status, verdict
+
+
+def ended(status: int) -> int:
+    """Return the wait status of a process that ended with `status`, as wait(2) composes it."""
+    return status << 8
+
+
+def killed(number: int, core: bool = False) -> int:
+    """Return the wait status of a process that a signal has ended."""
+    return number | (0x80 if core else 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (ended(0), Verdict.DONE),
+        (ended(3), Verdict.CANNOT_BOOT),
+        (ended(os.EX_TEMPFAIL), Verdict.NO_ROOM),
+        (ended(1), Verdict.FAULT),
+        (ended(2), Verdict.FAULT),
+        (ended(120), Verdict.FAULT),
+        (ended(255), Verdict.FAULT),
+        (killed(signal.SIGSEGV), Verdict.FAULT),
+        (killed(signal.SIGSEGV, core=True), Verdict.FAULT),
+        (killed(signal.SIGABRT, core=True), Verdict.FAULT),
+        (killed(signal.SIGBUS), Verdict.FAULT),
+        (killed(signal.SIGILL), Verdict.FAULT),
+        (killed(signal.SIGFPE), Verdict.FAULT),
+        (killed(signal.SIGKILL), Verdict.KILLED),
+        (killed(signal.SIGTERM), Verdict.KILLED),
+        (killed(signal.SIGQUIT, core=True), Verdict.KILLED),
+        (killed(signal.SIGRTMIN + 3), Verdict.KILLED),
+    ],
+)
+def test_verdict(status: int, expected: Verdict) -> None:
+    """A worker's end is as asked, its own fault, somebody else's doing, or says that there is no use in another."""
+    assert expected is verdict(status)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (ended(0), "status=0"),
+        (ended(3), "status=3"),
+        (killed(signal.SIGKILL), "signal=SIGKILL"),
+        (killed(signal.SIGSEGV, core=True), "signal=SIGSEGV"),
+        (killed(40), "signal=40"),
+    ],
+)
+def test_describe_status(status: int, words: str) -> None:
+    """A wait status is told in the words that an operator knows."""
+    assert words == describe_status(status)
+
+
+# A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
+Life = tuple[float, bool, Verdict, bool]
+
+
+TIMING = Timing()
+
+
+SOON, LATE = TIMING.long_life - 0.001, TIMING.long_life
+
+
+DONE, FAULT, KILLED, NO_ROOM = Verdict.DONE, Verdict.FAULT, Verdict.KILLED, Verdict.NO_ROOM
+
+
+def after(*lives: Life) -> Failures:
+    """Return the record of a slot after these lives."""
+    failures = Failures()
+    for life in lives:
+        failures = failures.after_life(*life, TIMING)
+    return failures
+
+
+@pytest.mark.parametrize(
+    ("life", "record"),
+    [  # short, unready, suspect, each after a record of 3, 3 and 1
+        ((SOON, True, FAULT, True), Failures(4, 0, 2)),
+        ((SOON, False, FAULT, True), Failures(4, 4, 2)),
+        ((SOON, True, FAULT, False), Failures(4, 0, 0)),
+        ((SOON, False, FAULT, False), Failures(4, 4, 0)),
+        ((LATE, True, FAULT, True), Failures(0, 0, 0)),
+        ((LATE, False, FAULT, True), Failures(0, 4, 0)),
+        ((SOON, True, KILLED, True), Failures(4, 0, 0)),
+        ((SOON, False, KILLED, True), Failures(4, 0, 0)),
+        ((SOON, False, KILLED, False), Failures(4, 0, 0)),
+        ((LATE, False, KILLED, True), Failures(0, 0, 0)),
+        ((SOON, True, NO_ROOM, True), Failures(4, 0, 0)),
+        ((SOON, False, NO_ROOM, True), Failures(4, 0, 0)),
+        ((SOON, True, DONE, True), Failures(4, 0, 0)),
+        ((SOON, False, DONE, True), Failures(4, 4, 0)),
+        ((LATE, True, DONE, True), Failures(0, 0, 0)),
+    ],
+)
+def test_after_life(life: Life, record: Failures) -> None:
+    """What one more death adds to the record of a slot, and what it wipes out."""
+    assert record == Failures(short=3, unready=3, suspect=1).after_life(*life, TIMING)
+
+
+def test_delays() -> None:
+    """The first short life costs no delay; from the second on it doubles from 0.1 to 5 seconds; a long life starts anew."""
+    short = (SOON, True, KILLED, True)
+    delays = [after(*[short] * deaths).delay(TIMING) for deaths in range(11)]
+    assert delays == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5])
+    assert max(delays) == TIMING.max_delay
+    assert Failures(short=100_000).delay(TIMING) == TIMING.max_delay  # no overflow
+    assert after(short, short, short, (LATE, True, KILLED, True)).delay(TIMING) == 0
+    assert after(short, short, short, (LATE, True, KILLED, True), short).delay(TIMING) == 0
+
+
+def test_poisoned() -> None:
+    """Two deaths in a row by their own fault soon after adopting are enough; any other death between them starts the count anew."""
+    suspect = (SOON, True, FAULT, True)
+    assert [after(*[suspect] * deaths).poisoned() for deaths in range(4)] == [False, False, True, True]
+    assert after((SOON, False, FAULT, True), suspect).poisoned()
+    for innocent in [(LATE, True, FAULT, True), (SOON, True, KILLED, True), (SOON, True, DONE, True), (SOON, True, FAULT, False)]:
+        assert not after(suspect, innocent, suspect).poisoned()
+        assert not after(*[innocent] * 100).poisoned()
+
+
+def test_hopeless() -> None:
+    """Five deaths in a row before ready are enough, long lives or short; one that was ready starts the count anew."""
+    unready, ready = (SOON, False, FAULT, False), (SOON, True, FAULT, False)
+    assert [after(*[unready] * deaths).hopeless() for deaths in range(1, 6)] == [False] * 4 + [True]
+    assert after(*[(60.0, False, FAULT, False)] * MAX_UNREADY).hopeless()
+    assert after(*[(SOON, False, DONE, True)] * MAX_UNREADY).hopeless()
+    assert not after(*[unready] * 4, ready, *[unready] * 4).hopeless()
+    assert not after(*[ready] * 1000).hopeless()
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.booleans(), st.just(KILLED), st.booleans())))
+def test_somebody_who_kills_costs_no_client(lives: list[Life]) -> None:
+    """Whoever kills workers, however soon and often, makes no client suspect and no slot hopeless."""
+    assert not after(*lives).poisoned()
+    assert not after(*lives).hopeless()

@@ -1,0 +1,63 @@
+"""A system that resembles Linux, but does not tell how much of a stream has been sent: its clients are not continued wrongly."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.checkout import ROOT
+from support.files import random_bytes
+from support.interpreter import run_python
+from support.other_systems import SYSTEMS, write_hook
+from support.processes import runs
+from support.sockets import tcp_pair
+from tailsrv.linux.self_check import counts_streams
+from tailsrv.linux.sockets import accept_queue, streamed
+
+DATA = random_bytes(100_000)
+
+
+NO_LOOPBACK = ("unshare", "--net", "--map-root-user")
+
+
+class Short(socket.socket):
+    """A socket whose TCP_INFO has only its first byte."""
+
+    def getsockopt(self, *arguments: int) -> bytes | int:  # type: ignore[override]
+        found: bytes | int = super().getsockopt(*arguments)
+        return found[:1] if isinstance(found, bytes) else found
+
+
+def test_this_system() -> None:
+    """Linux counts what is sent, and finding that out leaves nothing open."""
+    before = os.listdir("/proc/self/fd")
+    assert counts_streams()
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("system", list(SYSTEMS))
+def test_another_system(tmp_path: Path, system: str) -> None:
+    """One that does not count, or cannot be asked, is found out."""
+    write_hook(tmp_path, system)
+    code = "from tailsrv.linux.self_check import counts_streams; print(counts_streams())"
+    done = run_python(code, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_no_loopback() -> None:
+    """Where it cannot be tried, nothing speaks against it."""
+    if not runs(*NO_LOOPBACK, "true"):
+        pytest.skip("a network namespace cannot be had")
+    code = "from tailsrv.linux.self_check import counts_streams; import sys; sys.exit(counts_streams() is not True)"
+    assert runs(*NO_LOOPBACK, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
+
+
+def test_short_answer() -> None:
+    """A position that is not known is none, and so is the length of a queue."""
+    with tcp_pair() as (near, _), Short(fileno=os.dup(near.fileno())) as short:
+        near.send(b"data")
+        assert streamed(near) == 4
+        assert streamed(short) is None
+        assert accept_queue(short) == (0, 0)

@@ -1,0 +1,134 @@
+"""The file that is served: what is opened, what is refused, and whether a path still names it."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from support.files import is_gone, opened
+from support.interpreter import run_python
+from support.processes import as_root
+from tailsrv.served_file import CannotServeError, open_file
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of four bytes."""
+    path = tmp_path / "log"
+    path.write_bytes(b"four")
+    return path
+
+
+# is_gone
+
+
+def test_is_gone(path: Path) -> None:
+    """A path is gone when it names nothing, or something else than what we hold."""
+    with opened(path) as file:
+        assert not is_gone(file, str(path))
+        assert not is_gone(file, f"{path.parent}/./{path.name}")
+        assert is_gone(file, str(path.parent))
+        assert is_gone(file, f"{path}/below")
+        path.unlink()
+        assert is_gone(file, str(path))
+
+
+def test_is_gone_compares_device_and_inode(path: Path) -> None:
+    """A copy with the same contents is another file."""
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    with opened(path) as file:
+        assert is_gone(file, str(copy))
+
+
+def test_is_gone_where_nobody_can_see(path: Path) -> None:
+    """A loop of links names nothing; a name that cannot be looked at says nothing."""
+    path.with_name("loop").symlink_to("loop")
+    with opened(path) as file:
+        assert is_gone(file, str(path.with_name("loop"))) is True
+        assert is_gone(file, str(path.with_name("x" * 300))) is None
+
+
+# Opening
+
+
+def test_open_file(path: Path) -> None:
+    """A regular file is opened, an empty one too, and programs that are started do not get it."""
+    for data in (b"four", b""):
+        path.write_bytes(data)
+        file = open_file(str(path))
+        assert file is not None
+        try:
+            assert os.pread(file, 10, 0) == data
+            assert stat.S_ISREG(os.fstat(file).st_mode)
+            assert not os.get_inheritable(file)
+        finally:
+            os.close(file)
+
+
+def test_open_file_that_does_not_exist(tmp_path: Path) -> None:
+    """A file that may yet come into being is no error: not even its folder has to exist, and a link may lead to nothing."""
+    (tmp_path / "link").symlink_to("nothing")
+    assert [open_file(str(tmp_path / name)) for name in ("log", "no/log", "link")] == [None, None, None]
+
+
+def refusal(path: Path | str) -> str:
+    """Return why `path` cannot be served, after seeing that no descriptor is left open."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CannotServeError) as caught:
+        open_file(str(path))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_open_file_refuses_what_is_no_regular_file(tmp_path: Path) -> None:
+    """A folder, a FIFO without a writer, a socket and a device are refused without waiting."""
+    os.mkfifo(tmp_path / "fifo")
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
+    for path in (tmp_path, tmp_path / "fifo", tmp_path / "socket", Path("/dev/null")):
+        assert refusal(path) == "not a regular file"
+
+
+def test_open_file_refuses_a_path_through_a_file(path: Path) -> None:
+    """A path through what is no folder is refused with the kernel's reason."""
+    assert refusal(path / "below") == "Not a directory"
+
+
+def test_open_file_refuses_a_loop(tmp_path: Path) -> None:
+    """A link to itself is refused."""
+    (tmp_path / "loop").symlink_to("loop")
+    assert "symbolic links" in refusal(tmp_path / "loop")
+
+
+@pytest.mark.skipif(as_root, reason="root may read everything")
+def test_open_file_refuses_an_unreadable_file(path: Path) -> None:
+    """A file that we may not read is refused."""
+    path.chmod(0)
+    assert refusal(path).startswith("Permission denied; it has mode 0000, ")
+
+
+@pytest.mark.skipif(not as_root, reason="only root can become somebody else")
+def test_open_file_refuses_an_unreadable_file_to_others(path: Path) -> None:
+    """A file that only root may read is refused to everyone else."""
+    path.chmod(0o600)
+    code = """
+import os, sys
+from tailsrv.served_file import CannotServeError, open_file
+os.chdir(sys.argv[1])
+os.setgroups([]), os.setuid(65534)
+try:
+    open_file("log")
+except CannotServeError as error:
+    print(error)
+"""
+    path.parent.chmod(0o755)
+    done = run_python(code, str(path.parent))
+    assert done.returncode == 0
+    assert done.stdout.startswith("Permission denied; it has mode 0600, user 0 and group 0, and we are user 65534 with groups ")
+
+
+def test_open_file_refuses_what_cannot_be_sent() -> None:
+    """A file in /proc looks regular, but its contents cannot be sent as a file's can."""
+    assert "sendfile(2)" in refusal("/proc/self/mem")

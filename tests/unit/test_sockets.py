@@ -1,0 +1,268 @@
+"""System calls on sockets, tried on real ones."""
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.files import opened
+from support.interpreter import run_python
+from support.sockets import recv_all, reset, tcp_pair, wait_for, wait_readable
+from tailsrv.linux.files import send_chunk
+from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept, discard, finish_sending, peek, unsent
+from tailsrv.protocol import PEEK
+
+DATA = bytes(range(256)) * 1024
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of 256 KiB."""
+    path = tmp_path / "log"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture
+def file(path: Path) -> Iterator[int]:
+    """Give a descriptor of that file."""
+    with opened(path) as fd:
+        yield fd
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give both ends of a TCP connection."""
+    with tcp_pair() as ends:
+        yield ends
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Give a listening socket on loopback."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        sock.setblocking(False)
+        yield sock
+
+
+def test_accept(listener: socket.socket) -> None:
+    """A connection comes non-blocking, not inheritable, and with the peer's address and port; without one it would block."""
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    with socket.create_connection(listener.getsockname()) as far:
+        wait_readable(listener)
+        accepted = accept(listener)
+        assert isinstance(accepted, tuple)
+        sock, peer = accepted
+        with sock:
+            assert peer == far.getsockname()
+            assert not sock.getblocking()
+            assert not sock.get_inheritable()
+            assert sock.getpeername() == far.getsockname()
+    assert accept(listener) is Outcome.WOULD_BLOCK
+
+
+def test_accept_over_ipv6() -> None:
+    """An IPv6 peer is an address and a port, too."""
+    with socket.socket(socket.AF_INET6) as listener:
+        try:
+            listener.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        listener.listen()
+        with socket.create_connection(listener.getsockname()[:2]) as far:
+            accepted = accept(listener)
+            assert isinstance(accepted, tuple)
+            accepted[0].close()
+            assert accepted[1] == ("::1", far.getsockname()[1])
+
+
+def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
+    """A connection that was reset while it waited is accepted, or left out, but is no error."""
+    with socket.create_connection(listener.getsockname()) as far:
+        wait_readable(listener)
+        reset(far)
+    accepted = accept(listener)
+    if isinstance(accepted, tuple):
+        sock, _ = accepted
+        with sock:
+            assert peek(sock, PEEK) is Outcome.HUNG_UP
+    else:
+        assert accepted is Outcome.WOULD_BLOCK
+
+
+def test_accept_without_descriptors() -> None:
+    """Out of descriptors is an outcome, and the connection is still there when one is free again; nobody needs none."""
+    done = run_python("""
+import os, resource, socket
+from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept
+with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+    listener.setblocking(False)
+    spare = os.open("/", os.O_RDONLY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
+    assert accept(listener) is Outcome.NO_DESCRIPTOR
+    assert accept(listener) is Outcome.NO_DESCRIPTOR
+    os.close(spare)
+    accept(listener)[0].close()
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    spare = os.open("/", os.O_RDONLY)
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
+""")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class Refusing(socket.socket):
+    """A listener from which no connection can be taken, until it has been tried `refusals` times."""
+
+    refusals = 0
+    tries = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.tries += 1
+        if self.tries <= self.refusals:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return super().accept()
+
+
+@pytest.mark.parametrize("refusals", [ACCEPT_TRIES - 1, ACCEPT_TRIES, 10 * ACCEPT_TRIES])
+def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> None:
+    """An error that says nothing about the listener is passed over, but not for ever: then it does say something."""
+    with Refusing(fileno=os.dup(listener.fileno())) as refusing, socket.create_connection(listener.getsockname()) as far:
+        refusing.refusals = refusals
+        wait_readable(refusing)
+        accepted = accept(refusing)
+        assert refusing.tries == ACCEPT_TRIES
+        if refusals < ACCEPT_TRIES:
+            assert isinstance(accepted, tuple)
+            accepted[0].close()
+            assert accepted[1] == far.getsockname()
+        else:
+            assert isinstance(accepted, PermissionError)
+
+
+def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) -> None:
+    """What has come can be seen again and again, and no more of it than a header can be."""
+    near, far = pair
+    assert peek(near, PEEK) is Outcome.WOULD_BLOCK
+    far.sendall(b"12")
+    wait_readable(near)
+    assert [peek(near, PEEK), peek(near, PEEK)] == [b"12", b"12"]
+    far.sendall(b"x" * 100)
+    while len(seen := near.recv(1000, socket.MSG_PEEK)) < 102:
+        assert seen.startswith(b"12")
+    assert peek(near, PEEK) == b"12" + b"x" * (PEEK - 2)
+    assert near.recv(1000) == b"12" + b"x" * 100
+
+
+def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The end of input is no bytes, behind what has come before it."""
+    near, far = pair
+    far.sendall(b"12")
+    far.shutdown(socket.SHUT_WR)
+    wait_for(near, select.POLLRDHUP)
+    assert peek(near, PEEK) == b"12"
+    near.recv(2)
+    assert peek(near, PEEK) == b""
+
+
+def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A reset is a hang-up."""
+    near, far = pair
+    reset(far)
+    wait_for(near, select.POLLERR)
+    assert peek(near, PEEK) is Outcome.HUNG_UP
+
+
+def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:
+    """All that has come is thrown away, and that is no end; then nothing is there, and that is none either."""
+    near, far = pair
+    total = far.send(bytes(20_000))
+    while len(near.recv(total, socket.MSG_PEEK)) < total:
+        wait_readable(near)
+    assert discard(near) is False
+    assert peek(near, PEEK) is Outcome.WOULD_BLOCK
+    assert discard(near) is False
+    far.sendall(b"later")
+    wait_readable(near)
+    assert peek(near, PEEK) == b"later"
+
+
+def test_discard_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The end of input is told of behind the last bytes, as often as it is asked for."""
+    near, far = pair
+    far.sendall(b"last")
+    far.shutdown(socket.SHUT_WR)
+    wait_for(near, select.POLLRDHUP)
+    assert [discard(near), discard(near), discard(near)] == [False, True, True]
+
+
+def test_discard_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A reset is the end of input."""
+    near, far = pair
+    reset(far)
+    wait_for(near, select.POLLERR)
+    assert [discard(near), discard(near)] == [True, True]
+
+
+def test_discard_keeps_the_stream_alive(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A peer that sends more than the buffers hold never blocks as long as we discard."""
+    near, far = pair
+    far.setblocking(False)
+    left = 32 << 20
+    while left > 0:
+        wait_for(far, select.POLLOUT)
+        left -= far.send(bytes(1 << 20))
+        discard(near)
+    near.sendall(b"alive")
+    far.settimeout(20)
+    assert far.recv(10) == b"alive"
+
+
+def test_close_after_discard_loses_nothing(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """Input that was discarded does not turn the close into a reset that destroys what is queued."""
+    near, far = pair
+    far.sendall(b"stray")
+    wait_readable(near)
+    sent = send_chunk(near.fileno(), file, 0, len(DATA))
+    assert isinstance(sent, int)
+    discard(near)
+    finish_sending(near)
+    near.close()
+    assert recv_all(far) == DATA[:sent]
+
+
+def test_unsent(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+    """What the peer has not acknowledged is counted, our FIN among it, and when it has read all it is 0."""
+    near, far = pair
+    assert unsent(near) == 0
+    sent = 0
+    while isinstance(result := send_chunk(near.fileno(), file, 0, len(DATA)), int):
+        sent += result
+    before = unsent(near)
+    assert 0 < before <= sent
+    finish_sending(near)
+    assert 0 < unsent(near) <= before + 1
+    assert len(recv_all(far)) == sent
+    far.close()
+    assert wait_for(near, select.POLLHUP) & select.POLLHUP
+    assert unsent(near) == 0
+
+
+def test_finish_sending_reaches_the_peer_past_a_duplicate(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The peer sees the end although somebody else holds the socket, and it may be said twice or too late."""
+    near, far = pair
+    with near.dup():
+        finish_sending(near)
+        assert far.recv(10) == b""
+        finish_sending(near)
+        reset(far)
+        wait_for(near, select.POLLHUP)
+        finish_sending(near)

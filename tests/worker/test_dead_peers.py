@@ -1,0 +1,166 @@
+"""Clients whose machine has vanished, as far as the kernel tells, and others that only seem to have."""
+
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from support.sockets import tcp_pair
+from support.waiting import eventually
+from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.sockets import Unacknowledged, unacknowledged
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
+
+
+@pytest.mark.parametrize(
+    ("retransmits", "probes", "silence", "dead"),
+    [
+        # Measured two minutes after it vanished: with bytes in flight, and with a closed window.
+        (9, 0, 121.0, True),
+        (0, 6, 122.5, True),
+        (0, 0, 120.1, False),  # pauses: the kernel's probe has just been answered, or is due
+        (0, 1, 121.0, False),  # pauses: the probe after two minutes is on its way
+        (0, 3, 480.0, False),  # pauses behind a network that loses much: one more is sent
+        (3, 0, 150.0, False),  # so slow a network that the kernel has not asked often
+        (4, 0, 120.0, False),  # it has, but not for long enough
+        (8, 0, 90.0, False),
+        (4, 0, 120.1, True),
+        (0, 4, 120.1, True),
+        (0, 0, 0.0, False),
+        (0, 0, 1e6, False),  # the machine that serves has slept itself
+    ],
+)
+def test_is_dead(retransmits: int, probes: int, silence: float, dead: bool) -> None:
+    """A peer is dead if it was silent for long and did not answer often, not for one alone."""
+    assert is_dead(Unacknowledged(retransmits, probes, silence), Limits()) == dead
+
+
+def test_unacknowledged() -> None:
+    """The kernel has bytes for a peer that does not read, and for none that has got everything."""
+    with tcp_pair(receive=4096, send=4096) as (near, far):
+        assert unacknowledged(near) is None
+        near.send(b"a")
+        eventually(lambda: unacknowledged(near) is None)
+        fill(near)
+        peer = unacknowledged(near)
+        assert peer is not None
+        assert (peer.retransmits, peer.probes) == (0, 0)
+        assert 0 <= peer.silence < 10
+        drain(near, far)
+        eventually(lambda: unacknowledged(near) is None)
+
+
+def test_unacknowledged_where_that_cannot_be_asked() -> None:
+    """A socket of a kind that acknowledges nothing is not a dead peer, and no error."""
+    one, other = socket.socketpair()
+    with one, other:
+        assert unacknowledged(one) is None
+
+
+def fill(sock: socket.socket) -> None:
+    """Send until `sock` takes no more."""
+    try:
+        while True:
+            sock.send(bytes(4096))
+    except BlockingIOError:
+        pass
+
+
+def drain(near: socket.socket, far: socket.socket) -> None:
+    """Read from `far` until `near` has room for all that it has taken."""
+    while unacknowledged(near) is not None:
+        far.recv(1 << 20)
+
+
+class Bench:
+    """Clients whose connections are real, and a loop with the clock in hand."""
+
+    def __init__(self, stack: ExitStack, count: int) -> None:
+        self.now = 1000.0
+        self.loop = Loop(lambda: self.now)
+        stack.callback(self.loop.epoll.close)
+        self.fars: list[socket.socket] = []
+        self.clients: dict[int, Client] = {}
+        for number in range(count):
+            near, far = stack.enter_context(tcp_pair(receive=4096, send=4096))
+            self.fars.append(far)
+            self.clients[near.fileno()] = Client(number, near, None)
+        self.dropped: list[Client] = []
+
+    def check(self, limits: Limits) -> DeadPeers:
+        """Return what checks them, for limits that make every silence too long."""
+        return DeadPeers(0, self.clients, self.loop, self.drop, limits)
+
+    def drop(self, client: Client) -> None:
+        """Do as a worker does."""
+        client.state = State.CLOSED
+        del self.clients[client.fd]
+        self.dropped.append(client)
+
+    def turn(self, seconds: float = 0.0) -> None:
+        """Run one turn, so much later."""
+        self.now += seconds
+        self.loop.wait(0)
+        self.loop.timers.run(self.loop.now)
+
+
+AT_ONCE = Limits(silence=-1.0, attempts=0)  # whoever has not acknowledged everything is dead
+
+
+NEVER = Limits(attempts=1000)
+
+
+def test_nothing_is_planned_while_nothing_is_on_its_way() -> None:
+    """A check comes half a minute after bytes were sent, and again until all are acknowledged."""
+    with ExitStack() as stack:
+        bench = Bench(stack, 2)
+        peers = bench.check(NEVER)
+        assert bench.loop.timeout() is None
+        peers.expect_acks()
+        bench.turn(10)
+        peers.expect_acks()
+        assert bench.loop.timeout() == pytest.approx(20)
+        near = next(iter(bench.clients.values())).sock
+        fill(near)
+        bench.turn(20)
+        assert bench.loop.timeout() == pytest.approx(30)
+        drain(near, bench.fars[0])
+        bench.turn(30)
+        assert bench.loop.timeout() is None
+        assert not bench.dropped
+
+
+def test_only_who_owes_acknowledgements_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """A silent client that has everything stays, and one that has left since is passed over."""
+    caplog.set_level("INFO", "tailsrv")
+    with ExitStack() as stack:
+        bench = Bench(stack, 3)
+        owing, left, stays = bench.clients.values()
+        for client in (owing, left):
+            fill(client.sock)
+        bench.check(AT_ONCE).expect_acks()
+        bench.drop(left)
+        bench.turn(30)
+        assert bench.dropped == [left, owing]
+        assert list(bench.clients.values()) == [stays]
+        [message] = caplog.messages
+        assert "stopped acknowledging" in message
+        assert "its place is free" in message
+
+
+def test_many_are_examined_in_several_turns() -> None:
+    """One turn examines a batch, and the next one goes on without those who have left meanwhile."""
+    with ExitStack() as stack:
+        bench = Bench(stack, BATCH + 2)
+        for client in bench.clients.values():
+            fill(client.sock)
+        bench.check(AT_ONCE).expect_acks()
+        bench.turn(30)
+        assert len(bench.dropped) == BATCH
+        assert bench.loop.timeout() == 0
+        leaves, stays = bench.clients.values()
+        bench.drop(leaves)
+        bench.turn()
+        assert bench.dropped[-2:] == [leaves, stays]
+        assert bench.loop.timeout() is None

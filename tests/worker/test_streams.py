@@ -1,0 +1,482 @@
+"""Streams over real TCP connections: everyone gets the file, nobody twice, and nobody waits for another."""
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from support.files import append, opened
+from support.sockets import recv_all, reset, tcp_pair, wait_for
+from tailsrv.worker.client import Client, State
+from tailsrv.worker.readahead import READERS, ReadAhead
+from tailsrv.worker.streams import CHUNK, TURN, VAIN, Streams, next_chunk
+
+BIG = os.urandom(1 << 16) * 48  # 3 MiB, and no two chunks are the same from any offset that matters
+
+
+class Bench:
+    """Streams of one file, with its clients' ends in hand."""
+
+    def __init__(self, stack: ExitStack, path: Path) -> None:
+        self.stack = stack
+        self.path = path
+        self.path.write_bytes(b"")
+        self.file = stack.enter_context(opened(path))
+        self.dropped: list[tuple[Client, Exception | None]] = []
+        self.told_to_wait: list[Client] = []  # until they have room
+        self.streams = Streams(self.file, 0, self.drop, self.told_to_wait.append)
+        self.fars: dict[Client, socket.socket] = {}
+
+    def drop(self, client: Client, error: Exception | None) -> None:
+        """Do as the worker does."""
+        self.dropped.append((client, error))
+        client.state = State.CLOSED
+        self.streams.remove(client)
+
+    def client(self, offset: int, receive: int | None = None, send: int | None = None) -> Client:
+        """Add a client at `offset`."""
+        near, far = self.stack.enter_context(tcp_pair(receive, send))
+        client = Client(0, near, far.getsockname())
+        self.fars[client] = far
+        self.streams.add(client, offset)
+        return client
+
+    def grow(self, data: bytes) -> None:
+        """Append `data`, and tell the streams."""
+        append(self.path, data)
+        self.look()
+
+    def shrink(self, size: int) -> None:
+        """Truncate the file, and tell the streams."""
+        os.truncate(self.path, size)
+        self.look()
+
+    def look(self) -> None:
+        """Tell the streams how large the file is."""
+        self.streams.shrunk = False
+        self.streams.resize(os.fstat(self.file).st_size)
+
+    def received(self, client: Client) -> bytes:
+        """Return what `client` has got and not yet read, after ending its stream."""
+        client.sock.shutdown(socket.SHUT_WR)
+        return recv_all(self.fars[client])
+
+    def serve(self, *clients: Client) -> dict[Client, bytes]:
+        """Pump, and read at the other end, until these clients have all that is in the file."""
+        got = dict.fromkeys(clients, b"")
+        while not all(client.fd in self.streams.caught_up for client in clients):
+            self.streams.pump()
+            ready, _, _ = select.select([self.fars[client] for client in clients], [], [], 0)
+            for client in clients:
+                if self.fars[client] in ready:
+                    got[client] += self.fars[client].recv(1 << 20)
+                if client.fd in self.streams.blocked and select.select([], [client.sock], [], 0)[1]:
+                    self.streams.writable(client)
+        for client in clients:
+            got[client] += self.received(client)
+        return got
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Give streams of an empty file."""
+    with ExitStack() as stack:
+        yield Bench(stack, tmp_path / "log")
+
+
+def test_fan_out(bench: Bench) -> None:
+    """Everyone who is caught up gets each append at once and exactly, without a turn of its own."""
+    clients = [bench.client(0) for _ in range(10)]
+    for line in (b"one\n", b"two\n", b"three\n"):
+        bench.grow(line)
+    assert not bench.streams.behind
+    assert [bench.received(client) for client in clients] == [b"one\ntwo\nthree\n"] * 10
+
+
+@pytest.mark.parametrize("offset", [0, 1, 5, 9, 10])
+def test_start_in_the_file(bench: Bench, offset: int) -> None:
+    """A client gets the file from its offset on, then what is appended."""
+    bench.grow(b"0123456789")
+    client = bench.client(offset)
+    bench.streams.pump()
+    bench.grow(b"more")
+    assert bench.streams.offset_of(client) == 14
+    assert bench.received(client) == b"0123456789more"[offset:]
+
+
+def test_append_while_behind(bench: Bench) -> None:
+    """What is appended before a client's turn comes in its turn, once."""
+    bench.grow(b"old")
+    client = bench.client(0)
+    bench.grow(b"new")
+    assert bench.streams.offset_of(client) == 0
+    bench.streams.pump()
+    assert bench.received(client) == b"oldnew"
+
+
+def test_ahead_of_the_file(bench: Bench) -> None:
+    """A client beyond the end gets nothing until the file is longer than its offset, then streams from there."""
+    bench.grow(b"01234")
+    client = bench.client(8)
+    for data in (b"5", b"67"):
+        bench.grow(data)
+        bench.streams.pump()
+        assert bench.streams.offset_of(client) == 8
+    bench.grow(b"89")
+    bench.streams.pump()
+    bench.grow(b"more")
+    assert bench.received(client) == b"89more"
+
+
+def test_many_ahead(bench: Bench) -> None:
+    """Those who are ahead wake in the order of their offsets, whatever the order they came in."""
+    clients = {offset: bench.client(offset) for offset in (7, 3, 5, 3000, 3)}
+    last = bench.client(3)
+    bench.grow(b"01234")
+    bench.streams.pump()
+    bench.grow(b"5678")
+    bench.streams.pump()
+    assert {offset: bench.received(client) for offset, client in clients.items()} == {3: b"345678", 5: b"5678", 7: b"78", 3000: b""}
+    assert bench.received(last) == b"345678"
+
+
+def test_ahead_and_gone(bench: Bench) -> None:
+    """One who has left while it was ahead is not served when the file gets there."""
+    client, other = bench.client(1), bench.client(1)
+    client.state = State.CLOSED
+    bench.streams.remove(client)
+    assert bench.streams.idle() == [other]
+    bench.grow(b"0123")
+    bench.streams.pump()
+    assert bench.received(client) == b""
+    assert bench.received(other) == b"123"
+
+
+def test_full_socket(bench: Bench) -> None:
+    """A client whose socket is full waits for room, is left alone by turns and appends, and loses nothing."""
+    slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
+    bench.grow(BIG[: 1 << 20])
+    while slow.fd not in bench.streams.blocked:
+        bench.streams.pump()
+    at = slow.offset
+    bench.streams.pump()
+    bench.grow(b"more")
+    assert bench.streams.offset_of(slow) == at < 1 << 20
+    assert slow.fd in bench.streams.blocked
+    assert bench.serve(slow, fast) == {slow: BIG[: 1 << 20] + b"more", fast: BIG[: 1 << 20] + b"more"}
+
+
+def test_full_socket_at_an_append(bench: Bench) -> None:
+    """A caught-up client that takes only a part of an append gets the rest later, and the others get theirs at once."""
+    slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
+    total = BIG[:10]
+    bench.grow(total[:5])
+    bench.grow(total[5:])
+    while slow.fd in bench.streams.caught_up:
+        total += BIG[len(total) : len(total) + 65536]
+        bench.grow(BIG[len(total) - 65536 : len(total)])
+        assert bench.streams.offset_of(fast) <= len(total)
+    assert slow.offset < len(total)
+    assert bench.serve(slow, fast) == {slow: total, fast: total}
+
+
+def test_writable_without_need(bench: Bench) -> None:
+    """Room in a socket that nobody waited for changes nothing."""
+    bench.grow(b"x")
+    caught_up, behind = bench.client(1), bench.client(0)
+    bench.streams.writable(caught_up)
+    bench.streams.writable(behind)
+    assert list(bench.streams.behind) == [behind]
+    bench.streams.pump()
+    assert [bench.received(caught_up), bench.received(behind)] == [b"", b"x"]
+
+
+@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_growth_about_a_chunk(bench: Bench, size: int) -> None:
+    """An append of a chunk or more arrives whole at each client."""
+    clients = [bench.client(0) for _ in range(3)]
+    bench.grow(BIG[:size])
+    got = bench.serve(*clients)
+    assert [got[client] == BIG[:size] for client in clients] == [True] * 3
+
+
+def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: Bench) -> None:
+    """Growth beyond one chunk moves those who were caught up to those who are behind, where nobody gets it all at once."""
+    clients = [bench.client(0) for _ in range(3)]
+    bench.grow(BIG[: CHUNK + 1])
+    assert list(bench.streams.behind) == clients
+    assert [client.offset for client in clients] == [0, 0, 0]
+
+
+def test_round_robin(bench: Bench) -> None:
+    """Each turn serves the next, and nobody a second time while another waits."""
+    bench.grow(BIG)
+    clients = [bench.client(0, receive=1 << 16) for _ in range(3)]
+    served = []
+    for _ in range(3):
+        before = [client.offset for client in clients]
+        bench.streams.pump(budget=1)
+        served.append([client.offset > offset for client, offset in zip(clients, before, strict=True)])
+    assert served == [[True, False, False], [False, True, False], [False, False, True]]
+
+
+def test_budget(bench: Bench) -> None:
+    """A turn ends when its budget is spent; without one, nobody is served."""
+    bench.grow(b"0123456789")
+    clients = [bench.client(0) for _ in range(5)]
+    bench.streams.pump(budget=0)
+    assert [client.offset for client in clients] == [0] * 5
+    bench.streams.pump(budget=20)
+    assert [bench.streams.offset_of(client) for client in clients] == [10, 10, 0, 0, 0]
+    bench.streams.pump(budget=1000)
+    assert [bench.received(client) for client in clients] == [b"0123456789"] * 5
+
+
+def test_sends_in_vain_have_their_share_of_a_turn(bench: Bench) -> None:
+    """A crowd that has asked and left does not make one turn as long as it is numerous."""
+    bench.grow(BIG)
+    clients = [bench.client(0) for _ in range(TURN // VAIN + 3)]
+    for client in clients:
+        reset(bench.fars[client])
+        wait_for(client.sock, select.POLLHUP)
+    bench.streams.pump()
+    assert len(bench.dropped) == TURN // VAIN
+    bench.streams.pump()
+    assert [client for client, _ in bench.dropped] == clients
+
+
+def test_late_comer_does_not_wait_for_a_long_replay(bench: Bench) -> None:
+    """A client with little to get has it in the turn that is its own, beside one that replays the whole file."""
+    bench.grow(BIG)
+    bench.client(0)
+    follower = bench.client(len(BIG) - 5)
+    bench.streams.pump(budget=1)
+    bench.streams.pump(budget=1)
+    assert bench.received(follower) == BIG[-5:]
+
+
+def test_shrink(bench: Bench) -> None:
+    """Whoever is beyond the new end gets nothing until the file is longer than their offset again; those before it go on."""
+    bench.grow(b"0123456789")
+    caught_up, behind = bench.client(10), bench.client(2)
+    bench.shrink(4)
+    bench.streams.pump()
+    bench.grow(b"abcdef")
+    bench.streams.pump()
+    assert bench.streams.offset_of(caught_up) == 10
+    bench.grow(b"new")
+    bench.streams.pump()
+    assert bench.received(caught_up) == b"new"
+    assert bench.received(behind) == b"23abcdefnew"
+
+
+def test_shrink_below_one_who_is_behind(bench: Bench) -> None:
+    """A client that was behind and is now ahead waits like any other, without a spin."""
+    bench.grow(b"0123456789")
+    client = bench.client(8)
+    bench.shrink(4)
+    bench.streams.pump()
+    assert not bench.streams.behind
+    assert not bench.streams.shrunk
+    bench.grow(b"abcdefgh")
+    bench.streams.pump()
+    assert bench.received(client) == b"efgh"
+
+
+def test_shrink_to_nothing_and_back_to_the_same_size(bench: Bench) -> None:
+    """A client at the end is at the end again when the file has its old size, and gets only what follows."""
+    bench.grow(b"0123")
+    client = bench.client(4)
+    bench.shrink(0)
+    bench.grow(b"abcd")
+    assert bench.streams.idle() == [client]
+    bench.grow(b"e")
+    bench.streams.pump()
+    assert bench.received(client) == b"e"
+
+
+def test_shrink_under_a_send(bench: Bench) -> None:
+    """A file that is shorter than we know stops the turn and asks for a look; nobody gets anything that is not there."""
+    bench.grow(b"0123456789")
+    first, second = bench.client(5), bench.client(2)
+    os.truncate(bench.path, 4)
+    bench.streams.pump()
+    assert bench.streams.shrunk
+    assert second.offset == 2
+    bench.look()
+    bench.streams.pump()
+    assert not bench.streams.shrunk
+    assert not bench.streams.behind
+    bench.grow(b"abcd")
+    bench.streams.pump()
+    assert [bench.received(first), bench.received(second)] == [b"bcd", b"23abcd"]
+
+
+def test_shrink_under_the_fan_out(bench: Bench) -> None:
+    """An append that is gone again by the time it is sent is sent to nobody, and to everybody once it is back."""
+    clients = [bench.client(0) for _ in range(3)]
+    bench.streams.resize(4)  # as if it had been that long
+    bench.streams.pump()
+    assert bench.streams.shrunk
+    bench.look()
+    bench.grow(b"real")
+    bench.streams.pump()
+    assert [bench.received(client) for client in clients] == [b"real"] * 3
+
+
+def test_shrink_under_those_who_wait_for_the_disk(bench: Bench) -> None:
+    """Who waits for bytes that are gone gives the place among the disk's readers to others."""
+    bench.grow(BIG)
+    in_memory = False
+    bench.streams.read_ahead = ReadAhead(lambda *_: in_memory, lambda *_: None)
+    waiting = [bench.client(CHUNK) for _ in range(READERS)]
+    bench.streams.pump(budget=2 * len(BIG) * READERS)
+    bench.shrink(CHUNK // 2)
+    bench.streams.look_again()
+    bench.streams.pump()
+    late = bench.client(CHUNK // 2 - 10)
+    bench.streams.pump()
+    bench.streams.look_again()
+    in_memory = True
+    bench.streams.pump()
+    assert late.fd in bench.streams.caught_up
+    assert not bench.streams.read_ahead
+    assert not any(client.fd in bench.streams.caught_up for client in waiting)
+
+
+def test_hang_up_at_an_append(bench: Bench) -> None:
+    """One who has hung up is dropped, and the others get the append all the same."""
+    clients = [bench.client(0) for _ in range(3)]
+    reset(bench.fars[clients[1]])
+    wait_for(clients[1].sock, select.POLLERR)
+    bench.grow(b"data")
+    assert bench.dropped == [(clients[1], None)]
+    assert [bench.received(client) for client in (clients[0], clients[2])] == [b"data"] * 2
+    bench.streams.pump()
+    assert len(bench.dropped) == 1
+
+
+def test_hang_up_in_a_turn(bench: Bench) -> None:
+    """One who has hung up while it was behind is dropped in its turn, and the next one has its own."""
+    bench.grow(b"data")
+    clients = [bench.client(0) for _ in range(2)]
+    reset(bench.fars[clients[0]])
+    wait_for(clients[0].sock, select.POLLERR)
+    bench.streams.pump()
+    assert bench.dropped == [(clients[0], None)]
+    assert bench.received(clients[1]) == b"data"
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_error_of_one_client(bench: Bench, offset: int) -> None:
+    """A send that fails for another reason drops that client with the error, and no other."""
+    bench.grow(b"data")
+    broken, healthy = bench.client(offset), bench.client(offset)
+    was = broken.sock.detach()  # its descriptor will be one that nothing can be sent to
+    folder = os.open(bench.path.parent, os.O_RDONLY)
+    os.dup2(folder, was)
+    os.close(folder)
+    try:
+        bench.grow(b"more")
+        bench.streams.pump()
+        assert [client for client, _ in bench.dropped] == [broken]
+        assert isinstance(bench.dropped[0][1], OSError)
+        assert bench.received(healthy) == b"datamore"[offset:]
+    finally:
+        os.close(was)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_fault_of_ours_with_one_client(bench: Bench, behind: bool) -> None:
+    """Whatever goes wrong while one client is sent to, and be it no error of the kernel's, drops that client and no other."""
+
+    def fail(_: Client) -> None:
+        raise ZeroDivisionError("poison")
+
+    bench.streams = Streams(bench.file, 0, bench.drop, fail)
+    bench.grow(BIG if behind else b"")
+    stalled, healthy = bench.client(0, receive=4096, send=4096), bench.client(len(BIG) if behind else 0)
+    count = 0
+    while not bench.dropped:
+        if behind:
+            bench.streams.pump()
+        else:
+            bench.grow(b"x")
+            count += 1
+            assert not bench.streams.behind
+    [(client, error)] = bench.dropped
+    assert client is stalled
+    assert isinstance(error, ZeroDivisionError)
+    bench.grow(b"more")
+    assert bench.received(healthy) == b"x" * count + b"more"
+
+
+def test_remove(bench: Bench) -> None:
+    """A client that has been removed gets nothing more, wherever it was, and its offset is what it has got to."""
+    caught_up = bench.client(0)
+    bench.grow(b"data")
+    behind, blocked = bench.client(1), bench.client(2)
+    bench.streams.behind.remove(blocked)
+    bench.streams.blocked[blocked.fd] = blocked
+    for client in (caught_up, behind, blocked):
+        client.state = State.CLOSED
+        bench.streams.remove(client)
+    assert not bench.streams.blocked
+    for client in (caught_up, behind, blocked):
+        bench.streams.writable(client)
+    bench.grow(b"more")
+    bench.streams.pump()
+    assert [bench.received(client) for client in (caught_up, behind, blocked)] == [b"data", b"", b""]
+    assert [caught_up.offset, behind.offset, blocked.offset] == [4, 1, 2]
+    assert bench.streams.idle() == []
+    assert not bench.streams.behind
+
+
+def test_idle(bench: Bench) -> None:
+    """Those who are caught up and those who are ahead have nothing to be sent; those who are behind or blocked have."""
+    bench.grow(b"data")
+    caught_up, behind, ahead = bench.client(4), bench.client(0), bench.client(9)
+    assert set(bench.streams.idle()) == {caught_up, ahead}
+    bench.streams.pump()
+    assert set(bench.streams.idle()) == {caught_up, ahead, behind}
+    assert bench.received(behind) == b"data"
+
+
+def test_memory_of_those_who_were_ahead(bench: Bench) -> None:
+    """Clients that come for an offset far away and leave again do not pile up, and those who stay are not forgotten."""
+    bench.grow(b"x")
+    stays = bench.client(2)
+    near, far = bench.stack.enter_context(tcp_pair())
+    for number in range(1000):
+        client = Client(number, near, far.getsockname())
+        bench.streams.add(client, 2**62 + number)
+        client.state = State.CLOSED
+        bench.streams.remove(client)
+    assert len(bench.streams._ahead) < 100
+    bench.grow(b"yz")
+    bench.streams.pump()
+    assert bench.received(stays) == b"z"
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "count"),
+    [
+        (0, 0, 0),
+        (0, 1, 1),
+        (7, 10, 3),
+        (10, 10, 0),
+        (11, 10, 0),
+        (2**63 - 1, 10, 0),
+        (0, CHUNK, CHUNK),
+        (0, CHUNK + 1, CHUNK),
+        (1, CHUNK + 1, CHUNK),
+        (5, 2**62, CHUNK),
+    ],
+)
+def test_next_chunk(offset: int, size: int, count: int) -> None:
+    """A turn sends what is in the file beyond the offset, at most a chunk, and nothing to one who is ahead."""
+    assert count == next_chunk(offset, size)

@@ -1,0 +1,885 @@
+"""A worker's turns, run in this process: real connections, a real file, and the clock in hand."""
+
+import errno
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from setproctitle import getproctitle
+
+from support.files import append, opened
+from support.interpreter import run_python
+from support.processes import as_root
+from support.sockets import readable, recv_all, recv_exactly, reset, tcp_pair, wait_for, wait_readable
+from support.waiting import DEADLINE
+from support.worker_bench import Bench, working
+from tailsrv.addresses import endpoint
+from tailsrv.channel import MAX_MESSAGE, Drain, Ping, encode
+from tailsrv.config import ExitStatus
+from tailsrv.inheritance import Entry
+from tailsrv.linux.sockets import discard
+from tailsrv.protocol import Start, parse_header
+from tailsrv.worker.client import Client, State
+
+BIG = os.urandom(1 << 16) * 64  # 4 MiB: more than the buffers on loopback take
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of ten bytes."""
+    path = tmp_path / "log"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+@pytest.fixture
+def bench(path: Path) -> Iterator[Bench]:
+    """Give a bench with a worker that serves that file."""
+    with working(path) as bench:
+        yield bench
+
+
+# Headers
+
+
+@pytest.mark.parametrize(
+    ("said", "first"), [(b"0\n", b"0123456789"), (b"7\n", b"789"), (b"-2\n", b"89"), (b"-99\n", b"0123456789"), (b"-0\r\n", b"")]
+)
+def test_stream(bench: Bench, said: bytes, first: bytes) -> None:
+    """A client gets the file from where it said, and then what is appended."""
+    far, _ = bench.connect(said)
+    append(bench.path, b"more")
+    assert bench.receive(far, len(first) + 4) == first + b"more"
+
+
+def test_header_in_pieces(bench: Bench) -> None:
+    """A header may come byte by byte; nothing is sent before it is whole, and it stays in the socket until then."""
+    far, client = bench.connect()
+    for sent in range(1, 5):
+        far.sendall(b" -3\n"[sent - 1 : sent])
+        wait_readable(client.sock)
+        if sent < 4:
+            while len(client.sock.recv(10, socket.MSG_PEEK)) < sent:
+                pass
+        bench.settle()
+        assert client.state is (State.AWAITING_HEADER if sent < 4 else State.STREAMING)
+    assert bench.receive(far, 3) == b"789"
+
+
+def test_junk_behind_the_newline(bench: Bench) -> None:
+    """What comes behind the header is read and thrown away, for ever, so that its sender never blocks."""
+    far, client = bench.connect(b"8\njunk\n0\n")
+    far.setblocking(False)
+    left = 16 << 20
+    while left > 0:
+        if select.select([], [far], [], 0)[1]:
+            left -= far.send(bytes(1 << 20))
+        bench.worker.step(0)
+    append(bench.path, b"more")
+    assert bench.receive(far, 6) == b"89more"
+    assert client.state is State.STREAMING
+
+
+@pytest.mark.parametrize("when", ["with the header", "later", "later, with junk"])
+def test_half_close(bench: Bench, when: str) -> None:
+    """A client that has shut down its sending side goes on being served, and costs no turns."""
+    if when == "with the header":
+        far, client = bench.connect()
+        far.sendall(b"8\n")
+        far.shutdown(socket.SHUT_WR)
+        wait_for(client.sock, select.POLLRDHUP)
+    else:
+        far, client = bench.connect(b"8\n")
+        if when == "later, with junk":
+            far.sendall(b"junk")
+        far.shutdown(socket.SHUT_WR)
+        wait_for(client.sock, select.POLLRDHUP)
+    assert bench.receive(far, 2) == b"89"
+    bench.settle()
+    assert not readable(bench.worker.loop.epoll.fileno())
+    for _ in range(3):
+        append(bench.path, b"more")
+        assert bench.receive(far, 4) == b"more"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"abc\n", "not a number"),
+        (b"\n", "not a number"),
+        (b"x" * 100, "too long"),
+        (b"1_000\n0\n", "not a number"),
+        (b"9" * 19 + b"\n", "64 bits"),
+    ],
+)
+def test_bad_header(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str) -> None:
+    """A bad header ends the connection cleanly and without a byte; one line tells of the peer and the reason."""
+    far, client = bench.connect(said)
+    bench.settle()
+    assert recv_all(far) == b""
+    assert client.state is State.CLOSED
+    assert client.sock.fileno() == -1
+    [record] = caplog.records
+    assert record.levelname.lower() == "warning"
+    assert f"peer=127.0.0.1:{far.getsockname()[1]}" in record.getMessage()
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("said", [b"", b"5", b"-"])
+def test_end_of_input_before_the_newline(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes) -> None:
+    """Input that ends before the newline ends the connection, even though it might have been a number."""
+    far, client = bench.connect()
+    far.sendall(said)
+    far.shutdown(socket.SHUT_WR)
+    bench.until(lambda: client.state is State.CLOSED)
+    bench.settle()
+    assert recv_all(far) == b""
+    assert "ended" in caplog.text
+
+
+def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Connections without a header end when their own time is over; those that stream have all the time they like."""
+    with working(path, header_timeout=1000.0) as bench:
+        streaming, _ = bench.connect(b"-0\n")
+        early, first = bench.connect()
+        bench.skew = 600.0
+        late, second = bench.connect()
+        late.sendall(b"5")
+        bench.until(lambda: readable(second.sock))
+        bench.skew = 990.0
+        bench.worker.step(0)
+        assert first.state is State.AWAITING_HEADER
+        bench.skew = 1010.0
+        bench.until(lambda: first.state is State.CLOSED)
+        bench.settle()
+        assert recv_all(early) == b""
+        assert second.state is State.AWAITING_HEADER
+        bench.skew = 1590.0
+        bench.worker.step(0)
+        assert second.state is State.AWAITING_HEADER
+        bench.skew = 1610.0
+        bench.until(lambda: second.state is State.CLOSED)
+        bench.settle()
+        assert recv_all(late) == b""
+        assert caplog.text.count("no header in 1000 s") == 2
+        append(path, b"more")
+        assert bench.receive(streaming, 4) == b"more"
+
+
+def test_no_header_timeout(bench: Bench) -> None:
+    """Without a timeout a connection may be silent for years, and nothing is planned for it."""
+    far, client = bench.connect()
+    bench.skew = 1e8
+    bench.worker.step(0)
+    bench.worker.step(0)
+    assert client.state is State.AWAITING_HEADER
+    far.sendall(b"8\n")
+    assert bench.receive(far, 2) == b"89"
+
+
+@pytest.mark.slow
+def test_out_of_descriptors(path: Path) -> None:
+    """Short of descriptors, the oldest connection without a header goes, and never one that streams."""
+    done = run_python(
+        """
+import os, resource, socket, sys
+from pathlib import Path
+from support.worker_bench import working
+from tailsrv.worker.client import State
+with working(Path(sys.argv[1])) as bench:
+    streaming, client = bench.connect(b"8\\n")
+    oldest, first = bench.connect()
+    older, second = bench.connect()
+    waiting = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(3)]
+    spare = os.open("/", os.O_RDONLY)
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    bench.until(lambda: second.state is State.CLOSED)
+    assert first.state is State.CLOSED
+    assert client.state is State.STREAMING
+    bench.until(lambda: len(bench.worker.clients) == 3)
+    bench.settle()
+    for sock in (oldest, older):
+        assert sock.recv(1) == b""
+    for sock in waiting[1:]:
+        sock.settimeout(20)
+        sock.sendall(b"9\\n")
+        assert bench.receive(sock, 1) == b"9"
+    assert bench.receive(streaming, 2) == b"89"
+""",
+        str(path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
+    """If everyone streams, the worker does not spin: it stops listening for a moment, and takes the next when there is room."""
+    done = run_python(
+        """
+import os, resource, socket, sys
+from pathlib import Path
+from support.sockets import readable
+from support.worker_bench import working
+with working(Path(sys.argv[1])) as bench:
+    streaming, client = bench.connect(b"8\\n")
+    bench.receive(streaming, 2)
+    waiting = bench.stack.enter_context(socket.create_connection(bench.address))
+    spare = os.open("/", os.O_RDONLY)
+    os.close(spare)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    listener = bench.listeners[0][0].fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
+    bench.until(lambda: listener not in bench.worker.loop.handlers)
+    while readable(bench.worker.loop.epoll.fileno()):
+        bench.worker.step(0)
+    assert bench.worker.acceptor.start in bench.worker.loop.timers
+    assert list(bench.worker.clients.values()) == [client]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    bench.skew = 60.0
+    bench.until(lambda: len(bench.worker.clients) == 2)
+    waiting.sendall(b"0\\n")
+    assert bench.receive(waiting, 10) == b"0123456789"
+""",
+        str(path),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Streams
+
+
+def test_slow_reader_does_not_stall_a_fast_one(bench: Bench) -> None:
+    """While one client does not read at all, another gets everything, and every append at once."""
+    append(bench.path, BIG)
+    slow, stalled = bench.connect(b"0\n", receive=4096)
+    fast, _ = bench.connect(b"0\n")
+    assert bench.receive(fast, 10 + len(BIG)) == b"0123456789" + BIG
+    for _ in range(10):
+        append(bench.path, b"more\n")
+        assert bench.receive(fast, 5) == b"more\n"
+    assert stalled.fd in bench.worker.streams.blocked
+    assert stalled.offset < len(BIG)
+    assert bench.receive(slow, 10 + len(BIG) + 50) == b"0123456789" + BIG + b"more\n" * 10
+
+
+def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> None:
+    """When a `-N` header makes the worker look at the file, those who are caught up get what it finds, and only once."""
+    follower, _ = bench.connect(b"-0\n")
+    far, client = bench.connect()
+    bench.settle()
+    append(bench.path, b"abc")
+    far.sendall(b"-1\n")
+    wait_readable(client.sock)
+    bench.worker.handle_client(client, select.EPOLLIN)
+    assert follower.recv(100) == b"abc"
+    bench.settle()
+    append(bench.path, b"def")
+    assert bench.receive(follower, 3) == b"def"
+    assert bench.receive(far, 4) == b"cdef"
+
+
+@pytest.mark.parametrize("method", ["add_client", "drop"])
+def test_caught_up_do_not_wait_for_the_end_of_a_burst(bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """In a turn that takes in or sees off many, the caught-up get an append after the next of these, not after the last."""
+    follower, _ = bench.connect(b"-0\n")
+    bench.settle()
+    served: list[bool] = []
+    act = getattr(bench.worker, method)
+
+    def act_late(client: Client, *error: Exception) -> object:
+        served.append(readable(follower))
+        if len(served) == 1:
+            append(bench.path, b"abc")
+        return act(client, *error)
+
+    monkeypatch.setattr(bench.worker, method, act_late)
+    fars = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(5)]
+    if method == "drop":
+        bench.until(lambda: len(bench.worker.clients) == 6)
+        for far in fars:
+            reset(far)
+    bench.worker.step(0)
+    assert served == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("what", ["start", "speak", "are closed"])
+def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The same where input is thrown away: the header of those who start, what others say, what is left when a socket is closed."""
+    follower, _ = bench.connect(b"-0\n")
+    if what == "start":
+        fars = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(5)]
+    else:
+        fars = [bench.connect(b"-0\n")[0] for _ in range(5)]
+    bench.settle()
+    served: list[bool] = []
+
+    def discard_late(sock: socket.socket) -> bool:
+        served.append(readable(follower))
+        if len(served) == 1:
+            append(bench.path, b"abc")
+        return discard(sock)
+
+    monkeypatch.setattr("tailsrv.worker.worker.discard", discard_late)
+    for far in fars:
+        if what == "are closed":
+            reset(far)
+        else:
+            far.sendall(b"-0\n")
+    bench.worker.step(0)
+    assert served == [False, True, True, True, True]
+
+
+def test_file_that_was_shorter_for_a_moment(bench: Bench) -> None:
+    """A client that found nothing, because the file was empty just then, gets its bytes when it is as long as before."""
+    far, client = bench.connect(b"99\n")
+    bench.settle()
+    os.truncate(bench.path, 0)
+    bench.worker.streams.add(client, 0)
+    bench.worker.streams.pump()
+    assert bench.worker.streams.shrunk
+    bench.path.write_bytes(b"9876543210")
+    bench.worker.lookout.look()
+    assert bench.receive(far, 10) == b"9876543210"
+
+
+def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An append between the look at the file and the reading of the event that told of it is not left lying."""
+    follower, _ = bench.connect(b"-0\n")
+    bench.settle()
+    read = bench.worker.watch.read
+
+    def read_late() -> bool:
+        append(bench.path, b"def")
+        return read()
+
+    monkeypatch.setattr(bench.worker.watch, "read", read_late)
+    append(bench.path, b"abc")
+    bench.worker.lookout.handle_watch()
+    assert not readable(bench.worker.loop.epoll.fileno())
+    assert recv_exactly(follower, 6) == b"abcdef"
+
+
+def test_file_that_shrank_unseen(bench: Bench) -> None:
+    """A send that finds less than we thought makes the worker look again, and not try for ever."""
+    far, client = bench.connect(b"15\n")
+    bench.settle()
+    bench.reports()
+    bench.worker.streams.resize(20)  # as if it had been that long
+    assert client in bench.worker.streams.behind
+    bench.worker.step(0)
+    assert bench.worker.streams.size == 10
+    bench.settle()
+    assert [report.notices.truncated for report in bench.reports()] == [10]
+    append(bench.path, b"abcdefghij")
+    assert bench.receive(far, 5) == b"fghij"
+
+
+def test_error_with_one_client_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of ours while serving one client ends that one, with a line in the log; the others notice nothing."""
+
+    def parse(received: bytes, ended: bool) -> Start | None:
+        if received.startswith(b"7"):
+            raise ZeroDivisionError("poison")
+        return parse_header(received, ended)
+
+    monkeypatch.setattr("tailsrv.worker.header_reader.parse_header", parse)
+    before, _ = bench.connect(b"-0\n")
+    poisoned, client = bench.connect(b"7\n")
+    bench.settle()
+    after, _ = bench.connect(b"-0\n")
+    assert recv_all(poisoned) == b""
+    assert client.state is State.CLOSED
+    [record] = caplog.records
+    assert record.levelname.lower() == "error"
+    assert "poison" in record.getMessage()
+    append(bench.path, b"more")
+    assert [bench.receive(far, 4) for far in (before, after)] == [b"more", b"more"]
+
+
+def poison(*_: object) -> None:
+    """Fail as only a fault of ours does."""
+    raise ZeroDivisionError("poison")
+
+
+@pytest.mark.parametrize("where", ["tailsrv.worker.worker.Client.forget_peer", "tailsrv.worker.streams.next_chunk"])
+def test_error_with_one_stream_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The same for a stream that starts, and for one that is sent to."""
+    other, _ = bench.connect(b"-0\n")
+    bench.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, poison)
+        poisoned, client = bench.connect(b"0\n")
+        bench.until(lambda: client.state is State.CLOSED)
+    assert recv_all(poisoned) == b""
+    [record] = caplog.records
+    assert "client failed" in record.getMessage()
+    assert "poison" in record.getMessage()
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_error_with_one_adopted_client_ends_that_client_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for one of those that a new worker takes over."""
+    with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
+        with monkeypatch.context() as patch:
+            patch.setattr("tailsrv.worker.worker.streamed", poison)
+            bench.worker.adopt({1: Entry(near.detach(), 0)})
+        bench.worker.adopt({2: Entry(healthy.detach(), 0)})
+        bench.until(lambda: not bench.worker.news.left)
+        assert far.recv(1) == b""
+        assert recv_exactly(its_far, 10) == b"0123456789"
+    assert "poison" in caplog.records[0].getMessage()
+    assert [number for report in bench.reports() for number in report.left] == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOBUFS, "no buffers")])
+def test_shortage_while_adopting_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A worker that has no memory for the clients it is to take over leaves all of them to the next."""
+
+    def refuse(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("tailsrv.worker.worker.streamed", refuse)
+    with tcp_pair() as (near, far):
+        with pytest.raises(type(error)):
+            bench.worker.adopt({1: Entry(near.detach(), 0)})
+        assert not readable(far)
+        assert not bench.worker.news.left
+
+
+@pytest.mark.parametrize("said", [b"x", b"-0\n"])
+def test_error_with_everybody_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
+    bench.connect(b"-0\n")
+    far, client = bench.connect(b"" if said.endswith(b"\n") else b"-0\n")
+    bench.settle()
+    far.sendall(said)
+    wait_readable(client.sock)
+    if said.endswith(b"\n"):  # the file grows when the worker has looked, but has not read the header yet
+        parse = parse_header
+
+        def parse_later(received: bytes, ended: bool) -> Start | None:
+            append(bench.path, b"more")
+            return parse(received, ended)
+
+        monkeypatch.setattr("tailsrv.worker.header_reader.parse_header", parse_later)
+    else:
+        append(bench.path, b"more")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tailsrv.worker.streams.send_to_all", fail)
+    with pytest.raises(MemoryError):
+        bench.worker.handle_client(client, select.EPOLLIN)
+
+
+def test_reset(bench: Bench) -> None:
+    """A client that has reset its connection is forgotten, whatever its state, without an append."""
+    waiting, first = bench.connect()
+    caught_up, second = bench.connect(b"-0\n")
+    ahead, third = bench.connect(b"1000\n")
+    other, _ = bench.connect(b"-0\n")
+    for far in (waiting, caught_up, ahead):
+        reset(far)
+    bench.until(lambda: len(bench.worker.clients) == 1)
+    bench.settle()
+    assert [client.sock.fileno() for client in (first, second, third)] == [-1, -1, -1]
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_adopted_client_that_is_none(bench: Bench) -> None:
+    """Of clients that are handed on, one that is no connection is reported as left, and one that has gone meanwhile, too."""
+    with tcp_pair() as (gone, peer), opened("/") as folder:
+        reset(peer)
+        wait_for(gone, select.POLLERR)
+        with pytest.raises(OSError, match="reset"):
+            gone.recv(1)
+        bench.worker.adopt({7: Entry(folder), 8: Entry(gone.detach(), 0)})
+        bench.until(lambda: not bench.worker.news.left)
+    assert sorted(number for report in bench.reports() for number in report.left) == [7, 8]
+    assert not bench.worker.clients
+
+
+def test_name_of_a_client_that_has_gone(bench: Bench) -> None:
+    """Who is no longer known by name, and has gone, is unknown."""
+    far, client = bench.connect(b"-0\n")
+    assert str(client) == endpoint(*far.getsockname())
+    reset(far)
+    wait_for(client.sock, select.POLLERR)
+    with pytest.raises(OSError, match="reset"):
+        client.sock.recv(1)
+    assert str(client) == "unknown"
+
+
+def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
+    """A client that gets the descriptor number of a dropped one gets none of its events, though somebody holds a duplicate."""
+    far, client = bench.connect()
+    other = bench.stack.enter_context(socket.socket())  # made now, so that the number is free for the server's side
+    with client.sock.dup() as duplicate:
+        bench.worker.drop(client)
+        bench.settle()
+        other.connect(bench.address)
+        other.sendall(b"-0\n")
+        bench.until(lambda: bench.worker.streams.caught_up)
+        assert list(bench.worker.clients) == [client.fd]
+        bench.settle()
+        far.sendall(b"junk")
+        wait_readable(duplicate)
+        assert not readable(bench.worker.loop.epoll.fileno())
+        reset(far)
+        wait_for(duplicate, select.POLLERR)
+        assert not readable(bench.worker.loop.epoll.fileno())
+    append(bench.path, b"more")
+    assert bench.receive(other, 4) == b"more"
+
+
+def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
+    """A worker without clients sleeps through appends; the first one that comes finds the file as it is."""
+    append(bench.path, b"a")
+    assert not readable(bench.worker.loop.epoll.fileno())
+    far, _ = bench.connect(b"-3\n")
+    assert bench.receive(far, 3) == b"89a"
+    far.close()
+    append(bench.path, b"b")
+    bench.until(lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.size == 12)
+    append(bench.path, b"c")  # its answer is a reset, as the client has closed
+    bench.until(lambda: not bench.worker.clients)
+    bench.settle()
+    append(bench.path, b"d")
+    assert not readable(bench.worker.loop.epoll.fileno())
+    again, _ = bench.connect(b"10\n")
+    assert bench.receive(again, 4) == b"abcd"
+
+
+@pytest.mark.parametrize("when", ["it comes", "the file grows", "it is adopted"])
+def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
+    """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
+    _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
+    bench.until(lambda: client.state is State.STREAMING)
+    bench.skew += 2.0  # for the title
+    if when == "the file grows":
+        bench.until(lambda: bench.worker.loop.timeout() is None)
+        append(bench.path, b"ab")
+    elif when == "it is adopted":
+        bench.until(lambda: bench.worker.loop.timeout() is None)
+        bench.worker.adopt({99: Entry(client.sock.dup().detach(), 10)})
+    bench.until(lambda: (bench.worker.loop.timeout() or 0) > 20)
+    bench.skew += 30.0
+    bench.until(lambda: bench.worker.loop.timeout() is None)
+    assert client.state is State.STREAMING
+
+
+def test_truncation_is_reported(bench: Bench) -> None:
+    """A truncated file is reported with its new size; a client beyond its end waits, and goes on when the file has grown."""
+    far, _ = bench.connect(b"-0\n")
+    bench.settle()
+    bench.reports()
+    os.truncate(bench.path, 3)
+    bench.until(lambda: bench.worker.streams.size == 3)
+    assert [report.notices.truncated for report in bench.reports()] == [3]
+    append(bench.path, b"abcdefghij")
+    assert bench.receive(far, 3) == b"hij"
+
+
+def test_file_that_is_gone_is_reported_at_each_look(bench: Bench) -> None:
+    """The supervisor is told that the file is gone; what it decides is its own business, and the clients stay."""
+    far, _ = bench.connect(b"-0\n")
+    bench.settle()
+    bench.reports()
+    moved = bench.path.with_name("log.1")
+    bench.path.rename(moved)
+    bench.until(lambda: bench.worker.lookout.gone)
+    moved.chmod(0o600)
+    append(moved, b"more")
+    assert bench.receive(far, 4) == b"more"
+    assert [report.notices.gone for report in bench.reports()] == [True, True]
+    bench.skew = 2.0
+    bench.until(lambda: readable(bench.channel))
+    assert [report.notices.gone for report in bench.reports()] == [True]
+
+
+def test_path_that_cannot_be_seen(path: Path) -> None:
+    """What a path names that cannot be looked at is asked again by the clock, and is not gone before that is clear."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with working(link) as bench:
+        fresh.symlink_to("x" * 300)
+        fresh.rename(link)
+        bench.settle()
+        assert not bench.worker.lookout.gone
+        assert bench.worker.lookout.recheck_path in bench.worker.loop.timers
+        fresh.symlink_to(path)
+        fresh.rename(link)
+        bench.skew = 2.0
+        bench.until(lambda: bench.worker.lookout.recheck_path not in bench.worker.loop.timers)
+        assert not bench.worker.lookout.gone
+        link.unlink()
+        bench.until(lambda: bench.worker.lookout.gone)
+
+
+def test_clients_are_reported(bench: Bench) -> None:
+    """The supervisor learns who has joined, where each starts and who has left; the title counts them."""
+    far, client = bench.connect(b"-4\n")
+    bench.settle()
+    reports = bench.reports()
+    assert [number for report in reports for number in report.joined] == [client.number]
+    assert [pair for report in reports for pair in report.started] == [(client.number, 6)]
+    assert bench.receive(far, 4) == b"6789"
+    bench.skew = 10.0
+    bench.until(lambda: getproctitle() == "tailsrv: worker 0 127.0.0.1:0 [1 client]")
+    reset(far)
+    bench.until(lambda: not bench.worker.clients)
+    bench.skew = 20.0
+    bench.until(lambda: [report.left for report in bench.reports()][-1:] == [[client.number]])
+
+
+def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> None:
+    """While the supervisor has no room for the news nothing is consumed and nothing sent; a follower notices nothing."""
+    follower, _ = bench.connect(b"-0\n")
+    bench.settle()
+    bench.reports()
+    packets = 0
+    for size in (4096, 1):  # until there is not even room for a byte
+        with suppress(BlockingIOError):
+            while bench.worker.channel.send(bytes(size), socket.MSG_DONTWAIT):
+                packets += 1
+    far = bench.stack.enter_context(socket.create_connection(bench.address, timeout=DEADLINE))
+    far.sendall(b"8\n")
+    bench.until(lambda: bench.worker.news.starting)
+    append(bench.path, b"ab")
+    assert bench.receive(follower, 2) == b"ab"
+    [(client, offset)] = bench.worker.news.starting
+    assert offset == 8
+    assert client.sock.recv(10, socket.MSG_PEEK) == b"8\n"
+    assert not readable(far)
+    assert not bench.worker.ended
+    for _ in range(packets):
+        assert not bench.channel.recv(MAX_MESSAGE).strip(b"\0")
+    bench.skew = 10.0
+    assert bench.receive(far, 4) == b"89ab"
+    assert [pair for report in bench.reports() for pair in report.started] == [(client.number, 8)]
+
+
+@pytest.mark.slow
+def test_no_inotify(path: Path) -> None:
+    """Out of inotify instances, the worker says why it polls, and serves appends by the clock."""
+    if not as_root:
+        pytest.skip("only root can be a user whose inotify instances nobody else needs")
+    code = """
+import encodings.idna, os
+from contextlib import ExitStack
+from pathlib import Path
+from inotify_simple import INotify
+from support.worker_bench import working
+from support.files import append
+os.setgroups([]), os.setuid(3_000_000_000 + os.getpid())
+with ExitStack() as held:
+    try:
+        while True:
+            held.enter_context(INotify())
+    except OSError:
+        pass
+    bench = held.enter_context(working(Path("log")))
+    assert "max_user_instances" in bench.worker.watch.polling, bench.worker.watch.polling
+    bench.worker.lookout.poll_file()
+    far, client = bench.connect(b"-0\\n")
+    for number in range(1, 4):
+        append(Path("log"), b"more")
+        bench.skew = 10.0 * number
+        assert bench.receive(far, 4) == b"more"
+    os.rename("log", "log.1")
+    bench.skew = 50.0
+    bench.until(lambda: bench.worker.lookout.gone)
+"""
+    path.parent.chmod(0o777)
+    path.chmod(0o666)
+    done = run_python(f"import os; os.chdir({str(path.parent)!r})\n{code}")
+    assert done.returncode == 0, done.stderr
+
+
+# The end
+
+
+def test_drain(bench: Bench) -> None:
+    """Told to drain, the worker gives everyone what is in the file now, also those who have just connected, and ends."""
+    append(bench.path, BIG)
+    whole = b"0123456789" + BIG
+    replaying, _ = bench.connect(b"0\n")
+    caught_up, _ = bench.connect(b"-0\n")
+    chatty, _ = bench.connect(b"-5\n")
+    silent, _ = bench.connect()
+    ahead, _ = bench.connect(b"99999999\n")
+    half_closed, _ = bench.connect(b"-2\n")
+    half_closed.shutdown(socket.SHUT_WR)
+    unread, client = bench.connect()
+    unread.sendall(b"-3\n")
+    wait_readable(client.sock)
+    chatty.sendall(b"stray")
+    queued = bench.stack.enter_context(socket.create_connection(bench.address, timeout=DEADLINE))
+    queued.sendall(b"-4\n")
+    wait_readable(bench.listeners[0][0])
+    append(bench.path, b"last")
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.worker.handle_channel()  # before the turn that would have taken in the others
+    fars = (replaying, caught_up, chatty, silent, ahead, half_closed, unread, queued)
+    whole += b"last"
+    expected = [whole, b"last", whole[-9:], b"", b"", whole[-6:], whole[-3:], whole[-4:]]
+    got = bench.receive_to_the_end(*fars)
+    assert [len(part) for part in got] == [len(part) for part in expected]
+    assert got == expected
+    assert not bench.worker.clients
+
+
+def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
+    """After the word to drain nobody is accepted any more, and what is appended is not sent."""
+    far, _ = bench.connect(b"8\n")
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.until(lambda: bench.worker.draining)
+    append(bench.path, b"too late")
+    with socket.socket() as late:
+        assert late.connect_ex(bench.address) != 0
+    assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_orders_that_came_together(bench: Bench) -> None:
+    """Whatever else waits in the channel, a SIGTERM that comes with the word to drain is one: no client is left behind."""
+    far, _ = bench.connect(b"8\n")
+    bench.settle()
+    bench.channel.sendall(encode(Ping()))
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    os.kill(os.getpid(), signal.SIGTERM)
+    bench.worker.handle_signal()
+    assert (bench.worker.draining, bench.worker.ended) == (True, False)
+    assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_ping(bench: Bench) -> None:
+    """A ping is answered, while draining as well."""
+    bench.connect(b"8\n", receive=4096)
+    for order in (Ping(), Drain(bench.config.grace, rotating=True), Ping()):
+        bench.reports()
+        bench.channel.sendall(encode(order))
+        if isinstance(order, Ping):
+            bench.until(lambda: any(report.notices.alive for report in bench.reports()))
+        else:
+            bench.until(lambda: bench.worker.draining)
+
+
+def test_drain_without_clients(bench: Bench) -> None:
+    """A worker with nobody to see off ends at once."""
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.worker.step(DEADLINE)
+    assert bench.worker.ended
+
+
+def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: Bench) -> None:
+    """A client that keeps its side open is done when it has got everything."""
+    far, _ = bench.connect(b"0\n")
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.until(lambda: bench.worker.ended)
+    assert recv_all(far) == b"0123456789"
+
+
+def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
+    """A client whose bytes are still on the way stays until it has them, and what it says meanwhile does not cost it any."""
+    path.write_bytes(BIG[: 1 << 16])
+    with working(path) as bench:
+        far, client = bench.connect(b"0\n", receive=4096)
+        bench.channel.sendall(encode(Drain(bench.config.grace)))
+        bench.until(lambda: client.state is State.FINISHED)
+        bench.worker.step(0)
+        assert list(bench.worker.clients.values()) == [client]
+        far.sendall(b"stray")
+        assert bench.receive_to_the_end(far) == [BIG[: 1 << 16]]
+
+
+def test_grace_leaves_what_is_queued(path: Path) -> None:
+    """A client that is let go still gets what was sent to it, though it has said something that nobody has read."""
+    append(path, BIG)
+    with working(path) as bench:
+        far, client = bench.connect(b"0\n", receive=4096)
+        bench.until(lambda: client.fd in bench.worker.streams.blocked)
+        far.sendall(b"stray")
+        wait_readable(client.sock)
+        bench.worker.end_drain()
+        bench.worker.close_dropped()
+        assert recv_all(far) == (b"0123456789" + BIG)[: client.offset]
+
+
+def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that does not read has until the end of the grace, and not a moment longer; the log says so."""
+    append(path, BIG)
+    with working(path, grace=100.0) as bench:
+        far, client = bench.connect(b"0\n", receive=4096)
+        bench.until(lambda: client.fd in bench.worker.streams.blocked)
+        bench.channel.sendall(encode(Drain(bench.config.grace)))
+        bench.until(lambda: bench.worker.draining)
+        bench.skew = 90.0
+        bench.worker.step(0)
+        assert not bench.worker.ended
+        bench.skew = 110.0
+        bench.until(lambda: bench.worker.ended)
+        bench.settle()
+        assert "grace is over" in caplog.text
+        got = recv_all(far)
+        assert 0 < len(got) < len(BIG)
+        assert (b"0123456789" + BIG).startswith(got)
+
+
+def test_term_without_drain_is_like_a_crash(bench: Bench) -> None:
+    """SIGTERM alone ends the worker and touches no client: the successor has them."""
+    _, client = bench.connect(b"-0\n")
+    signal.raise_signal(signal.SIGTERM)
+    bench.worker.step(DEADLINE)
+    assert bench.worker.ended
+    assert client.state is State.STREAMING
+    assert client.sock.fileno() == client.fd
+
+
+def test_term_after_drain(bench: Bench) -> None:
+    """SIGTERM behind the word to drain drains, even if the signal is seen first."""
+    far, _ = bench.connect(b"8\n")
+    bench.settle()
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    signal.raise_signal(signal.SIGTERM)
+    bench.worker.handle_signal()
+    assert bench.worker.draining
+    assert not bench.worker.ended
+    assert bench.receive_to_the_end(far) == [b"89"]
+
+
+def test_orphan_ends(bench: Bench) -> None:
+    """A worker whose supervisor is gone ends."""
+    bench.settle()
+    bench.channel.close()
+    bench.worker.step(DEADLINE)
+    assert bench.worker.ended
+
+
+def test_run(bench: Bench) -> None:
+    """run() says that the worker is ready, and returns the exit status when it is told to drain."""
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    assert bench.worker.run() == ExitStatus.DONE
+    assert bench.reports()[0].notices.ready is True
+
+
+def test_run_on_a_file_that_has_gone_already(bench: Bench) -> None:
+    """A file that went between the supervisor's look and the worker's watch is reported with the first word."""
+    bench.path.unlink()
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    assert bench.worker.run() == ExitStatus.DONE
+    assert bench.reports()[0].notices.gone is True
