@@ -14,9 +14,9 @@ from itertools import chain
 
 VERSION = 2
 
-MAX_SOCKETS = 253  # that one packet can carry: SCM_MAX_FD of unix(7)
-MAX_NEWS = 200  # clients of one kind that one packet speaks of, so that it fits
-MAX_MESSAGE = 16 << 10
+MAX_REPORTED_SOCKETS = 253  # that one packet can carry: SCM_MAX_FD of unix(7)
+MAX_REPORTED_CLIENTS = 200  # clients of one kind that one packet speaks of, so that it fits
+MAX_PACKET = 16 << 10
 
 _KIND = struct.Struct("=B4s")
 _REPORT, _DRAIN, _PING = b"rept", b"drai", b"ping"
@@ -45,7 +45,7 @@ NO_NOTICES = Notices()
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class WorkerReport:
     """A worker's news of one turn, to the supervisor. What is empty, None or False has not happened."""
 
     joined: list[int] = field(default_factory=list)  # clients that have connected
@@ -67,7 +67,7 @@ class Ping:
     """The supervisor's question whether the worker's loop still turns; `Notices.alive` is the answer."""
 
 
-Message = Report | Drain | Ping
+Message = WorkerReport | Drain | Ping
 
 
 def encode(message: Message) -> bytes:
@@ -104,14 +104,14 @@ def decode(packet: bytes) -> Message:
     raise MessageError(f"not a message of version {VERSION}: {packet[:80]!r}")
 
 
-def _decode_report(packet: bytes) -> Report:
+def _decode_report(packet: bytes) -> WorkerReport:
     _, joined, started, left = _COUNTS.unpack_from(packet)
     end = _COUNTS.size + 8 * (joined + 2 * started + left)
     if len(packet) < end:
         raise ValueError("cut short")
     numbers = array("q", packet[_COUNTS.size : end]).tolist()
     pairs = numbers[joined : joined + 2 * started]
-    return Report(
+    return WorkerReport(
         joined=numbers[:joined],
         started=list(zip(pairs[::2], pairs[1::2], strict=True)),
         left=numbers[joined + 2 * started :],

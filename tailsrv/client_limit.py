@@ -2,12 +2,12 @@
 
 import mmap
 
-from tailsrv.linux.files import memory
+from tailsrv.linux.files import memory_file_with
 
 _COUNT = 8  # bytes: an aligned integer of the machine, which is stored and loaded in one piece
 
 
-class Quota:
+class ClientLimit:
     """A page of shared memory with a count for each slot, which only that slot's worker writes.
 
     A count is what the slot has, not a sum of what came and went, so that a worker's death leaves nothing to be
@@ -19,7 +19,7 @@ class Quota:
 
     def __init__(self, limit: int, slots: int, fd: int | None = None) -> None:
         self.limit = limit
-        self.fd = memory(bytes(slots * _COUNT)) if fd is None else fd
+        self.fd = memory_file_with(bytes(slots * _COUNT)) if fd is None else fd
         self._counts = memoryview(mmap.mmap(self.fd, slots * _COUNT)).cast("q")
 
     def claim(self, slot: int, clients: int) -> bool:
@@ -31,6 +31,6 @@ class Quota:
         self._counts[slot] = before
         return False
 
-    def note(self, slot: int, clients: int) -> None:
+    def record(self, slot: int, clients: int) -> None:
         """Note how many clients `slot` has."""
         self._counts[slot] = clients

@@ -35,7 +35,7 @@ class Timing:
     """
 
     # Between attempts to open a file that does not exist yet, or may not be read yet. Nobody notices half a second.
-    look_interval: float = 0.5
+    open_retry: float = 0.5
 
     # Between looks at a file whose appends inotify does not report. Each look wakes up an idle machine.
     poll_interval: float = 1.0

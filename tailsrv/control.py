@@ -7,12 +7,12 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-ANSWERS = 16  # at one go; any local user may ask, and must not keep us from our work
+ACCEPTS_PER_TURN = 16  # at one go; any local user may ask, and must not keep us from our work
 PREFIX = "tailsrv:"
 CLIENTS = "/clients"  # an endpoint's second socket has this behind its name
 
 # Bytes of an endpoint in a socket's name, of the 107 that unix(7) has room for behind the NUL.
-LONGEST = 107 - len(PREFIX) - len(CLIENTS)
+MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(CLIENTS)
 
 # Users that there can be: the length of uid_map in user_namespaces(7) where it leaves none out.
 EVERY_USER = 0xFFFFFFFF
@@ -56,7 +56,7 @@ class Control:
         for sock in self.sockets:
             sock.close()
 
-    def askers(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
+    def accept_authorized(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
         """Accept those who wait at `sock`, at most ANSWERS of them.
 
         Return a non-blocking connection to each who is certainly the same user or root (all others
@@ -64,7 +64,7 @@ class Control:
         Until there is, `sock` stays readable, even when the next one has gone.
         """
         found: list[socket.socket] = []
-        for _ in range(ANSWERS):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 peer, _ = sock.accept()
             except BlockingIOError:  # nobody waits any more
@@ -124,11 +124,11 @@ def socket_name(endpoint: str) -> str:
     The end of a host's name for which there is no room becomes a checksum of the whole name. The
     port stays where a health check looks for it.
     """
-    if len(endpoint.encode()) <= LONGEST:
+    if len(endpoint.encode()) <= MAX_ENDPOINT_NAME:
         return endpoint
     host, _, port = endpoint.rpartition(":")
     end = f"~{zlib.crc32(host.encode()):08x}:{port}"
-    return host.encode()[: LONGEST - len(end)].decode(errors="ignore") + end
+    return host.encode()[: MAX_ENDPOINT_NAME - len(end)].decode(errors="ignore") + end
 
 
 def _address(name: str) -> str:

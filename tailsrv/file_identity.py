@@ -15,7 +15,7 @@ SAMPLE = 4096  # bytes compared at the beginning of two files, and as many at th
 CATCH_UP = 5.0  # seconds; what the kernel remembers of a file on a server is out of date for less
 
 
-class Identity:
+class FileIdentity:
     """The open `file`, to be compared with what `path` names.
 
     Device and inode number tell two files apart, on a local file system. Others may make inode

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tailsrv.client_limit import Quota
+from tailsrv.client_limit import ClientLimit
 
 
 @dataclass(slots=True)
@@ -26,5 +26,5 @@ class Inheritance:
     shared: bool  # with all other slots
     channel: socket.socket  # the worker's end
     endpoints: Sequence[str]
-    quota: Quota | None
+    client_limit: ClientLimit | None
     clients: Mapping[int, Entry]  # to be adopted

@@ -27,7 +27,7 @@ def printable(text: str) -> str:
     return text if text and text.isprintable() and not set(text) & set(" \"'=") else ascii(text)
 
 
-def trouble(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return the fields that say what the kernel has refused us, and where in our code; a traceback is for our own mistakes."""
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_PACKAGE)]
     place = f"{ours[-1].filename.removeprefix(_PACKAGE)}:{ours[-1].lineno}" if ours else None
@@ -96,12 +96,12 @@ def _is_journal(status: os.stat_result | None) -> bool:
     return status is not None and os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Limited:
+class RateLimited:
     """Logs what a stranger can cause: at most so many lines an interval, and with the next one how many were left out."""
 
     def __init__(self, level: int, burst: int = 10, interval: float = 10.0) -> None:
         self._level = level
-        self._allowance = Allowance(burst, interval)
+        self._allowance = RateLimit(burst, interval)
 
     def __call__(self, message: str, **values: object) -> None:
         """Log `message` and the fields, if this line is within the limit."""
@@ -112,7 +112,7 @@ class Limited:
             logger.log(self._level, "%s: %s", message, fields(**values, suppressed=held_back or None))
 
 
-class Allowance:
+class RateLimit:
     """Lets through so many per interval and counts the rest: what a stranger can cause must have a bound."""
 
     def __init__(self, burst: int, interval: float) -> None:

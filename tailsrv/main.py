@@ -14,19 +14,19 @@ from tailsrv import __version__
 from tailsrv.arguments import make_parser
 from tailsrv.config import Config, ConfigError, ExitStatus, Timing
 from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
-from tailsrv.linux.process import occupy_standard, raise_limit
+from tailsrv.linux.process import occupy_standard_descriptors, raise_descriptor_limit
 from tailsrv.linux.process_title import make_room
-from tailsrv.linux.signals import hold, ignore_io_signals, interruptible
+from tailsrv.linux.signals import block_all, ignore_io_signals, interruptible
 from tailsrv.linux.sockets import accept_queue
 from tailsrv.linux.systemd import is_service, passed_sockets, take_sockets
 from tailsrv.listeners import BACKLOG, ListenError, assign, endpoints, names_of, open_listeners, take_listeners
-from tailsrv.log import fields, logger, set_up, trouble
+from tailsrv.log import describe_error, fields, logger, set_up
 from tailsrv.served_file import CannotServeError, open_file
-from tailsrv.supervisor.report_reader import RESERVE
+from tailsrv.supervisor.report_reader import RESERVED_DESCRIPTORS
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.supervisor import Supervisor
 from tailsrv.supervisor.upgrade import answer_check, command, is_check, is_upgrade, keep_private, read_state
-from tailsrv.supervisor.upgrade_state import State, StateError
+from tailsrv.supervisor.upgrade_state import StateError, UpgradeState
 from tailsrv.titles import longest_title
 from tailsrv.worker.worker import work
 
@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     if argv is None:
         names = PASSED if config.port is None else endpoints(config.bind, 65535)
         make_room(longest_title(names, config.path), *command())
-    hold()  # until the supervisor's handlers are there
+    block_all()  # until the supervisor's handlers are there
     ignore_io_signals()
     set_up(verbosity)
     try:
-        occupy_standard()
+        occupy_standard_descriptors()
         handed_on = read_state()
         supervisor, file = prepare(config) if handed_on is None else take_over(config, handed_on)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:  # OSError: no descriptors, no memory
@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     try:
         status = supervisor.run(file)
     except (OSError, MemoryError) as error:  # the workers see it, and end as well
-        logger.critical("cannot go on: %s", trouble(error))
+        logger.critical("cannot go on: %s", describe_error(error))
         status = ExitStatus.CANNOT_SERVE
     # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
-    hold()
+    block_all()
     return status
 
 
@@ -106,7 +106,7 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
 
     Raises CannotServeError, ListenError, AlreadyServedError.
     """
-    descriptors = raise_limit()
+    descriptors = raise_descriptor_limit()
     passed = take_listeners(take_sockets())  # before anything else is opened: they have their numbers
     with interruptible():  # open(2) waits for a network file system that does not answer
         file = open_file(config.path)
@@ -137,7 +137,7 @@ def warn_of_limits(config: Config, listeners: Sequence[Sequence[socket.socket]],
             "accept queues are cut short, in a storm of connections some wait longer: %s",
             fields(backlog=backlog, wanted=BACKLOG, hint="raise net.core.somaxconn, or Backlog= of the socket unit"),
         )
-    needed = config.max_clients + RESERVE + sum(map(len, listeners)) + config.workers
+    needed = config.max_clients + RESERVED_DESCRIPTORS + sum(map(len, listeners)) + config.workers
     if config.max_clients and needed > descriptors:
         logger.warning(
             "descriptors do not suffice for --max-clients, in a worker and once more in the supervisor: %s",
@@ -145,9 +145,9 @@ def warn_of_limits(config: Config, listeners: Sequence[Sequence[socket.socket]],
         )
 
 
-def take_over(config: Config, handed_on: State) -> tuple[Supervisor, int | None]:
+def take_over(config: Config, handed_on: UpgradeState) -> tuple[Supervisor, int | None]:
     """Return a supervisor that goes on from what the version before us handed on, and the open file if there is one."""
-    raise_limit()
+    raise_descriptor_limit()
     keep_private(handed_on.descriptors())
     prepare_to_fork()
     slots = [Slot.load(index, saved) for index, saved in enumerate(handed_on.slots)]

@@ -4,12 +4,12 @@ import os
 import stat
 
 from tailsrv.diagnostics import absolute, cannot_open
-from tailsrv.file_identity import Identity
+from tailsrv.file_identity import FileIdentity
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 
 
-class Source:
+class ServedFile:
     """One path, and the open file that all workers share: `file` is its descriptor, None while it is awaited."""
 
     def __init__(self, path: str) -> None:
@@ -17,8 +17,8 @@ class Source:
         self.file: int | None = None
         self.gone = False  # the path does not name it any more
         self.polling: str | None = None  # why the workers look at it by the clock
-        self.trouble = ""  # why the next one of this name cannot be opened
-        self._identity: Identity | None = None
+        self.open_error = ""  # why the next one of this name cannot be opened
+        self._identity: FileIdentity | None = None
         self._leased = False  # and the log says so
 
     def open(self) -> bool:
@@ -41,10 +41,10 @@ class Source:
         """Tell whether the path names something else by now, or nothing; None if that cannot be seen yet."""
         assert self.file is not None
         if self._identity is None:
-            self._identity = Identity(self.file, self.path)
+            self._identity = FileIdentity(self.file, self.path)
         return self._identity.is_gone(now)
 
-    def let_go(self) -> None:
+    def close(self) -> None:
         """Close the file, for the next one of its name."""
         assert self.file is not None
         close_file(self.file)
@@ -57,7 +57,7 @@ class Source:
 
     def describe(self) -> dict[str, object]:
         """Return what the status says of the file."""
-        return {"path": absolute(self.path), "gone": self.gone, "error": self.trouble or None, "size": self.size()}
+        return {"path": absolute(self.path), "gone": self.gone, "error": self.open_error or None, "size": self.size()}
 
 
 class CannotServeError(Exception):

@@ -10,9 +10,9 @@ from tailsrv.config import MAX_WORKERS
 
 # What is larger is no figure or text of ours. An answer can be anybody's: it must not be one that
 # takes long to work with, that fills a screen, or that is too large for whoever is asked with it.
-LARGEST = (1 << 63) - 1
-HIGHEST_PID = 1 << 22  # see proc_sys_kernel(5), pid_max
-LONGEST_TEXT = 1 << 14  # characters; a path has at most 4096 bytes, PATH_MAX of open(2)
+MAX_INTEGER = (1 << 63) - 1
+MAX_PID = 1 << 22  # see proc_sys_kernel(5), pid_max
+MAX_TEXT = 1 << 14  # characters; a path has at most 4096 bytes, PATH_MAX of open(2)
 
 Read = TypeVar("Read")
 
@@ -22,7 +22,7 @@ class AnswerError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ServedFile:
+class FileStatus:
     """The file as the supervisor knows it.
 
     `size` is in bytes, None while no file is open, or while its file system does not tell (a file
@@ -37,7 +37,7 @@ class ServedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
+class ListenerStatus:
     """One listening socket: `queued` of at most `backlog` connections wait to be accepted. `slot` None: all slots share it."""
 
     slot: int | None
@@ -47,7 +47,7 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class ClientStatus:
     """One client: `start`, `position` and `lag` are bytes, None until its header is read; `peer` None: it has gone already.
 
     `lag` is how far the position is behind the end of the file, 0 also for a client that waits `beyond` the end.
@@ -77,7 +77,7 @@ class SlotStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ServerStatus:
     """What the supervisor says of itself; `ticks` and `started` are when it started, in clock ticks since boot and in Unix time."""
 
     version: str
@@ -85,20 +85,20 @@ class Status:
     ticks: int
     state: str
     started: float
-    file: ServedFile
+    file: FileStatus
     clients: int
     unprotected: int
     max_clients: int
     workers: tuple[SlotStatus, ...]
-    listeners: tuple[Listener, ...]
+    listeners: tuple[ListenerStatus, ...]
 
 
-def decode_status(answer: bytes) -> Status:
+def decode_status(answer: bytes) -> ServerStatus:
     """Return the status that `answer` holds. Raises AnswerError."""
     return _decode(answer, _read_status)
 
 
-def decode_clients(answer: bytes) -> tuple[int, tuple[Client, ...]]:
+def decode_clients(answer: bytes) -> tuple[int, tuple[ClientStatus, ...]]:
     """Return the supervisor's pid and the clients that `answer` holds. Raises AnswerError."""
     return _decode(answer, _read_clients)
 
@@ -112,8 +112,8 @@ def _decode(answer: bytes, read: Callable[[Any], Read]) -> Read:
         raise AnswerError(f"the answer is not to be understood: {str(error)[:200]!a}") from error
 
 
-def _read_status(said: Any) -> Status:
-    return Status(
+def _read_status(said: Any) -> ServerStatus:
+    return ServerStatus(
         version=_text(said["version"]),
         pid=_pid(said["pid"]),
         ticks=_count(said["ticks"]),
@@ -128,8 +128,8 @@ def _read_status(said: Any) -> Status:
     )  # fmt: skip
 
 
-def _read_file(said: Any) -> ServedFile:
-    return ServedFile(
+def _read_file(said: Any) -> FileStatus:
+    return FileStatus(
         path=_text(said["path"]),
         size=_maybe(_count, said["size"]),
         gone=_flag(said["gone"]),
@@ -151,8 +151,8 @@ def _read_slot(said: Any) -> SlotStatus:
     )
 
 
-def _read_listener(said: Any) -> Listener:
-    return Listener(
+def _read_listener(said: Any) -> ListenerStatus:
+    return ListenerStatus(
         slot=_maybe(_count, said["slot"]),
         endpoint=_text(said["endpoint"]),
         queued=_count(said["queued"]),
@@ -160,14 +160,14 @@ def _read_listener(said: Any) -> Listener:
     )
 
 
-def _read_clients(said: Any) -> tuple[int, tuple[Client, ...]]:
+def _read_clients(said: Any) -> tuple[int, tuple[ClientStatus, ...]]:
     size = _maybe(_count, said["size"])
     return _pid(said["pid"]), tuple(_read_client(client, size) for client in _all(said["clients"]))
 
 
-def _read_client(said: Any, size: int | None) -> Client:
+def _read_client(said: Any, size: int | None) -> ClientStatus:
     position = _maybe(_count, said["position"])
-    return Client(
+    return ClientStatus(
         slot=_count(said["slot"]),
         peer=_maybe(_text, said["peer"]),
         start=_maybe(_count, said["start"]),
@@ -182,25 +182,25 @@ def _maybe(read: Callable[[Any], Read], value: Any) -> Read | None:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= LARGEST:  # a bool would be an int, too
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:  # a bool would be an int, too
         raise TypeError(f"not a count: {reprlib.repr(value)}")
     return value
 
 
 def _pid(value: Any) -> int:
-    if not 1 <= _count(value) <= HIGHEST_PID:
+    if not 1 <= _count(value) <= MAX_PID:
         raise ValueError(f"not a pid: {value}")
     return int(value)
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
+    if type(value) not in (int, float) or not -MAX_INTEGER <= value <= MAX_INTEGER:
         raise TypeError(f"not a number: {reprlib.repr(value)}")
     return float(value)
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise TypeError(f"not a text: {reprlib.repr(value)}")
     return value
 

@@ -3,7 +3,7 @@
 import logging
 
 from tailsrv.linux.signals import name_of
-from tailsrv.log import Limited
+from tailsrv.log import RateLimited
 
 HINT = "TERM drains, QUIT ends at once, HUP upgrades; a log rotation needs no signal"
 
@@ -16,10 +16,10 @@ class StraySignals:
 
     def __init__(self, **where: object) -> None:
         self._where = where
-        self._limits: dict[int, Limited] = {}
+        self._limits: dict[int, RateLimited] = {}
 
     def note(self, number: int) -> None:
         """Say that signal `number` was ignored, and which signals are not."""
-        limited = self._limits.setdefault(number, Limited(logging.WARNING, burst=1))
+        limited = self._limits.setdefault(number, RateLimited(logging.WARNING, burst=1))
         where = {"signal": name_of(number), **self._where}
         limited("ignored a signal that means nothing to tailsrv", **where, hint=HINT)

@@ -9,8 +9,8 @@ for chunk in follow("logserver:4321"):
 from collections.abc import Callable, Sequence
 
 from tailsrv.addresses import EndpointError, check_port, parse_endpoint
-from tailsrv.client.connector import Backoff, ConnectError, Dialer, UnknownHostError, Wait, wait
-from tailsrv.client.resume import LostPlaceError, OffsetError, OtherFileError, PlaceError, Recall, place_at
+from tailsrv.client.connector import Backoff, ConnectError, Connector, UnknownHostError, Wait, wait
+from tailsrv.client.resume import LostPlaceError, OffsetError, OtherFileError, PlaceError, Recall, position_at
 from tailsrv.client.stream import Follow
 
 __all__ = [
@@ -60,8 +60,8 @@ def follow(
     servers = [parse_endpoint(one) if isinstance(one, str) else check_port(*one) for one in _several(addresses)]
     if not servers:
         raise EndpointError("no HOST:PORT")
-    dialer = Dialer(servers, backoff, connect_timeout, wait, report)
-    return Follow(dialer, place_at(offset, recall), wait, report, once=once, idle=idle, whole_lines=whole_lines)
+    connector = Connector(servers, backoff, connect_timeout, wait, report)
+    return Follow(connector, position_at(offset, recall), wait, report, once=once, idle=idle, whole_lines=whole_lines)
 
 
 def _several(addresses: Address | Sequence[Address]) -> list[Address]:

@@ -17,7 +17,7 @@ def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
     try:
         work()
     except SystemExit:  # argparse has said what there was to say
-        forgive_closed_output()
+        ignore_closed_output()
         raise
     except KeyboardInterrupt:
         return ClientExitStatus.DONE
@@ -45,7 +45,7 @@ def complain(command: str, text: str) -> None:
         pass
 
 
-def forgive_closed_output() -> None:
+def ignore_closed_output() -> None:
     """Let a help that nobody reads to its end go nowhere, rather than have the interpreter complain."""
     try:
         if sys.stdout:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tailsrv.addresses import endpoint
 from tailsrv.client.lookup import Found, Lookup
-from tailsrv.linux.event_loop import LONGEST
+from tailsrv.linux.event_loop import MAX_WAIT
 from tailsrv.linux.sockets import KEEPALIVE_OPTIONS
 
 # How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
@@ -54,18 +54,18 @@ def wait(fd: int, events: int, seconds: float | None) -> bool:
 
 def milliseconds(seconds: float | None) -> float | None:
     """Return the timeout for poll(2)."""
-    return None if seconds is None else min(max(0.0, seconds), LONGEST) * 1000
+    return None if seconds is None else min(max(0.0, seconds), MAX_WAIT) * 1000
 
 
-ENDED = "the connection was ended"  # in good order: errno has no words for it
+CONNECTION_ENDED = "the connection was ended"  # in good order: errno has no words for it
 
-SILENT = "the name service does not answer"  # nor for this, which is no failure yet
+NAME_SERVICE_SILENT = "the name service does not answer"  # nor for this, which is no failure yet
 
-QUIET = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
-FETCHING = 30.0  # seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
+QUIET_TIME = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
+FETCH_TIMEOUT = 30.0  # seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
 
 
-class Dialer:
+class Connector:
     """Gives connected sockets, one after the other.
 
     `report` is told why nothing comes, once for each reason, and when all is well again.
@@ -93,7 +93,7 @@ class Dialer:
             for family, address in self._round:
                 left = _left(until)
                 try:
-                    return _dial(family, address, self._timeout if left is None else min(left, self._timeout), self._wait)
+                    return _connect_to(family, address, self._timeout if left is None else min(left, self._timeout), self._wait)
                 except OSError as error:
                     self.failed(f"{endpoint(*address[:2])}: {error.strerror}")
             if self._reasons:
@@ -108,9 +108,9 @@ class Dialer:
             lookup.close()
         self._lookups.clear()
 
-    def again(self, sock: socket.socket, wait: Wait) -> socket.socket:
+    def reconnect(self, sock: socket.socket, wait: Wait) -> socket.socket:
         """Return another connection to the server at the other end of `sock`. Raises OSError."""
-        return _dial(sock.family, sock.getpeername(), self._timeout, wait)
+        return _connect_to(sock.family, sock.getpeername(), self._timeout, wait)
 
     def failed(self, reason: str) -> None:
         """Note why a connection has ended, and that its turn is over."""
@@ -165,12 +165,12 @@ class Dialer:
         """Return the addresses of one name, if they are found within so many seconds. Raises OSError, UnicodeError."""
         lookup = self._lookups[server]
         if (fd := lookup.fileno()) is not None and not self._wait(fd, select.POLLIN, seconds):
-            raise TimeoutError(errno.ETIMEDOUT, SILENT)
+            raise TimeoutError(errno.ETIMEDOUT, NAME_SERVICE_SILENT)
         del self._lookups[server]
         return lookup.result()
 
 
-def _dial(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait) -> socket.socket:
+def _connect_to(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait) -> socket.socket:
     """Return a connection to `address`, non-blocking. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -198,7 +198,7 @@ def name_of(sock: socket.socket) -> str:
     return endpoint(*sock.getpeername()[:2])
 
 
-def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCHING) -> bytes:
+def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCH_TIMEOUT) -> bytes:
     """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too.
 
     Also raises it after `limit` seconds in which there was always a little more: what has come would say nothing about the file.
@@ -206,10 +206,10 @@ def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: flo
     sock.send(header)
     data = b""
     end = time.monotonic() + limit
-    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET):
+    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET_TIME):
         some = sock.recv(count - len(data))
         if not some:
-            raise ConnectionAbortedError(errno.ECONNABORTED, ENDED)
+            raise ConnectionAbortedError(errno.ECONNABORTED, CONNECTION_ENDED)
         data += some
         if len(data) < count and time.monotonic() >= end:
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))

@@ -12,13 +12,13 @@ from tailsrv.client.command import RunError
 from tailsrv.client.resume import CONTEXT
 from tailsrv.client.splicing import UNABLE, splice
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-OPENINGS = 10  # attempts to open and lock the file before somebody takes it away; one is enough, but for chance
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+OPEN_TRIES = 10  # attempts to open and lock the file before somebody takes it away; one is enough, but for chance
 
 WaitForRoom = Callable[[str], object]  # called with the reason why there is none
 
 
-class Mirror:
+class LocalCopy:
     """A file that nobody else may change: it grows by what comes, and is `length` bytes long."""
 
     def __init__(self, path: str) -> None:
@@ -82,7 +82,7 @@ class Mirror:
         try:
             count = write()
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in DISK_FULL_ERRNOS:
                 raise RunError(f"cannot append to {self.path}: {error.strerror}") from error
             wait_for_room(os.strerror(error.errno))
             return 0
@@ -151,7 +151,7 @@ def _take_free_name(path: str) -> str:
 
 def _open_locked(path: str) -> int:
     """Return a descriptor of the file that `path` names, locked until it is closed. Raises RunError, OSError."""
-    for _ in range(OPENINGS):
+    for _ in range(OPEN_TRIES):
         if (fd := _try_open_locked(path)) is not None:
             return fd
     raise RunError(f"cannot open {path}: each time, {path} was another file a moment later")

@@ -177,10 +177,10 @@ class FromEnd:
         return self._new(bytes(window[first + len(self._last) :]))
 
 
-Place = FromStart | FromEnd
+Position = FromStart | FromEnd
 
 
-def place_at(offset: int | str, recall: Recall | None = None) -> Place:
+def position_at(offset: int | str, recall: Recall | None = None) -> Position:
     """Return the place that an offset as in the protocol names: N, -N, or "-0", which no number can say. Raises OffsetError."""
     text = str(offset)
     digits = text[1:] if text[:1] in ("-", "+") else text

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from tailsrv.client.connector import ENDED, QUIET, ConnectError, Dialer, Wait, fetch, name_of
-from tailsrv.client.resume import ANCHOR, CONTEXT, FromEnd, FromStart, Place, PlaceError
+from tailsrv.client.connector import CONNECTION_ENDED, QUIET_TIME, ConnectError, Connector, Wait, fetch, name_of
+from tailsrv.client.resume import ANCHOR, CONTEXT, FromEnd, FromStart, PlaceError, Position
 from tailsrv.client.splicing import move
 
-CHUNK = 1 << 16  # the most that one step gives; twice as much costs a quarter more time, in page faults
-STUCK = 2.0  # seconds without what a server surely has if it serves our file: time to say so, or to try another
-LONGEST = 30.0  # to that they double while one after the other is given up: all may be slow to begin
-LACKING = "does not send what came before: its file is shorter, or another one"
-ANCHORS = 3  # attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
+RECEIVE_CHUNK = 1 << 16  # the most that one step gives; twice as much costs a quarter more time, in page faults
+STUCK_TIME = 2.0  # seconds without what a server surely has if it serves our file: time to say so, or to try another
+MAX_STUCK_TIME = 30.0  # to that they double while one after the other is given up: all may be slow to begin
+MISSING_BYTES = "does not send what came before: its file is shorter, or another one"
+ANCHOR_TRIES = 3  # attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
 
 
 class Follow(Iterator[bytes]):
@@ -23,8 +23,8 @@ class Follow(Iterator[bytes]):
 
     def __init__(
         self,
-        dialer: Dialer,
-        place: Place,
+        connector: Connector,
+        place: Position,
         wait: Wait,
         report: Callable[[str], object],
         *,
@@ -32,11 +32,11 @@ class Follow(Iterator[bytes]):
         idle: float | None,
         whole_lines: bool,
     ) -> None:
-        self._dialer, self._place, self._wait, self._report = dialer, place, wait, report
+        self._connector, self._position, self._wait, self._report = connector, place, wait, report
         self._once, self._idle = once, idle
         self._whole_lines = whole_lines
         self._first = True  # no connection yet
-        self._anchors = 0 if once else ANCHORS
+        self._anchors = 0 if once else ANCHOR_TRIES
         self._sock: socket.socket | None = None
         self._name = ""  # of the server that we are connected to
         self._told = False  # that it does not send what it should have
@@ -50,13 +50,13 @@ class Follow(Iterator[bytes]):
     @property
     def offset(self) -> int | None:
         """The offset of the next byte; None while it is not known, because the stream began from the end."""
-        return None if self._place.offset is None else self._place.offset - len(self._ready)
+        return None if self._position.offset is None else self._position.offset - len(self._ready)
 
     def close(self) -> None:
         """End the iteration."""
         self._closed = True
         self._hang_up()
-        self._dialer.close()
+        self._connector.close()
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +70,7 @@ class Follow(Iterator[bytes]):
             if self._ready:
                 chunk, self._ready = self._ready, b""
                 return chunk
-            self._receive(CHUNK)
+            self._receive(RECEIVE_CHUNK)
         raise StopIteration
 
     def splice(self, pipe: int, count: int) -> int:
@@ -78,7 +78,7 @@ class Follow(Iterator[bytes]):
 
         For an offset of 0 or more only, with a `recall`.
         """
-        assert isinstance(self._place, FromStart)
+        assert isinstance(self._position, FromStart)
         while self._prepare():
             assert self._sock is not None
             try:
@@ -87,7 +87,7 @@ class Follow(Iterator[bytes]):
                 self._lost(error)
                 continue
             if moved:
-                self._place.pass_by(moved)
+                self._position.pass_by(moved)
                 self._came()
                 return moved
             if moved == 0:
@@ -101,12 +101,12 @@ class Follow(Iterator[bytes]):
                 if self._sock is None and not self._connect():
                     continue
                 assert self._sock is not None
-                if isinstance(self._place, FromEnd) and self._place.searching and time.monotonic() >= self._due:
-                    self._reach(self._sock, self._place)
+                if isinstance(self._position, FromEnd) and self._position.searching and time.monotonic() >= self._due:
+                    self._reach(self._sock, self._position)
                 elif self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
-                    if not self._place.wanted:
+                    if not self._position.wanted:
                         return True
-                    self._receive(min(self._place.wanted, CHUNK))
+                    self._receive(min(self._position.wanted, RECEIVE_CHUNK))
                 elif (left := self._left()) is not None and left <= 0:
                     self._end_idle()
                 else:
@@ -119,8 +119,8 @@ class Follow(Iterator[bytes]):
     def _end_idle(self) -> None:
         """End the iteration: nothing has come for long enough. Raises ConnectError where this server could have sent nothing."""
         self.close()
-        if self._place.wanted:
-            raise ConnectError(f"{self._name}: {LACKING}")
+        if self._position.wanted:
+            raise ConnectError(f"{self._name}: {MISSING_BYTES}")
 
     def _left(self) -> float | None:
         """Return the seconds until the iteration has been idle for too long."""
@@ -129,20 +129,20 @@ class Follow(Iterator[bytes]):
     def _patience(self) -> float | None:
         """Return for how many seconds to wait for bytes before something else is to be done."""
         now = time.monotonic()
-        if self._place.wanted:
-            quiet = self._due - now if isinstance(self._place, FromEnd) else None if self._told else self._heard + self._stuck() - now
+        if self._position.wanted:
+            quiet = self._due - now if isinstance(self._position, FromEnd) else None if self._told else self._heard + self._stuck() - now
         else:
-            quiet = QUIET if isinstance(self._place, FromEnd) and self._anchors and not self._place.anchored else None
+            quiet = QUIET_TIME if isinstance(self._position, FromEnd) and self._anchors and not self._position.anchored else None
         return min((max(0.0, seconds) for seconds in (self._left(), quiet) if seconds is not None), default=None)
 
     def _stuck(self) -> float:
         """Return for how many seconds a server may be silent that should not be."""
-        return min(LONGEST, STUCK * 2.0 ** min(self._given_up, 30))
+        return min(MAX_STUCK_TIME, STUCK_TIME * 2.0 ** min(self._given_up, 30))
 
     def _connect(self) -> bool:
         """Connect and send the header; tell whether there is a connection. Raises ConnectError at the end of an idle time, too."""
         left = self._left()
-        self._sock = self._dialer.connect(None if left is None else time.monotonic() + left, self._once)
+        self._sock = self._connector.connect(None if left is None else time.monotonic() + left, self._once)
         self._told = False
         try:
             self._name = name_of(self._sock)
@@ -151,13 +151,13 @@ class Follow(Iterator[bytes]):
         except OSError as error:
             self._lost(error)
             return False
-        header = self._place.header()  # may read a file: its errors are not the connection's
+        header = self._position.header()  # may read a file: its errors are not the connection's
         try:
             self._sock.send(header)
         except OSError as error:
             self._lost(error)
         self._heard = time.monotonic()
-        self._due = self._heard + QUIET
+        self._due = self._heard + QUIET_TIME
         return self._sock is not None
 
     def _begin(self) -> None:
@@ -167,12 +167,12 @@ class Follow(Iterator[bytes]):
         Whether there is one, an offset from the start tells. In a file that is shorter, everything is whole.
         """
         assert self._sock is not None
-        if self._whole_lines and isinstance(self._place, FromEnd):
+        if self._whole_lines and isinstance(self._position, FromEnd):
             with self._sock as sock:
-                longer = self._is_longer(sock, self._place.count)
-                self._sock = self._dialer.again(sock, self._wait)
+                longer = self._is_longer(sock, self._position.count)
+                self._sock = self._connector.reconnect(sock, self._wait)
             if longer:
-                self._place = FromEnd(self._place.count + 1, line=True)
+                self._position = FromEnd(self._position.count + 1, line=True)
         self._first = False
         self._since = time.monotonic()  # connecting is not idling
 
@@ -183,9 +183,9 @@ class Follow(Iterator[bytes]):
         """
         if fetch(sock, b"%d\n" % count, 1, self._wait):
             return True
-        with self._dialer.again(sock, self._wait) as other:
+        with self._connector.reconnect(sock, self._wait) as other:
             start = fetch(other, b"0\n", min(count, ANCHOR) + 1, self._wait)
-            return len(start) > count or (not start and self._wait(other.fileno(), select.POLLIN, STUCK))
+            return len(start) > count or (not start and self._wait(other.fileno(), select.POLLIN, STUCK_TIME))
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None
@@ -198,20 +198,20 @@ class Follow(Iterator[bytes]):
             return
         if data:
             self._heard = time.monotonic()
-            self._keep(self._place.take(data))
+            self._keep(self._position.take(data))
         else:
             self._lost(None)
 
     def _keep(self, data: bytes | None) -> None:
         """Keep what is new; None: the place needs another connection."""
-        if isinstance(self._place, FromEnd):
-            self._place = self._place.known()
+        if isinstance(self._position, FromEnd):
+            self._position = self._position.known()
         if data is None:
             self._hang_up()
         elif data:
             self._ready = data
             self._came()
-        elif not self._place.wanted:
+        elif not self._position.wanted:
             self._succeeded()
 
     def _came(self) -> None:
@@ -220,35 +220,35 @@ class Follow(Iterator[bytes]):
 
     def _succeeded(self) -> None:
         self._given_up = 0
-        self._dialer.succeeded(self._name)
+        self._connector.succeeded(self._name)
 
     def _use_the_quiet(self, sock: socket.socket) -> None:
         """Do what is to be done when nothing comes."""
-        if isinstance(self._place, FromEnd):
-            self._place.settle()
+        if isinstance(self._position, FromEnd):
+            self._position.settle()
             self._keep(b"")
-        if isinstance(self._place, FromEnd) and self._anchors and not (self._place.wanted or self._place.anchored):
+        if isinstance(self._position, FromEnd) and self._anchors and not (self._position.wanted or self._position.anchored):
             self._anchors -= 1
-            self._anchor(sock, self._place)
+            self._anchor(sock, self._position)
         self._complain()
 
     def _complain(self) -> None:
         """Try another replica, or say that there is none, if what is wanted has not come for long enough."""
-        if not self._place.wanted or time.monotonic() < self._heard + self._stuck():
+        if not self._position.wanted or time.monotonic() < self._heard + self._stuck():
             return
-        if self._dialer.choice:
+        if self._connector.choice:
             self._hang_up()  # another replica may have it
             self._given_up += 1
-            self._dialer.failed(f"{self._name}: {LACKING}")
+            self._connector.failed(f"{self._name}: {MISSING_BYTES}")
         elif not self._told:
             self._told = True
-            self._report(f"{self._name}: {LACKING}; waiting")
+            self._report(f"{self._name}: {MISSING_BYTES}; waiting")
 
     def _reach(self, sock: socket.socket, place: FromEnd) -> None:
         """Ask how far the window has to reach. Raises LostPlaceError."""
         if place.unsearched and (end := self._fetch_end(sock, CONTEXT, self._wait)):
             self._keep(place.reach(end))
-        self._due = time.monotonic() + QUIET
+        self._due = time.monotonic() + QUIET_TIME
         self._complain()
 
     def _anchor(self, sock: socket.socket, place: FromEnd) -> None:
@@ -267,7 +267,7 @@ class Follow(Iterator[bytes]):
         """Return the file's last `count` bytes or all of a shorter one, from the server at the other end of `sock`; b"" if in doubt."""
 
         def ask(header: bytes) -> bytes:
-            with self._dialer.again(sock, wait) as other:
+            with self._connector.reconnect(sock, wait) as other:
                 return fetch(other, header, count, wait)
 
         try:
@@ -280,12 +280,12 @@ class Follow(Iterator[bytes]):
     def _lost(self, error: OSError | None) -> None:
         """Note that the connection has ended, in good order if there is no error. Raises ConnectError for one with `once`."""
         self._hang_up()
-        reason = f"{self._name}: {error.strerror if error else ENDED}"
+        reason = f"{self._name}: {error.strerror if error else CONNECTION_ENDED}"
         if self._once:
             self._closed = True
             if error:
                 raise ConnectError(reason)
-        self._dialer.failed(reason)
+        self._connector.failed(reason)
 
     def _hang_up(self) -> None:
         if self._sock:

@@ -12,12 +12,12 @@ from tailsrv.arguments import make_tscat_parser, split_offset
 from tailsrv.client import follow
 from tailsrv.client.command import RunError, complain, run
 from tailsrv.client.connector import milliseconds
-from tailsrv.linux.process import occupy_standard
+from tailsrv.linux.process import occupy_standard_descriptors
 
 STDOUT = 1
 
 
-class NobodyReadsError(Exception):
+class ReaderGoneError(Exception):
     """Standard output has no reader any more."""
 
 
@@ -30,7 +30,7 @@ def copy(options: Namespace) -> None:
     """Copy what `options` ask for."""
     if sys.stdout is None:
         raise RunError("standard output is closed")
-    occupy_standard()
+    occupy_standard_descriptors()
     servers, offset = split_offset(options.servers)
     stream = follow(
         servers,
@@ -41,7 +41,7 @@ def copy(options: Namespace) -> None:
         report=partial(complain, "tscat"),
         wait=wait_with_reader,
     )
-    with stream, suppress(NobodyReadsError):
+    with stream, suppress(ReaderGoneError):
         for chunk in stream:
             write(chunk)
 
@@ -54,7 +54,7 @@ def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
         poll.register(fd, events)
     seen = dict(poll.poll(milliseconds(seconds)))
     if STDOUT in seen:
-        raise NobodyReadsError
+        raise ReaderGoneError
     return fd in seen
 
 
@@ -69,7 +69,7 @@ def write(data: bytes) -> None:
             poll.register(STDOUT, select.POLLOUT)
             poll.poll()
         except BrokenPipeError:
-            raise NobodyReadsError from None
+            raise ReaderGoneError from None
         except OSError as error:
             raise RunError(f"cannot write: {error.strerror}") from error
 

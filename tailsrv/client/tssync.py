@@ -15,23 +15,23 @@ from tailsrv.arguments import make_tssync_parser
 from tailsrv.client import OtherFileError, follow
 from tailsrv.client.command import complain, run
 from tailsrv.client.connector import wait
-from tailsrv.client.local_copy import Mirror
+from tailsrv.client.local_copy import LocalCopy
 from tailsrv.formatting import size
 from tailsrv.linux.event_loop import Timers
-from tailsrv.linux.process import occupy_standard
+from tailsrv.linux.process import occupy_standard_descriptors
 
-PATIENCE = 0.5  # seconds before there is a line: most catching up is done by then
+PROGRESS_DELAY = 0.5  # seconds before there is a line: most catching up is done by then
 
-PAUSE = 0.2  # seconds from one line to the next
+PROGRESS_INTERVAL = 0.2  # seconds from one line to the next
 
 ERASE = "\r\x1b[K"
 
 
-PIPE = 1 << 20  # bytes; the most that an ordinary user's pipe may hold
+PIPE_SIZE = 1 << 20  # bytes; the most that an ordinary user's pipe may hold
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # linux/fcntl.h; an interpreter may be built without the name
-CAUGHT_UP = 0.5  # seconds without a byte
+QUIET_TIME = 0.5  # seconds without a byte
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ROOM_PAUSE = 1.0  # seconds between attempts while the disk is full
+DISK_FULL_RETRY = 1.0  # seconds between attempts while the disk is full
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def keep(options: Namespace) -> None:
     """Keep the copy that `options` ask for."""
-    occupy_standard()
+    occupy_standard_descriptors()
     end_by_signals()
     servers = [parse_endpoint(server) for server in options.servers]  # before there is a file
-    with Mirror(options.path) as mirror:
-        Keeper(mirror, servers, options).run()
+    with LocalCopy(options.path) as local_copy:
+        Keeper(local_copy, servers, options).run()
 
 
 def end_by_signals() -> None:
@@ -68,8 +68,8 @@ def end_by_signals() -> None:
 class Keeper:
     """Moves bytes from the socket by a pipe into the file, and sees to fsync and the progress line meanwhile."""
 
-    def __init__(self, mirror: Mirror, servers: Sequence[tuple[str, int]], options: Namespace) -> None:
-        self._mirror, self._servers, self._options = mirror, servers, options
+    def __init__(self, local_copy: LocalCopy, servers: Sequence[tuple[str, int]], options: Namespace) -> None:
+        self._local_copy, self._servers, self._options = local_copy, servers, options
         self._progress = Progress(options.path)
         self._timers = Timers()
         self._full = False
@@ -80,8 +80,8 @@ class Keeper:
             self._sync()  # what an earlier run has left: from here on it is known what the disk has
             while not self._copy():
                 self._sync()
-                aside = self._mirror.set_aside()
-                self._say(f"the remote file is another one now: {self._mirror.path} becomes {aside}, and begins again")
+                aside = self._local_copy.set_aside()
+                self._say(f"the remote file is another one now: {self._local_copy.path} becomes {aside}, and begins again")
         finally:
             self._progress.rest()
             self._sync()
@@ -90,21 +90,23 @@ class Keeper:
         """Append what comes; False: the remote file is another one, and the copy is to begin again."""
         stream = follow(
             self._servers,
-            self._mirror.length,
+            self._local_copy.length,
             once=self._options.once,
             idle=self._options.until_idle,
-            recall=self._mirror.recall,
+            recall=self._local_copy.recall,
             report=self._say,
             wait=self._wait,
         )
         with stream, pipe() as (out, into):
             try:
-                while count := stream.splice(into, PIPE):
-                    self._mirror.append(out, count, self._wait_for_room)
+                while count := stream.splice(into, PIPE_SIZE):
+                    self._local_copy.append(out, count, self._wait_for_room)
                     self._appended()
             except OtherFileError:
                 if self._options.on_mismatch == "stop":
-                    raise OtherFileError(f"{self._mirror.path} is not the beginning of the remote file: its last bytes differ") from None
+                    raise OtherFileError(
+                        f"{self._local_copy.path} is not the beginning of the remote file: its last bytes differ"
+                    ) from None
                 return False
             return True
 
@@ -112,17 +114,17 @@ class Keeper:
         now = time.monotonic()
         if self._full:
             self._full = False
-            self._say(f"there is room again for {self._mirror.path}")
+            self._say(f"there is room again for {self._local_copy.path}")
         if self._options.fsync is not None and self._sync not in self._timers:
             self._timers.set(self._sync, now + self._options.fsync)
-        self._progress.grow(self._mirror.length, now)
-        self._timers.set(self._progress.rest, now + CAUGHT_UP)
+        self._progress.grow(self._local_copy.length, now)
+        self._timers.set(self._progress.rest, now + QUIET_TIME)
 
     def _wait_for_room(self, reason: str) -> None:
         if not self._full:
             self._full = True
-            self._say(f"cannot append to {self._mirror.path}: {reason}; waiting for room")
-        self._wait(-1, 0, ROOM_PAUSE)
+            self._say(f"cannot append to {self._local_copy.path}: {reason}; waiting for room")
+        self._wait(-1, 0, DISK_FULL_RETRY)
 
     def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
         """Wait as a `Wait` does, and do what is due meanwhile."""
@@ -138,7 +140,7 @@ class Keeper:
 
     def _sync(self) -> None:
         if self._options.fsync is not None:
-            self._mirror.sync()
+            self._local_copy.sync()
 
     def _say(self, text: str) -> None:
         self._progress.rest()
@@ -151,7 +153,7 @@ def pipe() -> Iterator[tuple[int, int]]:
     out, into = os.pipe()
     try:
         try:
-            fcntl.fcntl(into, F_SETPIPE_SZ, PIPE)
+            fcntl.fcntl(into, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
             pass  # this user's pipes have taken all that they may: a smaller one serves, too
         yield out, into
@@ -174,7 +176,7 @@ class Progress:
         if self._begun is None:
             self._begun = now, length
         begun, first = self._begun
-        if self._terminal and now - begun >= PATIENCE and now - (self._drawn or begun) >= PAUSE:
+        if self._terminal and now - begun >= PROGRESS_DELAY and now - (self._drawn or begun) >= PROGRESS_INTERVAL:
             self._drawn = now
             self._write(f"{ERASE}{self._name}: {size(length)}, {size((length - first) / (now - begun))}/s")
 

@@ -9,8 +9,13 @@ for server in find(port=4321):
 
 from tailsrv.health.control_client import EndedError, InspectError, NotOursError, find
 from tailsrv.health.inspection import inspect
-from tailsrv.health.report import Level, Process, Report, Server, Totals, Verdict, Worker, judge
-from tailsrv.status_schema import Client, Listener, ServedFile
+from tailsrv.health.report import HealthReport as Report
+from tailsrv.health.report import HealthVerdict as Verdict
+from tailsrv.health.report import Level, Process, Server, Totals, judge
+from tailsrv.health.report import WorkerHealth as Worker
+from tailsrv.status_schema import ClientStatus as Client
+from tailsrv.status_schema import FileStatus as ServedFile
+from tailsrv.status_schema import ListenerStatus as Listener
 
 __all__ = [
     "Client", "EndedError", "InspectError", "Level", "Listener", "NotOursError", "Process", "Report", "ServedFile", "Server",

@@ -19,13 +19,13 @@ from tailsrv.control import CLIENTS, PREFIX, credentials, overflow_uid
 from tailsrv.health.report import STOPPED, Level, Server
 from tailsrv.health.users import user_names
 from tailsrv.linux.process import read_stat
-from tailsrv.status_schema import AnswerError, Client, Status, decode_clients, decode_status
+from tailsrv.status_schema import AnswerError, ClientStatus, ServerStatus, decode_clients, decode_status
 
-PATIENCE = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
-CLIENTS_PATIENCE = 10.0  # seconds for the list of clients, which can be megabytes
-RETRY = 0.02  # seconds between two tries to connect to a control socket whose queue is full
-LARGEST = 1 << 22  # bytes of a status; a thousand workers with ten addresses each are half of that
-CLIENTS_LARGEST = 1 << 28  # bytes of the list of clients; a million of them are a third of that
+STATUS_TIMEOUT = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
+CLIENTS_TIMEOUT = 10.0  # seconds for the list of clients, which can be megabytes
+CONNECT_RETRY = 0.02  # seconds between two tries to connect to a control socket whose queue is full
+MAX_STATUS = 1 << 22  # bytes of a status; a thousand workers with ten addresses each are half of that
+MAX_CLIENTS = 1 << 28  # bytes of the list of clients; a million of them are a third of that
 
 # How often to read the kernel's list of sockets. It comes page by page, and lacks one now and then where others are closed in
 # between [measured: beside a process that makes and closes sockets all the time, 1 of 100 servers in every 20th reading].
@@ -138,9 +138,9 @@ def _connect(sock: socket.socket, name: str, deadline: float) -> None:
         except BlockingIOError:
             # There is nothing to poll for, see connect(2), EAGAIN. SO_SNDTIMEO would wait, but what
             # it takes depends on the libc where a long has 32 bits and a time has 64.
-            if time.monotonic() + RETRY > deadline:
+            if time.monotonic() + CONNECT_RETRY > deadline:
                 raise
-            time.sleep(RETRY)
+            time.sleep(CONNECT_RETRY)
         except ConnectionRefusedError:
             raise EndedError("the server has ended", Level.CRITICAL) from None
         else:
@@ -217,13 +217,13 @@ def _describe(pid: int) -> str:
     return f"pid {pid} " + ("is stopped" if state == STOPPED else f"({state or 'state unknown'})")
 
 
-def ask_status(server: Server, deadline: float) -> Status:
+def ask_status(server: Server, deadline: float) -> ServerStatus:
     """Return the status of `server`, who must be the process that it says it is.
 
     It waits for PATIENCE seconds, and not beyond `deadline`, a time of time.monotonic(). Raises
     InspectError.
     """
-    answer = _ask(server, "", min(deadline, time.monotonic() + PATIENCE), LARGEST)
+    answer = _ask(server, "", min(deadline, time.monotonic() + STATUS_TIMEOUT), MAX_STATUS)
     try:
         status = decode_status(answer.data)
     except AnswerError as error:
@@ -238,9 +238,9 @@ def ask_status(server: Server, deadline: float) -> Status:
     return status
 
 
-def ask_clients(server: Server) -> tuple[Client, ...]:
+def ask_clients(server: Server) -> tuple[ClientStatus, ...]:
     """Return the clients of `server`. Raises InspectError."""
-    answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_PATIENCE, CLIENTS_LARGEST)
+    answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_TIMEOUT, MAX_CLIENTS)
     try:
         pid, clients = decode_clients(answer.data)
     except AnswerError as error:

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.health.control_client import PATIENCE, EndedError, ask_clients, ask_status, attempt, state_of
-from tailsrv.health.report import HUNG_AFTER, STOPPED, Level, Process, Report, Server, Totals, Worker, total
+from tailsrv.health.control_client import STATUS_TIMEOUT, EndedError, ask_clients, ask_status, attempt, state_of
+from tailsrv.health.report import HUNG_AFTER, STOPPED, HealthReport, Level, Process, Server, Totals, WorkerHealth, total
 from tailsrv.linux.process import Stat, read_stat
-from tailsrv.status_schema import SlotStatus, Status
+from tailsrv.status_schema import ServerStatus, SlotStatus
 
-PAUSE = 0.25  # seconds between two questions: pings are answered by then, and CPU time, counted in 10 ms, shows
-ASKING = HUNG_AFTER + 0.5  # seconds after which a silent worker is what it is
-LOOKING = 5.0  # seconds after which no more memory is looked at, which for gigabytes takes long
+SAMPLE_PAUSE = 0.25  # seconds between two questions: pings are answered by then, and CPU time, counted in 10 ms, shows
+ASK_TIMEOUT = HUNG_AFTER + 0.5  # seconds after which a silent worker is what it is
+LOOK_TIMEOUT = 5.0  # seconds after which no more memory is looked at, which for gigabytes takes long
 
 
 def _cpu_seconds(pid: int) -> float | None:
@@ -61,16 +61,16 @@ def _look(pid: int, stat: Stat, before: tuple[float, float] | None, until: float
     return seen if read_stat(pid) == stat else None  # looked at last: before it the pid was the same process's
 
 
-def _look_at_worker(slot: SlotStatus, supervisor: int, samples: dict[int, tuple[float, float]], until: float) -> Worker:
+def _look_at_worker(slot: SlotStatus, supervisor: int, samples: dict[int, tuple[float, float]], until: float) -> WorkerHealth:
     process = None
     if slot.pid is not None and slot.ticks is not None:
         process = _look(slot.pid, Stat(supervisor, slot.ticks), samples.get(slot.pid), until)
-    return Worker(
+    return WorkerHealth(
         slot.slot, process, slot.ready, slot.clients, slot.unprotected, slot.restarts, slot.restarted, slot.silent
     )  # fmt: skip
 
 
-def inspect(server: Server, *, clients: bool = False) -> Report:
+def inspect(server: Server, *, clients: bool = False) -> HealthReport:
     """Ask `server`, look at its processes, and return what there is to know; with `clients` also each client.
 
     It takes a quarter of a second, in which CPU use is measured; up to 2.5 seconds where a worker does
@@ -80,18 +80,18 @@ def inspect(server: Server, *, clients: bool = False) -> Report:
     Raises NotOursError if the server is another user's and we are not root; EndedError if it has ended; InspectError
     with level CRITICAL if the supervisor does not answer, and with level UNKNOWN if it cannot be understood.
     """
-    deadline = time.monotonic() + 2 * PATIENCE
+    deadline = time.monotonic() + 2 * STATUS_TIMEOUT
     status = ask_status(server, deadline)
     samples = _sample([status.pid, *(worker.pid for worker in status.workers if worker.pid)])
     status = _ask_again(server, status, deadline)
     listed = ask_clients(server) if clients else None
-    until = time.monotonic() + LOOKING
+    until = time.monotonic() + LOOK_TIMEOUT
     stat = read_stat(status.pid)
     supervisor = _look(status.pid, stat, samples.get(status.pid), until) if stat else None
     if supervisor is None:
         raise EndedError("the server has ended", Level.CRITICAL)
     workers = tuple(_look_at_worker(slot, status.pid, samples, until) for slot in status.workers)
-    return Report(
+    return HealthReport(
         server=replace(server, pid=status.pid),
         version=status.version,
         state=status.state,
@@ -105,11 +105,11 @@ def inspect(server: Server, *, clients: bool = False) -> Report:
     )
 
 
-def _ask_again(server: Server, first: Status, deadline: float) -> Status:
+def _ask_again(server: Server, first: ServerStatus, deadline: float) -> ServerStatus:
     """Return a later status: the first question made the supervisor ping its workers, this one shows who did not answer."""
-    end = time.monotonic() + ASKING
+    end = time.monotonic() + ASK_TIMEOUT
     while True:
-        time.sleep(PAUSE)
+        time.sleep(SAMPLE_PAUSE)
         status = ask_status(server, deadline)
         if (status.pid, status.ticks) != (first.pid, first.ticks):
             raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
@@ -124,7 +124,7 @@ def _is_open(worker: SlotStatus) -> bool:
     return state_of(worker.pid) != STOPPED
 
 
-def _add_up(status: Status, processes: Sequence[Process]) -> Totals:
+def _add_up(status: ServerStatus, processes: Sequence[Process]) -> Totals:
     return Totals(
         clients=status.clients,
         unprotected=status.unprotected,

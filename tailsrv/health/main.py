@@ -17,12 +17,12 @@ from tailsrv.arguments import make_health_parser
 from tailsrv.health.control_client import EndedError, InspectError, NotOursError, find, ports
 from tailsrv.health.inspection import inspect
 from tailsrv.health.prometheus import render_metrics
-from tailsrv.health.report import Finding, Level, Report, Server, Verdict, judge
+from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Server, judge
 from tailsrv.health.text import render_text, summarize
 
-AT_ONCE = 32  # servers that are looked at in parallel: most of the time is spent waiting for answers
+PARALLEL_INSPECTIONS = 32  # servers that are looked at in parallel: most of the time is spent waiting for answers
 
-LONGEST = 10.0  # seconds in which servers are begun with; any user can make a check find thousands
+START_LIMIT = 10.0  # seconds in which servers are begun with; any user can make a check find thousands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,15 +59,15 @@ def check(options: Namespace) -> tuple[Level, str]:
     except OSError as error:
         return Level.UNKNOWN, render([], options.format, Level.UNKNOWN, f"cannot look for servers: {error}")
     outcomes = examine_all(servers, options.clients)
-    doubtful = doubtful_ones(servers)
+    doubtful = doubtful_servers(servers)
     asked_for = options.port is not None or options.pid is not None
     findings = [
         finding
         for server, outcome in zip(servers, outcomes, strict=True)
-        if (finding := weigh(server, outcome, asked_for, server in doubtful)) is not None
+        if (finding := to_finding(server, outcome, asked_for, server in doubtful)) is not None
     ]  # fmt: skip
     strangers = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
-    level, summary = summarize(findings, say_none(options, strangers))
+    level, summary = summarize(findings, none_found_message(options, strangers))
     return level, render(findings, options.format, level, summary)
 
 
@@ -82,12 +82,12 @@ def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -
             return render_text(findings, level, summary, wants_colour(os.environ))
 
 
-def examine_all(servers: Sequence[Server], clients: bool) -> list[Report | InspectError]:
+def examine_all(servers: Sequence[Server], clients: bool) -> list[HealthReport | InspectError]:
     """Return for each server what `inspect` returns or raises."""
-    ask = partial(examine, clients=clients, until=time.monotonic() + LONGEST)
+    ask = partial(examine, clients=clients, until=time.monotonic() + START_LIMIT)
     turns = in_turns(servers)
     try:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_INSPECTIONS) as pool:
             outcomes = dict(zip(turns, pool.map(ask, turns), strict=True))
     except RuntimeError:  # no room for threads
         outcomes = {server: ask(server) for server in turns}
@@ -104,7 +104,7 @@ def in_turns(servers: Sequence[Server]) -> list[Server]:
     return sorted(servers, key=turns.__getitem__)
 
 
-def examine(server: Server, clients: bool, until: float) -> Report | InspectError:
+def examine(server: Server, clients: bool, until: float) -> HealthReport | InspectError:
     """Return what `inspect` returns or raises, if it is not later than `until` already."""
     if time.monotonic() > until:
         return InspectError("not asked: other servers have taken all the time of this check")
@@ -118,14 +118,14 @@ def examine(server: Server, clients: bool, until: float) -> Report | InspectErro
         return InspectError(f"cannot be inspected: {type(error).__name__}: {str(error)[:100]!a}")
 
 
-def weigh(server: Server, outcome: Report | InspectError, asked_for: bool, doubtful: bool = False) -> Finding | None:
+def to_finding(server: Server, outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool = False) -> Finding | None:
     """Return the finding on a server, None if it has ended, or is another user's and not asked for.
 
     Of a `doubtful` server no fault is more than UNKNOWN.
     """
     match outcome:
-        case Report():
-            return Finding(outcome.server, temper(judge(outcome), doubtful), outcome)
+        case HealthReport():
+            return Finding(outcome.server, soften(judge(outcome), doubtful), outcome)
         case EndedError():
             return None
         case NotOursError() if not asked_for:
@@ -133,10 +133,10 @@ def weigh(server: Server, outcome: Report | InspectError, asked_for: bool, doubt
         case _:
             # A user whom we could not see may be one who fills the queue of a name to alarm us.
             doubtful = doubtful or (server.uid is None and not asked_for)
-            return Finding(server, temper(Verdict(outcome.level, (str(outcome),)), doubtful))
+            return Finding(server, soften(HealthVerdict(outcome.level, (str(outcome),)), doubtful))
 
 
-def doubtful_ones(servers: Sequence[Server]) -> set[Server]:
+def doubtful_servers(servers: Sequence[Server]) -> set[Server]:
     """Return those that may be an impostor's: any user can take a name for the port of another's.
 
     Root's servers and our own are not, nor are those of a user who is the only one on their ports.
@@ -152,14 +152,14 @@ def doubtful_ones(servers: Sequence[Server]) -> set[Server]:
     }  # fmt: skip
 
 
-def temper(verdict: Verdict, doubtful: bool) -> Verdict:
+def soften(verdict: HealthVerdict, doubtful: bool) -> HealthVerdict:
     """Return the verdict on a server, which for a doubtful one is UNKNOWN at most."""
     if doubtful and verdict.level is not Level.OK:
-        return Verdict(Level.UNKNOWN, verdict.reasons)
+        return HealthVerdict(Level.UNKNOWN, verdict.reasons)
     return verdict
 
 
-def say_none(options: Namespace, strangers: int) -> str:
+def none_found_message(options: Namespace, strangers: int) -> str:
     """Return the sentence for the case that no server was found."""
     if options.port is not None:
         return f"no tailsrv on port {options.port}"

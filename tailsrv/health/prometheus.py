@@ -6,8 +6,8 @@ https://prometheus.io/docs/practices/naming/: base units, counters end in `_tota
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tailsrv.health.report import Finding, Process, Report, ready
-from tailsrv.status_schema import Client
+from tailsrv.health.report import Finding, HealthReport, Process, ready
+from tailsrv.status_schema import ClientStatus
 
 STATES = ("serving", "starting", "waiting for file", "draining", "rotating")
 
@@ -76,7 +76,7 @@ def _measure(finding: Finding) -> Iterator[Sample]:
         yield from _measure_clients(server, report.clients or ())
 
 
-def _measure_server(server: Labels, report: Report) -> Iterator[Sample]:
+def _measure_server(server: Labels, report: HealthReport) -> Iterator[Sample]:
     yield "tailsrv_info", {**server, "version": report.version, "path": report.file.path}, 1
     for state in dict.fromkeys([*STATES, report.state]):
         yield "tailsrv_state", {**server, "state": state}, state == report.state
@@ -92,7 +92,7 @@ def _measure_server(server: Labels, report: Report) -> Iterator[Sample]:
     yield from _measure_process({**server, "process": "supervisor"}, report.supervisor)
 
 
-def _measure_workers(server: Labels, report: Report) -> Iterator[Sample]:
+def _measure_workers(server: Labels, report: HealthReport) -> Iterator[Sample]:
     for worker in report.workers:
         slot = {**server, "slot": str(worker.slot)}
         yield "tailsrv_worker_ready", slot, worker.alive and worker.ready
@@ -113,14 +113,14 @@ def _measure_process(labels: Labels, process: Process) -> Iterator[Sample]:
     yield "tailsrv_process_max_fds", labels, process.descriptor_limit
 
 
-def _measure_listeners(server: Labels, report: Report) -> Iterator[Sample]:
+def _measure_listeners(server: Labels, report: HealthReport) -> Iterator[Sample]:
     for listener in report.listeners:
         labels = {**server, "endpoint": listener.endpoint, "slot": "" if listener.slot is None else str(listener.slot)}
         yield "tailsrv_listener_queued", labels, listener.queued
         yield "tailsrv_listener_backlog", labels, listener.backlog
 
 
-def _measure_clients(server: Labels, clients: Iterable[Client]) -> Iterator[Sample]:
+def _measure_clients(server: Labels, clients: Iterable[ClientStatus]) -> Iterator[Sample]:
     """Yield the clients that have a peer, of two with the same peer the one further behind."""
     peers = {client.peer: client for client in sorted(clients, key=lambda client: client.lag or 0) if client.peer is not None}
     for peer, client in peers.items():

@@ -6,7 +6,7 @@ from enum import IntEnum
 from typing import TypeVar
 
 from tailsrv.formatting import counted
-from tailsrv.status_schema import Client, Listener, ServedFile
+from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 NEARLY_ALL = 0.9  # of the descriptors or of an accept queue
 HUNG_AFTER = 2.0  # seconds without an answer to a ping; a healthy worker takes milliseconds
@@ -14,7 +14,7 @@ RECENTLY = 60.0  # seconds in which a restarted worker is news
 
 WORKING = frozenset({"serving", "starting"})  # in every other state workers may rightly be missing, and the file gone
 STOPPED = "stopped"  # psutil.STATUS_STOPPED
-ENDED = frozenset({"zombie", "dead"})  # a process of which only the entry in the process table is left
+ENDED_STATES = frozenset({"zombie", "dead"})  # a process of which only the entry in the process table is left
 
 
 Number = TypeVar("Number", int, float)
@@ -73,7 +73,7 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class WorkerHealth:
     """A slot and its worker; `process` is None while the slot is empty.
 
     `silent` is for how many seconds a ping has had no answer, `restarted` how many seconds ago a worker was last
@@ -92,7 +92,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether there is a process that can work."""
-        return self.process is not None and self.process.state not in ENDED
+        return self.process is not None and self.process.state not in ENDED_STATES
 
     @property
     def stopped(self) -> bool:
@@ -123,7 +123,7 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class HealthReport:
     """All that `inspect` found out about one server.
 
     `state` is the supervisor's word: `serving`, `starting`, `waiting for file`, `draining` or `rotating`; `started` is Unix time,
@@ -134,16 +134,16 @@ class Report:
     version: str
     state: str
     started: float
-    file: ServedFile
+    file: FileStatus
     supervisor: Process
-    workers: tuple[Worker, ...]
-    listeners: tuple[Listener, ...]
+    workers: tuple[WorkerHealth, ...]
+    listeners: tuple[ListenerStatus, ...]
     totals: Totals
-    clients: tuple[Client, ...] | None
+    clients: tuple[ClientStatus, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HealthVerdict:
     """A level and, unless that is OK, the reasons for it, each a short phrase; the grave ones first."""
 
     level: Level
@@ -155,8 +155,8 @@ class Finding:
     """A server, the verdict on it, and the report that this rests on, None if there could be none."""
 
     server: Server
-    verdict: Verdict
-    report: Report | None = None
+    verdict: HealthVerdict
+    report: HealthReport | None = None
 
 
 def worst(levels: Iterable[Level]) -> Level:
@@ -164,14 +164,14 @@ def worst(levels: Iterable[Level]) -> Level:
     return max(levels, key=_WORSE.index, default=Level.OK)
 
 
-def judge(report: Report) -> Verdict:
+def judge(report: HealthReport) -> HealthVerdict:
     """Return how well the server is, and why not better."""
     critical, warning = tuple(_critical(report)), tuple(_warning(report))
     level = Level.CRITICAL if critical else Level.WARNING if warning else Level.OK
-    return Verdict(level, critical + warning)
+    return HealthVerdict(level, critical + warning)
 
 
-def ready(report: Report) -> int:
+def ready(report: HealthReport) -> int:
     """Return how many slots have a worker that is ready."""
     return sum(worker.alive and worker.ready for worker in report.workers)
 
@@ -186,7 +186,7 @@ def total(figures: Iterable[Number | None]) -> Number | None:
     return sum(known[1:], known[0]) if known else None
 
 
-def _critical(report: Report) -> Iterator[str]:
+def _critical(report: HealthReport) -> Iterator[str]:
     working = report.state in WORKING
     if working and not any(worker.alive for worker in report.workers):
         yield "no worker"
@@ -200,7 +200,7 @@ def _critical(report: Report) -> Iterator[str]:
         yield f"cannot open the file: {report.file.error}"
 
 
-def _warning(report: Report) -> Iterator[str]:
+def _warning(report: HealthReport) -> Iterator[str]:
     if report.state in WORKING and ready(report) < len(report.workers) and any(worker.alive for worker in report.workers):
         yield f"{ready(report)} of {counted(len(report.workers), 'worker')}"
     yield from _crowded("supervisor", report.supervisor)
@@ -223,7 +223,7 @@ def _crowded(name: str, process: Process) -> Iterator[str]:
         yield f"{name} has {used} of {limit} descriptors"
 
 
-def _named(workers: Sequence[Worker], singular: str, plural: str) -> Iterator[str]:
+def _named(workers: Sequence[WorkerHealth], singular: str, plural: str) -> Iterator[str]:
     if workers:
         slots = ", ".join(str(worker.slot) for worker in workers)
         yield f"worker {slots} {singular}" if len(workers) == 1 else f"workers {slots} {plural}"

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from tailsrv.formatting import counted, size
-from tailsrv.health.report import WORKING, Finding, Level, Process, Report, Worker, ready, worst
-from tailsrv.status_schema import Client, Listener, ServedFile
+from tailsrv.health.report import WORKING, Finding, HealthReport, Level, Process, WorkerHealth, ready, worst
+from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 WIDTH = 100
-SHORTEST = 20  # columns that a path gets in the sentence however long the rest is
+MIN_PATH = 20  # columns that a path gets in the sentence however long the rest is
 
 _BOLD, _RED = "1", "31"
 _COLOURS = {Level.OK: "32", Level.WARNING: "33", Level.CRITICAL: _RED, Level.UNKNOWN: "35"}
@@ -54,10 +54,10 @@ def describe(finding: Finding) -> str:
         return f"{name}{state}: {'; '.join(map(printable, verdict.reasons))}"
     before, after = _say_state(report)
     room = WIDTH - len(f"{verdict.level.name}: {name} {before} {after}")
-    return f"{name} {before} {_shorten(printable(report.file.path), max(room, SHORTEST))}{after}"
+    return f"{name} {before} {_shorten(printable(report.file.path), max(room, MIN_PATH))}{after}"
 
 
-def _say_state(report: Report) -> tuple[str, str]:
+def _say_state(report: HealthReport) -> tuple[str, str]:
     """Return what a server that is well does, as the words before the path and behind it."""
     clients, workers = counted(report.totals.clients, "client"), counted(len(report.workers), "worker")
     match report.state:
@@ -83,7 +83,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def span(seconds: float | None) -> str:
+def duration_text(seconds: float | None) -> str:
     """Return a time as people read it, its two largest parts."""
     if seconds is None:
         return "-"
@@ -107,7 +107,7 @@ def _shorten(text: str, room: int) -> str:
 # Tables
 
 
-def _render_report(report: Report, colour: bool) -> list[str]:
+def _render_report(report: HealthReport, colour: bool) -> list[str]:
     lines = ["", *_render_facts(report), "", *_render_processes(report, colour)]
     if report.listeners:
         lines += ["", *_render_listeners(report.listeners, colour)]
@@ -116,7 +116,7 @@ def _render_report(report: Report, colour: bool) -> list[str]:
     return lines
 
 
-def _render_facts(report: Report) -> list[str]:
+def _render_facts(report: HealthReport) -> list[str]:
     file, totals = report.file, report.totals
     about = [printable(file.path), _say_size(file, report.state)] + ["gone from its path"] * file.gone
     clients = [str(totals.clients)]
@@ -127,7 +127,7 @@ def _render_facts(report: Report) -> list[str]:
     return [*_fact("file", about), *_fact("state", [printable(part) for part in state]), *_fact("clients", clients)]
 
 
-def _say_size(file: ServedFile, state: str) -> str:
+def _say_size(file: FileStatus, state: str) -> str:
     if file.size is not None:
         return size(file.size)
     if file.error is not None:
@@ -141,7 +141,7 @@ def _fact(name: str, parts: Iterable[str]) -> list[str]:
     return [f"{'' if start else name:9}{text[start : start + room]}" for start in range(0, len(text), room)]
 
 
-def _render_processes(report: Report, colour: bool) -> list[str]:
+def _render_processes(report: HealthReport, colour: bool) -> list[str]:
     supervisor, totals = report.supervisor, report.totals
     head = ("process", "pid", "state", "uptime", "CPU", "PSS", "descriptors", "clients", "restarts")
     working = report.state in WORKING
@@ -166,20 +166,20 @@ def _figures(process: Process | None, state: str) -> Row:
     descriptors = _number(process.descriptors)
     if process.descriptor_limit is not None:
         descriptors += f"/{process.descriptor_limit}"
-    return (str(process.pid), state, span(process.uptime), _number(process.cpu, " %"), size(process.pss), descriptors)
+    return (str(process.pid), state, duration_text(process.uptime), _number(process.cpu, " %"), size(process.pss), descriptors)
 
 
-def _say_worker(worker: Worker, working: bool) -> str:
+def _say_worker(worker: WorkerHealth, working: bool) -> str:
     if worker.process is None:
         return "missing" if working else "not started"
     if worker.hung:
-        return f"hangs {span(worker.silent).partition(' ')[0]}"
+        return f"hangs {duration_text(worker.silent).partition(' ')[0]}"
     if not worker.ready and not worker.stopped:
         return "not ready"
     return worker.process.state or "-"
 
 
-def _render_listeners(listeners: Iterable[Listener], colour: bool) -> list[str]:
+def _render_listeners(listeners: Iterable[ListenerStatus], colour: bool) -> list[str]:
     """Return a row for each endpoint, with its fullest queue: rows for each of 64 workers would show less."""
     rows = []
     for endpoint, group in groupby(sorted(listeners, key=lambda listener: listener.endpoint), key=lambda listener: listener.endpoint):
@@ -191,11 +191,11 @@ def _render_listeners(listeners: Iterable[Listener], colour: bool) -> list[str]:
     return _table(("listener", "queues", "waiting", "fullest queue"), rows, left={0, 3}, colour=colour)
 
 
-def _fill(listener: Listener) -> float:
+def _fill(listener: ListenerStatus) -> float:
     return listener.queued / listener.backlog if listener.backlog else 0.0
 
 
-def _render_clients(clients: Iterable[Client], colour: bool) -> list[str]:
+def _render_clients(clients: Iterable[ClientStatus], colour: bool) -> list[str]:
     """Return a row for each client, the one that is furthest behind first, those without a header last."""
     rows = []
     for client in sorted(clients, key=lambda client: -1 if client.lag is None else client.lag, reverse=True):

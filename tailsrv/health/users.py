@@ -4,7 +4,7 @@ import pwd
 import threading
 from collections.abc import Iterable
 
-PATIENCE = 0.5  # seconds for all names; the user database may be on a server that does not answer
+LOOKUP_TIMEOUT = 0.5  # seconds for all names; the user database may be on a server that does not answer
 
 
 def user_names(uids: Iterable[int]) -> dict[int, str]:
@@ -20,7 +20,7 @@ def user_names(uids: Iterable[int]) -> dict[int, str]:
         thread.start()
     except RuntimeError:  # no room for a thread
         return names
-    thread.join(PATIENCE)
+    thread.join(LOOKUP_TIMEOUT)
     return names.copy()
 
 

@@ -7,17 +7,17 @@ from collections.abc import Callable
 Action = Callable[[], object]
 
 # Seconds that one wait may take, and whoever waits longer asks again: poll(2) and epoll_wait(2) count milliseconds in an int, 24 days.
-LONGEST = 86400.0
+MAX_WAIT = 86400.0
 
 
-EVENTS = 64  # taken from epoll in one turn; more wait for the next, behind the news of the file
+EVENTS_PER_TURN = 64  # taken from epoll in one turn; more wait for the next, behind the news of the file
 
 STALL_PAUSE = 0.2  # seconds without accepting after running out of room: no spin, and soon back
 
-MEMORY_PAUSE = 0.05  # seconds until those are tried again whose bytes the kernel had no memory for
+MEMORY_RETRY = 0.05  # seconds until those are tried again whose bytes the kernel had no memory for
 
 
-class Loop:
+class EventLoop:
     """An epoll object, who is to be called for which descriptor, and what is to be done when."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -67,7 +67,7 @@ class Loop:
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         """Return the descriptors that are ready, each with its events, after `timeout` seconds at the latest."""
-        events = self.epoll.poll(timeout if timeout is None else min(timeout, LONGEST), EVENTS)
+        events = self.epoll.poll(timeout if timeout is None else min(timeout, MAX_WAIT), EVENTS_PER_TURN)
         self.now = self.clock()
         return events
 

@@ -9,7 +9,7 @@ from tailsrv.linux.sockets import Outcome, outcome_of
 
 # An append up to this size is read once and written to every caught-up client: for so little, setting up a sendfile(2)
 # costs more than a copy does [measured: 8 % of a delivery to one of 1000 clients; at 16 KiB it is the other way round].
-SMALL = 4096
+MAX_COPY = 4096
 
 Sent = int | Outcome | OSError  # how many bytes went, or why none did; an error itself where it is none to be expected
 
@@ -31,7 +31,7 @@ def send_to_all(outs: Iterable[int], file: int, offset: int, count: int) -> dict
     """
     short: dict[int, Sent] = {}
     out, left = -1, iter(outs)
-    data = _read(file, offset, count) if count <= SMALL else b""
+    data = _read(file, offset, count) if count <= MAX_COPY else b""
     write, sendfile = os.write, os.sendfile
     while True:
         try:
@@ -82,7 +82,7 @@ def read_ahead(file: int, offset: int, count: int) -> None:
         pass  # a hint; without it they come when they are sent
 
 
-def memory(data: bytes = b"") -> int:
+def memory_file_with(data: bytes = b"") -> int:
     """Return the descriptor of a new anonymous file that holds `data`, at its start."""
     fd = memory_file("tailsrv")
     try:

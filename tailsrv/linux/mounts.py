@@ -4,10 +4,10 @@ import os
 import select
 from collections.abc import Callable
 
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.files import close_file
 
-INTERVAL = 1.0  # seconds between two reports; a host of containers may mount many times a second
+REPORT_INTERVAL = 1.0  # seconds between two reports; a host of containers may mount many times a second
 
 
 class Mounts:
@@ -17,7 +17,7 @@ class Mounts:
     something has changed since the last poll. Where it cannot be had, mounts go unnoticed.
     """
 
-    def __init__(self, loop: Loop, changed: Callable[[], None]) -> None:
+    def __init__(self, loop: EventLoop, changed: Callable[[], None]) -> None:
         self._loop, self._changed = loop, changed
         self._file: int | None = None
         try:
@@ -36,7 +36,7 @@ class Mounts:
         """Report the change. Those of the next second are reported as one and wake nobody before."""
         assert self._file is not None
         self._loop.unregister(self._file)
-        self._loop.timers.set(self._resume, self._loop.now + INTERVAL)
+        self._loop.timers.set(self._resume, self._loop.now + REPORT_INTERVAL)
         self._changed()
 
     def _resume(self) -> None:
@@ -48,5 +48,5 @@ class Mounts:
         try:
             self._loop.register(self._file, self._handle, events=select.EPOLLPRI)
         except OSError:  # no memory for it now
-            self._loop.timers.set(self._resume, self._loop.now + INTERVAL)
+            self._loop.timers.set(self._resume, self._loop.now + REPORT_INTERVAL)
         self._changed()

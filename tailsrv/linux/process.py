@@ -21,14 +21,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def occupy_standard() -> None:
+def occupy_standard_descriptors() -> None:
     """See to it that 0, 1 and 2 are open: what is written there must not go to a socket or into a file that got such a number."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
 
 
-def raise_limit() -> int:
+def raise_descriptor_limit() -> int:
     """Raise the soft limit of open descriptors to the hard one and return what it is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -89,7 +89,7 @@ def usable_processors(affinity: int, quotas: list[tuple[int, int]]) -> int:
     return max(1, min([affinity, *shares]))
 
 
-def volunteer() -> None:
+def raise_oom_score() -> None:
     """Raise this process's `oom_score_adj` above the one that it has inherited (proc_pid_oom_score_adj(5)).
 
     A worker's death costs no client anything, the supervisor's costs them all. Raising one's own adjustment takes no

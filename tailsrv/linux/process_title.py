@@ -7,7 +7,7 @@ from setproctitle import getproctitle, setproctitle
 
 from tailsrv.linux.event_loop import Timers
 
-INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
+TITLE_INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
 
 # The environment variable that makes the room which command line and environment lack.
 ROOM = "TAILSRV_TITLE_ROOM"
@@ -34,11 +34,11 @@ def _has_room(length: int) -> bool:
     return len(getproctitle()) == length
 
 
-class Title:
+class ProcessTitle:
     """A text that follows `render()` at a bounded pace, by default this process's title: `changed` may be called at any time."""
 
     def __init__(
-        self, timers: Timers, render: Callable[[], str], show: Callable[[str], object] = setproctitle, interval: float = INTERVAL
+        self, timers: Timers, render: Callable[[], str], show: Callable[[str], object] = setproctitle, interval: float = TITLE_INTERVAL
     ) -> None:
         self._timers, self._render, self._show, self._interval = timers, render, show, interval
         self._shown = ""

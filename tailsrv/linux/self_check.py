@@ -4,7 +4,7 @@ import socket
 import time
 from contextlib import ExitStack
 
-from tailsrv.linux.sockets import streamed, unsent
+from tailsrv.linux.sockets import bytes_streamed, unsent
 
 _COUNT = 1000  # bytes to send
 _PATIENCE = 1.0  # seconds for the connection; on Linux it is there at once
@@ -25,7 +25,7 @@ def counts_streams() -> bool:
         except OSError:
             return True
         try:
-            return streamed(near) == _COUNT and _acknowledged(near) and streamed(near) == _COUNT
+            return bytes_streamed(near) == _COUNT and _acknowledged(near) and bytes_streamed(near) == _COUNT
         except OSError:
             return False
 

@@ -72,12 +72,12 @@ def ignore_io_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def hold() -> None:
+def block_all() -> None:
     """Block all signals; those that come wait until somebody unblocks them."""
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
 
 
-def release() -> None:
+def unblock_all() -> None:
     """Let all signals through, also those that were held back by the program that exec'd this one."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 

@@ -153,7 +153,7 @@ _QUEUE = struct.Struct("=24xII")  # tcpi_unacked and tcpi_sacked, which for a li
 _OPEN = frozenset({1, 8})  # TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
 
 
-def streamed(sock: socket.socket) -> int | None:
+def bytes_streamed(sock: socket.socket) -> int | None:
     """Return how many bytes have ever been put into `sock`, by whomever.
 
     None if its connection is not open any more, or if the kernel does not say: of an MPTCP socket it
@@ -228,7 +228,7 @@ def take_socket(fd: int) -> tuple[socket.socket, tuple[str, int] | None]:
         return sock, None
 
 
-def finish_sending(sock: socket.socket) -> None:
+def shut_down_writing(sock: socket.socket) -> None:
     """Send a FIN behind what is queued, whoever else holds the socket."""
     try:
         sock.shutdown(socket.SHUT_WR)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
-MAX_SOCKETS = 1024  # as many as there may be workers; more is no number of sockets that somebody passes
+MAX_PASSED_SOCKETS = 1024  # as many as there may be workers; more is no number of sockets that somebody passes
 
 
 def is_managed() -> bool:
@@ -94,7 +94,7 @@ def watchdog_seconds() -> float | None:
 def passed_sockets() -> list[int]:
     """Return the descriptors of the sockets that the service manager has passed to this very process."""
     count = _number("LISTEN_FDS")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count > MAX_SOCKETS:
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count > MAX_PASSED_SOCKETS:
         return []
     return list(range(FIRST_SOCKET, FIRST_SOCKET + count))
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from tailsrv.addresses import endpoint
 from tailsrv.inheritance import Entry
-from tailsrv.linux.sockets import streamed
+from tailsrv.linux.sockets import bytes_streamed
 
 Saved = list[list[int | None]]
 
 
 @dataclass(slots=True)
-class Roster:
+class ClientTable:
     """The clients of one slot, by the number that its workers know them by."""
 
     clients: dict[int, Entry] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Roster:
     def __len__(self) -> int:
         return len(self.clients) + len(self.unprotected)
 
-    def join(self, clients: Sequence[int], sockets: Sequence[int], highest: int) -> int:
+    def add(self, clients: Sequence[int], sockets: Sequence[int], highest: int) -> int:
         """Take in new clients with their sockets and return how many of them had to stay unprotected.
 
         The kernel leaves out the last sockets where descriptors run out (MSG_CTRUNC of recvmsg(2)), and we close
@@ -45,22 +45,22 @@ class Roster:
             os.close(fd)
         return len(self.unprotected) - before
 
-    def start(self, client: int, offset: int) -> None:
+    def set_start(self, client: int, offset: int) -> None:
         """Note where the stream of `client` starts."""
         if (entry := self.clients.get(client)) is not None:
             entry.start = offset
             self.headerless.pop(client, None)
 
-    def expose_headerless(self) -> bool:
+    def unprotect_oldest_headerless(self) -> bool:
         """Stop protecting the oldest client that has not started yet, and tell whether there was one."""
         oldest = next(iter(self.headerless), None)
         if oldest is None:
             return False
-        self.leave([oldest])
+        self.remove([oldest])
         self.unprotected.add(oldest)
         return True
 
-    def leave(self, clients: Iterable[int]) -> None:
+    def remove(self, clients: Iterable[int]) -> None:
         """Forget clients that are not served any more; our duplicate is what kept their connections half open."""
         for client in clients:
             self.unprotected.discard(client)
@@ -68,17 +68,17 @@ class Roster:
             if (entry := self.clients.pop(client, None)) is not None:
                 os.close(entry.fd)
 
-    def lose_unprotected(self) -> int:
+    def forget_unprotected(self) -> int:
         """Forget the clients that died with their worker and return how many they were."""
         lost = len(self.unprotected)
         self.unprotected.clear()
         return lost
 
-    def is_streaming(self) -> bool:
+    def has_streams(self) -> bool:
         """Tell whether any protected client has started its stream."""
         return len(self.headerless) < len(self.clients)
 
-    def end_streams(self) -> None:
+    def close_streams(self) -> None:
         """End the connections whose streams have started."""
         for client in [client for client in self.clients if client not in self.headerless]:
             _hang_up(self.clients.pop(client))
@@ -87,7 +87,7 @@ class Roster:
         """Return who each protected client is, where its stream started and where it stands, as the kernel knows it."""
         return [_describe(entry) for entry in self.clients.values()]
 
-    def hang_up(self) -> int:
+    def close_connections(self) -> int:
         """End every connection and return how many there were."""
         for entry in self.clients.values():
             _hang_up(entry)
@@ -96,7 +96,7 @@ class Roster:
         self.headerless.clear()
         return ended
 
-    def close(self) -> None:
+    def close_in_child(self) -> None:
         """Let go of the sockets, in a forked child that they are no business of."""
         for entry in self.clients.values():
             os.close(entry.fd)
@@ -106,22 +106,22 @@ class Roster:
         return [[client, entry.fd, entry.start] for client, entry in self.clients.items()]
 
     @classmethod
-    def load(cls, saved: Iterable[Sequence[int | None]], unprotected: Iterable[int]) -> "Roster":
+    def load(cls, saved: Iterable[Sequence[int | None]], unprotected: Iterable[int]) -> "ClientTable":
         """Return the roster that save() was called on."""
-        roster = cls(unprotected=set(unprotected))
+        client_table = cls(unprotected=set(unprotected))
         for client, fd, start in saved:
             assert client is not None
             assert fd is not None
-            roster.clients[client] = Entry(fd, start)
+            client_table.clients[client] = Entry(fd, start)
             if start is None:
-                roster.headerless[client] = None
-        return roster
+                client_table.headerless[client] = None
+        return client_table
 
 
 def _describe(entry: Entry) -> dict[str, object]:
     sock = socket.socket(fileno=entry.fd)
     try:
-        peer, sent = endpoint(*sock.getpeername()[:2]), streamed(sock)
+        peer, sent = endpoint(*sock.getpeername()[:2]), bytes_streamed(sock)
     except OSError:  # gone already
         peer, sent = None, None
     finally:

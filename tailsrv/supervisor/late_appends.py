@@ -6,7 +6,7 @@ For --follow-name only, until streams go on from one file to the next.
 import os
 
 from tailsrv.config import Timing
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.served_file import size_of
@@ -18,7 +18,7 @@ MARGIN = 0.5  # seconds; added because a busy worker notices later that the file
 class LateAppends:
     """The last file that was rotated away: held open for a minute, and looked at now and then."""
 
-    def __init__(self, loop: Loop, path: str, timing: Timing) -> None:
+    def __init__(self, loop: EventLoop, path: str, timing: Timing) -> None:
         self._loop, self._path, self._timing = loop, path, timing
         self._file: int | None = None
         self._size: int | None = None  # what the workers have sent, as far as the supervisor can tell

@@ -19,13 +19,13 @@ class Failures:
     unready: int = 0  # before the worker was ready, and not because somebody killed it
     suspect: int = 0  # by the worker's own fault, soon after it had adopted clients
 
-    def after_life(self, seconds: float, ready: bool, end: "Verdict", adopted: bool, timing: Timing) -> "Failures":
+    def after_life(self, seconds: float, ready: bool, end: "ExitKind", adopted: bool, timing: Timing) -> "Failures":
         """Return the record after one more worker has died at that age."""
         short = seconds < timing.long_life
         return Failures(
             short=self.short + 1 if short else 0,
-            unready=0 if ready or end in (Verdict.KILLED, Verdict.NO_ROOM) else self.unready + 1,
-            suspect=self.suspect + 1 if short and adopted and end is Verdict.FAULT else 0,
+            unready=0 if ready or end in (ExitKind.KILLED, ExitKind.NO_ROOM) else self.unready + 1,
+            suspect=self.suspect + 1 if short and adopted and end is ExitKind.FAULT else 0,
         )
 
     def delay(self, timing: Timing) -> float:
@@ -43,7 +43,7 @@ class Failures:
         return self.unready >= MAX_UNREADY
 
 
-class Verdict(Enum):
+class ExitKind(Enum):
     """What a worker's wait status says about it."""
 
     DONE = "ended"  # exit status 0
@@ -56,22 +56,22 @@ class Verdict(Enum):
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 
 
-def verdict(status: int) -> Verdict:
+def classify_exit(status: int) -> ExitKind:
     """Return what the wait status `status`, as waitpid(2) gives it, says about a worker."""
     if os.WIFSIGNALED(status):
-        return Verdict.FAULT if os.WTERMSIG(status) in _FAULTS else Verdict.KILLED
+        return ExitKind.FAULT if os.WTERMSIG(status) in _FAULTS else ExitKind.KILLED
     match os.WEXITSTATUS(status):
         case ExitStatus.DONE:
-            return Verdict.DONE
+            return ExitKind.DONE
         case ExitStatus.CANNOT_BOOT:
-            return Verdict.CANNOT_BOOT
+            return ExitKind.CANNOT_BOOT
         case os.EX_TEMPFAIL:
-            return Verdict.NO_ROOM
+            return ExitKind.NO_ROOM
         case _:
-            return Verdict.FAULT
+            return ExitKind.FAULT
 
 
-def describe_status(status: int) -> str:
+def describe_exit(status: int) -> str:
     """Return the wait status `status` as an operator reads it: `signal=SIGKILL` or `status=1`."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)

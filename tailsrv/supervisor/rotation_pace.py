@@ -6,7 +6,7 @@ from tailsrv.supervisor.restart_policy import Failures
 _ROUNDING = 0.001  # seconds; a timer for the time that is left may run early by the last digit of a float
 
 
-class Pace:
+class RotationPace:
     """The same backoff as for workers that die young: after a short life, a pause that doubles."""
 
     def __init__(self, timing: Timing) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from tailsrv.addresses import endpoint
 from tailsrv.linux.process import start_ticks
 from tailsrv.linux.sockets import accept_queue
-from tailsrv.supervisor.client_table import Roster
+from tailsrv.supervisor.client_table import ClientTable
 from tailsrv.supervisor.restart_policy import Failures
 from tailsrv.supervisor.upgrade_state import SlotState
 
@@ -23,11 +23,11 @@ class Slot:
     spawned: float = 0.0
     ready: bool = False
     adopted: bool = False  # the worker in it has taken over clients
-    roster: Roster = field(default_factory=Roster)
-    asked: float | None = None  # since when the worker owes us an answer, which its being ready is, too
+    client_table: ClientTable = field(default_factory=ClientTable)
+    ping_sent: float | None = None  # since when the worker owes us an answer, which its being ready is, too
     restarts: int = 0
     restarted: float | None = None  # when a worker that died was last replaced
-    fill_at: float | None = None  # when the next worker is due, while there is none
+    spawn_at: float | None = None  # when the next worker is due, while there is none
     failures: Failures = field(default_factory=Failures)
 
     def describe(self, now: float) -> dict[str, object]:
@@ -37,11 +37,11 @@ class Slot:
             "pid": self.pid,
             "ticks": start_ticks(self.pid) if self.pid is not None else None,
             "ready": self.ready and self.pid is not None,
-            "clients": len(self.roster),
-            "unprotected": len(self.roster.unprotected),
+            "clients": len(self.client_table),
+            "unprotected": len(self.client_table.unprotected),
             "restarts": self.restarts,
             "restarted": now - self.restarted if self.restarted is not None else None,
-            "silent": now - self.asked if self.pid is not None and self.asked is not None else 0.0,
+            "silent": now - self.ping_sent if self.pid is not None and self.ping_sent is not None else 0.0,
         }
 
     def describe_listeners(self) -> list[dict[str, object]]:
@@ -62,8 +62,8 @@ class Slot:
             restarts=self.restarts,
             restarted=self.restarted,
             failures=[self.failures.short, self.failures.unready, self.failures.suspect],
-            clients=self.roster.save(),
-            unprotected=list(self.roster.unprotected),
+            clients=self.client_table.save(),
+            unprotected=list(self.client_table.unprotected),
         )
 
     @classmethod
@@ -81,7 +81,7 @@ class Slot:
             restarts=saved.restarts,
             restarted=saved.restarted,
             failures=Failures(*saved.failures),
-            roster=Roster.load(saved.clients, saved.unprotected),
+            client_table=ClientTable.load(saved.clients, saved.unprotected),
         )
 
 

@@ -16,30 +16,30 @@ from setproctitle import setproctitle
 
 from tailsrv import __version__
 from tailsrv.channel import Notices
-from tailsrv.client_limit import Quota
+from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Config, ExitStatus
 from tailsrv.control import Control
 from tailsrv.diagnostics import cannot_see
 from tailsrv.inheritance import Inheritance
 from tailsrv.linux import systemd
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.mounts import Mounts
-from tailsrv.linux.process import volunteer
+from tailsrv.linux.process import raise_oom_score
 from tailsrv.linux.self_check import counts_streams
-from tailsrv.linux.signals import ACTED_ON, STRAY, Wakeup, name_of, release
+from tailsrv.linux.signals import ACTED_ON, STRAY, Wakeup, name_of, unblock_all
 from tailsrv.linux.sockets import lacks_room
 from tailsrv.linux.terminal import is_hung_up, remember_nohup
-from tailsrv.log import fields, logger, trouble
-from tailsrv.served_file import CannotServeError, Source
+from tailsrv.log import describe_error, fields, logger
+from tailsrv.served_file import CannotServeError, ServedFile
 from tailsrv.stray_signals import StraySignals
 from tailsrv.supervisor.late_appends import LateAppends
-from tailsrv.supervisor.rotation_pace import Pace
+from tailsrv.supervisor.rotation_pace import RotationPace
 from tailsrv.supervisor.slot import Slot
-from tailsrv.supervisor.status_server import Status, Teller
+from tailsrv.supervisor.status_server import StatusServer, StatusWriter
 from tailsrv.supervisor.upgrade import Upgrader
-from tailsrv.supervisor.upgrade_state import State
+from tailsrv.supervisor.upgrade_state import UpgradeState
 from tailsrv.supervisor.watchdog import Watchdog
-from tailsrv.supervisor.worker_pool import Crew
+from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import status_title
 
 KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
@@ -72,47 +72,49 @@ class Supervisor:
         endpoints: Sequence[str],
         control: Control,
         work: Callable[[Inheritance], int],
-        handed_on: State | None = None,
+        handed_on: UpgradeState | None = None,
     ) -> None:
         self.config = config
         self.endpoints = endpoints
         self.control = control
         self.work = work
-        self.loop = Loop()
-        self.crew = Crew(slots, self.loop, self.become_worker, self.handle_notices, self.give_up, self.keep_others, config.timing)
+        self.loop = EventLoop()
+        self.pool = WorkerPool(slots, self.loop, self.run_worker, self.handle_notices, self.give_up, self.keep_old_workers, config.timing)
         self.started = handed_on.started if handed_on else time.time()
-        self.source = Source(config.path)
-        self.pace = Pace(config.timing)  # of rotations
+        self.served_file = ServedFile(config.path)
+        self.pace = RotationPace(config.timing)  # of rotations
         self.late = LateAppends(self.loop, config.path, config.timing)
         if handed_on:
-            self.source.gone, self.source.polling = handed_on.file_gone, handed_on.polling
-        self.crew.started_up = handed_on is not None
+            self.served_file.gone, self.served_file.polling = handed_on.file_gone, handed_on.polling
+        self.pool.started_up = handed_on is not None
         self.replacing = handed_on is not None  # the workers of the version before us
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
         self.ended = False
         self.told_to_end = False  # by a signal
         self.truncation_seen = float("-inf")
-        self.quota = Quota(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
-        self.status = Status(config, endpoints, self.started, self.crew, self.source, self.state, self.loop)
+        self.client_limit = (
+            ClientLimit(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
+        )
+        self.status = StatusWriter(config, endpoints, self.started, self.pool, self.served_file, self.state, self.loop)
         remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
         self.stray_signals = StraySignals()
         self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
         self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing)
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
-        self.teller = Teller(self.loop, control, self.status.tell, self.status.tell_clients, self.become_teller)
+        self.status_server = StatusServer(self.loop, control, self.status.tell, self.status.render_clients, self.enter_status_child)
         self.mounts = Mounts(self.loop, self.handle_mount)
 
     # The loop
 
     def run(self, file: int | None) -> int:
         """Serve the open `file`, or wait for it if None; return the exit status at the end."""
-        self.source.file = file
-        release()  # what the program that exec'd us held back comes now
+        self.served_file.file = file
+        unblock_all()  # what the program that exec'd us held back comes now
         self.reap()
         if not counts_streams():
-            self.crew.intake.protect_nobody()
+            self.pool.report_reader.stop_protecting()
         if self.replacing:
             # Once more: the version before us may have been replaced before it could deliver this.
             self.lifecycle.reloading()
@@ -120,14 +122,14 @@ class Supervisor:
             self.wait_for_file()
             if not self.replacing:
                 self.lifecycle.ready()  # clients can connect
-            self.go_on_replacing()
+            self.continue_replacing()
         else:
-            self.crew.fill_all()
+            self.pool.fill_slots()
             self.start_serving()
         if (interval := systemd.watchdog_seconds()) is not None:
-            Watchdog(self.loop, self.crew, interval).beat()
+            Watchdog(self.loop, self.pool, interval).ping()
         while not self.ended:
-            self.status.changed()
+            self.status.update()
             self.step()
         logger.info("ended: %s", fields(status=int(self.exit_status)))
         return self.exit_status
@@ -135,12 +137,12 @@ class Supervisor:
     def step(self) -> None:
         """Run one turn: wait, then act on what has happened."""
         self.loop.turn()
-        self.crew.intake.rest()
+        self.pool.report_reader.yield_to_workers()
         self.upgrader.execute_if_proven(self.loop.now)
-        if self.is_ending() and self.crew.finished():
+        if self.is_ending() and self.pool.finished():
             self.ended = True
-        elif self.phase is Phase.ROTATING and self.crew.finished():
-            self.go_over()
+        elif self.phase is Phase.ROTATING and self.pool.finished():
+            self.finish_rotation()
 
     def is_ending(self) -> bool:
         return self.phase in (Phase.DRAINING, Phase.KILLING)
@@ -150,28 +152,28 @@ class Supervisor:
     def wait_for_file(self) -> None:
         """Look for the file from time to time, while workers without a file accept connections."""
         logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
-        self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
-        self.accept_meanwhile()
+        self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
+        self.accept_while_waiting()
 
-    def accept_meanwhile(self) -> None:
+    def accept_while_waiting(self) -> None:
         """Have connections accepted while there is no file: those that are closed again would fill the accept queues.
 
         Not where the workers' successors could not adopt the clients: there, the queues keep them.
         """
-        if self.crew.intake.protects:
-            self.crew.fill_all()
+        if self.pool.report_reader.protects_clients:
+            self.pool.fill_slots()
 
-    def look_for_file(self) -> None:
+    def retry_open(self) -> None:
         try:
-            there = self.source.open()
+            there = self.served_file.open()
         except CannotServeError as error:
             self.handle_unusable(str(error))
             return
         if there:
-            self.crew.refill_all()
+            self.pool.replace_all()
             self.start_serving()
         else:
-            self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
+            self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
 
     def handle_unusable(self, reason: str) -> None:
         """Give up, unless we follow the name: who rotates a file may set its owner and mode a moment after making it."""
@@ -180,29 +182,29 @@ class Supervisor:
             self.exit_status = ExitStatus.CANNOT_SERVE
             self.terminate()
             return
-        if reason != self.source.trouble:
+        if reason != self.served_file.open_error:
             logger.error("cannot serve the file of that name, looking again: %s", fields(path=self.config.path, reason=reason))
-        self.source.trouble = reason
-        self.loop.timers.set(self.look_for_file, self.loop.now + self.config.timing.look_interval)
+        self.served_file.open_error = reason
+        self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
         self.reap()  # a drain must know which slots are empty
-        if self.source.gone or self.phase is not Phase.RUNNING:
+        if self.served_file.gone or self.phase is not Phase.RUNNING:
             return
-        if not (gone := self.source.has_gone(self.loop.now)):
+        if not (gone := self.served_file.has_gone(self.loop.now)):
             if gone is None:  # nobody will say so again
-                self.loop.timers.set(self.handle_gone, self.loop.now + self.config.timing.look_interval)
+                self.loop.timers.set(self.handle_gone, self.loop.now + self.config.timing.open_retry)
             return
         if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
             self.postpone_rotation(pause)
             return
-        self.source.gone = True
+        self.served_file.gone = True
         if self.config.linger:
             logger.warning("file is gone, serving on what it was: %s", fields(path=self.config.path))
         elif self.config.follow_name:
             self.rotate()  # first: whoever connects after that line is to wait for the next file
-            logger.info("file is gone, going over to the next: %s", fields(path=self.config.path, clients=self.crew.clients()))
+            logger.info("file is gone, going over to the next: %s", fields(path=self.config.path, clients=self.pool.clients()))
         else:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
@@ -212,7 +214,7 @@ class Supervisor:
 
         Where the file is polled, the workers look each second: a file server that does not answer must not hold up the supervisor.
         """
-        if self.source.polling is None:
+        if self.served_file.polling is None:
             self.handle_gone()
 
     def postpone_rotation(self, seconds: float) -> None:
@@ -229,78 +231,78 @@ class Supervisor:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
         self.pace.begin(self.loop.now)
-        if self.source.file is not None and any(slot.roster.is_streaming() for slot in self.crew.slots):
-            self.late.begin(self.source.file, polling=self.source.polling is not None)
+        if self.served_file.file is not None and any(slot.client_table.has_streams() for slot in self.pool.slots):
+            self.late.begin(self.served_file.file, polling=self.served_file.polling is not None)
         self.upgrader.pause()
         if self.replacing:
             self.replacing = False
-            self.upgrader.done(self.loop.now)
+            self.upgrader.finish(self.loop.now)
         until = self.loop.now + self.config.grace
-        self.crew.drain(until, rotating=True)
-        self.loop.timers.set(self.crew.kill, until + self.config.timing.kill_margin)
+        self.pool.drain(until, rotating=True)
+        self.loop.timers.set(self.pool.kill, until + self.config.timing.kill_margin)
 
-    def go_over(self) -> None:
+    def finish_rotation(self) -> None:
         """Let go of the file that is gone, now that nobody is served from it, and look for the next."""
-        self.loop.timers.cancel(self.crew.kill)
-        for slot in self.crew.slots:
-            slot.roster.end_streams()
-            if self.quota is not None:  # those who wait for the next file have their places
-                self.quota.note(slot.index, len(slot.roster))
+        self.loop.timers.cancel(self.pool.kill)
+        for slot in self.pool.slots:
+            slot.client_table.close_streams()
+            if self.client_limit is not None:  # those who wait for the next file have their places
+                self.client_limit.record(slot.index, len(slot.client_table))
         self.late.seal()
         self.pace.end(self.loop.now)
-        self.source.let_go()
+        self.served_file.close()
         self.phase = Phase.WAITING
         self.upgrader.resume(self.loop.now)
-        self.look_for_file()
-        if self.source.file is None and self.source.trouble:
-            self.accept_meanwhile()
-        elif self.source.file is None:
+        self.retry_open()
+        if self.served_file.file is None and self.served_file.open_error:
+            self.accept_while_waiting()
+        elif self.served_file.file is None:
             self.wait_for_file()
 
     # Workers
 
     def start_serving(self) -> None:
         """Note that the workers, some of which may still be starting, have the file."""
-        self.phase, self.source.trouble = Phase.RUNNING, ""
-        logger.info("serving: %s", fields(path=self.config.path, size=self.source.size(), workers=len(self.crew.slots)))
-        self.go_on_replacing()
+        self.phase, self.served_file.open_error = Phase.RUNNING, ""
+        logger.info("serving: %s", fields(path=self.config.path, size=self.served_file.size(), workers=len(self.pool.slots)))
+        self.continue_replacing()
 
-    def go_on_replacing(self) -> None:
+    def continue_replacing(self) -> None:
         """Replace the next worker of the version before us, if we are at that."""
-        if self.replacing and not self.crew.replace_next() and self.crew.all_ready():
+        if self.replacing and not self.pool.replace_next() and self.pool.all_ready():
             self.replacing = False
-            logger.info("upgraded: %s", fields(version=__version__, clients=self.crew.clients()))
-            self.upgrader.done(self.loop.now)
+            logger.info("upgraded: %s", fields(version=__version__, clients=self.pool.clients()))
+            self.upgrader.finish(self.loop.now)
 
-    def become_worker(self, slot: Slot, channel: socket.socket) -> None:
+    def run_worker(self, slot: Slot, channel: socket.socket) -> None:
         """Let go of all that is the supervisor's, do a worker's work, and end the process."""
         status = os.EX_SOFTWARE
         try:
-            volunteer()
-            self.let_go()
-            status = self.work(self.crew.inherit(slot, self.source.file, channel, self.endpoints, self.quota))
+            raise_oom_score()
+            self.close_in_child()
+            status = self.work(self.pool.prepare_child(slot, self.served_file.file, channel, self.endpoints, self.client_limit))
         except (OSError, MemoryError) as error:
-            logger.error("worker failed: %s %s", fields(slot=slot.index), trouble(error))
+            logger.error("worker failed: %s %s", fields(slot=slot.index), describe_error(error))
             status = os.EX_TEMPFAIL if lacks_room(error) else status
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
             os._exit(status)  # no clean-up of the supervisor's, no buffers flushed twice
 
-    def let_go(self) -> None:
+    def close_in_child(self) -> None:
         """Close, in a forked child, what is the supervisor's alone."""
         self.wakeup.close()
         self.loop.epoll.close()
         self.control.close()
-        self.upgrader.let_go()
+        self.upgrader.close_in_child()
         self.mounts.close()
         self.late.close()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
             self.handle_ready(slot)
-        if notices.polling is not None and self.source.polling is None:
-            self.source.polling = notices.polling
+        if notices.polling is not None and self.served_file.polling is None:
+            self.served_file.polling = notices.polling
             logger.warning("looking at the file once a second: %s", fields(reason=notices.polling))
         if notices.truncated is not None and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL:
             self.truncation_seen = self.loop.now
@@ -313,29 +315,29 @@ class Supervisor:
         slot.ready = True
         # While there is no file, the last line of the log is to be the one that says what is waited for.
         level = logging.DEBUG if self.phase is Phase.WAITING else logging.INFO
-        adopted = len(slot.roster) if slot.adopted else None
+        adopted = len(slot.client_table) if slot.adopted else None
         logger.log(level, "worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=adopted))
-        if not self.crew.started_up and self.crew.all_ready() and not self.is_ending():
-            self.crew.started_up = True
+        if not self.pool.started_up and self.pool.all_ready() and not self.is_ending():
+            self.pool.started_up = True
             self.lifecycle.ready()
             systemd.notify(f"STATUS={self.status.sentence()}")  # at once, whatever its pace is
-        self.go_on_replacing()
+        self.continue_replacing()
 
     def give_up(self, reason: str) -> None:
         logger.critical("workers cannot start: %s", reason)
         self.exit_status = ExitStatus.CANNOT_BOOT
         self.terminate()
 
-    def keep_others(self, reason: str) -> None:
+    def keep_old_workers(self, reason: str) -> None:
         """End the replacement of workers where ours do not start: those of the version before us go on."""
         logger.error(
             "workers of this version do not start: clients of the old workers are served on, all others wait: %s %s",
             reason,
-            fields(old_workers=len(self.crew.running()), hint="install a version that works and send HUP"),
+            fields(old_workers=len(self.pool.running()), hint="install a version that works and send HUP"),
         )
         if self.replacing:
             self.replacing = False
-            self.upgrader.done(self.loop.now)
+            self.upgrader.finish(self.loop.now)
 
     # Signals, and the end
 
@@ -355,15 +357,15 @@ class Supervisor:
                 case signal.SIGQUIT:
                     self.terminate()
                 case signal.SIGPWR if not self.is_ending():
-                    self.drain_because(number, "power failure, or the container is stopped")
+                    self.drain_on_signal(number, "power failure, or the container is stopped")
                 case signal.SIGHUP if not self.is_ending() and is_hung_up():
-                    self.drain_because(number, "terminal closed; nohup would prevent this")
+                    self.drain_on_signal(number, "terminal closed; nohup would prevent this")
                 case signal.SIGHUP if not self.is_ending():
                     self.upgrader.request(self.loop.now)
                 case _ if number in STRAY:
                     self.stray_signals.note(number)
 
-    def drain_because(self, number: int, reason: str) -> None:
+    def drain_on_signal(self, number: int, reason: str) -> None:
         """Drain for a signal that usually comes more than once, or together with SIGTERM.
 
         Unlike a second SIGTERM, none of these ends the server at once.
@@ -381,50 +383,50 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            known = self.teller.reaped(pid) or self.upgrader.reaped(pid, status, self.loop.now, ending=self.is_ending())
+            known = self.status_server.handle_exit(pid) or self.upgrader.handle_exit(pid, status, self.loop.now, ending=self.is_ending())
             if not known:
-                self.crew.bury(pid, status)
+                self.pool.handle_exit(pid, status)
 
     def drain(self) -> None:
         """Let the workers bring every stream to what is in the file now, and end with them."""
         self.phase = Phase.DRAINING
-        self.stop_waiting()
+        self.cancel_plans()
         self.lifecycle.stopping()
         until = self.loop.now + self.config.grace
-        self.crew.drain(until)
+        self.pool.drain(until)
         self.loop.timers.set(self.terminate, until + self.config.timing.kill_margin)
 
     def terminate(self) -> None:
         """End at once."""
         self.phase = Phase.KILLING
-        self.stop_waiting()
-        self.crew.kill()
+        self.cancel_plans()
+        self.pool.kill()
         self.loop.timers.set(self.abandon_workers, self.loop.now + KILL_PATIENCE)
 
-    def stop_waiting(self) -> None:
+    def cancel_plans(self) -> None:
         self.replacing = False
-        self.loop.timers.cancel(self.look_for_file)
+        self.loop.timers.cancel(self.retry_open)
         self.loop.timers.cancel(self.terminate)
-        self.loop.timers.cancel(self.crew.kill)
-        self.upgrader.abandon()
+        self.loop.timers.cancel(self.pool.kill)
+        self.upgrader.cancel()
 
     def abandon_workers(self) -> None:  # pragma: no cover: takes a process that not even SIGKILL ends
-        pids = [slot.pid for slot in self.crew.running()]
+        pids = [slot.pid for slot in self.pool.running()]
         logger.error("workers do not end, leaving them to the kernel: %s", fields(pids=pids))
         self.ended = True
 
-    def save(self) -> State:
+    def save(self) -> UpgradeState:
         """Return all that the next version of this program needs to go on from here."""
-        return State(
+        return UpgradeState(
             version=__version__,
             endpoints=list(self.endpoints),
             started=self.started,
-            file=self.source.file,
-            file_gone=self.source.gone,
-            polling=self.source.polling,
+            file=self.served_file.file,
+            file_gone=self.served_file.gone,
+            polling=self.served_file.polling,
             control=[sock.fileno() for sock in self.control.sockets],
-            quota=[self.quota.fd] if self.quota else [],
-            slots=[slot.save() for slot in self.crew.slots],
+            quota=[self.client_limit.fd] if self.client_limit else [],
+            slots=[slot.save() for slot in self.pool.slots],
         )
 
     # What others see
@@ -435,14 +437,14 @@ class Supervisor:
             case Phase.WAITING:
                 return "waiting for file"
             case Phase.RUNNING:
-                return "" if self.crew.started_up else "starting"
+                return "" if self.pool.started_up else "starting"
             case Phase.ROTATING:
                 return "rotating"
             case _:
                 return "draining"
 
-    def become_teller(self) -> None:
+    def enter_status_child(self) -> None:
         """Let go, in a child that only answers, of all that others must not find open when we are gone."""
         setproctitle(status_title(self.endpoints))
-        self.let_go()
-        self.crew.let_go()
+        self.close_in_child()
+        self.pool.close_in_child()

@@ -16,8 +16,8 @@ from contextlib import ExitStack, suppress
 from tailsrv import __version__
 from tailsrv.linux import systemd
 from tailsrv.linux.event_loop import Timers
-from tailsrv.linux.files import memory
-from tailsrv.linux.signals import hold, release
+from tailsrv.linux.files import memory_file_with
+from tailsrv.linux.signals import block_all, unblock_all
 from tailsrv.log import fields, logger
 from tailsrv.supervisor import upgrade_state as state
 
@@ -36,7 +36,7 @@ def environment(value: str) -> dict[str, str]:
     return {**os.environ, VARIABLE: value}
 
 
-def read_state() -> state.State | None:
+def read_state() -> state.UpgradeState | None:
     """Return the state that this process is to go on from, None if it is not the outcome of an upgrade.
 
     Takes the variable out of the environment. Raises state.StateError.
@@ -88,7 +88,7 @@ class Proof:
     def __init__(self, data: bytes) -> None:
         executable, arguments = command()
         with ExitStack() as refused:
-            given, self._answer, self._complaints = (_closing(memory(content), refused) for content in (data, b"", b""))
+            given, self._answer, self._complaints = (_closing(memory_file_with(content), refused) for content in (data, b"", b""))
             files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
             # All signals are blocked: one that is sent to all processes of the service must not
             # fail the upgrade. To end the check takes SIGKILL.
@@ -123,15 +123,15 @@ class Proof:
         return None, lines[-1]
 
 
-def execute(handed_on: state.State, pending: Callable[[], Iterable[int]]) -> None:
+def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]]) -> None:
     """Become the installed program, which goes on from `handed_on`. Returns only by raising OSError.
 
     `pending()` returns the signals that have been caught and not acted on: they are sent again.
     """
-    fd = memory(state.encode(handed_on))
+    fd = memory_file_with(state.encode(handed_on))
     descriptors = [fd, *handed_on.descriptors()]
     executable, arguments = command()
-    hold()  # a signal now is for the new program; the mask and what is pending live through exec(2)
+    block_all()  # a signal now is for the new program; the mask and what is pending live through exec(2)
     try:
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
@@ -139,7 +139,7 @@ def execute(handed_on: state.State, pending: Callable[[], Iterable[int]]) -> Non
             os.kill(os.getpid(), number)
         os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
     finally:  # still here, and whatever has failed, signals must come through again
-        release()
+        unblock_all()
         for descriptor in descriptors:
             with suppress(OSError):
                 os.set_inheritable(descriptor, False)
@@ -167,7 +167,7 @@ class Upgrader:
     def __init__(
         self,
         timers: Timers,
-        snapshot: Callable[[], state.State],
+        snapshot: Callable[[], state.UpgradeState],
         pending: Callable[[], list[int]],
         lifecycle: systemd.Lifecycle,
         busy: bool,
@@ -175,7 +175,7 @@ class Upgrader:
         self._timers, self._snapshot, self._pending, self._lifecycle = timers, snapshot, pending, lifecycle
         self._proof: Proof | None = None
         self._proven: str | None = None  # the version to exec at the end of this turn
-        self._again = False
+        self._requested = False
         self._paused = False
         self._stale = False  # a request has come since the proof began: what it proves may not be what is installed now
         self._busy = busy
@@ -183,7 +183,7 @@ class Upgrader:
     def request(self, now: float) -> None:
         """Start an upgrade, or note that one more is wanted after the one that is under way."""
         if self._busy or self._paused:
-            self._again = self._stale = True
+            self._requested = self._stale = True
             return
         self._lifecycle.reloading()
         self._prove(now)
@@ -196,10 +196,10 @@ class Upgrader:
             self._fail(_reason(error), now)
             return
         self._busy = True
-        self._timers.set(self.expire, now + PROOF_TIMEOUT)
+        self._timers.set(self.kill_check, now + PROOF_TIMEOUT)
         logger.info("upgrade: asking the installed program whether it starts")
 
-    def expire(self) -> None:
+    def kill_check(self) -> None:
         """End a program that takes too long to start."""
         if self._proof is not None:
             self._proof.kill()
@@ -211,26 +211,26 @@ class Upgrader:
     def resume(self, now: float) -> None:
         """Do what was asked for since `pause`."""
         self._paused = False
-        self._take_up(now)
+        self._start_requested(now)
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Forget all about it: the server is ending."""
         self._proven = None
-        self.expire()
-        self._timers.cancel(self.expire)
+        self.kill_check()
+        self._timers.cancel(self.kill_check)
 
-    def let_go(self) -> None:
+    def close_in_child(self) -> None:
         """Close, in a forked child, what is the supervisor's."""
         if self._proof is not None:
             self._proof.close()
 
-    def reaped(self, pid: int, status: int, now: float, ending: bool) -> bool:
+    def handle_exit(self, pid: int, status: int, now: float, ending: bool) -> bool:
         """Tell whether the child `pid` was our proof, and note what it has shown, unless the server is `ending`."""
         if self._proof is None or pid != self._proof.pid:
             return False
         version, reason = self._proof.result(status)
         self._proof = None
-        self._timers.cancel(self.expire)
+        self._timers.cancel(self.kill_check)
         if ending:
             return True
         if version is None:
@@ -247,33 +247,33 @@ class Upgrader:
         if version is None:
             return
         if self._paused:
-            self._again = True
-            self.done(now)
+            self._requested = True
+            self.finish(now)
             return
         if self._stale:
             self._prove(now)
             return
         logger.info("upgrade: %s", fields(old=__version__, new=version))
         try:
-            execute(self._snapshot(), self._left_to_do)
+            execute(self._snapshot(), self._pending_signals)
         # Whatever it is, the old program still runs and serves: an upgrade must never end the server.
         except Exception as error:
             self._fail(_reason(error), now)
 
-    def done(self, now: float) -> None:
+    def finish(self, now: float) -> None:
         """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
         self._busy = False
         self._lifecycle.ready()
-        self._take_up(now)
+        self._start_requested(now)
 
-    def _take_up(self, now: float) -> None:
-        if self._again and not self._busy and not self._paused:
-            self._again = False
+    def _start_requested(self, now: float) -> None:
+        if self._requested and not self._busy and not self._paused:
+            self._requested = False
             self.request(now)
 
-    def _left_to_do(self) -> list[int]:
-        return [*self._pending(), *([signal.SIGHUP] if self._again else [])]
+    def _pending_signals(self) -> list[int]:
+        return [*self._pending(), *([signal.SIGHUP] if self._requested else [])]
 
     def _fail(self, reason: str, now: float) -> None:
         logger.error("upgrade failed, nothing has changed: %s", fields(reason=reason))
-        self.done(now)
+        self.finish(now)

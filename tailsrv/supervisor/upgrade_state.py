@@ -32,7 +32,7 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class UpgradeState:
     """All that a supervisor knows; every number of a descriptor is valid in the program that is exec'd."""
 
     version: str  # of the program that wrote this
@@ -55,12 +55,12 @@ class State:
         return found
 
 
-def encode(state: State) -> bytes:
+def encode(state: UpgradeState) -> bytes:
     """Return `state` as decode() reads it."""
     return json.dumps({"format": FORMAT, "messages": messages.VERSION, **asdict(state)}).encode()
 
 
-def decode(data: bytes) -> State:
+def decode(data: bytes) -> UpgradeState:
     """Return the state in `data`. Raises StateError where this version cannot take over from the one that wrote it."""
     try:
         values: dict[str, Any] = json.loads(data)
@@ -68,7 +68,7 @@ def decode(data: bytes) -> State:
         if formats != (FORMAT, messages.VERSION):
             raise StateError(f"state and channel are of format {formats}, this version reads {(FORMAT, messages.VERSION)}")
         slots = [SlotState(**slot) for slot in values.pop("slots")]
-        return State(slots=slots, **values)
+        return UpgradeState(slots=slots, **values)
     except StateError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -4,12 +4,12 @@ import os
 import signal
 
 from tailsrv.linux import systemd
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.log import fields, logger
-from tailsrv.supervisor.worker_pool import Crew
+from tailsrv.supervisor.worker_pool import WorkerPool
 
-SHORTEST = 0.1  # seconds; a healthy worker may take some milliseconds to answer
-BEATS = 3  # in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
+MIN_PING_INTERVAL = 0.1  # seconds; a healthy worker may take some milliseconds to answer
+PINGS_PER_INTERVAL = 3  # in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
 
 
 class Watchdog:
@@ -18,26 +18,26 @@ class Watchdog:
     Nobody is asked where the service manager does not want to know: a quiet server sleeps.
     """
 
-    def __init__(self, loop: Loop, crew: Crew, interval: float) -> None:
-        self._loop, self._crew = loop, crew
-        self._pause = max(interval / BEATS, SHORTEST)
+    def __init__(self, loop: EventLoop, pool: WorkerPool, interval: float) -> None:
+        self._loop, self._pool = loop, pool
+        self._pause = max(interval / PINGS_PER_INTERVAL, MIN_PING_INTERVAL)
         self._killed: set[int] = set()
 
-    def beat(self) -> None:
+    def ping(self) -> None:
         """Act on the answers to the last question, and ask again."""
         now = self._loop.now
-        hung = [slot for slot in self._crew.running() if slot.asked is not None and now - slot.asked >= self._pause]
+        hung = [slot for slot in self._pool.running() if slot.ping_sent is not None and now - slot.ping_sent >= self._pause]
         self._killed &= {slot.pid for slot in hung if slot.pid is not None}
         for slot in hung:
             assert slot.pid is not None
-            assert slot.asked is not None
+            assert slot.ping_sent is not None
             if slot.pid not in self._killed:  # else it waits for a disk, and cannot even be killed
                 logger.error(
-                    "worker does not answer, killing it: %s", fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.asked:.1f}")
+                    "worker does not answer, killing it: %s", fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.ping_sent:.1f}")
                 )
                 os.kill(slot.pid, signal.SIGKILL)  # ours until we reap it
                 self._killed.add(slot.pid)
         if not hung:
             systemd.notify("WATCHDOG=1")
-        self._crew.ask()
-        self._loop.timers.set(self.beat, now + self._pause)
+        self._pool.ping_workers()
+        self._loop.timers.set(self.ping, now + self._pause)

@@ -11,20 +11,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tailsrv.channel import Drain, Notices, Ping, encode
-from tailsrv.client_limit import Quota
+from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Timing
 from tailsrv.inheritance import Inheritance
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import blocked
 from tailsrv.log import fields, logger
-from tailsrv.supervisor.report_reader import Intake
-from tailsrv.supervisor.restart_policy import Failures, Verdict, describe_status, verdict
+from tailsrv.supervisor.report_reader import ReportReader
+from tailsrv.supervisor.restart_policy import ExitKind, Failures, classify_exit, describe_exit
 from tailsrv.supervisor.slot import Slot
 
 REPLACE_PATIENCE = 1.0  # seconds that an outdated worker gets to finish its turn
 
 
-class Crew:
+class WorkerPool:
     """The slots and the workers in them.
 
     `enter(slot, channel)` is called in each forked child and does not return. `notice(slot, notices)` is called with
@@ -35,7 +35,7 @@ class Crew:
     def __init__(
         self,
         slots: Sequence[Slot],
-        loop: Loop,
+        loop: EventLoop,
         enter: Callable[[Slot, socket.socket], None],
         notice: Callable[[Slot, Notices], None],
         give_up: Callable[[str], None],
@@ -44,18 +44,18 @@ class Crew:
     ) -> None:
         self._timing = timing
         self.slots = list(slots)
-        self.filling = False  # empty slots are to be filled
+        self.respawning = False  # empty slots are to be filled
         self.started_up = False  # every slot has had a worker that was ready
-        self.drain_until: float | None = None
+        self.drain_deadline: float | None = None
         self.rotating = False  # the drain is for a next file, not for the end
         self.outdated = self._workers()  # to be replaced
         self._ending: list[tuple[Slot, int]] = []  # outdated workers that were sent SIGTERM; killed after REPLACE_PATIENCE
         self._loop = loop
         self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
         self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
-        self.intake = Intake(self.slots, loop, self._take_notices)
+        self.report_reader = ReportReader(self.slots, loop, self._take_notices)
         for slot, _ in self.outdated:
-            self._listen_to(slot)
+            self._register_channel(slot)
 
     def running(self) -> list[Slot]:
         """Return the slots that have a worker."""
@@ -63,7 +63,7 @@ class Crew:
 
     def finished(self) -> bool:
         """Tell whether no slot has a worker, or is to get one."""
-        return all(slot.pid is None and slot.fill_at is None for slot in self.slots)
+        return all(slot.pid is None and slot.spawn_at is None for slot in self.slots)
 
     def all_ready(self) -> bool:
         """Tell whether every slot has a worker that serves."""
@@ -71,35 +71,35 @@ class Crew:
 
     def clients(self) -> int:
         """Return the number of clients."""
-        return sum(len(slot.roster) for slot in self.slots)
+        return sum(len(slot.client_table) for slot in self.slots)
 
-    def ask(self) -> None:
+    def ping_workers(self) -> None:
         """Ask every worker whether it still turns, unless it owes us that answer already."""
         for slot in self.running():
-            if slot.asked is None and slot.channel is not None:
+            if slot.ping_sent is None and slot.channel is not None:
                 try:
                     slot.channel.send(encode(Ping()))
                 except OSError:
                     continue  # it ends, which shows; or there was no memory for the question: it owes no answer then
-                slot.asked = self._loop.now
+                slot.ping_sent = self._loop.now
 
     # Filling
 
-    def fill_all(self) -> None:
+    def fill_slots(self) -> None:
         """Fill the slots, and keep them filled."""
-        self.filling, self.drain_until = True, None
+        self.respawning, self.drain_deadline = True, None
         self.outdated = self._still_outdated()
         self._unproven = bool(self.outdated)  # without workers of the version before us there is nobody else to go on
         for slot in self.slots:
             if slot.pid is None:
                 self.spawn(slot)
 
-    def refill_all(self) -> None:
+    def replace_all(self) -> None:
         """Fill the slots, and end the workers that are there: their successors know the file, and adopt their clients."""
         without_file = self._workers()
-        self.fill_all()
+        self.fill_slots()
         self.outdated = without_file
-        self._ask_to_end(without_file)
+        self._terminate(without_file)
 
     def replace_next(self) -> bool:
         """End the next worker that is outdated, for its successor to adopt its clients; tell whether there is one.
@@ -111,15 +111,15 @@ class Crew:
         self.outdated = self._still_outdated()
         successors = [slot for slot in self.slots if not self._is_outdated(slot)]
         if self.outdated and all(slot.pid is not None and slot.ready for slot in successors):
-            self._ask_to_end(self.outdated[:1])
+            self._terminate(self.outdated[:1])
         return bool(self.outdated)
 
-    def _ask_to_end(self, workers: Sequence[tuple[Slot, int]]) -> None:
+    def _terminate(self, workers: Sequence[tuple[Slot, int]]) -> None:
         """Ask outdated workers to end, and kill those that do not in time."""
         self._ending = [*(worker for worker in self._still_ending() if worker not in workers), *workers]
         for _, pid in workers:
             os.kill(pid, signal.SIGTERM)
-        self._loop.timers.set(self._insist, self._loop.now + REPLACE_PATIENCE)
+        self._loop.timers.set(self._kill_overdue, self._loop.now + REPLACE_PATIENCE)
 
     def _workers(self) -> list[tuple[Slot, int]]:
         """Return the slots that have a worker, each with its pid."""
@@ -137,32 +137,32 @@ class Crew:
         """Return the outdated workers that have been asked to end, and have not."""
         return [(slot, pid) for slot, pid in self._ending if slot.pid == pid]
 
-    def _insist(self) -> None:
+    def _kill_overdue(self) -> None:
         """Kill the outdated workers that have been asked to end and have not."""
         for _, pid in self._still_ending():
             os.kill(pid, signal.SIGKILL)
 
     def spawn(self, slot: Slot) -> None:
         """Fill `slot` with a worker, or plan to if that is not possible now."""
-        slot.fill_at = None
+        slot.spawn_at = None
         try:
             pid = self._fork(slot)
         except OSError as error:
             self._postpone(slot, error)
             return
         slot.pid, slot.spawned, slot.ready = pid, self._loop.now, False
-        slot.asked = self._loop.now
-        slot.adopted = bool(slot.roster.clients)
-        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.roster.clients)))
-        if self.drain_until is not None:
-            self._order_drain(slot, self.drain_until)
+        slot.ping_sent = self._loop.now
+        slot.adopted = bool(slot.client_table.clients)
+        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.client_table.clients)))
+        if self.drain_deadline is not None:
+            self._order_drain(slot, self.drain_deadline)
 
     def _fork(self, slot: Slot) -> int:
         """Fork a worker for `slot`, with a channel to it, and return its pid; all that may be refused comes before."""
         slot.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             slot.channel.setblocking(False)
-            self._listen_to(slot)
+            self._register_channel(slot)
             with blocked():
                 if (pid := os.fork()) == 0:  # here the worker leaves the supervisor's code, never to return
                     self._enter(slot, theirs)
@@ -175,19 +175,21 @@ class Crew:
             theirs.close()
         return pid
 
-    def inherit(self, slot: Slot, file: int | None, channel: socket.socket, endpoints: Sequence[str], quota: Quota | None) -> Inheritance:
+    def prepare_child(
+        self, slot: Slot, file: int | None, channel: socket.socket, endpoints: Sequence[str], client_limit: ClientLimit | None
+    ) -> Inheritance:
         """Let go, in the child, of all that is not of `slot`, and return what is."""
-        self.let_go(keep=slot)
+        self.close_in_child(keep=slot)
         for other in self.slots:
             if other is not slot:
-                other.roster.close()
+                other.client_table.close_in_child()
         channel.setblocking(False)
-        listeners, clients = slot.listeners, slot.roster.clients
-        if self.drain_until is not None and self.rotating:  # only the old file's streams: all others are for the next worker
+        listeners, clients = slot.listeners, slot.client_table.clients
+        if self.drain_deadline is not None and self.rotating:  # only the old file's streams: all others are for the next worker
             listeners, clients = [], {client: entry for client, entry in clients.items() if entry.start is not None}
-        return Inheritance(slot.index, file, listeners, slot.shared, channel, endpoints, quota, clients)
+        return Inheritance(slot.index, file, listeners, slot.shared, channel, endpoints, client_limit, clients)
 
-    def let_go(self, keep: Slot | None = None) -> None:
+    def close_in_child(self, keep: Slot | None = None) -> None:
         """Close, in a forked child, the channels and the listeners, but for those of the slot to `keep`."""
         for slot in self.slots:
             if slot.channel is not None:
@@ -196,96 +198,96 @@ class Crew:
                 for listener in slot.listeners:
                     listener.close()  # or clients would wait at one that nobody accepts from
 
-    def _listen_to(self, slot: Slot) -> None:
+    def _register_channel(self, slot: Slot) -> None:
         assert slot.channel is not None
-        self._loop.register(slot.channel.fileno(), partial(self.intake.take, slot))
+        self._loop.register(slot.channel.fileno(), partial(self.report_reader.read_reports, slot))
 
     def _postpone(self, slot: Slot, error: OSError) -> None:
         slot.ready = False
         logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
-        self._fill_at(slot, self._loop.now + self._timing.fork_retry)
+        self._spawn_at(slot, self._loop.now + self._timing.fork_retry)
 
-    def _fill_at(self, slot: Slot, when: float) -> None:
-        slot.fill_at = when
+    def _spawn_at(self, slot: Slot, when: float) -> None:
+        slot.spawn_at = when
         self._plan()
 
     def _plan(self) -> None:
-        if planned := [slot.fill_at for slot in self.slots if slot.fill_at is not None]:
-            self._loop.timers.set(self._fill, min(planned))
+        if planned := [slot.spawn_at for slot in self.slots if slot.spawn_at is not None]:
+            self._loop.timers.set(self._spawn_due, min(planned))
 
-    def _fill(self) -> None:
+    def _spawn_due(self) -> None:
         """Spawn workers into the slots whose time has come."""
         for slot in self.slots:
-            if slot.fill_at is not None and slot.fill_at <= self._loop.now:
+            if slot.spawn_at is not None and slot.spawn_at <= self._loop.now:
                 self.spawn(slot)
         self._plan()
 
     # Dying
 
-    def bury(self, pid: int, status: int) -> None:
+    def handle_exit(self, pid: int, status: int) -> None:
         """Take in that the child `pid` has ended, and decide what becomes of its slot and its clients."""
         slot = next((slot for slot in self.slots if slot.pid == pid), None)
         if slot is None:  # as PID 1 we are everybody's parent
             return
         assert slot.channel is not None
         # Before its last reports are taken in: one that says "ready" lets the next worker be replaced.
-        expected = not self.filling or (slot, pid) in self.outdated
+        expected = not self.respawning or (slot, pid) in self.outdated
         slot.pid = None  # at once: it may be another process's by now
-        self.intake.take_last(slot)
+        self.report_reader.read_remaining(slot)
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
         slot.channel = None
-        lost = slot.roster.lose_unprotected()
-        what = verdict(status)
-        if expected and what is Verdict.DONE:
+        lost = slot.client_table.forget_unprotected()
+        what = classify_exit(status)
+        if expected and what is ExitKind.DONE:
             slot.failures = Failures()
-        detail = fields(slot=slot.index, pid=pid, keeps=len(slot.roster), lost=lost or None)
+        detail = fields(slot=slot.index, pid=pid, keeps=len(slot.client_table), lost=lost or None)
         logger.log(
-            logging.DEBUG if expected and not lost else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_status(status)
+            logging.DEBUG if expected and not lost else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_exit(status)
         )
         if not expected:
-            self._refill(slot, what, status)
-        elif self.filling:
+            self._respawn_later(slot, what, status)
+        elif self.respawning:
             self.spawn(slot)
-        elif self.drain_until is not None and self._is_owed(slot) and self._loop.now < self.drain_until:
+        elif self.drain_deadline is not None and self._has_work(slot) and self._loop.now < self.drain_deadline:
             self._note_failure(slot, what)  # somebody still has to serve these clients, and the grace bounds how often
-            self._fill_at(slot, self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay))
+            self._spawn_at(slot, self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay))
 
-    def _is_owed(self, slot: Slot) -> bool:
+    def _has_work(self, slot: Slot) -> bool:
         """Tell whether a drain has something to do in `slot`; those who have not started wait for a next file if one comes."""
-        return slot.roster.is_streaming() if self.rotating else bool(slot.roster.clients or slot.listeners)
+        return slot.client_table.has_streams() if self.rotating else bool(slot.client_table.clients or slot.listeners)
 
-    def _refill(self, slot: Slot, what: Verdict, status: int) -> None:
+    def _respawn_later(self, slot: Slot, what: ExitKind, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
-        if self._unproven and not slot.ready and what not in (Verdict.KILLED, Verdict.NO_ROOM):  # it is the program, not the clients
+        if self._unproven and not slot.ready and what not in (ExitKind.KILLED, ExitKind.NO_ROOM):  # it is the program, not the clients
             self.outdated = []
             slot.restarts += 1
-            self._fill_at(slot, self._loop.now + self._timing.max_delay)
-            self._stuck(f"slot={slot.index} {describe_status(status)}")
+            self._spawn_at(slot, self._loop.now + self._timing.max_delay)
+            self._stuck(f"slot={slot.index} {describe_exit(status)}")
             return
         self._note_failure(slot, what)
-        if what is Verdict.CANNOT_BOOT or (what is Verdict.NO_ROOM and not self.started_up) or slot.failures.hopeless():
-            self._give_up(f"slot={slot.index} {describe_status(status)}")
+        if what is ExitKind.CANNOT_BOOT or (what is ExitKind.NO_ROOM and not self.started_up) or slot.failures.hopeless():
+            self._give_up(f"slot={slot.index} {describe_exit(status)}")
             return
         slot.restarts += 1
         slot.restarted = self._loop.now
         if delay := slot.failures.delay(self._timing):
             logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
-        self._fill_at(slot, self._loop.now + delay)
+        self._spawn_at(slot, self._loop.now + delay)
 
-    def _note_failure(self, slot: Slot, what: Verdict) -> None:
+    def _note_failure(self, slot: Slot, what: ExitKind) -> None:
         """Take the death into the slot's record, and give its clients up if one of them seems to be the cause."""
         slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted, self._timing)
         slot.ready = False
         if slot.failures.poisoned():
-            ended = slot.roster.hang_up()
+            ended = slot.client_table.close_connections()
             logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
 
-    def stop_filling(self) -> None:
+    def stop_respawning(self) -> None:
         """Leave slots empty from now on, and workers as they are."""
-        self.filling = False
+        self.respawning = False
         self.outdated = []
-        self._loop.timers.cancel(self._fill)
+        self._loop.timers.cancel(self._spawn_due)
 
     def drain(self, until: float, rotating: bool = False) -> None:
         """Have every stream brought to what is in the file now, and all workers end, by the time `until`.
@@ -293,11 +295,11 @@ class Crew:
         Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
         """
         ending = self._still_ending()  # too late for an order: their successors get it
-        self.stop_filling()
+        self.stop_respawning()
         self.outdated = ending
-        self.drain_until, self.rotating = until, rotating
+        self.drain_deadline, self.rotating = until, rotating
         for slot in self.slots:
-            if slot.fill_at is not None:  # in backoff: its clients and its queue have waited for this worker
+            if slot.spawn_at is not None:  # in backoff: its clients and its queue have waited for this worker
                 self.spawn(slot)
             elif slot.pid is None:
                 self._close_listeners(slot)
@@ -323,17 +325,17 @@ class Crew:
 
     def kill(self) -> None:
         """End every worker at once."""
-        self.stop_filling()
-        self.drain_until = None
+        self.stop_respawning()
+        self.drain_deadline = None
         for slot in self.slots:
-            slot.fill_at = None
+            slot.spawn_at = None
             if slot.pid is not None:
                 os.kill(slot.pid, signal.SIGKILL)
 
     def _take_notices(self, slot: Slot, notices: Notices) -> None:
         """Note what is about the worker itself, and hand on the rest."""
         if notices.ready or notices.alive:
-            slot.asked = None
+            slot.ping_sent = None
         if notices.ready and slot.pid is not None and (slot, slot.pid) not in self.outdated:
             self._unproven = False
         if notices.emptied:

@@ -9,15 +9,15 @@ from ipaddress import ip_address
 from tailsrv.addresses import endpoint
 from tailsrv.config import Network
 from tailsrv.inheritance import Inheritance
-from tailsrv.linux.event_loop import STALL_PAUSE, Loop
+from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
 from tailsrv.linux.kernel import EPOLLEXCLUSIVE
 from tailsrv.linux.sockets import Outcome, accept, stop_listening
 from tailsrv.listeners import BACKLOG
-from tailsrv.log import Limited
+from tailsrv.log import RateLimited
 
-ACCEPTS = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
+ACCEPTS_PER_TURN = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
 
-SHARED_ACCEPTS = 4  # the same from a listener that all workers share: more would let the first to wake take them all
+SHARED_ACCEPTS_PER_TURN = 4  # the same from a listener that all workers share: more would let the first to wake take them all
 
 
 FULL_INTERVAL = 600.0  # seconds between two lines that say that the server is full: that is no trouble, and may last for years
@@ -36,21 +36,21 @@ class Acceptor:
     def __init__(
         self,
         inheritance: Inheritance,
-        loop: Loop,
+        loop: EventLoop,
         allow: Sequence[Network],
-        welcome: Callable[[socket.socket, Peer], None],
+        handle_accepted: Callable[[socket.socket, Peer], None],
         count: Callable[[], int],
-        make_room: Callable[[], bool],
+        free_descriptor: Callable[[], bool],
     ) -> None:
         self._slot, self._listeners, self._shared = inheritance.slot, inheritance.listeners, inheritance.shared
-        self._quota = inheritance.quota
+        self._client_limit = inheritance.client_limit
         self._loop, self._allow = loop, allow
-        self._welcome, self._count, self._make_room = welcome, count, make_room
-        self._turned_away = Limited(logging.WARNING, burst=1)
-        self._short_of_room = Limited(logging.WARNING, burst=1)
-        self._failing = Limited(logging.WARNING, burst=1)
-        self._full = Limited(logging.WARNING, burst=1, interval=FULL_INTERVAL)
-        self.note_count()
+        self._handle_accepted, self._count, self._free_descriptor = handle_accepted, count, free_descriptor
+        self._turned_away = RateLimited(logging.WARNING, burst=1)
+        self._short_of_room = RateLimited(logging.WARNING, burst=1)
+        self._failing = RateLimited(logging.WARNING, burst=1)
+        self._full = RateLimited(logging.WARNING, burst=1, interval=FULL_INTERVAL)
+        self.update_count()
 
     def start(self) -> None:
         """Accept from now on."""
@@ -79,17 +79,17 @@ class Acceptor:
             listener.close()
         self._listeners = ()
 
-    def note_count(self) -> None:
+    def update_count(self) -> None:
         """Say how many clients this slot has, where their number is limited."""
-        if self._quota is not None:
-            self._quota.note(self._slot, self._count())
+        if self._client_limit is not None:
+            self._client_limit.record(self._slot, self._count())
 
     def _register(self, listener: socket.socket) -> None:
         flags = EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
         self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
 
     def _handle(self, listener: socket.socket) -> None:
-        self._accept(listener, SHARED_ACCEPTS if self._shared else ACCEPTS)
+        self._accept(listener, SHARED_ACCEPTS_PER_TURN if self._shared else ACCEPTS_PER_TURN)
         if self._shared and listener.fileno() in self._loop.handlers:
             # The kernel wakes whoever registered first: go to the end of its list, or one worker would get them all.
             self._loop.unregister(listener.fileno())
@@ -97,9 +97,9 @@ class Acceptor:
 
     def _accept(self, listener: socket.socket, limit: int) -> None:
         for turn in range(limit):
-            if self._quota is not None and not self._quota.claim(self._slot, self._count() + 1):
+            if self._client_limit is not None and not self._client_limit.claim(self._slot, self._count() + 1):
                 if turn == 0:  # else it is not known whether anybody waits: the next wake-up says so
-                    self._full("as many clients as --max-clients allows, more wait", slot=self._slot, max_clients=self._quota.limit)
+                    self._full("as many clients as --max-clients allows, more wait", slot=self._slot, max_clients=self._client_limit.limit)
                     self._pause()
                 break
             accepted = accept(listener)
@@ -111,8 +111,8 @@ class Acceptor:
                 self._turned_away("client is not in an allowed network", slot=self._slot, peer=endpoint(*peer))
                 sock.close()
             else:
-                self._welcome(sock, peer)
-        self.note_count()
+                self._handle_accepted(sock, peer)
+        self.update_count()
 
     def _give_way(self, reason: Outcome | OSError) -> None:
         """Pause where the next try would fail for the same reason; else the next event says when to go on."""
@@ -125,7 +125,7 @@ class Acceptor:
             )
             self._pause()
         # Only descriptors of our own are free at once when somebody goes: where all of the system is short, nobody has to.
-        elif reason is Outcome.NO_ROOM or (reason is Outcome.NO_DESCRIPTOR and not self._make_room()):
+        elif reason is Outcome.NO_ROOM or (reason is Outcome.NO_DESCRIPTOR and not self._free_descriptor()):
             self._short_of_room("short of descriptors or memory, not accepting for a moment", slot=self._slot, clients=self._count())
             self._pause()
 

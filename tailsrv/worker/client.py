@@ -6,7 +6,7 @@ from enum import Enum
 from tailsrv.addresses import endpoint
 
 
-class State(Enum):
+class ClientState(Enum):
     """Where a connection is in its life."""
 
     AWAITING_HEADER = "awaiting header"
@@ -29,7 +29,7 @@ class Client:
         self.sock = sock
         self.fd = sock.fileno()  # asked for once: this is the hot path's name for the client
         self.peer: str | None = endpoint(*peer) if peer else "unknown"
-        self.state = State.AWAITING_HEADER
+        self.state = ClientState.AWAITING_HEADER
         self.offset = 0
 
     def forget_peer(self) -> None:

@@ -9,10 +9,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Unacknowledged, unacknowledged
-from tailsrv.log import Limited
-from tailsrv.worker.client import Client, State
+from tailsrv.log import RateLimited
+from tailsrv.worker.client import Client, ClientState
 
 # Clients examined in one turn: some 0.3 ms, which the next append may have to wait for.
 BATCH = 64
@@ -50,12 +50,12 @@ class DeadPeers:
     """
 
     def __init__(
-        self, slot: int, clients: Mapping[int, Client], loop: Loop, drop: Callable[[Client], None], limits: Limits | None = None
+        self, slot: int, clients: Mapping[int, Client], loop: EventLoop, drop: Callable[[Client], None], limits: Limits | None = None
     ) -> None:
         self._slot, self._clients, self._loop, self._drop = slot, clients, loop, drop
         self._limits = limits or Limits()
         self._unexamined: list[Client] = []  # by the check that is under way; some may have left
-        self._dropped = Limited(logging.INFO)
+        self._dropped = RateLimited(logging.INFO)
 
     def expect_acks(self) -> None:
         """Plan a check unless one is planned: bytes have been sent, or not acknowledged yet."""
@@ -69,7 +69,7 @@ class DeadPeers:
     def _examine_some(self) -> None:
         """Examine a BATCH of clients, and leave the others to the next turn."""
         for client in self._unexamined[-BATCH:]:
-            if client.state is not State.CLOSED:
+            if client.state is not ClientState.CLOSED:
                 self._examine(client)
         del self._unexamined[-BATCH:]
         if self._unexamined:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from tailsrv.linux.event_loop import Loop
-from tailsrv.linux.sockets import discard, finish_sending, unsent
-from tailsrv.worker.client import Client, State
-from tailsrv.worker.file_monitor import Lookout
+from tailsrv.linux.event_loop import EventLoop
+from tailsrv.linux.sockets import discard, shut_down_writing, unsent
+from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.streams import Streams
 
 LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
@@ -19,36 +19,36 @@ class Drainer:
     next file. `drop(client)` is called for each client that has everything.
     """
 
-    def __init__(self, loop: Loop, streams: Streams, lookout: Lookout, drop: Callable[[Client], None]) -> None:
-        self._loop, self._streams, self._lookout, self._drop = loop, streams, lookout, drop
+    def __init__(self, loop: EventLoop, streams: Streams, file_monitor: FileMonitor, drop: Callable[[Client], None]) -> None:
+        self._loop, self._streams, self._file_monitor, self._drop = loop, streams, file_monitor, drop
         self._settling = False
         self._finished: dict[int, Client] = {}  # waiting for the peer to acknowledge
 
     def begin(self, settle: bool) -> None:
         """Have the streams end at what is in the file now, or when it has settled."""
         self._settling = settle
-        self._lookout.look()
+        self._file_monitor.deliver_appends()
         if settle:
-            self._loop.timers.set(self._end_settling, self._loop.now + self._lookout.settling_pause())
+            self._loop.timers.set(self._end_settling, self._loop.now + self._file_monitor.settling_pause())
         else:
-            self._lookout.stop()
+            self._file_monitor.stop()
 
     def _end_settling(self) -> None:
         """Take the file to be complete, unless it has changed since."""
-        self._lookout.look()  # an append that nobody has told of yet
-        if (due := self._lookout.changed + self._lookout.settling_pause()) > self._loop.now:
+        self._file_monitor.deliver_appends()  # an append that nobody has told of yet
+        if (due := self._file_monitor.size_changed_at + self._file_monitor.settling_pause()) > self._loop.now:
             self._loop.timers.set(self._end_settling, due)
         else:
             self._settling = False
-            self._lookout.stop()
+            self._file_monitor.stop()
 
-    def see_off(self) -> None:
+    def finish_caught_up(self) -> None:
         """Send a FIN to those who have been sent all there is."""
-        for client in self._streams.idle() if not self._settling else ():
-            client.state = State.FINISHED
+        for client in self._streams.without_work() if not self._settling else ():
+            client.state = ClientState.FINISHED
             self._streams.remove(client)
             discard(client.sock)
-            finish_sending(client.sock)
+            shut_down_writing(client.sock)
             self._finished[client.fd] = client
         if self._finished and self._check_finished not in self._loop.timers:
             self._check_finished()

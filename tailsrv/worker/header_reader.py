@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Callable, Iterator
 
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Outcome, peek
-from tailsrv.log import Limited
+from tailsrv.log import RateLimited
 from tailsrv.protocol import PEEK, HeaderError, Start, parse_header
 from tailsrv.worker.client import Client
-from tailsrv.worker.file_monitor import Lookout
-from tailsrv.worker.reporter import News
+from tailsrv.worker.file_monitor import FileMonitor
+from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import Streams
 
 
-class Headers:
+class HeaderReader:
     """Those whose header is awaited, for `timeout` seconds or, if that is 0, for ever.
 
     One that is answered goes to the news of those that are to start; `drop(client)` is called for one whose header
@@ -21,12 +21,19 @@ class Headers:
     """
 
     def __init__(
-        self, slot: int, timeout: float, loop: Loop, lookout: Lookout, streams: Streams, news: News, drop: Callable[[Client], None]
+        self,
+        slot: int,
+        timeout: float,
+        loop: EventLoop,
+        file_monitor: FileMonitor,
+        streams: Streams,
+        reporter: Reporter,
+        drop: Callable[[Client], None],
     ) -> None:
         self._slot, self._timeout = slot, timeout
-        self._loop, self._lookout, self._streams, self._news, self._drop = loop, lookout, streams, news, drop
+        self._loop, self._file_monitor, self._streams, self._reporter, self._drop = loop, file_monitor, streams, reporter, drop
         self._awaited: dict[Client, float] = {}  # and since when; the oldest first
-        self._refused = Limited(logging.WARNING)
+        self._refused = RateLimited(logging.WARNING)
 
     def __contains__(self, client: Client) -> bool:
         return client in self._awaited
@@ -49,7 +56,7 @@ class Headers:
         """Wait for the header of `client` no more."""
         self._awaited.pop(client, None)
 
-    def read(self, client: Client, ended: bool) -> Start | None:
+    def read_or_refuse(self, client: Client, ended: bool) -> Start | None:
         """Return where `client` wants to start if its header is whole, and leave it in the socket; `ended` says that it sends no more."""
         received = peek(client.sock, PEEK)
         if received is Outcome.HUNG_UP:
@@ -61,12 +68,12 @@ class Headers:
             self._refuse(client, str(error))
             return None
 
-    def answer(self, client: Client, start: Start) -> None:
+    def schedule_start(self, client: Client, start: Start) -> None:
         """Have `client` start there."""
         if start.from_end:
-            self._lookout.look()  # the end is where it is now
+            self._file_monitor.deliver_appends()  # the end is where it is now
         self.forget(client)
-        self._news.starting.append((client, start.offset(self._streams.size)))
+        self._reporter.starting.append((client, start.offset(self._streams.size)))
 
     def _expire(self) -> None:
         """End the connections whose header has not come in time."""

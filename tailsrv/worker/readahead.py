@@ -11,9 +11,9 @@ READ_AHEAD = 512 << 10
 
 STRIDE = 128 << 10  # between the places looked at to see whether all has come
 
-WARY = 256  # chunks that are looked at so closely after one was missing; otherwise the first byte and the last will do
+WARY_CHUNKS = 256  # chunks that are looked at so closely after one was missing; otherwise the first byte and the last will do
 
-READERS = 16  # clients that the disk works for at a time: more would push each other's bytes out before they are sent
+MAX_READERS = 16  # clients that the disk works for at a time: more would push each other's bytes out before they are sent
 
 DISK_PAUSE = 0.00025  # seconds, for each of them, until they look again; a fast disk has read so much by then
 
@@ -51,8 +51,8 @@ class ReadAhead:
                 del self._misses[client]
                 self._read(client.offset + count, READ_AHEAD)  # while these are sent
             return count
-        self._wary = WARY
-        if not misses and len(self._misses) >= READERS:
+        self._wary = WARY_CHUNKS
+        if not misses and len(self._misses) >= MAX_READERS:
             self._queue.append(client)
             return 0
         if not misses:
@@ -65,10 +65,10 @@ class ReadAhead:
         """Return the seconds until those who wait should try again."""
         return disk_pause(len(self._looking), min((self._misses.get(client, 0) for client in self._looking), default=0))
 
-    def again(self) -> list[Client]:
+    def take_due(self) -> list[Client]:
         """Return those who should try again now; some may have left in the meantime."""
         clients, self._looking = self._looking, []
-        for _ in range(min(len(self._queue), READERS - len(self._misses))):
+        for _ in range(min(len(self._queue), MAX_READERS - len(self._misses))):
             clients.append(self._queue.popleft())
         return clients
 

@@ -8,19 +8,19 @@ from itertools import count as counter
 
 from tailsrv.linux.files import Sent, is_cached, read_ahead, send_chunk, send_to_all
 from tailsrv.linux.sockets import Outcome, unsent
-from tailsrv.worker.client import Client, State
+from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
 
 # The most that one sendfile moves. A bigger chunk makes fewer system calls, and lets a client that replays
 # a large file keep the others waiting longer: at 1 MiB that is a fraction of a millisecond.
-CHUNK = 1 << 20
+SEND_CHUNK = 1 << 20
 
 # The most that is sent to clients that are behind before the loop looks for news of the file again.
-TURN = 1 << 20
+TURN_BUDGET = 1 << 20
 
 # What a send that moves nothing counts for there: it takes about as long as one of so many bytes, and a crowd that asks and leaves
 # makes many of them.
-VAIN = 128 << 10
+EMPTY_SEND_COST = 128 << 10
 
 
 class Streams:
@@ -42,7 +42,7 @@ class Streams:
         file: int,
         size: int,
         drop: Callable[[Client, Exception | None], None],
-        await_room: Callable[[Client], None],
+        await_writable: Callable[[Client], None],
     ) -> None:
         self.file = file
         self.size = size  # as last learned by the worker's look()
@@ -50,18 +50,18 @@ class Streams:
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
         self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
-        self.starved: list[Client] = []  # those who left stay until then
+        self.awaiting_memory: list[Client] = []  # those who left stay until then
         self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
         self._sweep_at = 64
         self._tie = counter()
-        self._drop, self._await_room = drop, await_room
+        self._drop, self._await_writable = drop, await_writable
         self.shrunk = False  # a sendfile found less than `size`: somebody must look at the file again
 
     def add(self, client: Client, offset: int) -> None:
         """Start streaming to `client` from `offset`."""
-        client.state = State.STREAMING
+        client.state = ClientState.STREAMING
         client.offset = offset
-        self._place(client)
+        self._enqueue(client)
 
     def remove(self, client: Client) -> None:
         """Forget `client`, whose state says that it is not streamed to any more."""
@@ -70,9 +70,9 @@ class Streams:
         self.blocked.pop(client.fd, None)
         self.read_ahead.forget(client)
 
-    def idle(self) -> list[Client]:
+    def without_work(self) -> list[Client]:
         """Return the clients that have nothing to be sent."""
-        waiting = [client for _, _, client in self._ahead if client.state is State.STREAMING]
+        waiting = [client for _, _, client in self._ahead if client.state is ClientState.STREAMING]
         return [*self.caught_up.values(), *waiting]
 
     def offset_of(self, client: Client) -> int:
@@ -84,28 +84,28 @@ class Streams:
         if self.blocked.pop(client.fd, None):
             self.behind.append(client)
 
-    def look_again(self) -> None:
+    def retry_disk(self) -> None:
         """Give those who wait for the disk another turn."""
-        self.behind.extend(self.read_ahead.again())
+        self.behind.extend(self.read_ahead.take_due())
 
-    def try_again(self) -> None:
+    def retry_memory(self) -> None:
         """Give those who are starved another turn."""
-        self.behind.extend(self.starved)
-        self.starved.clear()
+        self.behind.extend(self.awaiting_memory)
+        self.awaiting_memory.clear()
 
-    def resize(self, size: int) -> None:
+    def set_size(self, size: int) -> None:
         """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
         start, self.size = self.size, size
-        if start < size <= start + CHUNK:
+        if start < size <= start + SEND_CHUNK:
             self._fan_out(start, size - start)
         elif start != size:  # too much for one chunk, or less than the caught-up have: one by one, in turn
             followers, self.caught_up = self.caught_up, {}
             for client in followers.values():
                 client.offset = start
-                self._place(client)
+                self._enqueue(client)
         while self._ahead and self._ahead[0][0] < size:
             client = heapq.heappop(self._ahead)[2]
-            if client.state is State.STREAMING:
+            if client.state is ClientState.STREAMING:
                 self.behind.append(client)
 
     def _fan_out(self, start: int, count: int) -> None:
@@ -114,23 +114,23 @@ class Streams:
             client = self.caught_up.pop(fd)
             client.offset = start
             try:
-                self._settle(client, sent)
+                self._apply_send(client, sent)
             except Exception as error:
                 self._drop(client, error)
 
-    def pump(self, budget: int = TURN) -> None:
+    def pump(self, budget: int = TURN_BUDGET) -> None:
         """Send one chunk to each client that is behind, in turn, until about `budget` bytes have gone."""
         for _ in range(len(self.behind)):
             if budget <= 0 or self.shrunk:
                 return
             client = self.behind.popleft()
-            if client.state is not State.STREAMING:
+            if client.state is not ClientState.STREAMING:
                 continue
             try:
                 budget -= self._send(client)
             except Exception as error:
                 # Whatever has failed with this client, the others must get their bytes.
-                budget -= VAIN
+                budget -= EMPTY_SEND_COST
                 self._drop(client, error)
 
     def _send(self, client: Client) -> int:
@@ -138,44 +138,44 @@ class Streams:
         wanted = next_chunk(client.offset, self.size)
         if not wanted:  # the file has shrunk since: it waits for that, and no more for the disk
             self.read_ahead.forget(client)
-            self._place(client)
+            self._enqueue(client)
             return 0
         if (count := self.read_ahead.admit(client, wanted)) == 0:
             return READ_AHEAD  # to ask the disk for them has taken its time
         sent = send_chunk(client.fd, self.file, client.offset, count)
         if sent == 0:  # not there, whatever the size says: not again before that has changed
             self.shrunk = True
-            self._wait(client)
+            self._await_growth(client)
             return 0
-        self._settle(client, sent)
-        return sent if isinstance(sent, int) else VAIN
+        self._apply_send(client, sent)
+        return sent if isinstance(sent, int) else EMPTY_SEND_COST
 
-    def _settle(self, client: Client, sent: Sent) -> None:
+    def _apply_send(self, client: Client, sent: Sent) -> None:
         """Put `client` where it belongs after a send from its offset came to that."""
         if isinstance(sent, int):
             client.offset += sent
-            self._place(client)
+            self._enqueue(client)
         elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
-            self.starved.append(client)  # a socket that refuses while it is empty never tells that it has room
+            self.awaiting_memory.append(client)  # a socket that refuses while it is empty never tells that it has room
         elif sent is Outcome.WOULD_BLOCK:
-            self._await_room(client)
+            self._await_writable(client)
             self.blocked[client.fd] = client
         else:
             self._drop(client, sent if isinstance(sent, OSError) else None)
 
-    def _place(self, client: Client) -> None:
+    def _enqueue(self, client: Client) -> None:
         if client.offset < self.size:
             self.behind.append(client)
         elif client.offset == self.size:
             client.offset = self.size  # the same number, and one object for all of them
             self.caught_up[client.fd] = client
         else:
-            self._wait(client)
+            self._await_growth(client)
 
-    def _wait(self, client: Client) -> None:
+    def _await_growth(self, client: Client) -> None:
         """Leave `client` alone until the file's size changes to more than its offset."""
         if len(self._ahead) >= self._sweep_at:  # the file may never get to those who left
-            self._ahead = [entry for entry in self._ahead if entry[2].state is State.STREAMING]
+            self._ahead = [entry for entry in self._ahead if entry[2].state is ClientState.STREAMING]
             heapq.heapify(self._ahead)
             self._sweep_at = 2 * len(self._ahead) + 64
         heapq.heappush(self._ahead, (client.offset, next(self._tie), client))
@@ -183,4 +183,4 @@ class Streams:
 
 def next_chunk(offset: int, size: int) -> int:
     """Return how many bytes one turn may send to a client at `offset` of a file of `size` bytes."""
-    return max(0, min(size - offset, CHUNK))
+    return max(0, min(size - offset, SEND_CHUNK))

@@ -15,25 +15,25 @@ from itertools import count
 
 from setproctitle import setproctitle
 
-from tailsrv.channel import MAX_MESSAGE, Drain, Message, Ping, decode
+from tailsrv.channel import MAX_PACKET, Drain, Message, Ping, decode
 from tailsrv.config import Config, ExitStatus
 from tailsrv.inheritance import Entry, Inheritance
-from tailsrv.linux.event_loop import MEMORY_PAUSE, Loop
+from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.linux.inotify import NoFile, Watch
-from tailsrv.linux.process_title import Title
-from tailsrv.linux.signals import STRAY, Wakeup, ignore_io_signals, release
-from tailsrv.linux.sockets import discard, finish_sending, lacks_room, streamed, take_socket
-from tailsrv.log import Limited, fields, logger
+from tailsrv.linux.process_title import ProcessTitle
+from tailsrv.linux.signals import STRAY, Wakeup, ignore_io_signals, unblock_all
+from tailsrv.linux.sockets import bytes_streamed, discard, lacks_room, shut_down_writing, take_socket
+from tailsrv.log import RateLimited, fields, logger
 from tailsrv.protocol import Start
 from tailsrv.stray_signals import StraySignals
 from tailsrv.titles import worker_title
 from tailsrv.worker.acceptor import Acceptor
-from tailsrv.worker.client import Client, State
+from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.dead_peers import DeadPeers
 from tailsrv.worker.drain import Drainer
-from tailsrv.worker.file_monitor import Lookout
-from tailsrv.worker.header_reader import Headers
-from tailsrv.worker.reporter import News
+from tailsrv.worker.file_monitor import FileMonitor
+from tailsrv.worker.header_reader import HeaderReader
+from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import Streams
 
 # Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once. EPOLLOUT is
@@ -55,7 +55,7 @@ def work(inheritance: Inheritance, config: Config) -> int:
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     try:
         wakeup = Wakeup({signal.SIGTERM} | STRAY)
-        release()
+        unblock_all()
         worker = Worker(inheritance, config, wakeup)
     except OSError as error:
         logger.critical("worker cannot boot: %s", fields(slot=inheritance.slot, reason=error))
@@ -69,17 +69,17 @@ class Worker:
     def __init__(self, inheritance: Inheritance, config: Config, wakeup: Wakeup, clock: Callable[[], float] = time.monotonic) -> None:
         self.slot = inheritance.slot
         self.config = config
-        self.loop = Loop(clock)
+        self.loop = EventLoop(clock)
         self.clients: dict[int, Client] = {}
         self.dropped: list[Client] = []  # to be closed at the end of the turn
         self.draining = False
         self.aside: list[Client] = []  # for the next file; they stay open until this worker ends
         self.ended = False
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
-        self.title = Title(self.loop.timers, self.render_title)
+        self.title = ProcessTitle(self.loop.timers, self.render_title)
         self.stray_signals = StraySignals(slot=self.slot)
-        self.short_of_room = Limited(logging.WARNING, burst=1)
-        self.failed = Limited(logging.ERROR)
+        self.short_of_room = RateLimited(logging.WARNING, burst=1)
+        self.failed = RateLimited(logging.ERROR)
 
         self.channel = inheritance.channel
         self.endpoints = inheritance.endpoints
@@ -88,28 +88,32 @@ class Worker:
         self.loop.register(wakeup.fileno(), self.handle_signal)
         self.waiting = inheritance.file is None  # for the file: clients and their headers are left to a successor that has it
         self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
-        self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_room)
-        self.news = News(self.channel, self.loop, self.start_stream, self.end)
-        self.lookout = Lookout(self.watch, self.streams, self.news, self.loop, config.timing, insist=not config.linger)
-        self.headers = Headers(self.slot, config.header_timeout, self.loop, self.lookout, self.streams, self.news, self.drop)
-        self.drainer = Drainer(self.loop, self.streams, self.lookout, self.drop)
+        self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_writable)
+        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.end)
+        self.file_monitor = FileMonitor(self.watch, self.streams, self.reporter, self.loop, config.timing, insist=not config.linger)
+        self.header_reader = HeaderReader(
+            self.slot, config.header_timeout, self.loop, self.file_monitor, self.streams, self.reporter, self.drop
+        )
+        self.drainer = Drainer(self.loop, self.streams, self.file_monitor, self.drop)
         self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)
         self.adopt(inheritance.clients)
-        self.acceptor = Acceptor(inheritance, self.loop, config.allow, self.welcome, lambda: len(self.clients), self.make_room)
+        self.acceptor = Acceptor(
+            inheritance, self.loop, config.allow, self.handle_accepted, lambda: len(self.clients), self.free_descriptor
+        )
         self.acceptor.start()
 
     # The loop
 
     def run(self) -> int:
         """Serve until the end and return the exit status."""
-        self.news.notice(ready=True)
+        self.reporter.add_notice(ready=True)
         self.title.changed(self.loop.now)
         if not self.waiting:
-            self.lookout.begin()
-        self.news.send()
+            self.file_monitor.begin()
+        self.reporter.send_and_start()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
-        self.news.send_last()
+        self.reporter.send_remaining()
         return ExitStatus.DONE
 
     def step(self, timeout: float | None) -> None:
@@ -124,50 +128,50 @@ class Worker:
         if self.streams.behind:
             self.pump()
         if self.draining:
-            self.drainer.see_off()
+            self.drainer.finish_caught_up()
             self.ended = self.ended or not self.clients
         if self.dropped:
             self.close_dropped()
         # The file has grown in this turn, so clients that had caught up were sent bytes.
-        if self.lookout.changed == self.loop.now:
+        if self.file_monitor.size_changed_at == self.loop.now:
             self.dead_peers.expect_acks()
-        self.plan_another_try()  # last, for all of these look at the file, which may leave somebody without memory
-        self.news.report()
+        self.plan_retries()  # last, for all of these look at the file, which may leave somebody without memory
+        self.reporter.send_if_due()
 
     def start_streams(self) -> None:
         """Start the streams whose headers are there; before anything is sent in this turn, so that their first bytes are, too."""
-        for client in tuple(self.news.joined):
-            if client in self.headers:  # most have sent their header by now: one report for both
+        for client in tuple(self.reporter.joined):
+            if client in self.header_reader:  # most have sent their header by now: one report for both
                 self.handle_client(client, select.EPOLLIN)
-        if self.news.joined or self.news.starting:
-            self.news.send()
+        if self.reporter.joined or self.reporter.starting:
+            self.reporter.send_and_start()
 
     def pump(self) -> None:
         """Send to those who are behind, as much as one turn may."""
         self.streams.pump()
         self.dead_peers.expect_acks()
         if self.streams.shrunk:
-            self.lookout.look()
+            self.file_monitor.deliver_appends()
         # Whoever else wants this processor comes first, another worker or a client: else they wait until our time slice is over
         # [measured: beside 50 who replay, two workers on two processors, p99 of the caught-up 4.7 ms without it, 1.5 ms with it].
         if len(self.streams.behind) > 1:  # one alone is kept from its bytes by it, a tenth of the time
             os.sched_yield()
 
-    def plan_another_try(self) -> None:
+    def plan_retries(self) -> None:
         """Come back in a moment to those for whom the disk, or the kernel's memory, was not ready."""
-        if self.streams.read_ahead and self.streams.look_again not in self.loop.timers:
-            self.loop.timers.set(self.streams.look_again, self.loop.now + self.streams.read_ahead.pause())
-        if self.streams.starved and self.streams.try_again not in self.loop.timers:
-            self.loop.timers.set(self.streams.try_again, self.loop.now + MEMORY_PAUSE)
+        if self.streams.read_ahead and self.streams.retry_disk not in self.loop.timers:
+            self.loop.timers.set(self.streams.retry_disk, self.loop.now + self.streams.read_ahead.pause())
+        if self.streams.awaiting_memory and self.streams.retry_memory not in self.loop.timers:
+            self.loop.timers.set(self.streams.retry_memory, self.loop.now + MEMORY_RETRY)
 
     # Connections
 
-    def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+    def handle_accepted(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Take in a connection that has just been accepted."""
-        self.lookout.look()  # in a burst of connections the caught-up wait for one of them at most, not for all
+        self.file_monitor.deliver_appends()  # in a burst of connections the caught-up wait for one of them at most, not for all
         client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
-            self.news.joined.append(client)
+            self.reporter.joined.append(client)
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         """Take over the clients of the worker before us, each where the kernel says that its stream is."""
@@ -175,26 +179,26 @@ class Worker:
             try:
                 sock, peer = take_socket(entry.fd)
             except OSError:
-                self.news.left.append(number)
+                self.reporter.left.append(number)
                 continue
             client = Client(number, sock, peer)
             if not self.add_client(client):
-                self.news.left.append(number)
+                self.reporter.left.append(number)
                 continue
             try:
-                self.resume(client, entry.start)
+                self.resume_stream(client, entry.start)
             except Exception as error:
                 # In a shortage the next worker may fare better, and costs nobody anything. Any other error is about this client.
                 if lacks_room(error):
                     raise
                 self.drop(client, error)
 
-    def resume(self, client: Client, start: int | None) -> None:
+    def resume_stream(self, client: Client, start: int | None) -> None:
         """Go on with the stream of `client`, which began at `start`; with None, wait for its header."""
-        if (sent := streamed(client.sock)) is None:
+        if (sent := bytes_streamed(client.sock)) is None:
             self.drop(client)
         elif start is not None:
-            self.headers.forget(client)
+            self.header_reader.forget(client)
             self.streams.add(client, start + sent)
             self.dead_peers.expect_acks()  # of what the worker before us has sent
 
@@ -207,21 +211,21 @@ class Worker:
             client.sock.close()
             return False
         if not self.clients:
-            self.lookout.follow(True)
+            self.file_monitor.set_following(True)
         self.clients[client.fd] = client
-        self.headers.add(client)
+        self.header_reader.add(client)
         self.title.changed(self.loop.now)
         return True
 
-    def await_room(self, client: Client) -> None:
+    def await_writable(self, client: Client) -> None:
         """Ask to be told when the full socket of `client` has room; should it have some already, that is told at once."""
         self.loop.epoll.modify(client.fd, CLIENT_EVENTS | select.EPOLLOUT)
 
-    def make_room(self) -> bool:
+    def free_descriptor(self) -> bool:
         """Out of descriptors: the oldest connection without a header goes. Tell whether there is room at the end of this turn."""
-        while not self.dropped and (oldest := self.headers.oldest()) is not None:
+        while not self.dropped and (oldest := self.header_reader.oldest()) is not None:
             self.handle_client(oldest, select.EPOLLIN)  # its header may have come in this very turn
-            if oldest in self.headers:
+            if oldest in self.header_reader:
                 self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
                 self.drop(oldest)
         return bool(self.dropped)
@@ -229,27 +233,27 @@ class Worker:
     def handle_client(self, client: Client, mask: int) -> None:
         """Serve one client. What fails with it ends it alone; what fails in a look at the file may cost others bytes: it ends us."""
         if mask & ~select.EPOLLOUT:
-            self.lookout.look()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
+            self.file_monitor.deliver_appends()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
         try:
-            start = self.heed(client, mask)
+            start = self.handle_events(client, mask)
         except Exception as error:  # whatever it is, it must not reach the other clients
             self.drop(client, error)
             return
         if start is not None and self.waiting:
-            self.headers.forget(client)
+            self.header_reader.forget(client)
         elif start is not None:
-            self.headers.answer(client, start)
+            self.header_reader.schedule_start(client, start)
 
-    def heed(self, client: Client, mask: int) -> Start | None:
+    def handle_events(self, client: Client, mask: int) -> Start | None:
         """Take in what has happened to the socket of `client`, and return where it wants to start if that is what it says."""
         if mask & HUNG_UP:
             self.drop(client)
             return None
         start = None
         if mask & INPUT:
-            if client in self.headers:
-                start = self.headers.read(client, ended=bool(mask & select.EPOLLRDHUP))
-            elif client.state is not State.AWAITING_HEADER:  # its header may still be in the socket
+            if client in self.header_reader:
+                start = self.header_reader.read_or_refuse(client, ended=bool(mask & select.EPOLLRDHUP))
+            elif client.state is not ClientState.AWAITING_HEADER:  # its header may still be in the socket
                 discard(client.sock)  # also after its FIN, which is not a hang-up
         if mask & select.EPOLLOUT:
             self.streams.writable(client)
@@ -257,7 +261,7 @@ class Worker:
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
-        self.lookout.look()  # in a burst of those who start, too
+        self.file_monitor.deliver_appends()  # in a burst of those who start, too
         try:
             self.begin_stream(client, offset)
         except Exception as error:  # as in handle_client
@@ -273,32 +277,32 @@ class Worker:
 
     def drop(self, client: Client, error: Exception | None = None) -> None:
         """Stop serving `client`. Its socket is closed at the end of the turn, so that no other gets its number in it."""
-        if client.state is State.CLOSED:
+        if client.state is ClientState.CLOSED:
             return
         if error is not None:
             self.failed("client failed", slot=self.slot, peer=client, offset=self.streams.offset_of(client), reason=repr(error))
         elif logger.isEnabledFor(logging.DEBUG):
             logger.debug("client left: %s", fields(slot=self.slot, peer=client, offset=self.streams.offset_of(client)))
-        client.state = State.CLOSED
+        client.state = ClientState.CLOSED
         self.streams.remove(client)
-        self.headers.forget(client)
+        self.header_reader.forget(client)
         self.drainer.forget(client)
         del self.clients[client.fd]
         self.loop.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
         self.dropped.append(client)
-        self.news.leave(client)
+        self.reporter.add_departure(client)
         self.title.changed(self.loop.now)
 
     def close_dropped(self) -> None:
         for client in self.dropped:
-            self.lookout.look()  # a burst of closes takes as long as all that came before it
+            self.file_monitor.deliver_appends()  # a burst of closes takes as long as all that came before it
             discard(client.sock)  # unread input would turn the close into a reset, and that destroys what is queued
-            finish_sending(client.sock)
+            shut_down_writing(client.sock)
             client.sock.close()
         self.dropped.clear()
-        self.acceptor.note_count()
+        self.acceptor.update_count()
         if not self.clients:
-            self.lookout.follow(False)
+            self.file_monitor.set_following(False)
 
     # The end
 
@@ -318,25 +322,25 @@ class Worker:
         """Do all that the supervisor has asked for by now."""
         while not self.ended:
             try:
-                packet = self.channel.recv(MAX_MESSAGE)
+                packet = self.channel.recv(MAX_PACKET)
             except ConnectionResetError:
                 packet = b""
             except BlockingIOError:
                 return
             except OSError:  # no memory for it now
-                self.loop.stall(self.channel.fileno(), MEMORY_PAUSE)
+                self.loop.stall(self.channel.fileno(), MEMORY_RETRY)
                 return
             if packet:
-                self.obey(decode(packet))
+                self.handle_message(decode(packet))
             else:
                 self.ended = True  # the supervisor is gone, and nobody is left to serve for
 
-    def obey(self, order: Message) -> None:
+    def handle_message(self, order: Message) -> None:
         match order:
             case Drain(grace, rotating) if not self.draining:
                 self.drain(grace, rotating)
             case Ping():
-                self.news.notice(alive=True)
+                self.reporter.add_notice(alive=True)
 
     def drain(self, grace: float, rotating: bool) -> None:
         """Stop accepting, and bring every stream to what is in the file now.
@@ -347,12 +351,12 @@ class Worker:
         self.draining = True
         self.acceptor.close(empty_queues=not rotating, refuse=self.config.port is not None)
         if not rotating:
-            self.news.notice(emptied=True)
-        for client in self.headers:
+            self.reporter.add_notice(emptied=True)
+        for client in self.header_reader:
             self.handle_client(client, select.EPOLLIN)
-        self.news.send()  # starts the streams of those
+        self.reporter.send_and_start()  # starts the streams of those
         # Clients without a complete header are closed or set aside. While there is no file, so are all others.
-        for client in list(self.clients.values()) if self.waiting else self.headers:
+        for client in list(self.clients.values()) if self.waiting else self.header_reader:
             (self.set_aside if rotating else self.drop)(client)
         self.drainer.begin(settle=rotating)
         self.loop.timers.set(self.end_drain, self.loop.now + grace)
@@ -361,7 +365,7 @@ class Worker:
     def set_aside(self, client: Client) -> None:
         """Leave `client` to the worker of the next file, which finds it in the roster as it is."""
         self.loop.epoll.unregister(client.fd)
-        self.headers.forget(client)
+        self.header_reader.forget(client)
         del self.clients[client.fd]
         self.aside.append(client)
 

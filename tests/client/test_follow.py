@@ -33,7 +33,7 @@ from tailsrv.client import (
 )  # fmt: skip
 from tailsrv.client.connector import wait
 from tailsrv.client.resume import WINDOWS, FromEnd
-from tailsrv.client.stream import ANCHORS
+from tailsrv.client.stream import ANCHOR_TRIES
 
 DATA = random_bytes(300_000)
 
@@ -85,7 +85,7 @@ class Reader:
 
     def anchored(self) -> None:
         """Wait until the stream could come back, though it began from the end and nothing came."""
-        eventually(lambda: not isinstance(place := self.stream._place, FromEnd) or place.anchored)
+        eventually(lambda: not isinstance(place := self.stream._position, FromEnd) or place.anchored)
 
     def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
         poll = select.poll()
@@ -214,7 +214,7 @@ def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
     """A server that has no room for the question after the file's end does not say that there is nothing before the place."""
     path.write_bytes(DATA)
     with Reader(here(serve(path, "--max-clients", "1")), "-0") as reader:
-        eventually(lambda: reader.stream._anchors < ANCHORS - 1)  # it asks again: it has not believed the first answer
+        eventually(lambda: reader.stream._anchors < ANCHOR_TRIES - 1)  # it asks again: it has not believed the first answer
         assert reader.stream.offset is None
 
 

@@ -12,7 +12,7 @@ from support.interpreter import run_python
 from support.server import Serve, Server
 from support.shims import build_shim
 from support.strace import needs_strace
-from tailsrv.client.local_copy import Mirror
+from tailsrv.client.local_copy import LocalCopy
 
 DATA = random_bytes(300_000)
 
@@ -71,10 +71,10 @@ def test_copy_by_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link, file = tmp_path / "link", tmp_path / "disk" / "file"
     link.symlink_to("disk/file")
-    with Mirror(str(link)) as mirror:
+    with LocalCopy(str(link)) as local_copy:
         assert file.read_bytes() == b""
         file.write_bytes(b"old")
-        assert mirror.set_aside() == f"{file}.1"
+        assert local_copy.set_aside() == f"{file}.1"
     assert (os.readlink(link), file.read_bytes(), (tmp_path / "disk" / "file.1").read_bytes()) == ("disk/file", b"", b"old")
     assert [found.name for found in tmp_path.glob("link*")] == ["link"]
 
@@ -138,7 +138,7 @@ def test_file_that_is_another_one_each_time(copy: Path) -> None:
         """
 import fcntl, os, sys
 from tailsrv.client.command import RunError
-from tailsrv.client.local_copy import Mirror
+from tailsrv.client.local_copy import LocalCopy
 
 def take_away(event, arguments):
     if event == "fcntl.flock":
@@ -146,7 +146,7 @@ def take_away(event, arguments):
 
 sys.addaudithook(take_away)
 try:
-    Mirror(sys.argv[1])
+    LocalCopy(sys.argv[1])
 except RunError as error:
     print(error, len(os.listdir("/proc/self/fd")))
 """,

@@ -13,7 +13,7 @@ from support.interpreter import run_python
 from support.server import Serve
 from support.shims import build_shim
 from support.waiting import DEADLINE, eventually
-from tailsrv.client.connector import SILENT
+from tailsrv.client.connector import NAME_SERVICE_SILENT
 from tailsrv.client.lookup import Lookup
 
 DATA = random_bytes(10_000)
@@ -118,7 +118,7 @@ def test_idle_time_does_not_wait_for_names(silence: Path) -> None:
     """With --until-idle, silence of the name service is none of a server's, and no longer than any other."""
     (silence / "silent").touch()
     done = run_client(*TSCAT, f"{NAME}:1", "--until-idle", "0.2")
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"tscat: {NAME}:1: {SILENT}")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"tscat: {NAME}:1: {NAME_SERVICE_SILENT}")
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ with follow(sys.argv[1:], backoff=Backoff(0.01, 0.01), connect_timeout=0.1, repo
 """
     here = f"127.0.0.1:{closed_port()}"
     done = run_python(code, f"{NAME}:1", here)
-    assert (done.stdout, done.stderr) == (f"2\n{NAME}:1: {SILENT}, {here}: Connection refused; trying again\n", "")
+    assert (done.stdout, done.stderr) == (f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; trying again\n", "")
     assert size(silence / "asked") == 1
 
 

@@ -201,9 +201,9 @@ class Bench:
 
     def append(self) -> None:
         """Append a record, which every follower gets."""
-        news = random_bytes(200, seed=len(self.data))
-        self.data += news
-        append(self.path, news)
+        reporter = random_bytes(200, seed=len(self.data))
+        self.data += reporter
+        append(self.path, reporter)
         staying = [client for client in self.followers if client.read(self.data)]
         self.lost += len(self.followers) - len(staying)
         self.followers = staying

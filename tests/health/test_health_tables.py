@@ -7,11 +7,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tailsrv.formatting import size
 from tailsrv.health import EndedError, InspectError, NotOursError
-from tailsrv.health.main import doubtful_ones, examine, in_turns, weigh
+from tailsrv.health.main import doubtful_servers, examine, in_turns, to_finding
 from tailsrv.health.prometheus import render_metrics
-from tailsrv.health.report import Finding, Level, Process, Report, Server, Totals, Verdict, Worker, judge, total, worst
-from tailsrv.health.text import WIDTH, render_text, span, summarize
-from tailsrv.status_schema import Client, Listener, ServedFile
+from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Process, Server, Totals, WorkerHealth, judge, total, worst
+from tailsrv.health.text import WIDTH, duration_text, render_text, summarize
+from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
 
@@ -19,18 +19,18 @@ SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
 PROCESS = Process(4711, "sleeping", 100.0, 0.0, 1.5, 1 << 20, 20, 1000)
 
 
-WORKER = Worker(0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0)
+WORKER = WorkerHealth(0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0)
 
 
-LISTENER = Listener(0, "0.0.0.0:4321", 0, 100)
+LISTENER = ListenerStatus(0, "0.0.0.0:4321", 0, 100)
 
 
-REPORT = Report(
+REPORT = HealthReport(
     server=SERVER,
     version="1.0.0",
     state="serving",
     started=1767225600.0,
-    file=ServedFile("/var/log/app.log", 588895, gone=False, error=None),
+    file=FileStatus("/var/log/app.log", 588895, gone=False, error=None),
     supervisor=PROCESS,
     workers=(WORKER, replace(WORKER, slot=1)),
     listeners=(LISTENER, replace(LISTENER, slot=1)),
@@ -39,12 +39,12 @@ REPORT = Report(
 )
 
 
-def with_worker(**changes: object) -> Report:
+def with_worker(**changes: object) -> HealthReport:
     """Return a report whose second worker differs."""
     return replace(REPORT, workers=(WORKER, replace(WORKER, slot=1, **changes)))  # type: ignore[arg-type]
 
 
-def with_process(**changes: object) -> Report:
+def with_process(**changes: object) -> HealthReport:
     """Return a report in which the second worker's process differs."""
     return with_worker(process=replace(PROCESS, **changes))  # type: ignore[arg-type]
 
@@ -55,10 +55,10 @@ EMPTY = (replace(WORKER, process=None, ready=False),)
 FULL = "the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100"
 
 
-GONE = ServedFile("/log", 1, gone=True, error=None)
+GONE = FileStatus("/log", 1, gone=True, error=None)
 
 
-DEAD = ServedFile("/log", None, gone=False, error=None)
+DEAD = FileStatus("/log", None, gone=False, error=None)
 
 
 UNREADABLE = "the file cannot be read: its file system does not answer"
@@ -85,7 +85,7 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
             Level.WARNING,
             ("the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100",),
         ),
-        (replace(REPORT, listeners=(Listener(None, "[::]:1", 95, 100),)), Level.WARNING, ("the queue at [::]:1 holds 95 of 100",)),
+        (replace(REPORT, listeners=(ListenerStatus(None, "[::]:1", 95, 100),)), Level.WARNING, ("the queue at [::]:1 holds 95 of 100",)),
         (replace(REPORT, listeners=(replace(LISTENER, queued=1, backlog=0),)), Level.OK, ()),
         (replace(REPORT, workers=EMPTY), Level.CRITICAL, ("no worker",)),
         (replace(REPORT, workers=EMPTY, state="starting"), Level.CRITICAL, ("no worker",)),
@@ -100,7 +100,7 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (replace(REPORT, file=DEAD, state="draining"), Level.OK, ()),
         (replace(REPORT, file=DEAD, state="rotating"), Level.OK, ()),
         (
-            replace(REPORT, state="waiting for file", file=ServedFile("/log", None, gone=False, error="Permission denied")),
+            replace(REPORT, state="waiting for file", file=FileStatus("/log", None, gone=False, error="Permission denied")),
             Level.CRITICAL,
             ("cannot open the file: Permission denied",),
         ),
@@ -125,9 +125,9 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         ),
     ],
 )
-def test_judge(report: Report, level: Level, reasons: tuple[str, ...]) -> None:
+def test_judge(report: HealthReport, level: Level, reasons: tuple[str, ...]) -> None:
     """Each fault has its level and its words, and the gravest come first."""
-    assert judge(report) == Verdict(level, reasons)
+    assert judge(report) == HealthVerdict(level, reasons)
 
 
 @pytest.mark.parametrize(
@@ -163,16 +163,16 @@ ILL = replace(REPORT, workers=())
         (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
     ],
 )
-def test_weigh(outcome: Report | InspectError, asked_for: bool, doubtful: bool, level: Level | None) -> None:
+def test_weigh(outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool, level: Level | None) -> None:
     """Neither a server that has ended nor a stranger's is spoken of; an impostor raises no alarm."""
-    finding = weigh(SERVER, outcome, asked_for, doubtful)
+    finding = to_finding(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
 
 
 @pytest.mark.parametrize(("asked_for", "level"), [(True, Level.CRITICAL), (False, Level.UNKNOWN)])
 def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
     """A server whose queue was too full to see its user is an alarm only if it was asked for."""
-    finding = weigh(replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for)
+    finding = to_finding(replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for)
     assert finding is not None
     assert finding.verdict.level == level
 
@@ -200,7 +200,7 @@ def server_of(uid: int | None, *endpoints: str) -> Server:
 )
 def test_doubtful_ones(server: Server, others: list[Server], doubtful: bool) -> None:
     """Beside another user's server on its port a server is doubtful, unless it is root's or ours."""
-    assert (server in doubtful_ones([server, *others])) is doubtful
+    assert (server in doubtful_servers([server, *others])) is doubtful
 
 
 def test_in_turns() -> None:
@@ -222,11 +222,11 @@ def test_total() -> None:
     assert total([1, None]) is None
 
 
-def judged(report: Report) -> Finding:
+def judged(report: HealthReport) -> Finding:
     return Finding(report.server, judge(report), report)
 
 
-BAD = Finding(replace(SERVER, endpoints=("*:1",)), Verdict(Level.CRITICAL, ("no worker", "the file is gone")))
+BAD = Finding(replace(SERVER, endpoints=("*:1",)), HealthVerdict(Level.CRITICAL, ("no worker", "the file is gone")))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_size(count: int | None, text: str) -> None:
 )
 def test_span(seconds: float | None, text: str) -> None:
     """A time is given by its two largest parts."""
-    assert span(seconds) == text
+    assert duration_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -306,8 +306,8 @@ def test_table_fits() -> None:
         REPORT,
         supervisor=process,
         workers=workers,
-        listeners=(Listener(1023, endpoint, 4096, 4096),),
-        file=ServedFile(path, 1 << 45, gone=True, error=None),
+        listeners=(ListenerStatus(1023, endpoint, 4096, 4096),),
+        file=FileStatus(path, 1 << 45, gone=True, error=None),
         totals=Totals(1000000, 1000000, 1 << 30, 99999, 4096, 800.0, 1 << 35, 3 << 20),
         state="waiting for file",
     )
@@ -330,7 +330,7 @@ def test_table_shows_what_is_not_known() -> None:
 
 def test_fullest_queue() -> None:
     """Of the queues at one address the fullest is shown, with its slot."""
-    listeners = (LISTENER, Listener(1, LISTENER.endpoint, 50, 100), Listener(2, LISTENER.endpoint, 60, 4096))
+    listeners = (LISTENER, ListenerStatus(1, LISTENER.endpoint, 50, 100), ListenerStatus(2, LISTENER.endpoint, 60, 4096))
     text = render_text([judged(replace(REPORT, listeners=listeners))], Level.OK, "", colour=False)
     assert ["0.0.0.0:4321", "3", "110", "50", "of", "100", "(50", "%),", "slot", "1"] in [line.split() for line in text.splitlines()]
 
@@ -356,7 +356,12 @@ def test_metrics_leave_out_what_is_not_known() -> None:
 def test_metrics_name_each_peer_once() -> None:
     """Clients without a peer are left out, and of two with the same peer the one that is further behind is shown."""
     peer = "192.0.2.7:41234"
-    clients = (Client(0, peer, 0, 90, 10), Client(0, peer, 0, 1, 99), Client(0, None, 0, 1, 99), Client(0, "[::1]:1", None, None, None))
+    clients = (
+        ClientStatus(0, peer, 0, 90, 10),
+        ClientStatus(0, peer, 0, 1, 99),
+        ClientStatus(0, None, 0, 1, 99),
+        ClientStatus(0, "[::1]:1", None, None, None),
+    )
     families = {
         family.name: family for family in text_string_to_metric_families(render_metrics([judged(replace(REPORT, clients=clients))]))
     }
@@ -365,7 +370,7 @@ def test_metrics_name_each_peer_once() -> None:
 
 def test_metrics_have_each_label_set_once() -> None:
     """Whatever an impostor repeats, no two samples have the same labels, and the first counts."""
-    worker, client = replace(WORKER, clients=1), Client(0, "192.0.2.7:1", 0, 1, 1)
+    worker, client = replace(WORKER, clients=1), ClientStatus(0, "192.0.2.7:1", 0, 1, 1)
     report = replace(
         REPORT,
         state="serving",
@@ -373,7 +378,7 @@ def test_metrics_have_each_label_set_once() -> None:
         listeners=(LISTENER, LISTENER, replace(LISTENER, slot=None), replace(LISTENER, slot=None)),
         clients=(client, client),
     )
-    lines = render_metrics([judged(report), judged(report), Finding(SERVER, Verdict(Level.UNKNOWN))]).splitlines()
+    lines = render_metrics([judged(report), judged(report), Finding(SERVER, HealthVerdict(Level.UNKNOWN))]).splitlines()
     samples = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
     assert len(samples) == len(set(samples))
     assert 'tailsrv_worker_clients{server="*:4321",slot="0"} 1' in lines

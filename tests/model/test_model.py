@@ -124,7 +124,7 @@ class Following(FollowingWorld, Model):
     """The same with --follow-name."""
 
     rotate = precondition(lambda self: self.file is not None and self.rotations < 2)(
-        rule(news=counts, at_once=st.booleans())(FollowingWorld.rotate)
+        rule(reporter=counts, at_once=st.booleans())(FollowingWorld.rotate)
     )
 
 

@@ -348,7 +348,7 @@ class FollowingWorld(World):
         self.linger = False
         return ["--follow-name", "--grace", str(DEADLINE)]
 
-    def rotate(self, news: int, at_once: bool) -> None:
+    def rotate(self, reporter: int, at_once: bool) -> None:
         """Move the file away, append to it once more, and see every stream of it end; whoever has sent no header yet waits for the next."""
         assert self.file is not None
         self.rotations += 1
@@ -356,7 +356,7 @@ class FollowingWorld(World):
         self.await_known(self.living)
         before, began = self.history.size, time.monotonic()
         self.path.rename(self.path.with_name(f"moved-{self.rotations}.log"))
-        self.append(news)
+        self.append(reporter)
         late = time.monotonic() - began > Timing().settle / 2  # then it may go unnoticed
         for client in self.living:
             if client.stream and not client.ended:

@@ -194,9 +194,9 @@ def test_grows(serve: Serve, path: Path) -> None:
     server = serve(path, "-w", "2")
     clients = [server.connect(b"0\n") for _ in range(20)]
     for turn, size in enumerate([1, 10, 100, 4095, 4096, 4097, 65536, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20, 1]):
-        append(path, news := random_bytes(size, turn))
+        append(path, reporter := random_bytes(size, turn))
         for client in clients:
-            expect(client, news)
+            expect(client, reporter)
 
 
 def test_written_in_other_ways(serve: Serve, path: Path) -> None:
@@ -430,8 +430,8 @@ def test_truncated(serve: Serve, path: Path) -> None:
     expect(before, DATA[300:400])
     grown = DATA[:400] + random_bytes(1600, 7)
     for end in (500, 999, 1000, 1001, 1500, 2000):
-        append(path, news := grown[path.stat().st_size : end])
-        expect(before, news)
+        append(path, reporter := grown[path.stat().st_size : end])
+        expect(before, reporter)
     expect(beyond, grown[1000:])
     expect(far_beyond, grown[1400:])
     append(path, NEWS)

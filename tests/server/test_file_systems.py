@@ -138,13 +138,13 @@ OTHER_NUMBER = """
 import os, sys
 from pathlib import Path
 from support.fusefs import Fuse
-from tailsrv.file_identity import CATCH_UP, Identity
+from tailsrv.file_identity import CATCH_UP, FileIdentity
 fuse = Fuse(Path(sys.argv[1]), fresh=False)
 for contents, grown, expected in {CASES}:
     fuse.write(contents[0], 2), fuse.write(contents[1], 3)
     fuse.order(node=2)
     file = os.open(fuse.path, os.O_RDONLY)
-    identity = Identity(file, str(fuse.path))
+    identity = FileIdentity(file, str(fuse.path))
     fuse.order(node=3)
     seen = [identity.is_gone(now) for now in (0.0, CATCH_UP - 1)]
     if grown:

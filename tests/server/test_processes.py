@@ -99,7 +99,7 @@ import errno, os, resource, signal, sys
 from tailsrv import main as cli
 from tailsrv.worker import worker
 from tailsrv.config import Timing
-from tailsrv.channel import Notices, Report, encode
+from tailsrv.channel import Notices, WorkerReport, encode
 
 def work(inheritance, config):
     {body}
@@ -114,7 +114,7 @@ def with_work(body: str) -> tuple[str, ...]:
     return (sys.executable, "-c", ODD_WORKERS.format(body=body.replace("\n", "\n    ")))
 
 
-READY = "inheritance.channel.send(encode(Report(notices=Notices(ready=True))))\n"
+READY = "inheritance.channel.send(encode(WorkerReport(notices=Notices(ready=True))))\n"
 
 
 @pytest.mark.slow

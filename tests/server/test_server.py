@@ -182,9 +182,9 @@ def test_junk_for_ever(serve: Serve, path: Path) -> None:
     junk = b"0\n-7\nabc" * (1 << 17)
     for turn in range(50):  # far more than the kernel would buffer
         client.sendall(junk)
-        append(path, news := random_bytes(1000, turn))
-        expect(client, news)
-        expect(other, news)
+        append(path, reporter := random_bytes(1000, turn))
+        expect(client, reporter)
+        expect(other, reporter)
 
 
 def test_half_close(serve: Serve, path: Path) -> None:
@@ -269,9 +269,9 @@ def test_stalled_reader(serve: Serve, path: Path) -> None:
     other = server.connect(b"0\n")
     expect(other, data)
     for turn in range(10):
-        append(path, news := random_bytes(100, turn))
-        expect(other, news)
-        data += news
+        append(path, reporter := random_bytes(100, turn))
+        expect(other, reporter)
+        data += reporter
     expect(stalled, data[10:])
 
 
@@ -289,8 +289,8 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
         elif turn % 3 == 1:
             client.shutdown(socket.SHUT_WR)
         client.close()
-        append(path, news := random_bytes(50, turn))
-        data += news
+        append(path, reporter := random_bytes(50, turn))
+        data += reporter
     for client in staying:
         expect(client, data)
 

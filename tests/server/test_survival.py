@@ -411,13 +411,13 @@ def test_unprotected_clients(serve: Serve, path: Path) -> None:
     expect(newcomer, SMALL + NEWS)
 
 
-def outcome_of(client: socket.socket, news: bytes) -> bool:
+def outcome_of(client: socket.socket, reporter: bytes) -> bool:
     """Tell whether `client` gets `news`, or its end."""
     try:
-        some = client.recv(len(news))
+        some = client.recv(len(reporter))
     except ConnectionResetError:
         return False
-    assert some in (news, b"")
+    assert some in (reporter, b"")
     return bool(some)
 
 

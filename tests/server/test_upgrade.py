@@ -274,7 +274,7 @@ def test_end_between_two_replacements(serve: Serve, path: Path, installed: Insta
     for client in clients:
         expect(client, SMALL)
     (hold := tmp_path / "hold").touch()
-    ready = "        self.news.notice(ready=True)\n"
+    ready = "        self.reporter.add_notice(ready=True)\n"
     installed.edit("worker/worker.py", ready, f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}")
     server.signal(signal.SIGHUP)
     server.logged("worker ended: slot=0")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tailsrv.file_identity import Identity
+from tailsrv.file_identity import FileIdentity
 
 
 def random_bytes(count: int, seed: int = 1) -> bytes:
@@ -39,4 +39,4 @@ def evict(file: int) -> None:
 
 def is_gone(file: int, path: str) -> bool | None:
     """Tell whether `path` names something else than the open `file`, or nothing."""
-    return Identity(file, path).is_gone(time.monotonic())
+    return FileIdentity(file, path).is_gone(time.monotonic())

@@ -67,9 +67,9 @@ class Load:
         """Let everyone do a little, each at its pace."""
         dice = self.dice
         if dice.random() < 0.3:
-            news = dice.randbytes(dice.randrange(1, 3000))
-            self.data += news
-            append(self.path, news)
+            reporter = dice.randbytes(dice.randrange(1, 3000))
+            self.data += reporter
+            append(self.path, reporter)
         for stream in self.streams:
             if stream.unsent and dice.random() < 0.01:
                 stream.unsent = stream.unsent[stream.sock.send(stream.unsent[:1]) :]

@@ -14,12 +14,12 @@ from support.files import opened
 from support.sockets import closing_all, readable, recv_all
 from support.waiting import DEADLINE
 from tailsrv.addresses import endpoint
-from tailsrv.channel import MAX_MESSAGE, Report, decode
+from tailsrv.channel import MAX_PACKET, WorkerReport, decode
 from tailsrv.config import Config
 from tailsrv.inheritance import Inheritance
 from tailsrv.linux.signals import Wakeup
 from tailsrv.listeners import open_listeners
-from tailsrv.worker.client import Client, State
+from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.worker import Worker
 
 
@@ -80,7 +80,7 @@ class Bench:
         [client] = [client for client in self.worker.clients.values() if client.peer == endpoint(*name)]
         if said:
             far.sendall(said)
-            self.until(lambda: client.state is not State.AWAITING_HEADER)
+            self.until(lambda: client.state is not ClientState.AWAITING_HEADER)
         return far, client
 
     def receive(self, far: socket.socket, count: int) -> bytes:
@@ -109,12 +109,12 @@ class Bench:
         self.until(ended)
         return [got[far] + recv_all(far) for far in fars]
 
-    def reports(self) -> list[Report]:
+    def reports(self) -> list[WorkerReport]:
         """Return what the worker has told the supervisor since the last call."""
         reports = []
         while readable(self.channel):
-            report = decode(self.channel.recv(MAX_MESSAGE))
-            assert isinstance(report, Report)
+            report = decode(self.channel.recv(MAX_PACKET))
+            assert isinstance(report, WorkerReport)
             reports.append(report)
         return reports
 

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv.channel import (
-    MAX_MESSAGE,
-    MAX_NEWS,
-    MAX_SOCKETS,
+    MAX_PACKET,
+    MAX_REPORTED_CLIENTS,
+    MAX_REPORTED_SOCKETS,
     VERSION,
     Drain,
     Message,
     MessageError,
     Notices,
     Ping,
-    Report,
+    WorkerReport,
     decode,
     encode,
 )
@@ -34,7 +34,7 @@ notices = st.builds(
 
 
 reports = st.builds(
-    Report,
+    WorkerReport,
     joined=st.lists(numbers, max_size=20),
     started=st.lists(st.tuples(numbers, numbers), max_size=20),
     left=st.lists(numbers, max_size=20),
@@ -45,10 +45,10 @@ reports = st.builds(
 @pytest.mark.parametrize(
     "message",
     [
-        Report(),
-        Report([7], [(7, 4096)], [8, 9], Notices(True, True, 0, "no inotify: 'ünï'")),
-        Report(notices=Notices(truncated=0)),
-        Report(left=[2**63 - 1]),
+        WorkerReport(),
+        WorkerReport([7], [(7, 4096)], [8, 9], Notices(True, True, 0, "no inotify: 'ünï'")),
+        WorkerReport(notices=Notices(truncated=0)),
+        WorkerReport(left=[2**63 - 1]),
         Drain(0.0),
         Drain(5.25),
         Drain(5.25, rotating=True),
@@ -59,26 +59,26 @@ def test_round_trip(message: Message) -> None:
     """A message comes out as it went in, and what has not happened costs no JSON."""
     packet = encode(message)
     assert message == decode(packet)
-    assert (b"{" in packet) == (isinstance(message, Report) and message.notices != Notices())
+    assert (b"{" in packet) == (isinstance(message, WorkerReport) and message.notices != Notices())
 
 
 @pytest.mark.thorough
 @given(reports)
-def test_any_report(report: Report) -> None:
+def test_any_report(report: WorkerReport) -> None:
     """Every report comes out as it went in."""
     assert report == decode(encode(report))
 
 
 def test_the_largest_report_fits() -> None:
     """A packet holds as many clients of each kind as it may speak of, and notices."""
-    report = Report(
-        joined=list(range(MAX_SOCKETS)),
-        started=[(client, 2**62) for client in range(MAX_NEWS)],
-        left=list(range(MAX_NEWS)),
+    report = WorkerReport(
+        joined=list(range(MAX_REPORTED_SOCKETS)),
+        started=[(client, 2**62) for client in range(MAX_REPORTED_CLIENTS)],
+        left=list(range(MAX_REPORTED_CLIENTS)),
         notices=Notices(True, True, 2**62, "\N{PILE OF POO}" * 100),
     )
     packet = encode(report)
-    assert len(packet) <= MAX_MESSAGE
+    assert len(packet) <= MAX_PACKET
     assert report == decode(packet)
 
 
@@ -98,11 +98,11 @@ HEAD = struct.Struct("=B4sHHH")
         HEAD.pack(VERSION + 1, b"rept", 0, 0, 0),
         HEAD.pack(VERSION, b"rept", 1, 0, 0),
         HEAD.pack(VERSION, b"rept", 65535, 65535, 65535) + bytes(100),
-        encode(Report()) + b"{",
-        encode(Report()) + b"[]",
-        encode(Report()) + b"7",
-        encode(Report()) + b"\xff",
-        encode(Report()) + b'{"dance": true}',
+        encode(WorkerReport()) + b"{",
+        encode(WorkerReport()) + b"[]",
+        encode(WorkerReport()) + b"7",
+        encode(WorkerReport()) + b"\xff",
+        encode(WorkerReport()) + b'{"dance": true}',
     ],
 )  # fmt: skip
 def test_junk(packet: bytes) -> None:
@@ -111,7 +111,7 @@ def test_junk(packet: bytes) -> None:
         decode(packet)
 
 
-@pytest.mark.parametrize("message", [Drain(1.0), Report([1], [(1, 2)], [3]), Report([1], [], [], Notices(ready=True))])
+@pytest.mark.parametrize("message", [Drain(1.0), WorkerReport([1], [(1, 2)], [3]), WorkerReport([1], [], [], Notices(ready=True))])
 def test_cut_short(message: Message) -> None:
     """A packet of which the end is missing is a MessageError wherever it was cut, unless only the notices are gone."""
     packet = encode(message)
@@ -122,7 +122,7 @@ def test_cut_short(message: Message) -> None:
                 decode(packet[:length])
 
 
-@pytest.mark.parametrize("message", [Drain(1.0), Report([1], [(1, 2)], [3])])
+@pytest.mark.parametrize("message", [Drain(1.0), WorkerReport([1], [(1, 2)], [3])])
 def test_another_version(message: Message) -> None:
     """Words of another version are not understood, and the reason names ours."""
     packet = encode(message)
@@ -144,4 +144,4 @@ def test_any_bytes_behind_a_good_start(rest: bytes, kind: bytes) -> None:
         message = decode(bytes([VERSION]) + kind + rest)
     except MessageError:
         return
-    assert isinstance(message, Report | Drain)
+    assert isinstance(message, WorkerReport | Drain)

@@ -6,50 +6,50 @@ from collections.abc import Iterator
 import pytest
 
 from support.interpreter import run_python
-from tailsrv.client_limit import Quota
+from tailsrv.client_limit import ClientLimit
 
 
 @pytest.fixture
-def quota() -> Iterator[Quota]:
-    """Give a quota of 5 for three slots."""
-    quota = Quota(5, 3)
-    yield quota
-    os.close(quota.fd)
+def client_limit() -> Iterator[ClientLimit]:
+    """Give a client_limit of 5 for three slots."""
+    client_limit = ClientLimit(5, 3)
+    yield client_limit
+    os.close(client_limit.fd)
 
 
-def test_claim(quota: Quota) -> None:
+def test_claim(client_limit: ClientLimit) -> None:
     """Room is given until all slots together have as many as there may be, and again when one has fewer."""
-    assert [quota.claim(0, count) for count in (1, 2, 3)] == [True, True, True]
-    assert [quota.claim(1, count) for count in (1, 2)] == [True, True]
-    assert not quota.claim(2, 1)
-    assert not quota.claim(0, 4)
-    quota.note(0, 2)
-    assert quota.claim(2, 1)
-    assert not quota.claim(2, 2)
+    assert [client_limit.claim(0, count) for count in (1, 2, 3)] == [True, True, True]
+    assert [client_limit.claim(1, count) for count in (1, 2)] == [True, True]
+    assert not client_limit.claim(2, 1)
+    assert not client_limit.claim(0, 4)
+    client_limit.record(0, 2)
+    assert client_limit.claim(2, 1)
+    assert not client_limit.claim(2, 2)
 
 
-def test_a_refused_claim_leaves_no_trace(quota: Quota) -> None:
+def test_a_refused_claim_leaves_no_trace(client_limit: ClientLimit) -> None:
     """Who is refused takes nothing from the others."""
-    quota.note(0, 4)
-    assert not any(quota.claim(1, 2) for _ in range(3))
-    assert quota.claim(2, 1)
+    client_limit.record(0, 4)
+    assert not any(client_limit.claim(1, 2) for _ in range(3))
+    assert client_limit.claim(2, 1)
 
 
-def test_handed_on(quota: Quota) -> None:
+def test_handed_on(client_limit: ClientLimit) -> None:
     """Another object of the same memory has the same counts: those of the version before us, after an upgrade."""
-    quota.note(1, 5)
-    heir = Quota(5, 3, quota.fd)
+    client_limit.record(1, 5)
+    heir = ClientLimit(5, 3, client_limit.fd)
     assert not heir.claim(0, 1)
-    heir.note(1, 0)
-    assert quota.claim(0, 5)
+    heir.record(1, 0)
+    assert client_limit.claim(0, 5)
 
 
 SHARED = """
 import os, sys
-from tailsrv.client_limit import Quota
+from tailsrv.client_limit import ClientLimit
 
 limit, workers, rounds = 50, 4, 20000
-quota = Quota(limit, workers)
+client_limit = ClientLimit(limit, workers)
 pids = []
 for slot in range(workers):
     if (pid := os.fork()) == 0:
@@ -57,18 +57,18 @@ for slot in range(workers):
         for turn in range(rounds):
             if turn % 7 == 6:
                 have = max(0, have - 3)
-                quota.note(slot, have)
-            elif quota.claim(slot, have + 1):
+                client_limit.record(slot, have)
+            elif client_limit.claim(slot, have + 1):
                 have += 1
                 most = max(most, have)
-        quota.note(slot, have)
+        client_limit.record(slot, have)
         os._exit(have)
     pids.append(pid)
 have = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 assert sum(have) <= limit, have
 left = limit - sum(have)
-assert all(quota.claim(0, have[0] + count + 1) for count in range(left))
-assert not quota.claim(0, have[0] + left + 1)
+assert all(client_limit.claim(0, have[0] + count + 1) for count in range(left))
+assert not client_limit.claim(0, have[0] + left + 1)
 print("exact")
 """
 

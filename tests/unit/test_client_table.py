@@ -10,9 +10,9 @@ import pytest
 
 from support.interpreter import run_python
 from support.sockets import readable, recv_all, tcp_pair, wait_readable
-from tailsrv.channel import MAX_SOCKETS
+from tailsrv.channel import MAX_REPORTED_SOCKETS
 from tailsrv.inheritance import Entry
-from tailsrv.supervisor.client_table import Roster
+from tailsrv.supervisor.client_table import ClientTable
 
 ANY = 1 << 20  # higher than any descriptor
 
@@ -34,11 +34,11 @@ def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
 
 
 @pytest.fixture
-def roster() -> Iterator[Roster]:
-    """Give an empty roster, whose descriptors are closed at the end."""
-    roster = Roster()
-    yield roster
-    roster.close()
+def client_table() -> Iterator[ClientTable]:
+    """Give an empty client_table, whose descriptors are closed at the end."""
+    client_table = ClientTable()
+    yield client_table
+    client_table.close_in_child()
 
 
 def duplicates(pairs: list[tuple[socket.socket, socket.socket]]) -> list[int]:
@@ -49,56 +49,56 @@ def duplicates(pairs: list[tuple[socket.socket, socket.socket]]) -> list[int]:
 Pairs = list[tuple[socket.socket, socket.socket]]
 
 
-def test_join_start_leave(roster: Roster, pairs: Pairs) -> None:
+def test_join_start_leave(client_table: ClientTable, pairs: Pairs) -> None:
     """A client joins without an offset, starts at one, and takes its descriptor with it when it leaves."""
     fds = duplicates(pairs)
-    assert roster.join([4, 5, 6], fds, ANY) == 0
-    assert roster.clients == {4: Entry(fds[0]), 5: Entry(fds[1]), 6: Entry(fds[2])}
-    roster.start(5, 0)
-    roster.start(6, 2**62)
-    assert [entry.start for entry in roster.clients.values()] == [None, 0, 2**62]
-    roster.leave([4, 6])
-    assert roster.clients == {5: Entry(fds[1], 0)}
+    assert client_table.add([4, 5, 6], fds, ANY) == 0
+    assert client_table.clients == {4: Entry(fds[0]), 5: Entry(fds[1]), 6: Entry(fds[2])}
+    client_table.set_start(5, 0)
+    client_table.set_start(6, 2**62)
+    assert [entry.start for entry in client_table.clients.values()] == [None, 0, 2**62]
+    client_table.remove([4, 6])
+    assert client_table.clients == {5: Entry(fds[1], 0)}
     assert [is_open(fd) for fd in fds] == [False, True, False]
-    assert len(roster) == 1
+    assert len(client_table) == 1
 
 
-def test_what_nobody_knows(roster: Roster, pairs: Pairs) -> None:
-    """A client that is not in the roster starts and leaves without a trace."""
+def test_what_nobody_knows(client_table: ClientTable, pairs: Pairs) -> None:
+    """A client that is not in the client_table starts and leaves without a trace."""
     fds = duplicates(pairs[:1])
-    roster.join([1], fds, ANY)
-    roster.start(2, 7)
-    roster.leave([2, 3])
-    assert roster.clients == {1: Entry(fds[0])}
-    assert roster.unprotected == set()
+    client_table.add([1], fds, ANY)
+    client_table.set_start(2, 7)
+    client_table.remove([2, 3])
+    assert client_table.clients == {1: Entry(fds[0])}
+    assert client_table.unprotected == set()
 
 
-def test_too_few_sockets(roster: Roster, pairs: Pairs) -> None:
+def test_too_few_sockets(client_table: ClientTable, pairs: Pairs) -> None:
     """Clients whose sockets the kernel left out, the last ones, are unprotected: they count, start and leave."""
     fds = duplicates(pairs[:1])
-    assert roster.join([1, 2, 3], fds, ANY) == 2
-    assert (set(roster.clients), roster.unprotected, len(roster)) == ({1}, {2, 3}, 3)
-    roster.start(2, 7)
-    roster.leave([2])
-    assert (set(roster.clients), roster.unprotected) == ({1}, {3})
-    assert roster.join([4], [], ANY) == 1
-    assert roster.lose_unprotected() == 2
-    assert (set(roster.clients), len(roster)) == ({1}, 1)
+    assert client_table.add([1, 2, 3], fds, ANY) == 2
+    assert (set(client_table.clients), client_table.unprotected, len(client_table)) == ({1}, {2, 3}, 3)
+    client_table.set_start(2, 7)
+    client_table.remove([2])
+    assert (set(client_table.clients), client_table.unprotected) == ({1}, {3})
+    assert client_table.add([4], [], ANY) == 1
+    assert client_table.forget_unprotected() == 2
+    assert (set(client_table.clients), len(client_table)) == ({1}, 1)
 
 
-def test_too_many_sockets(roster: Roster, pairs: Pairs) -> None:
+def test_too_many_sockets(client_table: ClientTable, pairs: Pairs) -> None:
     """A socket that comes with no client is closed."""
     fds = duplicates(pairs[:2])
-    assert roster.join([1], fds, ANY) == 0
-    assert set(roster.clients) == {1}
+    assert client_table.add([1], fds, ANY) == 0
+    assert set(client_table.clients) == {1}
     assert [is_open(fd) for fd in fds] == [True, False]
 
 
-def test_descriptors_beyond_the_highest(roster: Roster, pairs: Pairs) -> None:
+def test_descriptors_beyond_the_highest(client_table: ClientTable, pairs: Pairs) -> None:
     """A socket with a number above the bound is closed at once, and its client unprotected."""
     fds = sorted(duplicates(pairs))
-    assert roster.join([1, 2, 3], fds, highest=fds[1]) == 1
-    assert (set(roster.clients), roster.unprotected) == ({1, 2}, {3})
+    assert client_table.add([1, 2, 3], fds, highest=fds[1]) == 1
+    assert (set(client_table.clients), client_table.unprotected) == ({1, 2}, {3})
     assert [is_open(fd) for fd in fds] == [True, True, False]
 
 
@@ -106,7 +106,7 @@ def test_the_kernel_leaves_out_what_does_not_fit() -> None:
     """Where descriptors run out in the middle of a message, the first clients are protected and the others are not."""
     done = run_python("""if True:
         import os, resource, socket
-        from tailsrv.supervisor.client_table import Roster
+        from tailsrv.supervisor.client_table import ClientTable
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sent = [os.dup(0) for _ in range(10)]
         socket.send_fds(theirs, [b"ten"], sent)
@@ -114,28 +114,28 @@ def test_the_kernel_leaves_out_what_does_not_fit() -> None:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (sent[0] + 4, sent[0] + 4))
         _, sockets, flags, _ = socket.recv_fds(ours, 10, 253)
-        roster = Roster()
-        print(roster.join(range(10), sockets, 1000), sorted(roster.clients), sorted(roster.unprotected), bool(flags & socket.MSG_CTRUNC))
+        client_table = ClientTable()
+        print(client_table.add(range(10), sockets, 1000), sorted(client_table.clients), sorted(client_table.unprotected), bool(flags & socket.MSG_CTRUNC))
         ours.close(), theirs.close()
     """)
     assert done.stdout == "6 [0, 1, 2, 3] [4, 5, 6, 7, 8, 9] True\n", done.stderr
 
 
-def test_a_close_is_seen_once_both_have_closed(roster: Roster, pairs: Pairs) -> None:
-    """The client sees the end of its stream when worker and roster have both let go, and not before."""
+def test_a_close_is_seen_once_both_have_closed(client_table: ClientTable, pairs: Pairs) -> None:
+    """The client sees the end of its stream when worker and client_table have both let go, and not before."""
     (near, far), *_ = pairs
-    roster.join([1], duplicates(pairs[:1]), ANY)
+    client_table.add([1], duplicates(pairs[:1]), ANY)
     near.close()
     assert not readable(far)
-    roster.leave([1])
+    client_table.remove([1])
     wait_readable(far)
     assert recv_all(far) == b""
 
 
-def test_a_shutdown_is_seen_at_once(roster: Roster, pairs: Pairs) -> None:
-    """A worker that shuts down before it closes need not wait for the roster."""
+def test_a_shutdown_is_seen_at_once(client_table: ClientTable, pairs: Pairs) -> None:
+    """A worker that shuts down before it closes need not wait for the client_table."""
     (near, far), *_ = pairs
-    roster.join([1], duplicates(pairs[:1]), ANY)
+    client_table.add([1], duplicates(pairs[:1]), ANY)
     near.sendall(b"last words")
     near.shutdown(socket.SHUT_WR)
     near.close()
@@ -144,16 +144,16 @@ def test_a_shutdown_is_seen_at_once(roster: Roster, pairs: Pairs) -> None:
 
 def test_hang_up(pairs: Pairs) -> None:
     """Hanging up ends every connection for good, also where the worker's descriptor lives on or the peer has gone."""
-    roster = Roster()
+    client_table = ClientTable()
     fds = duplicates(pairs)
-    roster.join([1, 2, 3], fds, ANY)
+    client_table.add([1, 2, 3], fds, ANY)
     pairs[2][1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     pairs[2][1].close()
     poll = select.poll()
     poll.register(pairs[2][0], 0)
     assert poll.poll(20_000)  # the reset has come
-    assert roster.hang_up() == 3
-    assert roster.clients == {}
+    assert client_table.close_connections() == 3
+    assert client_table.clients == {}
     assert not any(map(is_open, fds))
     for _, far in pairs[:2]:
         assert recv_all(far) == b""
@@ -161,41 +161,41 @@ def test_hang_up(pairs: Pairs) -> None:
 
 def test_hang_up_leaves_the_unprotected(pairs: Pairs) -> None:
     """Hanging up is about the connections that a worker can adopt; there is nothing to close of the others."""
-    roster = Roster()
-    roster.join([1, 2], duplicates(pairs[:1]), ANY)
-    assert roster.hang_up() == 1
-    assert roster.unprotected == {2}
+    client_table = ClientTable()
+    client_table.add([1, 2], duplicates(pairs[:1]), ANY)
+    assert client_table.close_connections() == 1
+    assert client_table.unprotected == {2}
 
 
 def test_close(pairs: Pairs) -> None:
     """A forked child that closes another slot's sockets ends no connection."""
     (near, far), *_ = pairs
-    ours, theirs = Roster(), Roster()
-    ours.join([1], duplicates(pairs[:1]), ANY)
-    theirs.join([1], duplicates(pairs[:1]), ANY)
+    ours, theirs = ClientTable(), ClientTable()
+    ours.add([1], duplicates(pairs[:1]), ANY)
+    theirs.add([1], duplicates(pairs[:1]), ANY)
     near.close()
-    theirs.close()
+    theirs.close_in_child()
     assert not readable(far)
-    ours.close()
+    ours.close_in_child()
     assert recv_all(far) == b""
 
 
 def test_save_and_load(pairs: Pairs) -> None:
-    """A roster comes back as it was, descriptors by their numbers."""
-    roster = Roster()
+    """A client_table comes back as it was, descriptors by their numbers."""
+    client_table = ClientTable()
     fds = duplicates(pairs)
-    roster.join([1, 5, 9, 10], fds, ANY)
-    roster.start(5, 0)
-    roster.start(9, 2**62)
-    loaded = Roster.load(roster.save(), sorted(roster.unprotected))
-    assert loaded == roster
+    client_table.add([1, 5, 9, 10], fds, ANY)
+    client_table.set_start(5, 0)
+    client_table.set_start(9, 2**62)
+    loaded = ClientTable.load(client_table.save(), sorted(client_table.unprotected))
+    assert loaded == client_table
     assert loaded.unprotected == {10}
-    loaded.close()
+    loaded.close_in_child()
     assert not any(map(is_open, fds))
 
 
-def test_as_many_as_a_message_carries(roster: Roster) -> None:
+def test_as_many_as_a_message_carries(client_table: ClientTable) -> None:
     """All clients of the largest message are protected."""
-    fds = [os.dup(0) for _ in range(MAX_SOCKETS)]
-    assert roster.join(range(MAX_SOCKETS), fds, ANY) == 0
-    assert len(roster.clients) == MAX_SOCKETS
+    fds = [os.dup(0) for _ in range(MAX_REPORTED_SOCKETS)]
+    assert client_table.add(range(MAX_REPORTED_SOCKETS), fds, ANY) == 0
+    assert len(client_table.clients) == MAX_REPORTED_SOCKETS

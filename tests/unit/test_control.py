@@ -45,7 +45,7 @@ def connect(endpoint: str) -> socket.socket:
 
 def answer(control: Control, sock: socket.socket, status: bytes) -> None:
     """Give `status` to everyone who may have it."""
-    for peer in control.askers(sock)[0]:
+    for peer in control.accept_authorized(sock)[0]:
         with peer, suppress(OSError):
             peer.send(status)
 
@@ -99,12 +99,12 @@ TELL = """
 import os, socket, sys
 from contextlib import ExitStack
 from tailsrv.control import Control
-from tailsrv.linux.event_loop import Loop
-from tailsrv.supervisor.status_server import Teller
+from tailsrv.linux.event_loop import EventLoop
+from tailsrv.supervisor.status_server import StatusServer
 from support.sockets import recv_all
 name, long = sys.argv[1], b"x" * 1_000_000
-control, loop = Control.lock([name]), Loop()
-teller = Teller(loop, control, lambda: long, lambda: b"", lambda: None)
+control, loop = Control.lock([name]), EventLoop()
+status_server = StatusServer(loop, control, lambda: long, lambda: b"", lambda: None)
 def ask():
     asker = socket.socket(socket.AF_UNIX)
     asker.settimeout(20)
@@ -123,8 +123,8 @@ for _ in range(2):
         assert recv_all(asker) == long
     pid, status = os.wait()
     assert status == 0
-    assert teller.reaped(pid)
-    assert not teller.reaped(pid)
+    assert status_server.handle_exit(pid)
+    assert not status_server.handle_exit(pid)
 control.close()
 """
     done = run_python(TELL + code, endpoint)
@@ -175,7 +175,7 @@ with ask() as asker:
     loop.turn()
     assert recv_all(asker) == (long if name == sys.argv[1] else b"")
     pid, _ = os.wait()
-    assert teller.reaped(pid)
+    assert status_server.handle_exit(pid)
 control.close()
 """
     done = run_python(TELL + code, endpoint, socket)
@@ -329,7 +329,7 @@ os.setuid(server)
 control = Control.lock([sys.argv[1]])
 os.write(told, b"!")
 assert select.select(control.status, [], [], 20)[0]
-for peer in control.askers(control.status[0])[0]:
+for peer in control.accept_authorized(control.status[0])[0]:
     with peer:
         peer.send(b"status")
 control.close()

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable
 
-from tailsrv.linux.event_loop import Loop, Timers
+from tailsrv.linux.event_loop import EventLoop, Timers
 
 
 def recorder(done: list[str], name: str) -> Callable[[], None]:
@@ -113,7 +113,7 @@ def test_action_that_cancels_another() -> None:
 def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
     """A descriptor that stays readable is not reported while it is stalled, and is again when that is over."""
     now = 0.0
-    loop = Loop(lambda: now)
+    loop = EventLoop(lambda: now)
     near, far = socket.socketpair()
     with near, far:
         seen: list[float] = []
@@ -134,7 +134,7 @@ def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
 def test_stalled_descriptors_may_go() -> None:
     """A descriptor that is unregistered while it is stalled is not touched when that is over."""
     now = 0.0
-    loop = Loop(lambda: now)
+    loop = EventLoop(lambda: now)
     near, far = socket.socketpair()
     with far, near:
         loop.register(near.fileno(), lambda: None)

@@ -14,7 +14,7 @@ from support.files import append, evict, opened
 from support.interpreter import run_python
 from support.sockets import readable, recv_exactly, reset, tcp_pair, wait_for, wait_readable
 from support.waiting import eventually
-from tailsrv.linux.files import SMALL, is_cached, read_ahead, send_chunk, send_to_all
+from tailsrv.linux.files import MAX_COPY, is_cached, read_ahead, send_chunk, send_to_all
 from tailsrv.linux.sockets import Outcome
 
 DATA = bytes(range(256)) * 1024
@@ -120,7 +120,7 @@ def test_send_chunk_of_what_is_no_file(pair: tuple[socket.socket, socket.socket]
     assert sent.errno == errno.EINVAL
 
 
-@pytest.mark.parametrize("count", [1, SMALL, SMALL + 1, 100_000])
+@pytest.mark.parametrize("count", [1, MAX_COPY, MAX_COPY + 1, 100_000])
 def test_send_to_all(file: int, count: int) -> None:
     """Everybody gets the same bytes, whether there are few or many; who has hung up, or has no room, is told apart."""
     with ExitStack() as stack:
@@ -159,7 +159,7 @@ def test_send_to_all_of_what_cannot_be_read(pair: tuple[socket.socket, socket.so
 
 
 def test_disk_that_cannot_be_asked() -> None:
-    """What does not tell what it has in memory, or cannot read ahead, is for sendfile(2) to try."""
+    """What does not tell what it has in memory_file_with, or cannot read ahead, is for sendfile(2) to try."""
     reader, writer = os.pipe()
     try:
         assert is_cached(reader, 0, 10, 10)
@@ -170,7 +170,7 @@ def test_disk_that_cannot_be_asked() -> None:
 
 
 def test_is_cached(tmp_path: Path) -> None:
-    """Bytes that have been written are in memory, until the kernel lets them go; read ahead, they soon are again."""
+    """Bytes that have been written are in memory_file_with, until the kernel lets them go; read ahead, they soon are again."""
     path = tmp_path / "file"
     path.write_bytes(DATA)
     with opened(path) as file:
@@ -178,7 +178,7 @@ def test_is_cached(tmp_path: Path) -> None:
         assert is_cached(file, len(DATA), 10, 10)  # nothing is there to wait for
         evict(file)
         if is_cached(file, 0, len(DATA), 4096):
-            pytest.skip("this file system keeps its files in memory, or does not tell")
+            pytest.skip("this file system keeps its files in memory_file_with, or does not tell")
         read_ahead(file, 0, len(DATA))
         eventually(lambda: is_cached(file, 0, len(DATA), 4096))
 
@@ -187,14 +187,14 @@ def test_memory_without_room() -> None:
     """An anonymous file that does not get its data is closed again."""
     done = run_python("""
 import errno, os, resource
-from tailsrv.linux.files import memory
-with open(memory(b"data"), "rb") as file:
+from tailsrv.linux.files import memory_file_with
+with open(memory_file_with(b"data"), "rb") as file:
     assert file.read() == b"data"
 before = os.listdir("/proc/self/fd")
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
 try:
-    memory(b"x" * 11)
+    memory_file_with(b"x" * 11)
 except OSError as error:
     assert error.errno == errno.EFBIG
 else:

@@ -14,7 +14,7 @@ from support.interpreter import run_python
 from support.processes import as_root
 from support.sockets import readable, wait_readable
 from support.waiting import DEADLINE
-from tailsrv.linux.files import memory
+from tailsrv.linux.files import memory_file_with
 from tailsrv.linux.inotify import Watch, steps_to
 from tailsrv.served_file import size_of
 
@@ -410,7 +410,7 @@ assert list(steps_to("log")) == []
 
 def test_file_of_no_mount() -> None:
     """An anonymous file is on no file system that /proc names, and is watched like a local one."""
-    with open(memory(b"data"), "rb") as file:
+    with open(memory_file_with(b"data"), "rb") as file:
         watch = Watch(file.fileno(), f"/proc/self/fd/{file.fileno()}")
         assert watch.polling is None
         assert watch.size() == 4

@@ -8,7 +8,7 @@ import pytest
 
 from support.files import append
 from tailsrv.config import Timing
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.supervisor.late_appends import LateAppends
 
 TIMING = Timing()
@@ -21,7 +21,7 @@ class Bench:
         self.path = path
         path.write_bytes(b"old")
         self.time = 100.0
-        self.loop = Loop(lambda: self.time)
+        self.loop = EventLoop(lambda: self.time)
         self.late = LateAppends(self.loop, "log", TIMING)
 
     def begin(self) -> None:

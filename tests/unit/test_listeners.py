@@ -14,7 +14,7 @@ from support.checkout import ROOT
 from support.processes import runs
 from support.sockets import closing_all, needs_ipv6, wait_readable
 from support.waiting import DEADLINE
-from tailsrv.linux.sockets import streamed
+from tailsrv.linux.sockets import bytes_streamed
 from tailsrv.listeners import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
 
 LOOPBACK = ["127.0.0.1"]
@@ -225,7 +225,7 @@ def test_position_on_an_mptcp_socket() -> None:
         near, _ = listener.accept()
         with near:
             near.send(b"data")
-            assert streamed(near) is None
+            assert bytes_streamed(near) is None
 
 
 # Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us, and prints after each

@@ -23,7 +23,7 @@ from support.processes import AS_NOBODY, gone, runs, title
 from support.terminals import fill, terminal
 from support.waiting import DEADLINE, eventually
 from tailsrv.linux.sockets import accept_queue
-from tailsrv.log import Allowance, fields, printable, trouble
+from tailsrv.log import RateLimit, describe_error, fields, printable
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_fields() -> None:
 
 LINES = """
 import logging, sys
-from tailsrv.log import Limited, logger, set_up
+from tailsrv.log import RateLimited, logger, set_up
 set_up(int(sys.argv[1]))
 """
 
@@ -333,8 +333,8 @@ def test_trouble_says_where() -> None:
         pass
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         accept_queue(sock)
-    assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=linux/sockets.py:\d+", trouble(caught.value))
-    assert trouble(MemoryError()) == "reason='out of memory'"
+    assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=linux/sockets.py:\d+", describe_error(caught.value))
+    assert describe_error(MemoryError()) == "reason='out of memory'"
 
 
 def test_trouble_says_where_in_a_package() -> None:
@@ -343,7 +343,7 @@ def test_trouble_says_where_in_a_package() -> None:
     for filename, said in ((f"{folder}/room/module.py", " at=room/module.py:1"), (f"{folder}-more/module.py", "")):
         with pytest.raises(OSError, match="refused") as caught:
             exec(compile("raise OSError('refused')", filename, "exec"))
-        assert trouble(caught.value) == f"reason=refused{said}"
+        assert describe_error(caught.value) == f"reason=refused{said}"
 
 
 def test_undecodable_bytes() -> None:
@@ -354,9 +354,9 @@ def test_undecodable_bytes() -> None:
 
 def test_limited() -> None:
     """What strangers cause is logged so many times an interval, below the level not even counted."""
-    code = "say = Limited(logging.WARNING, burst=2, interval=3600)\nfor _ in range(5): say('refused', reason='not a number', peer=None)"
+    code = "say = RateLimited(logging.WARNING, burst=2, interval=3600)\nfor _ in range(5): say('refused', reason='not a number', peer=None)"
     assert [line.partition("warning: ")[2] for line in log(code)] == ["refused: reason='not a number'"] * 2
-    assert log("Limited(logging.DEBUG)('refused')") == []
+    assert log("RateLimited(logging.DEBUG)('refused')") == []
 
 
 def test_limited_tells_how_many_were_held_back() -> None:
@@ -365,7 +365,7 @@ def test_limited_tells_how_many_were_held_back() -> None:
 from tailsrv import log
 now = 0.0
 log.time = type("Clock", (), {"monotonic": staticmethod(lambda: now)})
-say = Limited(logging.WARNING, burst=1, interval=10.0)
+say = RateLimited(logging.WARNING, burst=1, interval=10.0)
 for now in (0.0, 1.0, 2.0, 10.0, 20.0): say("refused", peer="x")
 """
     assert [line.partition("warning: ")[2] for line in log(code)] == ["refused: peer=x", "refused: peer=x suppressed=2", "refused: peer=x"]
@@ -373,7 +373,7 @@ for now in (0.0, 1.0, 2.0, 10.0, 20.0): say("refused", peer="x")
 
 def test_allowance() -> None:
     """So many pass in an interval; the first that passes in a later one learns how many were held back."""
-    allowance = Allowance(burst=2, interval=10.0)
+    allowance = RateLimit(burst=2, interval=10.0)
     assert [allowance.ask(now) for now in (100.0, 101.0, 102.0, 109.9)] == [0, 0, None, None]
     assert [allowance.ask(now) for now in (110.0, 110.0, 110.0)] == [2, 0, None]
     assert [allowance.ask(now) for now in (500.0, 600.0)] == [1, 0]
@@ -382,7 +382,7 @@ def test_allowance() -> None:
 @given(st.integers(1, 5), st.lists(st.floats(0, 30), max_size=50))
 def test_allowance_counts_everything(burst: int, pauses: list[float]) -> None:
     """Each is let through or told of as held back later, and never more than twice the burst pass in one interval."""
-    allowance, now = Allowance(burst, 10.0), 0.0
+    allowance, now = RateLimit(burst, 10.0), 0.0
     passed, told, held = list[float](), 0, 0
     for pause in pauses:
         now += pause

@@ -7,7 +7,7 @@ from setproctitle import getproctitle, setproctitle
 
 from support.interpreter import run_python
 from tailsrv.linux.event_loop import Timers
-from tailsrv.linux.process_title import Title
+from tailsrv.linux.process_title import ProcessTitle
 
 
 class Process:
@@ -16,7 +16,7 @@ class Process:
     def __init__(self) -> None:
         self.timers = Timers()
         self.text = "one"
-        self.title = Title(self.timers, self.render)
+        self.title = ProcessTitle(self.timers, self.render)
 
     def render(self) -> str:
         return f"tailsrv: test {self.text}"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tailsrv.channel import Notices, Ping, Report, encode
-from tailsrv.linux.event_loop import Loop
-from tailsrv.supervisor.report_reader import BATCH, Intake
+from tailsrv.channel import Notices, Ping, WorkerReport, encode
+from tailsrv.linux.event_loop import EventLoop
+from tailsrv.supervisor.report_reader import CLIENTS_PER_TURN, ReportReader
 from tailsrv.supervisor.slot import Slot
 
 
@@ -23,32 +23,34 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_a_flood_of_reports_does_not_keep_the_supervisor(channel: tuple[socket.socket, socket.socket]) -> None:
     """One turn takes in so much and no more; a worker's last words are all that it has said."""
     heard: list[Notices] = []
-    loop = Loop()
+    loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
-    intake = Intake([slot], loop, lambda _, notices: heard.append(notices))
+    report_reader = ReportReader([slot], loop, lambda _, notices: heard.append(notices))
     for size in range(10):
-        channel[1].send(encode(Report(left=list(range(BATCH // 2)), notices=Notices(truncated=size))))
-    intake.take(slot)
+        channel[1].send(encode(WorkerReport(left=list(range(CLIENTS_PER_TURN // 2)), notices=Notices(truncated=size))))
+    report_reader.read_reports(slot)
     assert [notices.truncated for notices in heard] == [0, 1]
-    intake.take(slot)
+    report_reader.read_reports(slot)
     assert [notices.truncated for notices in heard] == [0, 1, 2, 3]
-    intake.take_last(slot)
+    report_reader.read_remaining(slot)
     assert [notices.truncated for notices in heard] == list(range(10))
     loop.epoll.close()
 
 
-@pytest.mark.parametrize("take", [Intake.take, Intake.take_last])
-def test_last_words_of_one_who_had_not_listened(channel: tuple[socket.socket, socket.socket], take: Callable[[Intake, Slot], None]) -> None:
+@pytest.mark.parametrize("take", [ReportReader.read_reports, ReportReader.read_remaining])
+def test_last_words_of_one_who_had_not_listened(
+    channel: tuple[socket.socket, socket.socket], take: Callable[[ReportReader, Slot], None]
+) -> None:
     """A worker that ends with a message of ours unread has its reports heard to the end, though the kernel speaks of a reset first."""
-    loop = Loop()
+    loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
-    intake = Intake([slot], loop, lambda *_: None)
+    report_reader = ReportReader([slot], loop, lambda *_: None)
     with socket.socket() as client:
-        socket.send_fds(channel[1], [encode(Report(joined=[7]))], [client.fileno()])
-    channel[1].send(encode(Report(started=[(7, 5)])))
+        socket.send_fds(channel[1], [encode(WorkerReport(joined=[7]))], [client.fileno()])
+    channel[1].send(encode(WorkerReport(started=[(7, 5)])))
     channel[0].send(encode(Ping()))
     channel[1].close()
-    take(intake, slot)
-    assert slot.roster.clients[7].start == 5
-    slot.roster.close()
+    take(report_reader, slot)
+    assert slot.client_table.clients[7].start == 5
+    slot.client_table.close_in_child()
     loop.epoll.close()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv.config import Timing
-from tailsrv.supervisor.restart_policy import MAX_UNREADY, Failures, Verdict, describe_status, verdict
+from tailsrv.supervisor.restart_policy import MAX_UNREADY, ExitKind, Failures, classify_exit, describe_exit
 
 
 def ended(status: int) -> int:
@@ -24,28 +24,28 @@ def killed(number: int, core: bool = False) -> int:
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        (ended(0), Verdict.DONE),
-        (ended(3), Verdict.CANNOT_BOOT),
-        (ended(os.EX_TEMPFAIL), Verdict.NO_ROOM),
-        (ended(1), Verdict.FAULT),
-        (ended(2), Verdict.FAULT),
-        (ended(120), Verdict.FAULT),
-        (ended(255), Verdict.FAULT),
-        (killed(signal.SIGSEGV), Verdict.FAULT),
-        (killed(signal.SIGSEGV, core=True), Verdict.FAULT),
-        (killed(signal.SIGABRT, core=True), Verdict.FAULT),
-        (killed(signal.SIGBUS), Verdict.FAULT),
-        (killed(signal.SIGILL), Verdict.FAULT),
-        (killed(signal.SIGFPE), Verdict.FAULT),
-        (killed(signal.SIGKILL), Verdict.KILLED),
-        (killed(signal.SIGTERM), Verdict.KILLED),
-        (killed(signal.SIGQUIT, core=True), Verdict.KILLED),
-        (killed(signal.SIGRTMIN + 3), Verdict.KILLED),
+        (ended(0), ExitKind.DONE),
+        (ended(3), ExitKind.CANNOT_BOOT),
+        (ended(os.EX_TEMPFAIL), ExitKind.NO_ROOM),
+        (ended(1), ExitKind.FAULT),
+        (ended(2), ExitKind.FAULT),
+        (ended(120), ExitKind.FAULT),
+        (ended(255), ExitKind.FAULT),
+        (killed(signal.SIGSEGV), ExitKind.FAULT),
+        (killed(signal.SIGSEGV, core=True), ExitKind.FAULT),
+        (killed(signal.SIGABRT, core=True), ExitKind.FAULT),
+        (killed(signal.SIGBUS), ExitKind.FAULT),
+        (killed(signal.SIGILL), ExitKind.FAULT),
+        (killed(signal.SIGFPE), ExitKind.FAULT),
+        (killed(signal.SIGKILL), ExitKind.KILLED),
+        (killed(signal.SIGTERM), ExitKind.KILLED),
+        (killed(signal.SIGQUIT, core=True), ExitKind.KILLED),
+        (killed(signal.SIGRTMIN + 3), ExitKind.KILLED),
     ],
 )
-def test_verdict(status: int, expected: Verdict) -> None:
+def test_verdict(status: int, expected: ExitKind) -> None:
     """A worker's end is as asked, its own fault, somebody else's doing, or says that there is no use in another."""
-    assert expected is verdict(status)
+    assert expected is classify_exit(status)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_verdict(status: int, expected: Verdict) -> None:
 )
 def test_describe_status(status: int, words: str) -> None:
     """A wait status is told in the words that an operator knows."""
-    assert words == describe_status(status)
+    assert words == describe_exit(status)
 
 
 # A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
-Life = tuple[float, bool, Verdict, bool]
+Life = tuple[float, bool, ExitKind, bool]
 
 
 TIMING = Timing()
@@ -73,7 +73,7 @@ TIMING = Timing()
 SOON, LATE = TIMING.long_life - 0.001, TIMING.long_life
 
 
-DONE, FAULT, KILLED, NO_ROOM = Verdict.DONE, Verdict.FAULT, Verdict.KILLED, Verdict.NO_ROOM
+DONE, FAULT, KILLED, NO_ROOM = ExitKind.DONE, ExitKind.FAULT, ExitKind.KILLED, ExitKind.NO_ROOM
 
 
 def after(*lives: Life) -> Failures:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.client.resume import ANCHOR, CONTEXT, WINDOWS, FromEnd, FromStart, LostPlaceError, OffsetError, OtherFileError, place_at
+from tailsrv.client.resume import ANCHOR, CONTEXT, WINDOWS, FromEnd, FromStart, LostPlaceError, OffsetError, OtherFileError, position_at
 
 DATA = random.Random(1).randbytes(3 << 20)
 
@@ -54,14 +54,14 @@ def quiet(place: FromEnd, file: bytes) -> bytes:
 )
 def test_first_header(offset: int | str, header: bytes) -> None:
     """The first header is the offset as it was given."""
-    assert place_at(offset).header() == header
+    assert position_at(offset).header() == header
 
 
 @pytest.mark.parametrize("offset", ["", "-", "+-1", "abc", "1_000", "1e3", " 1", "\u0663", 2**63, -(2**64), "9" * 5000])
 def test_no_offset(offset: int | str) -> None:
     """What no header could say is no offset."""
     with pytest.raises(OffsetError, match="offset"):
-        place_at(offset)
+        position_at(offset)
 
 
 @pytest.mark.parametrize("received", [0, 1, 100, CONTEXT, CONTEXT + 1, 100_000])

@@ -14,7 +14,7 @@ from support.other_systems import SYSTEMS, write_hook
 from support.processes import runs
 from support.sockets import tcp_pair
 from tailsrv.linux.self_check import counts_streams
-from tailsrv.linux.sockets import accept_queue, streamed
+from tailsrv.linux.sockets import accept_queue, bytes_streamed
 
 DATA = random_bytes(100_000)
 
@@ -58,6 +58,6 @@ def test_short_answer() -> None:
     """A position that is not known is none, and so is the length of a queue."""
     with tcp_pair() as (near, _), Short(fileno=os.dup(near.fileno())) as short:
         near.send(b"data")
-        assert streamed(near) == 4
-        assert streamed(short) is None
+        assert bytes_streamed(near) == 4
+        assert bytes_streamed(short) is None
         assert accept_queue(short) == (0, 0)

@@ -120,9 +120,9 @@ def test_a_background_job_is_not_interrupted() -> None:
     """An ignored INT, as in a background job of a shell, stays ignored while the server starts."""
     done = run_python("""
 import signal
-from tailsrv.linux.signals import hold, interruptible
+from tailsrv.linux.signals import block_all, interruptible
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-hold()
+block_all()
 with interruptible():
     signal.raise_signal(signal.SIGINT)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

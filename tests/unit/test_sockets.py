@@ -14,7 +14,7 @@ from support.files import opened
 from support.interpreter import run_python
 from support.sockets import recv_all, reset, tcp_pair, wait_for, wait_readable
 from tailsrv.linux.files import send_chunk
-from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept, discard, finish_sending, peek, unsent
+from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept, discard, peek, shut_down_writing, unsent
 from tailsrv.protocol import PEEK
 
 DATA = bytes(range(256)) * 1024
@@ -234,7 +234,7 @@ def test_close_after_discard_loses_nothing(pair: tuple[socket.socket, socket.soc
     sent = send_chunk(near.fileno(), file, 0, len(DATA))
     assert isinstance(sent, int)
     discard(near)
-    finish_sending(near)
+    shut_down_writing(near)
     near.close()
     assert recv_all(far) == DATA[:sent]
 
@@ -248,7 +248,7 @@ def test_unsent(pair: tuple[socket.socket, socket.socket], file: int) -> None:
         sent += result
     before = unsent(near)
     assert 0 < before <= sent
-    finish_sending(near)
+    shut_down_writing(near)
     assert 0 < unsent(near) <= before + 1
     assert len(recv_all(far)) == sent
     far.close()
@@ -260,9 +260,9 @@ def test_finish_sending_reaches_the_peer_past_a_duplicate(pair: tuple[socket.soc
     """The peer sees the end although somebody else holds the socket, and it may be said twice or too late."""
     near, far = pair
     with near.dup():
-        finish_sending(near)
+        shut_down_writing(near)
         assert far.recv(10) == b""
-        finish_sending(near)
+        shut_down_writing(near)
         reset(far)
         wait_for(near, select.POLLHUP)
-        finish_sending(near)
+        shut_down_writing(near)

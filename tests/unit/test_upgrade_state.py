@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv import channel as messages
-from tailsrv.supervisor.upgrade_state import FORMAT, SlotState, State, StateError, decode, encode
+from tailsrv.supervisor.upgrade_state import FORMAT, SlotState, StateError, UpgradeState, decode, encode
 
 SLOTS = [
     SlotState(
@@ -21,16 +21,16 @@ SLOTS = [
 ]  # fmt: skip
 
 
-def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'") -> State:
+def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'") -> UpgradeState:
     """Return a state with everything in it."""
-    return State(
+    return UpgradeState(
         version="1.0.0", endpoints=["*:4321", "[::1]:4321"], started=1.5, file=file, file_gone=True, polling=polling,
         control=[31, 32], quota=[33], slots=SLOTS,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("state", [make_state(), make_state(file=None, polling=None)])
-def test_round_trip(state: State) -> None:
+def test_round_trip(state: UpgradeState) -> None:
     """A state comes out as it went in."""
     assert state == decode(encode(state))
 

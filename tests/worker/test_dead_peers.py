@@ -7,9 +7,9 @@ import pytest
 
 from support.sockets import tcp_pair
 from support.waiting import eventually
-from tailsrv.linux.event_loop import Loop
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Unacknowledged, unacknowledged
-from tailsrv.worker.client import Client, State
+from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
 
 
@@ -78,7 +78,7 @@ class Bench:
 
     def __init__(self, stack: ExitStack, count: int) -> None:
         self.now = 1000.0
-        self.loop = Loop(lambda: self.now)
+        self.loop = EventLoop(lambda: self.now)
         stack.callback(self.loop.epoll.close)
         self.fars: list[socket.socket] = []
         self.clients: dict[int, Client] = {}
@@ -94,7 +94,7 @@ class Bench:
 
     def drop(self, client: Client) -> None:
         """Do as a worker does."""
-        client.state = State.CLOSED
+        client.state = ClientState.CLOSED
         del self.clients[client.fd]
         self.dropped.append(client)
 

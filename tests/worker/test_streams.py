@@ -11,9 +11,9 @@ import pytest
 
 from support.files import append, opened
 from support.sockets import recv_all, reset, tcp_pair, wait_for
-from tailsrv.worker.client import Client, State
-from tailsrv.worker.readahead import READERS, ReadAhead
-from tailsrv.worker.streams import CHUNK, TURN, VAIN, Streams, next_chunk
+from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.readahead import MAX_READERS, ReadAhead
+from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Streams, next_chunk
 
 BIG = os.urandom(1 << 16) * 48  # 3 MiB, and no two chunks are the same from any offset that matters
 
@@ -34,7 +34,7 @@ class Bench:
     def drop(self, client: Client, error: Exception | None) -> None:
         """Do as the worker does."""
         self.dropped.append((client, error))
-        client.state = State.CLOSED
+        client.state = ClientState.CLOSED
         self.streams.remove(client)
 
     def client(self, offset: int, receive: int | None = None, send: int | None = None) -> Client:
@@ -58,7 +58,7 @@ class Bench:
     def look(self) -> None:
         """Tell the streams how large the file is."""
         self.streams.shrunk = False
-        self.streams.resize(os.fstat(self.file).st_size)
+        self.streams.set_size(os.fstat(self.file).st_size)
 
     def received(self, client: Client) -> bytes:
         """Return what `client` has got and not yet read, after ending its stream."""
@@ -147,9 +147,9 @@ def test_many_ahead(bench: Bench) -> None:
 def test_ahead_and_gone(bench: Bench) -> None:
     """One who has left while it was ahead is not served when the file gets there."""
     client, other = bench.client(1), bench.client(1)
-    client.state = State.CLOSED
+    client.state = ClientState.CLOSED
     bench.streams.remove(client)
-    assert bench.streams.idle() == [other]
+    assert bench.streams.without_work() == [other]
     bench.grow(b"0123")
     bench.streams.pump()
     assert bench.received(client) == b""
@@ -195,7 +195,7 @@ def test_writable_without_need(bench: Bench) -> None:
     assert [bench.received(caught_up), bench.received(behind)] == [b"", b"x"]
 
 
-@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+@pytest.mark.parametrize("size", [SEND_CHUNK - 1, SEND_CHUNK, SEND_CHUNK + 1, 3 * SEND_CHUNK])
 def test_growth_about_a_chunk(bench: Bench, size: int) -> None:
     """An append of a chunk or more arrives whole at each client."""
     clients = [bench.client(0) for _ in range(3)]
@@ -207,7 +207,7 @@ def test_growth_about_a_chunk(bench: Bench, size: int) -> None:
 def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: Bench) -> None:
     """Growth beyond one chunk moves those who were caught up to those who are behind, where nobody gets it all at once."""
     clients = [bench.client(0) for _ in range(3)]
-    bench.grow(BIG[: CHUNK + 1])
+    bench.grow(BIG[: SEND_CHUNK + 1])
     assert list(bench.streams.behind) == clients
     assert [client.offset for client in clients] == [0, 0, 0]
 
@@ -239,12 +239,12 @@ def test_budget(bench: Bench) -> None:
 def test_sends_in_vain_have_their_share_of_a_turn(bench: Bench) -> None:
     """A crowd that has asked and left does not make one turn as long as it is numerous."""
     bench.grow(BIG)
-    clients = [bench.client(0) for _ in range(TURN // VAIN + 3)]
+    clients = [bench.client(0) for _ in range(TURN_BUDGET // EMPTY_SEND_COST + 3)]
     for client in clients:
         reset(bench.fars[client])
         wait_for(client.sock, select.POLLHUP)
     bench.streams.pump()
-    assert len(bench.dropped) == TURN // VAIN
+    assert len(bench.dropped) == TURN_BUDGET // EMPTY_SEND_COST
     bench.streams.pump()
     assert [client for client, _ in bench.dropped] == clients
 
@@ -293,7 +293,7 @@ def test_shrink_to_nothing_and_back_to_the_same_size(bench: Bench) -> None:
     client = bench.client(4)
     bench.shrink(0)
     bench.grow(b"abcd")
-    assert bench.streams.idle() == [client]
+    assert bench.streams.without_work() == [client]
     bench.grow(b"e")
     bench.streams.pump()
     assert bench.received(client) == b"e"
@@ -319,7 +319,7 @@ def test_shrink_under_a_send(bench: Bench) -> None:
 def test_shrink_under_the_fan_out(bench: Bench) -> None:
     """An append that is gone again by the time it is sent is sent to nobody, and to everybody once it is back."""
     clients = [bench.client(0) for _ in range(3)]
-    bench.streams.resize(4)  # as if it had been that long
+    bench.streams.set_size(4)  # as if it had been that long
     bench.streams.pump()
     assert bench.streams.shrunk
     bench.look()
@@ -333,14 +333,14 @@ def test_shrink_under_those_who_wait_for_the_disk(bench: Bench) -> None:
     bench.grow(BIG)
     in_memory = False
     bench.streams.read_ahead = ReadAhead(lambda *_: in_memory, lambda *_: None)
-    waiting = [bench.client(CHUNK) for _ in range(READERS)]
-    bench.streams.pump(budget=2 * len(BIG) * READERS)
-    bench.shrink(CHUNK // 2)
-    bench.streams.look_again()
+    waiting = [bench.client(SEND_CHUNK) for _ in range(MAX_READERS)]
+    bench.streams.pump(budget=2 * len(BIG) * MAX_READERS)
+    bench.shrink(SEND_CHUNK // 2)
+    bench.streams.retry_disk()
     bench.streams.pump()
-    late = bench.client(CHUNK // 2 - 10)
+    late = bench.client(SEND_CHUNK // 2 - 10)
     bench.streams.pump()
-    bench.streams.look_again()
+    bench.streams.retry_disk()
     in_memory = True
     bench.streams.pump()
     assert late.fd in bench.streams.caught_up
@@ -423,7 +423,7 @@ def test_remove(bench: Bench) -> None:
     bench.streams.behind.remove(blocked)
     bench.streams.blocked[blocked.fd] = blocked
     for client in (caught_up, behind, blocked):
-        client.state = State.CLOSED
+        client.state = ClientState.CLOSED
         bench.streams.remove(client)
     assert not bench.streams.blocked
     for client in (caught_up, behind, blocked):
@@ -432,7 +432,7 @@ def test_remove(bench: Bench) -> None:
     bench.streams.pump()
     assert [bench.received(client) for client in (caught_up, behind, blocked)] == [b"data", b"", b""]
     assert [caught_up.offset, behind.offset, blocked.offset] == [4, 1, 2]
-    assert bench.streams.idle() == []
+    assert bench.streams.without_work() == []
     assert not bench.streams.behind
 
 
@@ -440,9 +440,9 @@ def test_idle(bench: Bench) -> None:
     """Those who are caught up and those who are ahead have nothing to be sent; those who are behind or blocked have."""
     bench.grow(b"data")
     caught_up, behind, ahead = bench.client(4), bench.client(0), bench.client(9)
-    assert set(bench.streams.idle()) == {caught_up, ahead}
+    assert set(bench.streams.without_work()) == {caught_up, ahead}
     bench.streams.pump()
-    assert set(bench.streams.idle()) == {caught_up, ahead, behind}
+    assert set(bench.streams.without_work()) == {caught_up, ahead, behind}
     assert bench.received(behind) == b"data"
 
 
@@ -454,7 +454,7 @@ def test_memory_of_those_who_were_ahead(bench: Bench) -> None:
     for number in range(1000):
         client = Client(number, near, far.getsockname())
         bench.streams.add(client, 2**62 + number)
-        client.state = State.CLOSED
+        client.state = ClientState.CLOSED
         bench.streams.remove(client)
     assert len(bench.streams._ahead) < 100
     bench.grow(b"yz")
@@ -471,10 +471,10 @@ def test_memory_of_those_who_were_ahead(bench: Bench) -> None:
         (10, 10, 0),
         (11, 10, 0),
         (2**63 - 1, 10, 0),
-        (0, CHUNK, CHUNK),
-        (0, CHUNK + 1, CHUNK),
-        (1, CHUNK + 1, CHUNK),
-        (5, 2**62, CHUNK),
+        (0, SEND_CHUNK, SEND_CHUNK),
+        (0, SEND_CHUNK + 1, SEND_CHUNK),
+        (1, SEND_CHUNK + 1, SEND_CHUNK),
+        (5, 2**62, SEND_CHUNK),
     ],
 )
 def test_next_chunk(offset: int, size: int, count: int) -> None:

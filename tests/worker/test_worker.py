@@ -19,12 +19,12 @@ from support.sockets import readable, recv_all, recv_exactly, reset, tcp_pair, w
 from support.waiting import DEADLINE
 from support.worker_bench import Bench, working
 from tailsrv.addresses import endpoint
-from tailsrv.channel import MAX_MESSAGE, Drain, Ping, encode
+from tailsrv.channel import MAX_PACKET, Drain, Ping, encode
 from tailsrv.config import ExitStatus
 from tailsrv.inheritance import Entry
 from tailsrv.linux.sockets import discard
 from tailsrv.protocol import Start, parse_header
-from tailsrv.worker.client import Client, State
+from tailsrv.worker.client import Client, ClientState
 
 BIG = os.urandom(1 << 16) * 64  # 4 MiB: more than the buffers on loopback take
 
@@ -67,7 +67,7 @@ def test_header_in_pieces(bench: Bench) -> None:
             while len(client.sock.recv(10, socket.MSG_PEEK)) < sent:
                 pass
         bench.settle()
-        assert client.state is (State.AWAITING_HEADER if sent < 4 else State.STREAMING)
+        assert client.state is (ClientState.AWAITING_HEADER if sent < 4 else ClientState.STREAMING)
     assert bench.receive(far, 3) == b"789"
 
 
@@ -82,7 +82,7 @@ def test_junk_behind_the_newline(bench: Bench) -> None:
         bench.worker.step(0)
     append(bench.path, b"more")
     assert bench.receive(far, 6) == b"89more"
-    assert client.state is State.STREAMING
+    assert client.state is ClientState.STREAMING
 
 
 @pytest.mark.parametrize("when", ["with the header", "later", "later, with junk"])
@@ -122,7 +122,7 @@ def test_bad_header(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes,
     far, client = bench.connect(said)
     bench.settle()
     assert recv_all(far) == b""
-    assert client.state is State.CLOSED
+    assert client.state is ClientState.CLOSED
     assert client.sock.fileno() == -1
     [record] = caplog.records
     assert record.levelname.lower() == "warning"
@@ -136,7 +136,7 @@ def test_end_of_input_before_the_newline(bench: Bench, caplog: pytest.LogCapture
     far, client = bench.connect()
     far.sendall(said)
     far.shutdown(socket.SHUT_WR)
-    bench.until(lambda: client.state is State.CLOSED)
+    bench.until(lambda: client.state is ClientState.CLOSED)
     bench.settle()
     assert recv_all(far) == b""
     assert "ended" in caplog.text
@@ -153,17 +153,17 @@ def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         bench.until(lambda: readable(second.sock))
         bench.skew = 990.0
         bench.worker.step(0)
-        assert first.state is State.AWAITING_HEADER
+        assert first.state is ClientState.AWAITING_HEADER
         bench.skew = 1010.0
-        bench.until(lambda: first.state is State.CLOSED)
+        bench.until(lambda: first.state is ClientState.CLOSED)
         bench.settle()
         assert recv_all(early) == b""
-        assert second.state is State.AWAITING_HEADER
+        assert second.state is ClientState.AWAITING_HEADER
         bench.skew = 1590.0
         bench.worker.step(0)
-        assert second.state is State.AWAITING_HEADER
+        assert second.state is ClientState.AWAITING_HEADER
         bench.skew = 1610.0
-        bench.until(lambda: second.state is State.CLOSED)
+        bench.until(lambda: second.state is ClientState.CLOSED)
         bench.settle()
         assert recv_all(late) == b""
         assert caplog.text.count("no header in 1000 s") == 2
@@ -177,7 +177,7 @@ def test_no_header_timeout(bench: Bench) -> None:
     bench.skew = 1e8
     bench.worker.step(0)
     bench.worker.step(0)
-    assert client.state is State.AWAITING_HEADER
+    assert client.state is ClientState.AWAITING_HEADER
     far.sendall(b"8\n")
     assert bench.receive(far, 2) == b"89"
 
@@ -190,7 +190,7 @@ def test_out_of_descriptors(path: Path) -> None:
 import os, resource, socket, sys
 from pathlib import Path
 from support.worker_bench import working
-from tailsrv.worker.client import State
+from tailsrv.worker.client import ClientState
 with working(Path(sys.argv[1])) as bench:
     streaming, client = bench.connect(b"8\\n")
     oldest, first = bench.connect()
@@ -199,9 +199,9 @@ with working(Path(sys.argv[1])) as bench:
     spare = os.open("/", os.O_RDONLY)
     os.close(spare)
     resource.setrlimit(resource.RLIMIT_NOFILE, (spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    bench.until(lambda: second.state is State.CLOSED)
-    assert first.state is State.CLOSED
-    assert client.state is State.STREAMING
+    bench.until(lambda: second.state is ClientState.CLOSED)
+    assert first.state is ClientState.CLOSED
+    assert client.state is ClientState.STREAMING
     bench.until(lambda: len(bench.worker.clients) == 3)
     bench.settle()
     for sock in (oldest, older):
@@ -344,7 +344,7 @@ def test_file_that_was_shorter_for_a_moment(bench: Bench) -> None:
     bench.worker.streams.pump()
     assert bench.worker.streams.shrunk
     bench.path.write_bytes(b"9876543210")
-    bench.worker.lookout.look()
+    bench.worker.file_monitor.deliver_appends()
     assert bench.receive(far, 10) == b"9876543210"
 
 
@@ -360,7 +360,7 @@ def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(bench.worker.watch, "read", read_late)
     append(bench.path, b"abc")
-    bench.worker.lookout.handle_watch()
+    bench.worker.file_monitor.handle_inotify()
     assert not readable(bench.worker.loop.epoll.fileno())
     assert recv_exactly(follower, 6) == b"abcdef"
 
@@ -370,7 +370,7 @@ def test_file_that_shrank_unseen(bench: Bench) -> None:
     far, client = bench.connect(b"15\n")
     bench.settle()
     bench.reports()
-    bench.worker.streams.resize(20)  # as if it had been that long
+    bench.worker.streams.set_size(20)  # as if it had been that long
     assert client in bench.worker.streams.behind
     bench.worker.step(0)
     assert bench.worker.streams.size == 10
@@ -396,7 +396,7 @@ def test_error_with_one_client_ends_that_client_only(
     bench.settle()
     after, _ = bench.connect(b"-0\n")
     assert recv_all(poisoned) == b""
-    assert client.state is State.CLOSED
+    assert client.state is ClientState.CLOSED
     [record] = caplog.records
     assert record.levelname.lower() == "error"
     assert "poison" in record.getMessage()
@@ -419,7 +419,7 @@ def test_error_with_one_stream_ends_that_client_only(
     with monkeypatch.context() as patch:
         patch.setattr(where, poison)
         poisoned, client = bench.connect(b"0\n")
-        bench.until(lambda: client.state is State.CLOSED)
+        bench.until(lambda: client.state is ClientState.CLOSED)
     assert recv_all(poisoned) == b""
     [record] = caplog.records
     assert "client failed" in record.getMessage()
@@ -434,10 +434,10 @@ def test_error_with_one_adopted_client_ends_that_client_only(
     """The same for one of those that a new worker takes over."""
     with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
         with monkeypatch.context() as patch:
-            patch.setattr("tailsrv.worker.worker.streamed", poison)
+            patch.setattr("tailsrv.worker.worker.bytes_streamed", poison)
             bench.worker.adopt({1: Entry(near.detach(), 0)})
         bench.worker.adopt({2: Entry(healthy.detach(), 0)})
-        bench.until(lambda: not bench.worker.news.left)
+        bench.until(lambda: not bench.worker.reporter.left)
         assert far.recv(1) == b""
         assert recv_exactly(its_far, 10) == b"0123456789"
     assert "poison" in caplog.records[0].getMessage()
@@ -451,12 +451,12 @@ def test_shortage_while_adopting_ends_the_worker(bench: Bench, monkeypatch: pyte
     def refuse(_: object) -> int:
         raise error
 
-    monkeypatch.setattr("tailsrv.worker.worker.streamed", refuse)
+    monkeypatch.setattr("tailsrv.worker.worker.bytes_streamed", refuse)
     with tcp_pair() as (near, far):
         with pytest.raises(type(error)):
             bench.worker.adopt({1: Entry(near.detach(), 0)})
         assert not readable(far)
-        assert not bench.worker.news.left
+        assert not bench.worker.reporter.left
 
 
 @pytest.mark.parametrize("said", [b"x", b"-0\n"])
@@ -509,7 +509,7 @@ def test_adopted_client_that_is_none(bench: Bench) -> None:
         with pytest.raises(OSError, match="reset"):
             gone.recv(1)
         bench.worker.adopt({7: Entry(folder), 8: Entry(gone.detach(), 0)})
-        bench.until(lambda: not bench.worker.news.left)
+        bench.until(lambda: not bench.worker.reporter.left)
     assert sorted(number for report in bench.reports() for number in report.left) == [7, 8]
     assert not bench.worker.clients
 
@@ -569,7 +569,7 @@ def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
 def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
     """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
     _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
-    bench.until(lambda: client.state is State.STREAMING)
+    bench.until(lambda: client.state is ClientState.STREAMING)
     bench.skew += 2.0  # for the title
     if when == "the file grows":
         bench.until(lambda: bench.worker.loop.timeout() is None)
@@ -580,7 +580,7 @@ def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
     bench.until(lambda: (bench.worker.loop.timeout() or 0) > 20)
     bench.skew += 30.0
     bench.until(lambda: bench.worker.loop.timeout() is None)
-    assert client.state is State.STREAMING
+    assert client.state is ClientState.STREAMING
 
 
 def test_truncation_is_reported(bench: Bench) -> None:
@@ -602,7 +602,7 @@ def test_file_that_is_gone_is_reported_at_each_look(bench: Bench) -> None:
     bench.reports()
     moved = bench.path.with_name("log.1")
     bench.path.rename(moved)
-    bench.until(lambda: bench.worker.lookout.gone)
+    bench.until(lambda: bench.worker.file_monitor.gone)
     moved.chmod(0o600)
     append(moved, b"more")
     assert bench.receive(far, 4) == b"more"
@@ -620,15 +620,15 @@ def test_path_that_cannot_be_seen(path: Path) -> None:
         fresh.symlink_to("x" * 300)
         fresh.rename(link)
         bench.settle()
-        assert not bench.worker.lookout.gone
-        assert bench.worker.lookout.recheck_path in bench.worker.loop.timers
+        assert not bench.worker.file_monitor.gone
+        assert bench.worker.file_monitor.recheck_path in bench.worker.loop.timers
         fresh.symlink_to(path)
         fresh.rename(link)
         bench.skew = 2.0
-        bench.until(lambda: bench.worker.lookout.recheck_path not in bench.worker.loop.timers)
-        assert not bench.worker.lookout.gone
+        bench.until(lambda: bench.worker.file_monitor.recheck_path not in bench.worker.loop.timers)
+        assert not bench.worker.file_monitor.gone
         link.unlink()
-        bench.until(lambda: bench.worker.lookout.gone)
+        bench.until(lambda: bench.worker.file_monitor.gone)
 
 
 def test_clients_are_reported(bench: Bench) -> None:
@@ -659,16 +659,16 @@ def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> Non
                 packets += 1
     far = bench.stack.enter_context(socket.create_connection(bench.address, timeout=DEADLINE))
     far.sendall(b"8\n")
-    bench.until(lambda: bench.worker.news.starting)
+    bench.until(lambda: bench.worker.reporter.starting)
     append(bench.path, b"ab")
     assert bench.receive(follower, 2) == b"ab"
-    [(client, offset)] = bench.worker.news.starting
+    [(client, offset)] = bench.worker.reporter.starting
     assert offset == 8
     assert client.sock.recv(10, socket.MSG_PEEK) == b"8\n"
     assert not readable(far)
     assert not bench.worker.ended
     for _ in range(packets):
-        assert not bench.channel.recv(MAX_MESSAGE).strip(b"\0")
+        assert not bench.channel.recv(MAX_PACKET).strip(b"\0")
     bench.skew = 10.0
     assert bench.receive(far, 4) == b"89ab"
     assert [pair for report in bench.reports() for pair in report.started] == [(client.number, 8)]
@@ -695,7 +695,7 @@ with ExitStack() as held:
         pass
     bench = held.enter_context(working(Path("log")))
     assert "max_user_instances" in bench.worker.watch.polling, bench.worker.watch.polling
-    bench.worker.lookout.poll_file()
+    bench.worker.file_monitor.poll_file()
     far, client = bench.connect(b"-0\\n")
     for number in range(1, 4):
         append(Path("log"), b"more")
@@ -703,7 +703,7 @@ with ExitStack() as held:
         assert bench.receive(far, 4) == b"more"
     os.rename("log", "log.1")
     bench.skew = 50.0
-    bench.until(lambda: bench.worker.lookout.gone)
+    bench.until(lambda: bench.worker.file_monitor.gone)
 """
     path.parent.chmod(0o777)
     path.chmod(0o666)
@@ -800,7 +800,7 @@ def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
     with working(path) as bench:
         far, client = bench.connect(b"0\n", receive=4096)
         bench.channel.sendall(encode(Drain(bench.config.grace)))
-        bench.until(lambda: client.state is State.FINISHED)
+        bench.until(lambda: client.state is ClientState.FINISHED)
         bench.worker.step(0)
         assert list(bench.worker.clients.values()) == [client]
         far.sendall(b"stray")
@@ -846,7 +846,7 @@ def test_term_without_drain_is_like_a_crash(bench: Bench) -> None:
     signal.raise_signal(signal.SIGTERM)
     bench.worker.step(DEADLINE)
     assert bench.worker.ended
-    assert client.state is State.STREAMING
+    assert client.state is ClientState.STREAMING
     assert client.sock.fileno() == client.fd
 
 

@@ -16,7 +16,7 @@ from tailsrv.supervisor import upgrade
 from tailsrv.supervisor.supervisor import Supervisor
 
 # Faults follow one another too fast for a backoff, and soon after a rotation there are as many descriptors as before it.
-TIMING = Timing(look_interval=0.05, poll_interval=0.05, settle=0.05, fork_retry=0.05, long_life=0.0, late_interval=0.05, late_patience=0.05)
+TIMING = Timing(open_retry=0.05, poll_interval=0.05, settle=0.05, fork_retry=0.05, long_life=0.0, late_interval=0.05, late_patience=0.05)
 
 
 def hold(place: str) -> None:
@@ -36,7 +36,7 @@ def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
-    Supervisor.become_worker = holding("worker", Supervisor.become_worker)  # type: ignore[method-assign]
-    Supervisor.become_teller = holding("status", Supervisor.become_teller)  # type: ignore[method-assign]
+    Supervisor.run_worker = holding("worker", Supervisor.run_worker)  # type: ignore[method-assign]
+    Supervisor.enter_status_child = holding("status", Supervisor.enter_status_child)  # type: ignore[method-assign]
     hold("proof" if upgrade.is_check() else "main")
     sys.exit(cli.main(timing=TIMING))

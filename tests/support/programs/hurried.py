@@ -12,7 +12,7 @@ from tailsrv import main as cli
 from tailsrv.config import Timing
 
 TIMING = Timing(
-    look_interval=0.05,
+    open_retry=0.05,
     poll_interval=0.1,
     settle=0.4,
     late_interval=0.05,
