@@ -12,7 +12,8 @@ from setuptools import Command, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # a build backend does not have the project itself on its path
+# a build backend does not have the project itself on its path
+sys.path.insert(0, str(ROOT))
 
 from tailsrv import __version__, arguments  # noqa: E402 - found only now
 
@@ -25,9 +26,13 @@ PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
 )
 
 # A line of an epilog that opens a section of the manual page: `signals: TERM ...`, `exit status, as plugins have it: 0 OK ...`
-HEADED = re.compile(r"(?P<heading>protocol|signals|exit status|files|environment|examples?)(?:, (?P<remark>[^:]*))?: +(?P<text>.*)")
-ITEM = re.compile(r", (?=(?:\d|[A-Z]+) )")  # `0 ended, 1 cannot serve`, `TERM ends, HUP upgrades`: a line each
-SHOWN = re.compile(r"(?P<text>.*:)  (?P<command>\S.*)")  # a command behind a colon and two spaces
+HEADED = re.compile(
+    r"(?P<heading>protocol|signals|exit status|files|environment|examples?)(?:, (?P<remark>[^:]*))?: +(?P<text>.*)"
+)
+# `0 ended, 1 cannot serve`, `TERM ends, HUP upgrades`: a line each
+ITEM = re.compile(r", (?=(?:\d|[A-Z]+) )")
+# a command behind a colon and two spaces
+SHOWN = re.compile(r"(?P<text>.*:)  (?P<command>\S.*)")
 
 
 def sections(epilog: str) -> dict[str, list[str]]:
@@ -37,23 +42,30 @@ def sections(epilog: str) -> dict[str, list[str]]:
         headed = HEADED.fullmatch(line)
         heading = headed["heading"] if headed else heading
         remark = [headed["remark"] + ":"] if headed and headed["remark"] else []
-        found.setdefault(heading, []).append("\n".join(remark + ITEM.split(headed["text"])) if headed else line)
+        found.setdefault(heading, []).append(
+            "\n".join(remark + ITEM.split(headed["text"])) if headed else line
+        )
     return found
 
 
 def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
     """Return the manual page of a command, in man(7)."""
-    from argparse_manpage.manpage import Manpage  # late: a source distribution and an editable wheel are made without it
+    # late: a source distribution and an editable wheel are made without it
+    from argparse_manpage.manpage import Manpage
 
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the other one wraps at whatever COLUMNS is
+    # the other one wraps at whatever COLUMNS is
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     description, epilog = parser.description or "", sections(parser.epilog or "")
-    parser.description = parser.epilog = None  # what follows says them, a line each; COMMENTS would run them together
+    # what follows says them, a line each; COMMENTS would run them together
+    parser.description = parser.epilog = None
     page = Manpage(parser)
     page.description = re.split(r"[:.]", description[:1].lower() + description[1:])[0]
     page.source = f"tailsrv {__version__}"
     page.manual = "User Commands"
     # The tool's own date depends on the time zone, too.
-    page.date = time.strftime("%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))))
+    page.date = time.strftime(
+        "%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
+    )
 
     def paragraphs(texts: list[str]) -> str:
         return "\n.PP\n".join(paragraph(text) for text in texts)
@@ -61,7 +73,8 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
     def paragraph(text: str) -> str:
         if shown := SHOWN.fullmatch(text):
             return f"{paragraph(shown['text'])}\n.PP\n.RS 4\n.EX\n{paragraph(shown['command'])}\n.EE\n.RE"
-        return "\n.br\n".join(r"\&" + page.format_text(line) for line in text.splitlines())  # \&: a dot in front would be a request
+        # \&: a dot in front would be a request
+        return "\n.br\n".join(r"\&" + page.format_text(line) for line in text.splitlines())
 
     # The tool's own synopsis has hyphens that are not minus signs, and breaks between an option and its value.
     usage = re.findall(r"\[.*?\]|\S+", " ".join(page.synopsis[1:]))
@@ -71,17 +84,22 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
     for heading, lines in epilog.items():
         page.add_section(heading, "=", paragraphs(lines))
     see = [*others, "tail"]
-    page.add_section("see also", "=", ",\n".join(rf"\fB{page.format_text(name)}\fR(1)" for name in see))
-    return str(page).replace(page.date.replace("-", r"\-"), page.date, 1)  # mandoc knows a date by its plain hyphens
+    page.add_section(
+        "see also", "=", ",\n".join(rf"\fB{page.format_text(name)}\fR(1)" for name in see)
+    )
+    # mandoc knows a date by its plain hyphens
+    return str(page).replace(page.date.replace("-", r"\-"), page.date, 1)
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     """Return the script that completes a command's options and file names in that shell."""
-    import shtab  # late: a source distribution and an editable wheel are made without it
+    # late: a source distribution and an editable wheel are made without it
+    import shtab
 
     for action in parser._actions:
         if action.nargs == argparse.ONE_OR_MORE:
-            action.nargs = None  # the tool would take what comes behind for more of them
+            # the tool would take what comes behind for more of them
+            action.nargs = None
         if action.metavar == "FILE":
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
     return str(shtab.complete(parser, shell)).rstrip() + "\n"
@@ -92,7 +110,9 @@ def shared_files() -> dict[str, str]:
     names = [make().prog for make in PARSERS]
     files = {}
     for make, name in zip(PARSERS, names, strict=True):
-        files[f"share/man/man1/{name}.1"] = manual_page(make(), [other for other in names if other != name])
+        files[f"share/man/man1/{name}.1"] = manual_page(
+            make(), [other for other in names if other != name]
+        )
         files[f"share/bash-completion/completions/{name}"] = completion(make(), "bash")
         files[f"share/zsh/site-functions/_{name}"] = completion(make(), "zsh")
     return files
@@ -103,10 +123,12 @@ class BuildShared(Command):
 
     description = "make manual pages and shell completions"
     user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 - setuptools has it so
-    editable_mode = False  # set by setuptools; an editable wheel installs no data files
+    # set by setuptools; an editable wheel installs no data files
+    editable_mode = False
 
     def initialize_options(self) -> None:
-        self.build_base: str | None = None  # not said: finalize_options asks `build`
+        # not said: finalize_options asks `build`
+        self.build_base: str | None = None
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_base", "build_base"))
@@ -119,7 +141,10 @@ class BuildShared(Command):
             file = Path(self.build_base, path)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-            self.distribution.data_files = [*(self.distribution.data_files or []), (str(Path(path).parent), [str(file)])]
+            self.distribution.data_files = [
+                *(self.distribution.data_files or []),
+                (str(Path(path).parent), [str(file)]),
+            ]
 
 
 class Build(build):

@@ -69,7 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="FILE", help="the file to serve; it may come into being later")
+    parser.add_argument(
+        "path", metavar="FILE", help="the file to serve; it may come into being later"
+    )
     parser.add_argument(
         "-p", "--port", type=port,
         help="TCP port to listen on; 0: the kernel chooses one; left out or empty: the service manager passes the sockets",
@@ -130,7 +132,8 @@ def whole(text: str) -> int:
     """Return the whole number `text`; int() alone would also take `1_000` and other people's digits."""
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!r}")
-    return int(text.lstrip("0")[:20] or "0")  # enough to be too much
+    # enough to be too much
+    return int(text.lstrip("0")[:20] or "0")
 
 
 def port(text: str) -> int | None:
@@ -142,8 +145,12 @@ def network(text: str) -> Network:
     """Return the network `text`, as RFC 4632 and RFC 4291 write it: `10.0.0.0/8`, `2001:db8::/32`, or one address."""
     try:
         found = ip_network(text)
-        if isinstance(found, IPv6Network) and (found.network_address.scope_id or found.network_address.ipv4_mapped):
-            raise argparse.ArgumentTypeError(f"not a network: {text!r}; leave out %scope, and ::ffff: before an IPv4 address")
+        if isinstance(found, IPv6Network) and (
+            found.network_address.scope_id or found.network_address.ipv4_mapped
+        ):
+            raise argparse.ArgumentTypeError(
+                f"not a network: {text!r}; leave out %scope, and ::ffff: before an IPv4 address"
+            )
         return found
     except ValueError as error:
         try:
@@ -184,10 +191,21 @@ def make_health_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("-p", "--port", type=whole, help="the server on this TCP port, at whatever address")
+    which.add_argument(
+        "-p", "--port", type=whole, help="the server on this TCP port, at whatever address"
+    )
     which.add_argument("--pid", type=whole, help="the server whose supervisor has this pid")
-    parser.add_argument("--format", choices=("text", "json", "prometheus"), default="text", help="what to print (default: text)")
-    parser.add_argument("--clients", action="store_true", help="also each client: peer, slot, start, position and lag in bytes")
+    parser.add_argument(
+        "--format",
+        choices=("text", "json", "prometheus"),
+        default="text",
+        help="what to print (default: text)",
+    )
+    parser.add_argument(
+        "--clients",
+        action="store_true",
+        help="also each client: peer, slot, start, position and lag in bytes",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
@@ -195,18 +213,32 @@ def make_health_parser() -> argparse.ArgumentParser:
 class ClientExitStatus(IntEnum):
     """How `tscat` and `tssync` end; part of the interface."""
 
-    DONE = 0  # interrupted, nobody reads any more, or ended as asked
-    FAILED = 1  # no connection, no room for the output, ...
-    USAGE = 2  # the command line is wrong
-    OTHER_FILE = 3  # the remote file is not the one that we have the beginning of
+    # interrupted, nobody reads any more, or ended as asked
+    DONE = 0
+    # no connection, no room for the output, ...
+    FAILED = 1
+    # the command line is wrong
+    USAGE = 2
+    # the remote file is not the one that we have the beginning of
+    OTHER_FILE = 3
 
 
 def make_tscat_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tscat`."""
-    parser = _make_parser("tscat", "Copy a file that tailsrv serves to standard output, and what is appended to it.", TSCAT_EPILOG)
-    parser.add_argument("offset", metavar="OFFSET", nargs="?", help="where to start: N, -N or -0 (default: 0)")
-    parser.add_argument("--follow", action="store_true", help="come back after a lost connection; the default")
-    parser.add_argument("--lines", action="store_true", help="begin an offset from the end at the next whole line")
+    parser = _make_parser(
+        "tscat",
+        "Copy a file that tailsrv serves to standard output, and what is appended to it.",
+        TSCAT_EPILOG,
+    )
+    parser.add_argument(
+        "offset", metavar="OFFSET", nargs="?", help="where to start: N, -N or -0 (default: 0)"
+    )
+    parser.add_argument(
+        "--follow", action="store_true", help="come back after a lost connection; the default"
+    )
+    parser.add_argument(
+        "--lines", action="store_true", help="begin an offset from the end at the next whole line"
+    )
     _add_client_endings(parser)
     return parser
 
@@ -220,7 +252,10 @@ def make_tssync_parser() -> argparse.ArgumentParser:
         help="if FILE is no beginning of the remote file: end with status 3 (default), or move it to FILE.1, FILE.2, ... and begin again",
     )  # fmt: skip
     parser.add_argument(
-        "--fsync", type=duration, metavar="SECONDS", help="have the disk keep what came, this often (default: as the kernel does)"
+        "--fsync",
+        type=duration,
+        metavar="SECONDS",
+        help="have the disk keep what came, this often (default: as the kernel does)",
     )
     _add_client_endings(parser)
     return parser
@@ -228,9 +263,18 @@ def make_tssync_parser() -> argparse.ArgumentParser:
 
 def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     parser = Parser(
-        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("servers", metavar="HOST:PORT", nargs="+", help="where the file is served; several: replicas of the same file")
+    parser.add_argument(
+        "servers",
+        metavar="HOST:PORT",
+        nargs="+",
+        help="where the file is served; several: replicas of the same file",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
@@ -238,7 +282,10 @@ def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentP
 def _add_client_endings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="end with the first connection")
     parser.add_argument(
-        "--until-idle", type=duration, metavar="SECONDS", help="end after so long without a byte; status 1 if no server is there"
+        "--until-idle",
+        type=duration,
+        metavar="SECONDS",
+        help="end after so long without a byte; status 1 if no server is there",
     )
 
 

@@ -14,15 +14,20 @@ from itertools import chain
 
 VERSION = 2
 
-MAX_REPORTED_SOCKETS = 253  # that one packet can carry: SCM_MAX_FD of unix(7)
-MAX_REPORTED_CLIENTS = 200  # clients of one kind that one packet speaks of, so that it fits
+# that one packet can carry: SCM_MAX_FD of unix(7)
+MAX_REPORTED_SOCKETS = 253
+# clients of one kind that one packet speaks of, so that it fits
+MAX_REPORTED_CLIENTS = 200
 MAX_PACKET = 16 << 10
 
 _KIND = struct.Struct("=B4s")
 _REPORT, _DRAIN, _PING = b"rept", b"drai", b"ping"
-_COUNTS = struct.Struct("=5sHHH")  # version and kind; how many joined, started and left
-_END = struct.Struct("=5sd?")  # version and kind; the fields of Drain
-_REPORT_HEAD = _KIND.pack(VERSION, _REPORT)  # made once: one report is written for each turn with news
+# version and kind; how many joined, started and left
+_COUNTS = struct.Struct("=5sHHH")
+# version and kind; the fields of Drain
+_END = struct.Struct("=5sd?")
+# made once: one report is written for each turn with news
+_REPORT_HEAD = _KIND.pack(VERSION, _REPORT)
 
 
 class MessageError(ValueError):
@@ -34,11 +39,16 @@ class Notices:
     """What a worker has to say that is not about its clients."""
 
     ready: bool = False
-    gone: bool = False  # the path does not name the file any more
-    truncated: int | None = None  # the file's size after it
-    polling: str | None = None  # why the worker has to look at the file by the clock
-    alive: bool = False  # the answer to a ping
-    emptied: bool = False  # in a drain, all who were in its accept queues are clients now, and it has closed its listeners
+    # the path does not name the file any more
+    gone: bool = False
+    # the file's size after it
+    truncated: int | None = None
+    # why the worker has to look at the file by the clock
+    polling: str | None = None
+    # the answer to a ping
+    alive: bool = False
+    # in a drain, all who were in its accept queues are clients now, and it has closed its listeners
+    emptied: bool = False
 
 
 NO_NOTICES = Notices()
@@ -48,9 +58,12 @@ NO_NOTICES = Notices()
 class WorkerReport:
     """A worker's news of one turn, to the supervisor. What is empty, None or False has not happened."""
 
-    joined: list[int] = field(default_factory=list)  # clients that have connected
-    started: list[tuple[int, int]] = field(default_factory=list)  # clients with the offset that their stream starts from
-    left: list[int] = field(default_factory=list)  # clients that are not served any more
+    # clients that have connected
+    joined: list[int] = field(default_factory=list)
+    # clients with the offset that their stream starts from
+    started: list[tuple[int, int]] = field(default_factory=list)
+    # clients that are not served any more
+    left: list[int] = field(default_factory=list)
     notices: Notices = NO_NOTICES
 
 
@@ -58,8 +71,10 @@ class WorkerReport:
 class Drain:
     """The supervisor's order to stop accepting, to finish every stream at what is in the file now, and to end."""
 
-    grace: float  # seconds for that
-    rotating: bool = False  # a next file comes: who has not started a stream waits for it, and the old one may still grow
+    # seconds for that
+    grace: float
+    # a next file comes: who has not started a stream waits for it, and the old one may still grow
+    rotating: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +99,9 @@ def encode(message: Message) -> bytes:
 
 def _encode_notices(notices: Notices) -> bytes:
     """Return the notices that are not as by default, so that another version reads all that it knows."""
-    changed = {name: value for name, value in asdict(notices).items() if value != getattr(NO_NOTICES, name)}
+    changed = {
+        name: value for name, value in asdict(notices).items() if value != getattr(NO_NOTICES, name)
+    }
     return json.dumps(changed).encode() if changed else b""
 
 
@@ -97,7 +114,8 @@ def decode(packet: bytes) -> Message:
         if version == VERSION and kind == _DRAIN:
             return Drain(*_END.unpack(packet)[1:])
         if version == VERSION and kind == _PING:
-            _KIND.unpack(packet)  # which is all of it
+            # which is all of it
+            _KIND.unpack(packet)
             return Ping()
     except (struct.error, ValueError, TypeError, RecursionError) as error:
         raise MessageError(f"not a message: {packet[:80]!r}") from error

@@ -4,7 +4,8 @@ import mmap
 
 from tailsrv.linux.files import memory_file_with
 
-_COUNT = 8  # bytes: an aligned integer of the machine, which is stored and loaded in one piece
+# bytes: an aligned integer of the machine, which is stored and loaded in one piece
+_COUNT = 8
 
 
 class ClientLimit:

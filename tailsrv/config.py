@@ -5,10 +5,13 @@ from enum import IntEnum
 from ipaddress import IPv4Network, IPv6Network
 from math import isfinite
 
-DEFAULT_GRACE = 5.0  # seconds; service managers give a stopping service longer than that
+# seconds; service managers give a stopping service longer than that
+DEFAULT_GRACE = 5.0
 
-MAX_WORKERS = 1024  # far beyond any machine's processors; a typing slip must not become a fork bomb
-MAX_CLIENTS = 1 << 30  # more than the kernel gives a process descriptors for
+# far beyond any machine's processors; a typing slip must not become a fork bomb
+MAX_WORKERS = 1024
+# more than the kernel gives a process descriptors for
+MAX_CLIENTS = 1 << 30
 
 
 Network = IPv4Network | IPv6Network
@@ -17,10 +20,14 @@ Network = IPv4Network | IPv6Network
 class ExitStatus(IntEnum):
     """How `tailsrv` ends; part of the interface, the same in docs/using.md."""
 
-    DONE = 0  # ended as asked, or the file is gone
-    CANNOT_SERVE = 1  # port in use, file unreadable, not a regular file, ...
-    USAGE = 2  # the command line is wrong
-    CANNOT_BOOT = 3  # workers cannot start; also what a worker that cannot boot exits with
+    # ended as asked, or the file is gone
+    DONE = 0
+    # port in use, file unreadable, not a regular file, ...
+    CANNOT_SERVE = 1
+    # the command line is wrong
+    USAGE = 2
+    # workers cannot start; also what a worker that cannot boot exits with
+    CANNOT_BOOT = 3
 
 
 class ConfigError(ValueError):
@@ -95,13 +102,17 @@ class Config:
         if self.port is not None and not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
         if self.port is None and self.bind:
-            raise ConfigError("bind is for a port of our own, not for sockets that the service manager passes")
+            raise ConfigError(
+                "bind is for a port of our own, not for sockets that the service manager passes"
+            )
         if not 1 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"workers must be from 1 to {MAX_WORKERS}, not {self.workers}")
         for name, seconds in (("grace", self.grace), ("header-timeout", self.header_timeout)):
             if not (isfinite(seconds) and seconds >= 0):
                 raise ConfigError(f"{name} must be 0 or more seconds, not {seconds}")
         if not 0 <= self.max_clients <= MAX_CLIENTS:
-            raise ConfigError(f"max-clients must be from 0 to {MAX_CLIENTS}, not {self.max_clients}")
+            raise ConfigError(
+                f"max-clients must be from 0 to {MAX_CLIENTS}, not {self.max_clients}"
+            )
         if self.linger and self.follow_name:
             raise ConfigError("linger-after-file-is-gone and follow-name exclude each other")

@@ -7,18 +7,22 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-ACCEPTS_PER_TURN = 16  # at one go; any local user may ask, and must not keep us from our work
+# at one go; any local user may ask, and must not keep us from our work
+ACCEPTS_PER_TURN = 16
 PREFIX = "tailsrv:"
-CLIENTS = "/clients"  # an endpoint's second socket has this behind its name
+# an endpoint's second socket has this behind its name
+CLIENTS = "/clients"
 
 # Bytes of an endpoint in a socket's name, of the 107 that unix(7) has room for behind the NUL.
 MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(CLIENTS)
 
 # Users that there can be: the length of uid_map in user_namespaces(7) where it leaves none out.
 EVERY_USER = 0xFFFFFFFF
-OVERFLOW_UID = 65534  # of /proc/sys/kernel/overflowuid, where nobody has set it to another
+# of /proc/sys/kernel/overflowuid, where nobody has set it to another
+OVERFLOW_UID = 65534
 
-_CREDENTIALS = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7)
+# pid, uid, gid: struct ucred of unix(7)
+_CREDENTIALS = struct.Struct("iII")
 
 
 class AlreadyServedError(Exception):
@@ -31,7 +35,8 @@ class Control:
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self.sockets = sockets
         half = len(sockets) // 2
-        self.status, self.clients = sockets[:half], sockets[half:]  # who connects is told the one or the other
+        # who connects is told the one or the other
+        self.status, self.clients = sockets[:half], sockets[half:]
         self._nobody = overflow_uid()
 
     @classmethod
@@ -67,7 +72,8 @@ class Control:
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 peer, _ = sock.accept()
-            except BlockingIOError:  # nobody waits any more
+            except BlockingIOError:
+                # nobody waits any more
                 break
             except OSError as error:
                 return found, error
@@ -99,7 +105,9 @@ def describe_holder(endpoint: str) -> str:
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return pid, uid and gid of the other end of a unix socket (unix(7), SO_PEERCRED); pid 0: in no namespace of ours."""
-    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    pid, uid, gid = _CREDENTIALS.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
     return pid, uid, gid
 
 

@@ -14,7 +14,8 @@ def absolute(path: str) -> str:
     """Return `path` as somebody who works in another folder would have to write it."""
     try:
         return os.path.abspath(path)
-    except OSError:  # our own folder is gone, or getcwd(2) fails in another way
+    except OSError:
+        # our own folder is gone, or getcwd(2) fails in another way
         return path
 
 
@@ -69,7 +70,11 @@ def _sandbox(path: str) -> str | None:
     path = absolute(path)
     for folder in (*_HOMES, *_TEMPORARY):
         if path.startswith(folder + "/"):
-            setting = "ProtectHome=read-only" if folder in _HOMES else f"BindReadOnlyPaths={os.path.dirname(path)}"
+            setting = (
+                "ProtectHome=read-only"
+                if folder in _HOMES
+                else f"BindReadOnlyPaths={os.path.dirname(path)}"
+            )
             return f"the service cannot see it in {folder}, set {setting} (systemctl edit) or move the file"
     return None
 
@@ -82,7 +87,11 @@ def _permissions(path: str) -> str:
         folder = os.path.dirname(absolute(path))
         while folder not in ("/", "") and not _is_reachable(folder):
             path, folder = folder, os.path.dirname(folder)
-        return f"{folder} may not be entered" if not os.access(folder, os.X_OK) else f"{path} may not be looked at"
+        return (
+            f"{folder} may not be entered"
+            if not os.access(folder, os.X_OK)
+            else f"{path} may not be looked at"
+        )
     # Numbers, no names: a user database that is slow or down (LDAP) would stop the supervisor's loop.
     return f"it has mode {stat.S_IMODE(status.st_mode):04o}, user {status.st_uid} and group {status.st_gid}"
 

@@ -11,8 +11,10 @@ from tailsrv.linux.files import close_file
 # daemon has ended (FUSE), its disk has been pulled out. EIO is not among these, since it may pass.
 _DEAD = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN})
 
-SAMPLE = 4096  # bytes compared at the beginning of two files, and as many at the end
-CATCH_UP = 5.0  # seconds; what the kernel remembers of a file on a server is out of date for less
+# bytes compared at the beginning of two files, and as many at the end
+SAMPLE = 4096
+# seconds; what the kernel remembers of a file on a server is out of date for less
+CATCH_UP = 5.0
 
 
 class FileIdentity:
@@ -27,7 +29,8 @@ class FileIdentity:
 
     def __init__(self, file: int, path: str) -> None:
         self._file, self._path = file, path
-        self._behind: tuple[int, float] | None = None  # our size, since when, while the path's is larger
+        # our size, since when, while the path's is larger
+        self._behind: tuple[int, float] | None = None
 
     def is_gone(self, now: float) -> bool | None:
         """Tell whether the path names another file, or nothing; None if that cannot be seen yet.
@@ -62,7 +65,9 @@ class FileIdentity:
             return None
         try:
             theirs, ours = os.fstat(other).st_size, os.fstat(self._file).st_size
-            if theirs < min(size, ours) or _sample(other, min(theirs, ours)) != _sample(self._file, min(theirs, ours)):
+            if theirs < min(size, ours) or _sample(other, min(theirs, ours)) != _sample(
+                self._file, min(theirs, ours)
+            ):
                 return True
             return self._lags(theirs, ours, now)
         except OSError:

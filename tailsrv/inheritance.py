@@ -23,8 +23,11 @@ class Inheritance:
     # One open file for all workers and their successors, so that all serve the same inode; None while it is awaited.
     file: int | None
     listeners: Sequence[socket.socket]
-    shared: bool  # with all other slots
-    channel: socket.socket  # the worker's end
+    # with all other slots
+    shared: bool
+    # the worker's end
+    channel: socket.socket
     endpoints: Sequence[str]
     client_limit: ClientLimit | None
-    clients: Mapping[int, Entry]  # to be adopted
+    # to be adopted
+    clients: Mapping[int, Entry]

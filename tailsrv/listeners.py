@@ -53,16 +53,26 @@ class Address:
 
     def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
         """Return what bind(2) takes."""
-        return (self.host, port, 0, self.scope) if self.family == socket.AF_INET6 else (self.host, port)
+        return (
+            (self.host, port, 0, self.scope)
+            if self.family == socket.AF_INET6
+            else (self.host, port)
+        )
 
 
-_ALL = "*"  # the name of all addresses: a machine without IPv6 has only the first of these two
-EVERY_ADDRESS = (Address(socket.AF_INET, "0.0.0.0", name=_ALL), Address(socket.AF_INET6, "::", name=_ALL))  # noqa: S104 a server's default
+# the name of all addresses: a machine without IPv6 has only the first of these two
+_ALL = "*"
+EVERY_ADDRESS = (
+    Address(socket.AF_INET, "0.0.0.0", name=_ALL),  # noqa: S104 a server's default
+    Address(socket.AF_INET6, "::", name=_ALL),
+)
 
 
 def endpoints(bind: Sequence[str], port: int) -> list[str]:
     """Return how each address that is listened on is written, `*` for all of them."""
-    return [endpoint(host, port) for host in dict.fromkeys(host.strip("[]") for host in bind)] or [f"*:{port}"]
+    return [endpoint(host, port) for host in dict.fromkeys(host.strip("[]") for host in bind)] or [
+        f"*:{port}"
+    ]
 
 
 def resolve(bind: Sequence[str]) -> list[Address]:
@@ -82,10 +92,17 @@ def resolve(bind: Sequence[str]) -> list[Address]:
 def _look_up(host: str) -> list[Address]:
     """Return the addresses of `host`, a name or an address, each once. Raises ListenError."""
     try:
-        answers = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        answers = socket.getaddrinfo(
+            host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
     except (OSError, UnicodeError) as error:
-        raise ListenError(f"no such address: {host} ({getattr(error, 'strerror', None) or error})") from error
-    found = (Address(family, str(sockaddr[0]), int(sockaddr[3]) if len(sockaddr) > 3 else 0) for family, _, _, _, sockaddr in answers)
+        raise ListenError(
+            f"no such address: {host} ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    found = (
+        Address(family, str(sockaddr[0]), int(sockaddr[3]) if len(sockaddr) > 3 else 0)
+        for family, _, _, _, sockaddr in answers
+    )
     return list(dict.fromkeys(found))
 
 
@@ -96,17 +113,24 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
     those that this machine does not have are left out, with a warning. Raises ListenError.
     """
     addresses = resolve(bind)
-    with ExitStack() as unfit:  # held until one fits, so that the kernel does not choose the same port again
+    # held until one fits, so that the kernel does not choose the same port again
+    with ExitStack() as unfit:
         for tries_left in reversed(range(PORT_TRIES)):
             if firsts := _listen_at_all(addresses, port, unfit if tries_left else None):
                 break
-    _warn_of_missing([address for address in addresses if address not in firsts and address.name != _ALL])
+    _warn_of_missing(
+        [address for address in addresses if address not in firsts and address.name != _ALL]
+    )
     port = next(iter(firsts.values())).getsockname()[1]
-    siblings = ([_listen(address, port, exclusive=False) for address in firsts] for _ in range(slots - 1))
+    siblings = (
+        [_listen(address, port, exclusive=False) for address in firsts] for _ in range(slots - 1)
+    )
     return [list(firsts.values()), *siblings]
 
 
-def _listen_at_all(addresses: Sequence[Address], port: int, unfit: ExitStack | None) -> dict[Address, socket.socket]:
+def _listen_at_all(
+    addresses: Sequence[Address], port: int, unfit: ExitStack | None
+) -> dict[Address, socket.socket]:
     """Return an exclusive listener for each address that there is.
 
     Where the kernel's choice of a port for one is taken at another, return none, and put them into `unfit` if there is such.
@@ -135,7 +159,9 @@ def _listen_at_all(addresses: Sequence[Address], port: int, unfit: ExitStack | N
 
 
 def _refused(address: Address, port: int, error: OSError) -> ListenError:
-    return ListenError(f"cannot listen on {endpoint(address.host, port)}: {cannot_bind(error, port)}")
+    return ListenError(
+        f"cannot listen on {endpoint(address.host, port)}: {cannot_bind(error, port)}"
+    )
 
 
 def _warn_of_missing(addresses: Iterable[Address]) -> None:
@@ -143,7 +169,9 @@ def _warn_of_missing(addresses: Iterable[Address]) -> None:
         logger.warning(
             "this machine does not have one of the addresses of a name, clients cannot connect to it: %s",
             fields(
-                name=address.name, address=address.host, hint="name the address that is meant with --bind, or see to it that it is there"
+                name=address.name,
+                address=address.host,
+                hint="name the address that is meant with --bind, or see to it that it is there",
             ),
         )
 
@@ -153,7 +181,9 @@ def take_listeners(passed: Sequence[int]) -> list[socket.socket]:
     return [_take_listener(fd) for fd in passed]
 
 
-def assign(listeners: Sequence[socket.socket], slots: int) -> tuple[list[list[socket.socket]], bool]:
+def assign(
+    listeners: Sequence[socket.socket], slots: int
+) -> tuple[list[list[socket.socket]], bool]:
     """Return the listeners of each slot, and whether all slots share them.
 
     As many as there are slots, all at one address (SO_REUSEPORT), are used one each; otherwise each slot gets a copy of all.
@@ -162,7 +192,8 @@ def assign(listeners: Sequence[socket.socket], slots: int) -> tuple[list[list[so
         return [[sock] for sock in listeners], False
     if slots == 1:
         return [list(listeners)], False
-    copies = [[sock.dup() for sock in listeners] for _ in range(slots)]  # each slot's own, to keep and to close
+    # each slot's own, to keep and to close
+    copies = [[sock.dup() for sock in listeners] for _ in range(slots)]
     for sock in listeners:
         sock.close()
     return copies, True
@@ -173,11 +204,21 @@ def _take_listener(fd: int) -> socket.socket:
         sock = socket.socket(fileno=fd)
         listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
-        raise ListenError(f"descriptor {fd}, passed by the service manager, is no socket: {os.strerror(error.errno or 0)}") from error
-    if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6) or not listens:
-        raise ListenError(f"descriptor {fd}, passed by the service manager, is no listening TCP socket; use ListenStream=PORT")
+        raise ListenError(
+            f"descriptor {fd}, passed by the service manager, is no socket: {os.strerror(error.errno or 0)}"
+        ) from error
+    if (
+        sock.type != socket.SOCK_STREAM
+        or sock.family not in (socket.AF_INET, socket.AF_INET6)
+        or not listens
+    ):
+        raise ListenError(
+            f"descriptor {fd}, passed by the service manager, is no listening TCP socket; use ListenStream=PORT"
+        )
     if (other := _other_protocol(sock)) is not None:
-        raise ListenError(f"descriptor {fd}, passed by the service manager, is no TCP socket but {other}; use SocketProtocol=tcp")
+        raise ListenError(
+            f"descriptor {fd}, passed by the service manager, is no TCP socket but {other}; use SocketProtocol=tcp"
+        )
     _set_options(sock)
     _forbid_fast_open(sock)
     return sock
@@ -194,7 +235,10 @@ def _other_protocol(sock: socket.socket) -> str | None:
 def names_of(listeners: Sequence[socket.socket]) -> list[str]:
     """Return how the addresses of `listeners` are written, each once, `*` for all of the machine's."""
     names = (sock.getsockname()[:2] for sock in listeners)
-    return list(dict.fromkeys(endpoint("*" if host in ("0.0.0.0", "::") else host, port) for host, port in names))  # noqa: S104
+    every = {address.host for address in EVERY_ADDRESS}
+    return list(
+        dict.fromkeys(endpoint("*" if host in every else host, port) for host, port in names)
+    )
 
 
 _NO_SUCH_ADDRESS = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
@@ -212,7 +256,8 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
             raise ListenError(
                 f"the kernel gives us {other} sockets instead of TCP; start without mptcpize, or exempt us from its BPF program"
             )
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
+        # a restart need not wait for TIME_WAIT
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if not exclusive:

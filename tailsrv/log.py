@@ -11,15 +11,24 @@ from tailsrv.linux.standard_error import open_output
 
 logger = logging.getLogger("tailsrv")
 
-_PACKAGE = os.path.join(os.path.dirname(__file__), "")  # the folder of all our modules, also of those in folders of their own
+# the folder of all our modules, also of those in folders of their own
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 # sd-daemon(3): the journal takes a line's priority from its first characters.
-_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_PRIORITIES = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
 
 
 def fields(**values: object) -> str:
     """Return `key=value ...`; a value that would break the line or the fields is quoted."""
-    return " ".join(f"{key}={printable(str(value))}" for key, value in values.items() if value is not None)
+    return " ".join(
+        f"{key}={printable(str(value))}" for key, value in values.items() if value is not None
+    )
 
 
 def printable(text: str) -> str:
@@ -29,7 +38,11 @@ def printable(text: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """Return the fields that say what the kernel has refused us, and where in our code; a traceback is for our own mistakes."""
-    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(_PACKAGE)]
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith(_PACKAGE)
+    ]
     place = f"{ours[-1].filename.removeprefix(_PACKAGE)}:{ours[-1].lineno}" if ours else None
     return fields(reason=str(error) or "out of memory", at=place)
 
@@ -38,7 +51,11 @@ class Formatter(logging.Formatter):
     """One line a record: with a priority for the journal, which adds time and name itself, or with these."""
 
     def __init__(self, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s tailsrv[%(process)d] %(levelname)s: %(message)s")
+        super().__init__(
+            "%(message)s"
+            if journal
+            else "%(asctime)s tailsrv[%(process)d] %(levelname)s: %(message)s"
+        )
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
@@ -61,7 +78,8 @@ class Handler(logging.Handler):
         try:
             self._write((self.format(record) + "\n").encode(errors="backslashreplace"))
         except OSError:
-            pass  # nobody is left to tell
+            # nobody is left to tell
+            pass
 
 
 def set_up(verbosity: int) -> None:
@@ -83,17 +101,25 @@ def set_up(verbosity: int) -> None:
         logging.addLevelName(level, logging.getLevelName(level).lower())
 
 
-def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     logger.critical("cannot go on: %s", fields(reason=repr(error)), exc_info=(kind, error, trace))
 
 
 def _log_unraisable(fault: "sys.UnraisableHookArgs") -> None:
-    logger.error("fault while an object was destroyed: %s", fields(reason=repr(fault.exc_value), object=repr(fault.object)))
+    logger.error(
+        "fault while an object was destroyed: %s",
+        fields(reason=repr(fault.exc_value), object=repr(fault.object)),
+    )
 
 
 def _is_journal(status: os.stat_result | None) -> bool:
     """Tell whether standard error is the journal's socket, as systemd.exec(5) says how to ($JOURNAL_STREAM)."""
-    return status is not None and os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return (
+        status is not None
+        and os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    )
 
 
 class RateLimited:
@@ -109,7 +135,9 @@ class RateLimited:
             return
         held_back = self._allowance.ask(time.monotonic())
         if held_back is not None:
-            logger.log(self._level, "%s: %s", message, fields(**values, suppressed=held_back or None))
+            logger.log(
+                self._level, "%s: %s", message, fields(**values, suppressed=held_back or None)
+            )
 
 
 class RateLimit:

@@ -3,8 +3,10 @@
 import re
 from dataclasses import dataclass
 
-MAX_HEADER = 32  # bytes before the newline: 20 hold any signed 64-bit number, the rest is slack for blanks
-PEEK = MAX_HEADER + 1  # with the newline; whoever has this many bytes knows whether the header is good
+# bytes before the newline: 20 hold any signed 64-bit number, the rest is slack for blanks
+MAX_HEADER = 32
+# with the newline; whoever has this many bytes knows whether the header is good
+PEEK = MAX_HEADER + 1
 _INT64_MAX = 2**63 - 1
 
 # int() alone would also take b"1_000" and other people's digits
@@ -38,7 +40,11 @@ def parse_header(received: bytes, ended: bool = False) -> Start | None:
         if len(received) > MAX_HEADER:
             raise HeaderError("header too long")
         if ended:
-            raise HeaderError("input ended before the header's newline" if received else "input ended without a header")
+            raise HeaderError(
+                "input ended before the header's newline"
+                if received
+                else "input ended without a header"
+            )
         return None
     if not (match := _HEADER.fullmatch(line)):
         raise HeaderError(f"not a number: {line!r}")

@@ -15,11 +15,15 @@ class ServedFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.file: int | None = None
-        self.gone = False  # the path does not name it any more
-        self.polling: str | None = None  # why the workers look at it by the clock
-        self.open_error = ""  # why the next one of this name cannot be opened
+        # the path does not name it any more
+        self.gone = False
+        # why the workers look at it by the clock
+        self.polling: str | None = None
+        # why the next one of this name cannot be opened
+        self.open_error = ""
         self._identity: FileIdentity | None = None
-        self._leased = False  # and the log says so
+        # and the log says so
+        self._leased = False
 
     def open(self) -> bool:
         """Open the file if there is one, and tell whether it is open. Raises CannotServeError."""
@@ -57,7 +61,12 @@ class ServedFile:
 
     def describe(self) -> dict[str, object]:
         """Return what the status says of the file."""
-        return {"path": absolute(self.path), "gone": self.gone, "error": self.open_error or None, "size": self.size()}
+        return {
+            "path": absolute(self.path),
+            "gone": self.gone,
+            "error": self.open_error or None,
+            "size": self.size(),
+        }
 
 
 class CannotServeError(Exception):
@@ -82,7 +91,8 @@ def try_to_open(path: str) -> int | None:
     Raises CannotServeError, and LeasedError where that will pass: Samba and nfsd take leases.
     """
     try:
-        _check_regular(os.stat(path))  # before open(2), which would wait at a FIFO or rewind a tape
+        # before open(2), which would wait at a FIFO or rewind a tape
+        _check_regular(os.stat(path))
         file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
@@ -114,7 +124,9 @@ def _try_sendfile(file: int) -> None:
             os.sendfile(sink.fileno(), file, 0, 1)
             os.lseek(file, 0, os.SEEK_END)
         except OSError as error:
-            raise CannotServeError(f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}") from error
+            raise CannotServeError(
+                f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}"
+            ) from error
 
 
 def size_of(file: int) -> int | None:

@@ -11,8 +11,10 @@ from tailsrv.config import MAX_WORKERS
 # What is larger is no figure or text of ours. An answer can be anybody's: it must not be one that
 # takes long to work with, that fills a screen, or that is too large for whoever is asked with it.
 MAX_INTEGER = (1 << 63) - 1
-MAX_PID = 1 << 22  # see proc_sys_kernel(5), pid_max
-MAX_TEXT = 1 << 14  # characters; a path has at most 4096 bytes, PATH_MAX of open(2)
+# see proc_sys_kernel(5), pid_max
+MAX_PID = 1 << 22
+# characters; a path has at most 4096 bytes, PATH_MAX of open(2)
+MAX_TEXT = 1 << 14
 
 Read = TypeVar("Read")
 
@@ -108,7 +110,8 @@ def _decode(answer: bytes, read: Callable[[Any], Read]) -> Read:
         return read(json.loads(answer))
     except KeyError as error:
         raise AnswerError(f"the answer has no {error}") from error
-    except (ValueError, TypeError, RecursionError) as error:  # ValueError: also JSON's own errors, and text that is not UTF-8
+    except (ValueError, TypeError, RecursionError) as error:
+        # ValueError: also JSON's own errors, and text that is not UTF-8
         raise AnswerError(f"the answer is not to be understood: {str(error)[:200]!a}") from error
 
 
@@ -182,7 +185,8 @@ def _maybe(read: Callable[[Any], Read], value: Any) -> Read | None:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_INTEGER:  # a bool would be an int, too
+    # a bool would be an int, too
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
         raise TypeError(f"not a count: {reprlib.repr(value)}")
     return value
 

@@ -6,9 +6,12 @@ from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
 from tailsrv.formatting import counted
 
 
-def supervisor_title(endpoints: Sequence[str], path: str, state: str, workers: int, clients: int) -> str:
+def supervisor_title(
+    endpoints: Sequence[str], path: str, state: str, workers: int, clients: int
+) -> str:
     """Return the supervisor's title; `state` is empty, `starting`, `waiting for file`, `rotating` or `draining`."""
-    name = path if path.isprintable() else ascii(path)  # a title is one line of decodable text
+    # a title is one line of decodable text
+    name = path if path.isprintable() else ascii(path)
     return f"tailsrv: supervisor {','.join(endpoints)} {name} [{service_status(state, workers, clients)}]"
 
 

@@ -27,9 +27,12 @@ for number in (signal.SIGHUP, signal.SIGQUIT):
 # The tests start more than a thousand Pythons. If those may not leave compiled modules beside the sources, they share
 # a folder for them while the tests run: to compile the program anew takes each of them longer than most tests.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="tailsrv-compiled-")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(
+        prefix="tailsrv-compiled-"
+    )
     sys.dont_write_bytecode = False
-    os.chmod(sys.pycache_prefix, 0o755)  # some of them run as another user
+    # some of them run as another user
+    os.chmod(sys.pycache_prefix, 0o755)
     atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
@@ -46,7 +49,11 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         started: list[Server] = []
 
         def start(
-            path: str | bytes | Path, *options: str, status: int = 0, wrapper: Sequence[str] = (), program: Sequence[str] = TAILSRV
+            path: str | bytes | Path,
+            *options: str,
+            status: int = 0,
+            wrapper: Sequence[str] = (),
+            program: Sequence[str] = TAILSRV,
         ) -> Server:
             command = [*wrapper, *program, "-p", "0", *options, path]
             server = Server(command, tmp_path / f"stderr-{len(started)}", status)

@@ -37,29 +37,59 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     processors = len(os.sched_getaffinity(0))
     parser = Parser(
-        prog="bench", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="bench",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="one round, less work: under a minute")
-    parser.add_argument("--rounds", type=whole, metavar="N", help="rounds, of which the median counts (default: 3; 1 with --quick)")
     parser.add_argument(
-        "--only", metavar="NAME,...", help="scenarios by name or family, `replay-8` or `replay`; `crowd` is run only if named here"
+        "--rounds",
+        type=whole,
+        metavar="N",
+        help="rounds, of which the median counts (default: 3; 1 with --quick)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="NAME,...",
+        help="scenarios by name or family, `replay-8` or `replay`; `crowd` is run only if named here",
     )
     parser.add_argument(
         "--workers", type=whole, default=processors, metavar="N",
         help=f"tailsrv with 1, 2, 4, ... up to N workers (default: {processors}, the processors); 0: without tailsrv",
     )  # fmt: skip
     parser.add_argument(
-        "--server", action="append", default=[], type=other, metavar="NAME=COMMAND", help="one more server, may be repeated"
+        "--server",
+        action="append",
+        default=[],
+        type=other,
+        metavar="NAME=COMMAND",
+        help="one more server, may be repeated",
     )
     parser.add_argument("--no-socat", action="store_true", help="leave out socat with tail -f")
-    parser.add_argument("--no-bare", action="store_true", help="do not measure what the load generator can measure at all")
-    parser.add_argument("--clients", type=whole, default=20_000, metavar="N", help="clients of the scenario crowd (default: %(default)s)")
+    parser.add_argument(
+        "--no-bare",
+        action="store_true",
+        help="do not measure what the load generator can measure at all",
+    )
+    parser.add_argument(
+        "--clients",
+        type=whole,
+        default=20_000,
+        metavar="N",
+        help="clients of the scenario crowd (default: %(default)s)",
+    )
     parser.add_argument(
         "--threads", type=whole, default=max(1, processors // 2), metavar="N",
         help="threads that play the clients (default: %(default)s, half of the processors)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, default=Path("bench-results"), metavar="FOLDER", help="where results go (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("bench-results"),
+        metavar="FOLDER",
+        help="where results go (default: %(default)s)",
     )
     return parser
 
@@ -75,7 +105,9 @@ def other(text: str) -> Server:
     """Return the server that `NAME=COMMAND` describes."""
     name, _, command = text.partition("=")
     if not name or "{port}" not in command or "{file}" not in command:
-        raise argparse.ArgumentTypeError(f"not NAME=COMMAND with {{port}} and {{file}} in it: {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"not NAME=COMMAND with {{port}} and {{file}} in it: {text!r}"
+        )
     return Server(name, command)
 
 
@@ -88,13 +120,17 @@ def choose_scenarios(parser: Parser, args: argparse.Namespace) -> list[Scenario]
     wanted = args.only.split(",")
     for name in wanted:
         if not any(name in (scenario.name, scenario.family) for scenario in found):
-            parser.error(f"no scenario {name!r}; there are {', '.join(scenario.name for scenario in found)}")
+            parser.error(
+                f"no scenario {name!r}; there are {', '.join(scenario.name for scenario in found)}"
+            )
     return [scenario for scenario in found if scenario.name in wanted or scenario.family in wanted]
 
 
 def choose_servers(args: argparse.Namespace) -> list[Server]:
     """Return the servers, the first of which is what the others are compared with."""
-    counts = [1 << power for power in range(args.workers.bit_length()) if 1 << power < args.workers] + [args.workers] * bool(args.workers)
+    counts = [
+        1 << power for power in range(args.workers.bit_length()) if 1 << power < args.workers
+    ] + [args.workers] * bool(args.workers)
     found = [*map(servers.tailsrv, counts), *args.server]
     if not args.no_socat and (socat := servers.socat()) is not None:
         found.append(socat)
@@ -115,32 +151,48 @@ class Progress:
         if self._terminal:
             done = 20 * self._done // self._total
             line = f"[{'#' * done}{'.' * (20 - done)}] {self._done}/{self._total} {what}"
-            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def end(self, what: str, outcome: str) -> None:
         """Say what came of it."""
         self._done += 1
         start = "\r\033[K" if self._terminal else ""
-        print(f"{start}{self._done:>3}/{self._total} {what}: {outcome}", file=sys.stderr, flush=True)
+        print(
+            f"{start}{self._done:>3}/{self._total} {what}: {outcome}", file=sys.stderr, flush=True
+        )
 
 
 def measure_all(results: Results, generator: Generator, rounds: int, threads: int) -> None:
     """Measure each scenario in rounds of all servers, so that a drift of the machine's speed falls on all alike."""
-    able = [[server for server in results.servers if not results.cell(scenario, server).skipped] for scenario in results.scenarios]
+    able = [
+        [server for server in results.servers if not results.cell(scenario, server).skipped]
+        for scenario in results.scenarios
+    ]
     progress = Progress(rounds * sum(map(len, able)))
     for scenario, those in zip(results.scenarios, able, strict=True):
         for turn in range(1, rounds + 1):
             for server in those:
                 what = f"{scenario.name}, round {turn} of {rounds}, {server.name}"
                 progress.begin(what)
-                progress.end(what, _measure(results.cell(scenario, server), scenario, server, generator, threads))
+                progress.end(
+                    what,
+                    _measure(results.cell(scenario, server), scenario, server, generator, threads),
+                )
 
 
-def _measure(cell: Cell, scenario: Scenario, server: Server, generator: Generator, threads: int) -> str:
+def _measure(
+    cell: Cell, scenario: Scenario, server: Server, generator: Generator, threads: int
+) -> str:
     """Note what one round of a server brings, and say it."""
     try:
         figures = scenario.run(server, generator, threads)
-    except (LoadError, ServerError, OSError) as error:  # what a server cannot do is a finding, and the others go on
+    except (LoadError, ServerError, OSError) as error:
+        # what a server cannot do is a finding, and the others go on
         cell.failed = str(error)
         return f"failed: {error}"
     cell.rounds.append(figures)
@@ -149,7 +201,12 @@ def _measure(cell: Cell, scenario: Scenario, server: Server, generator: Generato
 
 def run(scenarios: list[Scenario], found: list[Server], args: argparse.Namespace) -> int:
     """Measure, write what there is even when interrupted, and return the exit status."""
-    settings = {"rounds": args.rounds, "quick": args.quick, "threads": args.threads, "descriptors": raise_descriptor_limit()}
+    settings = {
+        "rounds": args.rounds,
+        "quick": args.quick,
+        "threads": args.threads,
+        "descriptors": raise_descriptor_limit(),
+    }
     results = Results(scenarios, found, processes.describe_machine(), settings)
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="tailsrv-bench-") as folder:
@@ -174,7 +231,8 @@ def raise_descriptor_limit() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return its exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the server that is being measured would be left behind
+    # or the server that is being measured would be left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = make_parser()
     args = parser.parse_args(argv)
     scenarios = choose_scenarios(parser, args)

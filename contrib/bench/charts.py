@@ -9,7 +9,8 @@ from itertools import cycle
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 84, 24, 84, 56  # around the plot
+# around the plot
+LEFT, RIGHT, TOP, BOTTOM = 84, 24, 84, 56
 
 # No background, and colours of middling lightness: they can be read on white and on black alike.
 COLOURS = ("#2f81f7", "#e5534b", "#3fa34d", "#b87ae0", "#d08a1d", "#1fa3a3")
@@ -66,7 +67,9 @@ def draw(title: str, subtitle: str, x: Axis, y: Axis, series: Series) -> str:
         *_legend(series),
     ]
     for (name, points), colour in zip(series.items(), cycle(COLOURS), strict=False):
-        parts += _line(name, [(_across(x, first), _down(y, second)) for first, second in points], colour)
+        parts += _line(
+            name, [(_across(x, first), _down(y, second)) for first, second in points], colour
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -37,13 +37,19 @@ class Generator:
         except OSError as error:
             raise LoadError(f"cannot run the C compiler {compiler}: {error.strerror}") from None
         except subprocess.CalledProcessError as error:
-            raise LoadError(f"cannot compile {SOURCE.name}: {(error.stderr.strip() or 'no reason given').splitlines()[0]}") from None
+            raise LoadError(
+                f"cannot compile {SOURCE.name}: {(error.stderr.strip() or 'no reason given').splitlines()[0]}"
+            ) from None
 
     def make(self, size: int) -> None:
         """Make the file `size` bytes long."""
-        done = subprocess.run([self.program, "make", "-f", self.file, "-b", str(size)], capture_output=True, text=True)
+        done = subprocess.run(
+            [self.program, "make", "-f", self.file, "-b", str(size)], capture_output=True, text=True
+        )
         if done.returncode:
-            raise LoadError(_error(done.stdout) or f"the file cannot be made: status {done.returncode}")
+            raise LoadError(
+                _error(done.stdout) or f"the file cannot be made: status {done.returncode}"
+            )
 
     def start(self, mode: str, *arguments: object) -> "Clients":
         """Return the clients of the scenario `mode`, as load.c explains it."""
@@ -54,7 +60,9 @@ class Clients:
     """The running generator. Use it in a `with` statement, at the end of which all connections are closed."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ready(self) -> Numbers:
         """Wait until all are connected, and return how that went."""
@@ -68,7 +76,8 @@ class Clients:
             stdin.write("\n")
             stdin.flush()
         except BrokenPipeError:
-            pass  # it has failed while it waited: the next line says why
+            # it has failed while it waited: the next line says why
+            pass
         return self._expect("result")
 
     def _expect(self, key: str) -> Numbers:
@@ -85,7 +94,12 @@ class Clients:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.communicate()
 

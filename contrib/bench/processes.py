@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 PROC = Path("/proc")
-KERNEL = ("Slab", "KernelStack", "PageTables")  # of /proc/meminfo: sockets, descriptors, and what processes take beside their own
+# of /proc/meminfo: sockets, descriptors, and what processes take beside their own
+KERNEL = ("Slab", "KernelStack", "PageTables")
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,14 @@ class Look:
     """What a server had used at one moment, all its processes together, and the whole kernel."""
 
     pids: frozenset[int]
-    cpu: float  # seconds
-    pss: int  # KiB
-    kernel: int  # KiB, of both ends of the connections: they are on one machine
-    sockets: int  # KiB, the same: what TCP counts as memory of its queues
+    # seconds
+    cpu: float
+    # KiB
+    pss: int
+    # KiB, of both ends of the connections: they are on one machine
+    kernel: int
+    # KiB, the same: what TCP counts as memory of its queues
+    sockets: int
 
 
 def look(pids: Iterable[int]) -> Look:
@@ -67,7 +72,8 @@ def _revision() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""  # not a repository, or no git
+        # not a repository, or no git
+        return ""
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -82,7 +88,8 @@ def _cpu_seconds(pid: int) -> float:
 def _tasks(pid: int) -> list[Path]:
     try:
         return list((PROC / str(pid) / "task").iterdir())
-    except OSError:  # it has ended
+    except OSError:
+        # it has ended
         return []
 
 
@@ -111,5 +118,6 @@ def _field(path: Path, name: str) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except OSError:  # a process that has ended, or is not ours
+    except OSError:
+        # a process that has ended, or is not ours
         return ""

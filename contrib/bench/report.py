@@ -11,7 +11,8 @@ from generator import Numbers
 from scenarios import FIGURES, Scenario
 from servers import Server
 
-Show = Callable[[Scenario, Server, str], str]  # what a table says for that server and figure
+# what a table says for that server and figure
+Show = Callable[[Scenario, Server, str], str]
 NOTHING = "-"
 HEADROOM = (
     "Ratios to threads of the load generator that do nothing but send, as many as the server has workers: "
@@ -33,16 +34,28 @@ class Cell:
         """The median of each figure; nothing if a round failed."""
         if self.failed or not self.rounds:
             return {}
-        return {key: statistics.median(figures[key] for figures in self.rounds) for key in self.rounds[0]}
+        return {
+            key: statistics.median(figures[key] for figures in self.rounds)
+            for key in self.rounds[0]
+        }
 
 
 class Results:
     """All that was measured, by scenario and server."""
 
-    def __init__(self, scenarios: Sequence[Scenario], servers: Sequence[Server], machine: dict[str, object], settings: dict[str, object]):
+    def __init__(
+        self,
+        scenarios: Sequence[Scenario],
+        servers: Sequence[Server],
+        machine: dict[str, object],
+        settings: dict[str, object],
+    ):
         self.scenarios, self.servers = scenarios, servers
         self.machine, self.settings = machine, settings
-        self.cells = {scenario.name: {server.name: _cell(scenario, server) for server in servers} for scenario in scenarios}
+        self.cells = {
+            scenario.name: {server.name: _cell(scenario, server) for server in servers}
+            for scenario in scenarios
+        }
 
     def cell(self, scenario: Scenario, server: Server) -> Cell:
         """Return what is known of `server` in `scenario`."""
@@ -51,7 +64,10 @@ class Results:
     def failures(self) -> list[str]:
         """Return a line for each server that did not do what it should have done."""
         return [
-            f"{scenario}: {server}: {cell.failed}" for scenario, row in self.cells.items() for server, cell in row.items() if cell.failed
+            f"{scenario}: {server}: {cell.failed}"
+            for scenario, row in self.cells.items()
+            for server, cell in row.items()
+            if cell.failed
         ]
 
     def write(self, folder: Path) -> None:
@@ -65,7 +81,9 @@ class Results:
     def as_json(self) -> dict[str, object]:
         """Return everything, each round of it."""
         cells = {
-            scenario: {server: {**vars(cell), "medians": cell.medians} for server, cell in row.items()}
+            scenario: {
+                server: {**vars(cell), "medians": cell.medians} for server, cell in row.items()
+            }
             for scenario, row in self.cells.items()
         }
         return {
@@ -86,7 +104,10 @@ def _cell(scenario: Scenario, server: Server) -> Cell:
 
 def brief(figures: Numbers) -> str:
     """Return figures on one line."""
-    return ", ".join(f"{_number(value)} {FIGURES[key].unit} {FIGURES[key].label}".replace("  ", " ") for key, value in figures.items())
+    return ", ".join(
+        f"{_number(value)} {FIGURES[key].unit} {FIGURES[key].label}".replace("  ", " ")
+        for key, value in figures.items()
+    )
 
 
 def _markdown(results: Results) -> Iterator[str]:
@@ -98,8 +119,14 @@ def _markdown(results: Results) -> Iterator[str]:
         f"Medians of {results.settings['rounds']} interleaved rounds."
     )
     if tables.servers:
-        yield from tables.section(f"Ratios to {tables.servers[0].name}", "Rates are turned round: below 1 is better.", tables.ratio)
-        yield from tables.section("Figures", "What they mean is in contrib/bench/README.md.", tables.figure)
+        yield from tables.section(
+            f"Ratios to {tables.servers[0].name}",
+            "Rates are turned round: below 1 is better.",
+            tables.ratio,
+        )
+        yield from tables.section(
+            "Figures", "What they mean is in contrib/bench/README.md.", tables.figure
+        )
         yield from tables.section("Headroom of the load generator", HEADROOM, tables.headroom)
     yield from _remarks(results)
 
@@ -116,21 +143,28 @@ class Tables:
         """Yield a table with its heading, `show` giving the cells; nothing if they are all empty."""
         if rows := list(self._rows(show)):
             yield from ("", f"## {title}", "", remark, "")
-            yield "| scenario | figure | " + " | ".join(server.name for server in self.servers) + " |"
+            yield (
+                "| scenario | figure | " + " | ".join(server.name for server in self.servers) + " |"
+            )
             yield "| --- | --- |" + " ---: |" * len(self.servers)
             yield from rows
 
     def ratio(self, scenario: Scenario, server: Server, key: str) -> str:
         """Say how much worse than the first server's a figure is."""
         figure = FIGURES[key]
-        if figure.of_load or not figure.unit:  # a count says how much was done, not how well
+        # a count says how much was done, not how well
+        if figure.of_load or not figure.unit:
             return NOTHING
         return self._ratio(scenario, server, self.servers[0], key)
 
     def figure(self, scenario: Scenario, server: Server, key: str) -> str:
         """Say the figure itself."""
         found = self._value(scenario, server, key)
-        return NOTHING if found is None or FIGURES[key].of_load else f"{_number(found)} {FIGURES[key].unit}".rstrip()
+        return (
+            NOTHING
+            if found is None or FIGURES[key].of_load
+            else f"{_number(found)} {FIGURES[key].unit}".rstrip()
+        )
 
     def headroom(self, scenario: Scenario, server: Server, key: str) -> str:
         """Say how far a figure is from the bare sender's, and how busy the load generator was."""
@@ -143,7 +177,10 @@ class Tables:
         return self.results.cell(scenario, server).medians.get(key)
 
     def _ratio(self, scenario: Scenario, server: Server, base: Server, key: str) -> str:
-        ours, theirs = self._value(scenario, server, key) or 0, self._value(scenario, base, key) or 0
+        ours, theirs = (
+            self._value(scenario, server, key) or 0,
+            self._value(scenario, base, key) or 0,
+        )
         if ours <= 0 or theirs <= 0:
             return NOTHING
         return f"{ours / theirs if FIGURES[key].lower_is_better else theirs / ours:.2f}"
@@ -173,7 +210,9 @@ def _remarks(results: Results) -> Iterator[str]:
             elif cell.failed:
                 remarks.append(f"- {scenario.name}: {server.name}: **failed**, {cell.failed}.")
             elif cell.clients < scenario.clients:
-                remarks.append(f"- {scenario.name}: {server.name}: {cell.clients} clients, not {scenario.clients}.")
+                remarks.append(
+                    f"- {scenario.name}: {server.name}: {cell.clients} clients, not {scenario.clients}."
+                )
     if remarks:
         yield from ("", "## Remarks", "", *remarks)
 
@@ -194,9 +233,28 @@ class Chart:
 
 
 BY_CLIENTS = (
-    Chart("latency.svg", "Latency: append to arrival at the last client", "microseconds, median; lower is better", "fanout", "last_p50"),
-    Chart("throughput.svg", "Throughput: clients that replay", "MB/s, all together; higher is better", "replay", "throughput", log=False),
-    Chart("memory.svg", "Memory: all processes of the server", "MiB (PSS), quiet clients; lower is better", "idle", "pss"),
+    Chart(
+        "latency.svg",
+        "Latency: append to arrival at the last client",
+        "microseconds, median; lower is better",
+        "fanout",
+        "last_p50",
+    ),
+    Chart(
+        "throughput.svg",
+        "Throughput: clients that replay",
+        "MB/s, all together; higher is better",
+        "replay",
+        "throughput",
+        log=False,
+    ),
+    Chart(
+        "memory.svg",
+        "Memory: all processes of the server",
+        "MiB (PSS), quiet clients; lower is better",
+        "idle",
+        "pss",
+    ),
 )
 
 
@@ -206,8 +264,12 @@ def _charts(results: Results) -> Iterator[tuple[str, str]]:
         series = {server.name: _points(results, server, chart) for server in servers}
         if series := {name: points for name, points in series.items() if points}:
             values = [value for points in series.values() for _, value in points]
-            y = (charts.log_axis if chart.log else charts.linear_axis)(FIGURES[chart.figure].unit, values)
-            x = charts.log_axis("clients", [clients for points in series.values() for clients, _ in points])
+            y = (charts.log_axis if chart.log else charts.linear_axis)(
+                FIGURES[chart.figure].unit, values
+            )
+            x = charts.log_axis(
+                "clients", [clients for points in series.values() for clients, _ in points]
+            )
             yield chart.name, charts.draw(chart.title, chart.subtitle, x, y, series)
     yield from _workers_chart(results)
 
@@ -234,22 +296,38 @@ def _workers_chart(results: Results) -> Iterator[tuple[str, str]]:
     ours = [server for server in results.servers if server.is_ours]
     series = {}
     for family, (key, name) in SCALING.items():
-        scenario = max((found for found in results.scenarios if found.family == family), key=lambda found: found.clients, default=None)
+        scenario = max(
+            (found for found in results.scenarios if found.family == family),
+            key=lambda found: found.clients,
+            default=None,
+        )
         if scenario and (points := _scaling(results, scenario, ours, key)):
             series[f"{name}, {scenario.clients:,}"] = points
     if series:
         x = charts.count_axis("workers", _all(series, 0))
         y = charts.linear_axis("times one worker", _all(series, 1))
-        title, subtitle = "Speed against workers", "times that of one worker, by kind of work and number of clients; higher is better"
+        title, subtitle = (
+            "Speed against workers",
+            "times that of one worker, by kind of work and number of clients; higher is better",
+        )
         yield "workers.svg", charts.draw(title, subtitle, x, y, series)
 
 
-def _scaling(results: Results, scenario: Scenario, ours: Sequence[Server], key: str) -> list[tuple[float, float]]:
-    values = {server.workers: value for server in ours if (value := results.cell(scenario, server).medians.get(key))}
+def _scaling(
+    results: Results, scenario: Scenario, ours: Sequence[Server], key: str
+) -> list[tuple[float, float]]:
+    values = {
+        server.workers: value
+        for server in ours
+        if (value := results.cell(scenario, server).medians.get(key))
+    }
     if 1 not in values:
         return []
     lower = FIGURES[key].lower_is_better
-    return [(workers, values[1] / value if lower else value / values[1]) for workers, value in values.items()]
+    return [
+        (workers, values[1] / value if lower else value / values[1])
+        for workers, value in values.items()
+    ]
 
 
 def _all(series: charts.Series, index: int) -> Iterable[float]:

@@ -14,11 +14,15 @@ from servers import Running, Server, running
 
 MIB = 1 << 20
 NOTHING = Look(frozenset(), 0.0, 0, 0, 0)
-SETTLE = 0.3  # seconds until memory is looked at: what is freed late is freed by then
+# seconds until memory is looked at: what is freed late is freed by then
+SETTLE = 0.3
 
-BACKLOG = 2048  # connections at once: fewer than wait in any of these servers' queues
-ENOUGH = 100  # clients from which on memory for each of them is more than noise
-OVERHEAD = 64  # descriptors that a process has beside its clients'
+# connections at once: fewer than wait in any of these servers' queues
+BACKLOG = 2048
+# clients from which on memory for each of them is more than noise
+ENOUGH = 100
+# descriptors that a process has beside its clients'
+OVERHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Figure:
     label: str
     unit: str
     lower_is_better: bool = True
-    of_load: bool = False  # not the server's, but the load generator's
+    # not the server's, but the load generator's
+    of_load: bool = False
 
 
 # By key. A scenario's figures are those that its function returns.
@@ -93,7 +98,8 @@ class Scenario:
     figures: Callable[[Sample], Numbers]
     replayers: int = 0
     kills: bool = False
-    bare: bool = False  # it can be had without a server
+    # it can be had without a server
+    bare: bool = False
     settles: bool = False
 
     @property
@@ -107,7 +113,11 @@ class Scenario:
             return "only a server can do this"
         if self.kills and not server.is_ours:
             return "a process of it that is killed takes its client's stream along"
-        if server.most_clients is not None and self.clients + self.replayers > server.most_clients and self.mode != "connect":
+        if (
+            server.most_clients is not None
+            and self.clients + self.replayers > server.most_clients
+            and self.mode != "connect"
+        ):
             return f"not with more than {server.most_clients} clients: it starts processes for each"
         return ""
 
@@ -116,7 +126,8 @@ class Scenario:
         limit = descriptors() - OVERHEAD
         most = limit // 2 if server.bare else limit * (server.workers if server.is_ours else 1)
         if server.is_ours and server.workers > 1:
-            most = int(most * 0.95)  # the kernel does not spread them evenly
+            # the kernel does not spread them evenly
+            most = int(most * 0.95)
         return min(self.clients, most, server.most_clients or most)
 
     def threads(self, clients: int, threads: int) -> int:
@@ -132,7 +143,9 @@ class Scenario:
         if server.bare:
             with generator.start(self.mode, *arguments, "-B", server.bare) as load:
                 joined = load.ready()
-                return self.figures(Sample(clients, threads, NOTHING, NOTHING, NOTHING, joined, load.go(), 0))
+                return self.figures(
+                    Sample(clients, threads, NOTHING, NOTHING, NOTHING, joined, load.go(), 0)
+                )
         with running(server, generator.file) as started:
             before = started.look()
             victim = ["-k", started.workers()[0]] if self.kills else []
@@ -142,7 +155,11 @@ class Scenario:
                     time.sleep(SETTLE)
                 full, unprotected = started.look(), _unprotected(started)
                 result = load.go()
-                return self.figures(Sample(clients, threads, before, full, started.look(), joined, result, unprotected))
+                return self.figures(
+                    Sample(
+                        clients, threads, before, full, started.look(), joined, result, unprotected
+                    )
+                )
 
 
 def descriptors() -> int:
@@ -166,7 +183,11 @@ def _unprotected(started: Running) -> int:
 def _replay(sample: Sample) -> Numbers:
     size, seconds = sample.result["bytes"], sample.result["seconds"]
     busy = 100 * sample.result["load_cpu_s"] / seconds / sample.threads
-    return {"throughput": size / seconds / 1e6, **sample.cpu_for("cpu_per_gb", size / 1e12), "load_busy": busy}
+    return {
+        "throughput": size / seconds / 1e6,
+        **sample.cpu_for("cpu_per_gb", size / 1e12),
+        "load_busy": busy,
+    }
 
 
 def _latency(sample: Sample) -> Numbers:
@@ -179,15 +200,24 @@ def _fan_out(sample: Sample) -> Numbers:
 
 
 def _firehose(sample: Sample) -> Numbers:
-    return {**_latency(sample), **sample.cpu_for("cpu_per_delivery", sample.result["deliveries"] / 1e6)}
+    return {
+        **_latency(sample),
+        **sample.cpu_for("cpu_per_delivery", sample.result["deliveries"] / 1e6),
+    }
 
 
 def _mixed(sample: Sample) -> Numbers:
-    return {**_latency(sample), "replayed": sample.result["replayed"] / sample.result["seconds"] / 1e6}
+    return {
+        **_latency(sample),
+        "replayed": sample.result["replayed"] / sample.result["seconds"] / 1e6,
+    }
 
 
 def _connect(sample: Sample) -> Numbers:
-    return {"serial": sample.clients / sample.result["serial_s"], "burst": sample.clients / sample.result["burst_s"]}
+    return {
+        "serial": sample.clients / sample.result["serial_s"],
+        "burst": sample.clients / sample.result["burst_s"],
+    }
 
 
 def _memory(sample: Sample) -> Numbers:
@@ -208,7 +238,13 @@ def _death(sample: Sample) -> Numbers:
 def _crowd(sample: Sample) -> Numbers:
     times = {"joined": sample.joined["joined_s"], "all": sample.result["max_us"] / 1000}
     queues = (sample.full.sockets - sample.before.sockets) / sample.clients
-    return {"clients": sample.clients, **times, **_memory(sample), "sockets_per_client": queues, "unprotected": sample.unprotected}
+    return {
+        "clients": sample.clients,
+        **times,
+        **_memory(sample),
+        "sockets_per_client": queues,
+        "unprotected": sample.unprotected,
+    }
 
 
 # How much work: the default, and a quick round
@@ -238,7 +274,9 @@ def _firehoses(clients: int, rate: int, seconds: float) -> Scenario:
 
 def _mixes(live: int, replayers: int, mib: int, seconds: float) -> Scenario:
     arguments = ("-n", int(100 * seconds), "-r", 100, "-l", 128, "-R", replayers)
-    return Scenario(f"mixed-{replayers}", "follow", live, mib * MIB, arguments, _mixed, replayers=replayers)
+    return Scenario(
+        f"mixed-{replayers}", "follow", live, mib * MIB, arguments, _mixed, replayers=replayers
+    )
 
 
 def _connects(clients: int) -> Scenario:

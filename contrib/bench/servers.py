@@ -17,9 +17,11 @@ import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = "import inotify_simple, setproctitle, psutil"
-PATIENCE = 15.0  # seconds that a server may take to start, and half as long to end
+# seconds that a server may take to start, and half as long to end
+PATIENCE = 15.0
 
-SOCAT_CLIENTS = 100  # two processes for each: thousands would measure the scheduler, if the machine let them be
+# two processes for each: thousands would measure the scheduler, if the machine let them be
+SOCAT_CLIENTS = 100
 
 
 class ServerError(Exception):
@@ -48,12 +50,23 @@ class Running:
 
     def __init__(self, server: Server, file: Path, log: Path) -> None:
         self.server, self.port, self._log = server, _free_port(), log
-        argv = [word.replace("{port}", str(self.port)).replace("{file}", str(file)) for word in shlex.split(server.command)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        argv = [
+            word.replace("{port}", str(self.port)).replace("{file}", str(file))
+            for word in shlex.split(server.command)
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
         with log.open("wb") as output:
             try:
                 self._process = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    env=environment,
                 )
             except OSError as error:
                 raise ServerError(f"cannot run {argv[0]}: {error.strerror}") from None
@@ -61,9 +74,13 @@ class Running:
     def wait_until_ready(self) -> None:
         """Wait until a client gets a byte, and all workers are there."""
         deadline = time.monotonic() + PATIENCE
-        while not self._answers() or (self.server.is_ours and len(self.workers()) < self.server.workers):
+        while not self._answers() or (
+            self.server.is_ours and len(self.workers()) < self.server.workers
+        ):
             if self._process.poll() is not None:
-                raise ServerError(f"ended with status {self._process.returncode}: {self._last_words()}")
+                raise ServerError(
+                    f"ended with status {self._process.returncode}: {self._last_words()}"
+                )
             if time.monotonic() > deadline:
                 raise ServerError(f"not ready after {PATIENCE:g} seconds: {self._last_words()}")
             time.sleep(0.02)
@@ -87,7 +104,8 @@ class Running:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
-                pass  # it has just ended
+                # it has just ended
+                pass
         self._process.wait()
 
     def _answers(self) -> bool:
@@ -118,7 +136,9 @@ def running(server: Server, file: Path) -> Iterator[Running]:
 
 def tailsrv(workers: int) -> Server:
     """Return this checkout's tailsrv. Raises ServerError if no Python has what it needs."""
-    command = f"{shlex.quote(_python())} -m tailsrv -q --bind 127.0.0.1 -p {{port}} -w {workers} {{file}}"
+    command = (
+        f"{shlex.quote(_python())} -m tailsrv -q --bind 127.0.0.1 -p {{port}} -w {workers} {{file}}"
+    )
     return Server(f"tailsrv -w {workers}", command, workers=workers, is_ours=True)
 
 
@@ -127,7 +147,11 @@ def socat() -> Server | None:
     if not (shutil.which("socat") and shutil.which("tail")):
         return None
     listen = "TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork,backlog=4096"
-    return Server("socat + tail -f", f"socat {listen} 'EXEC:tail -c +1 -f {{file}}'", most_clients=SOCAT_CLIENTS)
+    return Server(
+        "socat + tail -f",
+        f"socat {listen} 'EXEC:tail -c +1 -f {{file}}'",
+        most_clients=SOCAT_CLIENTS,
+    )
 
 
 def bare(threads: int) -> Server:
@@ -142,8 +166,11 @@ def _python() -> str:
             if subprocess.run([python, "-c", REQUIRED], capture_output=True).returncode == 0:
                 return python
         except OSError:
-            pass  # there is no such environment
-    raise ServerError("tailsrv cannot run: in the checkout, python3 -m venv .venv && .venv/bin/pip install .")
+            # there is no such environment
+            pass
+    raise ServerError(
+        "tailsrv cannot run: in the checkout, python3 -m venv .venv && .venv/bin/pip install ."
+    )
 
 
 def _free_port() -> int:

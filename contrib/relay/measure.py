@@ -19,17 +19,22 @@ from statistics import median, quantiles
 import psutil
 
 RECORD = 128
-PAUSE = 0.01  # seconds between records
-RECORDS = 300  # of one measurement of the delay
+# seconds between records
+PAUSE = 0.01
+# of one measurement of the delay
+RECORDS = 300
 LEVELS = (0, 1, 2)
 
 RELAYS = (1, 2, 4)
-CLIENTS = 64  # that replay, over all relays together
+# that replay, over all relays together
+CLIENTS = 64
 REPLAY = 64 << 20
-LIVE_CLIENTS = 400  # that get each record, over all relays together
+# that get each record, over all relays together
+LIVE_CLIENTS = 400
 LIVE_RECORDS = 200
 
-PATIENCE = 60.0  # seconds
+# seconds
+PATIENCE = 60.0
 
 
 class Server:
@@ -38,7 +43,16 @@ class Server:
     def __init__(self, stack, path):
         log = Path(f"{path}.log")
         with log.open("wb") as stderr:
-            command = [sys.executable, "-m", "tailsrv", "--bind=127.0.0.1", "-p", "0", "--grace=0.1", path]
+            command = [
+                sys.executable,
+                "-m",
+                "tailsrv",
+                "--bind=127.0.0.1",
+                "-p",
+                "0",
+                "--grace=0.1",
+                path,
+            ]
             self.process = start(stack, command, stderr)
         self.path = path
         self.port = int(wait_for(lambda: re.search(rb" port=(\d+)", log.read_bytes()))[1])
@@ -72,7 +86,9 @@ def wait_for(check):
 def add_relay(stack, folder, upstream):
     """Return the server of a relay of `upstream`, once its copy is complete."""
     path = folder / f"copy-{time.monotonic_ns()}"
-    start(stack, [sys.executable, "-m", "tailsrv.client.tssync", f"127.0.0.1:{upstream.port}", path])
+    start(
+        stack, [sys.executable, "-m", "tailsrv.client.tssync", f"127.0.0.1:{upstream.port}", path]
+    )
     wait_for(lambda: path.exists() and path.stat().st_size == upstream.path.stat().st_size)
     return Server(stack, path)
 
@@ -93,7 +109,8 @@ def tree(size):
         file = stack.enter_context(path.open("ab", buffering=0))
         origin = Server(stack, path)
         yield lambda upstream: add_relay(stack, Path(name), upstream), origin, file
-        stack.close()  # before the folder goes
+        # before the folder goes
+        stack.close()
 
 
 def measure_delay(level):
@@ -123,7 +140,8 @@ def read_all(socks, count):
     buffer = bytearray(1 << 20)
     while left:
         for number, _ in poll.poll():
-            left[number] -= by_number[number].recv_into(buffer, 0, socket.MSG_TRUNC)  # tcp(7): no copy
+            # tcp(7): no copy
+            left[number] -= by_number[number].recv_into(buffer, 0, socket.MSG_TRUNC)
             if left[number] <= 0:
                 poll.unregister(number)
                 del left[number]
@@ -149,13 +167,17 @@ def measure_live(count):
         relays = [add(origin) for _ in range(count)]
         socks = [connect(relays[number % count], 1 << 20) for number in range(LIVE_CLIENTS)]
         file.write(bytes(RECORD))
-        read_all(socks, RECORD)  # all are there
+        # all are there
+        read_all(socks, RECORD)
         used, at_origin = sum(relay.cpu() for relay in relays), origin.cpu()
         for _ in range(LIVE_RECORDS):
             file.write(bytes(RECORD))
             read_all(socks, RECORD)
         deliveries = LIVE_CLIENTS * LIVE_RECORDS
-        used, at_origin = (sum(relay.cpu() for relay in relays) - used) / deliveries, (origin.cpu() - at_origin) / deliveries
+        used, at_origin = (
+            (sum(relay.cpu() for relay in relays) - used) / deliveries,
+            (origin.cpu() - at_origin) / deliveries,
+        )
         for sock in socks:
             sock.close()
         return used, at_origin
@@ -172,14 +194,22 @@ def main():
     delays = [[measure_delay(level) for level in LEVELS] for _ in rounds]
     print("| relays between origin and client | p50 | p99 |\n| --- | --- | --- |")
     for level in LEVELS:
-        p50, p99 = (median(percentile(one[level], percent) * 1000 for one in delays) for percent in (50, 99))
+        p50, p99 = (
+            median(percentile(one[level], percent) * 1000 for one in delays) for percent in (50, 99)
+        )
         print(f"| {level} | {p50:.2f} ms | {p99:.2f} ms |", flush=True)
     fans = [[(*measure_replay(count), *measure_live(count)) for count in RELAYS] for _ in rounds]
-    print(f"\n| relays | {CLIENTS} clients replay | CPU for a GiB sent | CPU for a record delivered | of that, at the origin |")
+    print(
+        f"\n| relays | {CLIENTS} clients replay | CPU for a GiB sent | CPU for a record delivered | of that, at the origin |"
+    )
     print("| --- | --- | --- | --- | --- |")
     for index, count in enumerate(RELAYS):
-        rate, gib, live, origin = (median(one[index][column] for one in fans) for column in range(4))
-        print(f"| {count} | {rate / (1 << 30):.2f} GiB/s | {gib:.2f} s | {(live + origin) * 1e6:.1f} µs | {origin * 1e6:.2f} µs |")
+        rate, gib, live, origin = (
+            median(one[index][column] for one in fans) for column in range(4)
+        )
+        print(
+            f"| {count} | {rate / (1 << 30):.2f} GiB/s | {gib:.2f} s | {(live + origin) * 1e6:.1f} µs | {origin * 1e6:.2f} µs |"
+        )
 
 
 if __name__ == "__main__":

@@ -16,17 +16,24 @@ import time
 from collections.abc import Callable, Generator, Iterator
 
 HOST = "127.0.0.1"
-SLOW = 10_000  # connections without a header
-DEAF = 1000  # connections that ask for everything and never read
-PATIENT = 500  # connections that wait for the server to say something
-STEP = 50  # things that are done in one step: a connection each, or a send
+# connections without a header
+SLOW = 10_000
+# connections that ask for everything and never read
+DEAF = 1000
+# connections that wait for the server to say something
+PATIENT = 500
+# things that are done in one step: a connection each, or a send
+STEP = 50
 FLOODERS = 8
-FLOOD = 64 << 10  # bytes of junk in one send
+# bytes of junk in one send
+FLOOD = 64 << 10
 
 Attack = Generator[None, None, None]
 
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: no FIN on close, but a reset
-_HELLO = b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(range(194))  # what a TLS client begins with
+# SO_LINGER: no FIN on close, but a reset
+_RESET = struct.pack("ii", 1, 0)
+# what a TLS client begins with
+_HELLO = b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(range(194))
 _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: scanner\r\nAccept: */*\r\n\r\n"
 _LETTERS = b"0123456789+-_ex \t\r\n\0\xff"
 
@@ -66,7 +73,8 @@ def _say(sock: socket.socket, data: bytes) -> bool:
     try:
         sock.send(data)
     except BlockingIOError:
-        pass  # it is full
+        # it is full
+        pass
     except OSError:
         return False
     return True
@@ -79,7 +87,8 @@ def slowloris(port: int, dice: random.Random, most: int = SLOW) -> Attack:
             for _ in range(min(STEP, most - len(socks))):
                 socks.append(_connect(port, dice))
             for place in dice.sample(range(len(socks)), min(STEP, len(socks))):
-                if not _say(socks[place], b" "):  # a header of too many blanks is refused: come again
+                # a header of too many blanks is refused: come again
+                if not _say(socks[place], b" "):
                     refused, socks[place] = socks[place], _connect(port, dice)
                     refused.close()
             yield
@@ -137,7 +146,8 @@ def deaf(port: int, dice: random.Random) -> Attack:
                 socks.append(_connect(port, dice))
                 _say(socks[-1], b"0\n")
             if len(socks) == DEAF:
-                time.sleep(0.01)  # there is nothing to be done
+                # there is nothing to be done
+                time.sleep(0.01)
             yield
 
 
@@ -166,7 +176,8 @@ def scan(port: int, dice: random.Random) -> Attack:
         for _ in range(STEP):
             leave = dice.choice([socket.socket.close, _reset])
             leave(_connect(port, dice))
-        with contextlib.suppress(PermissionError):  # takes CAP_NET_RAW
+        # takes CAP_NET_RAW
+        with contextlib.suppress(PermissionError):
             _half_open(port, dice)
         yield
 
@@ -179,8 +190,22 @@ def _half_open(port: int, dice: random.Random) -> None:
 
 
 def _syn(port: int, dice: random.Random) -> bytes:
-    segment = bytearray(struct.pack("!HHIIBBHHH", dice.randrange(1024, 32768), port, dice.getrandbits(32), 0, 5 << 4, 2, 1024, 0, 0))
-    pseudo = socket.inet_aton(HOST) * 2 + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))  # the kernel's choice of a source
+    segment = bytearray(
+        struct.pack(
+            "!HHIIBBHHH",
+            dice.randrange(1024, 32768),
+            port,
+            dice.getrandbits(32),
+            0,
+            5 << 4,
+            2,
+            1024,
+            0,
+            0,
+        )
+    )
+    # the kernel's choice of a source
+    pseudo = socket.inet_aton(HOST) * 2 + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
     total = sum(struct.unpack(f"!{(len(pseudo) + len(segment)) // 2}H", pseudo + segment))
     struct.pack_into("!H", segment, 16, ~(total % 0xFFFF) & 0xFFFF)
     return bytes(segment)
@@ -198,7 +223,8 @@ def banner(port: int, dice: random.Random) -> Attack:
 
 
 ATTACKS: dict[str, Callable[[int, random.Random], Attack]] = {
-    attack.__name__: attack for attack in (slowloris, fuzz, reset, begin, junk, deaf, tls, http, scan, banner)
+    attack.__name__: attack
+    for attack in (slowloris, fuzz, reset, begin, junk, deaf, tls, http, scan, banner)
 }
 
 # How many connections an attack keeps, once it is in full swing.
@@ -226,7 +252,8 @@ def main(name: str, port: str, rate: str, seconds: str) -> None:
     done = 0
     try:
         while True:
-            with contextlib.suppress(OSError):  # the server is too busy to be connected to: once more
+            # the server is too busy to be connected to: once more
+            with contextlib.suppress(OSError):
                 for _ in run(ATTACKS[name](int(port), random.Random(1)), float(rate)):
                     done += STEP
     finally:

@@ -11,13 +11,18 @@ from content import LOCATE
 from growing import GrowingFile
 from tally import Tally
 
-NEAR = 8 << 20  # bytes from the end, for those who could not read a file of hours in the end
+# bytes from the end, for those who could not read a file of hours in the end
+NEAR = 8 << 20
 AHEAD = 64 << 10
-CONNECT = 10.0  # seconds; the kernel accepts for a server that is busy, so that this is long
-GRACE = 5.0  # seconds that a rotation gives to those who do not read: --grace
-NOTICE = 0.5  # seconds in which a busy machine's server notices a rotation; until then it serves the old file to those who come
+# seconds; the kernel accepts for a server that is busy, so that this is long
+CONNECT = 10.0
+# seconds that a rotation gives to those who do not read: --grace
+GRACE = 5.0
+# seconds in which a busy machine's server notices a rotation; until then it serves the old file to those who come
+NOTICE = 0.5
 
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: no FIN on close, but a reset
+# SO_LINGER: no FIN on close, but a reset
+_RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +31,21 @@ class Kind:
 
     name: str
     count: int
-    start: str  # where its stream begins: start_of() has the words
+    # where its stream begins: start_of() has the words
+    start: str
     stay: tuple[float, float] | None = None
-    chunk: int = 256 << 10  # bytes that it reads at one go
-    pause: float = 0.0  # seconds between these
+    # bytes that it reads at one go
+    chunk: int = 256 << 10
+    # seconds between these
+    pause: float = 0.0
     receive_buffer: int = 0
     half_close: bool = False
-    junk: bool = False  # it goes on sending behind its header
-    piecemeal: bool = False  # it sends its header byte by byte
-    reset: bool = False  # it leaves with a reset
+    # it goes on sending behind its header
+    junk: bool = False
+    # it sends its header byte by byte
+    piecemeal: bool = False
+    # it leaves with a reset
+    reset: bool = False
 
 
 KINDS = (
@@ -46,7 +57,8 @@ KINDS = (
     Kind("half-closed", 4, "near", half_close=True),
     Kind("junk", 4, "last", junk=True),
     Kind("piecemeal", 3, "anywhere", stay=(1, 5), piecemeal=True),
-    Kind("ahead", 4, "ahead", stay=(5, 30), reset=True),  # nothing is sent to it, by which it could be found to have left
+    # nothing is sent to it, by which it could be found to have left
+    Kind("ahead", 4, "ahead", stay=(5, 30), reset=True),
     Kind("visitor", 8, "anywhere", stay=(0, 1)),
     Kind("resetting", 6, "zero", stay=(0, 1), reset=True),
 )
@@ -98,27 +110,41 @@ def half_close(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError:
-        pass  # it has ended, which shows when it is read from
+        # it has ended, which shows when it is read from
+        pass
 
 
 class Reader:
     """A client that has asked for a stream, and where that stream is."""
 
-    def __init__(self, kind: Kind, sock: socket.socket, number: bytes, file: GrowingFile, tally: Tally) -> None:
+    def __init__(
+        self, kind: Kind, sock: socket.socket, number: bytes, file: GrowingFile, tally: Tally
+    ) -> None:
         self.kind, self.sock, self.file, self.tally = kind, sock, file, tally
         self.pause = kind.pause
-        self.started = self.closed = False  # it has sent its header; it has left
-        self.connected = self.got = self.released = time.monotonic()  # `got`: bytes; `released`: it read again after it was held
-        self._generation, self._size = file.generation, file.size  # of the file, before the server can have read the header
-        unnoticed = self.connected - file.rotated < NOTICE  # the server may not know yet that the file has gone
+        # it has sent its header; it has left
+        self.started = self.closed = False
+        # `got`: bytes; `released`: it read again after it was held
+        self.connected = self.got = self.released = time.monotonic()
+        # of the file, before the server can have read the header
+        self._generation, self._size = file.generation, file.size
+        # the server may not know yet that the file has gone
+        unnoticed = self.connected - file.rotated < NOTICE
         self._oldest = self._generation - unnoticed
         self._back = int(number[1:]) if number.startswith(b"-") else None
-        self.position = int(number) if self._back is None else None  # of the next byte, once that is known
-        self.generation: int | None = None  # of the file that it reads, once that is known
-        self._head = bytearray()  # what has come before that
+        # of the next byte, once that is known
+        self.position = int(number) if self._back is None else None
+        # of the file that it reads, once that is known
+        self.generation: int | None = None
+        # what has come before that
+        self._head = bytearray()
 
     def __str__(self) -> str:
-        place = f"byte {self.position}" if self.position is not None else f"{len(self._head)} bytes from somewhere"
+        place = (
+            f"byte {self.position}"
+            if self.position is not None
+            else f"{len(self._head)} bytes from somewhere"
+        )
         return f"{self.kind.name} client on port {self.sock.getsockname()[1]} at {place}"
 
     def read(self) -> bool:
@@ -155,16 +181,28 @@ class Reader:
             return False
         if self._back is None:
             return start == self.position
-        least = self._size if generation == self._generation else 0  # else it was another file when we asked
-        return max(0, least - self._back) <= start <= max(0, self.file.sizes[generation] - self._back)
+        # else it was another file when we asked
+        least = self._size if generation == self._generation else 0
+        return (
+            max(0, least - self._back) <= start <= max(0, self.file.sizes[generation] - self._back)
+        )
 
     def _compare(self, data: bytes) -> bool:
         assert self.generation is not None
         assert self.position is not None
         expected = self.file.content.read(self.generation, self.position, len(data))
         if data != expected or self.position + len(data) > self.file.sizes[self.generation]:
-            place = next((i for i, (ours, theirs) in enumerate(zip(data, expected, strict=True)) if ours != theirs), len(data))
-            return self._wrong(f"byte {self.position + place} of file {self.generation} differs: {data[place : place + 16]!r}")
+            place = next(
+                (
+                    i
+                    for i, (ours, theirs) in enumerate(zip(data, expected, strict=True))
+                    if ours != theirs
+                ),
+                len(data),
+            )
+            return self._wrong(
+                f"byte {self.position + place} of file {self.generation} differs: {data[place : place + 16]!r}"
+            )
         self.position += len(data)
         self.tally.checked += len(data)
         return True
@@ -239,6 +277,7 @@ def nonsense(dice: random.Random) -> bytes:
     return dice.choice([
         b"\n", b"abc\n", b"1_000\n", b"1e3\n", b"99999999999999999999\n", b"0" * 33, b"-\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01" + dice.randbytes(512),  # what a TLS client begins with
+        # what a TLS client begins with
+        b"\x16\x03\x01\x02\x00\x01" + dice.randbytes(512),
         b"x" + dice.randbytes(dice.randrange(200)) + b"\n",
     ])  # fmt: skip

@@ -3,12 +3,16 @@
 import random
 import struct
 
-BLOCK = 1024  # bytes: a block's number, then the same noise in each
+# bytes: a block's number, then the same noise in each
+BLOCK = 1024
 _NUMBER = struct.Struct(">Q")
-_GENERATION = 40  # bits below it for the number of a block, which last for a pebibyte
-_MARK = 16  # bytes of noise that are found nowhere else
+# bits below it for the number of a block, which last for a pebibyte
+_GENERATION = 40
+# bytes of noise that are found nowhere else
+_MARK = 16
 
-LOCATE = BLOCK + _NUMBER.size + _MARK  # so many bytes hold a number and the mark behind it, wherever they begin
+# so many bytes hold a number and the mark behind it, wherever they begin
+LOCATE = BLOCK + _NUMBER.size + _MARK
 
 
 class Content:
@@ -27,7 +31,9 @@ class Content:
         noise, pack, first = self._noise, _NUMBER.pack, generation << _GENERATION
         blocks = range(first + offset // BLOCK, first + (offset + count) // BLOCK + 1)
         skip = offset % BLOCK
-        return b"".join([part for number in blocks for part in (pack(number), noise)])[skip : skip + count]
+        return b"".join([part for number in blocks for part in (pack(number), noise)])[
+            skip : skip + count
+        ]
 
     def locate(self, received: bytes | bytearray) -> tuple[int, int] | None:
         """Return the generation and the offset that `received`, at least LOCATE bytes, comes from; None: it is from no file of ours."""

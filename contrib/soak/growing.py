@@ -14,7 +14,8 @@ class GrowingFile:
         self.path, self.content = path, content
         self.generation = 0
         self.sizes = [0]
-        self.rotated = float("-inf")  # when, the last time
+        # when, the last time
+        self.rotated = float("-inf")
         self._file = path.open("ab", buffering=0)
 
     @property
@@ -27,7 +28,8 @@ class GrowingFile:
         size = self.size
         written = self._file.write(self.content.read(self.generation, size, count))
         if written != count:
-            raise OSError(f"only {written} of {count} bytes written to {self.path}")  # the disk is full
+            # the disk is full
+            raise OSError(f"only {written} of {count} bytes written to {self.path}")
         self.sizes[self.generation] = size + count
 
     def rotate(self) -> None:

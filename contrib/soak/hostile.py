@@ -27,12 +27,18 @@ from content import Content
 from growing import GrowingFile
 from served import Server, until
 
-HONEST = 10  # clients
-RECORD = 1024  # bytes
-PAUSE = 0.002  # seconds between two appends, on average
-RAMP = 0.5  # seconds of an attack in full swing before anything is measured
-LONGEST = 60  # seconds that an attack may last
-RATES = (2000.0, 0.0)  # things a second that an attacker does; 0 is as many as it can
+# clients
+HONEST = 10
+# bytes
+RECORD = 1024
+# seconds between two appends, on average
+PAUSE = 0.002
+# seconds of an attack in full swing before anything is measured
+RAMP = 0.5
+# seconds that an attack may last
+LONGEST = 60
+# things a second that an attacker does; 0 is as many as it can
+RATES = (2000.0, 0.0)
 MIB = 1 << 20
 
 
@@ -44,8 +50,10 @@ class Figures:
     elsewhere: tuple[float, ...]
     here: tuple[float, ...]
     memory: tuple[float, ...]
-    lines: float  # in the log, a second
-    done: float  # by the attacker, a second
+    # in the log, a second
+    lines: float
+    # by the attacker, a second
+    done: float
 
 
 class Honest:
@@ -68,14 +76,17 @@ class Honest:
         while len(sent) * PAUSE < seconds:
             sent.append(time.monotonic())
             self._file.append(RECORD)
-            due = sent[-1] + self._dice.uniform(0.5, 1.5) * PAUSE  # in step with nobody
+            # in step with nobody
+            due = sent[-1] + self._dice.uniform(0.5, 1.5) * PAUSE
             while (left := due - time.monotonic()) > 0:
                 self._collect(left, base, sent, found)
         while min(self._positions.values()) < self._file.size:
             self._collect(10.0, base, sent, found)
         return found
 
-    def _collect(self, timeout: float, base: int, sent: Sequence[float], found: list[float]) -> None:
+    def _collect(
+        self, timeout: float, base: int, sent: Sequence[float], found: list[float]
+    ) -> None:
         for key, _ in self._selector.select(timeout):
             sock = key.fileobj
             assert isinstance(sock, socket.socket)
@@ -87,7 +98,12 @@ class Honest:
             if not data or data != self._file.content.read(0, before, len(data)):
                 raise SystemExit(f"wrong: a stream differs, or has ended, at byte {before}")
             self._positions[sock] += len(data)
-            found += [now - sent[number] for number in range((before - base) // RECORD, (before + len(data) - base) // RECORD)]
+            found += [
+                now - sent[number]
+                for number in range(
+                    (before - base) // RECORD, (before + len(data) - base) // RECORD
+                )
+            ]
 
     def close(self) -> None:
         """Leave."""
@@ -103,7 +119,10 @@ def attacked(name: str, rate: float, server: Server, done: list[float]) -> Itera
     start = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as attacker:
         try:
-            until(lambda: server.status()["clients"] >= attacks.KEPT.get(name, 0), "the attackers have come")
+            until(
+                lambda: server.status()["clients"] >= attacks.KEPT.get(name, 0),
+                "the attackers have come",
+            )
             time.sleep(RAMP)
             yield
         finally:
@@ -173,7 +192,14 @@ def play(name: str, rate: float, seconds: float, processors: Sequence[int]) -> F
         settle(server, file, HONEST)
         after = samples.take(server.processes())
         honest.close()
-        return Figures(alone, elsewhere, here, tuple(sample.pss / MIB for sample in (before, during, after)), speed, done[-1])
+        return Figures(
+            alone,
+            elsewhere,
+            here,
+            tuple(sample.pss / MIB for sample in (before, during, after)),
+            speed,
+            done[-1],
+        )
 
 
 _PAIR = "    p50    p99"
@@ -190,7 +216,12 @@ def median(values: Sequence[Sequence[float]]) -> list[float]:
 
 def ratios(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> list[float]:
     """Return the medians of each round's ratios."""
-    return median([[a / b for a, b in zip(pair, other, strict=True)] for pair, other in zip(above, below, strict=True)])
+    return median(
+        [
+            [a / b for a, b in zip(pair, other, strict=True)]
+            for pair, other in zip(above, below, strict=True)
+        ]
+    )
 
 
 def row(name: str, rounds: Sequence[Figures]) -> str:
@@ -199,21 +230,36 @@ def row(name: str, rounds: Sequence[Figures]) -> str:
     def show(values: Sequence[float], digits: int = 2) -> str:
         return "".join(f"{value:7.{digits}f}" for value in values)
 
-    alone, elsewhere, here = ([getattr(figures, part) for figures in rounds] for part in ("alone", "elsewhere", "here"))
+    alone, elsewhere, here = (
+        [getattr(figures, part) for figures in rounds] for part in ("alone", "elsewhere", "here")
+    )
     latencies = "".join(show(median(part)) for part in (alone, elsewhere, here))
     costs = f"{show(ratios(here, alone))}  {show(ratios(here, elsewhere))}"
     memory = show(median([figures.memory for figures in rounds]), 1)
-    done, lines = (statistics.median(figure) for figure in zip(*((figures.done, figures.lines) for figures in rounds), strict=True))
+    done, lines = (
+        statistics.median(figure)
+        for figure in zip(*((figures.done, figures.lines) for figures in rounds), strict=True)
+    )
     return f"{name:10}{done:9.0f}{latencies}{costs} {memory}{lines:9.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of all attacks, or of those that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="ATTACK", help=f"by default all of {', '.join(attacks.ATTACKS)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="ATTACK", help=f"by default all of {', '.join(attacks.ATTACKS)}"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, 2 by default")
-    parser.add_argument("--rate", type=float, nargs="*", default=RATES, help="things a second that an attacker does; 0: as many as it can")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="for each measurement, 2 by default"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="*",
+        default=RATES,
+        help="things a second that an attacker does; 0: as many as it can",
+    )
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(attacks.ATTACKS):
         parser.error(f"no such attack: {', '.join(sorted(unknown))}")
@@ -222,7 +268,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(HEAD)
     for name in arguments.names or attacks.ATTACKS:
         for rate in arguments.rate:
-            print(row(name, [play(name, rate, arguments.seconds, servers) for _ in range(arguments.rounds)]), flush=True)
+            print(
+                row(
+                    name,
+                    [play(name, rate, arguments.seconds, servers) for _ in range(arguments.rounds)],
+                ),
+                flush=True,
+            )
     return 0
 
 

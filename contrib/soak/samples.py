@@ -23,7 +23,9 @@ class Sample:
 def take(pids: Iterable[int]) -> Sample:
     """Look at these processes; one that ends meanwhile counts for nothing."""
     found = [figures for pid in pids if (figures := _look(pid))]
-    pss, descriptors, threads = (sum(column) for column in zip(*found, strict=True)) if found else (0, 0, 0)
+    pss, descriptors, threads = (
+        (sum(column) for column in zip(*found, strict=True)) if found else (0, 0, 0)
+    )
     return Sample(len(found), pss, descriptors, threads, _socket_memory())
 
 

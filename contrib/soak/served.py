@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 30.0  # seconds for what takes one on a quiet machine
+# seconds for what takes one on a quiet machine
+PATIENCE = 30.0
 
 
 class ServerError(Exception):
@@ -30,11 +31,15 @@ def until(check: Callable[[], object], what: str, patience: float = PATIENCE) ->
 class Server:
     """A running server and its log."""
 
-    def __init__(self, command: Sequence[str], options: Sequence[str], path: Path, log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], options: Sequence[str], path: Path, log: Path
+    ) -> None:
         self.command = [*command, "-p", "0", "--bind", "127.0.0.1", *options, str(path)]
         self._log = log
         with log.open("wb") as stderr:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            )
         self.port = 0
 
     @property
@@ -49,7 +54,10 @@ class Server:
 
     def start(self, workers: int) -> None:
         """Wait until all `workers` serve."""
-        until(lambda: self.process.poll() is not None or self._ready() >= workers, "the workers are ready")
+        until(
+            lambda: self.process.poll() is not None or self._ready() >= workers,
+            "the workers are ready",
+        )
         listening = re.search(r"listening: .* port=(\d+)", "\n".join(self.log))
         if self.process.poll() is not None or not listening:
             raise ServerError("the server does not start:\n" + "\n".join(self.log[-5:]))
@@ -92,7 +100,11 @@ class Server:
         """Tell whether every slot has a worker that is ready, and no upgrade is going on."""
         status = self.status()
         upgrading = len(children(self.pid)) > len(status["workers"])
-        return not upgrading and status["state"] == "serving" and all(worker["ready"] for worker in status["workers"])
+        return (
+            not upgrading
+            and status["state"] == "serving"
+            and all(worker["ready"] for worker in status["workers"])
+        )
 
     def check_alive(self) -> None:
         """Raise ServerError if it has ended."""
@@ -114,7 +126,9 @@ class Server:
 def children(pid: int) -> list[int]:
     """Return the pids of the children of `pid`."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 

@@ -24,33 +24,78 @@ from summary import Summary, peak
 from tally import Tally
 from traffic import Traffic
 
-WARM_UP = (1.0, 20.0)  # seconds without faults before memory is looked at for the first time: a tenth of the run, within these
-REST = 150.0  # seconds until the server has none of the clients any more: keepalive takes two minutes to find one that left unseen
-STEADY = 0.5  # seconds between two looks at a server that are to be alike
-PROGRESS = 10.0  # seconds between two lines that say how far we are
-BEGIN = 1 << 20  # bytes in the file at the start
+# seconds without faults before memory is looked at for the first time: a tenth of the run, within these
+WARM_UP = (1.0, 20.0)
+# seconds until the server has none of the clients any more: keepalive takes two minutes to find one that left unseen
+REST = 150.0
+# seconds between two looks at a server that are to be alike
+STEADY = 0.5
+# seconds between two lines that say how far we are
+PROGRESS = 10.0
+# bytes in the file at the start
+BEGIN = 1 << 20
 MIB = 1 << 20
-BAD = (" error: ", " critical: ", "Traceback")  # lines that no fault of ours may bring about
+# lines that no fault of ours may bring about
+BAD = (" error: ", " critical: ", "Traceback")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=positive, default=1.0, help="how long, 1 by default; the end takes up to two more")
-    parser.add_argument("-w", "--workers", type=count, default=2, help="of the server, 2 by default")
-    parser.add_argument("--scale", type=positive, default=1.0, help="times as many clients as usual, which is 54")
-    parser.add_argument("--rate", type=positive, default=256, help="KiB a second that the file grows by, 256 by default")
     parser.add_argument(
-        "--max-size", type=positive, default=2048, help="MiB that the file may grow to in the end: lowers the rate; 2048 by default"
+        "--minutes",
+        type=positive,
+        default=1.0,
+        help="how long, 1 by default; the end takes up to two more",
     )
-    parser.add_argument("--faults", type=names, default=FAULTS, help=f"which, separated by commas; by default {','.join(FAULTS)}")
-    parser.add_argument("--rotate", action="store_true", help="serve with --follow-name, and rotate the file as one fault more")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="repeats the choices of another run")
     parser.add_argument(
-        "--tailsrv", type=shlex.split, default=[sys.executable, "-m", "tailsrv"], metavar="COMMAND", help="what starts the server"
+        "-w", "--workers", type=count, default=2, help="of the server, 2 by default"
+    )
+    parser.add_argument(
+        "--scale", type=positive, default=1.0, help="times as many clients as usual, which is 54"
+    )
+    parser.add_argument(
+        "--rate",
+        type=positive,
+        default=256,
+        help="KiB a second that the file grows by, 256 by default",
+    )
+    parser.add_argument(
+        "--max-size",
+        type=positive,
+        default=2048,
+        help="MiB that the file may grow to in the end: lowers the rate; 2048 by default",
+    )
+    parser.add_argument(
+        "--faults",
+        type=names,
+        default=FAULTS,
+        help=f"which, separated by commas; by default {','.join(FAULTS)}",
+    )
+    parser.add_argument(
+        "--rotate",
+        action="store_true",
+        help="serve with --follow-name, and rotate the file as one fault more",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=random.randrange(1 << 32),
+        help="repeats the choices of another run",
+    )
+    parser.add_argument(
+        "--tailsrv",
+        type=shlex.split,
+        default=[sys.executable, "-m", "tailsrv"],
+        metavar="COMMAND",
+        help="what starts the server",
     )
     parser.add_argument("--folder", help="where the file is made, for the time of the run")
-    parser.add_argument("--json", metavar="FILE", help="where the summary goes as JSON; as text it goes to standard output")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="where the summary goes as JSON; as text it goes to standard output",
+    )
     return parser
 
 
@@ -83,7 +128,8 @@ class Soak:
         self.seconds = arguments.minutes * 60
         self.tally = Tally()
         self.samples: list[Sample] = []
-        self.rests: list[Sample] = []  # of these, the last of each time that all was quiet
+        # of these, the last of each time that all was quiet
+        self.rests: list[Sample] = []
         dice = random.Random(arguments.seed)
         self.file = GrowingFile(folder / "file", Content(arguments.seed))
         self.file.append(BEGIN)
@@ -102,7 +148,8 @@ class Soak:
             self.warm_up()
             self.work()
             status = self.server.end()
-        except (ServerError, OSError) as error:  # the latter: of the disk, for instance
+        except (ServerError, OSError) as error:
+            # the latter: of the disk, for instance
             self.tally.note_wrong(str(error))
         except KeyboardInterrupt:
             self.tally.note_wrong("interrupted")
@@ -157,9 +204,14 @@ class Soak:
     def is_steady(self) -> bool:
         """Take a sample, and tell whether it is like the last."""
         time.sleep(STEADY)
-        before, sample = self.samples[-1] if self.samples else None, samples.take(self.server.processes())
+        before, sample = (
+            self.samples[-1] if self.samples else None,
+            samples.take(self.server.processes()),
+        )
         self.samples.append(sample)
-        return before is not None and replace(before, pss=sample.pss, sockets=sample.sockets) == sample
+        return (
+            before is not None and replace(before, pss=sample.pss, sockets=sample.sockets) == sample
+        )
 
     def watch(self) -> None:
         """Take samples, once a second."""
@@ -201,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     try:
-        json = open(arguments.json, "w") if arguments.json else None  # now: after hours it would be a pity  # noqa: SIM115
+        # now: after hours it would be a pity
+        json = open(arguments.json, "w") if arguments.json else None  # noqa: SIM115
         with tempfile.TemporaryDirectory(prefix="tailsrv-soak-", dir=arguments.folder) as folder:
             summary = Soak(arguments, Path(folder)).run()
     except OSError as error:

@@ -10,17 +10,28 @@ from served import Server
 from tally import Tally
 from traffic import Traffic
 
-STOPPED = (0.1, 0.9)  # seconds
-STALLED = (0.5, 5.0)  # seconds
-BURST = 200  # connections at a time
-FLOOD = 256 << 10  # bytes of junk from each of those who flood
+# seconds
+STOPPED = (0.1, 0.9)
+# seconds
+STALLED = (0.5, 5.0)
+# connections at a time
+BURST = 200
+# bytes of junk from each of those who flood
+FLOOD = 256 << 10
 FLOODERS = 8
 
 
 class Faults:
     """Brings about one fault after the other, each as often as the others, in an order that the dice choose."""
 
-    def __init__(self, names: Sequence[str], server: Server, traffic: Traffic, tally: Tally, dice: random.Random) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        server: Server,
+        traffic: Traffic,
+        tally: Tally,
+        dice: random.Random,
+    ) -> None:
         self._server, self._traffic, self._tally, self._dice = server, traffic, tally, dice
         self._names = names
         self._coming: list[str] = []
@@ -67,7 +78,9 @@ class Faults:
         if workers := self._server.workers():
             pid = self._dice.choice(workers)
             self._server.signal(signal.SIGSTOP, pid)
-            self._traffic.later(self._dice.uniform(*STOPPED), partial(self._server.signal, signal.SIGCONT, pid))
+            self._traffic.later(
+                self._dice.uniform(*STOPPED), partial(self._server.signal, signal.SIGCONT, pid)
+            )
 
     def upgrade(self) -> None:
         """Have the supervisor exec the installed program, and replace all workers."""
@@ -92,7 +105,11 @@ class Faults:
 
     def flood(self) -> None:
         """Have some clients send junk, as much as their sockets take."""
-        readers = [reader for reader in self._traffic.readers if reader.started and not reader.kind.half_close]
+        readers = [
+            reader
+            for reader in self._traffic.readers
+            if reader.started and not reader.kind.half_close
+        ]
         for reader in self._dice.sample(readers, min(FLOODERS, len(readers))):
             self._traffic.send(reader, bytes(FLOOD))
 
@@ -106,4 +123,5 @@ class Faults:
         self._traffic.file.rotate()
 
 
-FAULTS = ("kill", "stop", "upgrade", "reset", "burst", "stall", "flood", "nonsense")  # all but a rotation, for which the server must be set
+# all but a rotation, for which the server must be set
+FAULTS = ("kill", "stop", "upgrade", "reset", "burst", "stall", "flood", "nonsense")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from samples import Sample
 from tally import Tally
 
-MEMORY_FACTOR, MEMORY_SLACK = 1.25, 2 << 20  # what memory may grow by: Python gives back to the kernel what it happens to
+# what memory may grow by: Python gives back to the kernel what it happens to
+MEMORY_FACTOR, MEMORY_SLACK = 1.25, 2 << 20
 MIB = 1 << 20
 
 
@@ -24,7 +25,8 @@ class Summary:
     end: Sample | None
     peak: Sample
     log_lines: int
-    bad_lines: list[str]  # of the log
+    # of the log
+    bad_lines: list[str]
 
     def reasons(self) -> list[str]:
         """Return what was wrong, nothing where all was well."""
@@ -42,7 +44,9 @@ class Summary:
             return ["the server's memory and descriptors are not known at the start and at the end"]
         found = []
         if self.end.pss > self.start.pss * MEMORY_FACTOR + MEMORY_SLACK:
-            found.append(f"memory has grown from {self.start.pss / MIB:.1f} to {self.end.pss / MIB:.1f} MiB")
+            found.append(
+                f"memory has grown from {self.start.pss / MIB:.1f} to {self.end.pss / MIB:.1f} MiB"
+            )
         for name in ("processes", "descriptors", "threads"):
             before, after = getattr(self.start, name), getattr(self.end, name)
             if before != after:
@@ -61,19 +65,35 @@ class Summary:
             f"faults survived    {tally.faults.total():,}: {_counts(tally.faults)}",
             f"longest wait       {tally.longest_wait:.0f} s until a client got what was there for it",
             f"lost in accept     {tally.lost}, by workers that were killed between accepting a connection and passing it up",
-            *([f"ended by rotation  {tally.rotated}, and {tally.cut_off} cut off for their slowness"] if "rotate" in tally.faults else []),
+            *(
+                [
+                    f"ended by rotation  {tally.rotated}, and {tally.cut_off} cut off for their slowness"
+                ]
+                if "rotate" in tally.faults
+                else []
+            ),
             f"log                {self.log_lines:,} lines",
             "",
             f"{'':15}{'start':>12}{'peak':>12}{'end':>12}",
         ]
-        for name, unit in (("processes", 0), ("descriptors", 0), ("threads", 0), ("pss", MIB), ("sockets", MIB)):
+        for name, unit in (
+            ("processes", 0),
+            ("descriptors", 0),
+            ("threads", 0),
+            ("pss", MIB),
+            ("sockets", MIB),
+        ):
             values = (getattr(sample, name, None) for sample in (self.start, self.peak, self.end))
             lines.append(f"{name:15}" + "".join(f"{_figure(value, unit):>12}" for value in values))
         return "\n".join(lines)
 
     def json(self) -> str:
         """Return it for programs."""
-        return json.dumps({"ok": not self.reasons(), "reasons": self.reasons(), **_plain(self)}, default=_plain, indent=1)
+        return json.dumps(
+            {"ok": not self.reasons(), "reasons": self.reasons(), **_plain(self)},
+            default=_plain,
+            indent=1,
+        )
 
 
 def _plain(what: object) -> dict[str, object]:
@@ -92,4 +112,9 @@ def _counts(counter: dict[str, int]) -> str:
 
 def peak(samples: list[Sample]) -> Sample:
     """Return the highest of each figure."""
-    return Sample(*(max((getattr(sample, field.name) for sample in samples), default=0) for field in fields(Sample)))
+    return Sample(
+        *(
+            max((getattr(sample, field.name) for sample in samples), default=0)
+            for field in fields(Sample)
+        )
+    )

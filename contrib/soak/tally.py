@@ -4,23 +4,32 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-MAX_WRONG = 20  # then a run ends
-ACCEPTING = 10.0  # seconds that a connection may have waited in a queue when the worker that had just accepted it was killed
+# then a run ends
+MAX_WRONG = 20
+# seconds that a connection may have waited in a queue when the worker that had just accepted it was killed
+ACCEPTING = 10.0
 
 
 @dataclass
 class Tally:
     """The figures of a run."""
 
-    checked: int = 0  # bytes compared with what the file holds there
-    connections: Counter[str] = field(default_factory=Counter)  # by the kind of client
+    # bytes compared with what the file holds there
+    checked: int = 0
+    # by the kind of client
+    connections: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    lost: int = 0  # connections whose worker was killed between accepting them and passing them up
-    rotated: int = 0  # streams that ended as they should, at the end of a file that was moved away
-    cut_off: int = 0  # the same, before they had read it all: they were too slow for --grace
-    longest_wait: float = 0.0  # seconds that a client who wanted to read got nothing, while there was something to be sent
+    # connections whose worker was killed between accepting them and passing them up
+    lost: int = 0
+    # streams that ended as they should, at the end of a file that was moved away
+    rotated: int = 0
+    # the same, before they had read it all: they were too slow for --grace
+    cut_off: int = 0
+    # seconds that a client who wanted to read got nothing, while there was something to be sent
+    longest_wait: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    _kills: deque[float] = field(default_factory=lambda: deque(maxlen=100))  # when; the last ones
+    # when; the last ones
+    _kills: deque[float] = field(default_factory=lambda: deque(maxlen=100))
 
     def note_wrong(self, what: str) -> None:
         """Keep what must not be."""

@@ -15,12 +15,18 @@ from growing import GrowingFile
 from served import Server
 from tally import Tally
 
-APPENDS = (1, 64 << 10)  # bytes at a time, small ones as often as large ones
-OUTBURST = 3 << 20  # bytes, now and then: more than one turn of the server's moves
-STRANGERS = 5.0  # a second
-STARVED = 30.0  # seconds after which a client that has got nothing counts as forgotten: a slot is empty for 5 at most
-CATCH_UP, CATCH_UP_TRIES = 60.0, 6  # seconds that all together may take in the end, with something new so often
-SILENT = 10.0  # seconds that a stranger stays who says nothing
+# bytes at a time, small ones as often as large ones
+APPENDS = (1, 64 << 10)
+# bytes, now and then: more than one turn of the server's moves
+OUTBURST = 3 << 20
+# a second
+STRANGERS = 5.0
+# seconds after which a client that has got nothing counts as forgotten: a slot is empty for 5 at most
+STARVED = 30.0
+# seconds that all together may take in the end, with something new so often
+CATCH_UP, CATCH_UP_TRIES = 60.0, 6
+# seconds that a stranger stays who says nothing
+SILENT = 10.0
 
 Client = Reader | Stranger
 
@@ -28,11 +34,14 @@ Client = Reader | Stranger
 class Traffic:
     """Lets everybody do a little, in one loop: `run()` it."""
 
-    def __init__(self, server: Server, file: GrowingFile, tally: Tally, rate: float, dice: random.Random) -> None:
+    def __init__(
+        self, server: Server, file: GrowingFile, tally: Tally, rate: float, dice: random.Random
+    ) -> None:
         self.server, self.file, self.tally, self.rate, self.dice = server, file, tally, rate, dice
         self.readers: set[Reader] = set()
         self.strangers: set[Stranger] = set()
-        self.busy = False  # as long as clients that leave are followed by others
+        # as long as clients that leave are followed by others
+        self.busy = False
         self._selector = selectors.DefaultSelector()
         self._timers = sched.scheduler(time.monotonic)
         self._history: deque[tuple[float, int, int]] = deque(maxlen=int(2 * STARVED))
@@ -48,7 +57,9 @@ class Traffic:
         end = time.monotonic() + seconds
         while (now := time.monotonic()) < end and not self.tally.hopeless():
             pause = self._timers.run(blocking=False)
-            for key, _ in self._selector.select(max(0.0, min(0.1 if pause is None else pause, end - now))):
+            for key, _ in self._selector.select(
+                max(0.0, min(0.1 if pause is None else pause, end - now))
+            ):
                 self._handle(key.data)
             if check():
                 return True
@@ -78,7 +89,11 @@ class Traffic:
         if not self.busy:
             return
         least, most = APPENDS
-        count = OUTBURST if self.dice.random() < 0.002 else int(least * (most / least) ** self.dice.random())
+        count = (
+            OUTBURST
+            if self.dice.random() < 0.002
+            else int(least * (most / least) ** self.dice.random())
+        )
         self.file.append(count)
         self.later(self.dice.expovariate(1) * count / self.rate, self._write)
 
@@ -97,7 +112,8 @@ class Traffic:
 
     def _look_at(self, reader: Reader, now: float) -> None:
         if reader.pause or reader.released > now or not reader.started:
-            return  # it does not want to read, or has not asked for anything
+            # it does not want to read, or has not asked for anything
+            return
         if (since := reader.waiting_since(self._history)) is None:
             return
         self.tally.longest_wait = max(self.tally.longest_wait, now - since)
@@ -110,7 +126,8 @@ class Traffic:
     def join(self, kind: Kind) -> None:
         """Let a client of that kind come, and another when it has left."""
         if not self.busy:
-            return  # it was to follow one that left before the end began
+            # it was to follow one that left before the end began
+            return
         number = clients.start_of(kind.start, self.file.size, self.dice)
         try:
             sock = clients.connect(self.server.port, kind.receive_buffer)
@@ -140,16 +157,20 @@ class Traffic:
             self._send_junk(reader)
 
     def _send_junk(self, reader: Reader) -> None:
-        if not reader.closed and self.send(reader, self.dice.randbytes(self.dice.randrange(1, 1000))):
+        if not reader.closed and self.send(
+            reader, self.dice.randbytes(self.dice.randrange(1, 1000))
+        ):
             self.later(self.dice.expovariate(5), partial(self._send_junk, reader))
 
     def send(self, reader: Reader, data: bytes) -> bool:
         try:
             reader.sock.send(data)
         except BlockingIOError:
-            pass  # only junk can fill a socket, and some more or less is all the same
+            # only junk can fill a socket, and some more or less is all the same
+            pass
         except OSError:
-            return False  # what has become of it shows when it is read from
+            # what has become of it shows when it is read from
+            return False
         return True
 
     def hold(self, reader: Reader, seconds: float) -> None:
@@ -188,7 +209,8 @@ class Traffic:
         except OSError as error:
             self.tally.note_wrong(f"a stranger cannot connect: {error}")
             return
-        with suppress(OSError):  # its worker was killed in that very moment
+        # its worker was killed in that very moment
+        with suppress(OSError):
             sock.send(says)
         self.tally.connections["stranger"] += 1
         stranger = Stranger(sock, self.tally)
@@ -211,12 +233,18 @@ class Traffic:
             reader.pause = 0.0
             self._release(reader)
         for _ in range(CATCH_UP_TRIES):
-            self.file.append(2 * clients.AHEAD)  # who is ahead, or has been read from the end, gets something, too
-            if self.run(CATCH_UP / CATCH_UP_TRIES, lambda: all(reader.caught_up() for reader in self.readers)):
+            # who is ahead, or has been read from the end, gets something, too
+            self.file.append(2 * clients.AHEAD)
+            if self.run(
+                CATCH_UP / CATCH_UP_TRIES,
+                lambda: all(reader.caught_up() for reader in self.readers),
+            ):
                 return
         for reader in self.readers:
             if not reader.caught_up():
-                self.tally.note_wrong(f"{reader}: not caught up after {CATCH_UP:g} seconds, the file has {self.file.size} bytes")
+                self.tally.note_wrong(
+                    f"{reader}: not caught up after {CATCH_UP:g} seconds, the file has {self.file.size} bytes"
+                )
 
     def clear(self) -> None:
         """Let all clients leave, so that the server sees it at once."""

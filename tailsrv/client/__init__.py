@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 
 from tailsrv.addresses import EndpointError, check_port, parse_endpoint
 from tailsrv.client.connector import Backoff, ConnectError, Connector, UnknownHostError, Wait, wait
-from tailsrv.client.resume import LostPlaceError, OffsetError, OtherFileError, PlaceError, Recall, position_at
+from tailsrv.client.resume import (
+    LostPlaceError,
+    OffsetError,
+    OtherFileError,
+    PlaceError,
+    Recall,
+    position_at,
+)
 from tailsrv.client.stream import Follow
 
 __all__ = [
@@ -57,11 +64,22 @@ def follow(
     Raises EndpointError and OffsetError (both are ValueErrors) at once. The iteration raises UnknownHostError if no name has an
     address at the start, ConnectError (`once`, `idle`) if there is no connection or it breaks, and those two.
     """
-    servers = [parse_endpoint(one) if isinstance(one, str) else check_port(*one) for one in _several(addresses)]
+    servers = [
+        parse_endpoint(one) if isinstance(one, str) else check_port(*one)
+        for one in _several(addresses)
+    ]
     if not servers:
         raise EndpointError("no HOST:PORT")
     connector = Connector(servers, backoff, connect_timeout, wait, report)
-    return Follow(connector, position_at(offset, recall), wait, report, once=once, idle=idle, whole_lines=whole_lines)
+    return Follow(
+        connector,
+        position_at(offset, recall),
+        wait,
+        report,
+        once=once,
+        idle=idle,
+        whole_lines=whole_lines,
+    )
 
 
 def _several(addresses: Address | Sequence[Address]) -> list[Address]:

@@ -16,7 +16,8 @@ def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
     """Do the work of a command and return its exit status; what it ends with is one line at most."""
     try:
         work()
-    except SystemExit:  # argparse has said what there was to say
+    except SystemExit:
+        # argparse has said what there was to say
         ignore_closed_output()
         raise
     except KeyboardInterrupt:
@@ -31,7 +32,12 @@ def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
         complain(command, str(error))
         return ClientExitStatus.FAILED
     except OSError as error:
-        complain(command, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+        complain(
+            command,
+            f"{error.filename}: {error.strerror}"
+            if error.filename
+            else error.strerror or str(error),
+        )
         return ClientExitStatus.FAILED
     return ClientExitStatus.DONE
 

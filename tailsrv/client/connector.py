@@ -57,12 +57,16 @@ def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else min(max(0.0, seconds), MAX_WAIT) * 1000
 
 
-CONNECTION_ENDED = "the connection was ended"  # in good order: errno has no words for it
+# in good order: errno has no words for it
+CONNECTION_ENDED = "the connection was ended"
 
-NAME_SERVICE_SILENT = "the name service does not answer"  # nor for this, which is no failure yet
+# nor for this, which is no failure yet
+NAME_SERVICE_SILENT = "the name service does not answer"
 
-QUIET_TIME = 1.0  # seconds; a server that has sent nothing for so long has sent all there is
-FETCH_TIMEOUT = 30.0  # seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
+# seconds; a server that has sent nothing for so long has sent all there is
+QUIET_TIME = 1.0
+# seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
+FETCH_TIMEOUT = 30.0
 
 
 class Connector:
@@ -72,17 +76,28 @@ class Connector:
     """
 
     def __init__(
-        self, servers: Sequence[tuple[str, int]], backoff: Backoff, timeout: float, wait: Wait, report: Callable[[str], object]
+        self,
+        servers: Sequence[tuple[str, int]],
+        backoff: Backoff,
+        timeout: float,
+        wait: Wait,
+        report: Callable[[str], object],
     ) -> None:
         self._servers, self._backoff, self._timeout = list(dict.fromkeys(servers)), backoff, timeout
         self._wait, self._report = wait, report
-        self._lookups: dict[tuple[str, int], Lookup] = {}  # those that have not been used
-        self._round: Iterator[Found] = iter(())  # the addresses of this round that have not been tried
-        self._failures = 0  # rounds in a row that brought no byte
-        self._reasons: list[str] = []  # of this round
+        # those that have not been used
+        self._lookups: dict[tuple[str, int], Lookup] = {}
+        # the addresses of this round that have not been tried
+        self._round: Iterator[Found] = iter(())
+        # rounds in a row that brought no byte
+        self._failures = 0
+        # of this round
+        self._reasons: list[str] = []
         self._reported = ""
-        self._ever = False  # a name had an address
-        self.choice = False  # there is more than one address
+        # a name had an address
+        self._ever = False
+        # there is more than one address
+        self.choice = False
 
     def connect(self, until: float | None = None, once: bool = False) -> socket.socket:
         """Return a connection. Raises UnknownHostError if no name has an address from the very start.
@@ -93,7 +108,12 @@ class Connector:
             for family, address in self._round:
                 left = _left(until)
                 try:
-                    return _connect_to(family, address, self._timeout if left is None else min(left, self._timeout), self._wait)
+                    return _connect_to(
+                        family,
+                        address,
+                        self._timeout if left is None else min(left, self._timeout),
+                        self._wait,
+                    )
                 except OSError as error:
                     self.failed(f"{endpoint(*address[:2])}: {error.strerror}")
             if self._reasons:
@@ -155,7 +175,9 @@ class Connector:
             try:
                 found |= dict.fromkeys(self._find(server, seconds))
             except (OSError, UnicodeError) as error:
-                self._reasons.append(f"{endpoint(*server)}: {getattr(error, 'strerror', None) or 'not a host name'}")
+                self._reasons.append(
+                    f"{endpoint(*server)}: {getattr(error, 'strerror', None) or 'not a host name'}"
+                )
         if not (found or self._ever or self._lookups):
             raise UnknownHostError(", ".join(self._reasons))
         self._ever = self._ever or bool(found)
@@ -170,7 +192,9 @@ class Connector:
         return lookup.result()
 
 
-def _connect_to(family: socket.AddressFamily, address: Any, timeout: float, wait: Wait) -> socket.socket:
+def _connect_to(
+    family: socket.AddressFamily, address: Any, timeout: float, wait: Wait
+) -> socket.socket:
     """Return a connection to `address`, non-blocking. Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -182,9 +206,12 @@ def _connect_to(family: socket.AddressFamily, address: Any, timeout: float, wait
         failure = sock.connect_ex(address)
         if failure == errno.EINPROGRESS:
             came = wait(sock.fileno(), select.POLLOUT, timeout)
-            failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+            failure = (
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+            )
         if not failure and sock.getsockname() == sock.getpeername():
-            failure = errno.ECONNREFUSED  # nobody listens at a port that the kernel has given to ourselves: we would hear our header
+            # nobody listens at a port that the kernel has given to ourselves: we would hear our header
+            failure = errno.ECONNREFUSED
         if failure:
             raise OSError(failure, os.strerror(failure))
     except BaseException:
@@ -198,7 +225,9 @@ def name_of(sock: socket.socket) -> str:
     return endpoint(*sock.getpeername()[:2])
 
 
-def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCH_TIMEOUT) -> bytes:
+def fetch(
+    sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCH_TIMEOUT
+) -> bytes:
     """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too.
 
     Also raises it after `limit` seconds in which there was always a little more: what has come would say nothing about the file.

@@ -13,9 +13,11 @@ from tailsrv.client.resume import CONTEXT
 from tailsrv.client.splicing import UNABLE, splice
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-OPEN_TRIES = 10  # attempts to open and lock the file before somebody takes it away; one is enough, but for chance
+# attempts to open and lock the file before somebody takes it away; one is enough, but for chance
+OPEN_TRIES = 10
 
-WaitForRoom = Callable[[str], object]  # called with the reason why there is none
+# called with the reason why there is none
+WaitForRoom = Callable[[str], object]
 
 
 class LocalCopy:
@@ -39,7 +41,8 @@ class LocalCopy:
     def _open(self) -> None:
         self.fd = _open_locked(self.path)
         self.length = os.fstat(self.fd).st_size
-        self._synced = None if self.length else 0  # so many of the first bytes the disk surely has
+        # so many of the first bytes the disk surely has
+        self._synced = None if self.length else 0
 
     def recall(self, offset: int) -> bytes:
         """Return the bytes before `offset`, which is the file's length. Raises RunError if it is not."""
@@ -96,17 +99,23 @@ class LocalCopy:
             os.fdatasync(self.fd)
         except OSError as error:
             # The kernel says so once, and takes what it could not write for written (fsync(2)): to ask again would succeed.
-            raise RunError(f"cannot sync {self.path}: {error.strerror}; {self._cut_back()}") from error
+            raise RunError(
+                f"cannot sync {self.path}: {error.strerror}; {self._cut_back()}"
+            ) from error
         self._synced = length
 
     def _cut_back(self) -> str:
         """Take away the bytes that the disk may not have, so that the next run gets them anew; return what to say of that."""
         if self._synced is None:
-            return "some of its bytes may be lost on the disk: move it away, so that it is copied anew"
+            return (
+                "some of its bytes may be lost on the disk: move it away, so that it is copied anew"
+            )
         found = os.fstat(self.fd)
-        kept = self._synced - self._synced % found.st_blksize  # the next block was being written, too
+        # the next block was being written, too
+        kept = self._synced - self._synced % found.st_blksize
         try:
-            if found.st_size > kept:  # never longer: that would be a hole
+            # never longer: that would be a hole
+            if found.st_size > kept:
                 os.ftruncate(self.fd, kept)
                 self.length = kept
             os.fdatasync(self.fd)
@@ -116,7 +125,9 @@ class LocalCopy:
 
     def _check(self) -> None:
         if (size := os.fstat(self.fd).st_size) != self.length:
-            raise RunError(f"{self.path} was changed by somebody else: it has {size} bytes, not {self.length}")
+            raise RunError(
+                f"{self.path} was changed by somebody else: it has {size} bytes, not {self.length}"
+            )
         if not _is_at(self.fd, self.path):
             raise RunError(f"{self.path} was moved or deleted by somebody else")
 
@@ -159,7 +170,8 @@ def _open_locked(path: str) -> int:
 
 def _try_open_locked(path: str) -> int | None:
     """Do the same once; None if somebody has moved the file aside meanwhile."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a FIFO must not hold us up
+    # a FIFO must not hold us up
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     locked = False
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -4,7 +4,8 @@ import socket
 import threading
 from typing import Any
 
-Found = tuple[socket.AddressFamily, Any]  # what connect(2) takes depends on the family
+# what connect(2) takes depends on the family
+Found = tuple[socket.AddressFamily, Any]
 
 
 class Lookup:
@@ -18,12 +19,14 @@ class Lookup:
     def __init__(self, host: str, port: int) -> None:
         self._found: list[Found] = []
         self._error: Exception | None = None
-        self._end: socket.socket | None = None  # is readable when the thread is done
+        # is readable when the thread is done
+        self._end: socket.socket | None = None
         try:
             self._found = _addresses(host, port, socket.AI_NUMERICHOST)
         except OSError:
             self._begin(host, port)
-        except UnicodeError as error:  # a label too long for a name
+        except UnicodeError as error:
+            # a label too long for a name
             self._error = error
 
     def fileno(self) -> int | None:
@@ -51,16 +54,19 @@ class Lookup:
             return
         try:
             threading.Thread(target=self._ask, args=(host, port, theirs), daemon=True).start()
-        except RuntimeError:  # no room for another thread: everything waits
+        except RuntimeError:
+            # no room for another thread: everything waits
             self._ask(host, port, theirs)
 
     def _ask(self, host: str, port: int, theirs: socket.socket) -> None:
-        with theirs:  # ours to close: the number of a descriptor that the other side closed may be somebody else's by now
+        # ours to close: the number of a descriptor that the other side closed may be somebody else's by now
+        with theirs:
             try:
                 self._found = _addresses(host, port)
             except Exception as error:
                 self._error = error
-            theirs.shutdown(socket.SHUT_RDWR)  # closing it is not enough if the process has forked meanwhile
+            # closing it is not enough if the process has forked meanwhile
+            theirs.shutdown(socket.SHUT_RDWR)
 
 
 def _addresses(host: str, port: int, flags: int = 0) -> list[Found]:

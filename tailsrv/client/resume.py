@@ -6,13 +6,15 @@ always knows its own. One that began from the end knows its place only by the by
 
 from collections.abc import Callable
 
-CONTEXT = 4096  # bytes before the place that are compared, or searched for, before a stream goes on
+# bytes before the place that are compared, or searched for, before a stream goes on
+CONTEXT = 4096
 
 # How much of the file's end is searched for the place of a stream that began there; the wider only if it is not in the narrower.
 # It is held in memory. What is appended during an outage must fit into the last.
 WINDOWS = (1 << 20, 64 << 20)
 
-ANCHOR = 64 << 10  # bytes of the file's end to fetch when a stream that began there is quiet; a shorter file gives its offset
+# bytes of the file's end to fetch when a stream that began there is quiet; a shorter file gives its offset
+ANCHOR = 64 << 10
 
 _INT64_MAX = 2**63 - 1
 
@@ -64,7 +66,9 @@ class FromStart:
             self._last = _last_of(self._last, data)
             return data
         if not self._expected.startswith(data):
-            raise OtherFileError(f"another file is served now: the bytes before offset {self.offset} are not those that were there")
+            raise OtherFileError(
+                f"another file is served now: the bytes before offset {self.offset} are not those that were there"
+            )
         self._expected = self._expected[len(data) :]
         return b""
 
@@ -83,14 +87,17 @@ class FromEnd:
     def __init__(self, count: int, line: bool = False) -> None:
         self.count = count
         self.offset: int | None = None
-        self.anchored = False  # there surely are bytes before the place that it knows
+        # there surely are bytes before the place that it knows
+        self.anchored = False
         self._skipping = line
         self._last = b""
         self._offered: bytes | None = None
         self._window: bytearray | None = None
         self._width = 0
-        self._end = b""  # the file's last bytes at a moment when the window was asked for
-        self._searched = 0  # so much of the window, in vain
+        # the file's last bytes at a moment when the window was asked for
+        self._end = b""
+        # so much of the window, in vain
+        self._searched = 0
 
     def header(self) -> bytes:
         """Return what to send on a new connection: as long as nothing has come, it begins again."""
@@ -98,7 +105,8 @@ class FromEnd:
         self._window = bytearray() if self._last else None
         self._end, self._searched = b"", 0
         if 0 < len(self._last) < CONTEXT:
-            self._width = len(WINDOWS) - 1  # so little may be somewhere else by chance: all of the window must say that it is not
+            # so little may be somewhere else by chance: all of the window must say that it is not
+            self._width = len(WINDOWS) - 1
         return b"-%d\n" % (WINDOWS[self._width] if self._last else self.count)
 
     @property
@@ -131,7 +139,8 @@ class FromEnd:
         """
         assert self._window is not None
         self._end = end
-        return self._look(self._window, 0) or b""  # a full one has been searched before
+        # a full one has been searched before
+        return self._look(self._window, 0) or b""
 
     def offer(self, end: bytes) -> None:
         """Take `end`, the last ANCHOR bytes of the file, for those before the place, if nothing comes until the next `settle`."""
@@ -159,20 +168,25 @@ class FromEnd:
 
     def _look(self, window: bytearray, new: int) -> bytes | None:
         """Search the window if it is full, or now reaches the file's end, which is not before the last `new` bytes."""
-        there = self._end and window.find(self._end, max(0, len(window) - new - len(self._end))) >= 0
+        there = (
+            self._end and window.find(self._end, max(0, len(window) - new - len(self._end))) >= 0
+        )
         return self._search(window) if there or not self.wanted else b""
 
     def _search(self, window: bytearray) -> bytes | None:
         first = window.find(self._last)
         if first < 0 and self.wanted:
             self._end, self._searched = b"", len(window)
-            return b""  # a replica may be behind
+            # a replica may be behind
+            return b""
         if first < 0 and self._width + 1 < len(WINDOWS):
             self._width += 1
             return None
         if first < 0 or window.find(self._last, first + 1) >= 0:
             how = "not there" if first < 0 else "there more than once"
-            raise LostPlaceError(f"cannot find the place again: in the last {len(window)} bytes, what came last is {how}")
+            raise LostPlaceError(
+                f"cannot find the place again: in the last {len(window)} bytes, what came last is {how}"
+            )
         self._window, self._width = None, 0
         return self._new(bytes(window[first + len(self._last) :]))
 

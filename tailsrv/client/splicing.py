@@ -4,7 +4,8 @@ import errno
 import os
 import socket
 
-PAGE = 4096  # bytes; an empty pipe has room for them, even the smallest
+# bytes; an empty pipe has room for them, even the smallest
+PAGE = 4096
 
 # What splice(2) says where a stream goes on all the same: EAGAIN at TCP's urgent mark. The others say that it cannot be had, be it
 # for this kind of file or socket, or because a sandbox forbids it.

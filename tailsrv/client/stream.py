@@ -7,15 +7,27 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from tailsrv.client.connector import CONNECTION_ENDED, QUIET_TIME, ConnectError, Connector, Wait, fetch, name_of
+from tailsrv.client.connector import (
+    CONNECTION_ENDED,
+    QUIET_TIME,
+    ConnectError,
+    Connector,
+    Wait,
+    fetch,
+    name_of,
+)
 from tailsrv.client.resume import ANCHOR, CONTEXT, FromEnd, FromStart, PlaceError, Position
 from tailsrv.client.splicing import move
 
-RECEIVE_CHUNK = 1 << 16  # the most that one step gives; twice as much costs a quarter more time, in page faults
-STUCK_TIME = 2.0  # seconds without what a server surely has if it serves our file: time to say so, or to try another
-MAX_STUCK_TIME = 30.0  # to that they double while one after the other is given up: all may be slow to begin
+# the most that one step gives; twice as much costs a quarter more time, in page faults
+RECEIVE_CHUNK = 1 << 16
+# seconds without what a server surely has if it serves our file: time to say so, or to try another
+STUCK_TIME = 2.0
+# to that they double while one after the other is given up: all may be slow to begin
+MAX_STUCK_TIME = 30.0
 MISSING_BYTES = "does not send what came before: its file is shorter, or another one"
-ANCHOR_TRIES = 3  # attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
+# attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
+ANCHOR_TRIES = 3
 
 
 class Follow(Iterator[bytes]):
@@ -35,16 +47,24 @@ class Follow(Iterator[bytes]):
         self._connector, self._position, self._wait, self._report = connector, place, wait, report
         self._once, self._idle = once, idle
         self._whole_lines = whole_lines
-        self._first = True  # no connection yet
+        # no connection yet
+        self._first = True
         self._anchors = 0 if once else ANCHOR_TRIES
         self._sock: socket.socket | None = None
-        self._name = ""  # of the server that we are connected to
-        self._told = False  # that it does not send what it should have
-        self._heard = 0.0  # when it sent something, or was connected to
-        self._given_up = 0  # servers in a row that did not
-        self._due = 0.0  # when to ask for the file's end, in a search
-        self._ready = b""  # is given next
-        self._since = time.monotonic()  # when something new came
+        # of the server that we are connected to
+        self._name = ""
+        # that it does not send what it should have
+        self._told = False
+        # when it sent something, or was connected to
+        self._heard = 0.0
+        # servers in a row that did not
+        self._given_up = 0
+        # when to ask for the file's end, in a search
+        self._due = 0.0
+        # is given next
+        self._ready = b""
+        # when something new came
+        self._since = time.monotonic()
         self._closed = False
 
     @property
@@ -61,7 +81,12 @@ class Follow(Iterator[bytes]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __next__(self) -> bytes:
@@ -101,7 +126,11 @@ class Follow(Iterator[bytes]):
                 if self._sock is None and not self._connect():
                     continue
                 assert self._sock is not None
-                if isinstance(self._position, FromEnd) and self._position.searching and time.monotonic() >= self._due:
+                if (
+                    isinstance(self._position, FromEnd)
+                    and self._position.searching
+                    and time.monotonic() >= self._due
+                ):
                     self._reach(self._sock, self._position)
                 elif self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
                     if not self._position.wanted:
@@ -130,10 +159,25 @@ class Follow(Iterator[bytes]):
         """Return for how many seconds to wait for bytes before something else is to be done."""
         now = time.monotonic()
         if self._position.wanted:
-            quiet = self._due - now if isinstance(self._position, FromEnd) else None if self._told else self._heard + self._stuck() - now
+            quiet = (
+                self._due - now
+                if isinstance(self._position, FromEnd)
+                else None
+                if self._told
+                else self._heard + self._stuck() - now
+            )
         else:
-            quiet = QUIET_TIME if isinstance(self._position, FromEnd) and self._anchors and not self._position.anchored else None
-        return min((max(0.0, seconds) for seconds in (self._left(), quiet) if seconds is not None), default=None)
+            quiet = (
+                QUIET_TIME
+                if isinstance(self._position, FromEnd)
+                and self._anchors
+                and not self._position.anchored
+                else None
+            )
+        return min(
+            (max(0.0, seconds) for seconds in (self._left(), quiet) if seconds is not None),
+            default=None,
+        )
 
     def _stuck(self) -> float:
         """Return for how many seconds a server may be silent that should not be."""
@@ -142,7 +186,9 @@ class Follow(Iterator[bytes]):
     def _connect(self) -> bool:
         """Connect and send the header; tell whether there is a connection. Raises ConnectError at the end of an idle time, too."""
         left = self._left()
-        self._sock = self._connector.connect(None if left is None else time.monotonic() + left, self._once)
+        self._sock = self._connector.connect(
+            None if left is None else time.monotonic() + left, self._once
+        )
         self._told = False
         try:
             self._name = name_of(self._sock)
@@ -151,7 +197,8 @@ class Follow(Iterator[bytes]):
         except OSError as error:
             self._lost(error)
             return False
-        header = self._position.header()  # may read a file: its errors are not the connection's
+        # may read a file: its errors are not the connection's
+        header = self._position.header()
         try:
             self._sock.send(header)
         except OSError as error:
@@ -174,7 +221,8 @@ class Follow(Iterator[bytes]):
             if longer:
                 self._position = FromEnd(self._position.count + 1, line=True)
         self._first = False
-        self._since = time.monotonic()  # connecting is not idling
+        # connecting is not idling
+        self._since = time.monotonic()
 
     def _is_longer(self, sock: socket.socket, count: int) -> bool:
         """Tell whether the file has more than `count` bytes. Silence says that it has not only if the server gives its start.
@@ -185,7 +233,9 @@ class Follow(Iterator[bytes]):
             return True
         with self._connector.reconnect(sock, self._wait) as other:
             start = fetch(other, b"0\n", min(count, ANCHOR) + 1, self._wait)
-            return len(start) > count or (not start and self._wait(other.fileno(), select.POLLIN, STUCK_TIME))
+            return len(start) > count or (
+                not start and self._wait(other.fileno(), select.POLLIN, STUCK_TIME)
+            )
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None
@@ -227,7 +277,11 @@ class Follow(Iterator[bytes]):
         if isinstance(self._position, FromEnd):
             self._position.settle()
             self._keep(b"")
-        if isinstance(self._position, FromEnd) and self._anchors and not (self._position.wanted or self._position.anchored):
+        if (
+            isinstance(self._position, FromEnd)
+            and self._anchors
+            and not (self._position.wanted or self._position.anchored)
+        ):
             self._anchors -= 1
             self._anchor(sock, self._position)
         self._complain()
@@ -237,7 +291,8 @@ class Follow(Iterator[bytes]):
         if not self._position.wanted or time.monotonic() < self._heard + self._stuck():
             return
         if self._connector.choice:
-            self._hang_up()  # another replica may have it
+            # another replica may have it
+            self._hang_up()
             self._given_up += 1
             self._connector.failed(f"{self._name}: {MISSING_BYTES}")
         elif not self._told:
@@ -255,10 +310,13 @@ class Follow(Iterator[bytes]):
         """Ask what is before the place, if nothing comes meanwhile."""
 
         def wait_beside(fd: int, events: int, seconds: float | None) -> bool:
-            with select.epoll() as both:  # the stream goes first
+            # the stream goes first
+            with select.epoll() as both:
                 both.register(fd, events)
                 both.register(sock, select.POLLIN)
-                return self._wait(both.fileno(), select.POLLIN, seconds) and fd in dict(both.poll(0))
+                return self._wait(both.fileno(), select.POLLIN, seconds) and fd in dict(
+                    both.poll(0)
+                )
 
         if end := self._fetch_end(sock, ANCHOR, wait_beside):
             place.offer(end)

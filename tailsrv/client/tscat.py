@@ -49,7 +49,8 @@ def copy(options: Namespace) -> None:
 def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
     """Wait as a `Wait` does; raises NobodyReadsError as soon as that is so."""
     poll = select.poll()
-    poll.register(STDOUT, 0)  # hang-ups are told unasked
+    # hang-ups are told unasked
+    poll.register(STDOUT, 0)
     if fd >= 0:
         poll.register(fd, events)
     seen = dict(poll.poll(milliseconds(seconds)))

@@ -20,18 +20,24 @@ from tailsrv.formatting import size
 from tailsrv.linux.event_loop import Timers
 from tailsrv.linux.process import occupy_standard_descriptors
 
-PROGRESS_DELAY = 0.5  # seconds before there is a line: most catching up is done by then
+# seconds before there is a line: most catching up is done by then
+PROGRESS_DELAY = 0.5
 
-PROGRESS_INTERVAL = 0.2  # seconds from one line to the next
+# seconds from one line to the next
+PROGRESS_INTERVAL = 0.2
 
 ERASE = "\r\x1b[K"
 
 
-PIPE_SIZE = 1 << 20  # bytes; the most that an ordinary user's pipe may hold
-F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)  # linux/fcntl.h; an interpreter may be built without the name
-QUIET_TIME = 0.5  # seconds without a byte
+# bytes; the most that an ordinary user's pipe may hold
+PIPE_SIZE = 1 << 20
+# linux/fcntl.h; an interpreter may be built without the name
+F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+# seconds without a byte
+QUIET_TIME = 0.5
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DISK_FULL_RETRY = 1.0  # seconds between attempts while the disk is full
+# seconds between attempts while the disk is full
+DISK_FULL_RETRY = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +49,8 @@ def keep(options: Namespace) -> None:
     """Keep the copy that `options` ask for."""
     occupy_standard_descriptors()
     end_by_signals()
-    servers = [parse_endpoint(server) for server in options.servers]  # before there is a file
+    # before there is a file
+    servers = [parse_endpoint(server) for server in options.servers]
     with LocalCopy(options.path) as local_copy:
         Keeper(local_copy, servers, options).run()
 
@@ -58,7 +65,8 @@ def end_by_signals() -> None:
 
     def end(_number: int, _frame: object) -> NoReturn:
         for number in numbers:
-            signal.signal(number, lambda *_: None)  # SIG_IGN would be a complaint if one is there already
+            # SIG_IGN would be a complaint if one is there already
+            signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt
 
     for number in numbers:
@@ -68,7 +76,9 @@ def end_by_signals() -> None:
 class Keeper:
     """Moves bytes from the socket by a pipe into the file, and sees to fsync and the progress line meanwhile."""
 
-    def __init__(self, local_copy: LocalCopy, servers: Sequence[tuple[str, int]], options: Namespace) -> None:
+    def __init__(
+        self, local_copy: LocalCopy, servers: Sequence[tuple[str, int]], options: Namespace
+    ) -> None:
         self._local_copy, self._servers, self._options = local_copy, servers, options
         self._progress = Progress(options.path)
         self._timers = Timers()
@@ -77,11 +87,14 @@ class Keeper:
     def run(self) -> None:
         """Keep the copy until the end that the options ask for."""
         try:
-            self._sync()  # what an earlier run has left: from here on it is known what the disk has
+            # what an earlier run has left: from here on it is known what the disk has
+            self._sync()
             while not self._copy():
                 self._sync()
                 aside = self._local_copy.set_aside()
-                self._say(f"the remote file is another one now: {self._local_copy.path} becomes {aside}, and begins again")
+                self._say(
+                    f"the remote file is another one now: {self._local_copy.path} becomes {aside}, and begins again"
+                )
         finally:
             self._progress.rest()
             self._sync()
@@ -133,7 +146,9 @@ class Keeper:
             now = time.monotonic()
             self._timers.run(now)
             limits = (self._timers.timeout(now), None if end is None else end - now)
-            if wait(fd, events, min((limit for limit in limits if limit is not None), default=None)):
+            if wait(
+                fd, events, min((limit for limit in limits if limit is not None), default=None)
+            ):
                 return True
             if end is not None and time.monotonic() >= end:
                 return False
@@ -155,7 +170,8 @@ def pipe() -> Iterator[tuple[int, int]]:
         try:
             fcntl.fcntl(into, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            pass  # this user's pipes have taken all that they may: a smaller one serves, too
+            # this user's pipes have taken all that they may: a smaller one serves, too
+            pass
         yield out, into
     finally:
         os.close(out)
@@ -168,7 +184,8 @@ class Progress:
     def __init__(self, name: str) -> None:
         self._name = name
         self._terminal = bool(sys.stderr and sys.stderr.isatty())
-        self._begun: tuple[float, int] | None = None  # when, and how long it was then
+        # when, and how long it was then
+        self._begun: tuple[float, int] | None = None
         self._drawn: float | None = None
 
     def grow(self, length: int, now: float) -> None:
@@ -176,9 +193,15 @@ class Progress:
         if self._begun is None:
             self._begun = now, length
         begun, first = self._begun
-        if self._terminal and now - begun >= PROGRESS_DELAY and now - (self._drawn or begun) >= PROGRESS_INTERVAL:
+        if (
+            self._terminal
+            and now - begun >= PROGRESS_DELAY
+            and now - (self._drawn or begun) >= PROGRESS_INTERVAL
+        ):
             self._drawn = now
-            self._write(f"{ERASE}{self._name}: {size(length)}, {size((length - first) / (now - begun))}/s")
+            self._write(
+                f"{ERASE}{self._name}: {size(length)}, {size((length - first) / (now - begun))}/s"
+            )
 
     def rest(self) -> None:
         """Take the line away: it is caught up, or something else is to be said."""
@@ -191,7 +214,8 @@ class Progress:
             sys.stderr.write(text)
             sys.stderr.flush()
         except OSError:
-            self._terminal = False  # it has gone
+            # it has gone
+            self._terminal = False
 
 
 if __name__ == "__main__":

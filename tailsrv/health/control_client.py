@@ -19,25 +19,38 @@ from tailsrv.control import CLIENTS, PREFIX, credentials, overflow_uid
 from tailsrv.health.report import STOPPED, Level, Server
 from tailsrv.health.users import user_names
 from tailsrv.linux.process import read_stat
-from tailsrv.status_schema import AnswerError, ClientStatus, ServerStatus, decode_clients, decode_status
+from tailsrv.status_schema import (
+    AnswerError,
+    ClientStatus,
+    ServerStatus,
+    decode_clients,
+    decode_status,
+)
 
-STATUS_TIMEOUT = 5.0  # seconds for a status; a supervisor takes milliseconds, also while it replaces itself
-CLIENTS_TIMEOUT = 10.0  # seconds for the list of clients, which can be megabytes
-CONNECT_RETRY = 0.02  # seconds between two tries to connect to a control socket whose queue is full
-MAX_STATUS = 1 << 22  # bytes of a status; a thousand workers with ten addresses each are half of that
-MAX_CLIENTS = 1 << 28  # bytes of the list of clients; a million of them are a third of that
+# seconds for a status; a supervisor takes milliseconds, also while it replaces itself
+STATUS_TIMEOUT = 5.0
+# seconds for the list of clients, which can be megabytes
+CLIENTS_TIMEOUT = 10.0
+# seconds between two tries to connect to a control socket whose queue is full
+CONNECT_RETRY = 0.02
+# bytes of a status; a thousand workers with ten addresses each are half of that
+MAX_STATUS = 1 << 22
+# bytes of the list of clients; a million of them are a third of that
+MAX_CLIENTS = 1 << 28
 
 # How often to read the kernel's list of sockets. It comes page by page, and lacks one now and then where others are closed in
 # between [measured: beside a process that makes and closes sockets all the time, 1 of 100 servers in every 20th reading].
 LOOKS = 3
 
-_LISTENS = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
+# __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
+_LISTENS = 0x10000
 
 # Any user may take any name. Only an endpoint as we write it is a server's: `*`, a host's name or
 # IPv4 address, or an IPv6 address in brackets with its scope, and a port. A name with a comma
 # would read as several endpoints.
 _ENDPOINT = r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}"
-_LISTENER = re.compile(  # address, references, protocol, flags, type (SOCK_STREAM), state, inode, name, which is anybody's text
+# address, references, protocol, flags, type (SOCK_STREAM), state, inode, name, which is anybody's text
+_LISTENER = re.compile(
     rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) 0001 [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
 )
 
@@ -81,9 +94,16 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
         key = (server.pid, server.uid) if server.pid else endpoint
         found.setdefault(key, (server, []))[1].append(endpoint)
     servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
-    wanted = [server for server in servers if pid in (None, server.pid) and (port is None or port in ports(server))]
+    wanted = [
+        server
+        for server in servers
+        if pid in (None, server.pid) and (port is None or port in ports(server))
+    ]
     users = user_names({server.uid for server in wanted if server.uid is not None})
-    return [server if server.uid is None else replace(server, user=users[server.uid]) for server in wanted]
+    return [
+        server if server.uid is None else replace(server, user=users[server.uid])
+        for server in wanted
+    ]
 
 
 def list_endpoints() -> list[str]:
@@ -92,9 +112,14 @@ def list_endpoints() -> list[str]:
 
 
 def _read_endpoints() -> set[str]:
-    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:  # there also where the rest of /proc is hidden
+    # there also where the rest of /proc is hidden
+    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
         matches = [_LISTENER.match(line) for line in file]
-    return {match[2] for match in matches if match and int(match[1], 16) & _LISTENS and _port(match[2]) <= 65535}
+    return {
+        match[2]
+        for match in matches
+        if match and int(match[1], 16) & _LISTENS and _port(match[2]) <= 65535
+    }
 
 
 def ports(server: Server) -> set[int]:
@@ -111,7 +136,8 @@ def _find_holder(endpoint: str) -> Server:
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             _connect(sock, endpoint, deadline=0.0)
-        except OSError:  # its queue is full, or we are not permitted to: asking it tells which
+        except OSError:
+            # its queue is full, or we are not permitted to: asking it tells which
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
         return Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
@@ -153,7 +179,9 @@ def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
         try:
             _connect(sock, server.endpoints[0] + suffix, deadline)
         except BlockingIOError:
-            raise InspectError("supervisor does not answer: too many questions wait", Level.CRITICAL) from None
+            raise InspectError(
+                "supervisor does not answer: too many questions wait", Level.CRITICAL
+            ) from None
         pid, uid, _ = credentials(sock)
         _check_user(uid, server.user)
         if server.pid is not None and (pid, uid) != (server.pid, server.uid):
@@ -161,7 +189,9 @@ def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
         try:
             data = _receive(sock, deadline, largest)
         except TimeoutError:
-            raise InspectError(f"supervisor does not answer: {_describe(pid)}", Level.CRITICAL) from None
+            raise InspectError(
+                f"supervisor does not answer: {_describe(pid)}", Level.CRITICAL
+            ) from None
         except ConnectionError:
             raise EndedError("the server has ended", Level.CRITICAL) from None
     if not data:
@@ -191,7 +221,9 @@ def _explain_silence(pid: int, uid: int, name: str | None) -> None:
         raise _not_ours(uid, name)
     if pid and read_stat(pid) is None:
         raise EndedError("the server has ended", Level.CRITICAL)
-    raise InspectError("supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there")
+    raise InspectError(
+        "supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there"
+    )
 
 
 def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:
@@ -227,9 +259,13 @@ def ask_status(server: Server, deadline: float) -> ServerStatus:
     try:
         status = decode_status(answer.data)
     except AnswerError as error:
-        raise InspectError(f"supervisor cannot be understood, perhaps it is of another version: {error}") from error
+        raise InspectError(
+            f"supervisor cannot be understood, perhaps it is of another version: {error}"
+        ) from error
     if status.pid != answer.pid:
-        raise InspectError(f"supervisor says that it is pid {status.pid}, here it is pid {answer.pid}: another pid namespace? Ask there")
+        raise InspectError(
+            f"supervisor says that it is pid {status.pid}, here it is pid {answer.pid}: another pid namespace? Ask there"
+        )
     stat = read_stat(status.pid)
     if stat is None:
         raise EndedError("the server has ended", Level.CRITICAL)
@@ -244,7 +280,9 @@ def ask_clients(server: Server) -> tuple[ClientStatus, ...]:
     try:
         pid, clients = decode_clients(answer.data)
     except AnswerError as error:
-        raise InspectError(f"list of clients cannot be understood, perhaps it is of another version: {error}") from error
+        raise InspectError(
+            f"list of clients cannot be understood, perhaps it is of another version: {error}"
+        ) from error
     if pid != answer.pid:
         raise InspectError(f"list of clients is by pid {pid}, here that is pid {answer.pid}")
     return clients

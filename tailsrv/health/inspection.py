@@ -10,14 +10,34 @@ from dataclasses import replace
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.health.control_client import STATUS_TIMEOUT, EndedError, ask_clients, ask_status, attempt, state_of
-from tailsrv.health.report import HUNG_AFTER, STOPPED, HealthReport, Level, Process, Server, Totals, WorkerHealth, total
+from tailsrv.health.control_client import (
+    STATUS_TIMEOUT,
+    EndedError,
+    ask_clients,
+    ask_status,
+    attempt,
+    state_of,
+)
+from tailsrv.health.report import (
+    HUNG_AFTER,
+    STOPPED,
+    HealthReport,
+    Level,
+    Process,
+    Server,
+    Totals,
+    WorkerHealth,
+    total,
+)
 from tailsrv.linux.process import Stat, read_stat
 from tailsrv.status_schema import ServerStatus, SlotStatus
 
-SAMPLE_PAUSE = 0.25  # seconds between two questions: pings are answered by then, and CPU time, counted in 10 ms, shows
-ASK_TIMEOUT = HUNG_AFTER + 0.5  # seconds after which a silent worker is what it is
-LOOK_TIMEOUT = 5.0  # seconds after which no more memory is looked at, which for gigabytes takes long
+# seconds between two questions: pings are answered by then, and CPU time, counted in 10 ms, shows
+SAMPLE_PAUSE = 0.25
+# seconds after which a silent worker is what it is
+ASK_TIMEOUT = HUNG_AFTER + 0.5
+# seconds after which no more memory is looked at, which for gigabytes takes long
+LOOK_TIMEOUT = 5.0
 
 
 def _cpu_seconds(pid: int) -> float | None:
@@ -27,7 +47,9 @@ def _cpu_seconds(pid: int) -> float | None:
 
 def _sample(pids: Iterable[int]) -> dict[int, tuple[float, float]]:
     """Return for each process the time now and the processor time that it has used, both in seconds."""
-    return {pid: (time.monotonic(), used) for pid in pids if (used := _cpu_seconds(pid)) is not None}
+    return {
+        pid: (time.monotonic(), used) for pid in pids if (used := _cpu_seconds(pid)) is not None
+    }
 
 
 def _descriptor_limit(pid: int) -> int | None:
@@ -52,16 +74,23 @@ def _look(pid: int, stat: Stat, before: tuple[float, float] | None, until: float
         pid=pid,
         state=state_of(pid),
         uptime=time.clock_gettime(time.CLOCK_BOOTTIME) - stat.ticks / os.sysconf("SC_CLK_TCK"),
-        cpu=None if used is None or before is None else max(0.0, 100 * (used - before[1]) / (time.monotonic() - before[0])),
+        cpu=None
+        if used is None or before is None
+        else max(0.0, 100 * (used - before[1]) / (time.monotonic() - before[0])),
         cpu_seconds=used,
-        pss=attempt(lambda: int(psutil.Process(pid).memory_full_info().pss)) if time.monotonic() < until else None,
+        pss=attempt(lambda: int(psutil.Process(pid).memory_full_info().pss))
+        if time.monotonic() < until
+        else None,
         descriptors=attempt(lambda: int(psutil.Process(pid).num_fds())),
         descriptor_limit=attempt(lambda: _descriptor_limit(pid)),
     )
-    return seen if read_stat(pid) == stat else None  # looked at last: before it the pid was the same process's
+    # looked at last: before it the pid was the same process's
+    return seen if read_stat(pid) == stat else None
 
 
-def _look_at_worker(slot: SlotStatus, supervisor: int, samples: dict[int, tuple[float, float]], until: float) -> WorkerHealth:
+def _look_at_worker(
+    slot: SlotStatus, supervisor: int, samples: dict[int, tuple[float, float]], until: float
+) -> WorkerHealth:
     process = None
     if slot.pid is not None and slot.ticks is not None:
         process = _look(slot.pid, Stat(supervisor, slot.ticks), samples.get(slot.pid), until)
@@ -100,7 +129,9 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
         supervisor=supervisor,
         workers=workers,
         listeners=status.listeners,
-        totals=_add_up(status, [supervisor, *(worker.process for worker in workers if worker.process)]),
+        totals=_add_up(
+            status, [supervisor, *(worker.process for worker in workers if worker.process)]
+        ),
         clients=listed,
     )
 

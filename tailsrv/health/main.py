@@ -20,9 +20,11 @@ from tailsrv.health.prometheus import render_metrics
 from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Server, judge
 from tailsrv.health.text import render_text, summarize
 
-PARALLEL_INSPECTIONS = 32  # servers that are looked at in parallel: most of the time is spent waiting for answers
+# servers that are looked at in parallel: most of the time is spent waiting for answers
+PARALLEL_INSPECTIONS = 32
 
-START_LIMIT = 10.0  # seconds in which servers are begun with; any user can make a check find thousands
+# seconds in which servers are begun with; any user can make a check find thousands
+START_LIMIT = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(make_health_parser(), argv)
         level, text = check(options)
     except SystemExit as end:
-        return write("", Level.UNKNOWN if end.code else Level.OK)  # argparse's 2 would read as CRITICAL
+        # argparse's 2 would read as CRITICAL
+        return write("", Level.UNKNOWN if end.code else Level.OK)
     return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)
 
 
 def end_at_interrupt() -> None:
     """Let Ctrl-C end us as the kernel does: an exception may come within the locks by which threads wait, and turn into another."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, in the background for instance
+    # else it is ignored, in the background for instance
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -57,7 +61,9 @@ def check(options: Namespace) -> tuple[Level, str]:
     try:
         servers = find(options.port, options.pid)
     except OSError as error:
-        return Level.UNKNOWN, render([], options.format, Level.UNKNOWN, f"cannot look for servers: {error}")
+        return Level.UNKNOWN, render(
+            [], options.format, Level.UNKNOWN, f"cannot look for servers: {error}"
+        )
     outcomes = examine_all(servers, options.clients)
     doubtful = doubtful_servers(servers)
     asked_for = options.port is not None or options.pid is not None
@@ -89,7 +95,8 @@ def examine_all(servers: Sequence[Server], clients: bool) -> list[HealthReport |
     try:
         with ThreadPoolExecutor(PARALLEL_INSPECTIONS) as pool:
             outcomes = dict(zip(turns, pool.map(ask, turns), strict=True))
-    except RuntimeError:  # no room for threads
+    except RuntimeError:
+        # no room for threads
         outcomes = {server: ask(server) for server in turns}
     return [outcomes[server] for server in servers]
 
@@ -112,13 +119,17 @@ def examine(server: Server, clients: bool, until: float) -> HealthReport | Inspe
         return inspect(server, clients=clients)
     except InspectError as error:
         return error
-    except OSError as error:  # no descriptors, no memory
+    except OSError as error:
+        # no descriptors, no memory
         return InspectError(f"cannot be asked: {error}")
-    except Exception as error:  # no answer of one server may cost the verdict on the others
+    except Exception as error:
+        # no answer of one server may cost the verdict on the others
         return InspectError(f"cannot be inspected: {type(error).__name__}: {str(error)[:100]!a}")
 
 
-def to_finding(server: Server, outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool = False) -> Finding | None:
+def to_finding(
+    server: Server, outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool = False
+) -> Finding | None:
     """Return the finding on a server, None if it has ended, or is another user's and not asked for.
 
     Of a `doubtful` server no fault is more than UNKNOWN.
@@ -144,7 +155,9 @@ def doubtful_servers(servers: Sequence[Server]) -> set[Server]:
     users: dict[int, set[object]] = {}
     for server in servers:
         for port in ports(server):
-            users.setdefault(port, set()).add(server.endpoints if server.uid is None else server.uid)
+            users.setdefault(port, set()).add(
+                server.endpoints if server.uid is None else server.uid
+            )
     return {
         server
         for server in servers
@@ -175,16 +188,29 @@ def render_json(findings: Sequence[Finding], level: Level, summary: str) -> str:
             **dataclasses.asdict(finding.server),
             "level": finding.verdict.level.name,
             "reasons": finding.verdict.reasons,
-            "report": finding.report and {name: value for name, value in dataclasses.asdict(finding.report).items() if name != "server"},
+            "report": finding.report
+            and {
+                name: value
+                for name, value in dataclasses.asdict(finding.report).items()
+                if name != "server"
+            },
         }
         for finding in findings
     ]
-    return json.dumps({"level": level.name, "status": level, "summary": summary, "servers": servers}) + "\n"
+    return (
+        json.dumps({"level": level.name, "status": level, "summary": summary, "servers": servers})
+        + "\n"
+    )
 
 
 def wants_colour(environ: Mapping[str, str]) -> bool:
     """Tell whether standard output is a terminal that wants colour (https://no-color.org)."""
-    return bool(sys.stdout and sys.stdout.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb")
+    return bool(
+        sys.stdout
+        and sys.stdout.isatty()
+        and not environ.get("NO_COLOR")
+        and environ.get("TERM") != "dumb"
+    )
 
 
 def write(text: str, level: Level, encoding: str | None = None) -> int:
@@ -192,7 +218,8 @@ def write(text: str, level: Level, encoding: str | None = None) -> int:
 
     A reader who has seen enough is no error.
     """
-    if sys.stdout is None:  # closed before we started
+    # closed before we started
+    if sys.stdout is None:
         return Level.UNKNOWN
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -12,14 +12,19 @@ from tailsrv.status_schema import ClientStatus
 STATES = ("serving", "starting", "waiting for file", "draining", "rotating")
 
 Labels = Mapping[str, str]
-Sample = tuple[str, Labels, float | None]  # name of a family below, labels, value; None: not known, left out
+# name of a family below, labels, value; None: not known, left out
+Sample = tuple[str, Labels, float | None]
 
-FAMILIES = {  # name: type, help
+# name: type, help
+FAMILIES = {
     "tailsrv_servers": ("gauge", "Servers that were found."),
     "tailsrv_health_status": ("gauge", "0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."),
     "tailsrv_info": ("gauge", "Always 1; the version, and the path of the file."),
     "tailsrv_state": ("gauge", "1 for the state that the server is in, 0 for the others."),
-    "tailsrv_start_time_seconds": ("gauge", "When the server started, in Unix time; kept through upgrades."),
+    "tailsrv_start_time_seconds": (
+        "gauge",
+        "When the server started, in Unix time; kept through upgrades.",
+    ),
     "tailsrv_file_size_bytes": ("gauge", "Size of the file."),
     "tailsrv_file_gone": ("gauge", "1 if the path does not name the file any more."),
     "tailsrv_file_unusable": ("gauge", "1 if the next file of that name cannot be opened."),
@@ -30,13 +35,25 @@ FAMILIES = {  # name: type, help
     "tailsrv_workers_ready": ("gauge", "Workers that are ready."),
     "tailsrv_worker_ready": ("gauge", "1 if the slot has a worker that is ready."),
     "tailsrv_worker_stopped": ("gauge", "1 if a signal has stopped the worker."),
-    "tailsrv_worker_silent_seconds": ("gauge", "How long the worker has not answered the supervisor."),
+    "tailsrv_worker_silent_seconds": (
+        "gauge",
+        "How long the worker has not answered the supervisor.",
+    ),
     "tailsrv_worker_clients": ("gauge", "Clients of the slot."),
-    "tailsrv_worker_clients_unprotected": ("gauge", "Clients of the slot that would be lost with its worker."),
-    "tailsrv_worker_restarts_total": ("counter", "Workers of the slot that died and were replaced."),
+    "tailsrv_worker_clients_unprotected": (
+        "gauge",
+        "Clients of the slot that would be lost with its worker.",
+    ),
+    "tailsrv_worker_restarts_total": (
+        "counter",
+        "Workers of the slot that died and were replaced.",
+    ),
     "tailsrv_process_uptime_seconds": ("gauge", "Time since the process started."),
     "tailsrv_process_cpu_seconds_total": ("counter", "Processor time that the process has used."),
-    "tailsrv_process_pss_bytes": ("gauge", "Memory of the process, pages that several share divided among them."),
+    "tailsrv_process_pss_bytes": (
+        "gauge",
+        "Memory of the process, pages that several share divided among them.",
+    ),
     "tailsrv_process_open_fds": ("gauge", "Descriptors that are open."),
     "tailsrv_process_max_fds": ("gauge", "Descriptors that may be open, the soft limit."),
     "tailsrv_listener_queued": ("gauge", "Connections that wait to be accepted."),
@@ -61,7 +78,11 @@ def render_metrics(findings: Sequence[Finding]) -> str:
     lines = []
     for name, (kind, text) in FAMILIES.items():
         if own := samples[name]:
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{labels} {_value(own[labels])}" for labels in own)]
+            lines += [
+                f"# HELP {name} {text}",
+                f"# TYPE {name} {kind}",
+                *(f"{name}{labels} {_value(own[labels])}" for labels in own),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -102,7 +123,9 @@ def _measure_workers(server: Labels, report: HealthReport) -> Iterator[Sample]:
         yield "tailsrv_worker_clients_unprotected", slot, worker.unprotected
         yield "tailsrv_worker_restarts_total", slot, worker.restarts
         if worker.process is not None:
-            yield from _measure_process({**server, "process": f"worker {worker.slot}"}, worker.process)
+            yield from _measure_process(
+                {**server, "process": f"worker {worker.slot}"}, worker.process
+            )
 
 
 def _measure_process(labels: Labels, process: Process) -> Iterator[Sample]:
@@ -115,14 +138,22 @@ def _measure_process(labels: Labels, process: Process) -> Iterator[Sample]:
 
 def _measure_listeners(server: Labels, report: HealthReport) -> Iterator[Sample]:
     for listener in report.listeners:
-        labels = {**server, "endpoint": listener.endpoint, "slot": "" if listener.slot is None else str(listener.slot)}
+        labels = {
+            **server,
+            "endpoint": listener.endpoint,
+            "slot": "" if listener.slot is None else str(listener.slot),
+        }
         yield "tailsrv_listener_queued", labels, listener.queued
         yield "tailsrv_listener_backlog", labels, listener.backlog
 
 
 def _measure_clients(server: Labels, clients: Iterable[ClientStatus]) -> Iterator[Sample]:
     """Yield the clients that have a peer, of two with the same peer the one further behind."""
-    peers = {client.peer: client for client in sorted(clients, key=lambda client: client.lag or 0) if client.peer is not None}
+    peers = {
+        client.peer: client
+        for client in sorted(clients, key=lambda client: client.lag or 0)
+        if client.peer is not None
+    }
     for peer, client in peers.items():
         labels = {**server, "peer": peer, "slot": str(client.slot)}
         yield "tailsrv_client_start_bytes", labels, client.start
@@ -131,7 +162,11 @@ def _measure_clients(server: Labels, clients: Iterable[ClientStatus]) -> Iterato
 
 
 def _labels(labels: Labels) -> str:
-    return "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items()) + "}" if labels else ""
+    return (
+        "{" + ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items()) + "}"
+        if labels
+        else ""
+    )
 
 
 def _escape(text: str) -> str:

@@ -8,13 +8,19 @@ from typing import TypeVar
 from tailsrv.formatting import counted
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
-NEARLY_ALL = 0.9  # of the descriptors or of an accept queue
-HUNG_AFTER = 2.0  # seconds without an answer to a ping; a healthy worker takes milliseconds
-RECENTLY = 60.0  # seconds in which a restarted worker is news
+# of the descriptors or of an accept queue
+NEARLY_ALL = 0.9
+# seconds without an answer to a ping; a healthy worker takes milliseconds
+HUNG_AFTER = 2.0
+# seconds in which a restarted worker is news
+RECENTLY = 60.0
 
-WORKING = frozenset({"serving", "starting"})  # in every other state workers may rightly be missing, and the file gone
-STOPPED = "stopped"  # psutil.STATUS_STOPPED
-ENDED_STATES = frozenset({"zombie", "dead"})  # a process of which only the entry in the process table is left
+# in every other state workers may rightly be missing, and the file gone
+WORKING = frozenset({"serving", "starting"})
+# psutil.STATUS_STOPPED
+STOPPED = "stopped"
+# a process of which only the entry in the process table is left
+ENDED_STATES = frozenset({"zombie", "dead"})
 
 
 Number = TypeVar("Number", int, float)
@@ -190,7 +196,9 @@ def _critical(report: HealthReport) -> Iterator[str]:
     working = report.state in WORKING
     if working and not any(worker.alive for worker in report.workers):
         yield "no worker"
-    yield from _named([worker for worker in report.workers if worker.stopped], "is stopped", "are stopped")
+    yield from _named(
+        [worker for worker in report.workers if worker.stopped], "is stopped", "are stopped"
+    )
     yield from _named([worker for worker in report.workers if worker.hung], "hangs", "hang")
     if working and report.file.gone:
         yield "the file is gone"
@@ -201,7 +209,11 @@ def _critical(report: HealthReport) -> Iterator[str]:
 
 
 def _warning(report: HealthReport) -> Iterator[str]:
-    if report.state in WORKING and ready(report) < len(report.workers) and any(worker.alive for worker in report.workers):
+    if (
+        report.state in WORKING
+        and ready(report) < len(report.workers)
+        and any(worker.alive for worker in report.workers)
+    ):
         yield f"{ready(report)} of {counted(len(report.workers), 'worker')}"
     yield from _crowded("supervisor", report.supervisor)
     for worker in report.workers:
@@ -211,10 +223,20 @@ def _warning(report: HealthReport) -> Iterator[str]:
         if listener.backlog and listener.queued > NEARLY_ALL * listener.backlog:
             whose = "" if listener.slot is None else f" of slot {listener.slot}"
             yield f"the queue{whose} at {listener.endpoint} holds {listener.queued} of {listener.backlog}"
-    if (most := report.totals.max_clients) and report.totals.clients >= most and report.totals.queued:
+    if (
+        (most := report.totals.max_clients)
+        and report.totals.clients >= most
+        and report.totals.queued
+    ):
         yield f"as many clients as --max-clients allows ({most}), {report.totals.queued} wait"
-    recent = [worker for worker in report.workers if worker.restarted is not None and worker.restarted < RECENTLY]
-    yield from _named(recent, "was restarted in the last minute", "were restarted in the last minute")
+    recent = [
+        worker
+        for worker in report.workers
+        if worker.restarted is not None and worker.restarted < RECENTLY
+    ]
+    yield from _named(
+        recent, "was restarted in the last minute", "were restarted in the last minute"
+    )
 
 
 def _crowded(name: str, process: Process) -> Iterator[str]:

@@ -4,11 +4,21 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from tailsrv.formatting import counted, size
-from tailsrv.health.report import WORKING, Finding, HealthReport, Level, Process, WorkerHealth, ready, worst
+from tailsrv.health.report import (
+    WORKING,
+    Finding,
+    HealthReport,
+    Level,
+    Process,
+    WorkerHealth,
+    ready,
+    worst,
+)
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 WIDTH = 100
-MIN_PATH = 20  # columns that a path gets in the sentence however long the rest is
+# columns that a path gets in the sentence however long the rest is
+MIN_PATH = 20
 
 _BOLD, _RED = "1", "31"
 _COLOURS = {Level.OK: "32", Level.WARNING: "33", Level.CRITICAL: _RED, Level.UNKNOWN: "35"}
@@ -21,7 +31,10 @@ def render_text(findings: Sequence[Finding], level: Level, summary: str, colour:
     lines = [f"{_paint(level.name, _COLOURS[level], colour)}: {summary}"]
     for finding in findings:
         if len(findings) > 1:
-            lines += ["", f"{_paint(finding.verdict.level.name, _COLOURS[finding.verdict.level], colour)}: {describe(finding)}"]
+            lines += [
+                "",
+                f"{_paint(finding.verdict.level.name, _COLOURS[finding.verdict.level], colour)}: {describe(finding)}",
+            ]
         if finding.report:
             lines += _render_report(finding.report, colour)
     return "\n".join(lines) + "\n"
@@ -40,8 +53,11 @@ def summarize(findings: Sequence[Finding], none_found: str) -> tuple[Level, str]
             clients = sum(finding.report.totals.clients for finding in findings if finding.report)
             return level, f"{len(findings)} servers of tailsrv serve {counted(clients, 'client')}"
         case _:
-            bad.sort(key=lambda finding: finding.verdict.level is not level)  # the reason for the level comes first
-            return level, f"{len(bad)} of {len(findings)} servers: " + "; ".join(describe(finding) for finding in bad)
+            # the reason for the level comes first
+            bad.sort(key=lambda finding: finding.verdict.level is not level)
+            return level, f"{len(bad)} of {len(findings)} servers: " + "; ".join(
+                describe(finding) for finding in bad
+            )
 
 
 def describe(finding: Finding) -> str:
@@ -59,7 +75,10 @@ def describe(finding: Finding) -> str:
 
 def _say_state(report: HealthReport) -> tuple[str, str]:
     """Return what a server that is well does, as the words before the path and behind it."""
-    clients, workers = counted(report.totals.clients, "client"), counted(len(report.workers), "worker")
+    clients, workers = (
+        counted(report.totals.clients, "client"),
+        counted(len(report.workers), "worker"),
+    )
     match report.state:
         case "serving":
             return "serves", f" to {clients} with {workers}"
@@ -118,13 +137,23 @@ def _render_report(report: HealthReport, colour: bool) -> list[str]:
 
 def _render_facts(report: HealthReport) -> list[str]:
     file, totals = report.file, report.totals
-    about = [printable(file.path), _say_size(file, report.state)] + ["gone from its path"] * file.gone
+    about = [printable(file.path), _say_size(file, report.state)] + [
+        "gone from its path"
+    ] * file.gone
     clients = [str(totals.clients)]
     clients += [f"{totals.unprotected} unprotected"] * bool(totals.unprotected)
     clients += [f"at most {totals.max_clients}"] * bool(totals.max_clients)
-    state = [report.state, f"{ready(report)} of {counted(len(report.workers), 'worker')}", f"version {report.version}"]
+    state = [
+        report.state,
+        f"{ready(report)} of {counted(len(report.workers), 'worker')}",
+        f"version {report.version}",
+    ]
     state += [f"user {report.server.user}"] * bool(report.server.user)
-    return [*_fact("file", about), *_fact("state", [printable(part) for part in state]), *_fact("clients", clients)]
+    return [
+        *_fact("file", about),
+        *_fact("state", [printable(part) for part in state]),
+        *_fact("clients", clients),
+    ]
 
 
 def _say_size(file: FileStatus, state: str) -> str:
@@ -138,7 +167,10 @@ def _say_size(file: FileStatus, state: str) -> str:
 def _fact(name: str, parts: Iterable[str]) -> list[str]:
     """Return a fact on as many lines as it takes."""
     text, room = ", ".join(parts), WIDTH - 9
-    return [f"{'' if start else name:9}{text[start : start + room]}" for start in range(0, len(text), room)]
+    return [
+        f"{'' if start else name:9}{text[start : start + room]}"
+        for start in range(0, len(text), room)
+    ]
 
 
 def _render_processes(report: HealthReport, colour: bool) -> list[str]:
@@ -147,7 +179,12 @@ def _render_processes(report: HealthReport, colour: bool) -> list[str]:
     working = report.state in WORKING
     rows = [("supervisor", *_figures(supervisor, supervisor.state or "-"), "", "")]
     rows += [
-        (f"worker {worker.slot}", *_figures(worker.process, _say_worker(worker, working)), str(worker.clients), str(worker.restarts))
+        (
+            f"worker {worker.slot}",
+            *_figures(worker.process, _say_worker(worker, working)),
+            str(worker.clients),
+            str(worker.restarts),
+        )
         for worker in report.workers
     ]
     rows.append(("total", "", "", "", _number(totals.cpu, " %"), size(totals.pss), _number(totals.descriptors),
@@ -166,7 +203,14 @@ def _figures(process: Process | None, state: str) -> Row:
     descriptors = _number(process.descriptors)
     if process.descriptor_limit is not None:
         descriptors += f"/{process.descriptor_limit}"
-    return (str(process.pid), state, duration_text(process.uptime), _number(process.cpu, " %"), size(process.pss), descriptors)
+    return (
+        str(process.pid),
+        state,
+        duration_text(process.uptime),
+        _number(process.cpu, " %"),
+        size(process.pss),
+        descriptors,
+    )
 
 
 def _say_worker(worker: WorkerHealth, working: bool) -> str:
@@ -182,13 +226,25 @@ def _say_worker(worker: WorkerHealth, working: bool) -> str:
 def _render_listeners(listeners: Iterable[ListenerStatus], colour: bool) -> list[str]:
     """Return a row for each endpoint, with its fullest queue: rows for each of 64 workers would show less."""
     rows = []
-    for endpoint, group in groupby(sorted(listeners, key=lambda listener: listener.endpoint), key=lambda listener: listener.endpoint):
+    for endpoint, group in groupby(
+        sorted(listeners, key=lambda listener: listener.endpoint),
+        key=lambda listener: listener.endpoint,
+    ):
         queues = list(group)
         fullest = max(queues, key=_fill)
         slot = "shared" if fullest.slot is None else f"slot {fullest.slot}"
         share = f"{fullest.queued} of {fullest.backlog} ({100 * _fill(fullest):.0f} %), {slot}"
-        rows.append((printable(endpoint), str(len(queues)), str(sum(queue.queued for queue in queues)), share))
-    return _table(("listener", "queues", "waiting", "fullest queue"), rows, left={0, 3}, colour=colour)
+        rows.append(
+            (
+                printable(endpoint),
+                str(len(queues)),
+                str(sum(queue.queued for queue in queues)),
+                share,
+            )
+        )
+    return _table(
+        ("listener", "queues", "waiting", "fullest queue"), rows, left={0, 3}, colour=colour
+    )
 
 
 def _fill(listener: ListenerStatus) -> float:
@@ -198,13 +254,29 @@ def _fill(listener: ListenerStatus) -> float:
 def _render_clients(clients: Iterable[ClientStatus], colour: bool) -> list[str]:
     """Return a row for each client, the one that is furthest behind first, those without a header last."""
     rows = []
-    for client in sorted(clients, key=lambda client: -1 if client.lag is None else client.lag, reverse=True):
+    for client in sorted(
+        clients, key=lambda client: -1 if client.lag is None else client.lag, reverse=True
+    ):
         offsets = (_number(client.start), _number(client.position), _number(client.lag))
-        rows.append((printable(client.peer or "-"), str(client.slot), *offsets, "beyond the end" if client.beyond else size(client.lag)))
-    return _table(("client", "slot", "start", "position", "lag in bytes", "lag"), rows, left={0}, colour=colour)
+        rows.append(
+            (
+                printable(client.peer or "-"),
+                str(client.slot),
+                *offsets,
+                "beyond the end" if client.beyond else size(client.lag),
+            )
+        )
+    return _table(
+        ("client", "slot", "start", "position", "lag in bytes", "lag"),
+        rows,
+        left={0},
+        colour=colour,
+    )
 
 
-def _table(head: Row, rows: Sequence[Row], left: set[int], colour: bool, bad: Iterable[int] = ()) -> list[str]:
+def _table(
+    head: Row, rows: Sequence[Row], left: set[int], colour: bool, bad: Iterable[int] = ()
+) -> list[str]:
     """Return aligned lines; the columns `left` are flush left, the rows `bad` stand out."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     alert = set(bad)
@@ -221,4 +293,5 @@ def _table(head: Row, rows: Sequence[Row], left: set[int], colour: bool, bad: It
 
 
 def _paint(text: str, code: str, colour: bool) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if colour else text  # ECMA-48, SGR
+    # ECMA-48, SGR
+    return f"\x1b[{code}m{text}\x1b[0m" if colour else text

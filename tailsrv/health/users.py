@@ -4,7 +4,8 @@ import pwd
 import threading
 from collections.abc import Iterable
 
-LOOKUP_TIMEOUT = 0.5  # seconds for all names; the user database may be on a server that does not answer
+# seconds for all names; the user database may be on a server that does not answer
+LOOKUP_TIMEOUT = 0.5
 
 
 def user_names(uids: Iterable[int]) -> dict[int, str]:
@@ -18,7 +19,8 @@ def user_names(uids: Iterable[int]) -> dict[int, str]:
     thread = threading.Thread(target=_look_up, args=(names, sorted(names)), daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # no room for a thread
+    except RuntimeError:
+        # no room for a thread
         return names
     thread.join(LOOKUP_TIMEOUT)
     return names.copy()
@@ -28,5 +30,6 @@ def _look_up(names: dict[int, str], uids: Iterable[int]) -> None:
     for uid in uids:
         try:
             names[uid] = pwd.getpwuid(uid).pw_name
-        except (KeyError, OSError):  # it has none, or the database cannot be read: the number stays
+        except (KeyError, OSError):
+            # it has none, or the database cannot be read: the number stays
             pass

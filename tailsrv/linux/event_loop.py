@@ -10,11 +10,14 @@ Action = Callable[[], object]
 MAX_WAIT = 86400.0
 
 
-EVENTS_PER_TURN = 64  # taken from epoll in one turn; more wait for the next, behind the news of the file
+# taken from epoll in one turn; more wait for the next, behind the news of the file
+EVENTS_PER_TURN = 64
 
-STALL_PAUSE = 0.2  # seconds without accepting after running out of room: no spin, and soon back
+# seconds without accepting after running out of room: no spin, and soon back
+STALL_PAUSE = 0.2
 
-MEMORY_RETRY = 0.05  # seconds until those are tried again whose bytes the kernel had no memory for
+# seconds until those are tried again whose bytes the kernel had no memory for
+MEMORY_RETRY = 0.05
 
 
 class EventLoop:
@@ -22,13 +25,16 @@ class EventLoop:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.now = clock()  # read once a turn
+        # read once a turn
+        self.now = clock()
         self.timers = Timers()
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
         self._stalled: set[int] = set()
 
-    def register(self, fd: int, handler: Callable[[], None], flags: int = 0, events: int = select.EPOLLIN) -> None:
+    def register(
+        self, fd: int, handler: Callable[[], None], flags: int = 0, events: int = select.EPOLLIN
+    ) -> None:
         """Call `handler` whenever `fd` is readable, or has other `events`; `flags` are more of epoll_ctl(2)'s."""
         self.epoll.register(fd, events | flags)
         self.handlers[fd] = handler
@@ -67,14 +73,17 @@ class EventLoop:
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
         """Return the descriptors that are ready, each with its events, after `timeout` seconds at the latest."""
-        events = self.epoll.poll(timeout if timeout is None else min(timeout, MAX_WAIT), EVENTS_PER_TURN)
+        events = self.epoll.poll(
+            timeout if timeout is None else min(timeout, MAX_WAIT), EVENTS_PER_TURN
+        )
         self.now = self.clock()
         return events
 
     def turn(self) -> None:
         """Wait, then call everyone whose descriptor is ready and do what is due."""
         for fd, _ in self.wait(self.timeout()):
-            if (handler := self.handlers.get(fd)) is not None:  # else: it went earlier in this turn
+            # else: it went earlier in this turn
+            if (handler := self.handlers.get(fd)) is not None:
                 handler()
         self.timers.run(self.now)
 
@@ -103,5 +112,6 @@ class Timers:
     def run(self, now: float) -> None:
         """Do what is due, each action once; what an action plans anew waits for the next call."""
         for action in [action for action, when in self._due.items() if when <= now]:
-            if self._due.pop(action, None) is not None:  # an earlier action may have cancelled it
+            # an earlier action may have cancelled it
+            if self._due.pop(action, None) is not None:
                 action()

@@ -42,7 +42,11 @@ def is_local(file: int) -> bool:
 def why_poll(file: int) -> str | None:
     """Return why inotify may not report every append to the open `file`, None if it does."""
     if (name := _mounted_type(file)) is not None:
-        return None if name in LOCAL_FILE_SYSTEMS else f"inotify does not report every change on {name}"
+        return (
+            None
+            if name in LOCAL_FILE_SYSTEMS
+            else f"inotify does not report every change on {name}"
+        )
     # In a chroot, or without /proc, the mount cannot be looked up; that is no sign of a local disk.
     if (number := _type_number(file)) in LOCAL_FILE_SYSTEMS.values():
         return None
@@ -53,7 +57,11 @@ def why_poll(file: int) -> str | None:
 def _mounted_type(file: int) -> str | None:
     """Return the type of the mount that the open `file` is on, None where /proc does not list it."""
     try:
-        info = dict(line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{file}").read_text().splitlines() if ":\t" in line)
+        info = dict(
+            line.split(":\t", 1)
+            for line in Path(f"/proc/self/fdinfo/{file}").read_text().splitlines()
+            if ":\t" in line
+        )
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
@@ -65,11 +73,13 @@ def _mounted_type(file: int) -> str | None:
 
 def _type_number(file: int) -> int | None:
     """Return f_type of fstatfs(2), which Python's os does not have, None where it cannot be had."""
-    status = ctypes.create_string_buffer(512)  # struct statfs has about 120 bytes; f_type is the first field
+    # struct statfs has about 120 bytes; f_type is the first field
+    status = ctypes.create_string_buffer(512)
     try:
         if ctypes.CDLL(None).fstatfs(file, status) != 0:
             return None
-    except (AttributeError, OSError):  # no such function in this C library
+    except (AttributeError, OSError):
+        # no such function in this C library
         return None
     number = int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
     return number & 0xFFFFFFFF

@@ -11,7 +11,8 @@ from tailsrv.linux.sockets import Outcome, outcome_of
 # costs more than a copy does [measured: 8 % of a delivery to one of 1000 clients; at 16 KiB it is the other way round].
 MAX_COPY = 4096
 
-Sent = int | Outcome | OSError  # how many bytes went, or why none did; an error itself where it is none to be expected
+# how many bytes went, or why none did; an error itself where it is none to be expected
+Sent = int | Outcome | OSError
 
 _BYTE = bytearray(1)
 
@@ -44,14 +45,16 @@ def send_to_all(outs: Iterable[int], file: int, offset: int, count: int) -> dict
                     if (sent := sendfile(out, file, offset, count)) != count:
                         short[out] = sent
             return short
-        except OSError as error:  # of one; the others are still to come
+        except OSError as error:
+            # of one; the others are still to come
             short[out] = outcome_of(error)
 
 
 def _read(file: int, offset: int, count: int) -> bytes:
     try:
         return os.pread(file, count, offset)
-    except OSError:  # sendfile(2) will say so to each
+    except OSError:
+        # sendfile(2) will say so to each
         return b""
 
 
@@ -79,7 +82,8 @@ def read_ahead(file: int, offset: int, count: int) -> None:
     try:
         os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
     except OSError:
-        pass  # a hint; without it they come when they are sent
+        # a hint; without it they come when they are sent
+        pass
 
 
 def memory_file_with(data: bytes = b"") -> int:

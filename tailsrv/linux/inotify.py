@@ -11,10 +11,13 @@ from inotify_simple import INotify, flags
 
 from tailsrv.linux.file_system import why_poll
 
-_END = flags.ATTRIB | flags.MOVE_SELF  # ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
+# ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
+_END = flags.ATTRIB | flags.MOVE_SELF
 _STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
-_EVENTS_BYTES = 256  # room for 16 events, which have no names; more than Python's small objects hold costs a malloc(3)
-_MAX_LINKS = 40  # as in path_resolution(7)
+# room for 16 events, which have no names; more than Python's small objects hold costs a malloc(3)
+_EVENTS_BYTES = 256
+# as in path_resolution(7)
+_MAX_LINKS = 40
 
 
 class Watch:
@@ -58,7 +61,8 @@ class Watch:
             if self._inotify is not None:
                 try:
                     self._watch_file()
-                except OSError as error:  # the file may not be read any more, for instance
+                except OSError as error:
+                    # the file may not be read any more, for instance
                     if following:
                         self.polling = _why_refused(error)
 
@@ -70,7 +74,8 @@ class Watch:
         """
         try:
             self._size = os.lseek(self.file, 0, os.SEEK_END)
-        except OSError:  # a file server that does not answer: it is as long as it was
+        except OSError:
+            # a file server that does not answer: it is as long as it was
             pass
         return self._size
 
@@ -80,7 +85,8 @@ class Watch:
             events = os.read(self._fd, _EVENTS_BYTES)
         except BlockingIOError:
             return False
-        if events == self._append:  # the common case: however many appends there were, they merge into this
+        # the common case: however many appends there were, they merge into this
+        if events == self._append:
             return False
         self.renew()
         return True
@@ -91,14 +97,16 @@ class Watch:
             if self._inotify is not None:
                 self._watch_path()
         except OSError:
-            pass  # no watches left: the next change of a folder goes unnoticed, that of the file does not
+            # no watches left: the next change of a folder goes unnoticed, that of the file does not
+            pass
 
     def _watch_file(self) -> None:
         # Through /proc, so that the watch is on the inode that we hold, whatever its path names by now.
         assert self._inotify is not None
         mask = _END | flags.MODIFY if self.following else _END
         watch = self._inotify.add_watch(f"/proc/self/fd/{self.file}", mask)
-        self._append = struct.pack("iIII", watch, flags.MODIFY, 0, 0)  # inotify(7), struct inotify_event
+        # inotify(7), struct inotify_event
+        self._append = struct.pack("iIII", watch, flags.MODIFY, 0, 0)
 
     def _watch_path(self) -> None:
         """Watch the links and folders on the way to the file: one that moves away takes the file's name with it."""
@@ -107,7 +115,8 @@ class Watch:
             try:
                 self._inotify.add_watch(step, _STEP)
             except (FileNotFoundError, NotADirectoryError, PermissionError):
-                pass  # gone, which a look at the path will say; or a folder that we may pass but not read
+                # gone, which a look at the path will say; or a folder that we may pass but not read
+                pass
 
 
 class NoFile(Watch):
@@ -126,7 +135,8 @@ def steps_to(path: str) -> Iterator[str]:
     """Yield every name that the kernel goes through to resolve `path`, links and what they lead to, the file last."""
     try:
         whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
-    except FileNotFoundError:  # the folder that we started in is gone, and the file's name with it
+    except FileNotFoundError:
+        # the folder that we started in is gone, and the file's name with it
         return
     here, names, links = "/", deque(Path(whole).parts[1:]), 0
     while names:
@@ -134,7 +144,8 @@ def steps_to(path: str) -> Iterator[str]:
         yield step
         try:
             target = Path(os.readlink(step))
-        except OSError:  # not a link
+        except OSError:
+            # not a link
             here = step
             continue
         links += 1
@@ -149,5 +160,9 @@ def steps_to(path: str) -> Iterator[str]:
 
 def _why_refused(error: OSError) -> str:
     """Return why inotify cannot be used, and what to change."""
-    hint = "; see fs.inotify.max_user_instances and max_user_watches" if error.errno in (errno.EMFILE, errno.ENOSPC) else ""
+    hint = (
+        "; see fs.inotify.max_user_instances and max_user_watches"
+        if error.errno in (errno.EMFILE, errno.ENOSPC)
+        else ""
+    )
     return f"no inotify: {os.strerror(error.errno or 0)}{hint}"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.files import close_file
 
-REPORT_INTERVAL = 1.0  # seconds between two reports; a host of containers may mount many times a second
+# seconds between two reports; a host of containers may mount many times a second
+REPORT_INTERVAL = 1.0
 
 
 class Mounts:
@@ -47,6 +48,7 @@ class Mounts:
         assert self._file is not None
         try:
             self._loop.register(self._file, self._handle, events=select.EPOLLPRI)
-        except OSError:  # no memory for it now
+        except OSError:
+            # no memory for it now
             self._loop.timers.set(self._resume, self._loop.now + REPORT_INTERVAL)
         self._changed()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 _ADJUSTMENT = "/proc/self/oom_score_adj"
 
-_HIGHEST = 1000  # OOM_SCORE_ADJ_MAX of linux/oom.h
+# OOM_SCORE_ADJ_MAX of linux/oom.h
+_HIGHEST = 1000
 
 # Half of what may be had: the supervisor holds a descriptor of each client and so may be the larger process by far
 # [measured: with 10 and 100 more, a full memory cgroup still cost the supervisor].
@@ -34,7 +35,10 @@ def raise_descriptor_limit() -> int:
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # pragma: no cover: a sandbox may forbid it; the soft limit then is what we have
+        except (
+            OSError,
+            ValueError,
+        ):  # pragma: no cover: a sandbox may forbid it; the soft limit then is what we have
             return soft
     return hard
 
@@ -55,9 +59,14 @@ def _quotas(membership: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
             continue
         root = cgroups / controllers if controllers else cgroups
         for folder in _upwards(root, group):
-            if controllers:  # version 1: two files, a quota of -1 for none
-                words = [_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()]
-            else:  # version 2: one file, "max" for none
+            # version 1: two files, a quota of -1 for none
+            if controllers:
+                words = [
+                    _read(folder / "cpu.cfs_quota_us").strip(),
+                    _read(folder / "cpu.cfs_period_us").strip(),
+                ]
+            else:
+                # version 2: one file, "max" for none
                 words = _read(folder / "cpu.max").split()
             if len(words) == 2 and all(word.isdigit() for word in words):
                 yield int(words[0]), int(words[1])
@@ -117,7 +126,8 @@ def read_stat(pid: int) -> Stat | None:
     """Return parent and start time of a process, None if there is none of that pid."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            values = file.read().rpartition(b")")[2].split()  # a name can hold anything, also brackets
+            # a name can hold anything, also brackets
+            values = file.read().rpartition(b")")[2].split()
         return Stat(int(values[1]), int(values[19]))
     except (OSError, IndexError, ValueError):
         return None

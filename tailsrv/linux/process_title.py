@@ -7,7 +7,8 @@ from setproctitle import getproctitle, setproctitle
 
 from tailsrv.linux.event_loop import Timers
 
-TITLE_INTERVAL = 1.0  # seconds; a title changes at most so often, and not at all while nothing does
+# seconds; a title changes at most so often, and not at all while nothing does
+TITLE_INTERVAL = 1.0
 
 # The environment variable that makes the room which command line and environment lack.
 ROOM = "TAILSRV_TITLE_ROOM"
@@ -25,7 +26,8 @@ def make_room(length: int, executable: str, arguments: list[str]) -> None:
         try:
             os.execve(executable, arguments, {**os.environ, ROOM: "x" * length})  # noqa: S606 our own command
         except OSError:
-            pass  # a server without a whole title is better than none
+            # a server without a whole title is better than none
+            pass
 
 
 def _has_room(length: int) -> bool:
@@ -38,11 +40,16 @@ class ProcessTitle:
     """A text that follows `render()` at a bounded pace, by default this process's title: `changed` may be called at any time."""
 
     def __init__(
-        self, timers: Timers, render: Callable[[], str], show: Callable[[str], object] = setproctitle, interval: float = TITLE_INTERVAL
+        self,
+        timers: Timers,
+        render: Callable[[], str],
+        show: Callable[[str], object] = setproctitle,
+        interval: float = TITLE_INTERVAL,
     ) -> None:
         self._timers, self._render, self._show, self._interval = timers, render, show, interval
         self._shown = ""
-        self._next = float("-inf")  # the title must not change before
+        # the title must not change before
+        self._next = float("-inf")
         self._now = float("-inf")
 
     def changed(self, now: float) -> None:

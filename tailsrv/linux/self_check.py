@@ -6,9 +6,12 @@ from contextlib import ExitStack
 
 from tailsrv.linux.sockets import bytes_streamed, unsent
 
-_COUNT = 1000  # bytes to send
-_PATIENCE = 1.0  # seconds for the connection; on Linux it is there at once
-_TRIES = 1000  # looks for the acknowledgement, a millisecond apart; on Linux it is there at once, too
+# bytes to send
+_COUNT = 1000
+# seconds for the connection; on Linux it is there at once
+_PATIENCE = 1.0
+# looks for the acknowledgement, a millisecond apart; on Linux it is there at once, too
+_TRIES = 1000
 
 
 def counts_streams() -> bool:
@@ -25,14 +28,21 @@ def counts_streams() -> bool:
         except OSError:
             return True
         try:
-            return bytes_streamed(near) == _COUNT and _acknowledged(near) and bytes_streamed(near) == _COUNT
+            return (
+                bytes_streamed(near) == _COUNT
+                and _acknowledged(near)
+                and bytes_streamed(near) == _COUNT
+            )
         except OSError:
             return False
 
 
 def _connect(stack: ExitStack) -> socket.socket:
     """Return the accepted end of a connection on loopback; `stack` closes all of it."""
-    listener, far = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)) for _ in range(2))
+    listener, far = (
+        stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+        for _ in range(2)
+    )
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     far.settimeout(_PATIENCE)

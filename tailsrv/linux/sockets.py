@@ -25,7 +25,8 @@ KEEPALIVE_OPTIONS = (
 # The system, or a limit of ours, has no room for what a worker needs. That is no fault of the worker, and may pass.
 NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-_SHORTAGES = NO_ROOM_ERRNOS | {errno.ENOSPC}  # of epoll watches
+# of epoll watches
+_SHORTAGES = NO_ROOM_ERRNOS | {errno.ENOSPC}
 
 
 # Connections in a row that fail before accept(2) is taken to fail for every one of them.
@@ -43,7 +44,9 @@ class Outcome(Enum):
 
 # TimeoutError: keepalive gave up. The unreachable ones: a router said so while keepalive was asking.
 PEER_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, TimeoutError)
-PEER_GONE_ERRNOS = frozenset({errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
+PEER_GONE_ERRNOS = frozenset(
+    {errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
+)
 
 # accept(2) hands on errors that the new connection met on the network; they say nothing about the listener.
 TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
@@ -52,7 +55,8 @@ TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
     errno.ENOPROTOOPT,
     errno.ENONET,
     errno.EOPNOTSUPP,
-    errno.EPERM,  # a firewall rule
+    # a firewall rule
+    errno.EPERM,
     errno.ETIMEDOUT,
 }
 
@@ -82,7 +86,8 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
         except BlockingIOError:
             return Outcome.WOULD_BLOCK
         except OSError as error:
-            if error.errno == errno.EINVAL:  # it does not listen any more: a worker before this one has stopped that
+            # it does not listen any more: a worker before this one has stopped that
+            if error.errno == errno.EINVAL:
                 return Outcome.WOULD_BLOCK
             if error.errno in NO_ROOM_ERRNOS:
                 return _without_room(listener, error)
@@ -90,7 +95,8 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
                 raise
             failure = error
         else:
-            sock.setblocking(False)  # accept(2): the new socket does not inherit O_NONBLOCK
+            # accept(2): the new socket does not inherit O_NONBLOCK
+            sock.setblocking(False)
             return sock, address[:2]
     return failure
 
@@ -107,7 +113,8 @@ def stop_listening(listener: socket.socket) -> None:
     try:
         listener.shutdown(socket.SHUT_RD)
     except OSError:
-        pass  # nobody listens at it any more
+        # nobody listens at it any more
+        pass
 
 
 def _is_readable(sock: socket.socket) -> bool:
@@ -124,7 +131,9 @@ def peek(sock: socket.socket, count: int) -> bytes | Outcome:
         return Outcome.WOULD_BLOCK
     except PEER_GONE:
         return Outcome.HUNG_UP
-    except OSError as error:  # pragma: no cover: takes a network that fails, which tests/faults.md pretends
+    except (
+        OSError
+    ) as error:  # pragma: no cover: takes a network that fails, which tests/faults.md pretends
         if error.errno in PEER_GONE_ERRNOS:
             return Outcome.HUNG_UP
         raise
@@ -133,7 +142,8 @@ def peek(sock: socket.socket, count: int) -> bytes | Outcome:
 def discard(sock: socket.socket) -> bool:
     """Throw away all that the client has sent, and tell whether that was the end of its input."""
     try:
-        return sock.recv_into(_DISCARD, 0, socket.MSG_TRUNC) == 0  # tcp(7): MSG_TRUNC discards without a copy
+        # tcp(7): MSG_TRUNC discards without a copy
+        return sock.recv_into(_DISCARD, 0, socket.MSG_TRUNC) == 0
     except BlockingIOError:
         return False
     except OSError:
@@ -149,8 +159,10 @@ def unsent(sock: socket.socket) -> int:
 # (since Linux 4.1) the u64 at byte 120.
 _TCP_INFO = 128
 _ACKED = slice(120, _TCP_INFO)
-_QUEUE = struct.Struct("=24xII")  # tcpi_unacked and tcpi_sacked, which for a listener are its queue's length and limit
-_OPEN = frozenset({1, 8})  # TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
+# tcpi_unacked and tcpi_sacked, which for a listener are its queue's length and limit
+_QUEUE = struct.Struct("=24xII")
+# TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
+_OPEN = frozenset({1, 8})
 
 
 def bytes_streamed(sock: socket.socket) -> int | None:
@@ -187,9 +199,12 @@ def protocol(sock: socket.socket) -> int:
 class Unacknowledged(NamedTuple):
     """What the kernel knows of a peer that has yet to acknowledge bytes."""
 
-    retransmits: int  # timeouts in a row after which bytes were sent again
-    probes: int  # of a closed window, in a row, that were not answered; or of keepalive
-    silence: float  # seconds since the last acknowledgement of any kind
+    # timeouts in a row after which bytes were sent again
+    retransmits: int
+    # of a closed window, in a row, that were not answered; or of keepalive
+    probes: int
+    # seconds since the last acknowledgement of any kind
+    silence: float
 
 
 # tcpi_retransmits, tcpi_probes, tcpi_unacked (packets), tcpi_last_ack_recv (milliseconds), and
@@ -233,9 +248,12 @@ def shut_down_writing(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError:
-        pass  # the peer is gone already
+        # the peer is gone already
+        pass
 
 
 def lacks_room(error: BaseException) -> bool:
     """Tell whether `error` says that descriptors, memory or epoll watches have run out."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno in _SHORTAGES
+    )

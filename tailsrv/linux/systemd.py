@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
-MAX_PASSED_SOCKETS = 1024  # as many as there may be workers; more is no number of sockets that somebody passes
+# SD_LISTEN_FDS_START
+FIRST_SOCKET = 3
+# as many as there may be workers; more is no number of sockets that somebody passes
+MAX_PASSED_SOCKETS = 1024
 
 
 def is_managed() -> bool:
@@ -55,7 +57,8 @@ class Lifecycle:
     must call `action` at the time `when`, in seconds of time.monotonic().
     """
 
-    RETRY = 0.1  # seconds
+    # seconds
+    RETRY = 0.1
 
     def __init__(self, plan: Callable[[Callable[[], object], float], None]) -> None:
         self._plan = plan
@@ -105,7 +108,8 @@ def take_sockets() -> list[int]:
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     for fd in sockets:
-        with suppress(OSError):  # one that is not there is found out when it is used
+        # one that is not there is found out when it is used
+        with suppress(OSError):
             os.set_inheritable(fd, False)
     return sockets
 

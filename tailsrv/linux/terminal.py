@@ -47,7 +47,8 @@ def _is_closed_terminal(fd: int) -> bool:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
             return False
         poll = select.poll()
-        poll.register(fd, 0)  # POLLHUP is always told
+        # POLLHUP is always told
+        poll.register(fd, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
     except OSError:
         return False

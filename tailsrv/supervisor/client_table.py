@@ -20,8 +20,10 @@ class ClientTable:
     """The clients of one slot, by the number that its workers know them by."""
 
     clients: dict[int, Entry] = field(default_factory=dict)
-    unprotected: set[int] = field(default_factory=set)  # there was no room for their duplicates: they die with their worker
-    headerless: dict[int, None] = field(default_factory=dict)  # the clients that have not started yet, the oldest first
+    # there was no room for their duplicates: they die with their worker
+    unprotected: set[int] = field(default_factory=set)
+    # the clients that have not started yet, the oldest first
+    headerless: dict[int, None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.clients) + len(self.unprotected)
@@ -106,7 +108,9 @@ class ClientTable:
         return [[client, entry.fd, entry.start] for client, entry in self.clients.items()]
 
     @classmethod
-    def load(cls, saved: Iterable[Sequence[int | None]], unprotected: Iterable[int]) -> "ClientTable":
+    def load(
+        cls, saved: Iterable[Sequence[int | None]], unprotected: Iterable[int]
+    ) -> "ClientTable":
         """Return the roster that save() was called on."""
         client_table = cls(unprotected=set(unprotected))
         for client, fd, start in saved:
@@ -122,10 +126,12 @@ def _describe(entry: Entry) -> dict[str, object]:
     sock = socket.socket(fileno=entry.fd)
     try:
         peer, sent = endpoint(*sock.getpeername()[:2]), bytes_streamed(sock)
-    except OSError:  # gone already
+    except OSError:
+        # gone already
         peer, sent = None, None
     finally:
-        sock.detach()  # it stays ours
+        # it stays ours
+        sock.detach()
     position = entry.start + sent if entry.start is not None and sent is not None else None
     return {"peer": peer, "start": entry.start, "position": position}
 
@@ -135,4 +141,5 @@ def _hang_up(entry: Entry) -> None:
         try:
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # gone already
+            # gone already
+            pass

@@ -11,8 +11,10 @@ from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.served_file import size_of
 
-SAMPLE_INTERVAL = 0.25  # seconds between looks at the size until the workers take the file for complete
-MARGIN = 0.5  # seconds; added because a busy worker notices later that the file has been quiet for long enough
+# seconds between looks at the size until the workers take the file for complete
+SAMPLE_INTERVAL = 0.25
+# seconds; added because a busy worker notices later that the file has been quiet for long enough
+MARGIN = 0.5
 
 
 class LateAppends:
@@ -21,8 +23,10 @@ class LateAppends:
     def __init__(self, loop: EventLoop, path: str, timing: Timing) -> None:
         self._loop, self._path, self._timing = loop, path, timing
         self._file: int | None = None
-        self._size: int | None = None  # what the workers have sent, as far as the supervisor can tell
-        self._reported = 0  # bytes
+        # what the workers have sent, as far as the supervisor can tell
+        self._size: int | None = None
+        # bytes
+        self._reported = 0
         self._until = 0.0
 
     def begin(self, file: int, polling: bool) -> None:
@@ -30,7 +34,8 @@ class LateAppends:
         self.end()
         try:
             self._file = os.dup(file)
-        except OSError:  # no descriptor left for it
+        except OSError:
+            # no descriptor left for it
             return
         self._size, self._reported = size_of(file), 0
         self._until = self._loop.now + self._timing.late_patience

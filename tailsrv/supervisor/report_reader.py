@@ -7,28 +7,43 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from tailsrv.channel import MAX_PACKET, MAX_REPORTED_SOCKETS, NO_NOTICES, MessageError, Notices, WorkerReport, decode
+from tailsrv.channel import (
+    MAX_PACKET,
+    MAX_REPORTED_SOCKETS,
+    NO_NOTICES,
+    MessageError,
+    Notices,
+    WorkerReport,
+    decode,
+)
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.log import RateLimited, fields, logger
 from tailsrv.supervisor.slot import Slot
 
-RESERVED_DESCRIPTORS = 32  # descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
+# descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
+RESERVED_DESCRIPTORS = 32
 
 # Clients who come or go that a worker's reports may speak of in one turn. In a flood it reports on and on: that must not keep us from
 # signals and the other workers, nor us, where we share its processor, from giving way to it.
 CLIENTS_PER_TURN = 32
 
-FINAL_READS = 3  # for what a worker has said before it ended, should the kernel have no memory for it; it cannot be asked again
+# for what a worker has said before it ended, should the kernel have no memory for it; it cannot be asked again
+FINAL_READS = 3
 
-REPORT_PAUSE = 0.002  # seconds after reports; more of them may wait in their channel, while workers need the processors
+# seconds after reports; more of them may wait in their channel, while workers need the processors
+REPORT_PAUSE = 0.002
 
 
 class ReportReader:
     """The supervisor's ear at the channels of `slots`: `notice(slot, notices)` is called with what is not about clients."""
 
-    def __init__(self, slots: Sequence[Slot], loop: EventLoop, notice: Callable[[Slot, Notices], None]) -> None:
-        self._busy = False  # reports came in this turn
-        self._behind = False  # and more may have than were taken in
+    def __init__(
+        self, slots: Sequence[Slot], loop: EventLoop, notice: Callable[[Slot, Notices], None]
+    ) -> None:
+        # reports came in this turn
+        self._busy = False
+        # and more may have than were taken in
+        self._behind = False
         self._slots, self._loop, self._notice = slots, loop, notice
         self._protects = True
         self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
@@ -83,16 +98,22 @@ class ReportReader:
         """Take in one packet and return how much there was in it, at least 1, or 0 if there was none."""
         assert slot.channel is not None
         try:
-            packet, sockets, _, _ = socket.recv_fds(slot.channel, MAX_PACKET, MAX_REPORTED_SOCKETS, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:  # it has ended with a message of ours unread: that is told once, before what it still had to say
+            packet, sockets, _, _ = socket.recv_fds(
+                slot.channel, MAX_PACKET, MAX_REPORTED_SOCKETS, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:
+            # it has ended with a message of ours unread: that is told once, before what it still had to say
             return 1
         except BlockingIOError:
             return 0
-        except OSError:  # no memory for it now
-            if slot.pid is not None:  # else this is its last chance
+        except OSError:
+            # no memory for it now
+            # else this is its last chance
+            if slot.pid is not None:
                 self._loop.stall(slot.channel.fileno(), MEMORY_RETRY)
             return 0
-        if not packet:  # the worker is ending: SIGCHLD comes next, and the worker is buried then
+        # the worker is ending: SIGCHLD comes next, and the worker is buried then
+        if not packet:
             self._loop.unregister(slot.channel.fileno())
             return 0
         try:
@@ -108,10 +129,13 @@ class ReportReader:
         return 1 + len(report.joined) + len(report.left)
 
     def _apply_report(self, slot: Slot, report: WorkerReport, sockets: Sequence[int]) -> None:
-        exposed = slot.client_table.add(report.joined, [self._below_reserve(fd) for fd in sockets], self._highest)
+        exposed = slot.client_table.add(
+            report.joined, [self._below_reserve(fd) for fd in sockets], self._highest
+        )
         if exposed and self._protects:
             self._short_of_room(
-                "no descriptor left to protect clients with, they would not survive their worker", unprotected=self.unprotected()
+                "no descriptor left to protect clients with, they would not survive their worker",
+                unprotected=self.unprotected(),
             )
         for client, offset in report.started:
             slot.client_table.set_start(client, offset)
@@ -124,7 +148,9 @@ class ReportReader:
 
         That takes a place from the oldest client that has not sent its header: strangers must not use up what protects others.
         """
-        if fd <= self._highest or not any(slot.client_table.unprotect_oldest_headerless() for slot in self._slots):
+        if fd <= self._highest or not any(
+            slot.client_table.unprotect_oldest_headerless() for slot in self._slots
+        ):
             return fd
         lower = os.dup(fd)
         os.close(fd)

@@ -7,19 +7,26 @@ from enum import Enum
 
 from tailsrv.config import ExitStatus, Timing
 
-MAX_SUSPECT = 2  # deaths in a row, each soon after adopting: one of the clients is what kills
-MAX_UNREADY = 5  # deaths in a row before a slot's worker was ready: the next would fare no better
+# deaths in a row, each soon after adopting: one of the clients is what kills
+MAX_SUSPECT = 2
+# deaths in a row before a slot's worker was ready: the next would fare no better
+MAX_UNREADY = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
     """How a slot's workers have fared, each figure a number of deaths in a row."""
 
-    short: int = 0  # under `long_life`
-    unready: int = 0  # before the worker was ready, and not because somebody killed it
-    suspect: int = 0  # by the worker's own fault, soon after it had adopted clients
+    # under `long_life`
+    short: int = 0
+    # before the worker was ready, and not because somebody killed it
+    unready: int = 0
+    # by the worker's own fault, soon after it had adopted clients
+    suspect: int = 0
 
-    def after_life(self, seconds: float, ready: bool, end: "ExitKind", adopted: bool, timing: Timing) -> "Failures":
+    def after_life(
+        self, seconds: float, ready: bool, end: "ExitKind", adopted: bool, timing: Timing
+    ) -> "Failures":
         """Return the record after one more worker has died at that age."""
         short = seconds < timing.long_life
         return Failures(
@@ -46,11 +53,16 @@ class Failures:
 class ExitKind(Enum):
     """What a worker's wait status says about it."""
 
-    DONE = "ended"  # exit status 0
-    CANNOT_BOOT = "cannot boot"  # its own exit code: do not respawn
-    NO_ROOM = "ended for want of descriptors or memory"  # its own exit code: the next may fare better
-    FAULT = "died by its own fault"  # a crash of its own making
-    KILLED = "was killed"  # somebody else's doing
+    # exit status 0
+    DONE = "ended"
+    # its own exit code: do not respawn
+    CANNOT_BOOT = "cannot boot"
+    # its own exit code: the next may fare better
+    NO_ROOM = "ended for want of descriptors or memory"
+    # a crash of its own making
+    FAULT = "died by its own fault"
+    # somebody else's doing
+    KILLED = "was killed"
 
 
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
@@ -77,6 +89,7 @@ def describe_exit(status: int) -> str:
         number = os.WTERMSIG(status)
         try:
             return f"signal={signal.Signals(number).name}"
-        except ValueError:  # a real-time signal has no name of its own
+        except ValueError:
+            # a real-time signal has no name of its own
             return f"signal={number}"
     return f"status={os.WEXITSTATUS(status)}"

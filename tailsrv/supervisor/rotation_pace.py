@@ -3,7 +3,8 @@
 from tailsrv.config import Timing
 from tailsrv.supervisor.restart_policy import Failures
 
-_ROUNDING = 0.001  # seconds; a timer for the time that is left may run early by the last digit of a float
+# seconds; a timer for the time that is left may run early by the last digit of a float
+_ROUNDING = 0.001
 
 
 class RotationPace:
@@ -11,8 +12,10 @@ class RotationPace:
 
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
-        self._last = float("-inf")  # when the last rotation was over
-        self._short = 0  # rotations in a row, each soon after the one before
+        # when the last rotation was over
+        self._last = float("-inf")
+        # rotations in a row, each soon after the one before
+        self._short = 0
 
     def pause(self, now: float) -> float:
         """Return the seconds until a rotation may begin, 0 if it may at once."""

@@ -17,17 +17,23 @@ class Slot:
 
     index: int
     listeners: list[socket.socket]
-    shared: bool = False  # the listeners are copies of the same sockets for all slots
+    # the listeners are copies of the same sockets for all slots
+    shared: bool = False
     pid: int | None = None
-    channel: socket.socket | None = None  # the supervisor's end
+    # the supervisor's end
+    channel: socket.socket | None = None
     spawned: float = 0.0
     ready: bool = False
-    adopted: bool = False  # the worker in it has taken over clients
+    # the worker in it has taken over clients
+    adopted: bool = False
     client_table: ClientTable = field(default_factory=ClientTable)
-    ping_sent: float | None = None  # since when the worker owes us an answer, which its being ready is, too
+    # since when the worker owes us an answer, which its being ready is, too
+    ping_sent: float | None = None
     restarts: int = 0
-    restarted: float | None = None  # when a worker that died was last replaced
-    spawn_at: float | None = None  # when the next worker is due, while there is none
+    # when a worker that died was last replaced
+    restarted: float | None = None
+    # when the next worker is due, while there is none
+    spawn_at: float | None = None
     failures: Failures = field(default_factory=Failures)
 
     def describe(self, now: float) -> dict[str, object]:
@@ -41,7 +47,9 @@ class Slot:
             "unprotected": len(self.client_table.unprotected),
             "restarts": self.restarts,
             "restarted": now - self.restarted if self.restarted is not None else None,
-            "silent": now - self.ping_sent if self.pid is not None and self.ping_sent is not None else 0.0,
+            "silent": now - self.ping_sent
+            if self.pid is not None and self.ping_sent is not None
+            else 0.0,
         }
 
     def describe_listeners(self) -> list[dict[str, object]]:
@@ -87,4 +95,9 @@ class Slot:
 
 def _describe(listener: socket.socket, slot: int | None) -> dict[str, object]:
     queued, backlog = accept_queue(listener)
-    return {"slot": slot, "endpoint": endpoint(*listener.getsockname()[:2]), "queued": queued, "backlog": backlog}
+    return {
+        "slot": slot,
+        "endpoint": endpoint(*listener.getsockname()[:2]),
+        "queued": queued,
+        "backlog": backlog,
+    }

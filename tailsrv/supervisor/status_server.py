@@ -23,8 +23,10 @@ from tailsrv.served_file import ServedFile
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import service_status, supervisor_title
 
-ANSWER_TIMEOUT = 10  # seconds that those who asked have to take their answer from a child
-MAX_IMMEDIATE = 64 << 10  # bytes of an answer that surely fit the buffer of a unix socket (net.core.wmem_default is 208 KiB)
+# seconds that those who asked have to take their answer from a child
+ANSWER_TIMEOUT = 10
+# bytes of an answer that surely fit the buffer of a unix socket (net.core.wmem_default is 208 KiB)
+MAX_IMMEDIATE = 64 << 10
 
 Answer = Callable[[], bytes]
 
@@ -36,11 +38,20 @@ class StatusServer:
     at a time for each socket: others who ask there wait until it has ended.
     """
 
-    def __init__(self, loop: EventLoop, control: Control, status: Answer, clients: Answer, let_go: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        control: Control,
+        status: Answer,
+        clients: Answer,
+        let_go: Callable[[], None],
+    ) -> None:
         self._loop, self._control = loop, control
         self._status, self._clients, self._close_in_child = status, clients, let_go
-        self._children: dict[int, int] = {}  # the pid of each, and the socket at which others wait for its end
-        self._stalled: set[int] = set()  # sockets at which nobody can be accepted for a moment
+        # the pid of each, and the socket at which others wait for its end
+        self._children: dict[int, int] = {}
+        # sockets at which nobody can be accepted for a moment
+        self._stalled: set[int] = set()
         self._short_of_room = RateLimited(logging.WARNING, burst=1)
         for sock in control.status:
             loop.register(sock.fileno(), partial(self._answer_status, sock))
@@ -64,7 +75,8 @@ class StatusServer:
                 self._fork(sock, asked, lambda: status)
                 return
             for peer in asked:
-                with suppress(OSError):  # gone already
+                # gone already
+                with suppress(OSError):
                     peer.send(status)
 
     def _answer_clients(self, sock: socket.socket) -> None:
@@ -76,7 +88,10 @@ class StatusServer:
         """Return those who ask at `sock`; where there is no room for them, leave it alone for a moment."""
         asked, error = self._control.accept_authorized(sock)
         if error is not None:
-            self._short_of_room("short of descriptors or memory, health checks have to wait, clients do not", reason=error.strerror)
+            self._short_of_room(
+                "short of descriptors or memory, health checks have to wait, clients do not",
+                reason=error.strerror,
+            )
             self._loop.pause(sock.fileno())
             self._stalled.add(sock.fileno())
             self._loop.timers.set(self._resume_stalled, self._loop.now + STALL_PAUSE)
@@ -94,7 +109,8 @@ class StatusServer:
             with blocked():
                 if (pid := os.fork()) == 0:
                     self._run_child(asked, answer)
-        except OSError:  # they may ask again
+        except OSError:
+            # they may ask again
             return
         self._loop.pause(sock.fileno())
         self._children[pid] = sock.fileno()
@@ -103,7 +119,13 @@ class StatusServer:
         """Do a child's work, and end it."""
         try:
             self._close_in_child()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+                signal.SIGHUP,
+                signal.SIGQUIT,
+                signal.SIGALRM,
+            ):
                 signal.signal(number, signal.SIG_DFL)
             signal.alarm(ANSWER_TIMEOUT)
             unblock_all()
@@ -113,7 +135,8 @@ class StatusServer:
                 try:
                     peer.sendall(data)
                 except OSError:
-                    pass  # gone already
+                    # gone already
+                    pass
         finally:
             os._exit(0)
 
@@ -135,7 +158,9 @@ class StatusWriter:
         self._pool, self._served_file, self._state, self._loop = pool, served_file, state, loop
         self._title = ProcessTitle(loop.timers, self._render_title)
         interval = config.timing.status_interval
-        self._service_status = ProcessTitle(loop.timers, self.sentence, lambda status: systemd.notify(f"STATUS={status}"), interval)
+        self._service_status = ProcessTitle(
+            loop.timers, self.sentence, lambda status: systemd.notify(f"STATUS={status}"), interval
+        )
 
     def update(self) -> None:
         """Note that something may have: what is shown is renewed, at a bounded pace."""
@@ -148,7 +173,13 @@ class StatusWriter:
         return service_status(self._state(), len(self._pool.running()), self._pool.clients())
 
     def _render_title(self) -> str:
-        return supervisor_title(self._endpoints, self._config.path, self._state(), len(self._pool.running()), self._pool.clients())
+        return supervisor_title(
+            self._endpoints,
+            self._config.path,
+            self._state(),
+            len(self._pool.running()),
+            self._pool.clients(),
+        )
 
     def tell(self) -> bytes:
         """Return the status as JSON, and have the workers asked: whoever wants to know again soon learns who does not answer."""
@@ -170,10 +201,19 @@ class StatusWriter:
             "unprotected": self._pool.report_reader.unprotected(),
             "max_clients": self._config.max_clients,
             "workers": [slot.describe(self._loop.now) for slot in self._pool.slots],
-            "listeners": [listener for slot in self._pool.slots for listener in slot.describe_listeners()],
+            "listeners": [
+                listener for slot in self._pool.slots for listener in slot.describe_listeners()
+            ],
         }
 
     def render_clients(self) -> bytes:
         """Return as JSON who is connected and where each stream stands; takes time, and is for a child that has it."""
-        clients = [{"slot": slot.index, **client} for slot in self._pool.slots for client in slot.client_table.describe()]
-        return (json.dumps({"pid": os.getppid(), "size": self._served_file.size(), "clients": clients}) + "\n").encode()
+        clients = [
+            {"slot": slot.index, **client}
+            for slot in self._pool.slots
+            for client in slot.client_table.describe()
+        ]
+        return (
+            json.dumps({"pid": os.getppid(), "size": self._served_file.size(), "clients": clients})
+            + "\n"
+        ).encode()

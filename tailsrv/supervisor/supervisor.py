@@ -42,8 +42,10 @@ from tailsrv.supervisor.watchdog import Watchdog
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import status_title
 
-KILL_PATIENCE = 2.0  # seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
-TRUNCATION_INTERVAL = 1.0  # seconds in which the reports of all workers are one event
+# seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
+KILL_PATIENCE = 2.0
+# seconds in which the reports of all workers are one event
+TRUNCATION_INTERVAL = 1.0
 
 CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
 
@@ -53,7 +55,8 @@ class Phase(Enum):
 
     WAITING = "waiting for file"
     RUNNING = "running"
-    ROTATING = "rotating"  # the file is gone, and the next one of its name is to be served when its streams have ended
+    # the file is gone, and the next one of its name is to be served when its streams have ended
+    ROTATING = "rotating"
     DRAINING = "draining"
     KILLING = "killing"
 
@@ -79,31 +82,54 @@ class Supervisor:
         self.control = control
         self.work = work
         self.loop = EventLoop()
-        self.pool = WorkerPool(slots, self.loop, self.run_worker, self.handle_notices, self.give_up, self.keep_old_workers, config.timing)
+        self.pool = WorkerPool(
+            slots,
+            self.loop,
+            self.run_worker,
+            self.handle_notices,
+            self.give_up,
+            self.keep_old_workers,
+            config.timing,
+        )
         self.started = handed_on.started if handed_on else time.time()
         self.served_file = ServedFile(config.path)
-        self.pace = RotationPace(config.timing)  # of rotations
+        # of rotations
+        self.pace = RotationPace(config.timing)
         self.late = LateAppends(self.loop, config.path, config.timing)
         if handed_on:
             self.served_file.gone, self.served_file.polling = handed_on.file_gone, handed_on.polling
         self.pool.started_up = handed_on is not None
-        self.replacing = handed_on is not None  # the workers of the version before us
+        # the workers of the version before us
+        self.replacing = handed_on is not None
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
         self.ended = False
-        self.told_to_end = False  # by a signal
+        # by a signal
+        self.told_to_end = False
         self.truncation_seen = float("-inf")
         self.client_limit = (
-            ClientLimit(config.max_clients, len(slots), *(handed_on.quota if handed_on else ())) if config.max_clients else None
+            ClientLimit(config.max_clients, len(slots), *(handed_on.quota if handed_on else ()))
+            if config.max_clients
+            else None
         )
-        self.status = StatusWriter(config, endpoints, self.started, self.pool, self.served_file, self.state, self.loop)
+        self.status = StatusWriter(
+            config, endpoints, self.started, self.pool, self.served_file, self.state, self.loop
+        )
         remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
         self.stray_signals = StraySignals()
         self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
-        self.upgrader = Upgrader(self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing)
+        self.upgrader = Upgrader(
+            self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing
+        )
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
-        self.status_server = StatusServer(self.loop, control, self.status.tell, self.status.render_clients, self.enter_status_child)
+        self.status_server = StatusServer(
+            self.loop,
+            control,
+            self.status.tell,
+            self.status.render_clients,
+            self.enter_status_child,
+        )
         self.mounts = Mounts(self.loop, self.handle_mount)
 
     # The loop
@@ -111,7 +137,8 @@ class Supervisor:
     def run(self, file: int | None) -> int:
         """Serve the open `file`, or wait for it if None; return the exit status at the end."""
         self.served_file.file = file
-        unblock_all()  # what the program that exec'd us held back comes now
+        # what the program that exec'd us held back comes now
+        unblock_all()
         self.reap()
         if not counts_streams():
             self.pool.report_reader.stop_protecting()
@@ -121,7 +148,8 @@ class Supervisor:
         if file is None:
             self.wait_for_file()
             if not self.replacing:
-                self.lifecycle.ready()  # clients can connect
+                # clients can connect
+                self.lifecycle.ready()
             self.continue_replacing()
         else:
             self.pool.fill_slots()
@@ -151,7 +179,9 @@ class Supervisor:
 
     def wait_for_file(self) -> None:
         """Look for the file from time to time, while workers without a file accept connections."""
-        logger.info("waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path)))
+        logger.info(
+            "waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path))
+        )
         self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
         self.accept_while_waiting()
 
@@ -183,28 +213,41 @@ class Supervisor:
             self.terminate()
             return
         if reason != self.served_file.open_error:
-            logger.error("cannot serve the file of that name, looking again: %s", fields(path=self.config.path, reason=reason))
+            logger.error(
+                "cannot serve the file of that name, looking again: %s",
+                fields(path=self.config.path, reason=reason),
+            )
         self.served_file.open_error = reason
         self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
 
     def handle_gone(self) -> None:
         """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
-        self.reap()  # a drain must know which slots are empty
+        # a drain must know which slots are empty
+        self.reap()
         if self.served_file.gone or self.phase is not Phase.RUNNING:
             return
         if not (gone := self.served_file.has_gone(self.loop.now)):
-            if gone is None:  # nobody will say so again
-                self.loop.timers.set(self.handle_gone, self.loop.now + self.config.timing.open_retry)
+            # nobody will say so again
+            if gone is None:
+                self.loop.timers.set(
+                    self.handle_gone, self.loop.now + self.config.timing.open_retry
+                )
             return
         if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
             self.postpone_rotation(pause)
             return
         self.served_file.gone = True
         if self.config.linger:
-            logger.warning("file is gone, serving on what it was: %s", fields(path=self.config.path))
+            logger.warning(
+                "file is gone, serving on what it was: %s", fields(path=self.config.path)
+            )
         elif self.config.follow_name:
-            self.rotate()  # first: whoever connects after that line is to wait for the next file
-            logger.info("file is gone, going over to the next: %s", fields(path=self.config.path, clients=self.pool.clients()))
+            # first: whoever connects after that line is to wait for the next file
+            self.rotate()
+            logger.info(
+                "file is gone, going over to the next: %s",
+                fields(path=self.config.path, clients=self.pool.clients()),
+            )
         else:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
             self.drain()
@@ -231,7 +274,9 @@ class Supervisor:
         """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
         self.phase = Phase.ROTATING
         self.pace.begin(self.loop.now)
-        if self.served_file.file is not None and any(slot.client_table.has_streams() for slot in self.pool.slots):
+        if self.served_file.file is not None and any(
+            slot.client_table.has_streams() for slot in self.pool.slots
+        ):
             self.late.begin(self.served_file.file, polling=self.served_file.polling is not None)
         self.upgrader.pause()
         if self.replacing:
@@ -246,7 +291,8 @@ class Supervisor:
         self.loop.timers.cancel(self.pool.kill)
         for slot in self.pool.slots:
             slot.client_table.close_streams()
-            if self.client_limit is not None:  # those who wait for the next file have their places
+            # those who wait for the next file have their places
+            if self.client_limit is not None:
                 self.client_limit.record(slot.index, len(slot.client_table))
         self.late.seal()
         self.pace.end(self.loop.now)
@@ -264,7 +310,12 @@ class Supervisor:
     def start_serving(self) -> None:
         """Note that the workers, some of which may still be starting, have the file."""
         self.phase, self.served_file.open_error = Phase.RUNNING, ""
-        logger.info("serving: %s", fields(path=self.config.path, size=self.served_file.size(), workers=len(self.pool.slots)))
+        logger.info(
+            "serving: %s",
+            fields(
+                path=self.config.path, size=self.served_file.size(), workers=len(self.pool.slots)
+            ),
+        )
         self.continue_replacing()
 
     def continue_replacing(self) -> None:
@@ -280,14 +331,19 @@ class Supervisor:
         try:
             raise_oom_score()
             self.close_in_child()
-            status = self.work(self.pool.prepare_child(slot, self.served_file.file, channel, self.endpoints, self.client_limit))
+            status = self.work(
+                self.pool.prepare_child(
+                    slot, self.served_file.file, channel, self.endpoints, self.client_limit
+                )
+            )
         except (OSError, MemoryError) as error:
             logger.error("worker failed: %s %s", fields(slot=slot.index), describe_error(error))
             status = os.EX_TEMPFAIL if lacks_room(error) else status
         except BaseException:
             logger.exception("worker failed: %s", fields(slot=slot.index))
         finally:
-            os._exit(status)  # no clean-up of the supervisor's, no buffers flushed twice
+            # no clean-up of the supervisor's, no buffers flushed twice
+            os._exit(status)
 
     def close_in_child(self) -> None:
         """Close, in a forked child, what is the supervisor's alone."""
@@ -304,9 +360,14 @@ class Supervisor:
         if notices.polling is not None and self.served_file.polling is None:
             self.served_file.polling = notices.polling
             logger.warning("looking at the file once a second: %s", fields(reason=notices.polling))
-        if notices.truncated is not None and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL:
+        if (
+            notices.truncated is not None
+            and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL
+        ):
             self.truncation_seen = self.loop.now
-            logger.warning("file was truncated: %s", fields(path=self.config.path, size=notices.truncated))
+            logger.warning(
+                "file was truncated: %s", fields(path=self.config.path, size=notices.truncated)
+            )
         if notices.gone and self.handle_gone not in self.loop.timers:
             # At the end of this turn: we may be in the middle of bury(), and a drain must not start there.
             self.loop.timers.set(self.handle_gone, self.loop.now)
@@ -316,11 +377,14 @@ class Supervisor:
         # While there is no file, the last line of the log is to be the one that says what is waited for.
         level = logging.DEBUG if self.phase is Phase.WAITING else logging.INFO
         adopted = len(slot.client_table) if slot.adopted else None
-        logger.log(level, "worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=adopted))
+        logger.log(
+            level, "worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=adopted)
+        )
         if not self.pool.started_up and self.pool.all_ready() and not self.is_ending():
             self.pool.started_up = True
             self.lifecycle.ready()
-            systemd.notify(f"STATUS={self.status.sentence()}")  # at once, whatever its pace is
+            # at once, whatever its pace is
+            systemd.notify(f"STATUS={self.status.sentence()}")
         self.continue_replacing()
 
     def give_up(self, reason: str) -> None:
@@ -333,7 +397,10 @@ class Supervisor:
         logger.error(
             "workers of this version do not start: clients of the old workers are served on, all others wait: %s %s",
             reason,
-            fields(old_workers=len(self.pool.running()), hint="install a version that works and send HUP"),
+            fields(
+                old_workers=len(self.pool.running()),
+                hint="install a version that works and send HUP",
+            ),
         )
         if self.replacing:
             self.replacing = False
@@ -347,12 +414,18 @@ class Supervisor:
         self.reap()
         for number in numbers:
             match number:
-                case signal.SIGTERM | signal.SIGINT if self.told_to_end and self.phase is Phase.DRAINING:
+                case signal.SIGTERM | signal.SIGINT if (
+                    self.told_to_end and self.phase is Phase.DRAINING
+                ):
                     self.terminate()
                 case signal.SIGTERM | signal.SIGINT if self.phase is not Phase.KILLING:
                     self.told_to_end = True
-                    logger.info("draining: %s", fields(signal=signal.Signals(number).name, grace=f"{self.config.grace:g}"))
-                    if self.phase is not Phase.DRAINING:  # else the file has gone, and the grace has begun with that
+                    logger.info(
+                        "draining: %s",
+                        fields(signal=signal.Signals(number).name, grace=f"{self.config.grace:g}"),
+                    )
+                    # else the file has gone, and the grace has begun with that
+                    if self.phase is not Phase.DRAINING:
                         self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
@@ -383,7 +456,9 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            known = self.status_server.handle_exit(pid) or self.upgrader.handle_exit(pid, status, self.loop.now, ending=self.is_ending())
+            known = self.status_server.handle_exit(pid) or self.upgrader.handle_exit(
+                pid, status, self.loop.now, ending=self.is_ending()
+            )
             if not known:
                 self.pool.handle_exit(pid, status)
 
@@ -410,7 +485,9 @@ class Supervisor:
         self.loop.timers.cancel(self.pool.kill)
         self.upgrader.cancel()
 
-    def abandon_workers(self) -> None:  # pragma: no cover: takes a process that not even SIGKILL ends
+    def abandon_workers(
+        self,
+    ) -> None:  # pragma: no cover: takes a process that not even SIGKILL ends
         pids = [slot.pid for slot in self.pool.running()]
         logger.error("workers do not end, leaving them to the kernel: %s", fields(pids=pids))
         self.ended = True

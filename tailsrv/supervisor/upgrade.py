@@ -23,7 +23,8 @@ from tailsrv.supervisor import upgrade_state as state
 
 VARIABLE = "TAILSRV_UPGRADE"
 CHECK = "check"
-PROOF_TIMEOUT = 30.0  # seconds that the new program may take to start
+# seconds that the new program may take to start
+PROOF_TIMEOUT = 30.0
 
 
 def command() -> tuple[str, list[str]]:
@@ -88,13 +89,23 @@ class Proof:
     def __init__(self, data: bytes) -> None:
         executable, arguments = command()
         with ExitStack() as refused:
-            given, self._answer, self._complaints = (_closing(memory_file_with(content), refused) for content in (data, b"", b""))
-            files = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, self._answer, self._complaints))]
+            given, self._answer, self._complaints = (
+                _closing(memory_file_with(content), refused) for content in (data, b"", b"")
+            )
+            files = [
+                (os.POSIX_SPAWN_DUP2, fd, number)
+                for number, fd in enumerate((given, self._answer, self._complaints))
+            ]
             # All signals are blocked: one that is sent to all processes of the service must not
             # fail the upgrade. To end the check takes SIGKILL.
             held = signal.valid_signals()
             self.pid = os.posix_spawn(
-                executable, arguments, environment(CHECK), file_actions=files, setsigmask=held, setsigdef=(signal.SIGPIPE,)
+                executable,
+                arguments,
+                environment(CHECK),
+                file_actions=files,
+                setsigmask=held,
+                setsigdef=(signal.SIGPIPE,),
             )
             refused.pop_all()
         os.close(given)
@@ -112,14 +123,17 @@ class Proof:
         """Return the version that has proved itself, or None and the reason, once the child ended with `status`."""
         try:
             answer, complaints = _take(self._answer), _take(self._complaints)
-        except (OSError, TypeError) as error:  # TypeError: the interpreter's, where read(2) says EAGAIN
+        except (OSError, TypeError) as error:
+            # TypeError: the interpreter's, where read(2) says EAGAIN
             return None, f"what it said cannot be read: {_reason(error)}"
         try:
             if status == 0:
                 return str(json.loads(answer)["version"]), ""
         except (ValueError, KeyError, TypeError):
             pass
-        lines = complaints.strip().splitlines() or answer.strip().splitlines() or ["it did not answer"]
+        lines = (
+            complaints.strip().splitlines() or answer.strip().splitlines() or ["it did not answer"]
+        )
         return None, lines[-1]
 
 
@@ -131,14 +145,16 @@ def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]])
     fd = memory_file_with(state.encode(handed_on))
     descriptors = [fd, *handed_on.descriptors()]
     executable, arguments = command()
-    block_all()  # a signal now is for the new program; the mask and what is pending live through exec(2)
+    # a signal now is for the new program; the mask and what is pending live through exec(2)
+    block_all()
     try:
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
         for number in pending():
             os.kill(os.getpid(), number)
         os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
-    finally:  # still here, and whatever has failed, signals must come through again
+    finally:
+        # still here, and whatever has failed, signals must come through again
         unblock_all()
         for descriptor in descriptors:
             with suppress(OSError):
@@ -172,12 +188,19 @@ class Upgrader:
         lifecycle: systemd.Lifecycle,
         busy: bool,
     ) -> None:
-        self._timers, self._snapshot, self._pending, self._lifecycle = timers, snapshot, pending, lifecycle
+        self._timers, self._snapshot, self._pending, self._lifecycle = (
+            timers,
+            snapshot,
+            pending,
+            lifecycle,
+        )
         self._proof: Proof | None = None
-        self._proven: str | None = None  # the version to exec at the end of this turn
+        # the version to exec at the end of this turn
+        self._proven: str | None = None
         self._requested = False
         self._paused = False
-        self._stale = False  # a request has come since the proof began: what it proves may not be what is installed now
+        # a request has come since the proof began: what it proves may not be what is installed now
+        self._stale = False
         self._busy = busy
 
     def request(self, now: float) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from tailsrv import channel as messages
 
-FORMAT = 2  # of this state; a program that cannot read it must not be exec'd
+# of this state; a program that cannot read it must not be exec'd
+FORMAT = 2
 
 
 class StateError(ValueError):
@@ -21,7 +22,8 @@ class SlotState:
     shared: bool
     pid: int | None
     channel: int | None
-    spawned: float  # of the monotonic clock, which exec(2) does not touch
+    # of the monotonic clock, which exec(2) does not touch
+    spawned: float
     ready: bool
     adopted: bool
     restarts: int
@@ -35,7 +37,8 @@ class SlotState:
 class UpgradeState:
     """All that a supervisor knows; every number of a descriptor is valid in the program that is exec'd."""
 
-    version: str  # of the program that wrote this
+    # of the program that wrote this
+    version: str
     endpoints: list[str]
     started: float
     file: int | None
@@ -66,7 +69,9 @@ def decode(data: bytes) -> UpgradeState:
         values: dict[str, Any] = json.loads(data)
         formats = (values.pop("format"), values.pop("messages"))
         if formats != (FORMAT, messages.VERSION):
-            raise StateError(f"state and channel are of format {formats}, this version reads {(FORMAT, messages.VERSION)}")
+            raise StateError(
+                f"state and channel are of format {formats}, this version reads {(FORMAT, messages.VERSION)}"
+            )
         slots = [SlotState(**slot) for slot in values.pop("slots")]
         return UpgradeState(slots=slots, **values)
     except StateError:

@@ -8,8 +8,10 @@ from tailsrv.linux.event_loop import EventLoop
 from tailsrv.log import fields, logger
 from tailsrv.supervisor.worker_pool import WorkerPool
 
-MIN_PING_INTERVAL = 0.1  # seconds; a healthy worker may take some milliseconds to answer
-PINGS_PER_INTERVAL = 3  # in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
+# seconds; a healthy worker may take some milliseconds to answer
+MIN_PING_INTERVAL = 0.1
+# in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
+PINGS_PER_INTERVAL = 3
 
 
 class Watchdog:
@@ -26,16 +28,23 @@ class Watchdog:
     def ping(self) -> None:
         """Act on the answers to the last question, and ask again."""
         now = self._loop.now
-        hung = [slot for slot in self._pool.running() if slot.ping_sent is not None and now - slot.ping_sent >= self._pause]
+        hung = [
+            slot
+            for slot in self._pool.running()
+            if slot.ping_sent is not None and now - slot.ping_sent >= self._pause
+        ]
         self._killed &= {slot.pid for slot in hung if slot.pid is not None}
         for slot in hung:
             assert slot.pid is not None
             assert slot.ping_sent is not None
-            if slot.pid not in self._killed:  # else it waits for a disk, and cannot even be killed
+            # else it waits for a disk, and cannot even be killed
+            if slot.pid not in self._killed:
                 logger.error(
-                    "worker does not answer, killing it: %s", fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.ping_sent:.1f}")
+                    "worker does not answer, killing it: %s",
+                    fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.ping_sent:.1f}"),
                 )
-                os.kill(slot.pid, signal.SIGKILL)  # ours until we reap it
+                # ours until we reap it
+                os.kill(slot.pid, signal.SIGKILL)
                 self._killed.add(slot.pid)
         if not hung:
             systemd.notify("WATCHDOG=1")

@@ -21,7 +21,8 @@ from tailsrv.supervisor.report_reader import ReportReader
 from tailsrv.supervisor.restart_policy import ExitKind, Failures, classify_exit, describe_exit
 from tailsrv.supervisor.slot import Slot
 
-REPLACE_PATIENCE = 1.0  # seconds that an outdated worker gets to finish its turn
+# seconds that an outdated worker gets to finish its turn
+REPLACE_PATIENCE = 1.0
 
 
 class WorkerPool:
@@ -44,15 +45,21 @@ class WorkerPool:
     ) -> None:
         self._timing = timing
         self.slots = list(slots)
-        self.respawning = False  # empty slots are to be filled
-        self.started_up = False  # every slot has had a worker that was ready
+        # empty slots are to be filled
+        self.respawning = False
+        # every slot has had a worker that was ready
+        self.started_up = False
         self.drain_deadline: float | None = None
-        self.rotating = False  # the drain is for a next file, not for the end
-        self.outdated = self._workers()  # to be replaced
-        self._ending: list[tuple[Slot, int]] = []  # outdated workers that were sent SIGTERM; killed after REPLACE_PATIENCE
+        # the drain is for a next file, not for the end
+        self.rotating = False
+        # to be replaced
+        self.outdated = self._workers()
+        # outdated workers that were sent SIGTERM; killed after REPLACE_PATIENCE
+        self._ending: list[tuple[Slot, int]] = []
         self._loop = loop
         self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
-        self._unproven = bool(self.outdated)  # no worker of this version has been ready yet
+        # no worker of this version has been ready yet
+        self._unproven = bool(self.outdated)
         self.report_reader = ReportReader(self.slots, loop, self._take_notices)
         for slot, _ in self.outdated:
             self._register_channel(slot)
@@ -80,7 +87,8 @@ class WorkerPool:
                 try:
                     slot.channel.send(encode(Ping()))
                 except OSError:
-                    continue  # it ends, which shows; or there was no memory for the question: it owes no answer then
+                    # it ends, which shows; or there was no memory for the question: it owes no answer then
+                    continue
                 slot.ping_sent = self._loop.now
 
     # Filling
@@ -89,7 +97,8 @@ class WorkerPool:
         """Fill the slots, and keep them filled."""
         self.respawning, self.drain_deadline = True, None
         self.outdated = self._still_outdated()
-        self._unproven = bool(self.outdated)  # without workers of the version before us there is nobody else to go on
+        # without workers of the version before us there is nobody else to go on
+        self._unproven = bool(self.outdated)
         for slot in self.slots:
             if slot.pid is None:
                 self.spawn(slot)
@@ -116,7 +125,10 @@ class WorkerPool:
 
     def _terminate(self, workers: Sequence[tuple[Slot, int]]) -> None:
         """Ask outdated workers to end, and kill those that do not in time."""
-        self._ending = [*(worker for worker in self._still_ending() if worker not in workers), *workers]
+        self._ending = [
+            *(worker for worker in self._still_ending() if worker not in workers),
+            *workers,
+        ]
         for _, pid in workers:
             os.kill(pid, signal.SIGTERM)
         self._loop.timers.set(self._kill_overdue, self._loop.now + REPLACE_PATIENCE)
@@ -153,7 +165,10 @@ class WorkerPool:
         slot.pid, slot.spawned, slot.ready = pid, self._loop.now, False
         slot.ping_sent = self._loop.now
         slot.adopted = bool(slot.client_table.clients)
-        logger.debug("worker spawned: %s", fields(slot=slot.index, pid=pid, adopts=len(slot.client_table.clients)))
+        logger.debug(
+            "worker spawned: %s",
+            fields(slot=slot.index, pid=pid, adopts=len(slot.client_table.clients)),
+        )
         if self.drain_deadline is not None:
             self._order_drain(slot, self.drain_deadline)
 
@@ -164,7 +179,8 @@ class WorkerPool:
             slot.channel.setblocking(False)
             self._register_channel(slot)
             with blocked():
-                if (pid := os.fork()) == 0:  # here the worker leaves the supervisor's code, never to return
+                # here the worker leaves the supervisor's code, never to return
+                if (pid := os.fork()) == 0:
                     self._enter(slot, theirs)
         except OSError:
             self._loop.unregister(slot.channel.fileno())
@@ -176,7 +192,12 @@ class WorkerPool:
         return pid
 
     def prepare_child(
-        self, slot: Slot, file: int | None, channel: socket.socket, endpoints: Sequence[str], client_limit: ClientLimit | None
+        self,
+        slot: Slot,
+        file: int | None,
+        channel: socket.socket,
+        endpoints: Sequence[str],
+        client_limit: ClientLimit | None,
     ) -> Inheritance:
         """Let go, in the child, of all that is not of `slot`, and return what is."""
         self.close_in_child(keep=slot)
@@ -185,18 +206,26 @@ class WorkerPool:
                 other.client_table.close_in_child()
         channel.setblocking(False)
         listeners, clients = slot.listeners, slot.client_table.clients
-        if self.drain_deadline is not None and self.rotating:  # only the old file's streams: all others are for the next worker
-            listeners, clients = [], {client: entry for client, entry in clients.items() if entry.start is not None}
-        return Inheritance(slot.index, file, listeners, slot.shared, channel, endpoints, client_limit, clients)
+        # only the old file's streams: all others are for the next worker
+        if self.drain_deadline is not None and self.rotating:
+            listeners, clients = (
+                [],
+                {client: entry for client, entry in clients.items() if entry.start is not None},
+            )
+        return Inheritance(
+            slot.index, file, listeners, slot.shared, channel, endpoints, client_limit, clients
+        )
 
     def close_in_child(self, keep: Slot | None = None) -> None:
         """Close, in a forked child, the channels and the listeners, but for those of the slot to `keep`."""
         for slot in self.slots:
             if slot.channel is not None:
-                slot.channel.close()  # or its worker would not see our supervisor's end
+                # or its worker would not see our supervisor's end
+                slot.channel.close()
             if slot is not keep:
                 for listener in slot.listeners:
-                    listener.close()  # or clients would wait at one that nobody accepts from
+                    # or clients would wait at one that nobody accepts from
+                    listener.close()
 
     def _register_channel(self, slot: Slot) -> None:
         assert slot.channel is not None
@@ -227,12 +256,14 @@ class WorkerPool:
     def handle_exit(self, pid: int, status: int) -> None:
         """Take in that the child `pid` has ended, and decide what becomes of its slot and its clients."""
         slot = next((slot for slot in self.slots if slot.pid == pid), None)
-        if slot is None:  # as PID 1 we are everybody's parent
+        # as PID 1 we are everybody's parent
+        if slot is None:
             return
         assert slot.channel is not None
         # Before its last reports are taken in: one that says "ready" lets the next worker be replaced.
         expected = not self.respawning or (slot, pid) in self.outdated
-        slot.pid = None  # at once: it may be another process's by now
+        # at once: it may be another process's by now
+        slot.pid = None
         self.report_reader.read_remaining(slot)
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
@@ -243,30 +274,51 @@ class WorkerPool:
             slot.failures = Failures()
         detail = fields(slot=slot.index, pid=pid, keeps=len(slot.client_table), lost=lost or None)
         logger.log(
-            logging.DEBUG if expected and not lost else logging.WARNING, "worker %s: %s %s", what.value, detail, describe_exit(status)
+            logging.DEBUG if expected and not lost else logging.WARNING,
+            "worker %s: %s %s",
+            what.value,
+            detail,
+            describe_exit(status),
         )
         if not expected:
             self._respawn_later(slot, what, status)
         elif self.respawning:
             self.spawn(slot)
-        elif self.drain_deadline is not None and self._has_work(slot) and self._loop.now < self.drain_deadline:
-            self._note_failure(slot, what)  # somebody still has to serve these clients, and the grace bounds how often
-            self._spawn_at(slot, self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay))
+        elif (
+            self.drain_deadline is not None
+            and self._has_work(slot)
+            and self._loop.now < self.drain_deadline
+        ):
+            # somebody still has to serve these clients, and the grace bounds how often
+            self._note_failure(slot, what)
+            self._spawn_at(
+                slot,
+                self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay),
+            )
 
     def _has_work(self, slot: Slot) -> bool:
         """Tell whether a drain has something to do in `slot`; those who have not started wait for a next file if one comes."""
-        return slot.client_table.has_streams() if self.rotating else bool(slot.client_table.clients or slot.listeners)
+        return (
+            slot.client_table.has_streams()
+            if self.rotating
+            else bool(slot.client_table.clients or slot.listeners)
+        )
 
     def _respawn_later(self, slot: Slot, what: ExitKind, status: int) -> None:
         """Plan the next worker of a slot whose last one has died."""
-        if self._unproven and not slot.ready and what not in (ExitKind.KILLED, ExitKind.NO_ROOM):  # it is the program, not the clients
+        # it is the program, not the clients
+        if self._unproven and not slot.ready and what not in (ExitKind.KILLED, ExitKind.NO_ROOM):
             self.outdated = []
             slot.restarts += 1
             self._spawn_at(slot, self._loop.now + self._timing.max_delay)
             self._stuck(f"slot={slot.index} {describe_exit(status)}")
             return
         self._note_failure(slot, what)
-        if what is ExitKind.CANNOT_BOOT or (what is ExitKind.NO_ROOM and not self.started_up) or slot.failures.hopeless():
+        if (
+            what is ExitKind.CANNOT_BOOT
+            or (what is ExitKind.NO_ROOM and not self.started_up)
+            or slot.failures.hopeless()
+        ):
             self._give_up(f"slot={slot.index} {describe_exit(status)}")
             return
         slot.restarts += 1
@@ -277,11 +329,16 @@ class WorkerPool:
 
     def _note_failure(self, slot: Slot, what: ExitKind) -> None:
         """Take the death into the slot's record, and give its clients up if one of them seems to be the cause."""
-        slot.failures = slot.failures.after_life(self._loop.now - slot.spawned, slot.ready, what, slot.adopted, self._timing)
+        slot.failures = slot.failures.after_life(
+            self._loop.now - slot.spawned, slot.ready, what, slot.adopted, self._timing
+        )
         slot.ready = False
         if slot.failures.poisoned():
             ended = slot.client_table.close_connections()
-            logger.error("a client kills the worker that adopts it, ended all of the slot: %s", fields(slot=slot.index, clients=ended))
+            logger.error(
+                "a client kills the worker that adopts it, ended all of the slot: %s",
+                fields(slot=slot.index, clients=ended),
+            )
 
     def stop_respawning(self) -> None:
         """Leave slots empty from now on, and workers as they are."""
@@ -294,12 +351,14 @@ class WorkerPool:
 
         Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
         """
-        ending = self._still_ending()  # too late for an order: their successors get it
+        # too late for an order: their successors get it
+        ending = self._still_ending()
         self.stop_respawning()
         self.outdated = ending
         self.drain_deadline, self.rotating = until, rotating
         for slot in self.slots:
-            if slot.spawn_at is not None:  # in backoff: its clients and its queue have waited for this worker
+            # in backoff: its clients and its queue have waited for this worker
+            if slot.spawn_at is not None:
                 self.spawn(slot)
             elif slot.pid is None:
                 self._close_listeners(slot)
@@ -312,8 +371,10 @@ class WorkerPool:
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
-            pass  # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
-        os.kill(slot.pid, signal.SIGTERM)  # ours until we reap it: no other process can have this pid
+            # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
+            pass
+        # ours until we reap it: no other process can have this pid
+        os.kill(slot.pid, signal.SIGTERM)
 
     def _close_listeners(self, slot: Slot) -> None:
         """Close the listeners after a worker has emptied their queues. In a rotation, keep them for the next file's workers."""

@@ -15,12 +15,15 @@ from tailsrv.linux.sockets import Outcome, accept, stop_listening
 from tailsrv.listeners import BACKLOG
 from tailsrv.log import RateLimited
 
-ACCEPTS_PER_TURN = 64  # connections taken in one turn; a burst of thousands must not hold up those who stream
+# connections taken in one turn; a burst of thousands must not hold up those who stream
+ACCEPTS_PER_TURN = 64
 
-SHARED_ACCEPTS_PER_TURN = 4  # the same from a listener that all workers share: more would let the first to wake take them all
+# the same from a listener that all workers share: more would let the first to wake take them all
+SHARED_ACCEPTS_PER_TURN = 4
 
 
-FULL_INTERVAL = 600.0  # seconds between two lines that say that the server is full: that is no trouble, and may last for years
+# seconds between two lines that say that the server is full: that is no trouble, and may last for years
+FULL_INTERVAL = 600.0
 
 Peer = tuple[str, int]
 
@@ -42,10 +45,18 @@ class Acceptor:
         count: Callable[[], int],
         free_descriptor: Callable[[], bool],
     ) -> None:
-        self._slot, self._listeners, self._shared = inheritance.slot, inheritance.listeners, inheritance.shared
+        self._slot, self._listeners, self._shared = (
+            inheritance.slot,
+            inheritance.listeners,
+            inheritance.shared,
+        )
         self._client_limit = inheritance.client_limit
         self._loop, self._allow = loop, allow
-        self._handle_accepted, self._count, self._free_descriptor = handle_accepted, count, free_descriptor
+        self._handle_accepted, self._count, self._free_descriptor = (
+            handle_accepted,
+            count,
+            free_descriptor,
+        )
         self._turned_away = RateLimited(logging.WARNING, burst=1)
         self._short_of_room = RateLimited(logging.WARNING, burst=1)
         self._failing = RateLimited(logging.WARNING, burst=1)
@@ -85,7 +96,8 @@ class Acceptor:
             self._client_limit.record(self._slot, self._count())
 
     def _register(self, listener: socket.socket) -> None:
-        flags = EPOLLEXCLUSIVE if self._shared else 0  # wake one of the workers that share it, not all
+        # wake one of the workers that share it, not all
+        flags = EPOLLEXCLUSIVE if self._shared else 0
         self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
 
     def _handle(self, listener: socket.socket) -> None:
@@ -97,9 +109,16 @@ class Acceptor:
 
     def _accept(self, listener: socket.socket, limit: int) -> None:
         for turn in range(limit):
-            if self._client_limit is not None and not self._client_limit.claim(self._slot, self._count() + 1):
-                if turn == 0:  # else it is not known whether anybody waits: the next wake-up says so
-                    self._full("as many clients as --max-clients allows, more wait", slot=self._slot, max_clients=self._client_limit.limit)
+            if self._client_limit is not None and not self._client_limit.claim(
+                self._slot, self._count() + 1
+            ):
+                # else it is not known whether anybody waits: the next wake-up says so
+                if turn == 0:
+                    self._full(
+                        "as many clients as --max-clients allows, more wait",
+                        slot=self._slot,
+                        max_clients=self._client_limit.limit,
+                    )
                     self._pause()
                 break
             accepted = accept(listener)
@@ -108,7 +127,9 @@ class Acceptor:
                 break
             sock, peer = accepted
             if self._allow and not is_allowed(peer[0], self._allow):
-                self._turned_away("client is not in an allowed network", slot=self._slot, peer=endpoint(*peer))
+                self._turned_away(
+                    "client is not in an allowed network", slot=self._slot, peer=endpoint(*peer)
+                )
                 sock.close()
             else:
                 self._handle_accepted(sock, peer)
@@ -125,8 +146,14 @@ class Acceptor:
             )
             self._pause()
         # Only descriptors of our own are free at once when somebody goes: where all of the system is short, nobody has to.
-        elif reason is Outcome.NO_ROOM or (reason is Outcome.NO_DESCRIPTOR and not self._free_descriptor()):
-            self._short_of_room("short of descriptors or memory, not accepting for a moment", slot=self._slot, clients=self._count())
+        elif reason is Outcome.NO_ROOM or (
+            reason is Outcome.NO_DESCRIPTOR and not self._free_descriptor()
+        ):
+            self._short_of_room(
+                "short of descriptors or memory, not accepting for a moment",
+                slot=self._slot,
+                clients=self._count(),
+            )
             self._pause()
 
     def _pause(self) -> None:

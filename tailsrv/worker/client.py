@@ -11,8 +11,10 @@ class ClientState(Enum):
 
     AWAITING_HEADER = "awaiting header"
     STREAMING = "streaming"
-    FINISHED = "finished"  # all is sent and the FIN behind it; what the peer still says is read until it has all
-    CLOSED = "closed"  # no longer served; its socket is closed at the end of the turn
+    # all is sent and the FIN behind it; what the peer still says is read until it has all
+    FINISHED = "finished"
+    # no longer served; its socket is closed at the end of the turn
+    CLOSED = "closed"
 
 
 class Client:
@@ -25,9 +27,11 @@ class Client:
     __slots__ = ("fd", "number", "offset", "peer", "sock", "state")
 
     def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None) -> None:
-        self.number = number  # its name in the roster; unlike `fd`, never used again in this slot
+        # its name in the roster; unlike `fd`, never used again in this slot
+        self.number = number
         self.sock = sock
-        self.fd = sock.fileno()  # asked for once: this is the hot path's name for the client
+        # asked for once: this is the hot path's name for the client
+        self.fd = sock.fileno()
         self.peer: str | None = endpoint(*peer) if peer else "unknown"
         self.state = ClientState.AWAITING_HEADER
         self.offset = 0
@@ -39,5 +43,6 @@ class Client:
     def __str__(self) -> str:
         try:
             return self.peer or endpoint(*self.sock.getpeername()[:2])
-        except OSError:  # gone
+        except OSError:
+            # gone
             return "unknown"

@@ -26,9 +26,12 @@ class Limits:
     grows.
     """
 
-    interval: float = 30.0  # seconds from one check of all clients to the next
-    silence: float = 120.0  # seconds without a packet that acknowledges anything
-    attempts: int = 4  # retransmissions or window probes, one after another, that were not answered
+    # seconds from one check of all clients to the next
+    interval: float = 30.0
+    # seconds without a packet that acknowledges anything
+    silence: float = 120.0
+    # retransmissions or window probes, one after another, that were not answered
+    attempts: int = 4
 
 
 def is_dead(peer: Unacknowledged, limits: Limits) -> bool:
@@ -50,11 +53,17 @@ class DeadPeers:
     """
 
     def __init__(
-        self, slot: int, clients: Mapping[int, Client], loop: EventLoop, drop: Callable[[Client], None], limits: Limits | None = None
+        self,
+        slot: int,
+        clients: Mapping[int, Client],
+        loop: EventLoop,
+        drop: Callable[[Client], None],
+        limits: Limits | None = None,
     ) -> None:
         self._slot, self._clients, self._loop, self._drop = slot, clients, loop, drop
         self._limits = limits or Limits()
-        self._unexamined: list[Client] = []  # by the check that is under way; some may have left
+        # by the check that is under way; some may have left
+        self._unexamined: list[Client] = []
         self._dropped = RateLimited(logging.INFO)
 
     def expect_acks(self) -> None:

@@ -8,8 +8,10 @@ from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.streams import Streams
 
-LINGER_CHECK = 0.01  # seconds between looks whether a finished client has acknowledged everything
-LINGER_SHARE = 20e-6  # seconds more for each: a look costs some microseconds, which the others' bytes need
+# seconds between looks whether a finished client has acknowledged everything
+LINGER_CHECK = 0.01
+# seconds more for each: a look costs some microseconds, which the others' bytes need
+LINGER_SHARE = 20e-6
 
 
 class Drainer:
@@ -19,24 +21,41 @@ class Drainer:
     next file. `drop(client)` is called for each client that has everything.
     """
 
-    def __init__(self, loop: EventLoop, streams: Streams, file_monitor: FileMonitor, drop: Callable[[Client], None]) -> None:
-        self._loop, self._streams, self._file_monitor, self._drop = loop, streams, file_monitor, drop
+    def __init__(
+        self,
+        loop: EventLoop,
+        streams: Streams,
+        file_monitor: FileMonitor,
+        drop: Callable[[Client], None],
+    ) -> None:
+        self._loop, self._streams, self._file_monitor, self._drop = (
+            loop,
+            streams,
+            file_monitor,
+            drop,
+        )
         self._settling = False
-        self._finished: dict[int, Client] = {}  # waiting for the peer to acknowledge
+        # waiting for the peer to acknowledge
+        self._finished: dict[int, Client] = {}
 
     def begin(self, settle: bool) -> None:
         """Have the streams end at what is in the file now, or when it has settled."""
         self._settling = settle
         self._file_monitor.deliver_appends()
         if settle:
-            self._loop.timers.set(self._end_settling, self._loop.now + self._file_monitor.settling_pause())
+            self._loop.timers.set(
+                self._end_settling, self._loop.now + self._file_monitor.settling_pause()
+            )
         else:
             self._file_monitor.stop()
 
     def _end_settling(self) -> None:
         """Take the file to be complete, unless it has changed since."""
-        self._file_monitor.deliver_appends()  # an append that nobody has told of yet
-        if (due := self._file_monitor.size_changed_at + self._file_monitor.settling_pause()) > self._loop.now:
+        # an append that nobody has told of yet
+        self._file_monitor.deliver_appends()
+        if (
+            due := self._file_monitor.size_changed_at + self._file_monitor.settling_pause()
+        ) > self._loop.now:
             self._loop.timers.set(self._end_settling, due)
         else:
             self._settling = False
@@ -60,7 +79,10 @@ class Drainer:
             if unsent(client.sock) == 0:
                 self._drop(client)
         if self._finished:
-            self._loop.timers.set(self._check_finished, self._loop.now + LINGER_CHECK + len(self._finished) * LINGER_SHARE)
+            self._loop.timers.set(
+                self._check_finished,
+                self._loop.now + LINGER_CHECK + len(self._finished) * LINGER_SHARE,
+            )
 
     def forget(self, client: Client) -> None:
         """Note that `client` is gone."""

@@ -15,11 +15,20 @@ class FileMonitor:
     if the supervisor is to act on it (`insist`): it may find the file back, and the file may go once more.
     """
 
-    def __init__(self, watch: Watch, streams: Streams, reporter: Reporter, loop: EventLoop, timing: Timing, insist: bool = True) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        streams: Streams,
+        reporter: Reporter,
+        loop: EventLoop,
+        timing: Timing,
+        insist: bool = True,
+    ) -> None:
         self.gone = False
         self._timing = timing
         self._insist = insist
-        self.size_changed_at = loop.now  # when the file's size was last found to be another
+        # when the file's size was last found to be another
+        self.size_changed_at = loop.now
         self._watch, self._streams, self._reporter, self._loop = watch, streams, reporter, loop
         self._identity = FileIdentity(watch.file, watch.path)
         self._stopped = False
@@ -44,13 +53,16 @@ class FileMonitor:
         self._watch.follow(following)
         if following:
             self.poll_if_needed()
-            self.deliver_appends()  # nobody has kept the size up to date
+            # nobody has kept the size up to date
+            self.deliver_appends()
 
     def handle_inotify(self) -> None:
-        self.deliver_appends()  # before anything else: somebody waits for the bytes, nobody for the event
+        # before anything else: somebody waits for the bytes, nobody for the event
+        self.deliver_appends()
         if self._watch.read():
             self.check_path()
-        self.deliver_appends()  # an append before the read has no event of its own any more
+        # an append before the read has no event of its own any more
+        self.deliver_appends()
 
     def deliver_appends(self) -> None:
         """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
@@ -58,7 +70,8 @@ class FileMonitor:
         if self._stopped:
             size = min(size, before)
         shrunk, self._streams.shrunk = self._streams.shrunk, False
-        if shrunk and size == before:  # it was shorter for a moment; whom that kept waiting gets another try
+        # it was shorter for a moment; whom that kept waiting gets another try
+        if shrunk and size == before:
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_RETRY)
         if size != before:
             self.size_changed_at = self._loop.now
@@ -75,7 +88,8 @@ class FileMonitor:
         self.gone = bool(gone)
         if self.gone and (self._insist or not before):
             self._reporter.add_notice(gone=True)
-        if gone is None or (self.gone and self._insist):  # inotify may not report the next change
+        # inotify may not report the next change
+        if gone is None or (self.gone and self._insist):
             self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
 
     def recheck_path(self) -> None:

@@ -31,8 +31,15 @@ class HeaderReader:
         drop: Callable[[Client], None],
     ) -> None:
         self._slot, self._timeout = slot, timeout
-        self._loop, self._file_monitor, self._streams, self._reporter, self._drop = loop, file_monitor, streams, reporter, drop
-        self._awaited: dict[Client, float] = {}  # and since when; the oldest first
+        self._loop, self._file_monitor, self._streams, self._reporter, self._drop = (
+            loop,
+            file_monitor,
+            streams,
+            reporter,
+            drop,
+        )
+        # and since when; the oldest first
+        self._awaited: dict[Client, float] = {}
         self._refused = RateLimited(logging.WARNING)
 
     def __contains__(self, client: Client) -> bool:
@@ -71,7 +78,8 @@ class HeaderReader:
     def schedule_start(self, client: Client, start: Start) -> None:
         """Have `client` start there."""
         if start.from_end:
-            self._file_monitor.deliver_appends()  # the end is where it is now
+            # the end is where it is now
+            self._file_monitor.deliver_appends()
         self.forget(client)
         self._reporter.starting.append((client, start.offset(self._streams.size)))
 

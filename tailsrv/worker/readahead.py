@@ -9,17 +9,23 @@ from tailsrv.worker.client import Client
 # a fifth of a microsecond for each KiB: that is a tenth of a millisecond.
 READ_AHEAD = 512 << 10
 
-STRIDE = 128 << 10  # between the places looked at to see whether all has come
+# between the places looked at to see whether all has come
+STRIDE = 128 << 10
 
-WARY_CHUNKS = 256  # chunks that are looked at so closely after one was missing; otherwise the first byte and the last will do
+# chunks that are looked at so closely after one was missing; otherwise the first byte and the last will do
+WARY_CHUNKS = 256
 
-MAX_READERS = 16  # clients that the disk works for at a time: more would push each other's bytes out before they are sent
+# clients that the disk works for at a time: more would push each other's bytes out before they are sent
+MAX_READERS = 16
 
-DISK_PAUSE = 0.00025  # seconds, for each of them, until they look again; a fast disk has read so much by then
+# seconds, for each of them, until they look again; a fast disk has read so much by then
+DISK_PAUSE = 0.00025
 
-MAX_PAUSES = 8  # the longest such pause: one who has looked in vain does so less and less often
+# the longest such pause: one who has looked in vain does so less and less often
+MAX_PAUSES = 8
 
-MAX_MISSES = 10_000  # in a row, 20 seconds for one reader, minutes for many: then the disk cannot read these bytes, as sendfile(2) will say
+# in a row, 20 seconds for one reader, minutes for many: then the disk cannot read these bytes, as sendfile(2) will say
+MAX_MISSES = 10_000
 
 
 class ReadAhead:
@@ -30,12 +36,17 @@ class ReadAhead:
     are still in memory when their turn comes; more wait in a queue.
     """
 
-    def __init__(self, is_cached: Callable[[int, int, int], bool], read: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, is_cached: Callable[[int, int, int], bool], read: Callable[[int, int], None]
+    ) -> None:
         self._is_cached, self._read = is_cached, read
-        self._misses: dict[Client, int] = {}  # of those whom the disk works for: how often they have looked in vain
-        self._looking: list[Client] = []  # those of them that are to look again
+        # of those whom the disk works for: how often they have looked in vain
+        self._misses: dict[Client, int] = {}
+        # those of them that are to look again
+        self._looking: list[Client] = []
         self._queue: deque[Client] = deque()
-        self._wary = 0  # so many times more it is looked closely: while the disk works, there are gaps
+        # so many times more it is looked closely: while the disk works, there are gaps
+        self._wary = 0
 
     def __bool__(self) -> bool:
         """Tell whether anybody waits."""
@@ -45,11 +56,15 @@ class ReadAhead:
         """Return how many of the next `wanted` bytes `client` can be sent at once; if 0, it waits until `again` returns it."""
         misses = self._misses.get(client, 0)
         count = min(wanted, READ_AHEAD) if misses else wanted
-        if self._is_cached(client.offset, count, STRIDE if self._wary else count) or misses >= MAX_MISSES:
+        if (
+            self._is_cached(client.offset, count, STRIDE if self._wary else count)
+            or misses >= MAX_MISSES
+        ):
             self._wary = max(0, self._wary - 1)
             if misses:
                 del self._misses[client]
-                self._read(client.offset + count, READ_AHEAD)  # while these are sent
+                # while these are sent
+                self._read(client.offset + count, READ_AHEAD)
             return count
         self._wary = WARY_CHUNKS
         if not misses and len(self._misses) >= MAX_READERS:
@@ -63,7 +78,10 @@ class ReadAhead:
 
     def pause(self) -> float:
         """Return the seconds until those who wait should try again."""
-        return disk_pause(len(self._looking), min((self._misses.get(client, 0) for client in self._looking), default=0))
+        return disk_pause(
+            len(self._looking),
+            min((self._misses.get(client, 0) for client in self._looking), default=0),
+        )
 
     def take_due(self) -> list[Client]:
         """Return those who should try again now; some may have left in the meantime."""

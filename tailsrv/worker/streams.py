@@ -45,17 +45,21 @@ class Streams:
         await_writable: Callable[[Client], None],
     ) -> None:
         self.file = file
-        self.size = size  # as last learned by the worker's look()
+        # as last learned by the worker's look()
+        self.size = size
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
         self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
-        self.awaiting_memory: list[Client] = []  # those who left stay until then
-        self._ahead: list[tuple[int, int, Client]] = []  # a heap by offset; those who left stay until met or swept
+        # those who left stay until then
+        self.awaiting_memory: list[Client] = []
+        # a heap by offset; those who left stay until met or swept
+        self._ahead: list[tuple[int, int, Client]] = []
         self._sweep_at = 64
         self._tie = counter()
         self._drop, self._await_writable = drop, await_writable
-        self.shrunk = False  # a sendfile found less than `size`: somebody must look at the file again
+        # a sendfile found less than `size`: somebody must look at the file again
+        self.shrunk = False
 
     def add(self, client: Client, offset: int) -> None:
         """Start streaming to `client` from `offset`."""
@@ -98,7 +102,8 @@ class Streams:
         start, self.size = self.size, size
         if start < size <= start + SEND_CHUNK:
             self._fan_out(start, size - start)
-        elif start != size:  # too much for one chunk, or less than the caught-up have: one by one, in turn
+        elif start != size:
+            # too much for one chunk, or less than the caught-up have: one by one, in turn
             followers, self.caught_up = self.caught_up, {}
             for client in followers.values():
                 client.offset = start
@@ -136,14 +141,17 @@ class Streams:
     def _send(self, client: Client) -> int:
         """Send one chunk to `client`, and return what that takes of a turn's budget, in bytes."""
         wanted = next_chunk(client.offset, self.size)
-        if not wanted:  # the file has shrunk since: it waits for that, and no more for the disk
+        # the file has shrunk since: it waits for that, and no more for the disk
+        if not wanted:
             self.read_ahead.forget(client)
             self._enqueue(client)
             return 0
         if (count := self.read_ahead.admit(client, wanted)) == 0:
-            return READ_AHEAD  # to ask the disk for them has taken its time
+            # to ask the disk for them has taken its time
+            return READ_AHEAD
         sent = send_chunk(client.fd, self.file, client.offset, count)
-        if sent == 0:  # not there, whatever the size says: not again before that has changed
+        # not there, whatever the size says: not again before that has changed
+        if sent == 0:
             self.shrunk = True
             self._await_growth(client)
             return 0
@@ -156,7 +164,8 @@ class Streams:
             client.offset += sent
             self._enqueue(client)
         elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
-            self.awaiting_memory.append(client)  # a socket that refuses while it is empty never tells that it has room
+            # a socket that refuses while it is empty never tells that it has room
+            self.awaiting_memory.append(client)
         elif sent is Outcome.WOULD_BLOCK:
             self._await_writable(client)
             self.blocked[client.fd] = client
@@ -167,15 +176,19 @@ class Streams:
         if client.offset < self.size:
             self.behind.append(client)
         elif client.offset == self.size:
-            client.offset = self.size  # the same number, and one object for all of them
+            # the same number, and one object for all of them
+            client.offset = self.size
             self.caught_up[client.fd] = client
         else:
             self._await_growth(client)
 
     def _await_growth(self, client: Client) -> None:
         """Leave `client` alone until the file's size changes to more than its offset."""
-        if len(self._ahead) >= self._sweep_at:  # the file may never get to those who left
-            self._ahead = [entry for entry in self._ahead if entry[2].state is ClientState.STREAMING]
+        # the file may never get to those who left
+        if len(self._ahead) >= self._sweep_at:
+            self._ahead = [
+                entry for entry in self._ahead if entry[2].state is ClientState.STREAMING
+            ]
             heapq.heapify(self._ahead)
             self._sweep_at = 2 * len(self._ahead) + 64
         heapq.heappush(self._ahead, (client.offset, next(self._tie), client))

@@ -22,7 +22,13 @@ from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.linux.inotify import NoFile, Watch
 from tailsrv.linux.process_title import ProcessTitle
 from tailsrv.linux.signals import STRAY, Wakeup, ignore_io_signals, unblock_all
-from tailsrv.linux.sockets import bytes_streamed, discard, lacks_room, shut_down_writing, take_socket
+from tailsrv.linux.sockets import (
+    bytes_streamed,
+    discard,
+    lacks_room,
+    shut_down_writing,
+    take_socket,
+)
 from tailsrv.log import RateLimited, fields, logger
 from tailsrv.protocol import Start
 from tailsrv.stray_signals import StraySignals
@@ -46,11 +52,15 @@ INPUT = select.EPOLLIN | select.EPOLLRDHUP
 def work(inheritance: Inheritance, config: Config) -> int:
     """Serve one slot until the supervisor says `drain` or is gone; return the exit status."""
     setproctitle(worker_title(inheritance.slot, inheritance.endpoints, "starting", 0))
-    gc.freeze()  # what the supervisor made stays shared memory
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group
+    # what the supervisor made stays shared memory
+    gc.freeze()
+    # Ctrl-C reaches the whole foreground group
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGPWR, signal.SIG_IGN)  # the supervisor gets one as well, and drains
-    ignore_io_signals()  # sendfile(2) has no MSG_NOSIGNAL
+    # the supervisor gets one as well, and drains
+    signal.signal(signal.SIGPWR, signal.SIG_IGN)
+    # sendfile(2) has no MSG_NOSIGNAL
+    ignore_io_signals()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     try:
@@ -66,14 +76,22 @@ def work(inheritance: Inheritance, config: Config) -> int:
 class Worker:
     """The clients of one slot, and the loop that serves them."""
 
-    def __init__(self, inheritance: Inheritance, config: Config, wakeup: Wakeup, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        inheritance: Inheritance,
+        config: Config,
+        wakeup: Wakeup,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.slot = inheritance.slot
         self.config = config
         self.loop = EventLoop(clock)
         self.clients: dict[int, Client] = {}
-        self.dropped: list[Client] = []  # to be closed at the end of the turn
+        # to be closed at the end of the turn
+        self.dropped: list[Client] = []
         self.draining = False
-        self.aside: list[Client] = []  # for the next file; they stay open until this worker ends
+        # for the next file; they stay open until this worker ends
+        self.aside: list[Client] = []
         self.ended = False
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
         self.title = ProcessTitle(self.loop.timers, self.render_title)
@@ -86,19 +104,38 @@ class Worker:
         self.wakeup = wakeup
         self.loop.register(self.channel.fileno(), self.handle_channel)
         self.loop.register(wakeup.fileno(), self.handle_signal)
-        self.waiting = inheritance.file is None  # for the file: clients and their headers are left to a successor that has it
+        # for the file: clients and their headers are left to a successor that has it
+        self.waiting = inheritance.file is None
         self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
         self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_writable)
         self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.end)
-        self.file_monitor = FileMonitor(self.watch, self.streams, self.reporter, self.loop, config.timing, insist=not config.linger)
+        self.file_monitor = FileMonitor(
+            self.watch,
+            self.streams,
+            self.reporter,
+            self.loop,
+            config.timing,
+            insist=not config.linger,
+        )
         self.header_reader = HeaderReader(
-            self.slot, config.header_timeout, self.loop, self.file_monitor, self.streams, self.reporter, self.drop
+            self.slot,
+            config.header_timeout,
+            self.loop,
+            self.file_monitor,
+            self.streams,
+            self.reporter,
+            self.drop,
         )
         self.drainer = Drainer(self.loop, self.streams, self.file_monitor, self.drop)
         self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)
         self.adopt(inheritance.clients)
         self.acceptor = Acceptor(
-            inheritance, self.loop, config.allow, self.handle_accepted, lambda: len(self.clients), self.free_descriptor
+            inheritance,
+            self.loop,
+            config.allow,
+            self.handle_accepted,
+            lambda: len(self.clients),
+            self.free_descriptor,
         )
         self.acceptor.start()
 
@@ -121,7 +158,8 @@ class Worker:
         for fd, mask in self.loop.wait(timeout):
             if (client := self.clients.get(fd)) is not None:
                 self.handle_client(client, mask)
-            elif (handler := self.loop.handlers.get(fd)) is not None:  # else: it went earlier in this turn
+            elif (handler := self.loop.handlers.get(fd)) is not None:
+                # else: it went earlier in this turn
                 handler()
         self.loop.timers.run(self.loop.now)
         self.start_streams()
@@ -135,13 +173,15 @@ class Worker:
         # The file has grown in this turn, so clients that had caught up were sent bytes.
         if self.file_monitor.size_changed_at == self.loop.now:
             self.dead_peers.expect_acks()
-        self.plan_retries()  # last, for all of these look at the file, which may leave somebody without memory
+        # last, for all of these look at the file, which may leave somebody without memory
+        self.plan_retries()
         self.reporter.send_if_due()
 
     def start_streams(self) -> None:
         """Start the streams whose headers are there; before anything is sent in this turn, so that their first bytes are, too."""
         for client in tuple(self.reporter.joined):
-            if client in self.header_reader:  # most have sent their header by now: one report for both
+            # most have sent their header by now: one report for both
+            if client in self.header_reader:
                 self.handle_client(client, select.EPOLLIN)
         if self.reporter.joined or self.reporter.starting:
             self.reporter.send_and_start()
@@ -154,13 +194,16 @@ class Worker:
             self.file_monitor.deliver_appends()
         # Whoever else wants this processor comes first, another worker or a client: else they wait until our time slice is over
         # [measured: beside 50 who replay, two workers on two processors, p99 of the caught-up 4.7 ms without it, 1.5 ms with it].
-        if len(self.streams.behind) > 1:  # one alone is kept from its bytes by it, a tenth of the time
+        # one alone is kept from its bytes by it, a tenth of the time
+        if len(self.streams.behind) > 1:
             os.sched_yield()
 
     def plan_retries(self) -> None:
         """Come back in a moment to those for whom the disk, or the kernel's memory, was not ready."""
         if self.streams.read_ahead and self.streams.retry_disk not in self.loop.timers:
-            self.loop.timers.set(self.streams.retry_disk, self.loop.now + self.streams.read_ahead.pause())
+            self.loop.timers.set(
+                self.streams.retry_disk, self.loop.now + self.streams.read_ahead.pause()
+            )
         if self.streams.awaiting_memory and self.streams.retry_memory not in self.loop.timers:
             self.loop.timers.set(self.streams.retry_memory, self.loop.now + MEMORY_RETRY)
 
@@ -168,7 +211,8 @@ class Worker:
 
     def handle_accepted(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Take in a connection that has just been accepted."""
-        self.file_monitor.deliver_appends()  # in a burst of connections the caught-up wait for one of them at most, not for all
+        # in a burst of connections the caught-up wait for one of them at most, not for all
+        self.file_monitor.deliver_appends()
         client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
             self.reporter.joined.append(client)
@@ -200,13 +244,15 @@ class Worker:
         elif start is not None:
             self.header_reader.forget(client)
             self.streams.add(client, start + sent)
-            self.dead_peers.expect_acks()  # of what the worker before us has sent
+            # of what the worker before us has sent
+            self.dead_peers.expect_acks()
 
     def add_client(self, client: Client) -> bool:
         """Take `client` in and tell whether that was possible."""
         try:
             self.loop.epoll.register(client.fd, CLIENT_EVENTS)
-        except OSError as error:  # fs.epoll.max_user_watches
+        except OSError as error:
+            # fs.epoll.max_user_watches
             self.failed("client failed", slot=self.slot, peer=client, reason=error)
             client.sock.close()
             return False
@@ -224,19 +270,26 @@ class Worker:
     def free_descriptor(self) -> bool:
         """Out of descriptors: the oldest connection without a header goes. Tell whether there is room at the end of this turn."""
         while not self.dropped and (oldest := self.header_reader.oldest()) is not None:
-            self.handle_client(oldest, select.EPOLLIN)  # its header may have come in this very turn
+            # its header may have come in this very turn
+            self.handle_client(oldest, select.EPOLLIN)
             if oldest in self.header_reader:
-                self.short_of_room("short of descriptors, dropped the oldest connection without a header", slot=self.slot, peer=oldest)
+                self.short_of_room(
+                    "short of descriptors, dropped the oldest connection without a header",
+                    slot=self.slot,
+                    peer=oldest,
+                )
                 self.drop(oldest)
         return bool(self.dropped)
 
     def handle_client(self, client: Client, mask: int) -> None:
         """Serve one client. What fails with it ends it alone; what fails in a look at the file may cost others bytes: it ends us."""
         if mask & ~select.EPOLLOUT:
-            self.file_monitor.deliver_appends()  # in a burst of those who speak or leave, too, nobody waits for more than one of them
+            # in a burst of those who speak or leave, too, nobody waits for more than one of them
+            self.file_monitor.deliver_appends()
         try:
             start = self.handle_events(client, mask)
-        except Exception as error:  # whatever it is, it must not reach the other clients
+        except Exception as error:
+            # whatever it is, it must not reach the other clients
             self.drop(client, error)
             return
         if start is not None and self.waiting:
@@ -252,23 +305,30 @@ class Worker:
         start = None
         if mask & INPUT:
             if client in self.header_reader:
-                start = self.header_reader.read_or_refuse(client, ended=bool(mask & select.EPOLLRDHUP))
-            elif client.state is not ClientState.AWAITING_HEADER:  # its header may still be in the socket
-                discard(client.sock)  # also after its FIN, which is not a hang-up
+                start = self.header_reader.read_or_refuse(
+                    client, ended=bool(mask & select.EPOLLRDHUP)
+                )
+            elif client.state is not ClientState.AWAITING_HEADER:
+                # its header may still be in the socket
+                # also after its FIN, which is not a hang-up
+                discard(client.sock)
         if mask & select.EPOLLOUT:
             self.streams.writable(client)
         return start
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that the supervisor knows where from."""
-        self.file_monitor.deliver_appends()  # in a burst of those who start, too
+        # in a burst of those who start, too
+        self.file_monitor.deliver_appends()
         try:
             self.begin_stream(client, offset)
-        except Exception as error:  # as in handle_client
+        except Exception as error:
+            # as in handle_client
             self.drop(client, error)
 
     def begin_stream(self, client: Client, offset: int) -> None:
-        discard(client.sock)  # the header, and all behind it
+        # the header, and all behind it
+        discard(client.sock)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
         else:
@@ -280,23 +340,35 @@ class Worker:
         if client.state is ClientState.CLOSED:
             return
         if error is not None:
-            self.failed("client failed", slot=self.slot, peer=client, offset=self.streams.offset_of(client), reason=repr(error))
+            self.failed(
+                "client failed",
+                slot=self.slot,
+                peer=client,
+                offset=self.streams.offset_of(client),
+                reason=repr(error),
+            )
         elif logger.isEnabledFor(logging.DEBUG):
-            logger.debug("client left: %s", fields(slot=self.slot, peer=client, offset=self.streams.offset_of(client)))
+            logger.debug(
+                "client left: %s",
+                fields(slot=self.slot, peer=client, offset=self.streams.offset_of(client)),
+            )
         client.state = ClientState.CLOSED
         self.streams.remove(client)
         self.header_reader.forget(client)
         self.drainer.forget(client)
         del self.clients[client.fd]
-        self.loop.epoll.unregister(client.fd)  # closing alone does not end the events while somebody holds a duplicate
+        # closing alone does not end the events while somebody holds a duplicate
+        self.loop.epoll.unregister(client.fd)
         self.dropped.append(client)
         self.reporter.add_departure(client)
         self.title.changed(self.loop.now)
 
     def close_dropped(self) -> None:
         for client in self.dropped:
-            self.file_monitor.deliver_appends()  # a burst of closes takes as long as all that came before it
-            discard(client.sock)  # unread input would turn the close into a reset, and that destroys what is queued
+            # a burst of closes takes as long as all that came before it
+            self.file_monitor.deliver_appends()
+            # unread input would turn the close into a reset, and that destroys what is queued
+            discard(client.sock)
             shut_down_writing(client.sock)
             client.sock.close()
         self.dropped.clear()
@@ -327,13 +399,15 @@ class Worker:
                 packet = b""
             except BlockingIOError:
                 return
-            except OSError:  # no memory for it now
+            except OSError:
+                # no memory for it now
                 self.loop.stall(self.channel.fileno(), MEMORY_RETRY)
                 return
             if packet:
                 self.handle_message(decode(packet))
             else:
-                self.ended = True  # the supervisor is gone, and nobody is left to serve for
+                # the supervisor is gone, and nobody is left to serve for
+                self.ended = True
 
     def handle_message(self, order: Message) -> None:
         match order:
@@ -354,7 +428,8 @@ class Worker:
             self.reporter.add_notice(emptied=True)
         for client in self.header_reader:
             self.handle_client(client, select.EPOLLIN)
-        self.reporter.send_and_start()  # starts the streams of those
+        # starts the streams of those
+        self.reporter.send_and_start()
         # Clients without a complete header are closed or set aside. While there is no file, so are all others.
         for client in list(self.clients.values()) if self.waiting else self.header_reader:
             (self.set_aside if rotating else self.drop)(client)
@@ -384,4 +459,6 @@ class Worker:
     # What others see
 
     def render_title(self) -> str:
-        return worker_title(self.slot, self.endpoints, "draining" if self.draining else "", len(self.clients))
+        return worker_title(
+            self.slot, self.endpoints, "draining" if self.draining else "", len(self.clients)
+        )

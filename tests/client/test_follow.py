@@ -66,14 +66,21 @@ class Reader:
         self.reports: list[str] = []
         self.error: Exception | None = None
         self._end = os.eventfd(0)
-        self.stream = follow(addresses, offset, backoff=HASTE, report=self.reports.append, wait=self._wait, **options)
+        self.stream = follow(
+            addresses, offset, backoff=HASTE, report=self.reports.append, wait=self._wait, **options
+        )
         self._thread = threading.Thread(target=self._read)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         os.eventfd_write(self._end, 1)
         self._thread.join(DEADLINE)
         os.close(self._end)
@@ -85,7 +92,9 @@ class Reader:
 
     def anchored(self) -> None:
         """Wait until the stream could come back, though it began from the end and nothing came."""
-        eventually(lambda: not isinstance(place := self.stream._position, FromEnd) or place.anchored)
+        eventually(
+            lambda: not isinstance(place := self.stream._position, FromEnd) or place.anchored
+        )
 
     def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
         poll = select.poll()
@@ -137,7 +146,9 @@ def slow_server(file: bytes, delay: float) -> Iterator[tuple[str, int]]:
                 thread.join(DEADLINE)
 
 
-@pytest.mark.parametrize(("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)])
+@pytest.mark.parametrize(
+    ("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)]
+)
 def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start: int) -> None:
     """The bytes are the file's from the offset on, then what is appended; an offset from the start is known at any time."""
     path.write_bytes(DATA)
@@ -165,7 +176,8 @@ def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
     start = offset if offset >= 0 else 250_000 + offset
     cutter = Cutter(serve(path).port, cuts=30 if offset >= 0 else 0, longest=60_000)
     with cutter, follow(cutter.endpoints(5), offset, backoff=HASTE) as stream:
-        received = next(stream)  # until the first byte has come, -N begins again
+        # until the first byte has come, -N begins again
+        received = next(stream)
         cutter.left = 30
         received += take(stream, 250_000 - start - len(received))
         append(path, DATA[250_000:])
@@ -183,7 +195,8 @@ def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
         "nothing yet": ("-0", DATA),
         "periodic": (-1000, b"tick\n" * 1000),
     }
-    with ExitStack() as stack:  # all at once: each takes seconds, of waiting
+    # all at once: each takes seconds, of waiting
+    with ExitStack() as stack:
         cases = []
         for name, (offset, before) in starts.items():
             path = tmp_path / name
@@ -214,7 +227,8 @@ def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
     """A server that has no room for the question after the file's end does not say that there is nothing before the place."""
     path.write_bytes(DATA)
     with Reader(here(serve(path, "--max-clients", "1")), "-0") as reader:
-        eventually(lambda: reader.stream._anchors < ANCHOR_TRIES - 1)  # it asks again: it has not believed the first answer
+        # it asks again: it has not believed the first answer
+        eventually(lambda: reader.stream._anchors < ANCHOR_TRIES - 1)
         assert reader.stream.offset is None
 
 
@@ -235,9 +249,14 @@ def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
 def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
     """A connection that ends with the question whether the file is longer is tried again like any other."""
     path.write_bytes(b"a line that is cut\n" * 100)
-    with Cutter(serve(path).port, cuts=4, longest=1) as cutter, Reader(cutter.endpoints(1), -50, whole_lines=True) as reader:
+    with (
+        Cutter(serve(path).port, cuts=4, longest=1) as cutter,
+        Reader(cutter.endpoints(1), -50, whole_lines=True) as reader,
+    ):
         reader.got(b"a line that is cut\n" * 2)
-        assert reader.reports[0] == f"{cutter.endpoints(1)[0]}: the connection was ended; trying again"
+        assert (
+            reader.reports[0] == f"{cutter.endpoints(1)[0]}: the connection was ended; trying again"
+        )
 
 
 def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
@@ -257,7 +276,11 @@ def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
         assert take(stream, len(DATA) + 4) == DATA + b"more"
     assert turns >= 10
     turns, (out, into) = 0, os.pipe()
-    with open(out, "rb") as reader, open(into, "wb"), follow(here(serve(path)), len(DATA), recall=lambda _: b"", wait=hasty) as stream:
+    with (
+        open(out, "rb") as reader,
+        open(into, "wb"),
+        follow(here(serve(path)), len(DATA), recall=lambda _: b"", wait=hasty) as stream,
+    ):
         received = b""
         while len(received) < 8:
             received += reader.read(stream.splice(into, 1 << 16))
@@ -266,7 +289,9 @@ def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
 
 def test_address_that_cannot_be_reached() -> None:
     """What the kernel refuses at once is said like what it refuses later."""
-    with pytest.raises(ConnectError, match=r"^255.255.255.255:1: (Network is unreachable|Permission denied)$"):
+    with pytest.raises(
+        ConnectError, match=r"^255.255.255.255:1: (Network is unreachable|Permission denied)$"
+    ):
         next(follow("255.255.255.255:1", once=True))
 
 
@@ -377,7 +402,9 @@ def test_next_address_is_taken(serve: Serve, path: Path) -> None:
         assert take(stream, 3) == b"new"
 
 
-@pytest.mark.parametrize("header", ["127.0.0.1:{}", ("127.0.0.1", 0), [("127.0.0.1", 0)], ["127.0.0.1:{}"]])
+@pytest.mark.parametrize(
+    "header", ["127.0.0.1:{}", ("127.0.0.1", 0), [("127.0.0.1", 0)], ["127.0.0.1:{}"]]
+)
 def test_ways_to_name_a_server(serve: Serve, path: Path, header: Any) -> None:
     """One string, one pair, or several of either."""
     path.write_bytes(b"line\n")
@@ -386,11 +413,15 @@ def test_ways_to_name_a_server(serve: Serve, path: Path, header: Any) -> None:
     def named(one: Any) -> Any:
         return one.format(port) if isinstance(one, str) else (one[0], port)
 
-    with follow([named(one) for one in header] if isinstance(header, list) else named(header)) as stream:
+    with follow(
+        [named(one) for one in header] if isinstance(header, list) else named(header)
+    ) as stream:
         assert next(stream) == b"line\n"
 
 
-@pytest.mark.parametrize("addresses", ["localhost", "a:0", [], ["a:1", "b"], ("a", 65536), [("a", -1)]])
+@pytest.mark.parametrize(
+    "addresses", ["localhost", "a:0", [], ["a:1", "b"], ("a", 65536), [("a", -1)]]
+)
 def test_bad_address(addresses: Any) -> None:
     """What cannot be connected to is an error at once."""
     with pytest.raises(EndpointError):
@@ -405,7 +436,10 @@ def test_bad_offset() -> None:
 
 def test_unknown_host() -> None:
     """A name that has no address at the start is an error; beside one that has, it is not."""
-    with follow("nosuch.invalid:1") as stream, pytest.raises(UnknownHostError, match=r"^nosuch\.invalid:1: "):
+    with (
+        follow("nosuch.invalid:1") as stream,
+        pytest.raises(UnknownHostError, match=r"^nosuch\.invalid:1: "),
+    ):
         next(stream)
     with (
         follow(["nosuch.invalid:1", "127.0.0.1:1"], once=True) as stream,
@@ -417,7 +451,10 @@ def test_unknown_host() -> None:
 def test_once_without_a_server() -> None:
     """With `once`, each address is tried once, and then it is an error."""
     ports = closed_port(), closed_port()
-    with follow([f"127.0.0.1:{port}" for port in ports], once=True) as stream, pytest.raises(ConnectError, match=r"refused.*refused"):
+    with (
+        follow([f"127.0.0.1:{port}" for port in ports], once=True) as stream,
+        pytest.raises(ConnectError, match=r"refused.*refused"),
+    ):
         next(stream)
 
 
@@ -452,7 +489,10 @@ def test_idle_ends_the_iteration(serve: Serve, path: Path) -> None:
 
 def test_idle_without_a_server() -> None:
     """So long without a server is an error, for nobody knows what there would be."""
-    with follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=HASTE) as stream, pytest.raises(ConnectError, match="refused"):
+    with (
+        follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=HASTE) as stream,
+        pytest.raises(ConnectError, match="refused"),
+    ):
         list(stream)
 
 
@@ -472,7 +512,12 @@ def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_pat
     path.write_bytes(DATA)
     behind = tmp_path / "behind"
     behind.write_bytes(DATA[:100])
-    with follow([here(serve(behind)), here(serve(path))], 1000, recall=lambda offset: DATA[:offset], backoff=Backoff(60, 60)) as stream:
+    with follow(
+        [here(serve(behind)), here(serve(path))],
+        1000,
+        recall=lambda offset: DATA[:offset],
+        backoff=Backoff(60, 60),
+    ) as stream:
         assert take(stream, len(DATA) - 1000) == DATA[1000:]
 
 
@@ -496,10 +541,17 @@ def test_keepalive_is_on(serve: Serve, path: Path) -> None:
         assert stream._sock is not None
         assert stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-        assert [stream._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 15, 4]
+        assert [stream._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [
+            60,
+            15,
+            4,
+        ]
 
 
-@pytest.mark.parametrize(("failures", "least", "most"), [(1, 0.25, 0.5), (2, 0.5, 1), (3, 1, 2), (6, 5, 10), (10_000, 5, 10)])
+@pytest.mark.parametrize(
+    ("failures", "least", "most"),
+    [(1, 0.25, 0.5), (2, 0.5, 1), (3, 1, 2), (6, 5, 10), (10_000, 5, 10)],
+)
 def test_backoff(failures: int, least: float, most: float) -> None:
     """Pauses double up to a limit, and chance takes up to half off."""
     assert (Backoff().pause(failures, 1), Backoff().pause(failures, 0)) == (least, most)

@@ -17,7 +17,8 @@ from tailsrv.client.local_copy import LocalCopy
 DATA = random_bytes(300_000)
 
 
-UNMEASURED = ("env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG")  # coverage.py renames files, too
+# coverage.py renames files, too
+UNMEASURED = ("env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG")
 
 
 def here(server: Server) -> str:
@@ -26,7 +27,13 @@ def here(server: Server) -> str:
 
 def failing(*injections: str) -> tuple[str, ...]:
     """Return what starts a command whose system calls fail."""
-    return ("strace", "-f", "-o", os.devnull, *(word for injection in injections for word in ("-e", f"inject={injection}")))
+    return (
+        "strace",
+        "-f",
+        "-o",
+        os.devnull,
+        *(word for injection in injections for word in ("-e", f"inject={injection}")),
+    )
 
 
 @pytest.fixture
@@ -39,7 +46,9 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", ["EPERM", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV"])
-def test_begins_again_without_hard_links(serve: Serve, path: Path, copy: Path, tmp_path: Path, error: str) -> None:
+def test_begins_again_without_hard_links(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, error: str
+) -> None:
     """The old copy gets a name that was free also where there are no hard links; no other file is touched."""
     path.write_bytes(DATA)
     copy.write_bytes(b"old")
@@ -47,7 +56,9 @@ def test_begins_again_without_hard_links(serve: Serve, path: Path, copy: Path, t
     (tmp_path / "copy.2").symlink_to("nowhere")
     (tmp_path / "copy.3").mkdir()
     traced = failing(f"link,linkat:error={error}", "renameat2:error=EINVAL")
-    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2")
+    done = run_client(
+        *traced, *TSSYNC, here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2"
+    )
     assert done.returncode == 0, done.stderr
     assert {found.name: found.read_bytes() for found in tmp_path.glob("copy*") if found.is_file()} == {
         "copy": DATA, "copy.1": b"somebody else's", "copy.4": b"old",
@@ -55,12 +66,19 @@ def test_begins_again_without_hard_links(serve: Serve, path: Path, copy: Path, t
 
 
 @needs_strace
-def test_copy_that_cannot_be_set_aside(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+def test_copy_that_cannot_be_set_aside(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path
+) -> None:
     """A file that may not be renamed (a mount point, for instance) is an error, and leaves nothing behind."""
     path.write_bytes(DATA)
     copy.write_bytes(b"old")
     done = run_client(
-        *UNMEASURED, *failing("rename,renameat,renameat2:error=EBUSY"), *TSSYNC, here(serve(path)), copy, "--on-mismatch=restart"
+        *UNMEASURED,
+        *failing("rename,renameat,renameat2:error=EBUSY"),
+        *TSSYNC,
+        here(serve(path)),
+        copy,
+        "--on-mismatch=restart",
     )
     assert (done.returncode, done.stderr) == (1, f"tssync: {copy}: Device or resource busy\n")
     assert [found.name for found in tmp_path.glob("copy*")] == ["copy"]
@@ -75,7 +93,11 @@ def test_copy_by_a_symbolic_link(tmp_path: Path) -> None:
         assert file.read_bytes() == b""
         file.write_bytes(b"old")
         assert local_copy.set_aside() == f"{file}.1"
-    assert (os.readlink(link), file.read_bytes(), (tmp_path / "disk" / "file.1").read_bytes()) == ("disk/file", b"", b"old")
+    assert (os.readlink(link), file.read_bytes(), (tmp_path / "disk" / "file.1").read_bytes()) == (
+        "disk/file",
+        b"",
+        b"old",
+    )
     assert [found.name for found in tmp_path.glob("link*")] == ["link"]
 
 
@@ -108,13 +130,18 @@ def unstable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what is started meet file systems that make up inode numbers."""
     shim = build_shim(tmp_path, UNSTABLE)
     monkeypatch.setenv("LD_PRELOAD", str(shim))
-    if run_python("import os; print(os.stat('.').st_ino == os.stat('.').st_ino)").stdout != "False\n":
+    if (
+        run_python("import os; print(os.stat('.').st_ino == os.stat('.').st_ino)").stdout
+        != "False\n"
+    ):
         pytest.skip("this C library has other names for its functions")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unstable")
-def test_inode_numbers_that_are_made_up(serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inode_numbers_that_are_made_up(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy whose inode has another number at each look is kept like any other, and that another file has its name is still noticed."""
     path.write_bytes(DATA)
     with monkeypatch.context() as stable:
@@ -152,7 +179,10 @@ except RunError as error:
 """,
         str(copy),
     )
-    assert (done.stdout, done.stderr) == (f"cannot open {copy}: each time, {copy} was another file a moment later 4\n", "")
+    assert (done.stdout, done.stderr) == (
+        f"cannot open {copy}: each time, {copy} was another file a moment later 4\n",
+        "",
+    )
 
 
 @pytest.mark.sample(1)
@@ -160,7 +190,9 @@ except RunError as error:
 @needs_strace
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
 @pytest.mark.parametrize("when", [1, 2], ids=["from the socket", "into the file"])
-def test_splice_that_does_not_work(serve: Serve, path: Path, copy: Path, error: int, when: int) -> None:
+def test_splice_that_does_not_work(
+    serve: Serve, path: Path, copy: Path, error: int, when: int
+) -> None:
     """Where splice(2) is not to be had, for sockets, for this file system or by a sandbox, the copy is made without."""
     path.write_bytes(DATA)
     traced = failing(f"splice:error={errno.errorcode[error]}:when={when}+2")
@@ -170,11 +202,15 @@ def test_splice_that_does_not_work(serve: Serve, path: Path, copy: Path, error: 
 
 
 @pytest.mark.slow
-def test_interpreter_without_splice(serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_without_splice(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An interpreter that was built without os.splice and F_SETPIPE_SZ makes the copy in another way."""
     path.write_bytes(DATA)
     server = serve(path)
-    (tmp_path / "sitecustomize.py").write_text("import fcntl, os\ndel os.splice, fcntl.F_SETPIPE_SZ\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import fcntl, os\ndel os.splice, fcntl.F_SETPIPE_SZ\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run_python("import os; print(hasattr(os, 'splice'))").stdout == "False\n"
     done = run_client(*TSSYNC, here(server), copy, "--until-idle", "0.2")
@@ -207,7 +243,16 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> Non
     copy.write_bytes(DATA[:held])
     kept = held - held % copy.stat().st_blksize
     server = serve(path)
-    done = run_client(*failing("fdatasync:error=EIO:when=2"), *TSSYNC, here(server), copy, "--fsync", "0", "--until-idle", "20")
+    done = run_client(
+        *failing("fdatasync:error=EIO:when=2"),
+        *TSSYNC,
+        here(server),
+        copy,
+        "--fsync",
+        "0",
+        "--until-idle",
+        "20",
+    )
     assert (done.returncode, done.stderr) == (1, f"tssync: cannot sync {copy}: Input/output error; it was cut to {kept} bytes, "
         "which the disk has, and the next run goes on there\n")  # fmt: skip
     assert copy.read_bytes() == DATA[:kept]
@@ -221,17 +266,34 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> Non
     ("injection", "said"),
     [
         ("fdatasync:error=EIO", "some of its bytes may be lost on the disk: move it away"),
-        ("fdatasync:error=EIO:when=2+", "cannot be cut to 8192 bytes, which the disk has (Input/output error): move it away"),
-        ("fdatasync:error=EIO:when=2 ftruncate:error=EROFS", "which the disk has (Read-only file system): move it away"),
+        (
+            "fdatasync:error=EIO:when=2+",
+            "cannot be cut to 8192 bytes, which the disk has (Input/output error): move it away",
+        ),
+        (
+            "fdatasync:error=EIO:when=2 ftruncate:error=EROFS",
+            "which the disk has (Read-only file system): move it away",
+        ),
     ],
     ids=["from the start", "still", "read-only"],
 )
-def test_disk_that_fails_for_good(serve: Serve, path: Path, copy: Path, injection: str, said: str) -> None:
+def test_disk_that_fails_for_good(
+    serve: Serve, path: Path, copy: Path, injection: str, said: str
+) -> None:
     """Where nobody knows what the disk has, or the rest cannot be taken away, that is said."""
     path.write_bytes(DATA)
     copy.write_bytes(DATA[:10_000])
     if copy.stat().st_blksize != 4096:
         pytest.skip("blocks of another size here")
-    done = run_client(*failing(*injection.split()), *TSSYNC, here(serve(path)), copy, "--fsync", "0", "--until-idle", "20")
+    done = run_client(
+        *failing(*injection.split()),
+        *TSSYNC,
+        here(serve(path)),
+        copy,
+        "--fsync",
+        "0",
+        "--until-idle",
+        "20",
+    )
     assert done.returncode == 1
     assert said in done.stderr

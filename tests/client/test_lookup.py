@@ -94,7 +94,9 @@ def named(server: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sync_and_signals_do_not_wait_for_names(silence: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_sync_and_signals_do_not_wait_for_names(
+    silence: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """What has come is on the disk in time, and a signal ends it, while a name is looked up anew."""
     before = 0
 
@@ -105,7 +107,10 @@ def test_sync_and_signals_do_not_wait_for_names(silence: Path, tmp_path: Path, n
         sock.sendall(DATA)
         sock.shutdown(socket.SHUT_WR)
 
-    with answering(answer) as server, Command(tmp_path, *TSSYNC, named(server), tmp_path / "copy", "--fsync", "0.2") as command:
+    with (
+        answering(answer) as server,
+        Command(tmp_path, *TSSYNC, named(server), tmp_path / "copy", "--fsync", "0.2") as command,
+    ):
         command.says("the connection was ended")
         eventually(lambda: size(silence / "asked") == 2)
         eventually(lambda: size(silence / "synced") > before)
@@ -118,7 +123,10 @@ def test_idle_time_does_not_wait_for_names(silence: Path) -> None:
     """With --until-idle, silence of the name service is none of a server's, and no longer than any other."""
     (silence / "silent").touch()
     done = run_client(*TSCAT, f"{NAME}:1", "--until-idle", "0.2")
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"tscat: {NAME}:1: {NAME_SERVICE_SILENT}")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        f"tscat: {NAME}:1: {NAME_SERVICE_SILENT}",
+    )
 
 
 @pytest.mark.slow
@@ -173,7 +181,10 @@ with follow(sys.argv[1:], backoff=Backoff(0.01, 0.01), connect_timeout=0.1, repo
 """
     here = f"127.0.0.1:{closed_port()}"
     done = run_python(code, f"{NAME}:1", here)
-    assert (done.stdout, done.stderr) == (f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; trying again\n", "")
+    assert (done.stdout, done.stderr) == (
+        f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; trying again\n",
+        "",
+    )
     assert size(silence / "asked") == 1
 
 
@@ -192,6 +203,7 @@ print(bool(lookup.result()), threading.active_count())
 
 def test_no_room_for_a_descriptor() -> None:
     """Where a descriptor cannot be had, that is what is said of the name."""
+    # it could not write its data
     done = run_python(
         """
 import resource
@@ -204,7 +216,7 @@ except OSError as error:
     print(error.strerror, lookup.fileno())
 """,
         env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
-    )  # it could not write its data
+    )
     assert (done.stdout, done.stderr) == ("Too many open files None\n", "")
 
 

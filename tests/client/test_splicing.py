@@ -40,7 +40,9 @@ def said(*parts: bytes, end: bool = False) -> Callable[[socket.socket], None]:
     ids=["between", "first", "several", "last", "much"],
 )
 @pytest.mark.parametrize("options", [{"idle": 0.1}, {"once": True}], ids=["idle", "once"])
-def test_urgent_bytes_are_bytes_like_others(parts: tuple[bytes, ...], options: dict[str, Any]) -> None:
+def test_urgent_bytes_are_bytes_like_others(
+    parts: tuple[bytes, ...], options: dict[str, Any]
+) -> None:
     """A byte that is marked as urgent stops nothing, is in its place, and is not the end."""
     received = bytearray()
     with (
@@ -59,7 +61,9 @@ def test_commands_pass_urgent_bytes(tmp_path: Path, command: tuple[str, ...]) ->
     """Neither command spins at a byte that is marked as urgent: it takes what is behind, and has an end."""
     copy = tmp_path / "copy"
     with answering(said(b"abc", b"d", b"efg")) as server:
-        done = run_client(*command, server, *([copy] if command == TSSYNC else []), "--until-idle=0.3")
+        done = run_client(
+            *command, server, *([copy] if command == TSSYNC else []), "--until-idle=0.3"
+        )
     assert (done.returncode, done.stderr) == (0, "")
     assert (copy.read_bytes() if command == TSSYNC else done.stdout.encode()) == b"abcdefg"
 

@@ -110,11 +110,17 @@ def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) 
         restart(serve, server, path)
         command.wrote(LINES)
         assert command.end(signal.SIGINT) == 0
-        assert command.errors == f"tscat: {endpoint}: Connection refused; trying again\ntscat: {endpoint} is there again\n"
+        assert (
+            command.errors
+            == f"tscat: {endpoint}: Connection refused; trying again\ntscat: {endpoint} is there again\n"
+        )
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(not (as_root and runs("unshare", "-m", "true")), reason="takes root, for an /etc/hosts of its own")
+@pytest.mark.skipif(
+    not (as_root and runs("unshare", "-m", "true")),
+    reason="takes root, for an /etc/hosts of its own",
+)
 def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> None:
     """A name's second address is tried where nobody listens at the first."""
     path.write_bytes(LINES)
@@ -123,16 +129,37 @@ def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> Non
     script = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
     for address in ("127.0.0.2", "127.0.0.3"):
         endpoint = f"replicas:{serve(path, '--bind', address).port}"
-        done = run_client("unshare", "-m", "sh", "-c", script, "sh", hosts, *TSCAT, endpoint, "--until-idle", "0.2")
+        done = run_client(
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            hosts,
+            *TSCAT,
+            endpoint,
+            "--until-idle",
+            "0.2",
+        )
         assert (done.stdout.encode(), done.stderr) == (LINES, "")
 
 
-@pytest.mark.skipif(not (as_root and runs("unshare", "-n", "ip", "link")), reason="takes root, for a network of its own")
+@pytest.mark.skipif(
+    not (as_root and runs("unshare", "-n", "ip", "link")),
+    reason="takes root, for a network of its own",
+)
 def test_connection_to_itself_is_none() -> None:
     """A port that the kernel gives to our own end, so that TCP connects it to itself, is one where nobody listens."""
     script = 'ip link set lo up && echo "40000 40000" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
-    done = run_client("unshare", "-n", "sh", "-c", script, "sh", *TSCAT, "--once", "127.0.0.1:40000")
-    assert (done.stdout, done.stderr, done.returncode) == ("", "tscat: 127.0.0.1:40000: Connection refused\n", 1)
+    done = run_client(
+        "unshare", "-n", "sh", "-c", script, "sh", *TSCAT, "--once", "127.0.0.1:40000"
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (
+        "",
+        "tscat: 127.0.0.1:40000: Connection refused\n",
+        1,
+    )
 
 
 @pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "no server"])
@@ -156,7 +183,11 @@ def test_head_ends_it(serve: Serve, path: Path) -> None:
     """A reader that has seen enough is no error."""
     path.write_bytes(DATA * 10)
     script = '"$@" | head -c 5; echo ${PIPESTATUS[0]}'
-    done = subprocess.run(["bash", "-c", script, "bash", *TSCAT, here(serve(path))], capture_output=True, timeout=DEADLINE)
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *TSCAT, here(serve(path))],
+        capture_output=True,
+        timeout=DEADLINE,
+    )
     assert (done.stdout, done.stderr) == (DATA[:5] + b"0\n", b"")
 
 
@@ -186,7 +217,11 @@ def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("redirection", "message"),
-    [(">/dev/full", "tscat: cannot write: No space left on device\n"), (">&-", "tscat: standard output is closed\n"), ("2>&- <&-", "")],
+    [
+        (">/dev/full", "tscat: cannot write: No space left on device\n"),
+        (">&-", "tscat: standard output is closed\n"),
+        ("2>&- <&-", ""),
+    ],
 )
 def test_odd_descriptors(serve: Serve, path: Path, redirection: str, message: str) -> None:
     """An output that takes nothing is one line; a closed standard error or input is nobody's business."""
@@ -199,7 +234,12 @@ def test_odd_descriptors(serve: Serve, path: Path, redirection: str, message: st
 
 @pytest.mark.parametrize(
     ("arguments", "redirection", "status"),
-    [("--help", ">/dev/full", 0), ("--help", ">&- 2>&-", 0), ("localhost", "2>/dev/full", 2), ("localhost", "2>&-", 2)],
+    [
+        ("--help", ">/dev/full", 0),
+        ("--help", ">&- 2>&-", 0),
+        ("localhost", "2>/dev/full", 2),
+        ("localhost", "2>&-", 2),
+    ],
 )
 def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
     """A help or a complaint that nobody can take is lost, and the exit status is what it would be."""
@@ -233,7 +273,10 @@ def test_error_is_one_line(arguments: list[str], status: int, message: str) -> N
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["--nonsense", "a:1"], ["a:1", "--until-idle", "soon"], ["a:1", "--until-idle", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--nonsense", "a:1"], ["a:1", "--until-idle", "soon"], ["a:1", "--until-idle", "-1"]],
+)
 def test_usage_error(arguments: list[str]) -> None:
     """A wrong command line is status 2, and says how to use it."""
     done = tscat(*arguments)
@@ -278,6 +321,8 @@ def test_version_and_help() -> None:
     assert tscat("--version").stdout == f"tscat {__version__}\n"
     assert "examples:" in tscat("--help").stdout
     done = subprocess.run(
-        ["bash", "-c", '"$@" --help | true; echo ${PIPESTATUS[0]}', "bash", *TSCAT], capture_output=True, timeout=DEADLINE
+        ["bash", "-c", '"$@" --help | true; echo ${PIPESTATUS[0]}', "bash", *TSCAT],
+        capture_output=True,
+        timeout=DEADLINE,
     )
     assert (done.stdout, done.stderr) == (b"0\n", b"")

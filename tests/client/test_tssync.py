@@ -42,7 +42,9 @@ def tssync(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, len(DATA)])
-def test_copy_goes_on_where_it_ends(serve: Serve, path: Path, copy: Path, tmp_path: Path, length: int) -> None:
+def test_copy_goes_on_where_it_ends(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, length: int
+) -> None:
     """It appends to what is there, and goes on with what is appended to the remote file."""
     path.write_bytes(DATA)
     copy.write_bytes(DATA[:length])
@@ -73,7 +75,10 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
     """Through cuts at random bytes, and a server that is killed and comes back, the copy is exact."""
     path.write_bytes(DATA)
     server = serve(path, "-v", status=-signal.SIGKILL)
-    with Cutter(server.port, cuts=15, longest=60_000) as cutter, Command(tmp_path, *TSSYNC, *cutter.endpoints(), copy) as command:
+    with (
+        Cutter(server.port, cuts=15, longest=60_000) as cutter,
+        Command(tmp_path, *TSSYNC, *cutter.endpoints(), copy) as command,
+    ):
         holds(copy, DATA)
         kill(server)
         append(path, DATA)
@@ -85,9 +90,12 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
 @pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [5, pytest.param(12, marks=pytest.mark.thorough)])
-def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: Path, kills: int) -> None:
+def test_kill_at_random_moments(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, kills: int
+) -> None:
     """Killed at any moment while the file grows, it leaves a beginning of it, and the next run makes the rest."""
-    data, chance, unfinished = kills * random_bytes(22 << 20), random.Random(1), 0  # it grows for longer than all the starts take
+    # it grows for longer than all the starts take
+    data, chance, unfinished = kills * random_bytes(22 << 20), random.Random(1), 0
     path.write_bytes(data[: 8 << 20])
     server = serve(path)
     with growing(path, data):
@@ -95,7 +103,8 @@ def test_kill_at_random_moments(serve: Serve, path: Path, copy: Path, tmp_path: 
             before = copy.stat().st_size if copy.exists() else 0
             with Command(tmp_path, *TSSYNC, here(server), copy) as command:
                 eventually(lambda before=before: copy.exists() and copy.stat().st_size > before)  # type: ignore[misc]
-                time.sleep(chance.random() * 0.05)  # any moment
+                # any moment
+                time.sleep(chance.random() * 0.05)
                 command.end(signal.SIGKILL)
                 unfinished += copy.stat().st_size < path.stat().st_size
             assert data.startswith(copy.read_bytes())
@@ -133,7 +142,10 @@ def test_mismatch_stops(serve: Serve, path: Path, copy: Path, wrong: int) -> Non
     copy.write_bytes(held)
     done = tssync(here(serve(path)), copy)
     assert done.returncode == 3
-    assert done.stderr == f"tssync: {copy} is not the beginning of the remote file: its last bytes differ\n"
+    assert (
+        done.stderr
+        == f"tssync: {copy} is not the beginning of the remote file: its last bytes differ\n"
+    )
     assert copy.read_bytes() == held
 
 
@@ -145,7 +157,11 @@ def test_mismatch_begins_again(serve: Serve, path: Path, copy: Path, tmp_path: P
     done = tssync(here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2")
     assert done.returncode == 0
     assert f"{copy} becomes {copy}.2" in done.stderr
-    assert (copy.read_bytes(), (tmp_path / "copy.1").read_bytes(), (tmp_path / "copy.2").read_bytes()) == (DATA, b"older", b"old")
+    assert (
+        copy.read_bytes(),
+        (tmp_path / "copy.1").read_bytes(),
+        (tmp_path / "copy.2").read_bytes(),
+    ) == (DATA, b"older", b"old")
 
 
 def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
@@ -195,11 +211,19 @@ def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> 
         (lambda copy: os.truncate(copy, 10), "was changed by somebody else: it has 10 bytes, not "),
         (lambda copy: append(copy, b"foreign"), "was changed by somebody else: it has "),
         (os.unlink, "was moved or deleted by somebody else"),
-        (lambda copy: copy.rename(copy.with_suffix(".away")), "was moved or deleted by somebody else"),
+        (
+            lambda copy: copy.rename(copy.with_suffix(".away")),
+            "was moved or deleted by somebody else",
+        ),
     ],
 )
 def test_copy_that_somebody_changes(
-    serve: Serve, path: Path, copy: Path, tmp_path: Path, change: Callable[[Path], object], complaint: str
+    serve: Serve,
+    path: Path,
+    copy: Path,
+    tmp_path: Path,
+    change: Callable[[Path], object],
+    complaint: str,
 ) -> None:
     """A copy that is changed or taken away while it is kept ends it with the next bytes, which are not written anywhere."""
     path.write_bytes(DATA)
@@ -263,13 +287,18 @@ def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
     """What the kernel refuses for another reason than room is the end, and said."""
     path.write_bytes(DATA * 10)
     done = run_client("prlimit", f"--fsize={len(DATA) * 5}", *TSSYNC, here(serve(path)), copy)
-    assert (done.stderr, done.returncode) == (f"tssync: cannot append to {copy}: File too large\n", 1)
+    assert (done.stderr, done.returncode) == (
+        f"tssync: cannot append to {copy}: File too large\n",
+        1,
+    )
     assert copy.read_bytes() == (DATA * 10)[: len(DATA) * 5]
 
 
 @needs_strace
 @pytest.mark.parametrize(("options", "synced"), [([], False), (["--fsync", "0.05"], True)])
-def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool) -> None:
+def test_fsync(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool
+) -> None:
     """With --fsync the disk has the copy soon after, without it when the kernel likes."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
@@ -283,15 +312,29 @@ def test_fsync(serve: Serve, path: Path, copy: Path, tmp_path: Path, options: li
 @pytest.mark.sample(1)
 @pytest.mark.slow
 @needs_strace
-@pytest.mark.parametrize("numbers", [("TERM",), ("HUP",), ("INT", "INT"), ("TERM", "HUP"), ("HUP", "TERM", "INT", "HUP")])
-def test_signals_leave_a_synced_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "numbers", [("TERM",), ("HUP",), ("INT", "INT"), ("TERM", "HUP"), ("HUP", "TERM", "INT", "HUP")]
+)
+def test_signals_leave_a_synced_copy(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]
+) -> None:
     """What has come is synced before it ends, whichever signal ends it and whatever comes along."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
-    traced = ("strace", "-f", "-o", trace, "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=100000")
+    traced = (
+        "strace",
+        "-f",
+        "-o",
+        trace,
+        "-e",
+        "trace=fdatasync",
+        "-e",
+        "inject=fdatasync:delay_enter=100000",
+    )
     with Command(tmp_path, *traced, *TSSYNC, here(serve(path)), copy, "--fsync", "1000") as command:
         holds(copy, DATA)
-        pid = int(trace.read_text().split()[0])  # of the sync at its start
+        # of the sync at its start
+        pid = int(trace.read_text().split()[0])
         for number in numbers:
             os.kill(pid, signal.Signals[f"SIG{number}"])
         assert command.end() == 0
@@ -303,7 +346,9 @@ def test_signals_leave_a_synced_copy(serve: Serve, path: Path, copy: Path, tmp_p
 def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """A SIGHUP that was to be ignored is."""
     path.write_bytes(DATA)
-    with Command(tmp_path, "sh", "-c", 'trap "" HUP; exec "$@"', "sh", *TSSYNC, here(serve(path)), copy) as command:
+    with Command(
+        tmp_path, "sh", "-c", 'trap "" HUP; exec "$@"', "sh", *TSSYNC, here(serve(path)), copy
+    ) as command:
         holds(copy, DATA)
         command.process.send_signal(signal.SIGHUP)
         append(path, b"more")
@@ -320,7 +365,8 @@ def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
     with started(*TSSYNC, here(server), copy, stdout=far, stderr=far) as process:
         os.close(far)
         shown = b""
-        while b"iB/s" not in shown:  # it takes half a second of growth
+        # it takes half a second of growth
+        while b"iB/s" not in shown:
             append(path, DATA)
             shown += _read_now(near)
             time.sleep(0.02)
@@ -379,14 +425,25 @@ def test_error_is_one_line(tmp_path: Path, arguments: list[str], status: int, me
     """What cannot be done is said in one line, with the command's name in front."""
     port = str(closed_port())
     script = 'cd "$1" && shift && exec "$@"'
-    done = run_client("sh", "-c", script, "sh", tmp_path, *TSSYNC, *(argument.replace("CLOSED", port) for argument in arguments))
+    done = run_client(
+        "sh",
+        "-c",
+        script,
+        "sh",
+        tmp_path,
+        *TSSYNC,
+        *(argument.replace("CLOSED", port) for argument in arguments),
+    )
     assert done.returncode == status
     assert done.stderr.startswith("tssync: ")
     assert message.replace("CLOSED", port) in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["a:1"], ["a:1", "f", "--on-mismatch=panic"], ["a:1", "f", "--fsync", "never"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a:1"], ["a:1", "f", "--on-mismatch=panic"], ["a:1", "f", "--fsync", "never"]],
+)
 def test_usage_error(arguments: list[str]) -> None:
     """A wrong command line is status 2, and says how to use it."""
     done = tssync(*arguments)

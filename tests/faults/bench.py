@@ -37,7 +37,9 @@ class Client:
             if not some:
                 self.sock.close()
                 return False
-            assert some == data[self.position : self.position + len(some)], f"wrong bytes at {self.position}"
+            assert some == data[self.position : self.position + len(some)], (
+                f"wrong bytes at {self.position}"
+            )
             self.position += len(some)
         return True
 
@@ -79,7 +81,8 @@ class Bench:
         self.stalled: Client | None = None
         self.lost = 0
         self.worker = 0
-        self.told = 0  # lines of the log that speak of upgrades which are over
+        # lines of the log that speak of upgrades which are over
+        self.told = 0
         self.asker: socket.socket | None = None
         self.starts = 0
 
@@ -90,8 +93,19 @@ class Bench:
         self.new_file()
         self.starts += 1
         self.lost = 0
-        environment = ("-u", "LANGUAGE", "LC_ALL=C", f"TAILSRV_TEST_HOLD={self.hold}")  # no look for translations, among the first calls
-        command = ["env", *environment, sys.executable, str(HELD), "-p", "0", "--follow-name", *options, str(self.path)]
+        # no look for translations, among the first calls
+        environment = ("-u", "LANGUAGE", "LC_ALL=C", f"TAILSRV_TEST_HOLD={self.hold}")
+        command = [
+            "env",
+            *environment,
+            sys.executable,
+            str(HELD),
+            "-p",
+            "0",
+            "--follow-name",
+            *options,
+            str(self.path),
+        ]
         self.server = Server(command, self.folder / f"stderr-{self.starts}", 0)
         return self.server
 
@@ -119,7 +133,9 @@ class Bench:
 
     def join(self, position: int, receive_buffer: int = 0) -> Client:
         assert self.server is not None
-        return Client(connect(self.server.port, b"%d\n" % position, receive_buffer=receive_buffer), position)
+        return Client(
+            connect(self.server.port, b"%d\n" % position, receive_buffer=receive_buffer), position
+        )
 
     def fill_up(self) -> None:
         """Have as many followers as there are to be, of different habits."""
@@ -174,8 +190,11 @@ class Bench:
 
         def look() -> bool:
             before = [activity(pid) for pid in self.pids()]
-            time.sleep(0.01)  # shorter than between two looks of a worker that has no inotify: that is no spin
-            return before == [activity(pid) for pid in self.pids()] and all(one and "sleeping" in one[0] for one in before)
+            # shorter than between two looks of a worker that has no inotify: that is no spin
+            time.sleep(0.01)
+            return before == [activity(pid) for pid in self.pids()] and all(
+                one and "sleeping" in one[0] for one in before
+            )
 
         eventually(look)
 
@@ -195,7 +214,12 @@ class Bench:
         """Wait until a child is held at `place`, and return its pid."""
         assert self.server is not None
         server = self.server
-        return self.held(place, lambda: next((pid for pid in children(server.pid) if pid != besides and activity(pid)), None))
+        return self.held(
+            place,
+            lambda: next(
+                (pid for pid in children(server.pid) if pid != besides and activity(pid)), None
+            ),
+        )
 
     # What its clients do
 
@@ -283,9 +307,19 @@ class Bench:
         server, last = self.server, self.worker
 
         def look() -> int:
-            found = [word for line in server.lines("worker ready: ") for word in line.split() if word.startswith("pid=")]
+            found = [
+                word
+                for line in server.lines("worker ready: ")
+                for word in line.split()
+                if word.startswith("pid=")
+            ]
             pid = int(found[-1].removeprefix("pid="))
-            return pid if (pid != last and pid in children(server.pid)) or server.process.poll() is not None else 0
+            return (
+                pid
+                if (pid != last and pid in children(server.pid))
+                or server.process.poll() is not None
+                else 0
+            )
 
         self.worker = eventually(look)
 
@@ -296,7 +330,9 @@ class Bench:
 
         def look() -> bool:
             lines = server.lines("upgrade")[self.told :]
-            return server.process.poll() is not None or any("upgraded: " in line or "failed" in line for line in lines)
+            return server.process.poll() is not None or any(
+                "upgraded: " in line or "failed" in line for line in lines
+            )
 
         eventually(look)
         if any("upgraded: " in line for line in server.lines("upgrade")[self.told :]):
@@ -325,7 +361,9 @@ class Bench:
 
     def count_descriptors(self) -> Mapping[int, int]:
         """Return how many descriptors each process has."""
-        return {pid: open_descriptors(pid) for pid in self.pids()} if self.server is not None else {}
+        return (
+            {pid: open_descriptors(pid) for pid in self.pids()} if self.server is not None else {}
+        )
 
     def ended(self) -> bool:
         """Tell whether the server has ended, or is about to: all its clients have been told so."""
@@ -348,7 +386,13 @@ class Bench:
         self.fill_up()
         if lost > 1:
             return f"{lost} closed"
-        return ("closed" if lost else "exact") if self.worker == worker else "closed, replaced" if lost else "replaced"
+        return (
+            ("closed" if lost else "exact")
+            if self.worker == worker
+            else "closed, replaced"
+            if lost
+            else "replaced"
+        )
 
     def end(self) -> str:
         """Return how the server has ended, with nothing left of it."""

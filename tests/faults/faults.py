@@ -19,7 +19,8 @@ from support.waiting import DEADLINE, eventually
 TABLE = Path(__file__).with_name("faults.md")
 POLLING = "looking at the file once a second"
 OCCURRENCES = (1, 2, 100)
-NOT_MADE = "not made"  # as often as that
+# as often as that
+NOT_MADE = "not made"
 NOT_TRIED = "-"
 
 # What one call of the C library's may be to the kernel, by machine and by the library's version ("?": if there is such a call).
@@ -48,10 +49,13 @@ class Case:
     error: str
     occurrence: int
     expected: str
-    first: bool  # of its line in the table
+    # of its line in the table
+    first: bool
 
     def __str__(self) -> str:
-        return "-".join([self.process, self.act, self.call, self.error, str(self.occurrence)]).replace(" ", "_")
+        return "-".join(
+            [self.process, self.act, self.call, self.error, str(self.occurrence)]
+        ).replace(" ", "_")
 
 
 def read_table(path: Path = TABLE) -> list[Case]:
@@ -62,7 +66,15 @@ def read_table(path: Path = TABLE) -> list[Case]:
             call, errors, *outcomes, _ = cells
             names = errors.split()
             cases += [
-                Case(heading[0], heading[1], call.strip("`"), name, occurrence, outcome, name == names[0])
+                Case(
+                    heading[0],
+                    heading[1],
+                    call.strip("`"),
+                    name,
+                    occurrence,
+                    outcome,
+                    name == names[0],
+                )
                 for occurrence, outcome in zip(OCCURRENCES, outcomes, strict=True)
                 for name in names
             ]
@@ -71,7 +83,12 @@ def read_table(path: Path = TABLE) -> list[Case]:
 
 def read_exempt(path: Path = TABLE) -> set[str]:
     """Return the calls that `path` says do not fail."""
-    return {name.strip("`") for heading, cells in _rows(path) if not heading for name in cells[0].split()}
+    return {
+        name.strip("`")
+        for heading, cells in _rows(path)
+        if not heading
+        for name in cells[0].split()
+    }
 
 
 def _rows(path: Path) -> Iterator[tuple[tuple[str, ...], list[str]]]:
@@ -93,10 +110,15 @@ class Trace:
 
     def calls(self) -> Counter[str]:
         """Return how often the process has made each call, by the names that the table has for them."""
-        made = Counter(re.findall(r"^(\w+)\(", self._path.read_text(errors="replace"), re.MULTILINE))
-        names = {call.strip("?"): name for name, calls in CALLS.items() for call in calls.split(",")}
+        made = Counter(
+            re.findall(r"^(\w+)\(", self._path.read_text(errors="replace"), re.MULTILINE)
+        )
+        names = {
+            call.strip("?"): name for name, calls in CALLS.items() for call in calls.split(",")
+        }
         found: Counter[str] = Counter()
-        for call, count in made.items():  # strace counts those of one name apart
+        # strace counts those of one name apart
+        for call, count in made.items():
             found[names.get(call, call)] = max(count, found[names.get(call, call)])
         return found
 
@@ -112,7 +134,14 @@ class Trace:
 def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
     """Have a call of the process `pid` fail; `path` gets what strace writes."""
     calls = CALLS.get(case.call, case.call)
-    with traced(pid, path, "-e", f"trace={calls}", "-e", f"inject={calls}:error={case.error}:when={case.occurrence}") as trace:
+    with traced(
+        pid,
+        path,
+        "-e",
+        f"trace={calls}",
+        "-e",
+        f"inject={calls}:error={case.error}:when={case.occurrence}",
+    ) as trace:
         yield trace
 
 
@@ -120,14 +149,17 @@ def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
 def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
     """Have strace look at the process `pid`; `path` gets what it writes."""
     command = ["strace", "-o", str(path), "-e", "signal=none", *options, "-p", str(pid)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as tracer:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as tracer:
         assert tracer.stderr is not None
         try:
             line = tracer.stderr.readline()
             assert line.endswith("attached\n"), line
             yield Trace(path)
         finally:
-            tracer.kill()  # it writes each line at once, and asked to end may wait for a process that has
+            # it writes each line at once, and asked to end may wait for a process that has
+            tracer.kill()
             tracer.communicate(timeout=DEADLINE)
 
 
@@ -239,7 +271,11 @@ def perform(bench: Bench, act: Act, process: str, tracer: Tracer) -> Trace:
     assert server is not None
     pid = bench.worker if process == "worker" else server.pid
     if act.held:
-        pid = bench.held(act.held, lambda: server.pid) if act.held == "main" else bench.held_child(act.held, bench.worker)
+        pid = (
+            bench.held(act.held, lambda: server.pid)
+            if act.held == "main"
+            else bench.held_child(act.held, bench.worker)
+        )
     with tracer(pid) as trace:
         if act.held:
             os.kill(pid, signal.SIGCONT)
@@ -255,19 +291,32 @@ def perform(bench: Bench, act: Act, process: str, tracer: Tracer) -> Trace:
 def run(bench: Bench, case: Case, path: Path) -> str:
     """Have the fault happen and return what became of it, in the table's words; `path` gets what strace writes."""
     act = ACTS[case.act]
-    if bench.log().count(": client failed: ") >= 9:  # the log has a limit for these lines
+    # the log has a limit for these lines
+    if bench.log().count(": client failed: ") >= 9:
         bench.stop()
     if act.begin is not begin_start:
         bench.ready()
         bench.rest()
-    server, starts, begin, before = bench.server, bench.starts, len(bench.log()), bench.count_descriptors()
+    server, starts, begin, before = (
+        bench.server,
+        bench.starts,
+        len(bench.log()),
+        bench.count_descriptors(),
+    )
     fired = perform(bench, act, case.process, lambda pid: fault(pid, case, path)).fired()
     outcome = bench.outcome()
     log = bench.log()[begin if bench.starts == starts else 0 :]
     assert "Traceback" not in log
     if server is not None and bench.server is server and case.call != "close":
-        eventually(lambda: all(count == before[pid] for pid, count in bench.count_descriptors().items() if pid in before))
-    if POLLING in log:  # from now on it is slow
+        eventually(
+            lambda: all(
+                count == before[pid]
+                for pid, count in bench.count_descriptors().items()
+                if pid in before
+            )
+        )
+    # from now on it is slow
+    if POLLING in log:
         bench.stop()
     return qualify(outcome, case, log) if fired else NOT_MADE
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from faults.bench import Bench
-from faults.faults import ACTS, NOT_MADE, NOT_TRIED, Case, perform, read_exempt, read_table, run, traced
+from faults.faults import (
+    ACTS,
+    NOT_MADE,
+    NOT_TRIED,
+    Case,
+    perform,
+    read_exempt,
+    read_table,
+    run,
+    traced,
+)
 from support.strace import can_inject
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -23,7 +33,9 @@ WHOLE = ("start", "takeover")
 
 def is_tried(case: Case) -> bool:
     """Tell whether `case` is among those that are tried."""
-    return case.expected not in (NOT_TRIED, NOT_MADE) and (ALL or case.first or (case.occurrence == 1 and case.act not in WHOLE))
+    return case.expected not in (NOT_TRIED, NOT_MADE) and (
+        ALL or case.first or (case.occurrence == 1 and case.act not in WHOLE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +63,24 @@ def test_fault(bench: Bench, case: Case, tmp_path: Path) -> None:
         raise
 
 
-@pytest.mark.parametrize(("process", "name"), list(dict.fromkeys((case.process, case.act) for case in read_table())))
+@pytest.mark.parametrize(
+    ("process", "name"), list(dict.fromkeys((case.process, case.act) for case in read_table()))
+)
 def test_no_call_is_forgotten(bench: Bench, process: str, name: str, tmp_path: Path) -> None:
     """Each call that a process makes in an act is in a table of that process, or is known not to fail; and none that is "not made" is."""
     act = ACTS[name]
     cases = [case for case in read_table() if case.process == process]
-    made = perform(bench, replace(act, turns=min(2, act.turns)), process, lambda pid: traced(pid, tmp_path / "trace")).calls()
+    made = perform(
+        bench,
+        replace(act, turns=min(2, act.turns)),
+        process,
+        lambda pid: traced(pid, tmp_path / "trace"),
+    ).calls()
     assert bench.outcome() == "exact"
     for case in cases:
         if case.act == name and case.expected == NOT_MADE:
             assert act.turns <= 2
             assert made[case.call] < case.occurrence, case
-    if (process, name) != ("supervisor", "upgrade"):  # it ends as another program, whose interpreter starts
+    # it ends as another program, whose interpreter starts
+    if (process, name) != ("supervisor", "upgrade"):
         assert set(made) <= {case.call for case in cases} | read_exempt()

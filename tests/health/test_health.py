@@ -32,7 +32,16 @@ from support.server import Serve, Server, run_tailsrv
 from support.sockets import expect
 from support.waiting import DEADLINE, eventually
 from tailsrv.control import credentials
-from tailsrv.health import EndedError, InspectError, Level, NotOursError, Report, find, inspect, judge
+from tailsrv.health import (
+    EndedError,
+    InspectError,
+    Level,
+    NotOursError,
+    Report,
+    find,
+    inspect,
+    judge,
+)
 from tailsrv.health import Server as Found
 from tailsrv.health.control_client import ask_status, list_endpoints
 from tailsrv.linux.process import start_ticks
@@ -40,19 +49,31 @@ from tailsrv.linux.process import start_ticks
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
 
-HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")  # runs what follows so
+# runs what follows so
+HIDDEN = (
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    'mount -t proc -o subset=pid proc /proc && exec "$@"',
+    "sh",
+)
 
 
 root_only = pytest.mark.skipif(not as_root, reason="only root can make namespaces")
 
 
 needs_nobody = pytest.mark.skipif(
-    not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv"), reason="not root, or nobody cannot run this Python"
+    not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv"),
+    reason="not root, or nobody cannot run this Python",
 )
 
 
 def health(
-    *arguments: str, wrapper: Sequence[str] = (), env: Mapping[str, str] | None = None, stdout: int = subprocess.PIPE
+    *arguments: str,
+    wrapper: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    stdout: int = subprocess.PIPE,
 ) -> "subprocess.CompletedProcess[str]":
     """Run tailsrv-health to its end; whatever it is asked, it ends in good order."""
     done = subprocess.run(
@@ -122,7 +143,12 @@ def test_json_is_exact(serve: Serve, path: Path) -> None:
     workers = server.workers(2)
     said = ask_json(server)
     report = said["report"]
-    assert (said["level"], said["reasons"], said["pid"], said["uid"]) == ("OK", [], server.pid, os.geteuid())
+    assert (said["level"], said["reasons"], said["pid"], said["uid"]) == (
+        "OK",
+        [],
+        server.pid,
+        os.geteuid(),
+    )
     assert report["file"] == {"path": str(path), "size": 12345, "gone": False, "error": None}
     assert [worker["process"]["pid"] for worker in report["workers"]] == workers
     assert [worker["ready"] for worker in report["workers"]] == [True, True]
@@ -131,7 +157,9 @@ def test_json_is_exact(serve: Serve, path: Path) -> None:
     assert process["descriptor_limit"] == psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)[0]
     assert process["pss"] > 1 << 20
     assert 0 < process["uptime"] < 10 * DEADLINE
-    assert report["totals"]["pss"] == process["pss"] + sum(worker["process"]["pss"] for worker in report["workers"])
+    assert report["totals"]["pss"] == process["pss"] + sum(
+        worker["process"]["pss"] for worker in report["workers"]
+    )
     assert report["clients"] is None
 
 
@@ -187,11 +215,18 @@ def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
     append(path, bytes(234))
     try:
         clients = {client.peer: client for client in look(server, clients=True).clients or ()}
-        table = health("-p", str(server.port), "--clients").stdout.partition("\nclient ")[2].splitlines()[1:]
+        table = (
+            health("-p", str(server.port), "--clients")
+            .stdout.partition("\nclient ")[2]
+            .splitlines()[1:]
+        )
     finally:
         os.kill(worker, signal.SIGCONT)
     peers = ["{}:{}".format(*sock.getsockname()) for sock in (reader, ahead, silent)]
-    figures = [(client.slot, client.start, client.position, client.lag) for client in map(clients.__getitem__, peers)]
+    figures = [
+        (client.slot, client.start, client.position, client.lag)
+        for client in map(clients.__getitem__, peers)
+    ]
     assert figures == [(0, 900, 1000, 234), (0, 5000, 5000, 0), (0, None, None, None)]
     assert [line.split() for line in table] == [
         [peers[0], "0", "900", "1000", "234", "234", "B"],
@@ -223,7 +258,10 @@ def test_restarted_worker(serve: Serve, path: Path) -> None:
     server = serve(path, "-w", "2")
     os.kill(server.workers(2)[1], signal.SIGKILL)
     server.logged("worker ready: slot=1", count=2)
-    assert ask(server) == (Level.WARNING, f"WARNING: tailsrv *:{server.port}: worker 1 was restarted in the last minute")
+    assert ask(server) == (
+        Level.WARNING,
+        f"WARNING: tailsrv *:{server.port}: worker 1 was restarted in the last minute",
+    )
     assert [worker["restarts"] for worker in ask_json(server)["report"]["workers"]] == [0, 1]
 
 
@@ -237,7 +275,10 @@ def test_stopped_worker(serve: Serve, path: Path) -> None:
     stop(worker)
     for _ in range(3):
         server.connect(b"0\n")
-    assert ask(server) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: worker 0 is stopped")
+    assert ask(server) == (
+        Level.CRITICAL,
+        f"CRITICAL: tailsrv *:{server.port}: worker 0 is stopped",
+    )
     assert look(server).totals.queued == 3
     os.kill(worker, signal.SIGCONT)
     holds(server, 3)
@@ -247,12 +288,14 @@ def test_stopped_worker(serve: Serve, path: Path) -> None:
 @contextmanager
 def traced(pid: int) -> Iterator[None]:
     """Keep the process `pid` from running without stopping it, as ptrace(2) does."""
-    attach, detach = 16, 17  # PTRACE_ATTACH, PTRACE_DETACH
+    # PTRACE_ATTACH, PTRACE_DETACH
+    attach, detach = 16, 17
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     if libc.ptrace(attach, pid, None, None) != 0:
         pytest.skip(f"no ptrace(2) here: {os.strerror(ctypes.get_errno())}")
-    os.waitpid(pid, 0x40000000)  # __WALL
+    # __WALL
+    os.waitpid(pid, 0x40000000)
     try:
         yield
     finally:
@@ -266,7 +309,10 @@ def test_hung_worker(serve: Serve, path: Path) -> None:
     server = serve(path, "-w", "2")
     with traced(server.workers(2)[1]):
         status, first = ask(server)
-        assert (status, first) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: worker 1 hangs")
+        assert (status, first) == (
+            Level.CRITICAL,
+            f"CRITICAL: tailsrv *:{server.port}: worker 1 hangs",
+        )
     eventually(lambda: ask(server)[0] == Level.OK)
 
 
@@ -276,9 +322,16 @@ def test_few_descriptors(serve: Serve, path: Path) -> None:
     server = serve(path)
     [worker] = server.workers()
     used = psutil.Process(worker).num_fds()
-    resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 1, resource.prlimit(worker, resource.RLIMIT_NOFILE)[1]))
+    resource.prlimit(
+        worker,
+        resource.RLIMIT_NOFILE,
+        (used + 1, resource.prlimit(worker, resource.RLIMIT_NOFILE)[1]),
+    )
     status, first = ask(server)
-    assert (status, first) == (Level.WARNING, f"WARNING: tailsrv *:{server.port}: worker 0 has {used} of {used + 1} descriptors")
+    assert (status, first) == (
+        Level.WARNING,
+        f"WARNING: tailsrv *:{server.port}: worker 0 has {used} of {used + 1} descriptors",
+    )
 
 
 def test_gone_file(serve: Serve, path: Path) -> None:
@@ -289,7 +342,12 @@ def test_gone_file(serve: Serve, path: Path) -> None:
     path.unlink()
     server.logged("file is gone")
     assert ask(server) == (Level.CRITICAL, f"CRITICAL: tailsrv *:{server.port}: the file is gone")
-    assert ask_json(server)["report"]["file"] == {"path": str(path), "size": 4, "gone": True, "error": None}
+    assert ask_json(server)["report"]["file"] == {
+        "path": str(path),
+        "size": 4,
+        "gone": True,
+        "error": None,
+    }
 
 
 @pytest.mark.slow
@@ -303,7 +361,13 @@ def test_stopped_supervisor(serve: Serve, path: Path) -> None:
     try:
         with ThreadPoolExecutor() as pool:
             names = ("text", "json", "prometheus")
-            forms = dict(zip(names, pool.map(lambda form: health("-p", str(port), "--format", form), names), strict=True))
+            forms = dict(
+                zip(
+                    names,
+                    pool.map(lambda form: health("-p", str(port), "--format", form), names),
+                    strict=True,
+                )
+            )
     finally:
         server.signal(signal.SIGCONT)
     assert {done.returncode for done in forms.values()} == {Level.CRITICAL}
@@ -327,9 +391,16 @@ def test_no_server(form: str) -> None:
     with spare_port() as port:
         done = health("-p", str(port), "--format", form)
     assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
-    assert {"text": "CRITICAL: no tailsrv on port ", "json": '"CRITICAL"', "prometheus": "\ntailsrv_servers 0\n"}[form] in done.stdout
+    assert {
+        "text": "CRITICAL: no tailsrv on port ",
+        "json": '"CRITICAL"',
+        "prometheus": "\ntailsrv_servers 0\n",
+    }[form] in done.stdout
     done = health("--pid", str(os.getpid()))
-    assert (done.returncode, done.stdout) == (Level.CRITICAL, f"CRITICAL: no tailsrv has pid {os.getpid()}\n")
+    assert (done.returncode, done.stdout) == (
+        Level.CRITICAL,
+        f"CRITICAL: no tailsrv has pid {os.getpid()}\n",
+    )
 
 
 # Which servers
@@ -344,7 +415,10 @@ def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
     port = str(one.port)
     two = serve(path, "-p", port, "--bind", "127.0.0.4")
     two.workers()
-    assert [server.endpoints for server in find(port=one.port)] == [(f"127.0.0.2:{port}", f"127.0.0.3:{port}"), (f"127.0.0.4:{port}",)]
+    assert [server.endpoints for server in find(port=one.port)] == [
+        (f"127.0.0.2:{port}", f"127.0.0.3:{port}"),
+        (f"127.0.0.4:{port}",),
+    ]
     assert [server.pid for server in find(pid=two.pid)] == [two.pid]
     done = health("-p", port)
     lines = done.stdout.splitlines()
@@ -358,7 +432,8 @@ def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
 def test_long_host_name(serve: Serve, path: Path) -> None:
     """A server whose host's name is too long for a socket's is found, inspected, and the only one there."""
     path.write_bytes(b"data")
-    host = f"0x7f.{'0' * 50}.{'0' * 50}.1"  # of the numbers and dots of inet_aton(3): no name service is needed
+    # of the numbers and dots of inet_aton(3): no name service is needed
+    host = f"0x7f.{'0' * 50}.{'0' * 50}.1"
     server = serve(path, "--bind", host)
     server.workers()
     expect(server.connect(b"0\n"), b"data")
@@ -437,7 +512,9 @@ def test_full_and_others_wait(serve: Serve, path: Path) -> None:
 def test_no_standard_output() -> None:
     """Where there is nothing to write to, that is UNKNOWN, without a word."""
     command = f"exec {shlex.quote(sys.executable)} -m tailsrv.health -p 1 >&-"
-    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=DEADLINE)
+    done = subprocess.run(
+        ["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=DEADLINE
+    )
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
 
 
@@ -451,7 +528,9 @@ def test_other_users(serve: Serve, open_folder: Path) -> None:
     ours, theirs = serve(path), serve(path, wrapper=AS_NOBODY)
     ours.workers(), theirs.workers()
     assert f" *:{theirs.port} (user nobody) serves " in ask(theirs)[1]
-    assert health("-p", str(theirs.port), wrapper=AS_NOBODY).stdout.startswith(f"OK: tailsrv *:{theirs.port} serves ")
+    assert health("-p", str(theirs.port), wrapper=AS_NOBODY).stdout.startswith(
+        f"OK: tailsrv *:{theirs.port} serves "
+    )
     done = health("-p", str(ours.port), wrapper=AS_NOBODY)
     sentence = f"tailsrv *:{ours.port} (user root): belongs to user root: only that user and root get an answer"
     assert (done.returncode, done.stdout) == (Level.UNKNOWN, f"UNKNOWN: {sentence}\n")
@@ -507,7 +586,15 @@ def status_of(pid: int, **changes: object) -> bytes:
 
 def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
     counts = {"clients": 0, "unprotected": 0, "restarts": 0}
-    return {"slot": 0, "pid": pid, "ticks": ticks, "ready": True, "restarted": None, "silent": 0.0, **counts}
+    return {
+        "slot": 0,
+        "pid": pid,
+        "ticks": ticks,
+        "ready": True,
+        "restarted": None,
+        "silent": 0.0,
+        **counts,
+    }
 
 
 @pytest.mark.sample(3)
@@ -564,7 +651,11 @@ def test_extreme_answer(form: str) -> None:
 
 def test_answer_that_drips() -> None:
     """An answer that comes byte by byte for ever is waited for until the deadline only."""
-    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+    with (
+        spare_port() as port,
+        socket.socket(socket.AF_UNIX) as listener,
+        ThreadPoolExecutor(1) as pool,
+    ):
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen()
         found = only(port)
@@ -595,7 +686,10 @@ def test_no_threads() -> None:
     with pretending(b"") as port:
         done = run_python(WITHOUT_THREADS, "-p", str(port))
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
-    assert done.stdout == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): belongs to user 0: only that user and root get an answer\n"
+    assert (
+        done.stdout
+        == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): belongs to user 0: only that user and root get an answer\n"
+    )
 
 
 def only(port: int) -> Found:
@@ -606,17 +700,25 @@ def only(port: int) -> Found:
 
 def test_another_has_taken_its_place() -> None:
     """Who answers for a server that was of another pid is not that server."""
-    with pretending(status_of(os.getpid())) as port, pytest.raises(EndedError, match="another has taken its place"):
+    with (
+        pretending(status_of(os.getpid())) as port,
+        pytest.raises(EndedError, match="another has taken its place"),
+    ):
         inspect(dataclasses.replace(only(port), pid=1))
 
 
 def test_ends_while_it_is_asked() -> None:
     """A server that ends with our question in its queue has ended, whatever it was."""
-    with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+    with (
+        spare_port() as port,
+        socket.socket(socket.AF_UNIX) as listener,
+        ThreadPoolExecutor(1) as pool,
+    ):
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen()
         found = only(port)
-        listener.accept()[0].close()  # it was found by connecting to it
+        # it was found by connecting to it
+        listener.accept()[0].close()
         asked = pool.submit(inspect, found)
         assert select.select([listener], [], [], DEADLINE)[0]
         listener.close()
@@ -625,11 +727,18 @@ def test_ends_while_it_is_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"), [(b"[]", "cannot be understood"), (b'{"pid": 1, "size": 1, "clients": []}', "is by pid 1, here")]
+    ("answer", "reason"),
+    [
+        (b"[]", "cannot be understood"),
+        (b'{"pid": 1, "size": 1, "clients": []}', "is by pid 1, here"),
+    ],
 )
 def test_list_of_clients_that_is_not_to_be_understood(answer: bytes, reason: str) -> None:
     """A list of clients that is rubbish, or somebody else's, is not believed."""
-    with pretending(status_of(os.getpid())) as port, pretending(answer, name=f"127.9.9.9:{port}/clients"):
+    with (
+        pretending(status_of(os.getpid())) as port,
+        pretending(answer, name=f"127.9.9.9:{port}/clients"),
+    ):
         inspect(only(port))
         with pytest.raises(InspectError, match=f"list of clients {reason}"):
             inspect(only(port), clients=True)
@@ -667,7 +776,9 @@ def test_no_proc() -> None:
     without = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
     done = health(wrapper=without)
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
-    assert done.stdout.startswith("UNKNOWN: cannot look for servers: [Errno 2] No such file or directory")
+    assert done.stdout.startswith(
+        "UNKNOWN: cannot look for servers: [Errno 2] No such file or directory"
+    )
 
 
 @root_only
@@ -679,7 +790,10 @@ def test_user_without_a_name() -> None:
     try:
         found = only(port)
         assert (found.uid, found.user, found.ours) == (3_000_000_001, "3000000001", False)
-        with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user 3000000001: "):
+        with (
+            being(3_000_000_002),
+            pytest.raises(NotOursError, match="belongs to user 3000000001: "),
+        ):
             inspect(found)
     finally:
         held.__exit__(None, None, None)
@@ -702,7 +816,9 @@ def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> Non
         done = health("-p", str(port))
         metrics = health("-p", str(port), "--format", "prometheus").stdout
     assert done.returncode == (Level.UNKNOWN if beside else Level.CRITICAL)
-    assert done.stdout.partition("\n")[0].endswith(f"tailsrv a-name:{port} (user 3000000001): no worker")
+    assert done.stdout.partition("\n")[0].endswith(
+        f"tailsrv a-name:{port} (user 3000000001): no worker"
+    )
     assert (f'tailsrv_health_status{{server="*:{port}"}} 0\n' in metrics) is beside
     assert list(text_string_to_metric_families(metrics))
 
@@ -728,19 +844,26 @@ def test_silence_of_another_user() -> None:
         found = only(port)
         with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
             inspect(found)
-        with pytest.raises(InspectError, match="supervisor gives an empty answer: perhaps it is in another user namespace"):
+        with pytest.raises(
+            InspectError,
+            match="supervisor gives an empty answer: perhaps it is in another user namespace",
+        ):
             inspect(found)
 
 
 needs_user_namespace = pytest.mark.skipif(
-    not as_root or not runs("unshare", "--user", "--map-user=1000", "true"), reason="no user namespaces here"
+    not as_root or not runs("unshare", "--user", "--map-user=1000", "true"),
+    reason="no user namespaces here",
 )
 
 
 ROOTLESS = (*AS_NOBODY, "unshare", "--user", "--map-user=1000")
 
 
-@pytest.mark.skipif(not runs(*ROOTLESS, sys.executable, "-c", "import tailsrv"), reason="no user namespaces, or Python cannot be read")
+@pytest.mark.skipif(
+    not runs(*ROOTLESS, sys.executable, "-c", "import tailsrv"),
+    reason="no user namespaces, or Python cannot be read",
+)
 def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> None:
     """Of a server that cannot know root, root learns that it may be in another user namespace."""
     path = open_folder / "file.log"
@@ -750,7 +873,10 @@ def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> No
     server.workers()
     status, first = ask(server)
     assert status == Level.UNKNOWN
-    assert "(user nobody): supervisor gives an empty answer: perhaps it is in another user namespace" in first
+    assert (
+        "(user nobody): supervisor gives an empty answer: perhaps it is in another user namespace"
+        in first
+    )
 
 
 @needs_user_namespace
@@ -800,7 +926,11 @@ def test_worker_that_is_another_process() -> None:
     own = start_ticks(child.pid)
     assert own is not None
     stranger = os.getppid()
-    cases = [(child.pid, own, Level.OK), (child.pid, own - 1, Level.CRITICAL), (stranger, start_ticks(stranger), Level.CRITICAL)]
+    cases = [
+        (child.pid, own, Level.OK),
+        (child.pid, own - 1, Level.CRITICAL),
+        (stranger, start_ticks(stranger), Level.CRITICAL),
+    ]
     try:
         for pid, ticks, level in cases:
             with pretending(status_of(os.getpid(), workers=[worker_of(pid, ticks)])) as port:
@@ -814,7 +944,9 @@ def test_text_that_a_terminal_would_obey() -> None:
     evil = "\x1b[2J\n"
     file = {"path": f"/log{evil}", "gone": False, "size": 1, "error": None}
     listeners = [{"slot": 0, "endpoint": evil, "queued": 0, "backlog": 1}]
-    with pretending(status_of(os.getpid(), state=evil, version=evil, file=file, listeners=listeners)) as port:
+    with pretending(
+        status_of(os.getpid(), state=evil, version=evil, file=file, listeners=listeners)
+    ) as port:
         done = health("-p", str(port))
     assert done.returncode == Level.OK
     assert "\x1b" not in done.stdout
@@ -834,7 +966,8 @@ def test_queue_that_has_room_in_time() -> None:
         listener.accept()[0].close()
         while not asked.done():
             if select.select([listener], [], [], 0.01)[0]:
-                with listener.accept()[0] as peer, suppress(OSError):  # another check finds us, too
+                # another check finds us, too
+                with listener.accept()[0] as peer, suppress(OSError):
                     peer.sendall(status)
         assert asked.result().state == "serving"
 
@@ -864,7 +997,10 @@ def test_full_queue() -> None:
         first.connect(f"\0tailsrv:127.9.9.9:{port}")
         done = health("-p", str(port))
     assert done.returncode == Level.CRITICAL
-    assert done.stdout == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
+    assert (
+        done.stdout
+        == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
+    )
 
 
 NO_HOSTS = (
@@ -889,12 +1025,23 @@ def test_forged_list_of_sockets(tmp_path: Path) -> None:
         packets = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         packets.bind(f"\0tailsrv:127.9.9.9:{port}")
         packets.listen()
-        stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(tmp_path / f"tailsrv:127.9.9.9:{port}"))
+        stack.enter_context(socket.socket(socket.AF_UNIX)).bind(
+            str(tmp_path / f"tailsrv:127.9.9.9:{port}")
+        )
         assert find(port=port) == []
 
 
 @pytest.mark.parametrize(
-    "host", ["*", "127.9.9.9", "log-server_1.example.net", "b\u00fccher.example", "[::1]", "[::ffff:127.9.9.9]", "[fe80::1%eth0.100]"]
+    "host",
+    [
+        "*",
+        "127.9.9.9",
+        "log-server_1.example.net",
+        "b\u00fccher.example",
+        "[::1]",
+        "[::ffff:127.9.9.9]",
+        "[fe80::1%eth0.100]",
+    ],
 )
 def test_names_of_servers(host: str) -> None:
     """Whatever `--bind` may be given, a server's name is found."""
@@ -927,7 +1074,9 @@ def test_many_sockets_come_and_go() -> None:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(f"\0tailsrv:{name}")
             listener.listen()
-        churn = stack.enter_context(subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE))
+        churn = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE)
+        )
         stack.callback(churn.kill)
         assert churn.stdout is not None
         churn.stdout.readline()
@@ -943,7 +1092,8 @@ def test_hidden_proc(serve: Serve, path: Path) -> None:
     server = serve(path)
     [worker] = server.workers()
     command = [*HIDDEN, *HEALTH, "-p", str(server.port), "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)  # psutil 5 tells standard error what it misses
+    # psutil 5 tells standard error what it misses
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     [found] = json.loads(done.stdout)["servers"]
     assert (done.returncode, found["level"], found["pid"]) == (Level.OK, "OK", server.pid)
     assert found["report"]["workers"][0]["process"]["pid"] == worker
@@ -965,11 +1115,15 @@ def test_interrupt(tmp_path: Path) -> None:
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen()
         with (tmp_path / "stderr").open("wb") as stderr:
-            process = subprocess.Popen([*HEALTH, "-p", str(port)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
-        accept_from(process.pid, listener).close()  # it finds us
+            process = subprocess.Popen(
+                [*HEALTH, "-p", str(port)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+            )
+        # it finds us
+        accept_from(process.pid, listener).close()
         asked = accept_from(process.pid, listener)
         process.send_signal(signal.SIGINT)
-        assert process.wait(DEADLINE) == -signal.SIGINT  # which a shell makes 130
+        # which a shell makes 130
+        assert process.wait(DEADLINE) == -signal.SIGINT
         asked.close()
     assert (tmp_path / "stderr").read_text() == ""
 
@@ -1012,18 +1166,35 @@ def test_prometheus_is_parsed(serve: Serve, open_folder: Path) -> None:
     reader = server.connect(b"900\n")
     expect(reader, bytes(100))
     holds(server, 1)
-    done = health("-p", str(server.port), "--format", "prometheus", "--clients", env={"PYTHONIOENCODING": "latin-1"})
+    done = health(
+        "-p",
+        str(server.port),
+        "--format",
+        "prometheus",
+        "--clients",
+        env={"PYTHONIOENCODING": "latin-1"},
+    )
     families = {family.name: family for family in text_string_to_metric_families(done.stdout)}
     assert done.returncode == Level.OK
-    assert all(name.startswith("tailsrv_") and family.documentation and family.type != "unknown" for name, family in families.items())
+    assert all(
+        name.startswith("tailsrv_") and family.documentation and family.type != "unknown"
+        for name, family in families.items()
+    )
     assert [sample.labels["path"] for sample in families["tailsrv_info"].samples] == [str(path)]
-    figures = {(sample.name, *sample.labels.values()): sample.value for family in families.values() for sample in family.samples}
+    figures = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
     name = f"*:{server.port}"
     assert figures["tailsrv_health_status", name] == Level.OK
     assert figures["tailsrv_file_size_bytes", name] == 1000
     assert figures["tailsrv_state", name, "serving"] == 1
     assert figures["tailsrv_worker_restarts_total", name, "1"] == 0
-    assert figures["tailsrv_process_open_fds", name, "supervisor"] == psutil.Process(server.pid).num_fds()
+    assert (
+        figures["tailsrv_process_open_fds", name, "supervisor"]
+        == psutil.Process(server.pid).num_fds()
+    )
     [lag] = families["tailsrv_client_lag_bytes"].samples
     assert (lag.labels["peer"], lag.value) == ("{}:{}".format(*reader.getsockname()), 0)
 
@@ -1094,13 +1265,17 @@ def test_colour_only_on_a_terminal_that_wants_it(env: dict[str, str], coloured: 
     try:
         plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
         with spare_port() as port:
-            done = subprocess.run([*HEALTH, "-p", str(port)], stdout=theirs, env=plain | env, timeout=DEADLINE)
+            done = subprocess.run(
+                [*HEALTH, "-p", str(port)], stdout=theirs, env=plain | env, timeout=DEADLINE
+            )
         said = os.read(ours, 1000)
     finally:
         os.close(theirs)
         os.close(ours)
     assert done.returncode == Level.CRITICAL
-    assert said.startswith(b"\x1b[31mCRITICAL\x1b[0m: no tailsrv" if coloured else b"CRITICAL: no tailsrv")
+    assert said.startswith(
+        b"\x1b[31mCRITICAL\x1b[0m: no tailsrv" if coloured else b"CRITICAL: no tailsrv"
+    )
 
 
 # The library

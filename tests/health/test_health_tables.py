@@ -9,7 +9,19 @@ from tailsrv.formatting import size
 from tailsrv.health import EndedError, InspectError, NotOursError
 from tailsrv.health.main import doubtful_servers, examine, in_turns, to_finding
 from tailsrv.health.prometheus import render_metrics
-from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Process, Server, Totals, WorkerHealth, judge, total, worst
+from tailsrv.health.report import (
+    Finding,
+    HealthReport,
+    HealthVerdict,
+    Level,
+    Process,
+    Server,
+    Totals,
+    WorkerHealth,
+    judge,
+    total,
+    worst,
+)
 from tailsrv.health.text import WIDTH, duration_text, render_text, summarize
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
@@ -19,7 +31,9 @@ SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
 PROCESS = Process(4711, "sleeping", 100.0, 0.0, 1.5, 1 << 20, 20, 1000)
 
 
-WORKER = WorkerHealth(0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0)
+WORKER = WorkerHealth(
+    0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0
+)
 
 
 LISTENER = ListenerStatus(0, "0.0.0.0:4321", 0, 100)
@@ -76,8 +90,16 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (with_process(descriptors=900), Level.OK, ()),
         (with_process(descriptors=901), Level.WARNING, ("worker 1 has 901 of 1000 descriptors",)),
         (with_process(descriptors=901, descriptor_limit=None), Level.OK, ()),
-        (replace(REPORT, supervisor=replace(PROCESS, descriptors=999)), Level.WARNING, ("supervisor has 999 of 1000 descriptors",)),
-        (with_worker(restarted=59.9), Level.WARNING, ("worker 1 was restarted in the last minute",)),
+        (
+            replace(REPORT, supervisor=replace(PROCESS, descriptors=999)),
+            Level.WARNING,
+            ("supervisor has 999 of 1000 descriptors",),
+        ),
+        (
+            with_worker(restarted=59.9),
+            Level.WARNING,
+            ("worker 1 was restarted in the last minute",),
+        ),
         (with_worker(restarted=60.0), Level.OK, ()),
         (replace(REPORT, listeners=(replace(LISTENER, queued=90),)), Level.OK, ()),
         (
@@ -85,7 +107,11 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
             Level.WARNING,
             ("the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100",),
         ),
-        (replace(REPORT, listeners=(ListenerStatus(None, "[::]:1", 95, 100),)), Level.WARNING, ("the queue at [::]:1 holds 95 of 100",)),
+        (
+            replace(REPORT, listeners=(ListenerStatus(None, "[::]:1", 95, 100),)),
+            Level.WARNING,
+            ("the queue at [::]:1 holds 95 of 100",),
+        ),
         (replace(REPORT, listeners=(replace(LISTENER, queued=1, backlog=0),)), Level.OK, ()),
         (replace(REPORT, workers=EMPTY), Level.CRITICAL, ("no worker",)),
         (replace(REPORT, workers=EMPTY, state="starting"), Level.CRITICAL, ("no worker",)),
@@ -100,26 +126,52 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (replace(REPORT, file=DEAD, state="draining"), Level.OK, ()),
         (replace(REPORT, file=DEAD, state="rotating"), Level.OK, ()),
         (
-            replace(REPORT, state="waiting for file", file=FileStatus("/log", None, gone=False, error="Permission denied")),
+            replace(
+                REPORT,
+                state="waiting for file",
+                file=FileStatus("/log", None, gone=False, error="Permission denied"),
+            ),
             Level.CRITICAL,
             ("cannot open the file: Permission denied",),
         ),
         (
-            replace(REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=3)),
+            replace(
+                REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=3)
+            ),
             Level.WARNING,
             (f"as many clients as --max-clients allows ({REPORT.totals.clients}), 3 wait",),
         ),
-        (replace(REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=0)), Level.OK, ()),
+        (
+            replace(
+                REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=0)
+            ),
+            Level.OK,
+            (),
+        ),
         (replace(REPORT, file=GONE, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE, state="rotating"), Level.OK, ()),
         (with_process(state="stopped"), Level.CRITICAL, ("worker 1 is stopped",)),
-        (with_worker(process=replace(PROCESS, state="stopped"), silent=9.0), Level.CRITICAL, ("worker 1 is stopped",)),
+        (
+            with_worker(process=replace(PROCESS, state="stopped"), silent=9.0),
+            Level.CRITICAL,
+            ("worker 1 is stopped",),
+        ),
         (with_worker(silent=1.9), Level.OK, ()),
         (with_worker(silent=2.0), Level.CRITICAL, ("worker 1 hangs",)),
         (with_worker(process=None, silent=9.0), Level.WARNING, ("1 of 2 workers",)),
-        (replace(REPORT, state="draining", workers=(replace(WORKER, silent=3.0),)), Level.CRITICAL, ("worker 0 hangs",)),
         (
-            replace(REPORT, workers=(replace(WORKER, silent=3.0), replace(WORKER, slot=1, silent=3.0, restarted=1.0))),
+            replace(REPORT, state="draining", workers=(replace(WORKER, silent=3.0),)),
+            Level.CRITICAL,
+            ("worker 0 hangs",),
+        ),
+        (
+            replace(
+                REPORT,
+                workers=(
+                    replace(WORKER, silent=3.0),
+                    replace(WORKER, slot=1, silent=3.0, restarted=1.0),
+                ),
+            ),
             Level.CRITICAL,
             ("workers 0, 1 hang", "worker 1 was restarted in the last minute"),
         ),
@@ -163,7 +215,9 @@ ILL = replace(REPORT, workers=())
         (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
     ],
 )
-def test_weigh(outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool, level: Level | None) -> None:
+def test_weigh(
+    outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool, level: Level | None
+) -> None:
     """Neither a server that has ended nor a stranger's is spoken of; an impostor raises no alarm."""
     finding = to_finding(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
@@ -172,7 +226,9 @@ def test_weigh(outcome: HealthReport | InspectError, asked_for: bool, doubtful: 
 @pytest.mark.parametrize(("asked_for", "level"), [(True, Level.CRITICAL), (False, Level.UNKNOWN)])
 def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
     """A server whose queue was too full to see its user is an alarm only if it was asked for."""
-    finding = to_finding(replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for)
+    finding = to_finding(
+        replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for
+    )
     assert finding is not None
     assert finding.verdict.level == level
 
@@ -205,7 +261,10 @@ def test_doubtful_ones(server: Server, others: list[Server], doubtful: bool) -> 
 
 def test_in_turns() -> None:
     """However many servers somebody has, the first of everybody else comes before the second."""
-    many, few = [server_of(7, f"{number}:1") for number in range(100)], [server_of(8, "x:1"), server_of(None, "y:1")]
+    many, few = (
+        [server_of(7, f"{number}:1") for number in range(100)],
+        [server_of(8, "x:1"), server_of(None, "y:1")],
+    )
     assert in_turns([*many, *few]) == [many[0], *few, *many[1:]]
 
 
@@ -226,24 +285,55 @@ def judged(report: HealthReport) -> Finding:
     return Finding(report.server, judge(report), report)
 
 
-BAD = Finding(replace(SERVER, endpoints=("*:1",)), HealthVerdict(Level.CRITICAL, ("no worker", "the file is gone")))
+BAD = Finding(
+    replace(SERVER, endpoints=("*:1",)),
+    HealthVerdict(Level.CRITICAL, ("no worker", "the file is gone")),
+)
 
 
 @pytest.mark.parametrize(
     ("findings", "level", "sentence"),
     [
-        ([judged(REPORT)], Level.OK, "tailsrv *:4321 serves /var/log/app.log to 137 clients with 2 workers"),
-        ([judged(replace(REPORT, state="starting"))], Level.OK, "tailsrv *:4321 starts to serve /var/log/app.log with 2 workers"),
-        ([judged(replace(REPORT, state="waiting for file"))], Level.OK, "tailsrv *:4321 waits for file /var/log/app.log"),
-        ([judged(replace(REPORT, state="draining"))], Level.OK, "tailsrv *:4321 is draining /var/log/app.log, 137 clients left"),
+        (
+            [judged(REPORT)],
+            Level.OK,
+            "tailsrv *:4321 serves /var/log/app.log to 137 clients with 2 workers",
+        ),
+        (
+            [judged(replace(REPORT, state="starting"))],
+            Level.OK,
+            "tailsrv *:4321 starts to serve /var/log/app.log with 2 workers",
+        ),
+        (
+            [judged(replace(REPORT, state="waiting for file"))],
+            Level.OK,
+            "tailsrv *:4321 waits for file /var/log/app.log",
+        ),
+        (
+            [judged(replace(REPORT, state="draining"))],
+            Level.OK,
+            "tailsrv *:4321 is draining /var/log/app.log, 137 clients left",
+        ),
         (
             [judged(replace(REPORT, state="rotating"))],
             Level.OK,
             "tailsrv *:4321 ends the streams of the file that was /var/log/app.log, 137 clients left",
         ),
-        ([judged(replace(with_worker(ready=False), state="starting"))], Level.WARNING, "tailsrv *:4321 (starting): 1 of 2 workers"),
         (
-            [judged(replace(REPORT, server=replace(SERVER, user="nobody", ours=False), state="waiting for file"))],
+            [judged(replace(with_worker(ready=False), state="starting"))],
+            Level.WARNING,
+            "tailsrv *:4321 (starting): 1 of 2 workers",
+        ),
+        (
+            [
+                judged(
+                    replace(
+                        REPORT,
+                        server=replace(SERVER, user="nobody", ours=False),
+                        state="waiting for file",
+                    )
+                )
+            ],
             Level.OK,
             "tailsrv *:4321 (user nobody) waits for file /var/log/app.log",
         ),
@@ -264,7 +354,15 @@ def test_summary(findings: list[Finding], level: Level, sentence: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 19, "1.5 MiB"), (5 << 30, "5.0 GiB"), (1 << 52, "4096.0 TiB")],
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 << 19, "1.5 MiB"),
+        (5 << 30, "5.0 GiB"),
+        (1 << 52, "4096.0 TiB"),
+    ],
 )
 def test_size(count: int | None, text: str) -> None:
     """Bytes are given in the largest unit of which there is one."""
@@ -273,7 +371,15 @@ def test_size(count: int | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (0.4, "0s"), (59.9, "59s"), (60, "1m 0s"), (3661, "1h 1m"), (3 * 86400 + 4 * 3600, "3d 4h"), (400 * 86400, "400d 0h")],
+    [
+        (None, "-"),
+        (0.4, "0s"),
+        (59.9, "59s"),
+        (60, "1m 0s"),
+        (3661, "1h 1m"),
+        (3 * 86400 + 4 * 3600, "3d 4h"),
+        (400 * 86400, "400d 0h"),
+    ],
 )
 def test_span(seconds: float | None, text: str) -> None:
     """A time is given by its two largest parts."""
@@ -293,13 +399,21 @@ def test_span(seconds: float | None, text: str) -> None:
 def test_size_that_is_not_known(state: str, error: str | None, words: str) -> None:
     """A file whose size is not known is not there, cannot be opened, or cannot be read."""
     report = replace(REPORT, state=state, file=replace(DEAD, error=error))
-    assert f"file     /log, {words}" in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
+    assert (
+        f"file     /log, {words}"
+        in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
+    )
 
 
 def test_table_fits() -> None:
     """However large the figures and however long the path, the tables have at most 100 columns, and the whole path."""
-    process = Process(4194304, "tracing-stop", 999 * 86400.0 + 86399, 100.0, 1e9, 1023 << 20, 524288, 1048576)
-    workers = (replace(WORKER, process=process, clients=1000000, restarts=99999), replace(WORKER, slot=1023, process=None, ready=False))
+    process = Process(
+        4194304, "tracing-stop", 999 * 86400.0 + 86399, 100.0, 1e9, 1023 << 20, 524288, 1048576
+    )
+    workers = (
+        replace(WORKER, process=process, clients=1000000, restarts=99999),
+        replace(WORKER, slot=1023, process=None, ready=False),
+    )
     endpoint = "[fe80:1111:2222:3333:4444:5555:6666:7777]:65535"
     path = "/a-folder" * 30
     report = replace(
@@ -321,8 +435,13 @@ def test_table_shows_what_is_not_known() -> None:
     """A figure that may not be had is a dash, and an empty slot says so."""
     unknown = Process(7, None, None, None, None, None, None, None)
     workers = (replace(WORKER, process=unknown), replace(WORKER, slot=1, process=None))
-    report = replace(REPORT, workers=workers, totals=replace(REPORT.totals, cpu=None, pss=None, descriptors=None))
-    rows = [line.split() for line in render_text([judged(report)], Level.OK, "", colour=False).splitlines()]
+    report = replace(
+        REPORT, workers=workers, totals=replace(REPORT.totals, cpu=None, pss=None, descriptors=None)
+    )
+    rows = [
+        line.split()
+        for line in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
+    ]
     assert ["worker", "0", "7", "-", "-", "-", "-", "-", "35", "0"] in rows
     assert ["worker", "1", "-", "missing", "-", "-", "-", "-", "35", "0"] in rows
     assert ["total", "-", "-", "-", "137", "0"] in rows
@@ -330,15 +449,23 @@ def test_table_shows_what_is_not_known() -> None:
 
 def test_fullest_queue() -> None:
     """Of the queues at one address the fullest is shown, with its slot."""
-    listeners = (LISTENER, ListenerStatus(1, LISTENER.endpoint, 50, 100), ListenerStatus(2, LISTENER.endpoint, 60, 4096))
+    listeners = (
+        LISTENER,
+        ListenerStatus(1, LISTENER.endpoint, 50, 100),
+        ListenerStatus(2, LISTENER.endpoint, 60, 4096),
+    )
     text = render_text([judged(replace(REPORT, listeners=listeners))], Level.OK, "", colour=False)
-    assert ["0.0.0.0:4321", "3", "110", "50", "of", "100", "(50", "%),", "slot", "1"] in [line.split() for line in text.splitlines()]
+    assert ["0.0.0.0:4321", "3", "110", "50", "of", "100", "(50", "%),", "slot", "1"] in [
+        line.split() for line in text.splitlines()
+    ]
 
 
 def test_colour_marks_what_is_bad() -> None:
     """The rows of workers that do not work stand out, and the columns are where they are without colour."""
     findings = [judged(with_process(state="stopped"))]
-    plain, coloured = (render_text(findings, Level.CRITICAL, "", colour=colour) for colour in (False, True))
+    plain, coloured = (
+        render_text(findings, Level.CRITICAL, "", colour=colour) for colour in (False, True)
+    )
     [red] = [line for line in coloured.splitlines() if line.startswith("\x1b[31mworker ")]
     assert "worker 1 " in red
     assert coloured.replace("\x1b[31m", "").replace("\x1b[1m", "").replace("\x1b[0m", "") == plain
@@ -363,9 +490,15 @@ def test_metrics_name_each_peer_once() -> None:
         ClientStatus(0, "[::1]:1", None, None, None),
     )
     families = {
-        family.name: family for family in text_string_to_metric_families(render_metrics([judged(replace(REPORT, clients=clients))]))
+        family.name: family
+        for family in text_string_to_metric_families(
+            render_metrics([judged(replace(REPORT, clients=clients))])
+        )
     }
-    assert [(sample.labels["peer"], sample.value) for sample in families["tailsrv_client_lag_bytes"].samples] == [(peer, 99)]
+    assert [
+        (sample.labels["peer"], sample.value)
+        for sample in families["tailsrv_client_lag_bytes"].samples
+    ] == [(peer, 99)]
 
 
 def test_metrics_have_each_label_set_once() -> None:
@@ -378,7 +511,9 @@ def test_metrics_have_each_label_set_once() -> None:
         listeners=(LISTENER, LISTENER, replace(LISTENER, slot=None), replace(LISTENER, slot=None)),
         clients=(client, client),
     )
-    lines = render_metrics([judged(report), judged(report), Finding(SERVER, HealthVerdict(Level.UNKNOWN))]).splitlines()
+    lines = render_metrics(
+        [judged(report), judged(report), Finding(SERVER, HealthVerdict(Level.UNKNOWN))]
+    ).splitlines()
     samples = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
     assert len(samples) == len(set(samples))
     assert 'tailsrv_worker_clients{server="*:4321",slot="0"} 1' in lines
@@ -396,5 +531,7 @@ def test_metrics_escape(path: str) -> None:
 def test_metrics_of_a_path_that_is_not_text() -> None:
     """Bytes of a path that are not UTF-8 do not spoil the output, which must be."""
     text = render_metrics([judged(replace(REPORT, file=replace(REPORT.file, path="/\udcff")))])
-    families = {family.name: family for family in text_string_to_metric_families(text.encode().decode())}
+    families = {
+        family.name: family for family in text_string_to_metric_families(text.encode().decode())
+    }
     assert families["tailsrv_info"].samples[0].labels["path"] == r"/\udcff"

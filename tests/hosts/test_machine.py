@@ -48,7 +48,9 @@ def boot() -> Iterator[Boot]:
     if reason := reason_to_skip():
         pytest.skip(f"no machine: {reason}")
     with ExitStack() as stack:
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailsrv-machine-")))
+        temporary = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="tailsrv-machine-"))
+        )
         folder = Path(os.environ.get("TAILSRV_TEST_MACHINE") or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -129,7 +131,14 @@ def test_the_units_are_what_systemd_calls_safe(machine: Machine) -> None:
 def assert_safe(machine: Machine, *services: str) -> None:
     """Assert that these score 1.5 at most, and that systemd has nothing to say against them."""
     for service in services:
-        machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=15", "--no-pager", f"{UNITS}/{service}")
+        machine.run(
+            "systemd-analyze",
+            "security",
+            "--offline=yes",
+            "--threshold=15",
+            "--no-pager",
+            f"{UNITS}/{service}",
+        )
         assert machine.run("systemd-analyze", "verify", f"{UNITS}/{service}") == ""
 
 
@@ -145,7 +154,14 @@ def test_a_log_of_group_adm_is_served(service: Service) -> None:
 
 def test_the_log_has_priorities(service: Service) -> None:
     """The journal knows how grave a line is."""
-    query = ("journalctl", "--quiet", "--output=cat", "--unit", service.unit, "--identifier=tailsrv")
+    query = (
+        "journalctl",
+        "--quiet",
+        "--output=cat",
+        "--unit",
+        service.unit,
+        "--identifier=tailsrv",
+    )
     service.kill(service.workers()[0], signal.SIGKILL)
     assert "SIGKILL" in service.logged("worker", "SIGKILL")
     assert "SIGKILL" in service.machine.run(*query, "--priority=warning")
@@ -249,8 +265,11 @@ def test_health_is_for_root(service: Service) -> None:
     first, *rest = service.machine.run(*health).splitlines()
     assert first.startswith("OK: ")
     assert first.endswith(" to 0 clients with 2 workers")
-    assert sum(bool(re.search(r" \d+/\d+ ?", line)) for line in rest) == 3  # descriptors of their limit
-    assert service.machine.ask("setpriv", "--reuid=nobody", "--clear-groups", *health).returncode == 3
+    # descriptors of their limit
+    assert sum(bool(re.search(r" \d+/\d+ ?", line)) for line in rest) == 3
+    assert (
+        service.machine.ask("setpriv", "--reuid=nobody", "--clear-groups", *health).returncode == 3
+    )
     service.kill(service.workers()[0], signal.SIGSTOP)
     assert service.machine.ask(*health).returncode == 2
 
@@ -371,7 +390,9 @@ def rotate(service: Service, *directives: str) -> None:
 @pytest.mark.parametrize("activated", [False, True])
 def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> None:
     """With --follow-name clients get all of the old file and an orderly end, and who comes next gets the new one."""
-    service = make_service(PORT="" if activated else str(PORT), WORKERS="2", OPTIONS="--follow-name")
+    service = make_service(
+        PORT="" if activated else str(PORT), WORKERS="2", OPTIONS="--follow-name"
+    )
     service.create(b"first\n")
     service.listen(f"ListenStream={PORT}") if activated else service.start()
     sock = service.connect(PORT, b"0\n")
@@ -389,7 +410,9 @@ def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> N
 
 
 @pytest.mark.parametrize("activated", [False, True])
-def test_a_rotation_restarts_a_service_that_does_not_follow(make_service: MakeService, activated: bool) -> None:
+def test_a_rotation_restarts_a_service_that_does_not_follow(
+    make_service: MakeService, activated: bool
+) -> None:
     """Without --follow-name the service ends and comes back for the new file."""
     service = make_service(PORT="" if activated else str(PORT))
     service.create(b"first\n")
@@ -431,7 +454,8 @@ def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService
     rotate(service, "create 0600 root root")
     line = service.logged("cannot serve")
     assert "mode 0600, user 0 and group 0" in line
-    assert "groups 4," in line  # adm
+    # adm
+    assert "groups 4," in line
     service.append(b"new\n")
     service.machine.run("chgrp", "adm", service.path)
     service.machine.run("chmod", "640", service.path)
@@ -472,7 +496,13 @@ def test_a_port_in_use(make_service: MakeService) -> None:
     """A port that somebody else has is named with a way to find out who; the service is up once it is free."""
     service = make_service(PORT=str(PORT))
     service.create(b"first\n")
-    service.machine.run("systemd-run", "--unit=squatter", "socat", f"TCP-LISTEN:{PORT},reuseaddr,fork", "OPEN:/dev/null")
+    service.machine.run(
+        "systemd-run",
+        "--unit=squatter",
+        "socat",
+        f"TCP-LISTEN:{PORT},reuseaddr,fork",
+        "OPEN:/dev/null",
+    )
     eventually(lambda: service.machine.ask("nc", "-z", "localhost", str(PORT)).returncode == 0)
     service.start(succeeds=False)
     assert service.show("ActiveState") == "activating"
@@ -509,7 +539,8 @@ def test_a_file_that_may_not_be_read(make_service: MakeService) -> None:
     service.create(b"first\n", mode=0o600, group="root")
     service.start(succeeds=False)
     assert "mode 0600, user 0 and group 0" in service.log[-1]
-    assert "groups 4," in service.log[-1]  # adm
+    # adm
+    assert "groups 4," in service.log[-1]
     service.machine.run("chgrp", "adm", service.path)
     service.machine.run("chmod", "640", service.path)
     service.reaches("active")
@@ -549,14 +580,21 @@ def test_a_relay(machine: Machine, make_service: MakeService) -> None:
     pages = operations("contrib/relay/README.md", "relay")
     follow(machine, pages["install"])
     assert_safe(machine, "tailsrv-relay@.service", "tssync@.service")
-    machine.run("sed", "-i", "s/^ORIGIN=.*/ORIGIN=localhost:5321/", "/etc/tailsrv-relay/app.log.env")
+    machine.run(
+        "sed", "-i", "s/^ORIGIN=.*/ORIGIN=localhost:5321/", "/etc/tailsrv-relay/app.log.env"
+    )
     assert follow(machine, pages["start"]).endswith("first")
     relay, sync = "tailsrv-relay@app.log.service", "tssync@app.log.service"
-    pid, sock = machine.run("systemctl", "show", "--value", "--property=MainPID", relay), machine.connect(PORT, b"0\n")
+    pid, sock = (
+        machine.run("systemctl", "show", "--value", "--property=MainPID", relay),
+        machine.connect(PORT, b"0\n"),
+    )
     with sock:
         expect(sock, b"first\n")
         machine.run("systemctl", "kill", "--signal=KILL", sync)
-        eventually(lambda: machine.run("systemctl", "show", "--value", "--property=NRestarts", sync) == "1")
+        eventually(
+            lambda: machine.run("systemctl", "show", "--value", "--property=NRestarts", sync) == "1"
+        )
         machine.run("systemctl", "restart", origin.unit)
         origin.append(b"second\n")
         expect(sock, b"second\n")
@@ -591,7 +629,9 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
     assert said["serve"].endswith("1000")
     assert "Status:" in said["look"]
     assert "serving: path=/var/log/app.log" in said["look"]
-    assert re.search(r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE)
+    assert re.search(
+        r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE
+    )
     assert said["activate"].endswith("new")
     assert machine.run("find", "/etc", "/opt", "-name", "*tailsrv*") == ""
     assert machine.ask("pgrep", "-f", "^tailsrv: ").stdout == ""
@@ -606,7 +646,8 @@ def test_the_readme(boot: Boot) -> None:
     install = re.findall(r"`(apt install .*?)`", page)[0]
     serve, read = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2]
     strip(machine, but=install.split()[2:])
-    follow(machine, install)  # it finds all of them there, for there is no network
+    # it finds all of them there, for there is no network
+    follow(machine, install)
     log = launch(machine, "server", serve)
     eventually(lambda: "waiting for file: path=app.log" in log.read_text(), COMMAND_DEADLINE)
     received = launch(machine, "client", read)
@@ -614,9 +655,11 @@ def test_the_readme(boot: Boot) -> None:
     eventually(lambda: received.read_text() == numbers)
     follow(machine, "echo more >> app.log")
     eventually(lambda: received.read_text() == numbers + "more\n")
-    machine.run("systemctl", "kill", "--signal=INT", "server")  # all of its processes, as Ctrl-C does
+    # all of its processes, as Ctrl-C does
+    machine.run("systemctl", "kill", "--signal=INT", "server")
     state = ("systemctl", "show", "--value", "--property=SubState", "server", "client")
-    eventually(lambda: machine.run(*state).split() == ["exited"] * 2)  # with status 0
+    # with status 0
+    eventually(lambda: machine.run(*state).split() == ["exited"] * 2)
 
 
 def strip(machine: Machine, but: list[str]) -> None:
@@ -629,7 +672,8 @@ def strip(machine: Machine, but: list[str]) -> None:
 
 def launch(machine: Machine, name: str, commands: str) -> Path:
     """Run commands of ours by the letter, as in a terminal of their own; return the file that gets what they print."""
-    machine.run("touch", f"/{name}")  # systemd opens it a moment later
+    # systemd opens it a moment later
+    machine.run("touch", f"/{name}")
     machine.run(
         "systemd-run", f"--unit={name}", "--remain-after-exit", f"--property=StandardOutput=file:/{name}",
         "--working-directory=/root/tailsrv", "bash", "-euc", commands,

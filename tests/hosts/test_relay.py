@@ -33,10 +33,12 @@ TSSYNC = (sys.executable, "-m", "tailsrv.client.tssync")
 CONFIG = ROOT / "contrib" / "relay" / "haproxy.cfg"
 
 
-PORT = 4321  # in a network of our own every port is free
+# in a network of our own every port is free
+PORT = 4321
 
 
-ORIGIN, BALANCER, RELAYS = "10.0.0.1", "10.0.0.10", ("10.0.0.11", "10.0.0.12")  # the last three as in haproxy.cfg
+# the last three as in haproxy.cfg
+ORIGIN, BALANCER, RELAYS = "10.0.0.1", "10.0.0.10", ("10.0.0.11", "10.0.0.12")
 
 
 THROUGH_BALANCER, TO_RELAYS = (f"{BALANCER}:{PORT}",), tuple(f"{relay}:{PORT}" for relay in RELAYS)
@@ -48,7 +50,9 @@ class Program:
     def __init__(self, host: Host, path: Path, *command: str | Path) -> None:
         self.output, self._errors = path.with_suffix(".out"), path.with_suffix(".err")
         with self.output.open("wb") as stdout, self._errors.open("wb") as stderr:
-            self._process = subprocess.Popen([*host.wrapper, *command], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+            self._process = subprocess.Popen(
+                [*host.wrapper, *command], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+            )
 
     @property
     def errors(self) -> str:
@@ -68,7 +72,9 @@ class Program:
 
 def serve(host: Host, path: Path, log: Path) -> Server:
     """Return a tailsrv that serves `path` on `host`, and tells of each client."""
-    return Server([*host.wrapper, *TAILSRV, "-v", "-p", str(PORT), "--follow-name", str(path)], log, status=0)
+    return Server(
+        [*host.wrapper, *TAILSRV, "-v", "-p", str(PORT), "--follow-name", str(path)], log, status=0
+    )
 
 
 class Relay:
@@ -87,7 +93,9 @@ class Relay:
 
     def start_sync(self) -> None:
         """Start tssync."""
-        self.sync = Program(self.host, self._folder / "tssync", *TSSYNC, f"{ORIGIN}:{PORT}", self.copy)
+        self.sync = Program(
+            self.host, self._folder / "tssync", *TSSYNC, f"{ORIGIN}:{PORT}", self.copy
+        )
 
     def kill(self) -> None:
         """Kill both."""
@@ -110,13 +118,16 @@ class Balancer:
         self._socket = folder / "admin.sock"
         self.config = folder / "haproxy.cfg"
         text = CONFIG.read_text().replace("/run/haproxy/admin.sock", str(self._socket))
-        self.config.write_text(text.replace("maxconn 100000", "maxconn 1000"))  # not everybody may have so many descriptors
+        # not everybody may have so many descriptors
+        self.config.write_text(text.replace("maxconn 100000", "maxconn 1000"))
         self.start()
 
     def start(self) -> None:
         """Start it, and wait until it can be asked."""
         self._socket.unlink(missing_ok=True)
-        self.program = Program(self._host, self._folder / "haproxy", "haproxy", "-db", "-f", self.config)
+        self.program = Program(
+            self._host, self._folder / "haproxy", "haproxy", "-db", "-f", self.config
+        )
         eventually(lambda: self.program.is_running() and self._socket.exists())
 
     def finish(self) -> None:
@@ -130,11 +141,14 @@ class Balancer:
             sock.connect(str(self._socket))
             sock.sendall(b"show stat\n")
             lines = recv_all(sock).decode().removeprefix("# ").splitlines()
-        return {row["svname"]: row for row in csv.DictReader(lines) if row["svname"].startswith("relay")}
+        return {
+            row["svname"]: row for row in csv.DictReader(lines) if row["svname"].startswith("relay")
+        }
 
     def has_checked(self, relay: Relay) -> None:
         """Wait until a check has found `relay` well."""
-        eventually(lambda: "L4OK" in self.relays()[relay.name]["check_status"])  # with an asterisk while the next is under way
+        # with an asterisk while the next is under way
+        eventually(lambda: "L4OK" in self.relays()[relay.name]["check_status"])
 
     def sees(self, relay: Relay, status: str) -> None:
         """Wait until it holds `relay` for UP or DOWN."""
@@ -167,7 +181,10 @@ class Tree:
         append(self.file, random_bytes(1 << 20))
         self.origin_host = network.host("origin", ORIGIN, loss=0.01, delay=0.01)
         self.start_origin()
-        self.relays = [Relay(network.host(f"relay{number}", ip), folder / f"relay{number}") for number, ip in enumerate(RELAYS, 1)]
+        self.relays = [
+            Relay(network.host(f"relay{number}", ip), folder / f"relay{number}")
+            for number, ip in enumerate(RELAYS, 1)
+        ]
         for relay in self.relays:
             relay.start()
         self.balancer = Balancer(network.host("balancer", BALANCER), folder)
@@ -259,7 +276,9 @@ def test_checks_are_no_clients(tree: Tree) -> None:
     for relay in tree.relays:
         tree.balancer.has_checked(relay)
         assert len(relay.server.lines("client")) == len(relay.server.lines("client streams"))
-    assert sum(len(relay.server.lines("client streams")) for relay in tree.relays) == len(tree.clients)
+    assert sum(len(relay.server.lines("client streams")) for relay in tree.relays) == len(
+        tree.clients
+    )
 
 
 def test_a_relay_dies(tree: Tree) -> None:

@@ -41,11 +41,23 @@ def network() -> Iterator[Network]:
 
 def start(host: Host, path: Path, *options: str) -> Server:
     """Return a server on `host` that gives peers up in a second."""
-    command: Sequence[str | Path] = [*host.wrapper, sys.executable, "-c", PROGRAM, "-v", "-p", "0", *options, path]
+    command: Sequence[str | Path] = [
+        *host.wrapper,
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "-v",
+        "-p",
+        "0",
+        *options,
+        path,
+    ]
     return Server([*command], path.with_suffix(".err"), status=0)
 
 
-def connect_from(host: Host, to: Host, server: Server, header: bytes, receive_buffer: int = 0) -> socket.socket:
+def connect_from(
+    host: Host, to: Host, server: Server, header: bytes, receive_buffer: int = 0
+) -> socket.socket:
     """Return a connection from `host` to the server, which has read the header if there is one."""
 
     def make() -> socket.socket:
@@ -79,8 +91,14 @@ def test_machines_vanish(network: Network, tmp_path: Path) -> None:
     path.write_bytes(data)
     server = start(ours, path, "--max-clients", "5")
     try:
-        growing, closed = connect_from(theirs, ours, server, b"-0\n"), connect_from(theirs, ours, server, b"0\n", 4096)
-        pauses, far = connect_from(lives, ours, server, b"0\n", 4096), connect_from(slow, ours, server, b"0\n")
+        growing, closed = (
+            connect_from(theirs, ours, server, b"-0\n"),
+            connect_from(theirs, ours, server, b"0\n", 4096),
+        )
+        pauses, far = (
+            connect_from(lives, ours, server, b"0\n", 4096),
+            connect_from(slow, ours, server, b"0\n"),
+        )
         quiet = connect_from(lives, ours, server, b"9999999\n")
         comes = connect_from(lives, ours, server, b"")
         comes.sendall(b"65536\n")

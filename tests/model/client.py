@@ -15,13 +15,18 @@ class Client:
 
     sock: socket.socket
     header: bytes
-    sent: int = 0  # bytes of the header
+    # bytes of the header
+    sent: int = 0
     half_closed: bool = False
-    doomed: bool = False  # it has not sent a header, and now it never will
-    known: bool = False  # to the supervisor
-    may_be_lost: bool = False  # its worker was killed, perhaps before the supervisor knew of it
+    # it has not sent a header, and now it never will
+    doomed: bool = False
+    # to the supervisor
+    known: bool = False
+    # its worker was killed, perhaps before the supervisor knew of it
+    may_be_lost: bool = False
     ended: bool = False
-    stream: Stream | None = None  # once the header has been sent
+    # once the header has been sent
+    stream: Stream | None = None
 
     @property
     def name(self) -> str:

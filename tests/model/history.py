@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-BLOCK = 4096  # bytes that are compared at a time
+# bytes that are compared at a time
+BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,8 @@ class Change:
         if self.offset <= place < self.offset + len(self.old):
             yield self.old[place - self.offset]
             if self.cut:
-                yield 0  # sendfile(2) sends pages, and the kernel clears what a truncation cuts off a page
+                # sendfile(2) sends pages, and the kernel clears what a truncation cuts off a page
+                yield 0
 
 
 class History:
@@ -67,25 +69,34 @@ class History:
         """Tell whether a stream may have `received` from `offset` on, if nothing was sent before the first `since` changes."""
         for start in range(0, len(received), BLOCK):
             part, place = received[start : start + BLOCK], offset + start
-            if part != self.data[place : place + len(part)] and not self._has_been(place, part, since):
+            if part != self.data[place : place + len(part)] and not self._has_been(
+                place, part, since
+            ):
                 return False
         return True
 
     def _has_been(self, offset: int, received: bytes, since: int) -> bool:
-        return all(byte in self.versions(place, since) for place, byte in enumerate(received, offset))
+        return all(
+            byte in self.versions(place, since) for place, byte in enumerate(received, offset)
+        )
 
 
 @dataclass(slots=True)
 class Stream:
     """What is known of one client's stream from the outside, from the moment when its header was whole."""
 
-    header: int  # the number in it
+    # the number in it
+    header: int
     from_end: bool
-    since: int  # none of its bytes was sent before as many changes of the file
-    starts: set[int] = field(default_factory=set)  # where it may start: we cannot know when the header is read
+    # none of its bytes was sent before as many changes of the file
+    since: int
+    # where it may start: we cannot know when the header is read
+    starts: set[int] = field(default_factory=set)
     started: bool = False
-    count: int = 0  # bytes received
-    reach: int = 0  # no byte from here on was sent before the last change, for the file was never longer
+    # bytes received
+    count: int = 0
+    # no byte from here on was sent before the last change, for the file was never longer
+    reach: int = 0
 
     def note_size(self, size: int) -> None:
         """Take in a size that the file has: the header may be read now."""
@@ -118,20 +129,33 @@ class Stream:
     def take(self, received: bytes, history: History) -> None:
         """Take in the next bytes received. Raises AssertionError where no stream from any possible start has them here."""
         self.started = True
-        fitting = {start for start in self.starts if history.allows(start + self.count, received, self.since)}
+        fitting = {
+            start
+            for start in self.starts
+            if history.allows(start + self.count, received, self.since)
+        }
         assert fitting, self.describe_difference(received, history)
         self.starts = fitting
         self.count += len(received)
 
     def describe_difference(self, received: bytes, history: History) -> str:
         """Say where `received` begins to differ from the file, for each possible start."""
-        places = [f"{start}: {self._first_difference(start + self.count, received, history)}" for start in sorted(self.starts)]
-        return f"byte {self.count} of the stream, {len(received)} more received; by its start, " + "; ".join(places)
+        places = [
+            f"{start}: {self._first_difference(start + self.count, received, history)}"
+            for start in sorted(self.starts)
+        ]
+        return (
+            f"byte {self.count} of the stream, {len(received)} more received; by its start, "
+            + "; ".join(places)
+        )
 
     def _first_difference(self, offset: int, received: bytes, history: History) -> str:
         for place, byte in enumerate(received, offset):
             if byte not in history.versions(place, self.since):
-                here, there = received[place - offset :][:20], bytes(history.data[place : place + 20])
+                here, there = (
+                    received[place - offset :][:20],
+                    bytes(history.data[place : place + 20]),
+                )
                 return f"at byte {place} of {history.size} {here!r}, not {there!r}{find(here, history)}"
         return "no difference"
 

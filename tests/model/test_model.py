@@ -51,10 +51,13 @@ OPTIONS = settings(
 )
 
 
-MAX_KILLS = 4  # in one example: more of them, and successors are made to wait
+# in one example: more of them, and successors are made to wait
+MAX_KILLS = 4
 
 
-counts = st.one_of(st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5]))
+counts = st.one_of(
+    st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5])
+)
 
 
 numbers = st.one_of(st.integers(0, 100), st.integers(0, 12_000), st.integers(0, 400_000))
@@ -66,7 +69,19 @@ forms = st.sampled_from([b"%d\n", b"%d\n", b"-%d\n", b"-%d\n", b"-0%d\n", b"+%d\
 headers = st.builds(lambda form, number: form % number, forms, numbers)
 
 
-bad_headers = st.sampled_from([b"\n", b"-\n", b"abc\n", b"1_0\n", b"1e3\n", b"9223372036854775808\n", b"1" * 33, b"5 5\n", b"5\0\n"])
+bad_headers = st.sampled_from(
+    [
+        b"\n",
+        b"-\n",
+        b"abc\n",
+        b"1_0\n",
+        b"1e3\n",
+        b"9223372036854775808\n",
+        b"1" * 33,
+        b"5 5\n",
+        b"5\0\n",
+    ]
+)
 
 
 if_there = precondition(lambda self: self.file is not None)
@@ -87,13 +102,20 @@ class Model(World, RuleBasedStateMachine):
         self.start(linger, size)
         return multiple(World.connect(self, b"0\n"), World.connect(self, b"-0\n"))
 
-    connect = rule(target=clients, header=headers, at_once=st.sampled_from([64, 64, 64, 0, 1, 2]), narrow=st.booleans())(World.connect)  # type: ignore[assignment]
+    connect = rule(
+        target=clients,
+        header=headers,
+        at_once=st.sampled_from([64, 64, 64, 0, 1, 2]),
+        narrow=st.booleans(),
+    )(World.connect)  # type: ignore[assignment]
     connect_badly = rule(target=clients, header=bad_headers)(World.connect_badly)  # type: ignore[assignment]
     send = rule(client=clients, count=st.integers(1, 8))(World.send)
     send_junk = rule(client=clients, count=st.integers(1, 500))(World.send_junk)
     half_close = rule(client=clients)(World.half_close)
     read = rule(client=clients, count=counts)(World.read)
-    leave = rule(client=consumes(clients), how=st.sampled_from(["close", "reset", "vanish"]))(World.leave)
+    leave = rule(client=consumes(clients), how=st.sampled_from(["close", "reset", "vanish"]))(
+        World.leave
+    )
     settle = rule(client=clients)(World.settle)
 
     create = precondition(lambda self: self.file is None)(rule()(World.create))
@@ -104,10 +126,16 @@ class Model(World, RuleBasedStateMachine):
         rule(how=st.sampled_from(["rename", "unlink", "replace"]))(World.move)
     )
 
-    stop = precondition(lambda self: self.file is not None and not self.stopping)(rule()(World.stop))
+    stop = precondition(lambda self: self.file is not None and not self.stopping)(
+        rule()(World.stop)
+    )
     go_on = precondition(lambda self: self.stopping)(rule()(World.go_on))
     kill = precondition(lambda self: self.kills < MAX_KILLS)(
-        rule(slot=st.integers(0, WORKERS - 1), number=st.sampled_from(["SIGKILL", "SIGKILL", "SIGTERM"]), known=st.booleans())(World.kill)
+        rule(
+            slot=st.integers(0, WORKERS - 1),
+            number=st.sampled_from(["SIGKILL", "SIGKILL", "SIGTERM"]),
+            known=st.booleans(),
+        )(World.kill)
     )
     upgrade = precondition(lambda self: self.upgrades < 1)(rule()(World.upgrade))
 
@@ -158,7 +186,9 @@ class Wrong(Model):
 @pytest.mark.thorough
 def test_what_is_printed_is_a_script() -> None:
     """The steps of an example that fails are printed as calls that repeat it."""
-    quick = settings(OPTIONS, phases=[Phase.generate], report_multiple_bugs=False, stateful_step_count=10)
+    quick = settings(
+        OPTIONS, phases=[Phase.generate], report_multiple_bugs=False, stateful_step_count=10
+    )
     with pytest.raises(AssertionError, match="there was a kill") as failure:
         run_state_machine_as_test(Wrong, settings=quick)
     script = "\n".join(failure.value.__notes__).partition("state = ")

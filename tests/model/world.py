@@ -25,7 +25,8 @@ from support.waiting import DEADLINE, eventually
 from tailsrv.config import Timing
 from tailsrv.control import CLIENTS
 
-TCP_REPAIR = 19  # linux/tcp.h: what is closed with this option set sends nothing any more
+# linux/tcp.h: what is closed with this option set sends nothing any more
+TCP_REPAIR = 19
 WORKERS = 2
 
 
@@ -34,16 +35,20 @@ class World:
 
     def __init__(self) -> None:
         super().__init__()
-        atexit.register(self.close)  # where a script fails
+        # where a script fails
+        atexit.register(self.close)
         self.folder = tempfile.TemporaryDirectory(prefix="tailsrv-model-")
         self.path = Path(self.folder.name, "file.log")
         self.history = History()
-        self.file: int | None = None  # the writer's descriptor
+        # the writer's descriptor
+        self.file: int | None = None
         self.living: list[Client] = []
-        self.furthest = 0  # the largest offset that any client may be waiting for
+        # the largest offset that any client may be waiting for
+        self.furthest = 0
         self.stopping, self.stopped = False, list[int]()
         self.kills, self.upgrades, self.moved = 0, 0, False
-        self.base: tuple[int, int] | None = None  # descriptors of supervisor and workers without a client
+        # descriptors of supervisor and workers without a client
+        self.base: tuple[int, int] | None = None
 
     def start(self, linger: bool, size: int | None) -> None:
         """Start the server, on a file of `size` bytes or on none yet."""
@@ -51,7 +56,15 @@ class World:
             self.create()
             self.append(size)
         self.linger = linger
-        command: list[str | Path] = [*TAILSRV, "-p", "0", "-w", str(WORKERS), *self.options(), self.path]
+        command: list[str | Path] = [
+            *TAILSRV,
+            "-p",
+            "0",
+            "-w",
+            str(WORKERS),
+            *self.options(),
+            self.path,
+        ]
         self.server = Server(command, Path(self.folder.name, "stderr"), 0)
         self.port = self.server.port
         if size is not None:
@@ -127,7 +140,8 @@ class World:
             reset(client.sock)
             return
         if how == "vanish" and client.stream and client.due(self.history.size) == 0:
-            with suppress(OSError):  # not everybody may do that
+            # not everybody may do that
+            with suppress(OSError):
                 client.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         client.sock.close()
 
@@ -145,7 +159,10 @@ class World:
     def append(self, count: int) -> None:
         """Append `count` bytes, in one write(2) where nobody counts from an end that we could not know then."""
         data = random.Random(f"{self.history.now} {self.history.size}").randbytes(count)
-        waiting = any(client.stream and client.stream.from_end and not client.stream.started for client in self.living)
+        waiting = any(
+            client.stream and client.stream.from_end and not client.stream.started
+            for client in self.living
+        )
         for piece in in_pages(data, self.history.size) if waiting else [data]:
             self.write(piece, self.history.size)
             self.history.append(piece)
@@ -162,14 +179,17 @@ class World:
     def overwrite(self, before_end: int, count: int) -> None:
         """Change bytes in the middle."""
         offset = max(0, self.history.size - before_end)
-        data = random.Random(f"{self.history.now} {offset}").randbytes(min(count, self.history.size - offset))
+        data = random.Random(f"{self.history.now} {offset}").randbytes(
+            min(count, self.history.size - offset)
+        )
         self.note_change()
         self.history.overwrite(offset, data)
         self.write(data, offset)
 
     def move(self, how: str) -> None:
         """Take the file's name away; it goes on being written and served."""
-        self.server.logged("serving: ")  # a file that it has not found yet would be none that it serves
+        # a file that it has not found yet would be none that it serves
+        self.server.logged("serving: ")
         self.moved = True
         if how == "unlink":
             self.path.unlink()
@@ -223,7 +243,8 @@ class World:
         self.await_serving()
         self.await_known(self.living)
         for client in self.living:
-            self.read(client, 1)  # who was lost shows
+            # who was lost shows
+            self.read(client, 1)
         self.living = [client for client in self.living if not client.ended]
         eventually(self.is_left_alone)
         for client in self.living:
@@ -293,9 +314,20 @@ class World:
             eventually(lambda: self.know(clients))
 
     def know(self, clients: list[Client]) -> bool:
-        starts = {client["peer"]: client["start"] for client in json.loads(ask(f"*:{self.port}{CLIENTS}")[0])["clients"]}
-        missing = [client for client in clients if not client.doomed and not client.ended and not self.is_known(client, starts)]
-        return not [client for client in missing if not (client.may_be_lost and not client.known and client.is_lost())]
+        starts = {
+            client["peer"]: client["start"]
+            for client in json.loads(ask(f"*:{self.port}{CLIENTS}")[0])["clients"]
+        }
+        missing = [
+            client
+            for client in clients
+            if not client.doomed and not client.ended and not self.is_known(client, starts)
+        ]
+        return not [
+            client
+            for client in missing
+            if not (client.may_be_lost and not client.known and client.is_lost())
+        ]
 
     def is_known(self, client: Client, starts: dict[str, int | None]) -> bool:
         """Take in what the supervisor says of `client`, and tell whether it is all that there is to know by now."""
@@ -329,11 +361,15 @@ class World:
             stream.note_change(self.history)
 
     def worker_pids(self) -> list[int]:
-        return [worker["pid"] for worker in status(self.server)["workers"] if worker["pid"] is not None]
+        return [
+            worker["pid"] for worker in status(self.server)["workers"] if worker["pid"] is not None
+        ]
 
     def count_descriptors(self) -> tuple[int, int]:
         """Return how many the supervisor has, and how many all workers."""
-        return open_descriptors(self.server.pid), sum(open_descriptors(pid) for pid in self.worker_pids())
+        return open_descriptors(self.server.pid), sum(
+            open_descriptors(pid) for pid in self.worker_pids()
+        )
 
 
 class FollowingWorld(World):
@@ -357,7 +393,8 @@ class FollowingWorld(World):
         before, began = self.history.size, time.monotonic()
         self.path.rename(self.path.with_name(f"moved-{self.rotations}.log"))
         self.append(reporter)
-        late = time.monotonic() - began > Timing().settle / 2  # then it may go unnoticed
+        # then it may go unnoticed
+        late = time.monotonic() - began > Timing().settle / 2
         for client in self.living:
             if client.stream and not client.ended:
                 self.read_to_the_end(client, before if late else self.history.size)

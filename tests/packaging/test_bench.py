@@ -23,7 +23,9 @@ CHARTS = ("latency.svg", "throughput.svg", "memory.svg", "workers.svg")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason=f"{NOT_INSTALLED}cc")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason=f"{NOT_INSTALLED}cc"
+)
 
 
 # It sends the file once, as its first argument says: with a wrong byte, with one more, or to its end and no further.
@@ -48,7 +50,9 @@ with socket.create_server(("127.0.0.1", int(port)), backlog=100) as listener:
 
 def run_bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, (BENCH, *arguments))]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -62,9 +66,13 @@ def results(folder: Path) -> dict[str, Any]:
 def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
     """A quick run of some scenarios leaves plausible figures, tables with ratios before figures, and four charts."""
     only = ("replay-64", "fanout-10", "mixed-20", "connect-500", "idle-10", "death-1000")
-    done = run_bench("--quick", "--workers", 1, "--no-socat", "--only", ",".join(only), "--output", tmp_path)
+    done = run_bench(
+        "--quick", "--workers", 1, "--no-socat", "--only", ",".join(only), "--output", tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert [f" {name}, round 1 of 1, tailsrv -w 1: " in done.stderr for name in only] == [True] * len(only)
+    assert [f" {name}, round 1 of 1, tailsrv -w 1: " in done.stderr for name in only] == [
+        True
+    ] * len(only)
 
     found = results(tmp_path)
     assert found["machine"]["processors"] == len(os.sched_getaffinity(0))
@@ -72,14 +80,21 @@ def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
     for name, row in found["results"].items():
         figures = row["tailsrv -w 1"]["medians"]
         assert figures, name
-        assert all(value > 0 for key, value in figures.items() if not key.endswith("_per_client")), (name, figures)
+        assert all(
+            value > 0 for key, value in figures.items() if not key.endswith("_per_client")
+        ), (name, figures)
     latency = found["results"]["mixed-20"]["tailsrv -w 1"]["medians"]
     assert latency["p50"] <= latency["p99"]
     assert 10 < found["results"]["idle-10"]["tailsrv -w 1"]["medians"]["pss"] < 200
     assert found["results"]["fanout-10"]["bare sender, 1"]["medians"]["last_p50"] > 0
 
     table = (tmp_path / "results.md").read_text()
-    assert -1 < table.index("## Ratios to tailsrv -w 1") < table.index("## Figures") < table.index("## Headroom of the load generator")
+    assert (
+        -1
+        < table.index("## Ratios to tailsrv -w 1")
+        < table.index("## Figures")
+        < table.index("## Headroom of the load generator")
+    )
     assert "| replay-64 | throughput | 1.00 |" in table
     for name in CHARTS:
         chart = ET.parse(tmp_path / name).getroot()
@@ -92,7 +107,11 @@ def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("wrong", "byte 1000 is wrong"), ("more", "more bytes than the file has"), ("ends", "a stream ended after 4096 bytes")],
+    [
+        ("wrong", "byte 1000 is wrong"),
+        ("more", "more bytes than the file has"),
+        ("ends", "a stream ended after 4096 bytes"),
+    ],
 )
 def test_server_that_lies_is_caught(tmp_path: Path, kind: str, reason: str) -> None:
     """A server that sends a wrong byte, or one too many, or ends its stream, has no figures but a reason."""
@@ -100,7 +119,9 @@ def test_server_that_lies_is_caught(tmp_path: Path, kind: str, reason: str) -> N
     liar.write_text(LIAR)
     command = f"liar={sys.executable} {liar} {kind} {{port}} {{file}}"
     alone = ("--workers", 0, "--no-socat", "--no-bare")
-    done = run_bench("--quick", *alone, "--server", command, "--only", "fanout-10", "--output", tmp_path)
+    done = run_bench(
+        "--quick", *alone, "--server", command, "--only", "fanout-10", "--output", tmp_path
+    )
     assert done.returncode == 1
     assert reason in done.stderr.splitlines()[-1]
     cell = results(tmp_path)["results"]["fanout-10"]["liar"]
@@ -115,7 +136,9 @@ def test_server_that_does_not_start_is_a_finding(tmp_path: Path) -> None:
     """A server that ends at once is reported with its last words."""
     command = """broken=sh -c 'echo no luck with {port} {file}; exit 7'"""
     alone = ("--workers", 0, "--no-socat", "--no-bare")
-    done = run_bench("--quick", *alone, "--server", command, "--only", "idle-10", "--output", tmp_path)
+    done = run_bench(
+        "--quick", *alone, "--server", command, "--only", "idle-10", "--output", tmp_path
+    )
     assert done.returncode == 1
     assert "ended with status 7: no luck with" in done.stderr
 
@@ -140,4 +163,7 @@ def test_without_compiler_it_says_so(tmp_path: Path) -> None:
     """Without a C compiler there is one line, and status 1."""
     done = run_bench("--quick", "--output", tmp_path, CC=str(tmp_path / "cc"))
     assert done.returncode == 1
-    assert done.stderr == f"bench: cannot run the C compiler {tmp_path}/cc: No such file or directory\n"
+    assert (
+        done.stderr
+        == f"bench: cannot run the C compiler {tmp_path}/cc: No such file or directory\n"
+    )

@@ -34,7 +34,9 @@ pytestmark = [pytest.mark.build, pytest.mark.slow]
 
 
 def run(*command: str | Path, **more: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **more})
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **more}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -43,7 +45,16 @@ def run(*command: str | Path, **more: str) -> str:
 def requirements(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the build requires, in a folder."""
     folder = tmp_path_factory.mktemp("requirements")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), *PROJECT["build-system"]["requires"]]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--target",
+        str(folder),
+        *PROJECT["build-system"]["requires"],
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if result.returncode:
         pytest.skip(f"what a build requires cannot be had here: {result.stderr.strip()[-300:]}")
@@ -54,7 +65,11 @@ def requirements(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout: a build leaves its traces."""
     copy = tmp_path_factory.mktemp("sources") / "tailsrv"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"),
+    )
     return copy
 
 
@@ -63,7 +78,18 @@ def call_backend(hook: str, sources: Path, requirements: Path) -> Path:
     out = sources.parent / hook
     script = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
     command = f'cd "$1" && exec "$2" -c "{script}" "$3" "$4"'
-    printed = run("sh", "-c", command, "sh", sources, sys.executable, hook, out, PYTHONPATH=str(requirements), **SURROUNDINGS)
+    printed = run(
+        "sh",
+        "-c",
+        command,
+        "sh",
+        sources,
+        sys.executable,
+        hook,
+        out,
+        PYTHONPATH=str(requirements),
+        **SURROUNDINGS,
+    )
     return out / printed.splitlines()[-1]
 
 
@@ -72,7 +98,8 @@ def share(sources: Path, requirements: Path) -> Path:
     """The folder PREFIX/share as a user gets it who installs the source distribution."""
     sdist = call_backend("build_sdist", sources, requirements)
     out = sources.parent / "wheel"
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, sdist, **SURROUNDINGS)  # isolated: only what is declared
+    # isolated: only what is declared
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, sdist, **SURROUNDINGS)
     (wheel,) = out.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(out)
     return out / f"tailsrv-{tailsrv.__version__}.data/data/share"
@@ -85,12 +112,21 @@ def parser(request: pytest.FixtureRequest) -> ArgumentParser:
 
 
 def options(parser: ArgumentParser) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", parser.format_help().partition("\n\n")[2].partition("options:")[2]))
+    return set(
+        re.findall(
+            r"(?<![\w-])--?[a-z][a-z-]*",
+            parser.format_help().partition("\n\n")[2].partition("options:")[2],
+        )
+    )
 
 
 def texts(parser: ArgumentParser) -> list[str]:
     """Return what the parser's author wrote for its user."""
-    helps = [(action.help or "") % {**vars(action), "prog": parser.prog} for action in parser._actions if action.dest != "help"]
+    helps = [
+        (action.help or "") % {**vars(action), "prog": parser.prog}
+        for action in parser._actions
+        if action.dest != "help"
+    ]
     return [parser.description or "", parser.epilog or "", *helps]
 
 
@@ -107,7 +143,13 @@ def read_page(page: Path) -> str:
 
 def test_parsers_need_only_the_standard_library() -> None:
     """The parsers can be made where no dependency of the server is installed."""
-    run(sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import tailsrv.arguments")
+    run(
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import tailsrv.arguments",
+    )
 
 
 def test_every_command_has_its_files(share: Path) -> None:
@@ -129,7 +171,11 @@ def test_packages_below_the_first_are_installed(tmp_path: Path, requirements: Pa
     """A package that is added within ours needs no list to be found by a build."""
     copy = tmp_path / "sources" / "tailsrv"
     shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "contrib", "docs")
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(
+            ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "contrib", "docs"
+        ),
     )
     (copy / "tailsrv" / "room").mkdir()
     (copy / "tailsrv" / "room" / "__init__.py").touch()
@@ -137,13 +183,25 @@ def test_packages_below_the_first_are_installed(tmp_path: Path, requirements: Pa
     assert "tailsrv/room/__init__.py" in zipfile.ZipFile(wheel).namelist()
 
 
-def test_build_of_a_checkout_keeps_to_its_folder(share: Path, sources: Path, requirements: Path) -> None:
+def test_build_of_a_checkout_keeps_to_its_folder(
+    share: Path, sources: Path, requirements: Path
+) -> None:
     """A wheel made in a checkout has the same files, and making it writes nothing outside what git ignores."""
     before = {path.name for path in sources.iterdir()}
     wheel = call_backend("build_wheel", sources, requirements)
-    names = [name.partition("/share/")[2] for name in zipfile.ZipFile(wheel).namelist() if "/share/" in name]
-    assert sorted(names) == sorted(str(path.relative_to(share)) for path in share.rglob("*") if path.is_file())
-    assert {path.name for path in sources.iterdir()} - before <= {"build", "tailsrv.egg-info", "__pycache__"}
+    names = [
+        name.partition("/share/")[2]
+        for name in zipfile.ZipFile(wheel).namelist()
+        if "/share/" in name
+    ]
+    assert sorted(names) == sorted(
+        str(path.relative_to(share)) for path in share.rglob("*") if path.is_file()
+    )
+    assert {path.name for path in sources.iterdir()} - before <= {
+        "build",
+        "tailsrv.egg-info",
+        "__pycache__",
+    }
 
 
 def test_editable_install_needs_no_files(sources: Path, requirements: Path) -> None:
@@ -191,7 +249,13 @@ def complete_in_bash(share: Path, command: str, *typed: str, folder: Path) -> li
         "$function" "$1" "${@: -1}" "${@: -2:1}"; printf '%s\\n' "${COMPREPLY[@]}"
     """
     source = share / "bash-completion/completions" / command
-    result = subprocess.run(["bash", "-c", script, "bash", source, command, *typed], capture_output=True, text=True, timeout=30, cwd=folder)
+    result = subprocess.run(
+        ["bash", "-c", script, "bash", source, command, *typed],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=folder,
+    )
     return result.stdout.split()
 
 
@@ -210,7 +274,9 @@ def complete_in_bash(share: Path, command: str, *typed: str, folder: Path) -> li
         ("tssync", ["localhost:1", "ap"], ["app.log"]),
     ],
 )
-def test_bash_completes(share: Path, tmp_path: Path, command: str, typed: list[str], offered: list[str]) -> None:
+def test_bash_completes(
+    share: Path, tmp_path: Path, command: str, typed: list[str], offered: list[str]
+) -> None:
     """Bash completes options, choices, and the file's name where a file is meant."""
     (tmp_path / "app.log").touch()
     assert complete_in_bash(share, command, *typed, folder=tmp_path) == offered
@@ -240,6 +306,22 @@ def test_zsh_completes(share: Path, tmp_path: Path, typed: str, shown: str) -> N
     if reason := missing("zsh"):
         pytest.skip(reason)
     (tmp_path / "app.log").touch()
-    command: list[str | Path] = ["zsh", "-f", "-c", ZSH, "zsh", share / "zsh/site-functions", typed, shown]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path, env={**os.environ, "TERM": "dumb"})
+    command: list[str | Path] = [
+        "zsh",
+        "-f",
+        "-c",
+        ZSH,
+        "zsh",
+        share / "zsh/site-functions",
+        typed,
+        shown,
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "dumb"},
+    )
     assert result.stdout.endswith("completed\n"), result

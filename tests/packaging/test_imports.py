@@ -17,7 +17,12 @@ CHECK = "import sys; sys.path.insert(0, ''); from importlinter.cli import lint_i
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     """Check the contracts of the pyproject.toml in `folder`."""
     return subprocess.run(
-        [sys.executable, "-c", CHECK], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE
+        [sys.executable, "-c", CHECK],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=DEADLINE,
     )
 
 
@@ -43,7 +48,9 @@ def test_contracts_are_kept() -> None:
 )
 def test_wrong_import_is_found(tmp_path: Path, module: str, line: str) -> None:
     """An import of what a package is not to know of, or of a system call into a pure module, breaks a contract."""
-    shutil.copytree(ROOT / "tailsrv", tmp_path / "tailsrv", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "tailsrv", tmp_path / "tailsrv", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     source = tmp_path / "tailsrv" / module
     source.write_text(f"{source.read_text()}\n{line}\n")

@@ -20,7 +20,11 @@ from tailsrv.config import DEFAULT_GRACE, ExitStatus
 README = (ROOT / "README.md").read_text()
 
 
-PAGES = sorted(str(page.relative_to(ROOT)) for pages in ("*.md", "docs/*.md", "contrib/*/*.md") for page in ROOT.glob(pages))
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for pages in ("*.md", "docs/*.md", "contrib/*/*.md")
+    for page in ROOT.glob(pages)
+)
 
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
@@ -44,13 +48,19 @@ def section(page: str, heading: str) -> str:
 
 def rows(text: str) -> set[str]:
     """Return the rows of the tables in `text`, without what separates them from their heads."""
-    return {line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")}
+    return {
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")
+    }
 
 
 def blocks(language: str) -> dict[str, str]:
     """Return the pages' fenced blocks in that language, by page and number."""
     pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    return {f"{page} {number}": block for page in PAGES for number, block in enumerate(pattern.findall(read(page)))}
+    return {
+        f"{page} {number}": block
+        for page in PAGES
+        for number, block in enumerate(pattern.findall(read(page)))
+    }
 
 
 def prose(page: str) -> str:
@@ -89,18 +99,34 @@ def test_version_is_that_of_the_installed_package() -> None:
 def test_both_ways_to_start_agree() -> None:
     """The console script and `python -m tailsrv` are the same program."""
     script = Path(sysconfig.get_path("scripts")) / "tailsrv"
-    assert run(str(script), "--version") == run(sys.executable, "-m", "tailsrv", "--version") == f"tailsrv {tailsrv.__version__}\n"
+    assert (
+        run(str(script), "--version")
+        == run(sys.executable, "-m", "tailsrv", "--version")
+        == f"tailsrv {tailsrv.__version__}\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("tailsrv", "__main__"), ("tailsrv-health", "health.main"), ("tscat", "client.tscat"), ("tssync", "client.tssync")],
+    [
+        ("tailsrv", "__main__"),
+        ("tailsrv-health", "health.main"),
+        ("tscat", "client.tscat"),
+        ("tssync", "client.tssync"),
+    ],
 )
 def test_console_script_is_declared(command: str, module: str) -> None:
     """The installed package brings its commands, and each is there and says its version."""
-    scripts = importlib.metadata.distribution("tailsrv").entry_points.select(group="console_scripts")
-    assert (command, f"tailsrv.{module}:main") in [(script.name, script.value) for script in scripts]
-    assert run(str(Path(sysconfig.get_path("scripts")) / command), "--version") == f"{command} {tailsrv.__version__}\n"
+    scripts = importlib.metadata.distribution("tailsrv").entry_points.select(
+        group="console_scripts"
+    )
+    assert (command, f"tailsrv.{module}:main") in [
+        (script.name, script.value) for script in scripts
+    ]
+    assert (
+        run(str(Path(sysconfig.get_path("scripts")) / command), "--version")
+        == f"{command} {tailsrv.__version__}\n"
+    )
 
 
 def test_supported_pythons_are_said_once() -> None:
@@ -116,7 +142,9 @@ def test_supported_pythons_are_said_once() -> None:
 def test_classified_pythons_are_checked() -> None:
     """Every Python that the classifiers name is one that `.ci/run` looks for."""
     pythons = re.findall(r"Python :: (3\.\d+)", "\n".join(project()["classifiers"]))
-    assert re.findall(r"^for version in (.*); do$", (ROOT / ".ci/run").read_text(), re.MULTILINE) == [" ".join(pythons)]
+    assert re.findall(
+        r"^for version in (.*); do$", (ROOT / ".ci/run").read_text(), re.MULTILINE
+    ) == [" ".join(pythons)]
 
 
 def test_runtime_dependencies_are_three() -> None:
@@ -140,7 +168,9 @@ def test_readme_start_command_serves() -> None:
     assert make_parser().parse_args(command[1:]).path == "app.log"
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"--[a-z][a-z-]+", make_parser().format_help()))))
+@pytest.mark.parametrize(
+    "option", sorted(set(re.findall(r"--[a-z][a-z-]+", make_parser().format_help())))
+)
 def test_readme_explains_every_option(option: str) -> None:
     """Every long option that the program takes is in the README's table."""
     assert re.search(rf"^\| .*`{option}[ `]", section("README.md", "Options"), re.MULTILINE)
@@ -154,7 +184,9 @@ def test_readme_names_no_option_that_is_not_there() -> None:
 
 def test_readme_says_the_default_grace() -> None:
     """The README's default for --grace is the program's."""
-    assert re.search(rf"^\| `--grace SECONDS` .*; {DEFAULT_GRACE:g} by default \|$", README, re.MULTILINE)
+    assert re.search(
+        rf"^\| `--grace SECONDS` .*; {DEFAULT_GRACE:g} by default \|$", README, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("status", ExitStatus)
@@ -177,7 +209,9 @@ def test_readme_is_read_in_five_minutes() -> None:
 
 def test_manual_lists_its_pages() -> None:
     """The manual's table of contents names every page of it."""
-    assert {str(page.name) for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(links("docs/README.md"))
+    assert {str(page.name) for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(
+        links("docs/README.md")
+    )
 
 
 def test_examples_are_of_this_version() -> None:
@@ -201,7 +235,8 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_headings_are_told_apart(page: str) -> None:
     """No page has two headings that a link could not tell apart."""
     headings = re.findall(r"^##+ (.*)$", prose(page), re.MULTILINE)
-    if page != "CHANGELOG.md":  # each version has the same headings there
+    # each version has the same headings there
+    if page != "CHANGELOG.md":
         assert len(headings) == len(anchors(page)) - 1
 
 
@@ -221,7 +256,9 @@ def test_shell_in_the_pages_is_shell(commands: str) -> None:
 def test_what_root_installs_can_be_run_by_others(page: str) -> None:
     """Whatever a page installs into /opt, it installs with a umask that lets the service's user run it."""
     spans = re.findall(r"`([^`]+)`", read(page).replace("```", "`"))
-    installs = [span.removeprefix("sh\n") for span in spans if "/opt/tailsrv/bin/pip install" in span]
+    installs = [
+        span.removeprefix("sh\n") for span in spans if "/opt/tailsrv/bin/pip install" in span
+    ]
     assert [commands for commands in installs if not re.match(r"umask 022[;\n]", commands)] == []
     if page in ("docs/operations.md", "contrib/relay/README.md"):
         assert installs

@@ -40,26 +40,43 @@ FILES = {
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Return a folder with a small project that has our rules."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\naddopts = --strict-markers -p no:cacheprovider -p xdist.plugin\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\ntestpaths = tests\naddopts = --strict-markers -p no:cacheprovider -p xdist.plugin\n"
+    )
     (tests := tmp_path / "tests").mkdir()
     (tests / "conftest.py").write_text('pytest_plugins = ["support.selection"]\n')
     for name, text in FILES.items():
         lines = [line.removeprefix(8 * " ") for line in text.splitlines()]
-        (tests / name).write_text("import pytest\nfrom support.tools import missing\n" + "\n".join(lines))
+        (tests / name).write_text(
+            "import pytest\nfrom support.tools import missing\n" + "\n".join(lines)
+        )
     return tmp_path
 
 
 def run(project: Path, *arguments: str) -> str:
     """Return what pytest prints in `project`."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = {**inherited, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    environment = {
+        **inherited,
+        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     command = [sys.executable, "-m", "pytest", "-v", *arguments]
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=120
+    ).stdout
 
 
 def passed(output: str) -> set[str]:
     """Return the tests that have passed, as pytest -v prints them, of one process or of several."""
-    return {name for line in output.splitlines() if " PASSED " in line for name in re.findall(r"::(test_[\w[\]]+)", line)}
+    return {
+        name
+        for line in output.splitlines()
+        if " PASSED " in line
+        for name in re.findall(r"::(test_[\w[\]]+)", line)
+    }
 
 
 @pytest.mark.slow
@@ -73,7 +90,13 @@ def test_plain_run(project: Path) -> None:
     (command,) = re.findall("^to run them: (.*)$", output, re.MULTILINE)
     assert command == f"{sys.executable} -m pytest -v -m 'machine or thorough'"
     output = run(project, *shlex.split(command)[3:])
-    assert passed(output) == {"test_thorough", "test_one", "test_two", "test_cases[c]", "test_cases[d]"}
+    assert passed(output) == {
+        "test_thorough",
+        "test_one",
+        "test_two",
+        "test_cases[c]",
+        "test_cases[d]",
+    }
     assert "left out: " not in output
 
 
@@ -82,7 +105,14 @@ def test_plain_run(project: Path) -> None:
 def test_named_file_in_several_processes(project: Path) -> None:
     """In a file that is named on the command line nothing is left out, and what several processes left out is counted once."""
     output = run(project, "-n", "2", "tests/test_booted.py::test_two", "tests")
-    assert passed(output) == {"test_plain", "test_there", "test_two", "test_one", "test_cases[a]", "test_cases[b]"}
+    assert passed(output) == {
+        "test_plain",
+        "test_there",
+        "test_two",
+        "test_one",
+        "test_cases[a]",
+        "test_cases[b]",
+    }
     assert f"left out: 3 thorough: they {LEFT_OUT['thorough']}\n" in output
     assert "left out: 2 machine: " not in output
 
@@ -110,7 +140,13 @@ def test_ci_runs_everything() -> None:
 
 def test_skipped_lines() -> None:
     """Reasons are counted, the most frequent first, and of tools we say what to install."""
-    reasons = ["needs root, to mount", "no IPv6", "no machine: not root", f"no hosts: {NOT_INSTALLED}ip, strace", f"{NOT_INSTALLED}strace"]
+    reasons = [
+        "needs root, to mount",
+        "no IPv6",
+        "no machine: not root",
+        f"no hosts: {NOT_INSTALLED}ip, strace",
+        f"{NOT_INSTALLED}strace",
+    ]
     assert skipped_lines(reasons) == [
         "skipped: 2: needs root",
         "skipped: 1: no IPv6",
@@ -132,7 +168,13 @@ def test_skipped_lines() -> None:
         ([f"test_{number}.py" for number in range(9)], 2, 4),
     ],
 )
-def test_parallel_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], processors: int, expected: int) -> None:
+def test_parallel_processes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    processors: int,
+    expected: int,
+) -> None:
     """All tests run in more processes than there are processors, and those of a single file here, where a debugger can be."""
     (tmp_path / "tests").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -27,8 +27,21 @@ SOAK = ROOT / "contrib" / "soak" / "soak.py"
 
 def soak(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Run a soak of seconds, and return its exit status and its summary."""
-    command = [sys.executable, str(SOAK), "--minutes", "0.05", "--seed", "7", "--folder", str(folder), "--json", str(folder / "summary")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=5 * DEADLINE)
+    command = [
+        sys.executable,
+        str(SOAK),
+        "--minutes",
+        "0.05",
+        "--seed",
+        "7",
+        "--folder",
+        str(folder),
+        "--json",
+        str(folder / "summary"),
+    ]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=5 * DEADLINE
+    )
     assert "Traceback" not in done.stderr, done.stderr
     summary: dict[str, Any] = json.loads((folder / "summary").read_text())
     assert done.stdout.startswith("OK: " if summary["ok"] else "WRONG: "), done.stdout
@@ -43,7 +56,11 @@ def test_soak(tmp_path: Path) -> None:
     assert (status, summary["reasons"]) == (0, [])
     assert summary["tally"]["checked"] > 1 << 20
     assert sum(summary["tally"]["faults"].values()) >= 3
-    assert summary["start"]["descriptors"] == summary["end"]["descriptors"] < summary["peak"]["descriptors"]
+    assert (
+        summary["start"]["descriptors"]
+        == summary["end"]["descriptors"]
+        < summary["peak"]["descriptors"]
+    )
 
 
 LIAR = """\
@@ -85,10 +102,25 @@ BEFORE = Sample(processes=3, pss=20 << 20, descriptors=33, threads=3, sockets=0)
     [
         (BEFORE, Tally(checked=1), 0, None),
         (replace(BEFORE, pss=25 << 20, sockets=1 << 30), Tally(checked=1), 0, None),
-        (replace(BEFORE, pss=30 << 20), Tally(checked=1), 0, "memory has grown from 20.0 to 30.0 MiB"),
-        (replace(BEFORE, descriptors=34), Tally(checked=1), 0, "descriptors: 33 at the start, 34 at the end"),
+        (
+            replace(BEFORE, pss=30 << 20),
+            Tally(checked=1),
+            0,
+            "memory has grown from 20.0 to 30.0 MiB",
+        ),
+        (
+            replace(BEFORE, descriptors=34),
+            Tally(checked=1),
+            0,
+            "descriptors: 33 at the start, 34 at the end",
+        ),
         (replace(BEFORE, threads=4), Tally(checked=1), 0, "threads: 3 at the start, 4 at the end"),
-        (None, Tally(checked=1), 0, "the server's memory and descriptors are not known at the start and at the end"),
+        (
+            None,
+            Tally(checked=1),
+            0,
+            "the server's memory and descriptors are not known at the start and at the end",
+        ),
         (BEFORE, Tally(checked=1), 3, "the server ended with status 3"),
         (BEFORE, Tally(), 0, "no byte was checked"),
         (BEFORE, Tally(checked=1, wrong=["this"]), 0, "this"),
@@ -96,7 +128,9 @@ BEFORE = Sample(processes=3, pss=20 << 20, descriptors=33, threads=3, sockets=0)
 )
 def test_reasons(end: Sample | None, tally: Tally, status: int, reason: str | None) -> None:
     """What has grown, and whatever else was wrong, is a reason."""
-    summary = Summary("tailsrv", 1, 60.0, 1000, status, tally, BEFORE, end, peak=BEFORE, log_lines=9, bad_lines=[])
+    summary = Summary(
+        "tailsrv", 1, 60.0, 1000, status, tally, BEFORE, end, peak=BEFORE, log_lines=9, bad_lines=[]
+    )
     assert summary.reasons() == ([reason] if reason else [])
     assert json.loads(summary.json())["ok"] is not bool(reason)
     assert (reason or "OK: ") in summary.text()
@@ -118,7 +152,9 @@ def test_reasons(end: Sample | None, tally: Tally, status: int, reason: str | No
 )
 def test_usage(options: list[str]) -> None:
     """A wrong command line is told as such."""
-    done = subprocess.run([sys.executable, str(SOAK), *options], capture_output=True, text=True, timeout=DEADLINE)
+    done = subprocess.run(
+        [sys.executable, str(SOAK), *options], capture_output=True, text=True, timeout=DEADLINE
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
 
@@ -126,7 +162,12 @@ def test_usage(options: list[str]) -> None:
 def test_content_is_found_by_its_bytes() -> None:
     """Wherever a piece begins, its first bytes tell where it is from; what is from elsewhere is known as such."""
     content, dice = Content(1), random.Random(1)
-    for generation, offset in [(0, 0), (0, 1), (3, BLOCK - 1), *((dice.randrange(9), dice.randrange(1 << 45)) for _ in range(200))]:
+    for generation, offset in [
+        (0, 0),
+        (0, 1),
+        (3, BLOCK - 1),
+        *((dice.randrange(9), dice.randrange(1 << 45)) for _ in range(200)),
+    ]:
         assert content.locate(content.read(generation, offset, LOCATE)) == (generation, offset)
     assert content.locate(dice.randbytes(LOCATE)) is None
     assert content.locate(Content(2).read(0, 0, LOCATE)) is None
@@ -143,7 +184,9 @@ def test_content_is_the_same_in_pieces() -> None:
 
 
 @pytest.mark.parametrize(("ago", "right"), [(0.0, True), (10.0, False)])
-def test_old_file_for_who_comes_before_a_rotation_is_noticed(tmp_path: Path, ago: float, right: bool) -> None:
+def test_old_file_for_who_comes_before_a_rotation_is_noticed(
+    tmp_path: Path, ago: float, right: bool
+) -> None:
     """A stream of the file before is right for somebody who came with the rotation, and not for who came later."""
     file, tally = GrowingFile(tmp_path / "file", Content(1)), Tally()
     with closing(file), tcp_pair() as (near, far):

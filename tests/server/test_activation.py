@@ -57,7 +57,9 @@ def test_one_each(serve: Serve, path: Path) -> None:
     assert [listener["slot"] for listener in status_of(server)["listeners"]] == [0, 1]
     for _ in range(40):
         expect(server.connect(b"0\n"), DATA)
-    slots = Counter(line.partition(" slot=")[2].split()[0] for line in server.lines("client streams: "))
+    slots = Counter(
+        line.partition(" slot=")[2].split()[0] for line in server.lines("client streams: ")
+    )
     assert min(slots["0"], slots["1"]) > 0
 
 
@@ -127,19 +129,26 @@ def test_title_is_set(serve: Serve, path: Path) -> None:
 # What is wrong
 
 
-@pytest.mark.parametrize("option", [("-p", "0"), ("--bind", "127.0.0.1"), ("-p", "0", "--bind", "127.0.0.1")])
+@pytest.mark.parametrize(
+    "option", [("-p", "0"), ("--bind", "127.0.0.1"), ("-p", "0", "--bind", "127.0.0.1")]
+)
 def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     """A port or an address together with sockets is a usage error: one of them is a mistake."""
     ended = run_tailsrv(*option, path, wrapper=activated("tcp4"))
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("tailsrv: error: -p/--port and --bind do not go with the sockets")
+    assert ended.stderr.splitlines()[-1].startswith(
+        "tailsrv: error: -p/--port and --bind do not go with the sockets"
+    )
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("file", "descriptor 3, passed by the service manager, is no socket: Socket operation on non-socket"),
+        (
+            "file",
+            "descriptor 3, passed by the service manager, is no socket: Socket operation on non-socket",
+        ),
         ("none", "descriptor 3, passed by the service manager, is no socket: Bad file descriptor"),
         ("udp", "descriptor 3, passed by the service manager, is no listening TCP socket"),
         ("unix", "descriptor 3, passed by the service manager, is no listening TCP socket"),
@@ -183,7 +192,15 @@ def test_not_for_us(path: Path, variables: dict[str, str]) -> None:
 @pytest.mark.parametrize(("started", "hint"), [("", False), ("1", False), ("$$", True)])
 def test_hint_for_the_service_file(path: Path, started: str, hint: bool) -> None:
     """A process that the service manager started itself, without a socket for it, is told where the port may be set."""
-    ended = run_tailsrv(path, wrapper=("sh", "-c", f'export LISTEN_FDS=1 LISTEN_PID=1 SYSTEMD_EXEC_PID={started}; exec "$@"', "sh"))
+    ended = run_tailsrv(
+        path,
+        wrapper=(
+            "sh",
+            "-c",
+            f'export LISTEN_FDS=1 LISTEN_PID=1 SYSTEMD_EXEC_PID={started}; exec "$@"',
+            "sh",
+        ),
+    )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(NO_PORT)
     assert ("/etc/tailsrv/" in ended.stderr) is hint
@@ -202,7 +219,12 @@ def test_passed_sockets_listen_on(path: Path) -> None:
     """A server that drains leaves the service manager's sockets as they are: whoever connects then is for the next start."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-c", PASS, str(listener.fileno()), *TAILSRV, str(path)]
-        with subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        with subprocess.Popen(
+            command,
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as server:
             with connect(listener.getsockname()[1], b"0\n") as client:
                 expect(client, DATA)
                 server.send_signal(signal.SIGTERM)

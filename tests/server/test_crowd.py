@@ -14,16 +14,20 @@ from support.waiting import DEADLINE, eventually
 CROWD = 20_000
 
 
-SPARE = 200  # descriptors that this process, a worker or the supervisor has beside the clients'
+# descriptors that this process, a worker or the supervisor has beside the clients'
+SPARE = 200
 
 
-WINDOW = 1000  # connections that wait at a time: fewer than a worker's backlog
+# connections that wait at a time: fewer than a worker's backlog
+WINDOW = 1000
 
 
-PER_ADDRESS = 10_000  # clients from one loopback address, whose ports end at some 28,000
+# clients from one loopback address, whose ports end at some 28,000
+PER_ADDRESS = 10_000
 
 
-RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: gone at once, and no port is left waiting
+# SO_LINGER: gone at once, and no port is left waiting
+RESET = b"\1\0\0\0\0\0\0\0"
 
 
 def join(port: int, number: int) -> socket.socket:
@@ -31,7 +35,8 @@ def join(port: int, number: int) -> socket.socket:
     sock = socket.socket()
     sock.settimeout(DEADLINE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT, which socket does not name
+    # IP_BIND_ADDRESS_NO_PORT, which socket does not name
+    sock.setsockopt(socket.IPPROTO_IP, 24, 1)
     sock.bind((f"127.0.0.{2 + number // PER_ADDRESS}", 0))
     sock.connect(("127.0.0.1", port))
     sock.sendall(b"0\n")
@@ -40,12 +45,16 @@ def join(port: int, number: int) -> socket.socket:
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_one_append_reaches_a_crowd(serve: Serve, path: Path, descriptors: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_append_reaches_a_crowd(
+    serve: Serve, path: Path, descriptors: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """20,000 clients, or as many as there are descriptors for, are all protected and all get what is appended."""
     count = min(CROWD, descriptors - SPARE)
     if count < CROWD:
         with capsys.disabled():
-            print(f"\n{count:,} clients, not {CROWD:,}: a process may have {descriptors:,} descriptors")
+            print(
+                f"\n{count:,} clients, not {CROWD:,}: a process may have {descriptors:,} descriptors"
+            )
     before, after = random_bytes(100, 1), random_bytes(100, 2)
     append(path, before)
     server = serve(path, "-w", "2")

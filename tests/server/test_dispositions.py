@@ -65,7 +65,17 @@ INSTALLED = {
 }
 
 
-DEADLY = ("SIGILL", "SIGTRAP", "SIGABRT", "SIGBUS", "SIGFPE", "SIGKILL", "SIGSEGV", "SIGXCPU", "SIGSYS")
+DEADLY = (
+    "SIGILL",
+    "SIGTRAP",
+    "SIGABRT",
+    "SIGBUS",
+    "SIGFPE",
+    "SIGKILL",
+    "SIGSEGV",
+    "SIGXCPU",
+    "SIGSYS",
+)
 
 
 SILENT = ("SIGPIPE", "SIGCHLD", "SIGCONT", "SIGTTOU", "SIGURG", "SIGXFSZ", "SIGWINCH")
@@ -110,7 +120,9 @@ def test_the_server_survives_what_has_no_meaning(serve: Serve, path: Path) -> No
         for number in STRAY:
             os.kill(pid, number)
     for number in STRAY:
-        server.logged("warning: ignored a signal ", f" signal={name_of(number)} hint=", "HUP upgrades")
+        server.logged(
+            "warning: ignored a signal ", f" signal={name_of(number)} hint=", "HUP upgrades"
+        )
         server.logged("warning: ignored a signal ", f" signal={name_of(number)} slot=0 hint=")
     append(path, NEWS)
     expect(client, NEWS)
@@ -139,7 +151,13 @@ def test_the_server_survives_what_is_not_worth_a_line(serve: Serve, path: Path) 
 def test_only_some_of_a_flood_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each signal has one line in ten seconds, however often it comes."""
     stray = StraySignals(slot=3)
-    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1, signal.SIGRTMIN + 3):
+    for number in (
+        signal.SIGUSR1,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGUSR1,
+        signal.SIGRTMIN + 3,
+    ):
         stray.note(number)
     messages = [record.getMessage() for record in caplog.records]
     assert [message.partition(" signal=")[2].split(" hint=")[0] for message in messages] == [
@@ -196,7 +214,9 @@ def test_power_fails(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_group_is_signalled_while_an_upgrade_is_checked(serve: Serve, path: Path, tmp_path: Path) -> None:
+def test_a_group_is_signalled_while_an_upgrade_is_checked(
+    serve: Serve, path: Path, tmp_path: Path
+) -> None:
     """A signal for all processes of the service does not fail the check of an upgrade."""
     gate, script = tmp_path / "gate", tmp_path / "program.py"
     os.mkfifo(gate)
@@ -232,14 +252,17 @@ def test_clients_are_told_all_the_same(serve: Serve, path: Path, tmp_path: Path)
     """A child that tells about the clients survives what means nothing, and answers."""
     hold = tmp_path / "hold"
     hold.mkdir()
-    server = serve(path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=(sys.executable, str(HELD)))
+    server = serve(
+        path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=(sys.executable, str(HELD))
+    )
     server.workers(1)
     (hold / "status").touch()
     with socket.socket(socket.AF_UNIX) as asker:
         asker.settimeout(DEADLINE)
         asker.connect(f"\0tailsrv:*:{server.port}/clients")
         (child,) = eventually(lambda: stopped(server.pid))
-        for number in STRAY - {signal.SIGALRM}:  # this one ends it if the asker does not read
+        # this one ends it if the asker does not read
+        for number in STRAY - {signal.SIGALRM}:
             os.kill(child, number)
         os.kill(child, signal.SIGCONT)
         assert recv_all(asker).endswith(b"\n")
@@ -247,7 +270,9 @@ def test_clients_are_told_all_the_same(serve: Serve, path: Path, tmp_path: Path)
 
 def stopped(pid: int) -> list[int]:
     """Return the stopped children of the process `pid`."""
-    found = [child for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_STOPPED]
+    found = [
+        child for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_STOPPED
+    ]
     return [child.pid for child in found]
 
 

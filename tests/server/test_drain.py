@@ -19,7 +19,8 @@ from support.waiting import eventually
 DATA = random_bytes(1000)
 
 
-BIG = random_bytes(16 << 20)  # more than the kernel takes for a client that does not read
+# more than the kernel takes for a client that does not read
+BIG = random_bytes(16 << 20)
 
 
 Ending = Callable[[Server, Path], None]
@@ -166,7 +167,8 @@ def test_accept_queue(serve: Serve, path: Path, end: Ending) -> None:
     server = serve(path, "-w", "2")
     workers = server.workers(2)
     stop(workers[0])
-    if end is not delete_file:  # somebody has to see it
+    # somebody has to see it
+    if end is not delete_file:
         stop(workers[1])
     clients = [server.connect(b"%d\n" % start) for start in range(200)]
     end(server, path)
@@ -242,7 +244,9 @@ def test_nobody_is_let_in_while_draining(serve: Serve, path: Path, end: Ending) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_after_the_file_has_gone(serve: Serve, path: Path, number: signal.Signals) -> None:
+def test_first_signal_after_the_file_has_gone(
+    serve: Serve, path: Path, number: signal.Signals
+) -> None:
     """Who is being served to the end of a file that is gone is so still when the server is told to end; a second signal ends it at once."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "60")
@@ -311,7 +315,11 @@ def test_accept_queue_of_a_worker_that_dies_with_its_notice(serve: Serve, path: 
     stop(server.pid)
     before = switches(worker)
     path.unlink()
-    eventually(lambda: switches(worker) > before and psutil.Process(worker).status() == psutil.STATUS_SLEEPING)
+    eventually(
+        lambda: (
+            switches(worker) > before and psutil.Process(worker).status() == psutil.STATUS_SLEEPING
+        )
+    )
     os.kill(worker, signal.SIGKILL)
     eventually(lambda: gone(worker))
     clients = [server.connect(b"0\n") for _ in range(100)]
@@ -327,7 +335,8 @@ def test_accept_queue_of_a_worker_that_ends_before_its_order(serve: Serve, path:
     server = serve(path)
     [worker] = server.workers(1)
     with strace(worker, "exit_group:delay_enter=300000"):
-        os.kill(worker, signal.SIGTERM)  # without an order it ends as in a crash: for longer than the supervisor takes to send one
+        # without an order it ends as in a crash: for longer than the supervisor takes to send one
+        os.kill(worker, signal.SIGTERM)
         eventually(lambda: psutil.Process(worker).status() == psutil.STATUS_TRACING_STOP)
         clients = [server.connect(b"0\n") for _ in range(100)]
         server.signal(signal.SIGTERM)

@@ -64,7 +64,8 @@ class Gate:
     def _open(self) -> int | None:
         try:
             return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # the program has not opened it yet
+        except OSError:
+            # the program has not opened it yet
             return None
 
     def go_on(self) -> None:
@@ -85,13 +86,19 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 
 def blocked(pid: int) -> set[int]:
     """Return the signals that the process `pid` holds back: proc_pid_status(5)."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigBlk:"))
+    line = next(
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("SigBlk:")
+    )
     mask = int(line.split()[1], 16)
     return {number for number in range(1, 65) if mask >> number - 1 & 1}
 
 
 @pytest.mark.parametrize("program", [SCRIPT, TAILSRV], ids=["command", "module"])
-def test_signals_are_held_back_before_the_program_is_imported(serve: Serve, path: Path, gate: Gate, program: Sequence[str]) -> None:
+def test_signals_are_held_back_before_the_program_is_imported(
+    serve: Serve, path: Path, gate: Gate, program: Sequence[str]
+) -> None:
     """Before the imports, which take longest, signals wait: all that can."""
     server = serve(path, status=-signal.SIGTERM, wrapper=gate.wrapper(AT_IMPORT), program=program)
     gate.reached()
@@ -102,7 +109,9 @@ def test_signals_are_held_back_before_the_program_is_imported(serve: Serve, path
 
 
 @pytest.mark.parametrize("place", [AT_IMPORT, AT_LOOKUP], ids=["import", "lookup"])
-def test_init_of_a_container_is_ended_while_it_starts(serve: Serve, path: Path, gate: Gate, place: str) -> None:
+def test_init_of_a_container_is_ended_while_it_starts(
+    serve: Serve, path: Path, gate: Gate, place: str
+) -> None:
     """TERM for PID 1, which the kernel discards if there is no handler, drains the server."""
     if not runs(*NEW_PID_NAMESPACE, "true"):
         pytest.skip("no new PID namespace can be had")
@@ -117,10 +126,14 @@ def test_init_of_a_container_is_ended_while_it_starts(serve: Serve, path: Path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-def test_a_name_server_does_not_answer(serve: Serve, path: Path, gate: Gate, number: signal.Signals) -> None:
+def test_a_name_server_does_not_answer(
+    serve: Serve, path: Path, gate: Gate, number: signal.Signals
+) -> None:
     """A server that looks up a name ends at once and without a traceback; USR1 does not end it."""
     no_cores = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
-    server = serve(path, "--bind", "localhost", status=-number, wrapper=(*no_cores, *gate.wrapper(AT_LOOKUP)))
+    server = serve(
+        path, "--bind", "localhost", status=-number, wrapper=(*no_cores, *gate.wrapper(AT_LOOKUP))
+    )
     gate.reached()
     server.signal(signal.SIGUSR1)
     server.signal(number)

@@ -26,7 +26,15 @@ DATA = random_bytes(1000)
 NEWS = b"appended in the end"
 
 
-NO_INOTIFY = ("unshare", "--user", "--map-root-user", "sh", "-c", 'echo 0 > /proc/sys/user/max_inotify_instances && exec "$@"', "sh")
+NO_INOTIFY = (
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "sh",
+    "-c",
+    'echo 0 > /proc/sys/user/max_inotify_instances && exec "$@"',
+    "sh",
+)
 
 
 def refused(port: int) -> bool:
@@ -108,8 +116,11 @@ def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind:
     server.logged("waiting for file")
     make_odd(path, kind)
     server.wait()
-    assert len(server.lines(f"critical: cannot serve: path={path} reason='not a regular file'")) == 1
-    with pytest.raises(ConnectionResetError):  # it has waited in the accept queue
+    assert (
+        len(server.lines(f"critical: cannot serve: path={path} reason='not a regular file'")) == 1
+    )
+    # it has waited in the accept queue
+    with pytest.raises(ConnectionResetError):
         client.recv(1)
 
 
@@ -122,7 +133,10 @@ def test_unreadable(open_folder: Path) -> None:
     path.chmod(0)
     ended = run_tailsrv("-p", "0", path, wrapper=wrapper)
     (line,) = ended.stderr.splitlines()
-    assert f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and we are " in line
+    assert (
+        f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and we are "
+        in line
+    )
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
@@ -137,7 +151,14 @@ def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> Non
     hidden.chmod(0)
     hidden.rename(path)
     server.wait()
-    assert len(server.lines(f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, ")) == 1
+    assert (
+        len(
+            server.lines(
+                f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, "
+            )
+        )
+        == 1
+    )
 
 
 # Another program has a lease on it
@@ -146,7 +167,8 @@ def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> Non
 @contextmanager
 def leased(path: Path) -> Iterator[None]:
     """Hold a lease on a file, as Samba does: whoever opens it is told to come again."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to give it up
+    # the kernel's request to give it up
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with path.open("rb+") as file:
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -193,7 +215,9 @@ def test_grows(serve: Serve, path: Path) -> None:
     path.touch()
     server = serve(path, "-w", "2")
     clients = [server.connect(b"0\n") for _ in range(20)]
-    for turn, size in enumerate([1, 10, 100, 4095, 4096, 4097, 65536, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20, 1]):
+    for turn, size in enumerate(
+        [1, 10, 100, 4095, 4096, 4097, 65536, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20, 1]
+    ):
         append(path, reporter := random_bytes(size, turn))
         for client in clients:
             expect(client, reporter)
@@ -275,7 +299,14 @@ def move_folder(path: Path) -> None:
 Action = Callable[[Path], None]
 
 
-WAYS_TO_GO: list[Action] = [delete, move_away, replace, move_away_and_make_anew, keep_a_hard_link_and_delete, move_folder]
+WAYS_TO_GO: list[Action] = [
+    delete,
+    move_away,
+    replace,
+    move_away_and_make_anew,
+    keep_a_hard_link_and_delete,
+    move_folder,
+]
 
 
 WAYS_OF_A_LINK_TO_GO: list[Action] = [retarget_link, delete_link, move_target]
@@ -306,7 +337,10 @@ def test_gone(serve: Serve, served: Path, way_to_go: Action) -> None:
     data = random_bytes(8 << 20)
     served.write_bytes(data)
     server = serve(served, "-w", "2", "--grace", "60")
-    caught_up, behind = server.connect(b"%d\n" % (len(data) - 10)), server.connect(b"0\n", receive_buffer=4096)
+    caught_up, behind = (
+        server.connect(b"%d\n" % (len(data) - 10)),
+        server.connect(b"0\n", receive_buffer=4096),
+    )
     headerless = server.connect()
     expect(caught_up, data[-10:])
     expect(behind, data[:10])
@@ -385,7 +419,14 @@ def replace_by_link_to_the_same(path: Path) -> None:
     link.rename(path)
 
 
-HARMLESS: list[Action] = [add_hard_link, add_and_remove_hard_link, change_mode, touch, make_other_files, replace_by_link_to_the_same]
+HARMLESS: list[Action] = [
+    add_hard_link,
+    add_and_remove_hard_link,
+    change_mode,
+    touch,
+    make_other_files,
+    replace_by_link_to_the_same,
+]
 
 
 @pytest.mark.sample(3)
@@ -405,7 +446,8 @@ def test_not_gone(serve: Serve, path: Path, action: Action) -> None:
     expect(late, NEWS)
     append(path, NEWS)
     expect(late, NEWS)
-    assert json.loads(ask(f"*:{server.port}")[0])["file"]["gone"] is False  # by now the worker has said what it had to say
+    # by now the worker has said what it had to say
+    assert json.loads(ask(f"*:{server.port}")[0])["file"]["gone"] is False
     assert server.lines("file is gone") == []
     assert server.workers(1) == [worker]
     path.resolve().unlink()
@@ -452,7 +494,8 @@ def test_truncated_under_a_client_that_is_behind(serve: Serve, path: Path) -> No
     os.truncate(path, 0)
     server.logged("file was truncated: ", "size=0")
     received, busy = bytearray(old[:10]), cpu_seconds(worker)
-    with suppress(TimeoutError):  # the kernel has more for the client, and then nothing comes: that is the point
+    # the kernel has more for the client, and then nothing comes: that is the point
+    with suppress(TimeoutError):
         behind.settimeout(1)
         while some := behind.recv(1 << 20):
             received += some
@@ -502,7 +545,14 @@ def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) ->
     append(path, NEWS)
     for client in clients:
         expect(client, NEWS)
-    assert len(server.lines("warning: looking at the file once a second: ", "fs.inotify.max_user_instances")) == 1
+    assert (
+        len(
+            server.lines(
+                "warning: looking at the file once a second: ", "fs.inotify.max_user_instances"
+            )
+        )
+        == 1
+    )
     append(path, DATA)
     path.unlink()
     for client in clients:
@@ -518,7 +568,14 @@ def test_polls_where_inotify_does_not_report(serve: Serve) -> None:
         pytest.skip("no sysfs")
     server = serve(path, "-w", "2")
     server.workers(2)
-    assert len(server.lines("warning: looking at the file once a second: reason='inotify does not report every change on sysfs'")) == 1
+    assert (
+        len(
+            server.lines(
+                "warning: looking at the file once a second: reason='inotify does not report every change on sysfs'"
+            )
+        )
+        == 1
+    )
 
 
 def test_does_not_poll_without_need(serve: Serve, path: Path) -> None:

@@ -60,17 +60,22 @@ def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
     expect(server.connect(b"0\n"), data)
 
 
-def run_in(fuse: Fuse, folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_in(
+    fuse: Fuse, folder: Path, code: str, *arguments: str
+) -> "subprocess.CompletedProcess[str]":
     """Run a program in `folder`, in a mount namespace with the file system."""
     command = [*fuse.wrapper, sys.executable, "-W", "error", "-c", code, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE
+    )
 
 
 # Calls that fail
 
 CALLS = [
-    ("FLUSH", 0, 100),  # of close(2)
+    # of close(2)
+    ("FLUSH", 0, 100),
     ("OPEN", 0, 1),
     ("GETATTR AFTER OPEN", 0, 1),
     ("READ", 0, 1),
@@ -93,7 +98,9 @@ def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
-def test_held_file_is_dead(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], path: Path, options: tuple[str, ...]) -> None:
+def test_held_file_is_dead(
+    serve: Serve, fuse: Fuse, hurried: tuple[str, ...], path: Path, options: tuple[str, ...]
+) -> None:
     """A file that will never answer again is gone once the path names another one, and not before."""
     path.symlink_to(fuse.path)
     server = serve(path, *options, wrapper=fuse.wrapper, program=hurried)
@@ -115,7 +122,9 @@ def test_held_file_is_dead(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], p
 
 
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
-def test_inode_numbers_that_change(serve: Serve, fuse: Fuse, hurried: tuple[str, ...], options: tuple[str, ...]) -> None:
+def test_inode_numbers_that_change(
+    serve: Serve, fuse: Fuse, hurried: tuple[str, ...], options: tuple[str, ...]
+) -> None:
     """A file whose number changes from look to look is still the same file, until another has its name."""
     fuse.order(unstable=True)
     server = serve(fuse.path, *options, "-v", wrapper=fuse.wrapper, program=hurried)
@@ -213,9 +222,7 @@ print(why_poll(odd), why_poll(local), sep="\\n")
 """
 
 
-HIDDEN_REASON = (
-    "inotify may not report every change: its mount is not in /proc/self/mountinfo, the file system is of type 0x65735546, see statfs(2)"
-)
+HIDDEN_REASON = "inotify may not report every change: its mount is not in /proc/self/mountinfo, the file system is of type 0x65735546, see statfs(2)"
 
 
 def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
@@ -238,7 +245,11 @@ IN_NAMESPACE = ("unshare", *(() if os.geteuid() == 0 else ("--user", "--map-root
 
 def mount(server: Server, command: str) -> None:
     """Run a command in the mount namespace of a server."""
-    subprocess.run(["nsenter", f"--target={server.pid}", "--mount", "sh", "-ec", command], check=True, timeout=DEADLINE)
+    subprocess.run(
+        ["nsenter", f"--target={server.pid}", "--mount", "sh", "-ec", command],
+        check=True,
+        timeout=DEADLINE,
+    )
 
 
 @pytest.fixture
@@ -263,13 +274,20 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
     """What is mounted over the file, or taken away from under it, is noticed at once."""
-    setup = f"mount -t tmpfs none {folder}; cp {folder}/../old {folder}/file.log" if way == "unmounted" else "true"
+    setup = (
+        f"mount -t tmpfs none {folder}; cp {folder}/../old {folder}/file.log"
+        if way == "unmounted"
+        else "true"
+    )
     (folder.parent / "old").write_bytes(OLD)
     path = folder / "file.log"
-    server = serve(path, "--follow-name", wrapper=(*IN_NAMESPACE, "sh", "-ec", f'{setup}; exec "$@"', "sh"))
+    server = serve(
+        path, "--follow-name", wrapper=(*IN_NAMESPACE, "sh", "-ec", f'{setup}; exec "$@"', "sh")
+    )
     expect(old := server.connect(b"0\n"), OLD)
     (other := folder.parent / "other").mkdir()
-    mount(server, f"mount -t tmpfs none {other}; {WAYS[way].format(folder=folder)}")  # one is looked at soon after another
+    # one is looked at soon after another
+    mount(server, f"mount -t tmpfs none {other}; {WAYS[way].format(folder=folder)}")
     expect_eof(old)
     expect(server.connect(b"0\n"), NEW)
 
@@ -284,7 +302,9 @@ def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:
     mount(server, f"for i in $(seq 100); do mount -t tmpfs none {other}; umount {other}; done")
     seconds = time.monotonic() - began
     assert switches(server.pid) - before <= 5 * (seconds + 2)
-    assert not [fd for fd in Path(f"/proc/{worker}/fd").iterdir() if fd.readlink().name == "mountinfo"]
+    assert not [
+        fd for fd in Path(f"/proc/{worker}/fd").iterdir() if fd.readlink().name == "mountinfo"
+    ]
     append(folder / "file.log", NEW)
     expect(client, NEW)
     assert not server.lines("file is gone")
@@ -292,7 +312,10 @@ def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:
 
 def test_without_proc(serve: Serve, folder: Path) -> None:
     """Without /proc the server serves; it is only that mounts go unnoticed."""
-    server = serve(folder / "file.log", wrapper=(*IN_NAMESPACE, "sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"))
+    server = serve(
+        folder / "file.log",
+        wrapper=(*IN_NAMESPACE, "sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"),
+    )
     expect(client := server.connect(b"0\n"), OLD)
     append(folder / "file.log", NEW)
     expect(client, NEW)

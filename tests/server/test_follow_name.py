@@ -22,14 +22,21 @@ from support.waiting import DEADLINE, eventually
 BIG = random_bytes(20_000_000)
 
 
-OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)
+OLD, LATE, NEW, MORE = (
+    random_bytes(300_000, 1),
+    random_bytes(5_000, 2),
+    random_bytes(200_000, 3),
+    random_bytes(7_000, 4),
+)
 
 
 @pytest.fixture
 def server(serve: Serve, path: Path, request: pytest.FixtureRequest) -> Server:
     """Start a server that follows the name of a file that is there; unless a test asks for another program, one that soon goes over."""
     path.write_bytes(OLD)
-    server = serve(path, "--follow-name", "-w", "2", "-v", program=getattr(request, "param", HURRIED))
+    server = serve(
+        path, "--follow-name", "-w", "2", "-v", program=getattr(request, "param", HURRIED)
+    )
     server.workers(2)
     return server
 
@@ -110,7 +117,8 @@ def test_again_and_again(server: Server, path: Path, times: int) -> None:
         stream = server.connect(b"0\n")
         expect(stream, data)
         eventually(lambda: status(server)["clients"] == 1)
-        if number == 1:  # from now on the supervisor holds the file before this one, for a minute
+        # from now on the supervisor holds the file before this one, for a minute
+        if number == 1:
             held = descriptors(server.pid)
         append(path, LATE)
         expect(stream, LATE)
@@ -158,7 +166,8 @@ def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path)
     path.write_bytes(BIG)
     server = serve(path, "--follow-name", "--grace", "2", "-v", program=HURRIED)
     (worker,) = server.workers(1)
-    stalled = server.connect(b"0\n", receive_buffer=4096)  # keeps the worker at it for all of the grace
+    # keeps the worker at it for all of the grace
+    stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
     rotate(path, NEW)
     server.logged("going over to the next")
@@ -177,11 +186,13 @@ def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
     old = rotate(path, NEW)
     server.logged("going over to the next")
     for worker in workers:
-        with suppress(ProcessLookupError):  # one without clients has nothing to wait for
+        # one without clients has nothing to wait for
+        with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     append(old, LATE)
     for stream in streams:
-        assert recv_all(stream) in (LATE, b"")  # the successor looks at once: it may be done before the append
+        # the successor looks at once: it may be done before the append
+        assert recv_all(stream) in (LATE, b"")
     expect(server.connect(b"0\n"), NEW)
 
 
@@ -406,15 +417,33 @@ def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
 LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
 
 
-needs_logrotate = pytest.mark.skipif(not Path(LOGROTATE).exists(), reason=f"{NOT_INSTALLED}logrotate")
+needs_logrotate = pytest.mark.skipif(
+    not Path(LOGROTATE).exists(), reason=f"{NOT_INSTALLED}logrotate"
+)
 
 
 def logrotate(path: Path, *directives: str) -> None:
     """Rotate `path` with the real logrotate."""
     config, state = path.with_name("logrotate.conf"), path.with_name("logrotate.state")
-    config.write_text("\n".join([f"{path} {{", "su root root" if os.getuid() == 0 else "", "rotate 3", *directives, "}", ""]))
+    config.write_text(
+        "\n".join(
+            [
+                f"{path} {{",
+                "su root root" if os.getuid() == 0 else "",
+                "rotate 3",
+                *directives,
+                "}",
+                "",
+            ]
+        )
+    )
     config.chmod(0o644)
-    done = subprocess.run([LOGROTATE, "--force", "--state", state, config], capture_output=True, text=True, timeout=DEADLINE)
+    done = subprocess.run(
+        [LOGROTATE, "--force", "--state", state, config],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -20,28 +20,34 @@ from support.status import await_clients, await_protected, ready_workers, status
 from support.waiting import eventually
 from tailsrv.protocol import HeaderError, Start, parse_header
 
-HONEST = 5  # clients
+# clients
+HONEST = 5
 
 
-BEGIN = 4 << 20  # bytes in the file at the start
+# bytes in the file at the start
+BEGIN = 4 << 20
 
 
 RECORD = 3000
 
 
-MEMORY = 3 << 20  # bytes that the server may hold more after an attack than before: Python keeps some of what it had
+# bytes that the server may hold more after an attack than before: Python keeps some of what it had
+MEMORY = 3 << 20
 
 
-GROWTH = 1 << 20  # bytes that it may hold more after the same once again, and more of it: that is reused
+# bytes that it may hold more after the same once again, and more of it: that is reused
+GROWTH = 1 << 20
 
 
-FOR_EACH = 2 << 10  # bytes that it may hold more for each connection while that lasts
+# bytes that it may hold more for each connection while that lasts
+FOR_EACH = 2 << 10
 
 
 WORKERS = 2
 
 
-LINES = 10  # in the log, of a kind, from a worker, every 10 seconds: of what strangers do there are two kinds
+# in the log, of a kind, from a worker, every 10 seconds: of what strangers do there are two kinds
+LINES = 10
 
 
 class Honest:
@@ -97,15 +103,19 @@ def unharmed(serve: Serve, path: Path, kept: int = 0) -> Iterator[Honest]:
         yield honest
         after = settled(honest, before.descriptors)
         assert after.threads == before.threads
-        assert after.pss <= before.pss + MEMORY + kept, f"{before.pss:,} before, {after.pss:,} after"
+        assert after.pss <= before.pss + MEMORY + kept, (
+            f"{before.pss:,} before, {after.pss:,} after"
+        )
         lines = server.log.splitlines()
-        periods = (time.monotonic() - start) // 10 + 2  # the first and the last are no whole ones
+        # the first and the last are no whole ones
+        periods = (time.monotonic() - start) // 10 + 2
         assert len(lines) <= 10 + periods * WORKERS * 2 * LINES, server.log
         assert all(line.isprintable() for line in lines)
         assert not server.lines("worker died")
 
 
-STEPS = {"deaf": 4, "junk": 16}  # of most others 40 do
+# of most others 40 do
+STEPS = {"deaf": 4, "junk": 16}
 
 
 SAMPLE = ("deaf", "http", "junk", "reset")
@@ -138,7 +148,8 @@ def test_attack(serve: Serve, path: Path, name: str) -> None:
 @pytest.mark.slow
 def test_slowloris(serve: Serve, path: Path, descriptors: int) -> None:
     """Ten thousand who connect and do not send their line cost a bounded memory, of which the next ten thousand take no more."""
-    count = min(SLOW, descriptors - 500) // STEP * STEP  # the supervisor has one for each of them, and so do we
+    # the supervisor has one for each of them, and so do we
+    count = min(SLOW, descriptors - 500) // STEP * STEP
     with unharmed(serve, path, kept=count * FOR_EACH) as honest:
         before = look(honest.server)
         held = []
@@ -178,8 +189,13 @@ BATCH = 100
 def a_header(dice: random.Random) -> bytes:
     """Return what may be a header, or begins like one, or does not."""
     body = b"".join(dice.choices(LETTERS, k=dice.choice([0, 1, 3, 8, 31, 32, 33, 34, 200])))
-    number = b"%s%d" % (dice.choice([b"", b"-", b"+", b" "]), dice.getrandbits(dice.choice([4, 20, 62, 63, 64, 65])))
-    return dice.choice([body, number]) + dice.choice([b"", b"\n", b"\n", b"\r\n", b"\njunk", b"\n5\n"])
+    number = b"%s%d" % (
+        dice.choice([b"", b"-", b"+", b" "]),
+        dice.getrandbits(dice.choice([4, 20, 62, 63, 64, 65])),
+    )
+    return dice.choice([body, number]) + dice.choice(
+        [b"", b"\n", b"\n", b"\r\n", b"\njunk", b"\n5\n"]
+    )
 
 
 def expectation(header: bytes) -> Start | None:
@@ -196,7 +212,8 @@ def send_in_pieces(socks: list[socket.socket], headers: list[bytes], dice: rando
     while rests:
         sock = dice.choice(list(rests))
         count = dice.choice([1, 2, 16, 300])
-        with suppress(OSError):  # it was refused already
+        # it was refused already
+        with suppress(OSError):
             sock.send(rests[sock][:count])
         rests[sock] = rests[sock][count:]
         if not rests[sock]:
@@ -235,6 +252,9 @@ def test_any_header_in_any_pieces(serve: Serve, path: Path, batches: int) -> Non
                             assert sock.recv(100) == b"", header
                     elif not start.from_end and start.count < size:
                         streams += 1
-                        expect(sock, honest.file.content.read(0, start.count, min(100, size - start.count)))
+                        expect(
+                            sock,
+                            honest.file.content.read(0, start.count, min(100, size - start.count)),
+                        )
             honest.turn()
         assert min(streams, refused) > 15 * batches

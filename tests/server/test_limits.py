@@ -19,7 +19,8 @@ from support.waiting import DEADLINE, eventually
 DATA = random_bytes(1000)
 
 
-QUIET = 1.0  # seconds in which a server that admits somebody every 0.2 seconds would have done so
+# seconds in which a server that admits somebody every 0.2 seconds would have done so
+QUIET = 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,8 @@ def readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.
 def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
     """Wait until `count` of them are served, assert that no more are, and return those."""
     eventually(lambda: len(readable(socks)) >= count)
-    time.sleep(QUIET)  # no event to wait for: the point is that there is none
+    # no event to wait for: the point is that there is none
+    time.sleep(QUIET)
     found = readable(socks)
     assert len(found) == count
     return found
@@ -87,7 +89,8 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
     waiting = [server.connect(b"0\n") for _ in range(20)]
     server.logged("more wait")
     before = switches(worker)
-    time.sleep(QUIET)  # no event to wait for
+    # no event to wait for
+    time.sleep(QUIET)
     assert switches(worker) - before < 50
     assert not readable(waiting)
 
@@ -110,7 +113,8 @@ def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
             os.kill(worker, how)
         server.logged("worker ready: ", count=4)
     waiting = [sock for sock in socks if sock not in inside]
-    time.sleep(QUIET)  # no event to wait for
+    # no event to wait for
+    time.sleep(QUIET)
     assert not readable(waiting)
     for sock in inside:
         sock.close()
@@ -146,7 +150,8 @@ def closed(sock: socket.socket) -> bool:
     """Tell whether the connection ends without a byte."""
     try:
         return sock.recv(1) == b""
-    except ConnectionResetError:  # our header was not read
+    except ConnectionResetError:
+        # our header was not read
         return True
 
 
@@ -186,7 +191,15 @@ def test_descriptors_suffice(serve: Serve, path: Path) -> None:
         assert not server.lines("warning")
 
 
-SMALL_QUEUES = ("unshare", "--net", "--map-root-user", "sh", "-c", 'echo 100 >/proc/sys/net/core/somaxconn && exec "$@"', "sh")
+SMALL_QUEUES = (
+    "unshare",
+    "--net",
+    "--map-root-user",
+    "sh",
+    "-c",
+    'echo 100 >/proc/sys/net/core/somaxconn && exec "$@"',
+    "sh",
+)
 
 
 def test_backlog_is_cut(serve: Serve, path: Path) -> None:
@@ -195,7 +208,9 @@ def test_backlog_is_cut(serve: Serve, path: Path) -> None:
         pytest.skip("a network namespace cannot be had")
     os.truncate(path, 0)
     server = serve(path, wrapper=SMALL_QUEUES)
-    line = server.logged("accept queues are cut short", "backlog=100 wanted=4096", "net.core.somaxconn")
+    line = server.logged(
+        "accept queues are cut short", "backlog=100 wanted=4096", "net.core.somaxconn"
+    )
     assert server.lines("warning") == [line]
 
 
@@ -207,6 +222,7 @@ def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> 
     second = connect(server.port, b"0\n")
     server.clients.append(second)
     server.logged("more wait")
-    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leave with a reset, which is noticed at once
+    # leave with a reset, which is noticed at once
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     first.close()
     expect(second, DATA)

@@ -30,7 +30,9 @@ os.execvp(sys.argv[2], sys.argv[2:])
 WITH_FEW_PORTS = ("unshare", "--net", "--map-root-user", sys.executable, "-c", FEW_PORTS)
 
 
-needs_network = pytest.mark.skipif(not runs(*WITH_FEW_PORTS, "", "true"), reason="no network namespaces here")
+needs_network = pytest.mark.skipif(
+    not runs(*WITH_FEW_PORTS, "", "true"), reason="no network namespaces here"
+)
 
 
 @needs_ipv6
@@ -48,7 +50,10 @@ def test_no_port_is_free_at_all_addresses(path: Path) -> None:
     """Where each port is taken at one address or another, that is said, once all have been tried."""
     path.touch()
     refused = run_tailsrv("-p", "0", path, wrapper=(*WITH_FEW_PORTS, "40000 40001 40002 40003"))
-    assert "cannot listen on 0.0.0.0:0: Address already in use; no port of net.ipv4.ip_local_port_range is free" in refused.stderr
+    assert (
+        "cannot listen on 0.0.0.0:0: Address already in use; no port of net.ipv4.ip_local_port_range is free"
+        in refused.stderr
+    )
     assert refused.returncode == 1
 
 
@@ -79,7 +84,10 @@ def test_passed_mptcp_socket(path: Path) -> None:
     ended = run_tailsrv(path, wrapper=activated("mptcp"))
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert "descriptor 3, passed by the service manager, is no TCP socket but MPTCP; use SocketProtocol=tcp" in line
+    assert (
+        "descriptor 3, passed by the service manager, is no TCP socket but MPTCP; use SocketProtocol=tcp"
+        in line
+    )
 
 
 def test_mptcpize(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +122,16 @@ def without_ipv6(tmp_path: Path) -> list[str]:
     """Return a wrapper that starts a program on a machine whose loopback has no IPv6 address."""
     (tmp_path / "hosts").write_text(NAMES)
     wrapper = [*WITHOUT_IPV6, str(tmp_path / "hosts")]
-    if not runs(*wrapper, "true") or runs(*wrapper, sys.executable, "-c", "import socket; socket.socket(10).bind(('::1', 0))"):
+    if not runs(*wrapper, "true") or runs(
+        *wrapper, sys.executable, "-c", "import socket; socket.socket(10).bind(('::1', 0))"
+    ):
         pytest.skip("a machine without IPv6 cannot be had")
     return wrapper
 
 
-def test_name_with_an_address_that_is_not_there(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+def test_name_with_an_address_that_is_not_there(
+    serve: Serve, path: Path, without_ipv6: list[str]
+) -> None:
     """Of the addresses of a name those that this machine does not have are left out, with a warning that says which."""
     path.touch()
     server = serve(path, "-w", "2", "--bind", "half.test", wrapper=without_ipv6)
@@ -141,17 +153,23 @@ def test_name_with_an_address_that_is_not_there(serve: Serve, path: Path, withou
         (["half.test", "none.test"], ["192.0.2.1", "[2001:db8::1]"]),
     ],
 )
-def test_address_that_is_not_there(path: Path, without_ipv6: list[str], bind: list[str], addresses: list[str]) -> None:
+def test_address_that_is_not_there(
+    path: Path, without_ipv6: list[str], bind: list[str], addresses: list[str]
+) -> None:
     """An address that is asked for by itself must be there, and so must one of those of each name."""
     path.touch()
-    ended = run_tailsrv("-p", "0", *(word for host in bind for word in ("--bind", host)), path, wrapper=without_ipv6)
+    ended = run_tailsrv(
+        "-p", "0", *(word for host in bind for word in ("--bind", host)), path, wrapper=without_ipv6
+    )
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert any(f"cannot listen on {address}:" in line for address in addresses)
     assert os.strerror(errno.EADDRNOTAVAIL) in line
 
 
-def test_every_address_of_a_machine_without_ipv6(serve: Serve, path: Path, without_ipv6: list[str]) -> None:
+def test_every_address_of_a_machine_without_ipv6(
+    serve: Serve, path: Path, without_ipv6: list[str]
+) -> None:
     """Without --bind, such a machine is served on the addresses that it has, without a word."""
     path.touch()
     server = serve(path, wrapper=without_ipv6)

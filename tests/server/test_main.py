@@ -18,7 +18,9 @@ from tailsrv.linux.process import count_processors
 DATA = random_bytes(100)
 
 
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} tailsrv\[\d+\] (debug|info|warning|error|critical): [ -~]+")
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} tailsrv\[\d+\] (debug|info|warning|error|critical): [ -~]+"
+)
 
 
 USAGE_ERRORS = [
@@ -38,28 +40,61 @@ USAGE_ERRORS = [
     (["-p", "9" * 5000, "file"], "port must be from 0 to 65535, not 9999"),
     (["-p", "0", "-w", "0", "file"], "workers must be from 1 to 1024, not 0"),
     (["-p", "0", "-w", "1025", "file"], "workers must be from 1 to 1024, not 1025"),
-    (["-p", "0", "-w", "abc", "file"], "argument -w/--workers: not a whole number of 0 or more: 'abc'"),
-    (["-p", "0", "-w", "1_0", "file"], "argument -w/--workers: not a whole number of 0 or more: '1_0'"),
+    (
+        ["-p", "0", "-w", "abc", "file"],
+        "argument -w/--workers: not a whole number of 0 or more: 'abc'",
+    ),
+    (
+        ["-p", "0", "-w", "1_0", "file"],
+        "argument -w/--workers: not a whole number of 0 or more: '1_0'",
+    ),
     (["-p", "0", "-w=-1", "file"], "argument -w/--workers: not a whole number of 0 or more: '-1'"),
-    (["-p", "0", "--max-clients", "many", "file"], "argument --max-clients: not a whole number of 0 or more: 'many'"),
+    (
+        ["-p", "0", "--max-clients", "many", "file"],
+        "argument --max-clients: not a whole number of 0 or more: 'many'",
+    ),
     (["-p", "0", "--max-clients", "9" * 20, "file"], "max-clients must be from 0 to "),
     (["-p", "0", "--allow", "", "file"], "argument --allow: not a network: "),
-    (["-p", "0", "--allow", "10.0.0.0/33", "file"], "argument --allow: not a network: '10.0.0.0/33'"),
+    (
+        ["-p", "0", "--allow", "10.0.0.0/33", "file"],
+        "argument --allow: not a network: '10.0.0.0/33'",
+    ),
     (
         ["-p", "0", "--allow", "10.0.0.1/8", "file"],
         "argument --allow: not a network: 10.0.0.1/8 has host bits set; did you mean 10.0.0.0/8?",
     ),
-    (["-p", "0", "--allow", "::ffff:10.0.0.1", "file"], "argument --allow: not a network: '::ffff:10.0.0.1'; leave out %scope, and"),
-    (["-p", "0", "--allow", "fe80::1%lo", "file"], "argument --allow: not a network: 'fe80::1%lo'; leave out %scope"),
-    (["-p", "0", "--allow", "example.com", "file"], "argument --allow: not a network: 'example.com'"),
-    (["-p", "0", "--follow-name", "--linger-after-file-is-gone", "file"], "linger-after-file-is-gone and follow-name exclude each other"),
+    (
+        ["-p", "0", "--allow", "::ffff:10.0.0.1", "file"],
+        "argument --allow: not a network: '::ffff:10.0.0.1'; leave out %scope, and",
+    ),
+    (
+        ["-p", "0", "--allow", "fe80::1%lo", "file"],
+        "argument --allow: not a network: 'fe80::1%lo'; leave out %scope",
+    ),
+    (
+        ["-p", "0", "--allow", "example.com", "file"],
+        "argument --allow: not a network: 'example.com'",
+    ),
+    (
+        ["-p", "0", "--follow-name", "--linger-after-file-is-gone", "file"],
+        "linger-after-file-is-gone and follow-name exclude each other",
+    ),
     (["-p", "0", "--grace", "abc", "file"], "argument --grace: not a number of seconds: 'abc'"),
     (["-p", "0", "--grace=-1", "file"], "grace must be 0 or more seconds, not -1.0"),
     (["-p", "0", "--grace", "nan", "file"], "grace must be 0 or more seconds, not nan"),
     (["-p", "0", "--grace", "inf", "file"], "grace must be 0 or more seconds, not inf"),
-    (["-p", "0", "--header-timeout", "abc", "file"], "argument --header-timeout: not a number of seconds: 'abc'"),
-    (["-p", "0", "--header-timeout=-1", "file"], "header-timeout must be 0 or more seconds, not -1.0"),
-    (["-p", "0", "-v", "-q", "file"], "argument -q/--quiet: not allowed with argument -v/--verbose"),
+    (
+        ["-p", "0", "--header-timeout", "abc", "file"],
+        "argument --header-timeout: not a number of seconds: 'abc'",
+    ),
+    (
+        ["-p", "0", "--header-timeout=-1", "file"],
+        "header-timeout must be 0 or more seconds, not -1.0",
+    ),
+    (
+        ["-p", "0", "-v", "-q", "file"],
+        "argument -q/--quiet: not allowed with argument -v/--verbose",
+    ),
     (["-p", "0", "--bind"], "argument --bind: expected one argument"),
 ]
 
@@ -102,7 +137,10 @@ def test_help() -> None:
     for option in options:
         assert f"{option} " in words or f"{option}," in words
     assert "default: 5" in words
-    assert "0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 workers cannot start" in words
+    assert (
+        "0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 workers cannot start"
+        in words
+    )
     assert "TERM, INT or PWR drain and end, QUIT ends at once" in words
 
 
@@ -112,7 +150,9 @@ def test_help() -> None:
 def test_bind(serve: Serve, path: Path) -> None:
     """--bind may be repeated: all named addresses share one port, and no other address is listened on."""
     path.write_bytes(DATA)
-    server = serve(path, "--bind", "127.0.0.1", "--bind", "::1", "--bind", "127.0.0.1", "--bind", "[::1]")
+    server = serve(
+        path, "--bind", "127.0.0.1", "--bind", "::1", "--bind", "127.0.0.1", "--bind", "[::1]"
+    )
     assert f" endpoints=127.0.0.1:{server.port},[::1]:{server.port}" in server.logged("listening")
     expect(server.connect(b"0\n", "127.0.0.1"), DATA)
     expect(server.connect(b"0\n", "::1"), DATA)
@@ -121,7 +161,9 @@ def test_bind(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("more", "served"), [((), False), (("--bind", "0.0.0.0"), True)])
-def test_two_colons_are_ipv6_only(serve: Serve, path: Path, more: tuple[str, ...], served: bool) -> None:
+def test_two_colons_are_ipv6_only(
+    serve: Serve, path: Path, more: tuple[str, ...], served: bool
+) -> None:
     """--bind :: leaves IPv4 out, as --help says, unless an IPv4 address is named as well."""
     path.write_bytes(DATA)
     server = serve(path, "--bind", "::", *more)
@@ -163,7 +205,8 @@ def test_bad_address(path: Path, address: str, reason: str) -> None:
 
 def test_privileged_port(path: Path) -> None:
     """A port that needs a right we lack ends with status 1 and one line."""
-    no_right = ("unshare", "--user")  # keeps the network, whose ports its root is not allowed to take
+    # keeps the network, whose ports its root is not allowed to take
+    no_right = ("unshare", "--user")
     if not runs(*no_right, "true"):
         pytest.skip("a user namespace cannot be had")
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
@@ -172,7 +215,9 @@ def test_privileged_port(path: Path) -> None:
     path.chmod(0o644)
     ended = run_tailsrv("-p", "1", "--bind", "127.0.0.1", path, wrapper=no_right)
     (line,) = ended.stderr.splitlines()
-    assert "reason='cannot listen on 127.0.0.1:1: Permission denied; choose a port above 1023" in line
+    assert (
+        "reason='cannot listen on 127.0.0.1:1: Permission denied; choose a port above 1023" in line
+    )
     assert ended.returncode == 1
 
 
@@ -197,7 +242,9 @@ def test_workers_auto(serve: Serve, path: Path) -> None:
 def test_workers_auto_on_one_processor(serve: Serve, path: Path) -> None:
     """-w auto goes by the processors that are allowed, not by those that exist."""
     path.touch()
-    server = serve(path, "-w", "auto", wrapper=("taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))))
+    server = serve(
+        path, "-w", "auto", wrapper=("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
+    )
     assert " workers=1 " in server.logged("listening")
     assert len(server.workers(1)) == 1
 
@@ -214,8 +261,17 @@ def test_default_log(serve: Serve, path: Path) -> None:
     server.process.terminate()
     expect_eof(client)
     server.wait()
-    events = [line.split(": ")[0].split()[-1] + " " + line.split(": ")[1] for line in server.log.splitlines()]
-    assert events == ["info listening", "info serving", "info worker ready", "info draining", "info ended"]
+    events = [
+        line.split(": ")[0].split()[-1] + " " + line.split(": ")[1]
+        for line in server.log.splitlines()
+    ]
+    assert events == [
+        "info listening",
+        "info serving",
+        "info worker ready",
+        "info draining",
+        "info ended",
+    ]
 
 
 def test_verbose_log(serve: Serve, path: Path) -> None:
@@ -237,7 +293,11 @@ def test_quiet_log(serve: Serve, path: Path) -> None:
     server = serve(path, "-q")
 
     def listening() -> list[int]:
-        found = [entry.laddr.port for entry in psutil.Process(server.pid).net_connections("tcp") if entry.status == psutil.CONN_LISTEN]
+        found = [
+            entry.laddr.port
+            for entry in psutil.Process(server.pid).net_connections("tcp")
+            if entry.status == psutil.CONN_LISTEN
+        ]
         return [int(port) for port in found]
 
     port = eventually(listening)[0]
@@ -256,7 +316,16 @@ def test_quiet_log(serve: Serve, path: Path) -> None:
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
-    "name", [b"with space", b"with\nnewline", b"not\xffutf-8", "größe".encode(), b"esc\x1b[31m", b"'quoted\" = %s%d {}", b"-dash"]
+    "name",
+    [
+        b"with space",
+        b"with\nnewline",
+        b"not\xffutf-8",
+        "größe".encode(),
+        b"esc\x1b[31m",
+        b"'quoted\" = %s%d {}",
+        b"-dash",
+    ],
 )
 def test_odd_names(serve: Serve, tmp_path: Path, name: bytes) -> None:
     """A file of any name is served, on log lines and titles of one printable line each."""

@@ -47,7 +47,9 @@ def test_clients_at_hand(serve: Serve, path: Path, client: str, host: str) -> No
         "PORT": str(server.port),
     }
     command = ["timeout", str(DEADLINE), "bash", "-c", CLIENTS[client]]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.read(2000) == DATA[1000:]
         append(path, NEWS)

@@ -94,7 +94,12 @@ def test_taken_at_once(manager: Manager, lifecycle: Lifecycle, plans: Plans) -> 
     lifecycle.ready()
     lifecycle.stopping()
     said = manager.unread()
-    assert [message.partition("\n")[0] for message in said] == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
+    assert [message.partition("\n")[0] for message in said] == [
+        "READY=1",
+        "RELOADING=1",
+        "READY=1",
+        "STOPPING=1",
+    ]
     assert said[1].partition("MONOTONIC_USEC=")[2].isdigit()
     assert plans == []
 
@@ -113,7 +118,8 @@ def test_tried_several_times(manager: Manager, lifecycle: Lifecycle, plans: Plan
     ("calls", "said"),
     [
         (("reloading", "ready"), ["RELOADING=1", "READY=1"]),
-        (("ready", "reloading"), ["RELOADING=1"]),  # READY=1 will come when that is over
+        # READY=1 will come when that is over
+        (("ready", "reloading"), ["RELOADING=1"]),
         (("ready", "reloading", "ready"), ["RELOADING=1", "READY=1"]),
         (("reloading", "ready", "reloading"), ["RELOADING=1"]),
         (("reloading", "ready", "reloading", "ready"), ["RELOADING=1", "READY=1"]),
@@ -122,7 +128,9 @@ def test_tried_several_times(manager: Manager, lifecycle: Lifecycle, plans: Plan
         (("reloading", "stopping"), ["STOPPING=1"]),
     ],
 )
-def test_order(manager: Manager, lifecycle: Lifecycle, plans: Plans, calls: tuple[str, ...], said: list[str]) -> None:
+def test_order(
+    manager: Manager, lifecycle: Lifecycle, plans: Plans, calls: tuple[str, ...], said: list[str]
+) -> None:
     """Unsent messages come in order, without those that a later one replaces."""
     manager.stuff()
     for call in calls:
@@ -136,13 +144,28 @@ def test_order_when_room_comes_between(manager: Manager, lifecycle: Lifecycle) -
     lifecycle.reloading()
     manager.unread()
     lifecycle.ready()
-    assert [message.partition("\n")[0] for message in manager.unread()] == ["RELOADING=1", "READY=1"]
+    assert [message.partition("\n")[0] for message in manager.unread()] == [
+        "RELOADING=1",
+        "READY=1",
+    ]
 
 
 @pytest.mark.parametrize(
-    "address", ["", "/nowhere/at/all", "@nobody", "@", "/" + 200 * "x", "relative", "vsock:2:1234", "vsock-stream:2:1234"]
+    "address",
+    [
+        "",
+        "/nowhere/at/all",
+        "@nobody",
+        "@",
+        "/" + 200 * "x",
+        "relative",
+        "vsock:2:1234",
+        "vsock-stream:2:1234",
+    ],
 )
-def test_no_such_address(monkeypatch: pytest.MonkeyPatch, lifecycle: Lifecycle, plans: Plans, address: str) -> None:
+def test_no_such_address(
+    monkeypatch: pytest.MonkeyPatch, lifecycle: Lifecycle, plans: Plans, address: str
+) -> None:
     """An address at which there is no service manager, or of another family, is not tried again."""
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     lifecycle.ready()

@@ -28,7 +28,8 @@ def test_time_that_epoll_cannot_count(serve: Serve, path: Path) -> None:
     living = server.workers(1)
     silent, client = server.connect(), server.connect(b"0\n")
     expect(client, DATA)
-    eventually(lambda: server.title(server.workers(1)[0]).endswith("[2 clients]"))  # nothing nearer is planned any more
+    # nothing nearer is planned any more
+    eventually(lambda: server.title(server.workers(1)[0]).endswith("[2 clients]"))
     append(path, NEWS)
     expect(client, NEWS)
     silent.sendall(b"0\n")
@@ -66,7 +67,8 @@ def test_file_that_comes_back_and_goes_again(serve: Serve, path: Path) -> None:
     expect(client, DATA)
     stop(server.pid)
     path.rename(path.with_name("away"))
-    append(path.with_name("away"), NEWS)  # sent after the worker has seen the move
+    # sent after the worker has seen the move
+    append(path.with_name("away"), NEWS)
     expect(client, NEWS)
     path.with_name("away").rename(path)
     append(path, NEWS)
@@ -74,7 +76,8 @@ def test_file_that_comes_back_and_goes_again(serve: Serve, path: Path) -> None:
     os.kill(server.pid, signal.SIGCONT)
     append(path, NEWS)
     expect(client, NEWS)
-    await_clients(server, 1)  # the supervisor has read the report and looked
+    # the supervisor has read the report and looked
+    await_clients(server, 1)
     path.unlink()
     server.wait()
 

@@ -15,13 +15,21 @@ from support.sockets import expect
 DATA, MORE = random_bytes(100_000), b"more"
 
 
-libraries = pytest.mark.parametrize("functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"])
+libraries = pytest.mark.parametrize(
+    "functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"]
+)
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
 @libraries
-def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, functions: tuple[str, ...]) -> None:
+def test_server(
+    serve: Serve,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    functions: tuple[str, ...],
+) -> None:
     """A server without all of these names streams, counts clients, survives a killed worker, and upgrades itself."""
     assert sum(map(len, hidden().values())) > 20
     (folder := tmp_path / "hook").mkdir()

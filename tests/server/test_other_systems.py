@@ -19,7 +19,9 @@ DATA = random_bytes(100_000)
 @pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["short", "not counted"])
-def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+def test_server(
+    serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
     """Its clients are served, are counted as unprotected, and are disconnected, not continued, where their worker dies."""
     (folder := tmp_path / "hook").mkdir()
     write_hook(folder, system)
@@ -39,13 +41,16 @@ def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     append(path, b"more")
     server.signal(signal.SIGHUP)
     server.logged("upgraded: ")
-    assert len(server.lines("does not tell how much of a stream has been sent")) == 2  # once by each version
+    # once by each version
+    assert len(server.lines("does not tell how much of a stream has been sent")) == 2
     assert not server.lines("no descriptor left")
     expect(server.connect(b"0\n"), DATA + b"more")
 
 
 @pytest.mark.slow
-def test_waiting_for_the_file(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_file(
+    serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Clients that come before the file wait in the accept queue, as they would be lost with the worker that waits with them."""
     (folder := tmp_path / "hook").mkdir()
     write_hook(folder, "empty")

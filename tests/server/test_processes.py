@@ -38,14 +38,21 @@ def test_titles(serve: Serve, path: Path) -> None:
     port = server.port
     assert eventually(lambda: server.title().endswith("[2 workers, 0 clients]"))
     assert server.title() == f"tailsrv: supervisor *:{port} {path} [2 workers, 0 clients]"
-    assert [title(pid) for pid in workers] == [f"tailsrv: worker {slot} *:{port} [0 clients]" for slot in (0, 1)]
+    assert [title(pid) for pid in workers] == [
+        f"tailsrv: worker {slot} *:{port} [0 clients]" for slot in (0, 1)
+    ]
     clients = [server.connect(b"0\n") for _ in range(20)]
     for client in clients:
         expect(client, DATA)
-    eventually(lambda: server.title() == f"tailsrv: supervisor *:{port} {path} [2 workers, 20 clients]")
+    eventually(
+        lambda: server.title() == f"tailsrv: supervisor *:{port} {path} [2 workers, 20 clients]"
+    )
 
     def shown() -> int:
-        titles = [re.fullmatch(rf"tailsrv: worker {slot} \*:{port} \[(\d+) clients?\]", title(pid)) for slot, pid in enumerate(workers)]
+        titles = [
+            re.fullmatch(rf"tailsrv: worker {slot} \*:{port} \[(\d+) clients?\]", title(pid))
+            for slot, pid in enumerate(workers)
+        ]
         return sum(int(match[1]) for match in titles if match)
 
     eventually(lambda: shown() == 20)
@@ -59,20 +66,27 @@ def test_title_of_one(serve: Serve, path: Path) -> None:
     server = serve(path, "--bind", "127.0.0.1", "--bind", "::1")
     client = server.connect(b"0\n")
     endpoints = f"127.0.0.1:{server.port},[::1]:{server.port}"
-    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 1 client]")
+    eventually(
+        lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 1 client]"
+    )
     [worker] = server.workers(1)
     eventually(lambda: title(worker) == f"tailsrv: worker 0 {endpoints} [1 client]")
-    client.shutdown(socket.SHUT_WR)  # not a hang-up: it still counts
+    # not a hang-up: it still counts
+    client.shutdown(socket.SHUT_WR)
     expect(client, DATA)
     client.close()
     append(path, NEWS)
-    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 0 clients]")
+    eventually(
+        lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 0 clients]"
+    )
 
 
 def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
     """Without a file the supervisor's title says what is waited for; its workers look after clients already."""
     server = serve(path, "-w", "2")
-    eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]")
+    eventually(
+        lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]"
+    )
     titles = [f"tailsrv: worker {slot} *:{server.port} [0 clients]" for slot in (0, 1)]
     eventually(lambda: sorted(map(title, children(server.pid))) == titles)
 
@@ -88,7 +102,12 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
     (worker,) = server.workers(1)
     server.process.terminate()
     eventually(lambda: title(worker) == f"tailsrv: worker 0 *:{server.port} [draining, 1 client]")
-    eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [draining, 1 worker, 1 client]")
+    eventually(
+        lambda: (
+            server.title()
+            == f"tailsrv: supervisor *:{server.port} {path} [draining, 1 worker, 1 client]"
+        )
+    )
     expect(stalled, data[10:])
     expect_eof(stalled)
 
@@ -121,7 +140,9 @@ READY = "inheritance.channel.send(encode(WorkerReport(notices=Notices(ready=True
 def test_title_while_starting(serve: Serve, path: Path) -> None:
     """Until every slot has had a worker that was ready, the title says `starting`."""
     path.touch()
-    server = serve(path, "-w", "2", program=with_work(f"if inheritance.slot == 0:\n    {READY}signal.pause()"))
+    server = serve(
+        path, "-w", "2", program=with_work(f"if inheritance.slot == 0:\n    {READY}signal.pause()")
+    )
     server.logged("worker ready: slot=0")
     eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [starting]")
     server.signal(signal.SIGQUIT)
@@ -133,7 +154,9 @@ def test_title_while_starting(serve: Serve, path: Path) -> None:
 def listening_inodes(pid: int, table: str, port: int) -> set[str]:
     """Return the inodes of the listening sockets of `port` that the process `pid` holds."""
     rows = [line.split() for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
-    listening = {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    listening = {
+        row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
+    }
     links = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -160,7 +183,9 @@ def test_every_connection_is_answered(serve: Serve, path: Path) -> None:
     """No connection lands where nobody accepts, and every worker gets its share."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "4", "-v")
-    clients = [server.connect(b"%d\n" % number, ("127.0.0.1", "::1")[number % 2]) for number in range(200)]
+    clients = [
+        server.connect(b"%d\n" % number, ("127.0.0.1", "::1")[number % 2]) for number in range(200)
+    ]
     for number, client in enumerate(clients):
         expect(client, DATA[number:])
     shares = [len(server.lines(f"client streams: slot={slot} ")) for slot in range(4)]
@@ -177,7 +202,9 @@ def test_second_instance(serve: Serve, path: Path, bind: Sequence[str]) -> None:
     where = f"127.0.0.1:{server.port}" if bind else f"*:{server.port}"
     second = run_tailsrv("-p", str(server.port), *bind, path)
     (line,) = second.stderr.splitlines()
-    assert line.endswith(f"critical: cannot serve: path={path} reason='{where} is served by another tailsrv, pid {server.pid}'")
+    assert line.endswith(
+        f"critical: cannot serve: path={path} reason='{where} is served by another tailsrv, pid {server.pid}'"
+    )
     assert second.returncode == 1
     for _ in range(20):
         expect(server.connect(b"0\n"), DATA)
@@ -240,7 +267,10 @@ def test_worker_is_replaced(serve: Serve, path: Path, number: signal.Signals) ->
     for client in clients:
         expect(client, DATA)
     for slot in (0, 1):
-        assert any(server.lines(f"client streams: slot={slot} ", f":{client.getsockname()[1]} ") for client in clients)
+        assert any(
+            server.lines(f"client streams: slot={slot} ", f":{client.getsockname()[1]} ")
+            for client in clients
+        )
     os.kill(first, number)
     eventually(lambda: gone(first))
     assert server.workers(2)[1] == second
@@ -308,7 +338,8 @@ def test_supervisor_killed(serve: Serve, path: Path) -> None:
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, DATA)
-    eventually(lambda: server.title().endswith("[3 workers, 10 clients]"))  # from here on nobody has anything to say
+    # from here on nobody has anything to say
+    eventually(lambda: server.title().endswith("[3 workers, 10 clients]"))
     server.signal(signal.SIGKILL)
     eventually(lambda: all(gone(worker) for worker in workers))
     server.wait()
@@ -432,12 +463,16 @@ def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> No
     os.kill(server.workers(2)[0], signal.SIGKILL)
     server.logged("worker ready: slot=0", count=2)
     assert adjustment(server.pid) == adjustment(os.getpid())
-    assert {adjustment(pid) for pid in server.workers(2)} == {min(adjustment(server.pid) + 500, 1000)}
+    assert {adjustment(pid) for pid in server.workers(2)} == {
+        min(adjustment(server.pid) + 500, 1000)
+    }
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["OSError(errno.ENFILE, os.strerror(errno.ENFILE))", "MemoryError"])
+@pytest.mark.parametrize(
+    "error", ["OSError(errno.ENFILE, os.strerror(errno.ENFILE))", "MemoryError"]
+)
 def test_a_successor_that_finds_no_room(serve: Serve, path: Path, error: str) -> None:
     """Where successors meet a shortage of descriptors or memory, others try again, however often; the clients' streams go on."""
     path.write_bytes(DATA)
@@ -454,7 +489,9 @@ return worker.work(inheritance, config)"""
     for client in clients:
         expect(client, DATA)
     os.kill(server.workers(1)[0], signal.SIGKILL)
-    server.logged("worker ended for want of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6)
+    server.logged(
+        "worker ended for want of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6
+    )
     append(path, NEWS)
     for client in clients:
         expect(client, NEWS)
@@ -465,7 +502,13 @@ return worker.work(inheritance, config)"""
 def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
     """Status 3 of one worker ends the server at once, with all its other workers."""
     path.touch()
-    server = serve(path, "-w", "3", status=3, program=with_work("return 3 if inheritance.slot == 1 else signal.pause()"))
+    server = serve(
+        path,
+        "-w",
+        "3",
+        status=3,
+        program=with_work("return 3 if inheritance.slot == 1 else signal.pause()"),
+    )
     server.wait()
     assert len(server.lines("warning: worker cannot boot: slot=1", "status=3")) == 1
     assert len(server.lines("critical: workers cannot start: slot=1 status=3")) == 1
@@ -473,14 +516,19 @@ def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
 
 @pytest.mark.sample(1)
 @pytest.mark.slow
-@pytest.mark.parametrize(("body", "died"), [("return 1", "status=1"), ("os.kill(os.getpid(), signal.SIGSEGV)", "signal=SIGSEGV")])
+@pytest.mark.parametrize(
+    ("body", "died"),
+    [("return 1", "status=1"), ("os.kill(os.getpid(), signal.SIGSEGV)", "signal=SIGSEGV")],
+)
 def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: str) -> None:
     """After five deaths in a row before it was ready, with growing delays between them, the server ends with status 3."""
     path.touch()
     server = serve(path, status=3, program=with_work(body))
     server.wait()
     assert len(server.lines("warning: worker died by its own fault: slot=0", died)) == 5
-    assert [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")] == ["0.01", "0.02", "0.04"]
+    assert [
+        line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")
+    ] == ["0.01", "0.02", "0.04"]
     assert len(server.lines(f"critical: workers cannot start: slot=0 {died}")) == 1
 
 
@@ -526,8 +574,15 @@ def test_status(serve: Serve, path: Path) -> None:
         assert pid == server.pid
         assert (status["pid"], status["state"], status["clients"]) == (server.pid, "serving", 10)
         assert status["endpoints"] == endpoints
-        assert status["file"] == {"path": str(path), "gone": False, "error": None, "size": len(DATA)}
-        assert [(worker["slot"], worker["pid"], worker["ready"]) for worker in status["workers"]] == [
+        assert status["file"] == {
+            "path": str(path),
+            "gone": False,
+            "error": None,
+            "size": len(DATA),
+        }
+        assert [
+            (worker["slot"], worker["pid"], worker["ready"]) for worker in status["workers"]
+        ] == [
             (0, workers[0], True),
             (1, workers[1], True),
         ]
@@ -539,7 +594,11 @@ def test_status_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
     server = serve(path)
     server.logged("waiting for file")
     status = json.loads(ask(f"*:{server.port}")[0])
-    assert (status["state"], status["file"]["size"], status["clients"]) == ("waiting for file", None, 0)
+    assert (status["state"], status["file"]["size"], status["clients"]) == (
+        "waiting for file",
+        None,
+        0,
+    )
 
 
 ASK = """\
@@ -579,7 +638,10 @@ def test_idle(serve: Serve, path: Path) -> None:
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
     processes = [server.pid, *server.workers(2)]
-    clients = [server.connect(header) for header in (b"0\n", b"-0\n", b"5000\n", b"", b"12", b"0\njunk", b"0\n") * 7]
+    clients = [
+        server.connect(header)
+        for header in (b"0\n", b"-0\n", b"5000\n", b"", b"12", b"0\njunk", b"0\n") * 7
+    ]
     for client in clients[5::7]:
         client.shutdown(socket.SHUT_WR)
     for client in clients[6::7]:
@@ -591,5 +653,6 @@ def test_idle(serve: Serve, path: Path) -> None:
 def quiet(pids: Sequence[int]) -> bool:
     """Tell whether the processes have slept through two seconds: what is planned for later than that is not idle either."""
     before = [switches(pid) for pid in pids]
-    time.sleep(2)  # no event to wait for: the point is that there are none
+    # no event to wait for: the point is that there are none
+    time.sleep(2)
     return [switches(pid) for pid in pids] == before

@@ -91,7 +91,9 @@ def test_good_headers(serve: Serve, path: Path, host: str) -> None:
     for header, start in GOOD_HEADERS.items():
         expect(clients[header], (DATA + NEWS)[start:])
     server.process.terminate()
-    assert {header: recv_all(client) for header, client in clients.items()} == dict.fromkeys(GOOD_HEADERS, b"")
+    assert {header: recv_all(client) for header, client in clients.items()} == dict.fromkeys(
+        GOOD_HEADERS, b""
+    )
 
 
 @pytest.mark.sample(3)
@@ -101,17 +103,28 @@ def test_offsets_beyond_32_bits(serve: Serve, path: Path, start: int) -> None:
     path.write_bytes(DATA)
     server = serve(path, "-v")
     here = server.connect(b"-%d\n" % len(DATA))
-    there = server.connect(b"%d\n" % start) if start > len(DATA) else server.connect(b"%d\n" % (start + 2**40))
+    there = (
+        server.connect(b"%d\n" % start)
+        if start > len(DATA)
+        else server.connect(b"%d\n" % (start + 2**40))
+    )
     server.streaming(there)
     expect(here, DATA)
-    os.truncate(path, 2**40)  # sparse: it takes no room
+    # sparse: it takes no room
+    os.truncate(path, 2**40)
     append(path, DATA)
     zeros = max(0, 2**40 - start) if start > len(DATA) else 0
-    expect(there, (bytes(min(zeros, 1000)) + DATA[max(0, start - 2**40) if start > len(DATA) else start :])[:1000])
+    expect(
+        there,
+        (bytes(min(zeros, 1000)) + DATA[max(0, start - 2**40) if start > len(DATA) else start :])[
+            :1000
+        ],
+    )
 
 
+# no more than the ten log lines that a worker grants to strangers
 @pytest.mark.parametrize("host", LOOPBACKS)
-@pytest.mark.parametrize("half", [0, 1])  # no more than the ten log lines that a worker grants to strangers
+@pytest.mark.parametrize("half", [0, 1])
 def test_bad_headers(serve: Serve, path: Path, host: str, half: int) -> None:
     """A bad header ends its connection at once, without a byte, and with one log line that has the peer and the reason."""
     path.write_bytes(DATA)
@@ -124,13 +137,20 @@ def test_bad_headers(serve: Serve, path: Path, host: str, half: int) -> None:
         name, port = client.getsockname()[:2]
         peer = f" peer=[{name}]:{port} " if ":" in name else f" peer={name}:{port} "
         assert len(server.lines(peer)) == 1, server.log
-        assert len(server.lines("warning: client refused: slot=0", peer, "reason=", reason)) == 1, server.log
+        assert len(server.lines("warning: client refused: slot=0", peer, "reason=", reason)) == 1, (
+            server.log
+        )
     append(path, NEWS)
     expect(bystander, NEWS)
 
 
-@pytest.mark.parametrize(("sent", "reason"), [(b"", "input ended without a header"), (b"123", "input ended before the header's newline")])
-def test_end_of_input_before_the_newline(serve: Serve, path: Path, sent: bytes, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [(b"", "input ended without a header"), (b"123", "input ended before the header's newline")],
+)
+def test_end_of_input_before_the_newline(
+    serve: Serve, path: Path, sent: bytes, reason: str
+) -> None:
     """A client that ends its input without a whole header is let go of, for that reason."""
     path.write_bytes(DATA)
     server = serve(path)
@@ -163,9 +183,11 @@ def test_header_in_pieces(serve: Serve, path: Path) -> None:
         if header[place : place + 1] == b"\n":
             server.streaming(client)
         append(path, b"%03d," % place)
-        expect(witness, b"%03d," % place)  # by now the server has seen all of the header that was sent
+        # by now the server has seen all of the header that was sent
+        expect(witness, b"%03d," % place)
     expected = DATA + b"".join(b"%03d," % place for place in range(len(header)))
-    end = len(expected) - len(b"000,")  # the newline came before the last append
+    # the newline came before the last append
+    end = len(expected) - len(b"000,")
     expect(client, expected[end - 101 :])
     append(path, NEWS)
     expect(client, NEWS)
@@ -180,7 +202,8 @@ def test_junk_for_ever(serve: Serve, path: Path) -> None:
     expect(client, DATA)
     expect(other, DATA)
     junk = b"0\n-7\nabc" * (1 << 17)
-    for turn in range(50):  # far more than the kernel would buffer
+    # far more than the kernel would buffer
+    for turn in range(50):
         client.sendall(junk)
         append(path, reporter := random_bytes(1000, turn))
         expect(client, reporter)
@@ -191,7 +214,9 @@ def test_half_close(serve: Serve, path: Path) -> None:
     """A client that ends its input after the header goes on being streamed to."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
-    clients = [server.connect(header) for header in (b"0\n", b"50\n", b"-0\n", b"110\n", b"0\nmore")]
+    clients = [
+        server.connect(header) for header in (b"0\n", b"50\n", b"-0\n", b"110\n", b"0\nmore")
+    ]
     for client in clients:
         client.shutdown(socket.SHUT_WR)
         server.streaming(client)
@@ -254,7 +279,11 @@ def test_many_clients_while_the_file_grows(serve: Serve, path: Path, workers: in
                 if not some or len(stream) >= len(whole) - starts[key.data]:
                     selector.unregister(key.fileobj)
     appender.join()
-    wrong = {start: len(stream) for start, stream in zip(starts, received, strict=True) if stream != whole[start:]}
+    wrong = {
+        start: len(stream)
+        for start, stream in zip(starts, received, strict=True)
+        if stream != whole[start:]
+    }
     assert wrong == {}
 
 
@@ -283,9 +312,12 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
     server = serve(path, "-w", "2")
     staying = [server.connect(b"0\n", receive_buffer=1 << 16) for _ in range(10)]
     for turn in range(300):
-        client = server.connect([b"", b"12", b"0\n", b"0\njunk", b"rubbish\n", b"-0\n", b"999999999\n"][turn % 7])
+        client = server.connect(
+            [b"", b"12", b"0\n", b"0\njunk", b"rubbish\n", b"-0\n", b"999999999\n"][turn % 7]
+        )
         if turn % 3 == 0:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            # close with a reset
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif turn % 3 == 1:
             client.shutdown(socket.SHUT_WR)
         client.close()
@@ -295,10 +327,12 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
         expect(client, data)
 
 
-DESCRIPTORS = 40  # of a process: some dozen are its own
+# of a process: some dozen are its own
+DESCRIPTORS = 40
 
 
-FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")  # it execs: the pid stays
+# it execs: the pid stays
+FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
 
 
 def fill(server: Server, data: bytes) -> list[socket.socket]:
@@ -328,7 +362,8 @@ def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -
         expect(client, DATA)
     headerless = [server.connect() for _ in range(2 * DESCRIPTORS)]
     headerless[-1].sendall(b"0\n")
-    expect(headerless[-1], DATA)  # the last is accepted, and so are all before it
+    # the last is accepted, and so are all before it
+    expect(headerless[-1], DATA)
     for client in headerless[:-1]:
         if not readable(client):
             client.sendall(b"0\n")
@@ -339,7 +374,14 @@ def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -
     append(path, NEWS)
     for client in streaming + headerless[dropped:]:
         expect(client, NEWS)
-    assert len(server.lines("warning: short of descriptors, dropped the oldest connection without a header")) == 1
+    assert (
+        len(
+            server.lines(
+                "warning: short of descriptors, dropped the oldest connection without a header"
+            )
+        )
+        == 1
+    )
 
 
 @pytest.mark.slow
@@ -354,12 +396,14 @@ def test_short_of_descriptors_keeps_streaming_clients(serve: Serve, path: Path) 
     for client in clients:
         expect(client, NEWS)
     before = cpu_seconds(worker)
-    time.sleep(1)  # no event to wait for: the point is that there are none
+    # no event to wait for: the point is that there are none
+    time.sleep(1)
     assert cpu_seconds(worker) - before < 0.2
     assert not readable(waiting)
     assert len(server.lines("short of descriptors")) == 1
     clients.pop(0).close()
-    append(path, DATA)  # sending it tells the close from a half-close
+    # sending it tells the close from a half-close
+    append(path, DATA)
     for client in clients:
         expect(client, DATA)
     expect(waiting, DATA + NEWS + DATA)

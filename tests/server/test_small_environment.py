@@ -13,7 +13,8 @@ from support.server import TAILSRV, Serve, activated, run_tailsrv
 from support.sockets import expect
 from support.waiting import eventually
 
-LONG = "\n" * 200  # a title writes it with twice as many bytes as the command line has for it
+# a title writes it with twice as many bytes as the command line has for it
+LONG = "\n" * 200
 
 
 COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
@@ -31,21 +32,34 @@ COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
         (COMMAND, LONG, []),
     ],
 )
-def test_titles_with_a_small_environment(serve: Serve, tmp_path: Path, program: Sequence[str], name: str, variables: list[str]) -> None:
+def test_titles_with_a_small_environment(
+    serve: Serve, tmp_path: Path, program: Sequence[str], name: str, variables: list[str]
+) -> None:
     """All titles are whole though the environment has no room for them, also after an upgrade."""
     path = tmp_path / name
     path.write_bytes(b"first")
-    server = serve(path, "-w", "2", "--bind", "127.0.0.1", wrapper=("env", "-i", *variables), program=program)
-    endpoint, shown = f"127.0.0.1:{server.port}", str(path) if str(path).isprintable() else ascii(str(path))
-    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoint} {shown} [2 workers, 0 clients]")
-    assert [title(pid) for pid in server.workers(2)] == [f"tailsrv: worker {slot} {endpoint} [0 clients]" for slot in (0, 1)]
+    server = serve(
+        path, "-w", "2", "--bind", "127.0.0.1", wrapper=("env", "-i", *variables), program=program
+    )
+    endpoint, shown = (
+        f"127.0.0.1:{server.port}",
+        str(path) if str(path).isprintable() else ascii(str(path)),
+    )
+    eventually(
+        lambda: server.title() == f"tailsrv: supervisor {endpoint} {shown} [2 workers, 0 clients]"
+    )
+    assert [title(pid) for pid in server.workers(2)] == [
+        f"tailsrv: worker {slot} {endpoint} [0 clients]" for slot in (0, 1)
+    ]
     client = server.connect(b"0\n")
     expect(client, b"first")
     server.signal(signal.SIGHUP)
     server.logged("upgraded: ")
     append(path, b"second")
     expect(client, b"second")
-    eventually(lambda: server.title() == f"tailsrv: supervisor {endpoint} {shown} [2 workers, 1 client]")
+    eventually(
+        lambda: server.title() == f"tailsrv: supervisor {endpoint} {shown} [2 workers, 1 client]"
+    )
 
 
 @pytest.mark.slow
@@ -55,11 +69,23 @@ def test_passed_sockets_live_through_making_room(serve: Serve, tmp_path: Path) -
     path.write_bytes(b"first")
     server = serve(path, "-p", "", wrapper=("env", "-i", *activated("tcp4")))
     expect(server.connect(b"0\n"), b"first")
-    eventually(lambda: server.title() == f"tailsrv: supervisor 127.0.0.1:{server.port} {str(path)!a} [1 worker, 1 client]")
+    eventually(
+        lambda: (
+            server.title()
+            == f"tailsrv: supervisor 127.0.0.1:{server.port} {str(path)!a} [1 worker, 1 client]"
+        )
+    )
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--no-such-option",)])
 def test_what_needs_no_title(arguments: Sequence[str]) -> None:
     """A small environment changes nothing for a program that ends at once."""
-    small, usual = run_tailsrv(*arguments, wrapper=("env", "-i", "COLUMNS=100")), run_tailsrv(*arguments, wrapper=("env", "COLUMNS=100"))
-    assert (small.returncode, small.stdout, small.stderr) == (usual.returncode, usual.stdout, usual.stderr)
+    small, usual = (
+        run_tailsrv(*arguments, wrapper=("env", "-i", "COLUMNS=100")),
+        run_tailsrv(*arguments, wrapper=("env", "COLUMNS=100")),
+    )
+    assert (small.returncode, small.stdout, small.stderr) == (
+        usual.returncode,
+        usual.stdout,
+        usual.stderr,
+    )

@@ -57,12 +57,24 @@ def test_status(server: Server, path: Path) -> None:
     workers = server.workers(2)
     found = status(server)
     assert (found["pid"], found["ticks"]) == (server.pid, start_ticks(server.pid))
-    assert [(worker["pid"], worker["ticks"]) for worker in found["workers"]] == [(pid, start_ticks(pid)) for pid in workers]
-    assert all(worker["ready"] and worker["restarts"] == 0 and worker["restarted"] is None for worker in found["workers"])
+    assert [(worker["pid"], worker["ticks"]) for worker in found["workers"]] == [
+        (pid, start_ticks(pid)) for pid in workers
+    ]
+    assert all(
+        worker["ready"] and worker["restarts"] == 0 and worker["restarted"] is None
+        for worker in found["workers"]
+    )
     assert found["file"] == {"path": str(path), "gone": False, "error": None, "size": 1000}
-    assert (found["state"], found["clients"], found["unprotected"], found["max_clients"]) == ("serving", 0, 0, 0)
+    assert (found["state"], found["clients"], found["unprotected"], found["max_clients"]) == (
+        "serving",
+        0,
+        0,
+        0,
+    )
     assert {listener["slot"] for listener in found["listeners"]} == {0, 1}
-    assert all(listener["queued"] == 0 and listener["backlog"] == 4096 for listener in found["listeners"])
+    assert all(
+        listener["queued"] == 0 and listener["backlog"] == 4096 for listener in found["listeners"]
+    )
 
 
 def test_path_is_absolute(serve: Serve, path: Path) -> None:
@@ -118,7 +130,10 @@ def test_clients(server: Server, path: Path) -> None:
     found = clients(server)
     assert (found[name(silent)]["start"], found[name(silent)]["position"]) == (None, None)
     assert (found[name(caught_up)]["start"], found[name(caught_up)]["position"]) == (100, 1000)
-    assert (found[name(ahead)]["start"], found[name(ahead)]["position"]) == (5_000_000_000, 5_000_000_000)
+    assert (found[name(ahead)]["start"], found[name(ahead)]["position"]) == (
+        5_000_000_000,
+        5_000_000_000,
+    )
     assert {found[name(sock)]["slot"] for sock in (silent, caught_up, ahead)} <= {0, 1}
     stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
@@ -146,7 +161,11 @@ def test_clients_before_the_file(serve: Serve, path: Path) -> None:
     """Without a file there is nobody to tell of, and no size."""
     server = serve(path)
     server.logged("waiting for file")
-    assert json.loads(ask(f"*:{server.port}{CLIENTS}")[0]) == {"pid": server.pid, "size": None, "clients": []}
+    assert json.loads(ask(f"*:{server.port}{CLIENTS}")[0]) == {
+        "pid": server.pid,
+        "size": None,
+        "clients": [],
+    }
 
 
 def test_many_who_ask(server: Server) -> None:
@@ -194,7 +213,9 @@ def test_long_answer(server: Server) -> None:
     with socket.socket(socket.AF_UNIX) as asker:
         asker.settimeout(DEADLINE)
         asker.connect(f"\0tailsrv:*:{server.port}{CLIENTS}")
-        eventually(lambda: any(title(pid) == f"tailsrv: status *:{server.port}" for pid in kin(server.pid)))
+        eventually(
+            lambda: any(title(pid) == f"tailsrv: status *:{server.port}" for pid in kin(server.pid))
+        )
         answer = asker.makefile().read()
     assert len(answer) > 1 << 18
     assert len(json.loads(answer)["clients"]) == 4000
@@ -218,7 +239,10 @@ def test_strangers_learn_nothing(server: Server, which: str) -> None:
     assert ask(f"*:{server.port}{which}")[0]
 
 
-@pytest.mark.skipif(not as_root or not runs("unshare", "--user", "--map-user=1000", "true"), reason="no user namespaces here")
+@pytest.mark.skipif(
+    not as_root or not runs("unshare", "--user", "--map-user=1000", "true"),
+    reason="no user namespaces here",
+)
 @pytest.mark.parametrize("mapped", [1000, 65534])
 def test_strangers_of_a_user_namespace(serve: Serve, path: Path, mapped: int) -> None:
     """A user who is none in the server's user namespace is not taken for it, by whatever number it is known there."""

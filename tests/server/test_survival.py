@@ -70,11 +70,14 @@ def test_many_kills(serve: Serve, path: Path, kills: int) -> None:
         pytest.param(signal.SIGTERM, 24, 0.5, marks=pytest.mark.thorough),
     ],
 )
-def test_other_deaths(serve: Serve, path: Path, number: signal.Signals, deaths: int, age: float) -> None:
+def test_other_deaths(
+    serve: Serve, path: Path, number: signal.Signals, deaths: int, age: float
+) -> None:
     """Neither crashes that are spaced out nor SIGTERM to a worker by hand cost a client anything."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "4", wrapper=NO_CORE)
-    seen: dict[int, float] = {}  # pids, with the time when each was first seen
+    # pids, with the time when each was first seen
+    seen: dict[int, float] = {}
     killed: set[int] = set()
 
     def kill_one() -> bool:
@@ -156,7 +159,8 @@ def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
     stop(worker)
     clients = [server.connect(header) for header in (b"-5\n", b"-0\n", b"7\njunk")]
     clients[2].shutdown(socket.SHUT_WR)
-    with strace(worker, "recvfrom:delay_enter=60000000:when=4"):  # three headers are looked at, then the first is consumed
+    # three headers are looked at, then the first is consumed
+    with strace(worker, "recvfrom:delay_enter=60000000:when=4"):
         os.kill(worker, signal.SIGCONT)
         await_protected(server, 3)
         append(path, NEWS)
@@ -185,7 +189,9 @@ def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
 
 @pytest.mark.sample(1)
 @needs_strace
-@pytest.mark.parametrize("when", [1, 3, *(pytest.param(when, marks=pytest.mark.thorough) for when in (2, 7, 20))])
+@pytest.mark.parametrize(
+    "when", [1, 3, *(pytest.param(when, marks=pytest.mark.thorough) for when in (2, 7, 20))]
+)
 @pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
 def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) -> None:
     """A worker that dies before, in or after a sendfile(2), whose result it never learned, loses and doubles nothing."""
@@ -208,7 +214,8 @@ def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) 
             received += recv_exactly(clients[0], len(DATA))
             for client in clients[1:]:
                 expect(client, DATA)
-            while not gone(worker):  # all that may have taken fewer calls
+            # all that may have taken fewer calls
+            while not gone(worker):
                 append(path, NEWS)
                 for client in clients:
                     expect(client, NEWS)
@@ -226,7 +233,8 @@ def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) 
 def is_held(pid: int) -> bool:
     """Tell whether strace holds `pid` at a sendfile(2) for longer than it takes to look at it twice."""
     before = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
-    time.sleep(0.02)  # no event says that nothing happens
+    # no event says that nothing happens
+    time.sleep(0.02)
     after = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
     return before == after and psutil.Process(pid).status() == psutil.STATUS_TRACING_STOP
 
@@ -310,7 +318,14 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     path.write_bytes(SMALL)
     program = path.with_name("poisoned.py")
     program.write_text(POISONED)
-    server = serve(path, "-v", "-w", "2", wrapper=("env", f"PYTHONPATH={PACKAGE}", *NO_CORE), program=(sys.executable, str(program), how))
+    server = serve(
+        path,
+        "-v",
+        "-w",
+        "2",
+        wrapper=("env", f"PYTHONPATH={PACKAGE}", *NO_CORE),
+        program=(sys.executable, str(program), how),
+    )
     server.traceback_expected = True
     server.workers(2)
     clients = spread(server, 3)
@@ -327,7 +342,10 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
         expect(client, NEWS)
     for client in [client for newcomers in spread(server, 2) for client in newcomers]:
         expect(client, SMALL + NEWS)
-    assert [worker["restarts"] > 0 for worker in status(server)["workers"]] == [slot == 0, slot == 1]
+    assert [worker["restarts"] > 0 for worker in status(server)["workers"]] == [
+        slot == 0,
+        slot == 1,
+    ]
 
 
 def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
@@ -335,10 +353,18 @@ def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
     path.write_bytes(SMALL)
     program = path.with_name("poisoned.py")
     program.write_text(POISONED)
-    server = serve(path, "-v", "--grace", "3600", wrapper=("env", f"PYTHONPATH={PACKAGE}"), program=(sys.executable, str(program), "exit"))
+    server = serve(
+        path,
+        "-v",
+        "--grace",
+        "3600",
+        wrapper=("env", f"PYTHONPATH={PACKAGE}"),
+        program=(sys.executable, str(program), "exit"),
+    )
     (worker,) = server.workers(1)
     stop(worker)
-    poison = server.connect(b"666\n")  # waits in the accept queue, which a drain empties
+    # waits in the accept queue, which a drain empties
+    poison = server.connect(b"666\n")
     server.signal(signal.SIGTERM)
     server.logged("draining: ")
     os.kill(worker, signal.SIGCONT)
@@ -369,14 +395,16 @@ def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
             killed.append(ready_workers(server, besides=killed)[batch % 2])
             os.kill(killed[-1], signal.SIGKILL)
         for client in clients[::2]:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            # close with a reset
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for client in clients:
             client.close()
         append(path, b"x")
     ready_workers(server)
 
     def none_left() -> bool:
-        append(path, b"x")  # sending it tells a close from a half-close
+        # sending it tells a close from a half-close
+        append(path, b"x")
         return bool(status(server)["clients"] == 0)
 
     eventually(none_left)
@@ -395,7 +423,10 @@ def test_unprotected_clients(serve: Serve, path: Path) -> None:
     await_clients(server, 60)
     unprotected = status(server)["unprotected"]
     assert 20 < unprotected < 60
-    assert len(server.lines("warning: no descriptor left to protect clients with", "unprotected=")) == 1
+    assert (
+        len(server.lines("warning: no descriptor left to protect clients with", "unprotected="))
+        == 1
+    )
     slots = [slot_of(server, client) for client in clients]
     os.kill(living[0], signal.SIGKILL)
     line = server.logged("worker was killed", "slot=0")
@@ -428,7 +459,8 @@ def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
     (worker,) = server.workers(1)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    await_protected(server, 1)  # there must have been a descriptor for it
+    # there must have been a descriptor for it
+    await_protected(server, 1)
     limits = psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)
     psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (5, limits[1]))
     os.kill(worker, signal.SIGKILL)
@@ -496,7 +528,9 @@ def channel_of(worker: int) -> socket.socket:
     try:
         for fd in os.listdir(f"/proc/{worker}/fd"):
             if (taken := libc.syscall(pidfd_getfd, process, int(fd), 0)) < 0:
-                pytest.skip(f"a descriptor of another process may not be taken: {os.strerror(ctypes.get_errno())}")
+                pytest.skip(
+                    f"a descriptor of another process may not be taken: {os.strerror(ctypes.get_errno())}"
+                )
             try:
                 sock = socket.socket(fileno=taken)
             except OSError:
@@ -536,7 +570,8 @@ def kill_into_backoff(server: Server) -> None:
     """Kill the only worker again and again, until its slot is to stay empty for more than a second."""
     while not server.lines("respawning after a delay: slot=0 seconds=1.6"):
         for pid in forked_children(server.pid):
-            with suppress(ProcessLookupError):  # killed in the last round, reaped in this
+            # killed in the last round, reaped in this
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: gone(pid))  # type: ignore[misc]
 
@@ -545,7 +580,11 @@ def test_drain_of_a_slot_in_backoff(serve: Serve, path: Path) -> None:
     """SIGTERM while a slot has no worker: its clients and those in its queue still get the whole file, and a proper end."""
     path.write_bytes(DATA)
     server = serve(path, "--grace", "20")
-    clients = [server.connect(b"0\n", receive_buffer=4096), server.connect(b"-0\n"), server.connect(b"1000\n")]
+    clients = [
+        server.connect(b"0\n", receive_buffer=4096),
+        server.connect(b"-0\n"),
+        server.connect(b"1000\n"),
+    ]
     clients[2].shutdown(socket.SHUT_WR)
     expect(clients[0], DATA[:1000])
     await_clients(server, 3)
@@ -568,7 +607,10 @@ def test_killed_while_draining(serve: Serve, path: Path, deaths: int) -> None:
     path.write_bytes(DATA)
     server = serve(path, "--grace", "20")
     server.workers(1)
-    stalled, half = server.connect(b"0\n", receive_buffer=4096), server.connect(b"7\n", receive_buffer=4096)
+    stalled, half = (
+        server.connect(b"0\n", receive_buffer=4096),
+        server.connect(b"7\n", receive_buffer=4096),
+    )
     half.shutdown(socket.SHUT_WR)
     expect(stalled, DATA[:1000])
     expect(half, DATA[7:1000])

@@ -38,7 +38,9 @@ class Terminal:
 
         `commands` are for the shell to run first.
         """
-        redirected = " ".join(f"{descriptor}{shlex.quote(self.name)}" for descriptor in descriptors.split())
+        redirected = " ".join(
+            f"{descriptor}{shlex.quote(self.name)}" for descriptor in descriptors.split()
+        )
         return ("sh", "-c", f'exec {redirected}; {"; ".join([*commands, ""])} exec "$@"', "sh")
 
     def shown(self, part: str) -> str:
@@ -78,7 +80,9 @@ def following(server: Server) -> None:
 
 
 @pytest.mark.parametrize("descriptors", ["<", "1<>"])
-def test_the_terminal_is_closed(serve: Serve, path: Path, terminal: Terminal, descriptors: str) -> None:
+def test_the_terminal_is_closed(
+    serve: Serve, path: Path, terminal: Terminal, descriptors: str
+) -> None:
     """A server on a terminal that is closed drains; one more HUP, of the shell, changes nothing."""
     server = serve(path, wrapper=terminal.wrapper(descriptors=descriptors))
     following(server)
@@ -127,7 +131,9 @@ def test_terminal_that_is_not_its_own(serve: Serve, path: Path, terminal: Termin
 @pytest.mark.parametrize("nohup", ["nohup", "trap"])
 def test_nohup(serve: Serve, path: Path, terminal: Terminal, nohup: str) -> None:
     """A server that was started with HUP ignored survives its terminal, and HUP upgrades it."""
-    wrapper = (*terminal.wrapper(), "nohup") if nohup == "nohup" else terminal.wrapper("trap '' HUP")
+    wrapper = (
+        (*terminal.wrapper(), "nohup") if nohup == "nohup" else terminal.wrapper("trap '' HUP")
+    )
     server = serve(path, wrapper=wrapper)
     following(server)
     terminal.close()
@@ -142,10 +148,13 @@ def test_nohup(serve: Serve, path: Path, terminal: Terminal, nohup: str) -> None
 @pytest.mark.parametrize(
     ("opened", "hung_up"),
     [
-        ("os.pipe()[0]", False),  # its writer is closed
+        # its writer is closed
+        ("os.pipe()[0]", False),
         ("os.open('/dev/null', os.O_RDONLY)", False),
-        ("[end.detach() for end in socket.socketpair()][0]", False),  # its peer is closed
-        ("pty.openpty()[1]", True),  # its master is closed
+        # its peer is closed
+        ("[end.detach() for end in socket.socketpair()][0]", False),
+        # its master is closed
+        ("pty.openpty()[1]", True),
     ],
 )
 def test_what_hangs_up(opened: str, hung_up: bool) -> None:

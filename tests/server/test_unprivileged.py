@@ -38,7 +38,14 @@ for name in sys.argv[1:]:
 def without_rights(user: int) -> tuple[str, ...]:
     """Return what starts a program as that user; it is env that execs it, for setpriv would do so with rights of root's that are left."""
     path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
-    return ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "env", f"PYTHONPATH={path}")
+    return (
+        "setpriv",
+        f"--reuid={user}",
+        f"--regid={user}",
+        "--clear-groups",
+        "env",
+        f"PYTHONPATH={path}",
+    )
 
 
 AS_NOBODY, AS_ANOTHER = without_rights(NOBODY), without_rights(NOBODY - 1)
@@ -69,7 +76,11 @@ def run(*command: str) -> str:
 def capabilities(pid: int) -> list[str]:
     """Return the lines about capabilities that a process has."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return [line for line in lines if line.startswith(("CapPrm:", "CapEff:", "CapAmb:")) and int(line.split()[1], 16)]
+    return [
+        line
+        for line in lines
+        if line.startswith(("CapPrm:", "CapEff:", "CapAmb:")) and int(line.split()[1], 16)
+    ]
 
 
 @pytest.mark.thorough
@@ -89,7 +100,8 @@ def test_everything_without_rights(server: Server, open_folder: Path, python: st
     for sock in socks:
         expect(sock, b"more")
     answer = run(*AS_NOBODY, python, "-m", "tailsrv.health", "-p", str(server.port))
-    assert answer.startswith(("OK: ", "WARNING: ")), answer  # the latter because a worker was restarted
+    # the latter because a worker was restarted
+    assert answer.startswith(("OK: ", "WARNING: ")), answer
     assert f"tailsrv *:{server.port}" in answer
     server.signal(signal.SIGTERM)
     for sock in socks:

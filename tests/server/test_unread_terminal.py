@@ -22,7 +22,9 @@ def test_server_in_a_terminal_that_nobody_reads(path: Path) -> None:
     path.write_bytes(b"old")
     with terminal() as (master, slave):
         command: list[str | Path] = [*TAILSRV, "-v", "-p", "0", path]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=slave, start_new_session=True) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=slave, start_new_session=True
+        ) as process:
             try:
                 said = b""
                 while not (found := re.search(rb" port=(\d+) .*worker ready: ", said, re.DOTALL)):

@@ -91,7 +91,9 @@ def visited(server: Server, data: bytes) -> Iterator[list[int]]:
             try:
                 with connect(port, b"%d\n" % start) as sock:
                     if (got := recv_exactly(sock, len(data) - start)) != data[start:]:
-                        faults.append(f"visit {len(visits)}: {len(got)} bytes of {len(data) - start}")
+                        faults.append(
+                            f"visit {len(visits)}: {len(got)} bytes of {len(data) - start}"
+                        )
             except OSError as error:
                 faults.append(f"visit {len(visits)}: {error}")
             visits.append(start)
@@ -169,7 +171,8 @@ def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
     ready_workers(server)
     while not server.lines("respawning after a delay: ", "seconds=0.8"):
         for pid in forked_children(server.pid)[:1]:
-            with suppress(ProcessLookupError):  # killed in the last round, reaped in this
+            # killed in the last round, reaped in this
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     upgrade(server)
     assert all(worker["pid"] for worker in status(server)["workers"])
@@ -209,7 +212,11 @@ def test_another_version(serve: Serve, path: Path, installed: Installed) -> None
         server.signal(signal.SIGHUP)
         load.run_until(lambda: server.lines("upgraded: version=99.0 clients=20"))
         server.logged(f"upgrade: old={tailsrv.__version__} new=99.0")
-        assert (status(server)["version"], status(server)["pid"], status(server)["started"]) == ("99.0", server.pid, started)
+        assert (status(server)["version"], status(server)["pid"], status(server)["started"]) == (
+            "99.0",
+            server.pid,
+            started,
+        )
         load.run(0.2)
     for _ in range(4):
         expect(server.connect(b"0\n"), DATA[:1000])
@@ -219,7 +226,9 @@ def test_another_version(serve: Serve, path: Path, installed: Installed) -> None
     assert status(server)["version"] == "98.0"
 
 
-def check_nothing_changed(server: Server, path: Path, client: socket.socket, living: list[int], reason: str) -> None:
+def check_nothing_changed(
+    server: Server, path: Path, client: socket.socket, living: list[int], reason: str
+) -> None:
     """Ask for an upgrade that must fail, and assert that nothing but one line in the log has come of it."""
     connected = connect(server.port)
     await_clients(server, 2)
@@ -240,7 +249,9 @@ def check_nothing_changed(server: Server, path: Path, client: socket.socket, liv
 
 def told_to_end(pid: int) -> bool:
     """Tell whether SIGTERM waits for the process `pid` to go on."""
-    [pending] = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    [pending] = re.findall(
+        r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
+    )
     return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
@@ -265,7 +276,9 @@ def test_end_in_an_upgrade(serve: Serve, path: Path) -> None:
     server.wait()
 
 
-def test_end_between_two_replacements(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+def test_end_between_two_replacements(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+) -> None:
     """A worker whose turn to be replaced has not come when the server is told to end drains like any other, and is not killed."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", "-v", "--grace", "60", program=installed.program)
@@ -275,7 +288,11 @@ def test_end_between_two_replacements(serve: Serve, path: Path, installed: Insta
         expect(client, SMALL)
     (hold := tmp_path / "hold").touch()
     ready = "        self.reporter.add_notice(ready=True)\n"
-    installed.edit("worker/worker.py", ready, f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}")
+    installed.edit(
+        "worker/worker.py",
+        ready,
+        f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}",
+    )
     server.signal(signal.SIGHUP)
     server.logged("worker ended: slot=0")
     server.logged("worker spawned: slot=0", count=2)
@@ -291,19 +308,41 @@ def test_end_between_two_replacements(serve: Serve, path: Path, installed: Insta
 
 BREAKS = {
     "syntax": ("worker/worker.py", "import gc", "import gc gc", "SyntaxError"),
-    "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
-    "early end": ("main.py", "    return config, args.verbose", "    sys.exit(0)\n    return config, args.verbose", "NameError"),
-    "silence": ("upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
+    "import": (
+        "worker/streams.py",
+        "import heapq",
+        "import heapq, no_such_module",
+        "no_such_module",
+    ),
+    "early end": (
+        "main.py",
+        "    return config, args.verbose",
+        "    sys.exit(0)\n    return config, args.verbose",
+        "NameError",
+    ),
+    "silence": ("supervisor/upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
     "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
-    "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
-    "state": ("state.py", "FORMAT = 2", "FORMAT = 1000", r"format \(2, \d+\).*\(1000, \d+\)"),
-    "channel": ("messages.py", "VERSION = 2", "VERSION = 100", r"format \(\d+, 2\).*\(\d+, 100\)"),
+    "crash": (
+        "supervisor/upgrade.py",
+        "    sys.stdout.write(",
+        "    os.abort()\n    str(",
+        "did not answer",
+    ),
+    "state": (
+        "supervisor/upgrade_state.py",
+        "FORMAT = 2",
+        "FORMAT = 1000",
+        r"format \(2, \d+\).*\(1000, \d+\)",
+    ),
+    "channel": ("channel.py", "VERSION = 2", "VERSION = 100", r"format \(\d+, 2\).*\(\d+, 100\)"),
 }
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("which", BREAKS)
-def test_a_program_that_cannot_take_over(serve: Serve, path: Path, installed: Installed, which: str) -> None:
+def test_a_program_that_cannot_take_over(
+    serve: Serve, path: Path, installed: Installed, which: str
+) -> None:
     """Where the installed program does not start, or does not understand our state, all stays as it is and the log says why."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", program=installed.program, wrapper=("prlimit", "--core=0:0"))
@@ -315,7 +354,8 @@ def test_a_program_that_cannot_take_over(serve: Serve, path: Path, installed: In
     *edit, reason = BREAKS[which]
     installed.edit(*edit)
     check_nothing_changed(server, path, client, living, reason)
-    eventually(lambda: open_descriptors(server.pid) <= before + 1)  # the client that came last
+    # the client that came last
+    eventually(lambda: open_descriptors(server.pid) <= before + 1)
     installed.install("2.0")
     upgrade(server)
     assert status(server)["version"] == "2.0"
@@ -348,7 +388,11 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
     for client in clients:
         expect(client, SMALL)
     await_clients(server, 20)
-    installed.edit("worker/worker.py", "    try:\n        wakeup =", '    raise RuntimeError("no worker")\n    try:\n        wakeup =')
+    installed.edit(
+        "worker/worker.py",
+        "    try:\n        wakeup =",
+        '    raise RuntimeError("no worker")\n    try:\n        wakeup =',
+    )
     server.signal(signal.SIGHUP)
     server.logged("workers of this version do not start", "slot=0", count=2)
     assert [worker["pid"] for worker in status(server)["workers"]][1] == living[1]
@@ -361,7 +405,9 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
 
 
 @pytest.mark.slow
-def test_worker_that_finds_no_room_in_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+def test_worker_that_finds_no_room_in_an_upgrade(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+) -> None:
     """A shortage in the new program's first worker costs a server nothing that waits for its file: another one is tried."""
     server = serve(path, "-w", "2", program=installed.hurried)
     living = ready_workers(server)
@@ -379,12 +425,18 @@ def test_worker_that_finds_no_room_in_an_upgrade(serve: Serve, path: Path, insta
 
 
 @pytest.mark.slow
-def test_workers_that_do_not_start_after_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+def test_workers_that_do_not_start_after_an_upgrade(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+) -> None:
     """When an upgrade is over, workers that cannot start end the server as they would have without it."""
     path.write_bytes(SMALL)
     broken = tmp_path / "broken"
     old = "    try:\n        wakeup ="
-    installed.edit("worker/worker.py", old, f"    if os.access({str(broken)!r}, os.F_OK):\n        return ExitStatus.CANNOT_BOOT\n{old}")
+    installed.edit(
+        "worker/worker.py",
+        old,
+        f"    if os.access({str(broken)!r}, os.F_OK):\n        return ExitStatus.CANNOT_BOOT\n{old}",
+    )
     server = serve(path, "-w", "2", status=3, program=installed.hurried)
     ready_workers(server)
     upgrade(server)
@@ -403,7 +455,11 @@ def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Pa
     checkout.mkdir()
     for name in ("pyproject.toml", "README.md", "UNLICENSE"):
         shutil.copy(source.with_name(name), checkout)
-    shutil.copytree(Path(tailsrv.__file__).parent, checkout / "tailsrv", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(tailsrv.__file__).parent,
+        checkout / "tailsrv",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     pip = [str(home / "bin/python"), "-m", "pip", "install", "-q", str(checkout)]
     subprocess.run(pip, check=True)
@@ -427,7 +483,11 @@ def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Pa
 def slow_to_start(installed: Installed, flag: Path) -> None:
     """Make the installed program prove itself only once there is a line to read from the named pipe `flag`."""
     os.mkfifo(flag)
-    installed.edit("main.py", "    if is_check():\n", f"    if is_check():\n        open({str(flag)!r}).read()\n")
+    installed.edit(
+        "main.py",
+        "    if is_check():\n",
+        f"    if is_check():\n        open({str(flag)!r}).read()\n",
+    )
 
 
 def let_go(flag: Path) -> None:
@@ -436,7 +496,8 @@ def let_go(flag: Path) -> None:
     def opened() -> bool:
         try:
             os.close(os.open(flag, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError:  # nobody reads yet
+        except OSError:
+            # nobody reads yet
             return False
         return True
 
@@ -448,7 +509,9 @@ def await_proof(server: Server, living: list[int]) -> int:
     return eventually(lambda: [pid for pid in forked_children(server.pid) if pid not in living])[0]
 
 
-def test_requests_during_an_upgrade_are_one_more(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+def test_requests_during_an_upgrade_are_one_more(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+) -> None:
     """However often one asks while an upgrade is under way, exactly one more follows: it may be for something newer."""
     path.write_bytes(SMALL)
     server = serve(path, program=installed.program)
@@ -461,10 +524,12 @@ def test_requests_during_an_upgrade_are_one_more(serve: Serve, path: Path, insta
     for _ in range(5):
         before = status(server)
         server.signal(signal.SIGHUP)
-        assert before == status(server)  # asked after the signal: it has been taken
+        # asked after the signal: it has been taken
+        assert before == status(server)
     first, flag = await_proof(server, living), tmp_path / "flag"
     let_go(flag)
-    await_proof(server, [*living, first])  # what is installed may have changed since: it is asked anew
+    # what is installed may have changed since: it is asked anew
+    await_proof(server, [*living, first])
     let_go(flag)
     server.logged("upgraded: version=")
     let_go(flag)
@@ -510,7 +575,9 @@ def test_while_waiting_for_the_file(serve: Serve, path: Path, installed: Install
         expect(client, NEWS)
 
 
-def test_the_end_during_a_proof(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+def test_the_end_during_a_proof(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+) -> None:
     """SIGTERM while the installed program proves itself: the server drains and ends, and the program with it."""
     path.write_bytes(SMALL)
     server = serve(path, program=installed.program)
@@ -529,7 +596,16 @@ def test_the_end_during_a_proof(serve: Serve, path: Path, installed: Installed, 
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("attempt", [0, 1, 4, 7, *(pytest.param(again, marks=pytest.mark.thorough) for again in (2, 3, 5, 6, 8, 9))])
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        0,
+        1,
+        4,
+        7,
+        *(pytest.param(again, marks=pytest.mark.thorough) for again in (2, 3, 5, 6, 8, 9)),
+    ],
+)
 def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     """SIGTERM at whatever moment of an upgrade: the streams end in good order, with all that is in the file."""
     path.write_bytes(DATA)
@@ -568,7 +644,12 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
     ],
 )
 def test_a_signal_that_comes_with_the_end_of_the_check(
-    serve: Serve, path: Path, installed: Installed, tmp_path: Path, number: signal.Signals, line: str
+    serve: Serve,
+    path: Path,
+    installed: Installed,
+    tmp_path: Path,
+    number: signal.Signals,
+    line: str,
 ) -> None:
     """A signal that the supervisor finds together with the end of the installed program's check is acted on, not lost in the exec."""
     path.write_bytes(SMALL)
@@ -601,7 +682,8 @@ def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
     ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    with strace(server.pid, "memfd_create:delay_enter=500000:when=4"):  # three are the proof's, the fourth is the state
+    # three are the proof's, the fourth is the state
+    with strace(server.pid, "memfd_create:delay_enter=500000:when=4"):
         server.signal(signal.SIGHUP)
         server.logged("upgrade: old=")
         server.signal(signal.SIGTERM)
@@ -613,7 +695,10 @@ def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
 @needs_strace
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("memfd_create:error=EMFILE:when=1", "Too many open files"), ("execve:error=ENOMEM:when=1", "Cannot allocate memory")],
+    [
+        ("memfd_create:error=EMFILE:when=1", "Too many open files"),
+        ("execve:error=ENOMEM:when=1", "Cannot allocate memory"),
+    ],
 )
 def test_a_kernel_that_refuses(serve: Serve, path: Path, fault: str, reason: str) -> None:
     """Where the kernel refuses the proof, or the exec behind it, all stays as it is, and the next request may succeed."""
@@ -630,7 +715,9 @@ def test_a_kernel_that_refuses(serve: Serve, path: Path, fault: str, reason: str
 
 
 @pytest.mark.thorough
-def test_a_worker_dies_during_an_upgrade(serve: Serve, path: Path, installed: Installed, tmp_path: Path) -> None:
+def test_a_worker_dies_during_an_upgrade(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+) -> None:
     """A worker that is killed while the installed program proves itself has a successor at once, and both are replaced."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", program=installed.program)
@@ -655,7 +742,9 @@ def test_a_worker_dies_during_an_upgrade(serve: Serve, path: Path, installed: In
 
 
 @pytest.mark.thorough
-def test_the_service_manager_is_told(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_manager_is_told(
+    serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """RELOADING=1 comes with the request, READY=1 when all workers are new, or when nothing has changed after all."""
     path.write_bytes(SMALL)
     installed = Installed(tmp_path / "installed")
@@ -680,7 +769,8 @@ def test_the_service_manager_is_told(serve: Serve, path: Path, tmp_path: Path, m
         server.signal(signal.SIGHUP)
         words = drop_status("RELOADING=1")
         assert re.fullmatch(r"MONOTONIC_USEC=\d+", words[1])
-        drop_status("RELOADING=1")  # of the new program, in case that the first was not taken
+        # of the new program, in case that the first was not taken
+        drop_status("RELOADING=1")
         drop_status("READY=1")
         ready_workers(server, besides=living)
         installed.edit("worker/worker.py", "import gc", "import gc gc")

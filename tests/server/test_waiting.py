@@ -51,7 +51,15 @@ def test_probes_leave_nothing_behind(waiting: Server) -> None:
 
 def test_served_when_the_file_comes(waiting: Server, path: Path) -> None:
     """Whatever part of its header a client has sent while it waited, it is served as the header says when the file is there."""
-    headers = {b"0\n": NEW, b"4\n": NEW[4:], b"-5\n": NEW[-5:], b"-0\n": b"", b"7\nand more": NEW[7:], b"1": NEW[12:], b"": NEW}
+    headers = {
+        b"0\n": NEW,
+        b"4\n": NEW[4:],
+        b"-5\n": NEW[-5:],
+        b"-0\n": b"",
+        b"7\nand more": NEW[7:],
+        b"1": NEW[12:],
+        b"": NEW,
+    }
     clients = {header: waiting.connect(header) for header in headers}
     await_clients(waiting, len(clients))
     path.with_name("ready").write_bytes(NEW)
@@ -82,7 +90,9 @@ def test_a_worker_dies_while_it_waits(waiting: Server, path: Path) -> None:
 
 def test_the_end(waiting: Server) -> None:
     """Told to end, it gives every client that waits a clean end of its stream, whatever it had asked for."""
-    clients = [waiting.connect(header) for header in (b"0\n", b"-0\n", b"", b"12") for _ in range(3)]
+    clients = [
+        waiting.connect(header) for header in (b"0\n", b"-0\n", b"", b"12") for _ in range(3)
+    ]
     waiting.signal(signal.SIGTERM)
     for client in clients:
         expect_eof(client)

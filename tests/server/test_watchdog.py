@@ -70,7 +70,9 @@ def test_alive(serve: Serve, path: Path, manager: Manager) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_worker_that_hangs_is_replaced(serve: Serve, path: Path, manager: Manager, count: int) -> None:
+def test_a_worker_that_hangs_is_replaced(
+    serve: Serve, path: Path, manager: Manager, count: int
+) -> None:
     """Workers that do not answer are killed; their clients stay, and the service manager hears WATCHDOG=1 again."""
     server = serve(path, "-w", "2", wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
     workers = server.workers(2)
@@ -96,7 +98,8 @@ def test_hung_before_it_was_ready(serve: Serve, path: Path, manager: Manager) ->
     """A worker that never gets ready is one that does not answer."""
     server = serve(path, wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
     (worker,) = server.workers(1)
-    for _ in range(2):  # a worker that is just forked has its parent's handlers, and SIGSTOP needs none
+    # a worker that is just forked has its parent's handlers, and SIGSTOP needs none
+    for _ in range(2):
         os.kill(worker, signal.SIGKILL)
         server.logged("worker was killed: ", f"pid={worker} ")
         worker = next_child(server.pid, worker)
@@ -117,9 +120,17 @@ def next_child(pid: int, before: int) -> int:
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "variables",
-    [(), ("WATCHDOG_USEC=900000", "WATCHDOG_PID=1"), ("WATCHDOG_USEC=0",), ("WATCHDOG_USEC=abc",), ("WATCHDOG_USEC=" + "9" * 5000,)],
+    [
+        (),
+        ("WATCHDOG_USEC=900000", "WATCHDOG_PID=1"),
+        ("WATCHDOG_USEC=0",),
+        ("WATCHDOG_USEC=abc",),
+        ("WATCHDOG_USEC=" + "9" * 5000,),
+    ],
 )
-def test_nobody_wants_to_know(serve: Serve, path: Path, manager: Manager, variables: tuple[str, ...]) -> None:
+def test_nobody_wants_to_know(
+    serve: Serve, path: Path, manager: Manager, variables: tuple[str, ...]
+) -> None:
     """Where no watchdog is asked for, or it is for another process, nobody is told, and no worker is asked."""
     server = serve(path, wrapper=manager.wrapper(*variables))
     (worker,) = server.workers(1)

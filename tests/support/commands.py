@@ -27,12 +27,19 @@ class Command:
         number = len(list(folder.glob("stdout-*")))
         self.out, self.err = folder / f"stdout-{number}", folder / f"errors-{number}"
         with self.out.open("wb") as stdout, self.err.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+            )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(DEADLINE)
@@ -59,9 +66,13 @@ class Command:
 
 
 @contextmanager
-def started(*command: str | Path, stdout: int, stderr: int = subprocess.PIPE) -> Iterator["subprocess.Popen[bytes]"]:
+def started(
+    *command: str | Path, stdout: int, stderr: int = subprocess.PIPE
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Give a running client whose output the test reads itself; it surely has ended then."""
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+    ) as process:
         try:
             yield process
         finally:
@@ -73,8 +84,17 @@ def holds(path: Path, data: bytes) -> None:
 
     def look() -> bool:
         found = path.read_bytes() if path.exists() else b""
-        same = next((i for i, (ours, theirs) in enumerate(zip(found, data, strict=False)) if ours != theirs), min(len(found), len(data)))
-        assert data.startswith(found), f"{len(found)} of {len(data)} bytes, of which {same} are right"
+        same = next(
+            (
+                i
+                for i, (ours, theirs) in enumerate(zip(found, data, strict=False))
+                if ours != theirs
+            ),
+            min(len(found), len(data)),
+        )
+        assert data.startswith(found), (
+            f"{len(found)} of {len(data)} bytes, of which {same} are right"
+        )
         return len(found) == len(data)
 
     eventually(look)
@@ -82,7 +102,9 @@ def holds(path: Path, data: bytes) -> None:
 
 def run_client(*command: str | Path) -> "subprocess.CompletedProcess[str]":
     """Run a client that ends by itself, to its end."""
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=DEADLINE)
+    done = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=DEADLINE
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -114,7 +136,8 @@ def answering(*answers: Callable[[socket.socket], object]) -> Iterator[str]:
     connections: list[socket.socket] = []
 
     def serve() -> None:
-        with suppress(OSError):  # the listener is shut down, or a client has gone
+        # the listener is shut down, or a client has gone
+        with suppress(OSError):
             for answer in answers:
                 sock, _ = listener.accept()
                 connections.append(sock)

@@ -33,12 +33,18 @@ class Cutter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for sock in (self._listener, *self._open):
             try:
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
-                pass  # it has ended by itself
+                # it has ended by itself
+                pass
         for thread in self._threads:
             thread.join(DEADLINE)
         for sock in (self._listener, *self._open):
@@ -58,19 +64,27 @@ class Cutter:
             self._open += [near, far]
             limit = self._random.randrange(self._longest) if self.left > 0 else None
             self.left -= 1
-            thread = threading.Thread(target=self._forward, args=(near, far, limit, self._resets or self._random.random() < 0.5))
+            thread = threading.Thread(
+                target=self._forward,
+                args=(near, far, limit, self._resets or self._random.random() < 0.5),
+            )
             self._threads.append(thread)
             thread.start()
 
-    def _forward(self, near: socket.socket, far: socket.socket, limit: int | None, reset: bool) -> None:
+    def _forward(
+        self, near: socket.socket, far: socket.socket, limit: int | None, reset: bool
+    ) -> None:
         try:
             far.sendall(near.recv(100))
             passed = 0
-            while (limit is None or passed < limit) and (some := far.recv(1 << 16 if limit is None else min(1 << 16, limit - passed))):
+            while (limit is None or passed < limit) and (
+                some := far.recv(1 << 16 if limit is None else min(1 << 16, limit - passed))
+            ):
                 near.sendall(some)
                 passed += len(some)
         except OSError:
-            pass  # one of them has gone
+            # one of them has gone
+            pass
         if reset and limit is not None:
             near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         far.close()

@@ -26,7 +26,8 @@ from support.waiting import DEADLINE, Seen, eventually
 
 SUITE = "bookworm"
 PACKAGES = "systemd,systemd-sysv,python3-venv,procps,logrotate,netcat-openbsd,socat"
-PYTHON = "3.11"  # that suite's
+# that suite's
+PYTHON = "3.11"
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "unshare", "setpriv")
 
 BOOTSTRAP_DEADLINE = 600.0
@@ -37,7 +38,17 @@ CAP_SYS_ADMIN = 1 << 21
 
 # A namespace of pids around the machine's own: with its first process the kernel ends all that is in it, which ending
 # systemd-nspawn alone does not. And unshare ends with us, however we end.
-UNSHARE = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc")
+UNSHARE = (
+    "setpriv",
+    "--pdeathsig=KILL",
+    "unshare",
+    "--mount",
+    "--propagation=private",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)
 
 # systemd-nspawn wants /run to itself where systemd is not init. The machine is registered with nobody, its writes go
 # to memory, and it has a network of its own, so that every port is free.
@@ -51,7 +62,16 @@ exec systemd-nspawn --quiet --register=no --keep-unit --boot --private-network -
 LOGIN = ("env", "-i", "HOME=/root", "LANG=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
 
 # What is not a part of a checkout as a user would get it.
-NOT_COPIED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+NOT_COPIED = (
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+)
 
 
 class NoMachineError(Exception):
@@ -87,7 +107,8 @@ def make_root(folder: Path) -> Path:
     if not root.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
         options = ("--variant=minbase", f"--include={PACKAGES}")
-        call(*UNSHARE, "debootstrap", *options, SUITE, str(unfinished), deadline=BOOTSTRAP_DEADLINE)  # it mounts things there
+        # it mounts things there
+        call(*UNSHARE, "debootstrap", *options, SUITE, str(unfinished), deadline=BOOTSTRAP_DEADLINE)
         unfinished.rename(root)
     return root
 
@@ -99,7 +120,16 @@ def make_wheels(folder: Path) -> Path:
     wheels.mkdir(exist_ok=True)
     pip, to = (sys.executable, "-m", "pip", "--quiet"), ("--find-links", str(wheels))
     # What builds the project is the same for every Python, but not all of it is there as wheels.
-    call(*pip, "wheel", *to, "--wheel-dir", str(wheels), "wheel", *project["build-system"]["requires"], deadline=BOOTSTRAP_DEADLINE)
+    call(
+        *pip,
+        "wheel",
+        *to,
+        "--wheel-dir",
+        str(wheels),
+        "wheel",
+        *project["build-system"]["requires"],
+        deadline=BOOTSTRAP_DEADLINE,
+    )
     call(
         *pip, "download", *to, "--dest", str(wheels), "--only-binary=:all:", f"--python-version={PYTHON}",
         *project["project"]["dependencies"], deadline=BOOTSTRAP_DEADLINE,
@@ -109,7 +139,14 @@ def make_wheels(folder: Path) -> Path:
 
 def call(*command: str, deadline: float) -> None:
     """Run `command` outside of the machine, which must succeed. Raises NoMachineError, with what it printed."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=deadline)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=deadline,
+    )
     if done.returncode != 0:
         raise NoMachineError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}")
 
@@ -119,7 +156,13 @@ def own_cgroups(name: str) -> list[Path]:
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, ours = line.split(":", 2)
-        for mount in ("", "unified") if not controllers else ("systemd",) if controllers == "name=systemd" else ():
+        for mount in (
+            ("", "unified")
+            if not controllers
+            else ("systemd",)
+            if controllers == "name=systemd"
+            else ()
+        ):
             parent = Path("/sys/fs/cgroup", mount, ours.lstrip("/"))
             if (parent / "cgroup.procs").exists():
                 (parent / name).mkdir()
@@ -143,9 +186,16 @@ class Machine:
         self._log = log
         self._cgroups = own_cgroups(name)
         command = [*UNSHARE, "sh", "-ec", BOOT, "sh", *map(str, self._cgroups)]
-        environment = {"PATH": os.environ["PATH"], "MACHINE": name, "ROOT": str(root), "WHEELS": str(wheels)}
+        environment = {
+            "PATH": os.environ["PATH"],
+            "MACHINE": name,
+            "ROOT": str(root),
+            "WHEELS": str(wheels),
+        }
         with log.open("wb") as console:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env=environment)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, env=environment
+            )
         try:
             self.leader = eventually(self._find_leader, BOOT_DEADLINE)
             self.files = Path(f"/proc/{self.leader}/root")
@@ -159,30 +209,44 @@ class Machine:
         for process in psutil.Process(self._process.pid).children(recursive=True):
             with suppress(psutil.Error, OSError):
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                if status.partition("NSpid:")[2].splitlines()[0].split()[2:] == ["1"] and process.name() == "systemd":
+                if (
+                    status.partition("NSpid:")[2].splitlines()[0].split()[2:] == ["1"]
+                    and process.name() == "systemd"
+                ):
                     return int(process.pid)
         return 0
 
     def _is_up(self) -> bool:
         assert self._process.poll() is None, self._log.read_text(errors="replace")
-        return self.ask("systemctl", "is-system-running", "--wait").stdout.strip() in ("running", "degraded")
+        return self.ask("systemctl", "is-system-running", "--wait").stdout.strip() in (
+            "running",
+            "degraded",
+        )
 
     def end(self) -> None:
         """End it at once, by its pid, and leave nothing behind."""
         with suppress(psutil.NoSuchProcess):
             for nspawn in psutil.Process(self._process.pid).children():
-                nspawn.kill()  # and with it all in its namespace; then unshare ends, having waited for it
+                # and with it all in its namespace; then unshare ends, having waited for it
+                nspawn.kill()
         try:
             self._process.wait(DEADLINE)
         finally:
             self._process.kill()
         eventually(lambda: all(remove_cgroup(cgroup) for cgroup in self._cgroups))
 
-    def ask(self, *command: str, deadline: float = COMMAND_DEADLINE) -> "subprocess.CompletedProcess[str]":
+    def ask(
+        self, *command: str, deadline: float = COMMAND_DEADLINE
+    ) -> "subprocess.CompletedProcess[str]":
         """Run `command` in it as root would after logging in; return how it ended and what it printed."""
         enter = ("nsenter", f"--target={self.leader}", "--all", *LOGIN)
         return subprocess.run(
-            [*enter, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=deadline
+            [*enter, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=deadline,
         )
 
     def run(self, *command: str, deadline: float = COMMAND_DEADLINE) -> str:
@@ -200,25 +264,36 @@ class Machine:
 
     def copy_checkout(self, path: str) -> None:
         """Copy the checkout to `path`, as a user would get it."""
-        shutil.copytree(ROOT, self.files / path.lstrip("/"), ignore=shutil.ignore_patterns(*NOT_COPIED))
+        shutil.copytree(
+            ROOT, self.files / path.lstrip("/"), ignore=shutil.ignore_patterns(*NOT_COPIED)
+        )
 
     def use_wheels(self) -> None:
         """Have its pip take from the wheels what it would ask the network for, which is not there."""
-        self.write("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")  # an installer would
-        self.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version-check = true\n")
+        # an installer would
+        self.write("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+        self.write(
+            "/etc/pip.conf",
+            "[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version-check = true\n",
+        )
 
     def in_network(self, action: Callable[[], Seen]) -> Seen:
         """Return what `action` returns in its network."""
 
         def enter() -> Seen:
             with open(f"/proc/{self.leader}/ns/net") as namespace:
-                assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-            return action()  # a namespace is a thread's own, and this thread ends here
+                assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0, (
+                    os.strerror(ctypes.get_errno())
+                )
+            # a namespace is a thread's own, and this thread ends here
+            return action()
 
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(enter).result()
 
-    def connect(self, port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0) -> socket.socket:
+    def connect(
+        self, port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0
+    ) -> socket.socket:
         """Return a connection to a port of the machine's."""
         return self.in_network(lambda: connect(port, header, host, receive_buffer))
 
@@ -229,17 +304,26 @@ class Service:
     def __init__(self, machine: Machine, path: str) -> None:
         self.machine, self.path = machine, path
         self.instance = machine.run("systemd-escape", "-p", "--", path)
-        self.unit, self.socket_unit = f"tailsrv@{self.instance}.service", f"tailsrv@{self.instance}.socket"
+        self.unit, self.socket_unit = (
+            f"tailsrv@{self.instance}.service",
+            f"tailsrv@{self.instance}.socket",
+        )
         self.clients: list[socket.socket] = []
 
     def configure(self, **settings: str) -> None:
         """Write its file of settings."""
-        name = self.instance.replace("\\", "")  # EnvironmentFile= is a pattern
-        self.machine.write(f"/etc/tailsrv/{name}.env", "".join(f"{name}={value}\n" for name, value in settings.items()))
+        # EnvironmentFile= is a pattern
+        name = self.instance.replace("\\", "")
+        self.machine.write(
+            f"/etc/tailsrv/{name}.env",
+            "".join(f"{name}={value}\n" for name, value in settings.items()),
+        )
 
     def override(self, *lines: str, unit: str = "") -> None:
         """Write a drop-in of the service or of another `unit`."""
-        self.machine.write(f"/etc/systemd/system/{unit or self.unit}.d/test.conf", "\n".join(lines) + "\n")
+        self.machine.write(
+            f"/etc/systemd/system/{unit or self.unit}.d/test.conf", "\n".join(lines) + "\n"
+        )
         self.machine.run("systemctl", "daemon-reload")
 
     def create(self, data: bytes = b"", mode: int = 0o640, group: str = "adm") -> None:
@@ -282,7 +366,12 @@ class Service:
 
     def workers(self) -> list[int]:
         """Return the workers' pids in the machine."""
-        return [int(pid) for pid in self.machine.ask("pgrep", "-P", str(self.pid), "-f", "^tailsrv: worker ").stdout.split()]
+        return [
+            int(pid)
+            for pid in self.machine.ask(
+                "pgrep", "-P", str(self.pid), "-f", "^tailsrv: worker "
+            ).stdout.split()
+        ]
 
     def kill(self, pid: int, number: signal.Signals) -> None:
         self.machine.run("kill", f"-{number.name.removeprefix('SIG')}", str(pid))
@@ -290,8 +379,11 @@ class Service:
     @property
     def log(self) -> list[str]:
         """The lines that the program itself has logged."""
-        self.machine.run("journalctl", "--sync")  # what has been written by now is to be found
-        return self.machine.run("journalctl", "--quiet", "--output=cat", "--unit", self.unit, "--identifier=tailsrv").splitlines()
+        # what has been written by now is to be found
+        self.machine.run("journalctl", "--sync")
+        return self.machine.run(
+            "journalctl", "--quiet", "--output=cat", "--unit", self.unit, "--identifier=tailsrv"
+        ).splitlines()
 
     def lines(self, *parts: str) -> list[str]:
         """Return the log's lines that hold all of `parts`."""

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+# prctl(2)
+PR_SET_PDEATHSIG = 1
 NAME = b"file.log"
 
 # The operations of linux/fuse.h that this needs; all others get ENOSYS, or nothing where the kernel
@@ -34,7 +35,8 @@ OPERATIONS = {
     1: "LOOKUP", 3: "GETATTR", 14: "OPEN", 15: "READ", 16: "WRITE", 17: "STATFS", 18: "RELEASE", 20: "FSYNC", 25: "FLUSH", 26: "INIT",
     27: "OPENDIR", 29: "RELEASEDIR", 34: "ACCESS",
 }  # fmt: skip
-UNANSWERED = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET
+# FORGET, INTERRUPT, BATCH_FORGET
+UNANSWERED = (2, 36, 42)
 
 
 class FileSystem:
@@ -43,7 +45,8 @@ class FileSystem:
     def __init__(self, device: int, folder: Path) -> None:
         self.device, self.folder = device, folder
         self.orders: dict[str, Any] = {}
-        self.given = 0  # which orders these are
+        # which orders these are
+        self.given = 0
         self.calls: Counter[str] = Counter()
         self.number = 1000
         self.last = ""
@@ -64,13 +67,17 @@ class FileSystem:
             failed, data = (0, answer) if isinstance(answer, bytes) else (-answer, b"")
             try:
                 os.write(self.device, struct.pack("=IiQ", 16 + len(data), failed, unique) + data)
-            except FileNotFoundError:  # whoever asked has been interrupted
+            except FileNotFoundError:
+                # whoever asked has been interrupted
                 pass
 
     def read_orders(self) -> None:
         status = (self.folder / "orders").stat()
         if status.st_ino != self.given:
-            self.given, self.orders = status.st_ino, json.loads((self.folder / "orders").read_bytes())
+            self.given, self.orders = (
+                status.st_ino,
+                json.loads((self.folder / "orders").read_bytes()),
+            )
             self.calls.clear()
 
     def fault(self, operation: str) -> int:
@@ -91,7 +98,9 @@ class FileSystem:
         size = 0 if node == 1 else self.content(node).stat().st_size
         number = self.number if self.orders.get("unstable") and node != 1 else node
         mode = 0o040755 if node == 1 else 0o100644
-        return struct.pack("=QQQQQQIIIIIIIIII", number, size, 1, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+        return struct.pack(
+            "=QQQQQQIIIIIIIIII", number, size, 1, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
+        )
 
     def answer(self, operation: str, node: int, body: bytes) -> bytes | int:
         """Return what to answer, or an error."""
@@ -113,7 +122,9 @@ class FileSystem:
                 offset, size = struct.unpack_from("=QI", body, 8)
                 return self.content(node).read_bytes()[offset : offset + size]
             case "STATFS":
-                return struct.pack("=QQQQQIIII24x", 1000, 1000, 1000, 1000, 1000, 4096, 255, 4096, 0)
+                return struct.pack(
+                    "=QQQQQIIII24x", 1000, 1000, 1000, 1000, 1000, 4096, 255, 4096, 0
+                )
             case "RELEASE" | "FLUSH" | "RELEASEDIR" | "ACCESS" | "FSYNC":
                 return b""
         return errno.ENOSYS
@@ -136,11 +147,13 @@ def start_daemon(device: int, folder: Path) -> None:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         null = os.open(os.devnull, os.O_RDWR)
-        for standard in range(3):  # nobody is to wait for what we might say
+        # nobody is to wait for what we might say
+        for standard in range(3):
             os.dup2(null, standard)
         (folder / "pid").write_text(str(os.getpid()))
         try:
-            if os.getppid() == parent:  # else it has ended before the kernel knew what to do then
+            # else it has ended before the kernel knew what to do then
+            if os.getppid() == parent:
                 FileSystem(device, folder).run()
         finally:
             os._exit(0)

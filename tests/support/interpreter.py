@@ -16,7 +16,9 @@ def run_python(
 
     A fork of the test process would not do: it is the child of a process with threads (faulthandler's).
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    )
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *args],
         env={**os.environ, "PYTHONPATH": path, **(env or {})},

@@ -21,12 +21,26 @@ class Stream:
 
     kind: str
     sock: socket.socket
-    position: int | None = None  # in the file, of the next byte to come; None: it is counted from an end that we do not know
-    earliest: int = 0  # where the first byte may come from, in that case
-    unsent: bytes = b""  # of the header
+    # in the file, of the next byte to come; None: it is counted from an end that we do not know
+    position: int | None = None
+    # where the first byte may come from, in that case
+    earliest: int = 0
+    # of the header
+    unsent: bytes = b""
 
 
-KINDS = ("fast", "slow", "stalled", "half-closed", "junk", "late", "from end", "ahead", "slow half-closed junk", "only news")
+KINDS = (
+    "fast",
+    "slow",
+    "stalled",
+    "half-closed",
+    "junk",
+    "late",
+    "from end",
+    "ahead",
+    "slow half-closed junk",
+    "only news",
+)
 
 
 class Load:
@@ -105,7 +119,9 @@ class Load:
         assert some, f"{stream} ended\n{self.server.log}"
         if stream.position is None:
             stream.position = self.data.find(some, stream.earliest)
-            assert stream.position >= 0, f"{stream}: {some[:20]!r} is nowhere in the file\n{self.server.log}"
+            assert stream.position >= 0, (
+                f"{stream}: {some[:20]!r} is nowhere in the file\n{self.server.log}"
+            )
         ours = self.data[stream.position : stream.position + len(some)]
         assert ours == some, f"{stream} differs\n{self.server.log}"
         stream.position += len(some)
@@ -118,7 +134,8 @@ class Load:
             if stream.unsent:
                 stream.sock.sendall(stream.unsent)
                 stream.unsent = b""
-        last = random_bytes(60_000, seed=len(self.data))  # all who are ahead get something, and the others too
+        # all who are ahead get something, and the others too
+        last = random_bytes(60_000, seed=len(self.data))
         await_reading(self)
         self.data += last
         append(self.path, last)

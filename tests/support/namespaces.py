@@ -70,7 +70,8 @@ class Namespace:
     def __init__(self) -> None:
         self._fd = new_namespace()
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        self.wrapper = ("nsenter", f"--net={self.path}")  # it execs: the pid stays
+        # it execs: the pid stays
+        self.wrapper = ("nsenter", f"--net={self.path}")
         self.ip("link set lo up")
 
     def ip(self, *commands: str) -> None:
@@ -80,7 +81,9 @@ class Namespace:
 
     def run(self, *command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
         """Run `command` in it, to its end."""
-        return subprocess.run([*self.wrapper, *command], input=given, capture_output=True, text=True, timeout=DEADLINE)
+        return subprocess.run(
+            [*self.wrapper, *command], input=given, capture_output=True, text=True, timeout=DEADLINE
+        )
 
     def close(self) -> None:
         """End what still runs in it, and let go of it: the kernel takes it away with the last process."""
@@ -89,7 +92,8 @@ class Namespace:
                 if os.path.samestat(os.stat(f"/proc/{pid}/ns/net"), os.fstat(self._fd)):
                     os.kill(pid, signal.SIGKILL)
             except OSError:
-                pass  # it has ended meanwhile
+                # it has ended meanwhile
+                pass
         os.close(self._fd)
 
 
@@ -122,7 +126,12 @@ class Network:
         self.switch.ip("link add switch type bridge", "link set switch up")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._stack.close()
 
     def host(self, name: str, address: str, loss: float = 0, delay: float = 0) -> Host:
@@ -133,10 +142,14 @@ class Network:
         if loss or delay:
             plug = f"{name}.far"
             self.switch.ip(
-                f"link add name {name} type veth peer name {name}.near", f"link set dev {name}.near up", f"link set dev {name} up"
+                f"link add name {name} type veth peer name {name}.near",
+                f"link set dev {name}.near up",
+                f"link set dev {name} up",
             )
         self.switch.ip(
-            f"link add name {plug} type veth peer name eth0 netns {host.path}", f"link set dev {plug} up", f"link set dev {name} up"
+            f"link add name {plug} type veth peer name eth0 netns {host.path}",
+            f"link set dev {plug} up",
+            f"link set dev {name} up",
         )
         host.ip(f"addr add {address}/24 dev eth0", "link set eth0 up")
         if loss or delay:
@@ -146,8 +159,11 @@ class Network:
 
     def _run_wire(self, *arguments: str) -> None:
         process = subprocess.Popen(
-            [*self.switch.wrapper, sys.executable, str(WIRE), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*self.switch.wrapper, sys.executable, str(WIRE), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        self._stack.enter_context(process)  # it ends with its standard input, which this closes, or our own end
+        # it ends with its standard input, which this closes, or our own end
+        self._stack.enter_context(process)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

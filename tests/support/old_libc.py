@@ -64,7 +64,10 @@ ctypes.CDLL = CDLL
 
 def hidden() -> dict[str, list[str]]:
     """Return the names that this interpreter has and one of those would not have, by module."""
-    return {module: [name for name in dir(importlib.import_module(module)) if lacks(module, name)] for module in LACKING}
+    return {
+        module: [name for name in dir(importlib.import_module(module)) if lacks(module, name)]
+        for module in LACKING
+    }
 
 
 def lacks(module: str, name: str) -> bool:
@@ -84,10 +87,15 @@ def uses(source: str) -> Iterator[tuple[int, str]]:
             case ast.Attribute(value=ast.Name(id=module), attr=name) if lacks(module, name):
                 yield node.lineno, f"{module}.{name}"
             case ast.ImportFrom(module=str(module), names=names):
-                yield from ((node.lineno, f"{module}.{alias.name}") for alias in names if lacks(module, alias.name))
-            case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id=module), ast.Constant(value=str(name)), *_]) if lacks(
-                module, name
-            ):
+                yield from (
+                    (node.lineno, f"{module}.{alias.name}")
+                    for alias in names
+                    if lacks(module, alias.name)
+                )
+            case ast.Call(
+                func=ast.Name(id="getattr"),
+                args=[ast.Name(id=module), ast.Constant(value=str(name)), *_],
+            ) if lacks(module, name):
                 yield node.lineno, f"{module}.{name}"
             case ast.Call(func=ast.Attribute(attr="preadv" | "pwritev"), args=[_, _, _, _, *_]):
                 yield node.lineno, "os.preadv with flags"

@@ -10,8 +10,10 @@ import psutil  # type: ignore[import-untyped]
 from support.waiting import DEADLINE, eventually
 
 NOBODY = 65534
-AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")  # it execs: the pid stays
-NO_CORE = ("prlimit", "--core=0:0")  # workers that die of SIGSEGV leave no files behind
+# it execs: the pid stays
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+# workers that die of SIGSEGV leave no files behind
+NO_CORE = ("prlimit", "--core=0:0")
 as_root = os.geteuid() == 0
 
 
@@ -31,7 +33,8 @@ def session(sid: int) -> list[int]:
             if os.getsid(pid) == sid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                 found.append(pid)
         except (OSError, psutil.Error):
-            pass  # it ended while we looked
+            # it ended while we looked
+            pass
     return found
 
 
@@ -52,7 +55,8 @@ def forked_children(pid: int) -> list[int]:
 def title(pid: int) -> str:
     """Return the title of the process `pid`, empty if it has gone."""
     try:
-        return " ".join(psutil.Process(pid).cmdline()).rstrip()  # behind the title the old arguments' room is empty
+        # behind the title the old arguments' room is empty
+        return " ".join(psutil.Process(pid).cmdline()).rstrip()
     except psutil.Error:
         return ""
 

@@ -56,7 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
     for name, what in LEFT_OUT.items():
         config.addinivalue_line("markers", f"{name}: left out of a plain run: tests that {what}")
-    config.addinivalue_line("markers", "sample(count): a plain run has the first `count` cases, the others are thorough")
+    config.addinivalue_line(
+        "markers", "sample(count): a plain run has the first `count` cases, the others are thorough"
+    )
     config.stash[_left_out] = {}
     config.stash[_cases] = Counter()
 
@@ -76,9 +78,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr:
         return
     named = named_files(config.args)
-    why = [None if item.path in named else first_reason(marker.name for marker in item.iter_markers()) for item in items]
+    why = [
+        None if item.path in named else first_reason(marker.name for marker in item.iter_markers())
+        for item in items
+    ]
     config.stash[_left_out] = dict(Counter(filter(None, why)))
-    config.hook.pytest_deselected(items=[item for item, marker in zip(items, why, strict=True) if marker])
+    config.hook.pytest_deselected(
+        items=[item for item, marker in zip(items, why, strict=True) if marker]
+    )
     items[:] = [item for item, marker in zip(items, why, strict=True) if not marker]
 
 
@@ -103,11 +110,18 @@ def pytest_testnodedown(node: object) -> None:
         node.config.stash[_left_out] = left_out  # type: ignore[attr-defined]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Say which tests did not run, and what runs them."""
     skipped = (report.longrepr for report in terminalreporter.stats.get("skipped", []))
-    reasons = [str(where[2]).removeprefix("Skipped: ") for where in skipped if isinstance(where, tuple)]
-    lines = [*left_out_lines(config.stash[_left_out], config.invocation_params.args), *skipped_lines(reasons)]
+    reasons = [
+        str(where[2]).removeprefix("Skipped: ") for where in skipped if isinstance(where, tuple)
+    ]
+    lines = [
+        *left_out_lines(config.stash[_left_out], config.invocation_params.args),
+        *skipped_lines(reasons),
+    ]
     if lines:
         terminalreporter.section("not run")
         for line in lines:
@@ -137,9 +151,13 @@ def skipped_lines(reasons: Iterable[str]) -> list[str]:
         if NOT_INSTALLED in reason:
             tools.update(re.split(", ", reason.partition(NOT_INSTALLED)[2]))
         else:
-            others["needs root" if re.search(r"\b(only|takes|needs|not) root\b", reason) else reason] += 1
+            others[
+                "needs root" if re.search(r"\b(only|takes|needs|not) root\b", reason) else reason
+            ] += 1
     lines = [f"skipped: {count}: {reason}" for reason, count in others.most_common()]
     if tools:
         counts = ", ".join(f"{tool} ({count})" for tool, count in sorted(tools.items()))
-        lines.append(f"skipped, not installed: {counts}: apt-get install {' '.join(packages(*tools))}")
+        lines.append(
+            f"skipped, not installed: {counts}: apt-get install {' '.join(packages(*tools))}"
+        )
     return lines

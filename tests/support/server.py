@@ -18,7 +18,8 @@ from support.sockets import connect
 from support.waiting import DEADLINE, eventually
 
 TAILSRV = (sys.executable, "-m", "tailsrv")
-HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))  # the same with shorter waits
+# the same with shorter waits
+HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))
 ACTIVATE = PROGRAMS / "activate.py"
 
 
@@ -36,10 +37,19 @@ def wrapper_without_rights() -> tuple[str, ...]:
     return AS_NOBODY
 
 
-def run_tailsrv(*arguments: str | bytes | Path, wrapper: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+def run_tailsrv(
+    *arguments: str | bytes | Path, wrapper: Sequence[str] = ()
+) -> "subprocess.CompletedProcess[str]":
     """Run a tailsrv that ends by itself, to its end."""
     command = [*wrapper, *TAILSRV, *arguments]
-    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="backslashreplace", timeout=DEADLINE)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="backslashreplace",
+        timeout=DEADLINE,
+    )
 
 
 class Server:
@@ -51,8 +61,11 @@ class Server:
         self.clients: list[socket.socket] = []
         self._log = log
         with log.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
-        self.pid = self.process.pid  # also of its session
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            )
+        # also of its session
+        self.pid = self.process.pid
 
     @property
     def log(self) -> str:
@@ -68,7 +81,9 @@ class Server:
 
         def look() -> list[str]:
             found = self.lines(*parts)
-            assert len(found) >= count or self.process.poll() is None, f"ended without {parts}:\n{self.log}"
+            assert len(found) >= count or self.process.poll() is None, (
+                f"ended without {parts}:\n{self.log}"
+            )
             return found if len(found) >= count else []
 
         return eventually(look)[-1]
@@ -78,7 +93,9 @@ class Server:
         """The port it listens on, as it says in its log."""
         return int(self.logged("listening: ", " port=").partition(" port=")[2].split()[0])
 
-    def connect(self, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0) -> socket.socket:
+    def connect(
+        self, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0
+    ) -> socket.socket:
         """Return a connection that is closed in the end, `header` sent."""
         sock = connect(self.port, header, host, receive_buffer)
         self.clients.append(sock)
@@ -87,7 +104,10 @@ class Server:
     def streaming(self, sock: socket.socket) -> None:
         """Wait until the header of `sock` has been read; takes a server with -v."""
         host, port = sock.getsockname()[:2]
-        self.logged("client streams: ", f" peer=[{host}]:{port} " if ":" in host else f" peer={host}:{port} ")
+        self.logged(
+            "client streams: ",
+            f" peer=[{host}]:{port} " if ":" in host else f" peer={host}:{port} ",
+        )
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the supervisor."""
@@ -102,7 +122,9 @@ class Server:
 
         def look() -> list[int]:
             found = [pid for pid in children(self.pid) if title(pid).startswith("tailsrv: worker ")]
-            ready = {f"pid={pid}" for pid in found} <= {word for line in self.lines("worker ready: ") for word in line.split()}
+            ready = {f"pid={pid}" for pid in found} <= {
+                word for line in self.lines("worker ready: ") for word in line.split()
+            }
             return found if ready and len(found) == (count or 1) else []
 
         return sorted(eventually(look), key=lambda pid: int(title(pid).split()[2]))
@@ -132,5 +154,10 @@ class Serve(Protocol):
     """Starts `tailsrv -p 0 OPTIONS PATH`, by way of `wrapper`; it must end with `status`."""
 
     def __call__(
-        self, path: str | bytes | Path, *options: str, status: int = 0, wrapper: Sequence[str] = (), program: Sequence[str] = TAILSRV
+        self,
+        path: str | bytes | Path,
+        *options: str,
+        status: int = 0,
+        wrapper: Sequence[str] = (),
+        program: Sequence[str] = TAILSRV,
     ) -> Server: ...

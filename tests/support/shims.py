@@ -14,5 +14,10 @@ def build_shim(folder: Path, source: str) -> Path:
     if not shutil.which("gcc"):
         pytest.skip("takes gcc")
     (folder / "shim.c").write_text(source)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "shim.so", "shim.c", "-ldl"], cwd=folder, check=True, timeout=DEADLINE)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-o", "shim.so", "shim.c", "-ldl"],
+        cwd=folder,
+        check=True,
+        timeout=DEADLINE,
+    )
     return folder / "shim.so"

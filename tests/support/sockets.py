@@ -10,7 +10,9 @@ import pytest
 from support.waiting import DEADLINE
 
 
-def connect(port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0) -> socket.socket:
+def connect(
+    port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0
+) -> socket.socket:
     """Return a connection on which `header` has been sent; a small `receive_buffer` makes a reader that soon stalls."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -57,9 +59,18 @@ def expect(sock: socket.socket, data: bytes) -> None:
     """Assert that the next bytes are `data`, and say where they differ rather than show them all."""
     received = recv_exactly(sock, len(data))
     if received != data:
-        place = next((i for i, (ours, theirs) in enumerate(zip(received, data, strict=False)) if ours != theirs), len(received))
+        place = next(
+            (
+                i
+                for i, (ours, theirs) in enumerate(zip(received, data, strict=False))
+                if ours != theirs
+            ),
+            len(received),
+        )
         here = slice(place, place + 20)
-        raise AssertionError(f"{len(received)} of {len(data)} bytes; from byte {place}: {received[here]!r}, not {data[here]!r}")
+        raise AssertionError(
+            f"{len(received)} of {len(data)} bytes; from byte {place}: {received[here]!r}, not {data[here]!r}"
+        )
 
 
 def expect_eof(sock: socket.socket) -> None:
@@ -78,7 +89,9 @@ def closing_all(sockets: Iterable[socket.socket]) -> Iterator[None]:
 
 
 @contextmanager
-def tcp_pair(receive: int | None = None, send: int | None = None) -> Iterator[tuple[socket.socket, socket.socket]]:
+def tcp_pair(
+    receive: int | None = None, send: int | None = None
+) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Give the server's end (non-blocking) and the client's end of a TCP connection on loopback.
 
     `receive` is the size of the client's receive buffer and `send` of the server's send buffer, where it matters.

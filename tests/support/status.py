@@ -55,6 +55,11 @@ def ready_workers(server: Server, besides: list[int] | None = None) -> list[int]
     def look() -> list[int]:
         found = status(server)["workers"]
         pids = [worker["pid"] for worker in found]
-        return pids if all(worker["ready"] and worker["pid"] for worker in found) and not set(pids) & set(besides or []) else []
+        return (
+            pids
+            if all(worker["ready"] and worker["pid"] for worker in found)
+            and not set(pids) & set(besides or [])
+            else []
+        )
 
     return eventually(look)

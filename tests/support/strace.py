@@ -11,7 +11,9 @@ from support.processes import runs
 from support.tools import missing
 from support.waiting import DEADLINE
 
-no_strace = missing("strace") or ("" if runs("strace", "-o", os.devnull, "true") else "strace may not trace a process")
+no_strace = missing("strace") or (
+    "" if runs("strace", "-o", os.devnull, "true") else "strace may not trace a process"
+)
 needs_strace = pytest.mark.skipif(bool(no_strace), reason=no_strace)
 
 
@@ -20,7 +22,11 @@ def can_inject() -> str:
     if no_strace:
         return no_strace
     inject = ("-e", "trace=write", "-e", "inject=write:error=EIO")
-    return "" if not runs("strace", "-o", os.devnull, *inject, "echo") else "strace cannot make calls fail"
+    return (
+        ""
+        if not runs("strace", "-o", os.devnull, *inject, "echo")
+        else "strace cannot make calls fail"
+    )
 
 
 @contextmanager
@@ -28,12 +34,15 @@ def strace(pid: int, *inject: str) -> Iterator[None]:
     """Have strace do to the process `pid` what `inject` says (strace(1), -e inject=)."""
     options = [word for what in inject for word in ("-e", f"inject={what}")]
     command = ["strace", "-o", os.devnull, *options, "-p", str(pid)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as tracer:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as tracer:
         assert tracer.stderr is not None
         try:
             line = tracer.stderr.readline()
             assert line.endswith("attached\n"), line
             yield
         finally:
-            tracer.kill()  # asked to end, it may wait for a process that is held, or gone
+            # asked to end, it may wait for a process that is held, or gone
+            tracer.kill()
             tracer.communicate(timeout=DEADLINE)

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-DEADLINE = 20.0  # seconds that an event may take on a busy machine; no test waits for it to pass
+# seconds that an event may take on a busy machine; no test waits for it to pass
+DEADLINE = 20.0
 
 
 Seen = TypeVar("Seen")

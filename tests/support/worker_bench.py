@@ -29,7 +29,8 @@ class Bench:
     def __init__(self, stack: ExitStack, path: Path, header_timeout: float, grace: float) -> None:
         self.stack = stack
         self.path = path
-        self.skew = 0.0  # seconds that the worker's clock is ahead
+        # seconds that the worker's clock is ahead
+        self.skew = 0.0
         file = stack.enter_context(opened(path))
         self.listeners = open_listeners(["127.0.0.1"], 0, 1)
         stack.enter_context(closing_all(self.listeners[0]))
@@ -44,8 +45,12 @@ class Bench:
         stack.callback(setproctitle, getproctitle())
         wakeup = Wakeup([signal.SIGTERM])
         stack.callback(wakeup.close)
-        self.config = config = Config(str(path), self.address[1], grace=grace, header_timeout=header_timeout)
-        inheritance = Inheritance(0, file, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, {})
+        self.config = config = Config(
+            str(path), self.address[1], grace=grace, header_timeout=header_timeout
+        )
+        inheritance = Inheritance(
+            0, file, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, {}
+        )
         self.worker = Worker(inheritance, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)
 
@@ -66,9 +71,19 @@ class Bench:
 
     def settle(self) -> None:
         """Run turns until there is nothing left to do: what has reached a socket by now has been acted on."""
-        self.until(lambda: not (readable(self.worker.loop.epoll.fileno()) or self.worker.streams.behind or self.worker.dropped))
+        self.until(
+            lambda: (
+                not (
+                    readable(self.worker.loop.epoll.fileno())
+                    or self.worker.streams.behind
+                    or self.worker.dropped
+                )
+            )
+        )
 
-    def connect(self, said: bytes = b"", receive: int | None = None) -> tuple[socket.socket, Client]:
+    def connect(
+        self, said: bytes = b"", receive: int | None = None
+    ) -> tuple[socket.socket, Client]:
         """Connect, say something, and run turns until it is taken in; return the far end, and the worker's record."""
         far = self.stack.enter_context(socket.socket())
         far.settimeout(DEADLINE)
@@ -76,8 +91,12 @@ class Bench:
             far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
         far.connect(self.address)
         name = far.getsockname()
-        self.until(lambda: any(client.peer == endpoint(*name) for client in self.worker.clients.values()))
-        [client] = [client for client in self.worker.clients.values() if client.peer == endpoint(*name)]
+        self.until(
+            lambda: any(client.peer == endpoint(*name) for client in self.worker.clients.values())
+        )
+        [client] = [
+            client for client in self.worker.clients.values() if client.peer == endpoint(*name)
+        ]
         if said:
             far.sendall(said)
             self.until(lambda: client.state is not ClientState.AWAITING_HEADER)

@@ -7,7 +7,11 @@ import pytest
 from tailsrv.config import Network
 from tailsrv.worker.acceptor import is_allowed
 
-V4, V6, MAPPED = ip_network("10.1.0.0/16"), ip_network("2001:db8::/32"), ip_network("::ffff:10.1.0.0/112")
+V4, V6, MAPPED = (
+    ip_network("10.1.0.0/16"),
+    ip_network("2001:db8::/32"),
+    ip_network("::ffff:10.1.0.0/112"),
+)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +22,8 @@ V4, V6, MAPPED = ip_network("10.1.0.0/16"), ip_network("2001:db8::/32"), ip_netw
         ("10.2.0.1", [V6, V4, ip_network("10.2.0.1")], True),
         ("::ffff:10.1.2.3", [V4], True),
         ("::ffff:10.2.0.1", [V4], False),
-        ("::ffff:10.1.2.3", [MAPPED], False),  # an IPv4 address is an IPv4 address, however it is written
+        # an IPv4 address is an IPv4 address, however it is written
+        ("::ffff:10.1.2.3", [MAPPED], False),
         ("2001:db8::1", [V4], False),
         ("2001:db8::1", [V4, V6], True),
         ("2001:db9::1", [V6], False),

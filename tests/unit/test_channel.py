@@ -111,7 +111,10 @@ def test_junk(packet: bytes) -> None:
         decode(packet)
 
 
-@pytest.mark.parametrize("message", [Drain(1.0), WorkerReport([1], [(1, 2)], [3]), WorkerReport([1], [], [], Notices(ready=True))])
+@pytest.mark.parametrize(
+    "message",
+    [Drain(1.0), WorkerReport([1], [(1, 2)], [3]), WorkerReport([1], [], [], Notices(ready=True))],
+)
 def test_cut_short(message: Message) -> None:
     """A packet of which the end is missing is a MessageError wherever it was cut, unless only the notices are gone."""
     packet = encode(message)

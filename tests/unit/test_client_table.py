@@ -14,7 +14,8 @@ from tailsrv.channel import MAX_REPORTED_SOCKETS
 from tailsrv.inheritance import Entry
 from tailsrv.supervisor.client_table import ClientTable
 
-ANY = 1 << 20  # higher than any descriptor
+# higher than any descriptor
+ANY = 1 << 20
 
 
 def is_open(fd: int) -> bool:
@@ -77,7 +78,11 @@ def test_too_few_sockets(client_table: ClientTable, pairs: Pairs) -> None:
     """Clients whose sockets the kernel left out, the last ones, are unprotected: they count, start and leave."""
     fds = duplicates(pairs[:1])
     assert client_table.add([1, 2, 3], fds, ANY) == 2
-    assert (set(client_table.clients), client_table.unprotected, len(client_table)) == ({1}, {2, 3}, 3)
+    assert (set(client_table.clients), client_table.unprotected, len(client_table)) == (
+        {1},
+        {2, 3},
+        3,
+    )
     client_table.set_start(2, 7)
     client_table.remove([2])
     assert (set(client_table.clients), client_table.unprotected) == ({1}, {3})
@@ -151,7 +156,8 @@ def test_hang_up(pairs: Pairs) -> None:
     pairs[2][1].close()
     poll = select.poll()
     poll.register(pairs[2][0], 0)
-    assert poll.poll(20_000)  # the reset has come
+    # the reset has come
+    assert poll.poll(20_000)
     assert client_table.close_connections() == 3
     assert client_table.clients == {}
     assert not any(map(is_open, fds))

@@ -10,19 +10,40 @@ from tailsrv.config import MAX_WORKERS, Config, ConfigError, ExitStatus
 
 def test_defaults() -> None:
     """One worker on all addresses, five seconds of grace, no header timeout, and no lingering."""
-    expected = Config(path="log", port=4321, workers=1, bind=(), grace=5.0, header_timeout=0.0, linger=False)
+    expected = Config(
+        path="log", port=4321, workers=1, bind=(), grace=5.0, header_timeout=0.0, linger=False
+    )
     assert expected == Config("log", 4321)
 
 
 def test_edges() -> None:
     """Values at the edges are taken as they are."""
-    config = Config("a b\n\udcff", 65535, workers=MAX_WORKERS, bind=("127.0.0.1", "::1"), grace=0.0, header_timeout=1e-9, linger=True)
+    config = Config(
+        "a b\n\udcff",
+        65535,
+        workers=MAX_WORKERS,
+        bind=("127.0.0.1", "::1"),
+        grace=0.0,
+        header_timeout=1e-9,
+        linger=True,
+    )
     assert (config.path, config.port, config.workers) == ("a b\n\udcff", 65535, 1024)
-    assert (config.bind, config.grace, config.header_timeout, config.linger) == (("127.0.0.1", "::1"), 0.0, 1e-9, True)
+    assert (config.bind, config.grace, config.header_timeout, config.linger) == (
+        ("127.0.0.1", "::1"),
+        0.0,
+        1e-9,
+        True,
+    )
     assert Config("log", 0).port == 0
 
 
-def bad(path: str = "log", port: int = 1, workers: int = 1, grace: float = 5.0, header_timeout: float = 0.0) -> str:
+def bad(
+    path: str = "log",
+    port: int = 1,
+    workers: int = 1,
+    grace: float = 5.0,
+    header_timeout: float = 0.0,
+) -> str:
     """Return what Config says about values that it must refuse."""
     with pytest.raises(ConfigError) as caught:
         Config(path, port, workers, grace=grace, header_timeout=header_timeout)
@@ -72,4 +93,9 @@ def test_frozen() -> None:
 
 def test_exit_statuses() -> None:
     """The exit statuses are a contract."""
-    assert {status.name: int(status) for status in ExitStatus} == {"DONE": 0, "CANNOT_SERVE": 1, "USAGE": 2, "CANNOT_BOOT": 3}
+    assert {status.name: int(status) for status in ExitStatus} == {
+        "DONE": 0,
+        "CANNOT_SERVE": 1,
+        "USAGE": 2,
+        "CANNOT_BOOT": 3,
+    }

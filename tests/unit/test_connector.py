@@ -8,7 +8,9 @@ import pytest
 from tailsrv.client.connector import fetch, milliseconds, wait
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(None, None), (-1.0, 0.0), (0.5, 500.0), (3e6, 86_400_000.0)])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(None, None), (-1.0, 0.0), (0.5, 500.0), (3e6, 86_400_000.0)]
+)
 def test_milliseconds(seconds: float | None, expected: float | None) -> None:
     """A wait is as long as poll(2) can count, and no shorter than none."""
     assert milliseconds(seconds) == expected
@@ -35,4 +37,6 @@ def test_fetch_of_a_slow_drip() -> None:
         near.setblocking(False)
         with pytest.raises(TimeoutError):
             fetch(near, b"0\n", 1 << 30, drip, limit=0.01)
-        assert fetch(near, b"0\n", 1, drip, limit=0) == b"x", "what is complete at once is never late"
+        assert fetch(near, b"0\n", 1, drip, limit=0) == b"x", (
+            "what is complete at once is never late"
+        )

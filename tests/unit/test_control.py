@@ -13,7 +13,14 @@ from support.interpreter import run_python
 from support.processes import as_root
 from support.sockets import recv_all, wait_readable
 from support.waiting import DEADLINE
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor, overflow_uid, socket_name
+from tailsrv.control import (
+    AlreadyServedError,
+    Control,
+    describe_holder,
+    find_supervisor,
+    overflow_uid,
+    socket_name,
+)
 from tailsrv.linux.process import read_stat
 
 STATUS = b'{"clients": 3}\n'
@@ -81,7 +88,9 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not as_root or overflow_uid() is not None, reason="not root where every user is known")
+@pytest.mark.skipif(
+    not as_root or overflow_uid() is not None, reason="not root where every user is known"
+)
 @pytest.mark.parametrize(
     ("users", "expected"),
     [("0 0 4294967295", None), ("0 0 4294967294", 65534), ("1000 0 1", 65534), ("0 5 5\n5 10 4294967285", 65534),
@@ -232,7 +241,10 @@ def test_find_supervisor(endpoint: str) -> None:
 def test_find_supervisor_in_another_process(endpoint: str) -> None:
     """The pid is that of the process that holds the lock, not that of the one that asks."""
     with held(endpoint):
-        done = run_python("import sys; from tailsrv.control import find_supervisor; print(find_supervisor(sys.argv[1]))", endpoint)
+        done = run_python(
+            "import sys; from tailsrv.control import find_supervisor; print(find_supervisor(sys.argv[1]))",
+            endpoint,
+        )
     assert done.stdout == f"{os.getpid()}\n"
 
 
@@ -284,7 +296,10 @@ def test_describe_holder(endpoint: str) -> None:
     """The holder is described with its pid, as far as it can be found."""
     assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv"
     with held(endpoint):
-        assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv, pid {os.getpid()}"
+        assert (
+            describe_holder(endpoint)
+            == f"{endpoint} is served by another tailsrv, pid {os.getpid()}"
+        )
 
 
 def test_answer(endpoint: str) -> None:
@@ -340,9 +355,17 @@ os.waitpid(pid, 0)
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 @pytest.mark.parametrize(
     ("server", "asker", "answer"),
-    [(0, 0, "status"), (12345, 12345, "status"), (12345, 0, "status"), (0, 12345, ""), (12345, 12344, "")],
+    [
+        (0, 0, "status"),
+        (12345, 12345, "status"),
+        (12345, 0, "status"),
+        (0, 12345, ""),
+        (12345, 12344, ""),
+    ],
 )
-def test_answer_only_to_the_same_user_and_root(endpoint: str, server: int, asker: int, answer: str) -> None:
+def test_answer_only_to_the_same_user_and_root(
+    endpoint: str, server: int, asker: int, answer: str
+) -> None:
     """A stranger gets no status, only the end."""
     done = run_python(SERVE_AS_NOBODY, endpoint, str(server), str(asker))
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{answer}\n")

@@ -19,11 +19,27 @@ def error(number: int) -> OSError:
 @pytest.mark.parametrize(
     ("number", "port", "hint"),
     [
-        (errno.EADDRINUSE, 99, "Address already in use; choose another port, or see who has this one: ss -tanp sport = :99"),
-        (errno.EADDRINUSE, 0, "Address already in use; no port of net.ipv4.ip_local_port_range is free"),
-        (errno.EACCES, 80, "Permission denied; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"),
+        (
+            errno.EADDRINUSE,
+            99,
+            "Address already in use; choose another port, or see who has this one: ss -tanp sport = :99",
+        ),
+        (
+            errno.EADDRINUSE,
+            0,
+            "Address already in use; no port of net.ipv4.ip_local_port_range is free",
+        ),
+        (
+            errno.EACCES,
+            80,
+            "Permission denied; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)",
+        ),
         (errno.EACCES, 8080, "Permission denied"),
-        (errno.EADDRNOTAVAIL, 1, "Cannot assign requested address; no interface of this machine has it: ip addr"),
+        (
+            errno.EADDRNOTAVAIL,
+            1,
+            "Cannot assign requested address; no interface of this machine has it: ip addr",
+        ),
         (errno.EMFILE, 1, "Too many open files"),
     ],
 )
@@ -65,8 +81,13 @@ from tailsrv.diagnostics import cannot_open
 os.setgroups([]), os.setgid(65534), os.setuid(65534)
 print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
 """
-    done = run_python(code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""})
-    assert f"; {open_folder}/a/b may not be entered, and we are user 65534 with groups 65534: " in done.stdout
+    done = run_python(
+        code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""}
+    )
+    assert (
+        f"; {open_folder}/a/b may not be entered, and we are user 65534 with groups 65534: "
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,4 +131,7 @@ print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1
     path = tmp_path / "log"
     path.touch(0o600)
     done = run_python(code, str(path))
-    assert f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and we are user {os.geteuid()} with" in done.stdout, done.stderr
+    assert (
+        f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and we are user {os.geteuid()} with"
+        in done.stdout
+    ), done.stderr

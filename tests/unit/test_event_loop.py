@@ -125,7 +125,8 @@ def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
         loop.wait(0)
         assert seen == [0.0]
         now = 5.0
-        loop.turn()  # ends the stall
+        # ends the stall
+        loop.turn()
         loop.turn()
         assert seen == [0.0, 5.0]
         assert loop.timeout() is None

@@ -43,7 +43,9 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.mark.parametrize(("offset", "count"), [(0, 1), (0, 1000), (7, 1000), (len(DATA) - 10, 10)])
-def test_send_chunk(pair: tuple[socket.socket, socket.socket], file: int, offset: int, count: int) -> None:
+def test_send_chunk(
+    pair: tuple[socket.socket, socket.socket], file: int, offset: int, count: int
+) -> None:
     """The bytes that arrive are the file's from that offset, and no file position is moved."""
     near, far = pair
     assert send_chunk(near.fileno(), file, offset, count) == count
@@ -51,7 +53,9 @@ def test_send_chunk(pair: tuple[socket.socket, socket.socket], file: int, offset
     assert os.lseek(file, 0, os.SEEK_CUR) == 0
 
 
-def test_send_chunk_at_the_end(pair: tuple[socket.socket, socket.socket], path: Path, file: int) -> None:
+def test_send_chunk_at_the_end(
+    pair: tuple[socket.socket, socket.socket], path: Path, file: int
+) -> None:
     """At and beyond the end nothing is sent, up to the end what is there, and what is appended afterwards is there then."""
     near, far = pair
     assert send_chunk(near.fileno(), file, len(DATA), 10) == 0
@@ -82,7 +86,9 @@ def test_send_chunk_to_a_unix_socket(file: int) -> None:
     near.setblocking(False)
     with near:
         with far:
-            while (result := send_chunk(near.fileno(), file, 0, len(DATA))) is not Outcome.WOULD_BLOCK:
+            while (
+                result := send_chunk(near.fileno(), file, 0, len(DATA))
+            ) is not Outcome.WOULD_BLOCK:
                 assert isinstance(result, int)
         assert send_chunk(near.fileno(), file, 0, 10) is Outcome.HUNG_UP
 
@@ -102,7 +108,9 @@ def test_send_chunk_after_our_own_end(pair: tuple[socket.socket, socket.socket],
     assert send_chunk(near.fileno(), file, 0, 10) is Outcome.HUNG_UP
 
 
-def test_send_chunk_to_one_that_has_only_half_closed(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_send_chunk_to_one_that_has_only_half_closed(
+    pair: tuple[socket.socket, socket.socket], file: int
+) -> None:
     """A peer that has shut down its sending side goes on receiving."""
     near, far = pair
     far.shutdown(socket.SHUT_WR)
@@ -111,7 +119,9 @@ def test_send_chunk_to_one_that_has_only_half_closed(pair: tuple[socket.socket, 
     assert recv_exactly(far, 10) == DATA[:10]
 
 
-def test_send_chunk_of_what_is_no_file(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+def test_send_chunk_of_what_is_no_file(
+    pair: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
     """An error that is not about the peer is handed on."""
     near, _ = pair
     with opened(tmp_path) as folder:
@@ -144,7 +154,9 @@ def test_send_to_all_of_what_has_gone(pair: tuple[socket.socket, socket.socket],
     assert send_to_all([near.fileno()], file, len(DATA), 10) == {near.fileno(): 0}
 
 
-def test_send_to_all_of_what_cannot_be_read(pair: tuple[socket.socket, socket.socket], path: Path) -> None:
+def test_send_to_all_of_what_cannot_be_read(
+    pair: tuple[socket.socket, socket.socket], path: Path
+) -> None:
     """A file that does not let itself be read is each client's own error."""
     near, far = pair
     file = os.open(path, os.O_WRONLY)
@@ -175,7 +187,8 @@ def test_is_cached(tmp_path: Path) -> None:
     path.write_bytes(DATA)
     with opened(path) as file:
         assert is_cached(file, 0, len(DATA), 4096)
-        assert is_cached(file, len(DATA), 10, 10)  # nothing is there to wait for
+        # nothing is there to wait for
+        assert is_cached(file, len(DATA), 10, 10)
         evict(file)
         if is_cached(file, 0, len(DATA), 4096):
             pytest.skip("this file system keeps its files in memory_file_with, or does not tell")

@@ -366,7 +366,12 @@ def test_steps_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (base / "absolute").symlink_to(base / "relative")
     above = [str(folder) for folder in reversed([base, *base.parents[:-1]])]
     below = ["relative", "real", "real/..", "real/../real", "real/../real/log"]
-    assert list(steps_to(f"{base}/absolute/log")) == [*above, f"{base}/absolute", *above, *[f"{base}/{step}" for step in below]]
+    assert list(steps_to(f"{base}/absolute/log")) == [
+        *above,
+        f"{base}/absolute",
+        *above,
+        *[f"{base}/{step}" for step in below],
+    ]
     monkeypatch.chdir(base / "real")
     assert list(steps_to("log"))[-1] == str(base / "real" / "log")
 
@@ -439,7 +444,9 @@ watch.close()
     ready, say = os.pipe()
     command = [sys.executable, "-W", "error", "-c", code, str(path), str(say)]
     piped = subprocess.PIPE
-    with subprocess.Popen(command, stdin=piped, stdout=piped, stderr=piped, text=True, pass_fds=[say]) as child:
+    with subprocess.Popen(
+        command, stdin=piped, stdout=piped, stderr=piped, text=True, pass_fds=[say]
+    ) as child:
         os.close(say)
         assert os.read(ready, 5) == b"ready"
         os.close(ready)

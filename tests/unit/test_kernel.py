@@ -14,7 +14,9 @@ from tailsrv.linux import kernel
 THE_ONE_PLACE = "kernel.py"
 
 
-libraries = pytest.mark.parametrize("functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"])
+libraries = pytest.mark.parametrize(
+    "functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"]
+)
 
 
 def test_names_are_in_one_place() -> None:
@@ -44,7 +46,11 @@ def test_names_are_in_one_place() -> None:
 def test_use_is_found(line: str) -> None:
     """A use of such a name is found, however it is written, and what every interpreter has is not taken for one."""
     assert len(list(uses(line))) == 1
-    assert not list(uses("import os, socket, select; os.preadv(1, [], 0); socket.TCP_INFO; select.EPOLLRDHUP; from os import read"))
+    assert not list(
+        uses(
+            "import os, socket, select; os.preadv(1, [], 0); socket.TCP_INFO; select.EPOLLRDHUP; from os import read"
+        )
+    )
 
 
 NUMBERS = "from tailsrv.linux import kernel; print({name: value for name, value in vars(kernel).items() if name.isupper()})"
@@ -53,7 +59,10 @@ NUMBERS = "from tailsrv.linux import kernel; print({name: value for name, value 
 def test_numbers(tmp_path: Path) -> None:
     """The numbers that stand in for missing names are those that this interpreter has by these names."""
     write_hook(tmp_path)
-    here, without = run_python(NUMBERS), run_python(NUMBERS, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    here, without = (
+        run_python(NUMBERS),
+        run_python(NUMBERS, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}),
+    )
     assert "'TCP_NOTSENT_LOWAT': 25" in here.stdout
     assert (without.stdout, without.stderr) == (here.stdout, "")
 

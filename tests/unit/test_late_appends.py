@@ -51,7 +51,12 @@ def bench(path: Path) -> Iterator[Bench]:
 
 def bytes_said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the numbers of bytes in the log."""
-    return [word for record in caplog.records for word in record.getMessage().split() if word.startswith("bytes=")]
+    return [
+        word
+        for record in caplog.records
+        for word in record.getMessage().split()
+        if word.startswith("bytes=")
+    ]
 
 
 def test_nothing_is_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

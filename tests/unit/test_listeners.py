@@ -15,7 +15,15 @@ from support.processes import runs
 from support.sockets import closing_all, needs_ipv6, wait_readable
 from support.waiting import DEADLINE
 from tailsrv.linux.sockets import bytes_streamed
-from tailsrv.listeners import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
+from tailsrv.listeners import (
+    EVERY_ADDRESS,
+    NOTSENT_LOWAT,
+    Address,
+    ListenError,
+    endpoints,
+    open_listeners,
+    resolve,
+)
 
 LOOPBACK = ["127.0.0.1"]
 
@@ -47,10 +55,15 @@ def test_resolve() -> None:
     """Names and numbers become addresses, each once, and none means every address."""
     assert resolve([]) == list(EVERY_ADDRESS)
     assert resolve(["127.0.0.1", "127.0.0.1"]) == [Address(socket.AF_INET, "127.0.0.1")]
-    assert resolve(["::1", "[::1]", "127.0.0.1"]) == [Address(socket.AF_INET6, "::1"), Address(socket.AF_INET, "127.0.0.1")]
+    assert resolve(["::1", "[::1]", "127.0.0.1"]) == [
+        Address(socket.AF_INET6, "::1"),
+        Address(socket.AF_INET, "127.0.0.1"),
+    ]
 
 
-@pytest.mark.parametrize("host", ["300.0.0.1", "", "no such host", "a..b", "1.2.3.4:80", "x" * 300, "\udcff"])
+@pytest.mark.parametrize(
+    "host", ["300.0.0.1", "", "no such host", "a..b", "1.2.3.4:80", "x" * 300, "\udcff"]
+)
 def test_bad_address(host: str) -> None:
     """What is no address is a ListenError that names it, on one line."""
     with pytest.raises(ListenError) as caught:
@@ -74,7 +87,9 @@ def test_each_slot_has_its_own_queue(slots: int) -> None:
         socks = [seat[0] for seat in seats]
         assert len({os.fstat(sock.fileno()).st_ino for sock in socks}) == slots
         assert len({sock.getsockname() for sock in socks}) == 1
-        assert [sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in socks] == [1] * slots
+        assert [sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in socks] == [
+            1
+        ] * slots
         assert [sock.getblocking() for sock in socks] == [False] * slots
 
 
@@ -95,7 +110,9 @@ def test_connections_reach_every_slot() -> None:
         address = seats[0][0].getsockname()
         fars = [stack.enter_context(socket.create_connection(address)) for _ in range(connects)]
         queues = [[stack.enter_context(sock) for sock in take_all(seat[0])] for seat in seats]
-        assert sorted(sock.getpeername() for queue in queues for sock in queue) == sorted(far.getsockname() for far in fars)
+        assert sorted(sock.getpeername() for queue in queues for sock in queue) == sorted(
+            far.getsockname() for far in fars
+        )
         # by the kernel's hash of ports: that one of three gets fewer than 30 of 300 is beyond 8 standard deviations
         assert min(len(queue) for queue in queues) >= 30
 
@@ -126,7 +143,8 @@ def test_port_is_free_again_at_once() -> None:
         port = seats[0][0].getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as far:
             assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
-            assert far.recv(1) == b""  # the server closed first: its side waits in TIME_WAIT
+            # the server closed first: its side waits in TIME_WAIT
+            assert far.recv(1) == b""
     with listening(LOOPBACK, port, 2) as seats:
         assert seats[0][0].getsockname()[1] == port
 
@@ -151,7 +169,10 @@ def test_overlapping_addresses_have_no_port() -> None:
 def test_every_address_is_both_families() -> None:
     """Without an address, IPv4 and IPv6 are served, on one port and by sockets of their own."""
     with listening([], 0, 2) as seats:
-        assert [sock.family for seat in seats for sock in seat] == [socket.AF_INET, socket.AF_INET6] * 2
+        assert [sock.family for seat in seats for sock in seat] == [
+            socket.AF_INET,
+            socket.AF_INET6,
+        ] * 2
         assert len({sock.getsockname()[1] for seat in seats for sock in seat}) == 1
         port = seats[0][0].getsockname()[1]
         for host, which in (("127.0.0.1", 0), ("::1", 1)):
@@ -184,12 +205,16 @@ def test_accepted_sockets_inherit_their_options(slots: int) -> None:
     ]
     with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
         served = set[int]()
-        while len(served) < slots:  # the kernel chooses: go on until each slot has had one
+        # the kernel chooses: go on until each slot has had one
+        while len(served) < slots:
             stack.enter_context(socket.create_connection(seats[0][0].getsockname()))
             for index, seat in enumerate(seats):
                 for sock in take_all(seat[0]):
                     with sock:
-                        assert [(level, option, sock.getsockopt(level, option)) for level, option, _ in wanted] == wanted
+                        assert [
+                            (level, option, sock.getsockopt(level, option))
+                            for level, option, _ in wanted
+                        ] == wanted
                     served.add(index)
 
 

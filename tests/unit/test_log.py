@@ -51,7 +51,10 @@ def test_printable(text: str, printed: str) -> None:
 
 def test_fields() -> None:
     """Fields are told in the order given, and those that are None not at all."""
-    assert fields(slot=2, peer=None, reason="not a number", size=0) == "slot=2 reason='not a number' size=0"
+    assert (
+        fields(slot=2, peer=None, reason="not a number", size=0)
+        == "slot=2 reason='not a number' size=0"
+    )
     assert fields() == ""
 
 
@@ -73,7 +76,10 @@ def log(code: str, verbosity: int = 0) -> list[str]:
 ALL_LEVELS = "logger.debug('d'); logger.info('i'); logger.warning('w'); logger.error('e'); logger.critical('c')"
 
 
-@pytest.mark.parametrize(("verbosity", "words"), [(-1, ["w", "e", "c"]), (0, ["i", "w", "e", "c"]), (1, ["d", "i", "w", "e", "c"])])
+@pytest.mark.parametrize(
+    ("verbosity", "words"),
+    [(-1, ["w", "e", "c"]), (0, ["i", "w", "e", "c"]), (1, ["d", "i", "w", "e", "c"])],
+)
 def test_verbosity(verbosity: int, words: list[str]) -> None:
     """Quiet shows warnings and worse, and verbose shows everything."""
     assert words == [line.split()[-1] for line in log(ALL_LEVELS, verbosity)]
@@ -107,8 +113,17 @@ def journal_of(writer: int) -> dict[str, str]:
 def test_journal_gets_priorities() -> None:
     """The journal gets each line with its priority in front, and adds time and process itself."""
     with pipe() as (reader, writer):
-        assert run_python(LINES + ALL_LEVELS, "1", env=journal_of(writer), stderr=writer).returncode == 0
-        assert os.read(reader, 4096).decode().splitlines() == ["<7>d", "<6>i", "<4>w", "<3>e", "<2>c"]
+        assert (
+            run_python(LINES + ALL_LEVELS, "1", env=journal_of(writer), stderr=writer).returncode
+            == 0
+        )
+        assert os.read(reader, 4096).decode().splitlines() == [
+            "<7>d",
+            "<6>i",
+            "<4>w",
+            "<3>e",
+            "<2>c",
+        ]
 
 
 def test_journal_gets_one_line_an_event() -> None:
@@ -143,7 +158,11 @@ except BlockingIOError:
 def test_full_pipe_does_not_block() -> None:
     """When nobody reads standard error the process goes on, and its lines are lost."""
     with pipe() as (reader, writer):
-        done = run_python(LINES + FILL + "for _ in range(1000): logger.info('lost')\nprint('still here')", "0", stderr=writer)
+        done = run_python(
+            LINES + FILL + "for _ in range(1000): logger.info('lost')\nprint('still here')",
+            "0",
+            stderr=writer,
+        )
         assert (done.returncode, done.stdout) == (0, "still here\n")
         os.set_blocking(reader, False)
         assert not os.read(reader, 1 << 20).strip(b"\0")
@@ -151,7 +170,11 @@ def test_full_pipe_does_not_block() -> None:
 
 def test_pipe_with_room_for_a_page_does_not_block() -> None:
     """A line that is longer than the room that poll(2) promises does not block either."""
-    code = LINES + FILL + "os.read(os.open('/proc/self/fd/2', os.O_RDONLY), 4096); logger.info('x' * 20_000); print('still here')"
+    code = (
+        LINES
+        + FILL
+        + "os.read(os.open('/proc/self/fd/2', os.O_RDONLY), 4096); logger.info('x' * 20_000); print('still here')"
+    )
     with pipe() as (_, writer):
         done = run_python(code, "0", stderr=writer)
         assert (done.returncode, done.stdout) == (0, "still here\n")
@@ -166,7 +189,15 @@ def log_to(stderr: int, code: str = HUNDRED, wrapper: Sequence[str] = ()) -> Non
     """Assert that a process logs as `code` says, and goes on, and that it leaves the flags of `stderr` as they are."""
     flags = fcntl.fcntl(stderr, fcntl.F_GETFL)
     command = [*wrapper, sys.executable, "-W", "error", "-c", LINES + code, "0"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=DEADLINE, cwd=ROOT)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=DEADLINE,
+        cwd=ROOT,
+    )
     assert (done.returncode, done.stdout) == (0, "still here\n")
     assert fcntl.fcntl(stderr, fcntl.F_GETFL) == flags
 
@@ -189,9 +220,13 @@ def test_terminal_that_nobody_reads(room: int) -> None:
 def test_terminal_that_is_read() -> None:
     """A terminal gets every line, each whole."""
     with terminal() as (master, slave):
-        log_to(slave, "for number in range(10): logger.info('line %d', number)\nprint('still here')")
+        log_to(
+            slave, "for number in range(10): logger.info('line %d', number)\nprint('still here')"
+        )
         lines = os.read(master, 4096).decode().splitlines()
-    assert [line.partition("info: ")[2] for line in lines] == [f"line {number}" for number in range(10)]
+    assert [line.partition("info: ")[2] for line in lines] == [
+        f"line {number}" for number in range(10)
+    ]
 
 
 @contextmanager
@@ -229,7 +264,9 @@ def test_relay_ends_with_those_who_write() -> None:
     code = "import psutil; print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
     with of_another_user("terminal") as (_, slave):
         command = [*AS_NOBODY, sys.executable, "-c", LINES + code, "0"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=slave, cwd=ROOT) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=slave, cwd=ROOT
+        ) as process:
             assert process.stdout is not None
             relay = int(process.stdout.readline())
             eventually(lambda: sorted(os.listdir(f"/proc/{relay}/fd")) == ["0", "2"])
@@ -249,18 +286,25 @@ def test_full_socket_does_not_block(kind: socket.SocketKind) -> None:
 
 def test_pipe_that_others_fill() -> None:
     """Several processes that write to one full pipe do not wait either."""
-    code = "import os\nfor _ in range(4): os.fork()\n" + HUNDRED.replace("print('still here')", "os._exit(0)")
+    code = "import os\nfor _ in range(4): os.fork()\n" + HUNDRED.replace(
+        "print('still here')", "os._exit(0)"
+    )
     with pipe() as (_, writer):
-        log_to(writer, f"import os\nif os.fork() == 0:\n{textwrap.indent(code, ' ')}\nos.wait()\nprint('still here')")
+        log_to(
+            writer,
+            f"import os\nif os.fork() == 0:\n{textwrap.indent(code, ' ')}\nos.wait()\nprint('still here')",
+        )
 
 
 def test_background_of_a_terminal_that_stops_it() -> None:
     """With `stty tostop`, a line from the background comes, and does not stop the process."""
     pid, master = pty.fork()
-    if pid == 0:  # the terminal's foreground; what it starts is in the background
+    # the terminal's foreground; what it starts is in the background
+    if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", TOSTOP, LINES + "logger.info('i')", "0"])
     said = b""
-    with suppress(OSError):  # EIO: all who had the terminal are gone
+    # EIO: all who had the terminal are gone
+    with suppress(OSError):
         while some := os.read(master, 4096):
             said += some
     os.close(master)
@@ -303,7 +347,11 @@ def test_long_line_is_whole() -> None:
 
 def test_closed_standard_error() -> None:
     """Without a standard error, or with nobody at its other end, logging does nothing."""
-    done = run_python(LINES + "import os; os.close(2); logger.info('i'); print('still here')", "0", stderr=subprocess.DEVNULL)
+    done = run_python(
+        LINES + "import os; os.close(2); logger.info('i'); print('still here')",
+        "0",
+        stderr=subprocess.DEVNULL,
+    )
     assert (done.returncode, done.stdout) == (0, "still here\n")
     reader, writer = os.pipe()
     os.close(reader)
@@ -314,7 +362,15 @@ def test_closed_standard_error() -> None:
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-NO_PROC = ("unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+NO_PROC = (
+    "unshare",
+    "--mount",
+    "--map-root-user",
+    "sh",
+    "-c",
+    'mount -t tmpfs none /proc && exec "$@"',
+    "sh",
+)
 
 
 def test_pipe_without_proc() -> None:
@@ -323,7 +379,9 @@ def test_pipe_without_proc() -> None:
         pytest.skip("a mount namespace cannot be had")
     code = "from tailsrv.log import logger, set_up; set_up(0); logger.info('first'); logger.info('second')"
     command = [*NO_PROC, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE
+    )
     assert [line.rpartition(" ")[2] for line in done.stderr.splitlines()] == ["first", "second"]
 
 
@@ -333,14 +391,20 @@ def test_trouble_says_where() -> None:
         pass
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         accept_queue(sock)
-    assert re.fullmatch(r"reason='\[Errno 9\] Bad file descriptor' at=linux/sockets.py:\d+", describe_error(caught.value))
+    assert re.fullmatch(
+        r"reason='\[Errno 9\] Bad file descriptor' at=linux/sockets.py:\d+",
+        describe_error(caught.value),
+    )
     assert describe_error(MemoryError()) == "reason='out of memory'"
 
 
 def test_trouble_says_where_in_a_package() -> None:
     """A place in a folder below that of our modules is one of ours, too; one beside it is not."""
     folder = os.path.dirname(tailsrv.__file__)
-    for filename, said in ((f"{folder}/room/module.py", " at=room/module.py:1"), (f"{folder}-more/module.py", "")):
+    for filename, said in (
+        (f"{folder}/room/module.py", " at=room/module.py:1"),
+        (f"{folder}-more/module.py", ""),
+    ):
         with pytest.raises(OSError, match="refused") as caught:
             exec(compile("raise OSError('refused')", filename, "exec"))
         assert describe_error(caught.value) == f"reason=refused{said}"
@@ -355,7 +419,9 @@ def test_undecodable_bytes() -> None:
 def test_limited() -> None:
     """What strangers cause is logged so many times an interval, below the level not even counted."""
     code = "say = RateLimited(logging.WARNING, burst=2, interval=3600)\nfor _ in range(5): say('refused', reason='not a number', peer=None)"
-    assert [line.partition("warning: ")[2] for line in log(code)] == ["refused: reason='not a number'"] * 2
+    assert [line.partition("warning: ")[2] for line in log(code)] == [
+        "refused: reason='not a number'"
+    ] * 2
     assert log("RateLimited(logging.DEBUG)('refused')") == []
 
 
@@ -368,7 +434,11 @@ log.time = type("Clock", (), {"monotonic": staticmethod(lambda: now)})
 say = RateLimited(logging.WARNING, burst=1, interval=10.0)
 for now in (0.0, 1.0, 2.0, 10.0, 20.0): say("refused", peer="x")
 """
-    assert [line.partition("warning: ")[2] for line in log(code)] == ["refused: peer=x", "refused: peer=x suppressed=2", "refused: peer=x"]
+    assert [line.partition("warning: ")[2] for line in log(code)] == [
+        "refused: peer=x",
+        "refused: peer=x suppressed=2",
+        "refused: peer=x",
+    ]
 
 
 def test_allowance() -> None:

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from support.interpreter import run_python
-from tailsrv.linux.process import _quotas, count_processors, raise_descriptor_limit, usable_processors
+from tailsrv.linux.process import (
+    _quotas,
+    count_processors,
+    raise_descriptor_limit,
+    usable_processors,
+)
 
 AFFINITY = len(os.sched_getaffinity(0))
 
@@ -59,7 +64,14 @@ def test_this_machine() -> None:
 
 @pytest.mark.parametrize(
     ("words", "quotas"),
-    [("max 100000\n", []), ("200000 100000\n", [2000]), ("250000 100000\n", [2500]), ("1000 100000\n", [10]), ("", []), ("junk\n", [])],
+    [
+        ("max 100000\n", []),
+        ("200000 100000\n", [2000]),
+        ("250000 100000\n", [2500]),
+        ("1000 100000\n", [10]),
+        ("", []),
+        ("junk\n", []),
+    ],
 )
 def test_version_2(tree: Tree, words: str, quotas: list[int]) -> None:
     """Version 2 has quota and period in one file, `max` for none."""

@@ -100,9 +100,11 @@ print(len(getproctitle()))
 
 def test_room_is_not_handed_on() -> None:
     """Programs that are started later do not get the variable that makes the room."""
+    # it changes what execve(2) gets
     done = run_python(
-        ROOM.format(executable="sys.executable"), env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
-    )  # it changes what execve(2) gets
+        ROOM.format(executable="sys.executable"),
+        env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
+    )
     assert done.returncode == 0, done.stderr
     assert "PATH=" in done.stdout
     assert "TAILSRV_TITLE_ROOM" not in done.stdout

@@ -153,7 +153,9 @@ numbers = st.integers(-INT64_MAX - 1, INT64_MAX)
 
 
 lines = st.one_of(
-    numbers.map(lambda number: b"%d\n" % number), st.from_regex(rb"[ \t+\-0-9\r\n_x]{0,40}", fullmatch=True), st.binary(max_size=80)
+    numbers.map(lambda number: b"%d\n" % number),
+    st.from_regex(rb"[ \t+\-0-9\r\n_x]{0,40}", fullmatch=True),
+    st.binary(max_size=80),
 )
 
 
@@ -186,8 +188,15 @@ def test_junk_changes_nothing(line: bytes, junk: bytes) -> None:
     assert outcome(raw) == outcome(raw + junk) == outcome(raw + junk, ended=True)
 
 
-@given(numbers, st.sampled_from([b"", b" ", b"\t", b"  "]), st.sampled_from([b"", b" ", b"\t"]), st.sampled_from([b"", b"\r"]))
-def test_numbers_round_trip(number: int, before: bytes, after: bytes, carriage_return: bytes) -> None:
+@given(
+    numbers,
+    st.sampled_from([b"", b" ", b"\t", b"  "]),
+    st.sampled_from([b"", b" ", b"\t"]),
+    st.sampled_from([b"", b"\r"]),
+)
+def test_numbers_round_trip(
+    number: int, before: bytes, after: bytes, carriage_return: bytes
+) -> None:
     """Every number that fits 64 bits is understood, with blanks around it."""
     raw = before + b"%d" % number + after + carriage_return + b"\n"
     assert Start(abs(number), number < 0) == parse_header(raw)

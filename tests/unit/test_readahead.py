@@ -7,7 +7,14 @@ import pytest
 
 from support.sockets import tcp_pair
 from tailsrv.worker.client import Client
-from tailsrv.worker.readahead import DISK_PAUSE, MAX_MISSES, MAX_PAUSES, MAX_READERS, READ_AHEAD, ReadAhead
+from tailsrv.worker.readahead import (
+    DISK_PAUSE,
+    MAX_MISSES,
+    MAX_PAUSES,
+    MAX_READERS,
+    READ_AHEAD,
+    ReadAhead,
+)
 from tailsrv.worker.streams import SEND_CHUNK
 
 
@@ -64,7 +71,8 @@ def test_what_is_on_the_disk(disk: Disk, clients: list[Client]) -> None:
     assert not disk.ahead
     assert disk.asked == [(0, READ_AHEAD), (READ_AHEAD, READ_AHEAD)]
     disk.cached_to = SEND_CHUNK
-    assert disk.ahead.admit(clients[0], SEND_CHUNK) == SEND_CHUNK  # from memory, as if it had never been otherwise
+    # from memory, as if it had never been otherwise
+    assert disk.ahead.admit(clients[0], SEND_CHUNK) == SEND_CHUNK
     assert len(disk.asked) == 2
 
 

@@ -20,14 +20,22 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_a_flood_of_reports_does_not_keep_the_supervisor(channel: tuple[socket.socket, socket.socket]) -> None:
+def test_a_flood_of_reports_does_not_keep_the_supervisor(
+    channel: tuple[socket.socket, socket.socket],
+) -> None:
     """One turn takes in so much and no more; a worker's last words are all that it has said."""
     heard: list[Notices] = []
     loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
     report_reader = ReportReader([slot], loop, lambda _, notices: heard.append(notices))
     for size in range(10):
-        channel[1].send(encode(WorkerReport(left=list(range(CLIENTS_PER_TURN // 2)), notices=Notices(truncated=size))))
+        channel[1].send(
+            encode(
+                WorkerReport(
+                    left=list(range(CLIENTS_PER_TURN // 2)), notices=Notices(truncated=size)
+                )
+            )
+        )
     report_reader.read_reports(slot)
     assert [notices.truncated for notices in heard] == [0, 1]
     report_reader.read_reports(slot)

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv.config import Timing
-from tailsrv.supervisor.restart_policy import MAX_UNREADY, ExitKind, Failures, classify_exit, describe_exit
+from tailsrv.supervisor.restart_policy import (
+    MAX_UNREADY,
+    ExitKind,
+    Failures,
+    classify_exit,
+    describe_exit,
+)
 
 
 def ended(status: int) -> int:
@@ -86,7 +92,8 @@ def after(*lives: Life) -> Failures:
 
 @pytest.mark.parametrize(
     ("life", "record"),
-    [  # short, unready, suspect, each after a record of 3, 3 and 1
+    # short, unready, suspect, each after a record of 3, 3 and 1
+    [
         ((SOON, True, FAULT, True), Failures(4, 0, 2)),
         ((SOON, False, FAULT, True), Failures(4, 4, 2)),
         ((SOON, True, FAULT, False), Failures(4, 0, 0)),
@@ -115,7 +122,8 @@ def test_delays() -> None:
     delays = [after(*[short] * deaths).delay(TIMING) for deaths in range(11)]
     assert delays == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5])
     assert max(delays) == TIMING.max_delay
-    assert Failures(short=100_000).delay(TIMING) == TIMING.max_delay  # no overflow
+    # no overflow
+    assert Failures(short=100_000).delay(TIMING) == TIMING.max_delay
     assert after(short, short, short, (LATE, True, KILLED, True)).delay(TIMING) == 0
     assert after(short, short, short, (LATE, True, KILLED, True), short).delay(TIMING) == 0
 
@@ -123,9 +131,19 @@ def test_delays() -> None:
 def test_poisoned() -> None:
     """Two deaths in a row by their own fault soon after adopting are enough; any other death between them starts the count anew."""
     suspect = (SOON, True, FAULT, True)
-    assert [after(*[suspect] * deaths).poisoned() for deaths in range(4)] == [False, False, True, True]
+    assert [after(*[suspect] * deaths).poisoned() for deaths in range(4)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert after((SOON, False, FAULT, True), suspect).poisoned()
-    for innocent in [(LATE, True, FAULT, True), (SOON, True, KILLED, True), (SOON, True, DONE, True), (SOON, True, FAULT, False)]:
+    for innocent in [
+        (LATE, True, FAULT, True),
+        (SOON, True, KILLED, True),
+        (SOON, True, DONE, True),
+        (SOON, True, FAULT, False),
+    ]:
         assert not after(suspect, innocent, suspect).poisoned()
         assert not after(*[innocent] * 100).poisoned()
 

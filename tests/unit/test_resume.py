@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.client.resume import ANCHOR, CONTEXT, WINDOWS, FromEnd, FromStart, LostPlaceError, OffsetError, OtherFileError, position_at
+from tailsrv.client.resume import (
+    ANCHOR,
+    CONTEXT,
+    WINDOWS,
+    FromEnd,
+    FromStart,
+    LostPlaceError,
+    OffsetError,
+    OtherFileError,
+    position_at,
+)
 
 DATA = random.Random(1).randbytes(3 << 20)
 
@@ -14,7 +24,13 @@ DATA = random.Random(1).randbytes(3 << 20)
 def serve(header: bytes, file: bytes) -> bytes:
     """Return what the server sends at once for `header`."""
     text = header.decode().rstrip("\n")
-    return file[max(0, len(file) + int(text)) if text.startswith("-") and text != "-0" else len(file) if text == "-0" else int(text) :]
+    return file[
+        max(0, len(file) + int(text))
+        if text.startswith("-") and text != "-0"
+        else len(file)
+        if text == "-0"
+        else int(text) :
+    ]
 
 
 def connect(place: FromStart | FromEnd, file: bytes, limit: int | None = None) -> bytes:
@@ -29,7 +45,9 @@ def connect(place: FromStart | FromEnd, file: bytes, limit: int | None = None) -
                 break
             new, sent = new + found, sent[len(part) :]
         else:
-            return new + (quiet(place, file) if isinstance(place, FromEnd) and limit is None else b"")
+            return new + (
+                quiet(place, file) if isinstance(place, FromEnd) and limit is None else b""
+            )
 
 
 def quiet(place: FromEnd, file: bytes) -> bytes:
@@ -57,7 +75,9 @@ def test_first_header(offset: int | str, header: bytes) -> None:
     assert position_at(offset).header() == header
 
 
-@pytest.mark.parametrize("offset", ["", "-", "+-1", "abc", "1_000", "1e3", " 1", "\u0663", 2**63, -(2**64), "9" * 5000])
+@pytest.mark.parametrize(
+    "offset", ["", "-", "+-1", "abc", "1_000", "1e3", " 1", "\u0663", 2**63, -(2**64), "9" * 5000]
+)
 def test_no_offset(offset: int | str) -> None:
     """What no header could say is no offset."""
     with pytest.raises(OffsetError, match="offset"):
@@ -97,7 +117,10 @@ def test_end_is_found_again(before: int, received: int, appended: int) -> None:
     assert connect(place, DATA[: size + 9]) == DATA[size : size + 9]
 
 
-@pytest.mark.parametrize("file", [b"tick\n" * 2000, b"A" * 100 + b"B" * 100 + b"A" * 100, b"tick\n" * (WINDOWS[0] // 5 + 2000)])
+@pytest.mark.parametrize(
+    "file",
+    [b"tick\n" * 2000, b"A" * 100 + b"B" * 100 + b"A" * 100, b"tick\n" * (WINDOWS[0] // 5 + 2000)],
+)
 def test_place_that_could_be_another_is_no_place(file: bytes) -> None:
     """Where what came last is more than once, nothing is given, rather than too much or too little."""
     place = FromEnd(100)
@@ -129,7 +152,9 @@ def test_window_that_is_not_complete_is_not_searched() -> None:
     place.header()
     file = DATA[9000:9100] + once + between + once
     assert place.take(file[:6000]) == b""
-    assert place.reach(file[-CONTEXT:]) == b"", "that is in the window, but not where it is asked for"
+    assert place.reach(file[-CONTEXT:]) == b"", (
+        "that is in the window, but not where it is asked for"
+    )
     with pytest.raises(LostPlaceError, match="more than once"):
         place.take(file[6000:])
 
@@ -209,12 +234,21 @@ def test_end_is_not_taken_when_something_came() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2, 100])
 @pytest.mark.parametrize(
-    ("sent", "given"), [(b"rest\nwhole\nmore", b"whole\nmore"), (b"\nwhole\n", b"whole\n"), (b"rest", b""), (b"a\n", b"")]
+    ("sent", "given"),
+    [
+        (b"rest\nwhole\nmore", b"whole\nmore"),
+        (b"\nwhole\n", b"whole\n"),
+        (b"rest", b""),
+        (b"a\n", b""),
+    ],
 )
 def test_line_begins_behind_the_first_newline(sent: bytes, given: bytes, pieces: int) -> None:
     """What is before the first newline is left out, in however many pieces it comes."""
     place = FromEnd(100, line=True)
-    assert b"".join(place.take(sent[i : i + pieces]) or b"" for i in range(0, len(sent), pieces)) == given
+    assert (
+        b"".join(place.take(sent[i : i + pieces]) or b"" for i in range(0, len(sent), pieces))
+        == given
+    )
 
 
 def test_line_is_left_out_across_connections() -> None:
@@ -232,14 +266,17 @@ def test_any_cuts(data: st.DataObject) -> None:
     size = draw(st.integers(0, 300))
     file = draw(st.sampled_from([DATA, b"ab" * 2000, b"\n" * 4000]))
     count = draw(st.none() | st.integers(0, 300))
-    place: FromStart | FromEnd = FromStart(draw(st.integers(0, 300))) if count is None else FromEnd(count)
+    place: FromStart | FromEnd = (
+        FromStart(draw(st.integers(0, 300))) if count is None else FromEnd(count)
+    )
     start = place.offset if count is None else max(0, size - count)
     received = b""
     try:
         for _ in range(draw(st.integers(1, 6))):
             limit = draw(st.none() | st.integers(0, 4000))
             if isinstance(place, FromEnd) and not received:
-                start = max(0, size - place.count)  # it begins again
+                # it begins again
+                start = max(0, size - place.count)
             received += connect(place, file[:size], limit)
             place = place.known() if isinstance(place, FromEnd) else place
             size += draw(st.integers(0, 300))

@@ -70,7 +70,11 @@ def test_open_file(path: Path) -> None:
 def test_open_file_that_does_not_exist(tmp_path: Path) -> None:
     """A file that may yet come into being is no error: not even its folder has to exist, and a link may lead to nothing."""
     (tmp_path / "link").symlink_to("nothing")
-    assert [open_file(str(tmp_path / name)) for name in ("log", "no/log", "link")] == [None, None, None]
+    assert [open_file(str(tmp_path / name)) for name in ("log", "no/log", "link")] == [
+        None,
+        None,
+        None,
+    ]
 
 
 def refusal(path: Path | str) -> str:
@@ -126,7 +130,9 @@ except CannotServeError as error:
     path.parent.chmod(0o755)
     done = run_python(code, str(path.parent))
     assert done.returncode == 0
-    assert done.stdout.startswith("Permission denied; it has mode 0600, user 0 and group 0, and we are user 65534 with groups ")
+    assert done.stdout.startswith(
+        "Permission denied; it has mode 0600, user 0 and group 0, and we are user 65534 with groups "
+    )
 
 
 def test_open_file_refuses_what_cannot_be_sent() -> None:

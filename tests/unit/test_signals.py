@@ -76,7 +76,8 @@ def test_close_gives_everything_back() -> None:
 def test_blocked_holds_signals_back(wakeup: Wakeup) -> None:
     """Within blocked() a signal stays pending, and comes when it ends."""
     with blocked():
-        signal.raise_signal(signal.SIGUSR1)  # kill(2) might choose another thread, which has not blocked it
+        # kill(2) might choose another thread, which has not blocked it
+        signal.raise_signal(signal.SIGUSR1)
         assert signal.SIGUSR1 in signal.sigpending()
         assert wakeup.read() == []
     assert wakeup.read() == [signal.SIGUSR1]

@@ -14,7 +14,15 @@ from support.files import opened
 from support.interpreter import run_python
 from support.sockets import recv_all, reset, tcp_pair, wait_for, wait_readable
 from tailsrv.linux.files import send_chunk
-from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept, discard, peek, shut_down_writing, unsent
+from tailsrv.linux.sockets import (
+    ACCEPT_TRIES,
+    Outcome,
+    accept,
+    discard,
+    peek,
+    shut_down_writing,
+    unsent,
+)
 from tailsrv.protocol import PEEK
 
 DATA = bytes(range(256)) * 1024
@@ -135,7 +143,10 @@ class Refusing(socket.socket):
 @pytest.mark.parametrize("refusals", [ACCEPT_TRIES - 1, ACCEPT_TRIES, 10 * ACCEPT_TRIES])
 def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> None:
     """An error that says nothing about the listener is passed over, but not for ever: then it does say something."""
-    with Refusing(fileno=os.dup(listener.fileno())) as refusing, socket.create_connection(listener.getsockname()) as far:
+    with (
+        Refusing(fileno=os.dup(listener.fileno())) as refusing,
+        socket.create_connection(listener.getsockname()) as far,
+    ):
         refusing.refusals = refusals
         wait_readable(refusing)
         accepted = accept(refusing)
@@ -226,7 +237,9 @@ def test_discard_keeps_the_stream_alive(pair: tuple[socket.socket, socket.socket
     assert far.recv(10) == b"alive"
 
 
-def test_close_after_discard_loses_nothing(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_close_after_discard_loses_nothing(
+    pair: tuple[socket.socket, socket.socket], file: int
+) -> None:
     """Input that was discarded does not turn the close into a reset that destroys what is queued."""
     near, far = pair
     far.sendall(b"stray")
@@ -256,7 +269,9 @@ def test_unsent(pair: tuple[socket.socket, socket.socket], file: int) -> None:
     assert unsent(near) == 0
 
 
-def test_finish_sending_reaches_the_peer_past_a_duplicate(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_finish_sending_reaches_the_peer_past_a_duplicate(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     """The peer sees the end although somebody else holds the socket, and it may be said twice or too late."""
     near, far = pair
     with near.dup():

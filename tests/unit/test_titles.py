@@ -9,19 +9,49 @@ from tailsrv.titles import longest_title, service_status, supervisor_title, work
 @pytest.mark.parametrize(
     ("endpoints", "path", "state", "workers", "clients", "title"),
     [
-        (["*:4321"], "/log", "", 4, 137, "tailsrv: supervisor *:4321 /log [4 workers, 137 clients]"),
+        (
+            ["*:4321"],
+            "/log",
+            "",
+            4,
+            137,
+            "tailsrv: supervisor *:4321 /log [4 workers, 137 clients]",
+        ),
         (["*:4321"], "/log", "", 1, 1, "tailsrv: supervisor *:4321 /log [1 worker, 1 client]"),
         (["*:4321"], "/log", "starting", 1, 0, "tailsrv: supervisor *:4321 /log [starting]"),
-        (["*:4321"], "/log", "waiting for file", 0, 0, "tailsrv: supervisor *:4321 /log [waiting for file]"),
-        (["*:4321"], "/log", "draining", 2, 1, "tailsrv: supervisor *:4321 /log [draining, 2 workers, 1 client]"),
-        (["127.0.0.1:1", "[::1]:1"], "/log", "", 1, 0, "tailsrv: supervisor 127.0.0.1:1,[::1]:1 /log [1 worker, 0 clients]"),
+        (
+            ["*:4321"],
+            "/log",
+            "waiting for file",
+            0,
+            0,
+            "tailsrv: supervisor *:4321 /log [waiting for file]",
+        ),
+        (
+            ["*:4321"],
+            "/log",
+            "draining",
+            2,
+            1,
+            "tailsrv: supervisor *:4321 /log [draining, 2 workers, 1 client]",
+        ),
+        (
+            ["127.0.0.1:1", "[::1]:1"],
+            "/log",
+            "",
+            1,
+            0,
+            "tailsrv: supervisor 127.0.0.1:1,[::1]:1 /log [1 worker, 0 clients]",
+        ),
         (["*:1"], "a b", "", 1, 0, "tailsrv: supervisor *:1 a b [1 worker, 0 clients]"),
         (["*:1"], "a\nb", "", 1, 0, "tailsrv: supervisor *:1 'a\\nb' [1 worker, 0 clients]"),
         (["*:1"], "a\udcff", "", 1, 0, "tailsrv: supervisor *:1 'a\\udcff' [1 worker, 0 clients]"),
         (["*:1"], "/lög", "", 1, 0, "tailsrv: supervisor *:1 /lög [1 worker, 0 clients]"),
     ],
 )
-def test_supervisor_title(endpoints: list[str], path: str, state: str, workers: int, clients: int, title: str) -> None:
+def test_supervisor_title(
+    endpoints: list[str], path: str, state: str, workers: int, clients: int, title: str
+) -> None:
     """The supervisor's title says where, what and how it does, on one line that can be encoded."""
     assert title == supervisor_title(endpoints, path, state, workers, clients)
     assert title.encode().decode().isprintable()

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv import channel as messages
-from tailsrv.supervisor.upgrade_state import FORMAT, SlotState, StateError, UpgradeState, decode, encode
+from tailsrv.supervisor.upgrade_state import (
+    FORMAT,
+    SlotState,
+    StateError,
+    UpgradeState,
+    decode,
+    encode,
+)
 
 SLOTS = [
     SlotState(
@@ -51,7 +58,9 @@ def changed(**values: object) -> bytes:
     return json.dumps({**json.loads(encode(make_state())), **values}).encode()
 
 
-@pytest.mark.parametrize("theirs", [(FORMAT + 1, messages.VERSION), (FORMAT, messages.VERSION + 1), (0, 0)])
+@pytest.mark.parametrize(
+    "theirs", [(FORMAT + 1, messages.VERSION), (FORMAT, messages.VERSION + 1), (0, 0)]
+)
 def test_another_format(theirs: tuple[int, int]) -> None:
     """The state of another format, or of a version whose workers speak otherwise, is refused, with both formats as the reason."""
     with pytest.raises(StateError) as caught:

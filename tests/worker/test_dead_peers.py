@@ -19,16 +19,22 @@ from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
         # Measured two minutes after it vanished: with bytes in flight, and with a closed window.
         (9, 0, 121.0, True),
         (0, 6, 122.5, True),
-        (0, 0, 120.1, False),  # pauses: the kernel's probe has just been answered, or is due
-        (0, 1, 121.0, False),  # pauses: the probe after two minutes is on its way
-        (0, 3, 480.0, False),  # pauses behind a network that loses much: one more is sent
-        (3, 0, 150.0, False),  # so slow a network that the kernel has not asked often
-        (4, 0, 120.0, False),  # it has, but not for long enough
+        # pauses: the kernel's probe has just been answered, or is due
+        (0, 0, 120.1, False),
+        # pauses: the probe after two minutes is on its way
+        (0, 1, 121.0, False),
+        # pauses behind a network that loses much: one more is sent
+        (0, 3, 480.0, False),
+        # so slow a network that the kernel has not asked often
+        (3, 0, 150.0, False),
+        # it has, but not for long enough
+        (4, 0, 120.0, False),
         (8, 0, 90.0, False),
         (4, 0, 120.1, True),
         (0, 4, 120.1, True),
         (0, 0, 0.0, False),
-        (0, 0, 1e6, False),  # the machine that serves has slept itself
+        # the machine that serves has slept itself
+        (0, 0, 1e6, False),
     ],
 )
 def test_is_dead(retransmits: int, probes: int, silence: float, dead: bool) -> None:
@@ -105,7 +111,8 @@ class Bench:
         self.loop.timers.run(self.loop.now)
 
 
-AT_ONCE = Limits(silence=-1.0, attempts=0)  # whoever has not acknowledged everything is dead
+# whoever has not acknowledged everything is dead
+AT_ONCE = Limits(silence=-1.0, attempts=0)
 
 
 NEVER = Limits(attempts=1000)

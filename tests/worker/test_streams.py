@@ -15,7 +15,8 @@ from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import MAX_READERS, ReadAhead
 from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Streams, next_chunk
 
-BIG = os.urandom(1 << 16) * 48  # 3 MiB, and no two chunks are the same from any offset that matters
+# 3 MiB, and no two chunks are the same from any offset that matters
+BIG = os.urandom(1 << 16) * 48
 
 
 class Bench:
@@ -27,7 +28,8 @@ class Bench:
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
         self.dropped: list[tuple[Client, Exception | None]] = []
-        self.told_to_wait: list[Client] = []  # until they have room
+        # until they have room
+        self.told_to_wait: list[Client] = []
         self.streams = Streams(self.file, 0, self.drop, self.told_to_wait.append)
         self.fars: dict[Client, socket.socket] = {}
 
@@ -140,7 +142,12 @@ def test_many_ahead(bench: Bench) -> None:
     bench.streams.pump()
     bench.grow(b"5678")
     bench.streams.pump()
-    assert {offset: bench.received(client) for offset, client in clients.items()} == {3: b"345678", 5: b"5678", 7: b"78", 3000: b""}
+    assert {offset: bench.received(client) for offset, client in clients.items()} == {
+        3: b"345678",
+        5: b"5678",
+        7: b"78",
+        3000: b"",
+    }
     assert bench.received(last) == b"345678"
 
 
@@ -167,7 +174,10 @@ def test_full_socket(bench: Bench) -> None:
     bench.grow(b"more")
     assert bench.streams.offset_of(slow) == at < 1 << 20
     assert slow.fd in bench.streams.blocked
-    assert bench.serve(slow, fast) == {slow: BIG[: 1 << 20] + b"more", fast: BIG[: 1 << 20] + b"more"}
+    assert bench.serve(slow, fast) == {
+        slow: BIG[: 1 << 20] + b"more",
+        fast: BIG[: 1 << 20] + b"more",
+    }
 
 
 def test_full_socket_at_an_append(bench: Bench) -> None:
@@ -220,7 +230,9 @@ def test_round_robin(bench: Bench) -> None:
     for _ in range(3):
         before = [client.offset for client in clients]
         bench.streams.pump(budget=1)
-        served.append([client.offset > offset for client, offset in zip(clients, before, strict=True)])
+        served.append(
+            [client.offset > offset for client, offset in zip(clients, before, strict=True)]
+        )
     assert served == [[True, False, False], [False, True, False], [False, False, True]]
 
 
@@ -319,7 +331,8 @@ def test_shrink_under_a_send(bench: Bench) -> None:
 def test_shrink_under_the_fan_out(bench: Bench) -> None:
     """An append that is gone again by the time it is sent is sent to nobody, and to everybody once it is back."""
     clients = [bench.client(0) for _ in range(3)]
-    bench.streams.set_size(4)  # as if it had been that long
+    # as if it had been that long
+    bench.streams.set_size(4)
     bench.streams.pump()
     assert bench.streams.shrunk
     bench.look()
@@ -376,7 +389,8 @@ def test_error_of_one_client(bench: Bench, offset: int) -> None:
     """A send that fails for another reason drops that client with the error, and no other."""
     bench.grow(b"data")
     broken, healthy = bench.client(offset), bench.client(offset)
-    was = broken.sock.detach()  # its descriptor will be one that nothing can be sent to
+    # its descriptor will be one that nothing can be sent to
+    was = broken.sock.detach()
     folder = os.open(bench.path.parent, os.O_RDONLY)
     os.dup2(folder, was)
     os.close(folder)
@@ -399,7 +413,10 @@ def test_fault_of_ours_with_one_client(bench: Bench, behind: bool) -> None:
 
     bench.streams = Streams(bench.file, 0, bench.drop, fail)
     bench.grow(BIG if behind else b"")
-    stalled, healthy = bench.client(0, receive=4096, send=4096), bench.client(len(BIG) if behind else 0)
+    stalled, healthy = (
+        bench.client(0, receive=4096, send=4096),
+        bench.client(len(BIG) if behind else 0),
+    )
     count = 0
     while not bench.dropped:
         if behind:
@@ -430,7 +447,11 @@ def test_remove(bench: Bench) -> None:
         bench.streams.writable(client)
     bench.grow(b"more")
     bench.streams.pump()
-    assert [bench.received(client) for client in (caught_up, behind, blocked)] == [b"data", b"", b""]
+    assert [bench.received(client) for client in (caught_up, behind, blocked)] == [
+        b"data",
+        b"",
+        b"",
+    ]
     assert [caught_up.offset, behind.offset, blocked.offset] == [4, 1, 2]
     assert bench.streams.without_work() == []
     assert not bench.streams.behind

@@ -15,7 +15,15 @@ from setproctitle import getproctitle
 from support.files import append, opened
 from support.interpreter import run_python
 from support.processes import as_root
-from support.sockets import readable, recv_all, recv_exactly, reset, tcp_pair, wait_for, wait_readable
+from support.sockets import (
+    readable,
+    recv_all,
+    recv_exactly,
+    reset,
+    tcp_pair,
+    wait_for,
+    wait_readable,
+)
 from support.waiting import DEADLINE
 from support.worker_bench import Bench, working
 from tailsrv.addresses import endpoint
@@ -26,7 +34,8 @@ from tailsrv.linux.sockets import discard
 from tailsrv.protocol import Start, parse_header
 from tailsrv.worker.client import Client, ClientState
 
-BIG = os.urandom(1 << 16) * 64  # 4 MiB: more than the buffers on loopback take
+# 4 MiB: more than the buffers on loopback take
+BIG = os.urandom(1 << 16) * 64
 
 
 @pytest.fixture
@@ -48,7 +57,14 @@ def bench(path: Path) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize(
-    ("said", "first"), [(b"0\n", b"0123456789"), (b"7\n", b"789"), (b"-2\n", b"89"), (b"-99\n", b"0123456789"), (b"-0\r\n", b"")]
+    ("said", "first"),
+    [
+        (b"0\n", b"0123456789"),
+        (b"7\n", b"789"),
+        (b"-2\n", b"89"),
+        (b"-99\n", b"0123456789"),
+        (b"-0\r\n", b""),
+    ],
 )
 def test_stream(bench: Bench, said: bytes, first: bytes) -> None:
     """A client gets the file from where it said, and then what is appended."""
@@ -117,7 +133,9 @@ def test_half_close(bench: Bench, when: str) -> None:
         (b"9" * 19 + b"\n", "64 bits"),
     ],
 )
-def test_bad_header(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str) -> None:
+def test_bad_header(
+    bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str
+) -> None:
     """A bad header ends the connection cleanly and without a byte; one line tells of the peer and the reason."""
     far, client = bench.connect(said)
     bench.settle()
@@ -131,7 +149,9 @@ def test_bad_header(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes,
 
 
 @pytest.mark.parametrize("said", [b"", b"5", b"-"])
-def test_end_of_input_before_the_newline(bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes) -> None:
+def test_end_of_input_before_the_newline(
+    bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes
+) -> None:
     """Input that ends before the newline ends the connection, even though it might have been a number."""
     far, client = bench.connect()
     far.sendall(said)
@@ -285,7 +305,9 @@ def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> Non
 
 
 @pytest.mark.parametrize("method", ["add_client", "drop"])
-def test_caught_up_do_not_wait_for_the_end_of_a_burst(bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_caught_up_do_not_wait_for_the_end_of_a_burst(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     """In a turn that takes in or sees off many, the caught-up get an append after the next of these, not after the last."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -309,11 +331,15 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst(bench: Bench, monkeypatch:
 
 
 @pytest.mark.parametrize("what", ["start", "speak", "are closed"])
-def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """The same where input is thrown away: the header of those who start, what others say, what is left when a socket is closed."""
     follower, _ = bench.connect(b"-0\n")
     if what == "start":
-        fars = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(5)]
+        fars = [
+            bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(5)
+        ]
     else:
         fars = [bench.connect(b"-0\n")[0] for _ in range(5)]
     bench.settle()
@@ -370,7 +396,8 @@ def test_file_that_shrank_unseen(bench: Bench) -> None:
     far, client = bench.connect(b"15\n")
     bench.settle()
     bench.reports()
-    bench.worker.streams.set_size(20)  # as if it had been that long
+    # as if it had been that long
+    bench.worker.streams.set_size(20)
     assert client in bench.worker.streams.behind
     bench.worker.step(0)
     assert bench.worker.streams.size == 10
@@ -409,7 +436,9 @@ def poison(*_: object) -> None:
     raise ZeroDivisionError("poison")
 
 
-@pytest.mark.parametrize("where", ["tailsrv.worker.worker.Client.forget_peer", "tailsrv.worker.streams.next_chunk"])
+@pytest.mark.parametrize(
+    "where", ["tailsrv.worker.worker.Client.forget_peer", "tailsrv.worker.streams.next_chunk"]
+)
 def test_error_with_one_stream_ends_that_client_only(
     bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -445,7 +474,9 @@ def test_error_with_one_adopted_client_ends_that_client_only(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOBUFS, "no buffers")])
-def test_shortage_while_adopting_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_shortage_while_adopting_ends_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """A worker that has no memory for the clients it is to take over leaves all of them to the next."""
 
     def refuse(_: object) -> int:
@@ -460,14 +491,17 @@ def test_shortage_while_adopting_ends_the_worker(bench: Bench, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("said", [b"x", b"-0\n"])
-def test_error_with_everybody_ends_the_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+def test_error_with_everybody_ends_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
     """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
     bench.connect(b"-0\n")
     far, client = bench.connect(b"" if said.endswith(b"\n") else b"-0\n")
     bench.settle()
     far.sendall(said)
     wait_readable(client.sock)
-    if said.endswith(b"\n"):  # the file grows when the worker has looked, but has not read the header yet
+    # the file grows when the worker has looked, but has not read the header yet
+    if said.endswith(b"\n"):
         parse = parse_header
 
         def parse_later(received: bytes, ended: bool) -> Start | None:
@@ -528,7 +562,8 @@ def test_name_of_a_client_that_has_gone(bench: Bench) -> None:
 def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
     """A client that gets the descriptor number of a dropped one gets none of its events, though somebody holds a duplicate."""
     far, client = bench.connect()
-    other = bench.stack.enter_context(socket.socket())  # made now, so that the number is free for the server's side
+    # made now, so that the number is free for the server's side
+    other = bench.stack.enter_context(socket.socket())
     with client.sock.dup() as duplicate:
         bench.worker.drop(client)
         bench.settle()
@@ -555,8 +590,11 @@ def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
     assert bench.receive(far, 3) == b"89a"
     far.close()
     append(bench.path, b"b")
-    bench.until(lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.size == 12)
-    append(bench.path, b"c")  # its answer is a reset, as the client has closed
+    bench.until(
+        lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.size == 12
+    )
+    # its answer is a reset, as the client has closed
+    append(bench.path, b"c")
     bench.until(lambda: not bench.worker.clients)
     bench.settle()
     append(bench.path, b"d")
@@ -570,7 +608,8 @@ def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
     """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
     _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
     bench.until(lambda: client.state is ClientState.STREAMING)
-    bench.skew += 2.0  # for the title
+    # for the title
+    bench.skew += 2.0
     if when == "the file grows":
         bench.until(lambda: bench.worker.loop.timeout() is None)
         append(bench.path, b"ab")
@@ -653,7 +692,8 @@ def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> Non
     bench.settle()
     bench.reports()
     packets = 0
-    for size in (4096, 1):  # until there is not even room for a byte
+    # until there is not even room for a byte
+    for size in (4096, 1):
         with suppress(BlockingIOError):
             while bench.worker.channel.send(bytes(size), socket.MSG_DONTWAIT):
                 packets += 1
@@ -734,7 +774,8 @@ def test_drain(bench: Bench) -> None:
     wait_readable(bench.listeners[0][0])
     append(bench.path, b"last")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
-    bench.worker.handle_channel()  # before the turn that would have taken in the others
+    # before the turn that would have taken in the others
+    bench.worker.handle_channel()
     fars = (replaying, caught_up, chatty, silent, ahead, half_closed, unread, queued)
     whole += b"last"
     expected = [whole, b"last", whole[-9:], b"", b"", whole[-6:], whole[-3:], whole[-4:]]

@@ -64,14 +64,22 @@ def main() -> None:
         else:
             made.append(make(kind, made))
             sources.append(made[-1].fileno())
-    above = [None if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST + len(kinds)) for fd in sources]  # out of the way
+    # out of the way
+    above = [
+        None if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST + len(kinds)) for fd in sources
+    ]
     for number, fd in enumerate(above, FIRST):
         if fd is not None:
             os.dup2(fd, number)
         else:
             os.closerange(number, number + 1)
     # First in the environment, as systemd has it: what setproctitle looks for must not be confused when they go.
-    environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(kinds)), "LISTEN_FDNAMES": ":".join(kinds), **os.environ}
+    environment = {
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(len(kinds)),
+        "LISTEN_FDNAMES": ":".join(kinds),
+        **os.environ,
+    }
     os.execvpe(command[0], command, environment)
 
 

@@ -16,7 +16,15 @@ from tailsrv.supervisor import upgrade
 from tailsrv.supervisor.supervisor import Supervisor
 
 # Faults follow one another too fast for a backoff, and soon after a rotation there are as many descriptors as before it.
-TIMING = Timing(open_retry=0.05, poll_interval=0.05, settle=0.05, fork_retry=0.05, long_life=0.0, late_interval=0.05, late_patience=0.05)
+TIMING = Timing(
+    open_retry=0.05,
+    poll_interval=0.05,
+    settle=0.05,
+    fork_retry=0.05,
+    long_life=0.0,
+    late_interval=0.05,
+    late_patience=0.05,
+)
 
 
 def hold(place: str) -> None:

@@ -6,7 +6,8 @@ Each is long enough that a test can still act within it on a busy machine, or a 
 import os
 import sys
 
-sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
+# as `python -m tailsrv` has it: the checkout comes before what is installed
+sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
 from tailsrv.config import Timing

@@ -11,10 +11,13 @@ import time
 from collections import deque
 from typing import Any
 
-SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23  # linux/if_packet.h, linux/socket.h
+# linux/if_packet.h, linux/socket.h
+SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
 ETH_P_ALL = 3
-LARGEST = 1 << 17  # a packet that the kernel has yet to cut into segments has 64 KiB, and headers
-WAITING = 1 << 15  # packets; what is more finds the queue full, as with a router
+# a packet that the kernel has yet to cut into segments has 64 KiB, and headers
+LARGEST = 1 << 17
+# packets; what is more finds the queue full, as with a router
+WAITING = 1 << 15
 
 
 def attach(interface: str) -> socket.socket:
@@ -33,7 +36,8 @@ def carry(one: socket.socket, other: socket.socket, loss: float, delay: float) -
     """Carry packets both ways until standard input ends."""
     to = {one: other, other: one}
     chance = random.Random(1)
-    under_way: deque[tuple[float, socket.socket, bytes]] = deque()  # when it is due, where to, what
+    # when it is due, where to, what
+    under_way: deque[tuple[float, socket.socket, bytes]] = deque()
     while True:
         timeout = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
         ready: list[Any] = select.select([*to, sys.stdin], [], [], timeout)[0]
