@@ -10,7 +10,7 @@ from functools import partial
 
 from tailsrv.arguments import make_tscat_parser, split_offset
 from tailsrv.client import follow
-from tailsrv.client.command import RunError, complain, run
+from tailsrv.client.command import RunError, print_message, run
 from tailsrv.client.connector import milliseconds
 from tailsrv.linux.process import occupy_standard_descriptors
 
@@ -38,7 +38,7 @@ def copy(options: Namespace) -> None:
         once=options.once,
         idle=options.until_idle,
         whole_lines=options.lines,
-        report=partial(complain, "tscat"),
+        report=partial(print_message, "tscat"),
         wait=wait_with_reader,
     )
     with stream, suppress(ReaderGoneError):

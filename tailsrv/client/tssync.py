@@ -13,7 +13,7 @@ from typing import NoReturn
 from tailsrv.addresses import parse_endpoint
 from tailsrv.arguments import make_tssync_parser
 from tailsrv.client import OtherFileError, follow
-from tailsrv.client.command import complain, run
+from tailsrv.client.command import print_message, run
 from tailsrv.client.connector import wait
 from tailsrv.client.local_copy import LocalCopy
 from tailsrv.formatting import size
@@ -159,7 +159,7 @@ class Keeper:
 
     def _say(self, text: str) -> None:
         self._progress.rest()
-        complain("tssync", text)
+        print_message("tssync", text)
 
 
 @contextmanager
