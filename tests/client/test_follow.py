@@ -255,7 +255,8 @@ def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
     ):
         reader.got(b"a line that is cut\n" * 2)
         assert (
-            reader.reports[0] == f"{cutter.endpoints(1)[0]}: the server closed the connection; retrying"
+            reader.reports[0]
+            == f"{cutter.endpoints(1)[0]}: the server closed the connection; retrying"
         )
 
 

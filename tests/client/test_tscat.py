@@ -218,8 +218,8 @@ def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
 @pytest.mark.parametrize(
     ("redirection", "message"),
     [
-        (">/dev/full", "tscat: cannot write: No space left on device\n"),
-        (">&-", "tscat: standard output is closed\n"),
+        (">/dev/full", "tscat: cannot write to standard output: No space left on device\n"),
+        (">&-", "tscat: standard output is closed: redirect it to a file or a pipe\n"),
         ("2>&- <&-", ""),
     ],
 )
