@@ -67,7 +67,7 @@ def follow(
         idle: Stop after this many seconds without new data. None: never.
         whole_lines: With an offset from the end, start at the first line that begins there or
             later.
-        backoff: The pauses between rounds in which no byte was received, see `Backoff`.
+        backoff: The pauses between rounds of attempts to connect, see `Backoff`.
         connect_timeout: Seconds for each attempt to connect to one address, and for all look-ups of
             names in one round. A name that needs longer is left out until its addresses are found.
         recall: For programs like `tssync`, which keep the received bytes themselves. Called with
@@ -75,7 +75,7 @@ def follow(
             the server must have directly before that offset, b"" for no comparison. By default
             these are the last bytes that the iterator has received. Not used if `offset` counts
             from the end.
-        report: Called with one line of text when all addresses have failed (not again while the
+        report: Called with one line of text when no address is left to try (not again while the
             text stays the same), when a server does not send the bytes that it must have, and when
             bytes arrive again after a failure.
         wait: For programs like `tssync`, which do other things while they wait. Called with a
@@ -99,8 +99,8 @@ def follow(
         OtherFileError: While iterating: the server has different bytes before the current offset,
             for example because the file was rotated.
         LostPlaceError: While iterating, only if `offset` counts from the end: the current position
-            cannot be found again. This error and OtherFileError are PlaceErrors. All errors that
-            are raised while iterating close the iterator.
+            cannot be found again. This error and OtherFileError are PlaceErrors. All of these
+            errors that are raised while iterating close the iterator.
 
     """
     servers = [

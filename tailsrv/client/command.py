@@ -9,7 +9,7 @@ from tailsrv.client import EndpointError, OffsetError, OtherFileError, PlaceErro
 
 
 class RunError(Exception):
-    """The command cannot continue. The message says why, and what to do, in one line."""
+    """The command cannot continue. The message says why, in one line."""
 
 
 def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
@@ -58,7 +58,7 @@ def print_message(command: str, text: str) -> None:
 def ignore_closed_stdout() -> None:
     """Flush standard output, and discard the rest of a help text if the reader has closed its end.
 
-    Otherwise the interpreter flushes at its exit, and prints an error message about the closed
+    Otherwise the interpreter would flush it at exit, and print an error message about the closed
     pipe.
     """
     try:

@@ -1,7 +1,8 @@
 """Opens connections to the servers of one file, and reconnects with growing pauses.
 
-One round tries every address of every server once, in order. The names are looked up again before
-each round. Between rounds in which no byte was received there is a pause, see `Backoff`.
+One round uses every address of every server once, in order. If an attempt fails, or a connection is
+lost, the next address is tried at once. When no address is left, there is a pause, see `Backoff`.
+Then the names are looked up again, and the next round begins.
 """
 
 import errno
@@ -22,7 +23,7 @@ from tailsrv.linux.sockets import KEEPALIVE_OPTIONS
 # A function that waits for poll(2) events of a descriptor (-1: of none), for at most a number of
 # seconds (None: without a limit), and returns whether one of them occurred. A caller of `follow`
 # may pass its own, which also waits for other things, or does other work in the meantime. It may
-# raise any exception but OSError to end the iteration.
+# raise any exception but OSError, which then leaves the iterator.
 Wait = Callable[[int, int, float | None], bool]
 
 
@@ -36,18 +37,18 @@ class UnknownHostError(ConnectError):
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """The pauses between rounds of attempts in which no byte was received.
+    """The pauses between rounds of attempts to connect.
 
-    They double from `first` to `longest`, both in seconds. Each pause is shortened by a random
-    amount of up to half, so that clients that lost a server together do not all reconnect at the
-    same time.
+    They start at `first` seconds, and double with each round in a row in which no byte was
+    received, up to `longest` seconds. Each pause is shortened by a random amount of up to half, so
+    that clients that lost a server together do not all reconnect at the same time.
     """
 
     first: float = 0.5
     longest: float = 10.0
 
     def pause(self, failures: int, chance: float) -> float:
-        """Return the seconds to wait after `failures` failed rounds in a row, 1 or more.
+        """Return the seconds to wait after `failures` rounds in a row (1 or more) have failed.
 
         `chance` is a random number from 0 to 1.
         """
@@ -83,8 +84,8 @@ FETCH_TIMEOUT = 30.0
 class Connector:
     """Returns connected sockets, one after the other.
 
-    `report` is called with a line of text when every address of a round has failed, unless that
-    line is the one reported last, and when bytes arrive again.
+    `report` is called with a line of text when no address of a round is left to try, unless this
+    line is the one reported last, and when bytes arrive again after that.
     """
 
     def __init__(

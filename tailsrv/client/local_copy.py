@@ -251,9 +251,9 @@ def _is_at(fd: int, path: str) -> bool:
 def _look_alike(opened: os.stat_result, named: os.stat_result) -> bool:
     """Return whether these are probably the same file, although the inode numbers differ.
 
-    Some file systems invent inode numbers (CIFS with noserverino, some of FUSE): there, a file has
-    a different number each time it is looked up. On other file systems this makes no difference,
-    because a file that replaces the open one has a later change time.
+    Some file systems invent inode numbers (CIFS with noserverino, some FUSE file systems): there, a
+    file has a different number each time it is looked up. On other file systems this makes no
+    difference, because a file that replaces the open one has a later change time.
     """
     return opened.st_nlink > 0 and _fingerprint(opened) == _fingerprint(named)
 

@@ -71,7 +71,7 @@ class FromStart:
         return len(self._expected)
 
     def take(self, data: bytes) -> bytes:
-        """Take the received `data`, and return the new bytes in it. Raises OtherFileError.
+        """Process the received `data`, and return the new bytes in it. Raises OtherFileError.
 
         If `wanted` is not 0, `data` must not be longer than that.
         """
@@ -136,7 +136,7 @@ class FromEnd:
         return 0 if self._window is None else WINDOWS[self._width] - len(self._window)
 
     def take(self, data: bytes) -> bytes | None:
-        """Take the received `data`, and return the new bytes in it. Raises LostPlaceError.
+        """Process the received `data`, and return the new bytes in it. Raises LostPlaceError.
 
         Returns None if a new connection is needed, to request a larger window.
         """

@@ -41,9 +41,10 @@ def move(sock: socket.socket, pipe: int, count: int) -> int | None:
     except OSError as error:
         if error.errno not in _TRY_RECV:
             raise
-    # Why not return None for EAGAIN, and 0 for 0? In front of a byte that is marked as urgent,
-    # splice(2) returns EAGAIN, or 0 once the server has ended the stream, while poll(2) reports the
-    # socket as readable. A caller that only retried would loop forever. recv(2) gets past the mark.
+    # Neither EAGAIN nor 0 is a final answer of splice(2). In front of a byte that is marked as
+    # urgent it returns EAGAIN, or 0 if the server has ended the stream after that byte. But poll(2)
+    # reports the socket as readable, so a caller that only retried would loop forever. recv(2)
+    # reads past the mark.
     try:
         data = sock.recv(min(count, PAGE))
     except BlockingIOError:

@@ -70,8 +70,8 @@ def interrupt_on_signals() -> None:
 
     def end(_number: int, _frame: object) -> NoReturn:
         for number in numbers:
-            # Why not SIG_IGN? If another signal is already pending in the interpreter, it would
-            # print an error message, because there would be no function to call.
+            # Why not SIG_IGN? If another of these signals is already pending in the interpreter,
+            # the interpreter would find no function to call, and print an error message.
             signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt
 
