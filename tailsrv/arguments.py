@@ -13,31 +13,38 @@ from tailsrv.config import DEFAULT_GRACE, Network
 from tailsrv.linux.process import count_processors
 
 TSCAT_EPILOG = """\
-It follows for ever: after a lost connection it comes back at the exact byte.
-OFFSET is N (from byte N), -N (the last N bytes) or -0 (only what is new).
-Several HOST:PORT serve the same file, and so do all addresses of a name: they are tried in turn. IPv6: [::1]:4321.
-From -N and -0 on, it comes back by the last 4 KiB that it had: they must be there exactly once.
+tscat runs until it is stopped. After a lost connection it reconnects and resumes at the exact byte.
+OFFSET is N (start at byte N), -N (start N bytes before the end) or -0 (only new data).
+Several HOST:PORT are replicas of the same file. All addresses of all names are tried in turn.
+An IPv6 address needs brackets: [::1]:4321.
+With -N or -0, tscat can resume only if the last 4 KiB before its position are unique in the file.
 
-examples: the file from its start, and what is appended:  tscat logserver:4321
-the last 1000 bytes, from a whole line on:  tscat --lines logserver:4321 -1000
-only what is new, from whichever relay is there:  tscat relay1:4321 relay2:4321 -0
-all there is, then end:  tscat --until-idle 2 [::1]:4321 > copy
+examples: the whole file, then everything appended:  tscat logserver:4321
+the last 1000 bytes, starting with a whole line:  tscat --lines logserver:4321 -1000
+only new data, from whichever relay can be reached:  tscat relay1:4321 relay2:4321 -0
+the present content, then stop:  tscat --until-idle 2 [::1]:4321 > copy
 
-exit status: 0 interrupted, standard output closed, or ended as --once and --until-idle say, 1 no connection or place lost, \
-2 usage, 3 the file is another one
+exit status: 0 interrupted, standard output was closed, or stopped by --once or --until-idle
+1 no connection, standard output cannot be written, or the position is lost
+2 wrong command line
+3 the server has a different file now
 """
 
 TSSYNC_EPILOG = """\
-FILE is always a beginning of the remote file: it can be stopped and killed at any time, and started again.
-It first compares FILE's last 4 KiB with the remote file, after each lost connection, too. A full disk is waited for.
-Several HOST:PORT serve the same file, and so do all addresses of a name: they are tried in turn. IPv6: [::1]:4321.
+FILE always holds the beginning of the remote file. tssync can be killed and restarted at any time.
+At the start and after each lost connection it compares the last 4 KiB of FILE with the remote file.
+If the disk is full, it waits for free space.
+Several HOST:PORT are replicas of the same file. All addresses of all names are tried in turn.
+An IPv6 address needs brackets: [::1]:4321.
 
 examples: keep a copy:  tssync logserver:4321 app.log
-one that survives a power cut, but for the last second:  tssync --fsync 1 logserver:4321 app.log
-begin again after a rotation:  tssync --on-mismatch=restart logserver:4321 app.log
+lose at most the last second in a power cut:  tssync --fsync 1 logserver:4321 app.log
+start a new copy after a rotation:  tssync --on-mismatch=restart logserver:4321 app.log
 
-exit status: 0 interrupted, or ended as --once and --until-idle say, 1 no connection, or FILE cannot be written, 2 usage, \
-3 FILE is no beginning of the remote file
+exit status: 0 interrupted, or stopped by --once or --until-idle
+1 no connection, or FILE cannot be written
+2 wrong command line
+3 FILE is not the beginning of the remote file
 """
 
 
@@ -211,15 +218,15 @@ def make_health_parser() -> argparse.ArgumentParser:
 
 
 class ClientExitStatus(IntEnum):
-    """How `tscat` and `tssync` end; part of the interface."""
+    """The exit statuses of `tscat` and `tssync`; part of their public interface."""
 
-    # interrupted, nobody reads any more, or ended as asked
+    # Interrupted, standard output was closed, or stopped by an option.
     DONE = 0
-    # no connection, no room for the output, ...
+    # No connection, the output cannot be written, ...
     FAILED = 1
-    # the command line is wrong
+    # The command line is wrong.
     USAGE = 2
-    # the remote file is not the one that we have the beginning of
+    # The remote file does not begin with the bytes that were already received or copied.
     OTHER_FILE = 3
 
 
@@ -227,17 +234,21 @@ def make_tscat_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tscat`."""
     parser = _make_parser(
         "tscat",
-        "Copy a file that tailsrv serves to standard output, and what is appended to it.",
+        "Copy a file that tailsrv serves to standard output, and then everything appended to it.",
         TSCAT_EPILOG,
     )
     parser.add_argument(
         "offset", metavar="OFFSET", nargs="?", help="where to start: N, -N or -0 (default: 0)"
     )
     parser.add_argument(
-        "--follow", action="store_true", help="come back after a lost connection; the default"
+        "--follow",
+        action="store_true",
+        help="reconnect after a lost connection (this is the default)",
     )
     parser.add_argument(
-        "--lines", action="store_true", help="begin an offset from the end at the next whole line"
+        "--lines",
+        action="store_true",
+        help="with OFFSET -N or -0: start at the next beginning of a line",
     )
     _add_client_endings(parser)
     return parser
@@ -246,16 +257,18 @@ def make_tscat_parser() -> argparse.ArgumentParser:
 def make_tssync_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tssync`."""
     parser = _make_parser("tssync", "Keep FILE equal to a file that tailsrv serves.", TSSYNC_EPILOG)
-    parser.add_argument("path", metavar="FILE", help="the copy; it is made if it is not there")
+    parser.add_argument("path", metavar="FILE", help="the copy; it is created if it does not exist")
     parser.add_argument(
         "--on-mismatch", choices=("stop", "restart"), default="stop",
-        help="if FILE is no beginning of the remote file: end with status 3 (default), or move it to FILE.1, FILE.2, ... and begin again",
+        help="if FILE is not the beginning of the remote file: stop with exit status 3 (default),"
+        " or rename FILE to FILE.1, FILE.2, ... and start a new copy",
     )  # fmt: skip
     parser.add_argument(
         "--fsync",
         type=duration,
         metavar="SECONDS",
-        help="have the disk keep what came, this often (default: as the kernel does)",
+        help="write received data to the disk (fdatasync) within this many seconds, and at the end"
+        " (default: when the kernel does it)",
     )
     _add_client_endings(parser)
     return parser
@@ -273,35 +286,41 @@ def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentP
         "servers",
         metavar="HOST:PORT",
         nargs="+",
-        help="where the file is served; several: replicas of the same file",
+        help="server of the file; several: replicas of the same file, tried in turn",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
 def _add_client_endings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--once", action="store_true", help="end with the first connection")
+    parser.add_argument("--once", action="store_true", help="stop when the first connection ends")
     parser.add_argument(
         "--until-idle",
         type=duration,
         metavar="SECONDS",
-        help="end after so long without a byte; status 1 if no server is there",
+        help="stop after this many seconds without new data;"
+        " exit status 1 if no server with the data can be reached",
     )
 
 
 def duration(text: str) -> float:
-    """Return the seconds that `text` says."""
+    """Return `text` as a number of seconds, 0 or more."""
     try:
         found = float(text)
     except ValueError:
         found = -1.0
     if not (isfinite(found) and found >= 0):
-        raise argparse.ArgumentTypeError(f"not a number of seconds, 0 or more: {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a number of seconds, 0 or more, without a unit, not {text!r}"
+        )
     return found
 
 
 def split_offset(servers: list[str]) -> tuple[list[str], str]:
-    """Return what of tscat's arguments names servers, and the offset, "0" if there is none: it is the last, and has no port."""
+    """Split tscat's positional arguments into the servers and the offset, "0" if none is given.
+
+    The offset is the last argument. It can be told from a server because it has no port.
+    """
     if re.fullmatch(r"[+-]?[0-9]+", servers[-1]):
         return servers[:-1], servers[-1]
     return servers, "0"

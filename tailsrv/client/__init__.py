@@ -1,4 +1,6 @@
-"""Follows a file that tailsrv serves: the library that the commands use, for everybody.
+"""The Python client of tailsrv: `follow` iterates over the bytes of a served file.
+
+The commands `tscat` and `tssync` use it as well. Example:
 
 from tailsrv.client import follow
 
@@ -21,8 +23,8 @@ from tailsrv.client.resume import (
 from tailsrv.client.stream import Follow
 
 __all__ = [
-    "Backoff", "ConnectError", "EndpointError", "Follow", "LostPlaceError", "OffsetError", "OtherFileError", "PlaceError", "Recall",
-    "UnknownHostError", "Wait", "follow",
+    "Backoff", "ConnectError", "EndpointError", "Follow", "LostPlaceError", "OffsetError",
+    "OtherFileError", "PlaceError", "Recall", "UnknownHostError", "Wait", "follow",
 ]  # fmt: skip
 
 Address = str | tuple[str, int]
@@ -41,35 +43,72 @@ def follow(
     report: Callable[[str], object] = lambda _: None,
     wait: Wait = wait,
 ) -> Follow:
-    """Return an iterator of a served file's bytes from `offset` on, none lost and none twice, whatever becomes of connections.
+    """Iterate over the bytes of a served file; reconnect without losing or repeating any.
 
-    `addresses` is "HOST:PORT" (an IPv6 address in brackets) or (host, port), or several of these that serve the same file.
-    They are tried in turn, each with every address that its name has, `connect_timeout` seconds each.
-    Looking up the names may take as long, too; a name that takes longer is left out until its addresses are found. A daemon thread
-    does that, for names that are no numeric addresses, and calls nothing of yours.
-    `offset` is N, -N or "-0", as in the protocol. Chunks end anywhere and are never empty.
+    On each new connection the iterator first requests the bytes before its offset again, up to 4
+    KiB, and compares them. The server does not send offsets, so after -N or "-0" the offset is
+    unknown at first. If the file is shorter than 64 KiB, and not empty, the iterator learns it when
+    no data has arrived for a second. While the offset is unknown, the iterator searches the end of
+    the file, up to 64 MiB, for the last 4 KiB before its position. They must be there exactly once.
+    The search can find a wrong position only if, during one outage, the same 4 KiB are appended
+    once more, and more than 1 MiB later. If a connection is lost before any byte was received, and
+    either within a second or while the file is empty, -N is requested again.
 
-    `once` ends the iteration with the first connection, `idle` after so many seconds without a byte; by default it never ends.
-    With `whole_lines`, an offset from the end begins at the next line. `report` is called with a line for people when connections
-    are lost or cannot be made, once for each reason. `recall` returns the bytes before an offset that are to be compared (by default
-    those that have come). `wait` waits for poll(2) events of a descriptor (-1: none), for so many seconds at most (None: for ever),
-    and tells whether they came; one's own may wait for other things as well, and raise what it likes but OSError to end the iteration.
+    `recall`, `report` and `wait` are called in the thread that iterates. Each name that is not a
+    numeric address is looked up in a daemon thread, which calls none of them.
 
-    On each new connection it first asks for the last 4 KiB again and compares. From N on this is exact; OtherFileError says that
-    another file is served now, after a rotation for instance. From -N and "-0" on, no offset is known, and it searches the file's end
-    for those 4 KiB; LostPlaceError says that they are not there exactly once. Only a file that repeats 4 KiB to the byte, once,
-    and more than 1 MiB later, while there is no connection, could deceive it. Where a connection is lost before anything has come,
-    and within a second or from an empty file, -N is asked for anew.
+    Args:
+        addresses: One server, or several replicas of the same file: "HOST:PORT" (an IPv6 address in
+            brackets) or (host, port). All addresses of all names are tried in turn, then again
+            after a pause.
+        offset: Where to start, as in the protocol: N counts bytes from the start of the file, -N
+            from its end, and "-0" means only new data. The integer 0 means the start of the file.
+        once: Stop when the first connection ends, instead of reconnecting.
+        idle: Stop after this many seconds without new data. None: never.
+        whole_lines: With an offset from the end, start at the first line that begins there or
+            later.
+        backoff: The pauses between rounds of attempts to connect, see `Backoff`.
+        connect_timeout: Seconds for each attempt to connect to one address, and for all look-ups of
+            names in one round. A name that needs longer is left out until its addresses are found.
+        recall: For programs like `tssync`, which keep the received bytes themselves. Called with
+            the current offset before each header is sent, also the first. Returns the bytes that
+            the server must have directly before that offset, b"" for no comparison. By default
+            these are the last bytes that the iterator has received. Not used if `offset` counts
+            from the end.
+        report: Called with one line of text when no address is left to try (not again while the
+            text stays the same), when a server does not send the bytes that it must have, and when
+            bytes arrive again after a failure.
+        wait: For programs like `tssync`, which do other things while they wait. Called with a
+            descriptor (-1: none), poll(2) events, and a number of seconds (None: no limit). Waits
+            for the events for at most that time, and returns whether they occurred. It may raise
+            any exception but OSError, to interrupt the iteration. This does not close the iterator.
 
-    Raises EndpointError and OffsetError (both are ValueErrors) at once. The iteration raises UnknownHostError if no name has an
-    address at the start, ConnectError (`once`, `idle`) if there is no connection or it breaks, and those two.
+    Returns:
+        A `Follow`, which is an iterator and a context manager. Its chunks are never empty, and may
+        end in the middle of a line. A chunk has at most 64 KiB, with one exception: after a
+        reconnect with an unknown offset, the first chunk may have up to 64 MiB. `Follow.offset` is
+        the offset after the last chunk, None while it is unknown. `Follow.close` closes the
+        connection and ends the iteration.
+
+    Raises:
+        EndpointError, OffsetError: At once, for malformed arguments. Both are ValueErrors.
+        UnknownHostError: While iterating, if no name has an address, and none has ever had one.
+        ConnectError: While iterating. With `once`: no server can be reached, or the connection
+            fails. With `idle`: within that time no server with the data can be reached. It is an
+            OSError, and the base class of UnknownHostError.
+        OtherFileError: While iterating: the server has different bytes before the current offset,
+            for example because the file was rotated.
+        LostPlaceError: While iterating, only if `offset` counts from the end: the current position
+            cannot be found again. This error and OtherFileError are PlaceErrors. All of these
+            errors that are raised while iterating close the iterator.
+
     """
     servers = [
         parse_endpoint(one) if isinstance(one, str) else check_port(*one)
-        for one in _several(addresses)
+        for one in _as_list(addresses)
     ]
     if not servers:
-        raise EndpointError("no HOST:PORT")
+        raise EndpointError("no HOST:PORT given; name at least one server, as in localhost:4321")
     connector = Connector(servers, backoff, connect_timeout, wait, report)
     return Follow(
         connector,
@@ -82,7 +121,7 @@ def follow(
     )
 
 
-def _several(addresses: Address | Sequence[Address]) -> list[Address]:
+def _as_list(addresses: Address | Sequence[Address]) -> list[Address]:
     match addresses:
         case str():
             return [addresses]

@@ -1,4 +1,4 @@
-"""What `tscat` and `tssync` share: how a run ends, and what it says on standard error."""
+"""What the commands `tscat` and `tssync` share: exit statuses, and messages on standard error."""
 
 import os
 import sys
@@ -9,30 +9,34 @@ from tailsrv.client import EndpointError, OffsetError, OtherFileError, PlaceErro
 
 
 class RunError(Exception):
-    """The command cannot go on; the message says why, in one line."""
+    """The command cannot continue. The message says why, in one line."""
 
 
 def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
-    """Do the work of a command and return its exit status; what it ends with is one line at most."""
+    """Do the work of a command and return its exit status.
+
+    An error that ends the command is printed as one line on standard error. SystemExit, which
+    argparse raises after it has printed help or a usage error, is raised again.
+    """
     try:
         work()
     except SystemExit:
-        # argparse has said what there was to say
-        ignore_closed_output()
+        # argparse has already printed its message.
+        ignore_closed_stdout()
         raise
     except KeyboardInterrupt:
         return ClientExitStatus.DONE
     except (EndpointError, OffsetError) as error:
-        complain(command, str(error))
+        print_message(command, str(error))
         return ClientExitStatus.USAGE
     except OtherFileError as error:
-        complain(command, str(error))
+        print_message(command, str(error))
         return ClientExitStatus.OTHER_FILE
     except (RunError, PlaceError) as error:
-        complain(command, str(error))
+        print_message(command, str(error))
         return ClientExitStatus.FAILED
     except OSError as error:
-        complain(
+        print_message(
             command,
             f"{error.filename}: {error.strerror}"
             if error.filename
@@ -42,8 +46,8 @@ def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
     return ClientExitStatus.DONE
 
 
-def complain(command: str, text: str) -> None:
-    """Say a line on standard error, if anybody listens."""
+def print_message(command: str, text: str) -> None:
+    """Print a line on standard error. Do nothing if standard error is closed or has no reader."""
     try:
         if sys.stderr:
             print(f"{command}: {text}", file=sys.stderr, flush=True)
@@ -51,8 +55,12 @@ def complain(command: str, text: str) -> None:
         pass
 
 
-def ignore_closed_output() -> None:
-    """Let a help that nobody reads to its end go nowhere, rather than have the interpreter complain."""
+def ignore_closed_stdout() -> None:
+    """Flush standard output, and discard the rest of a help text if the reader has closed its end.
+
+    Otherwise the interpreter would flush it at exit, and print an error message about the closed
+    pipe.
+    """
     try:
         if sys.stdout:
             sys.stdout.flush()

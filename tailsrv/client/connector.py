@@ -1,4 +1,9 @@
-"""Opens connections to the servers of one file: each address of each name in turn, with a growing pause between rounds."""
+"""Opens connections to the servers of one file, and reconnects with growing pauses.
+
+One round uses every address of every server once, in order. If an attempt fails, or a connection is
+lost, the next address is tried at once. When no address is left, there is a pause, see `Backoff`.
+Then the names are looked up again, and the next round begins.
+"""
 
 import errno
 import os
@@ -15,37 +20,44 @@ from tailsrv.client.lookup import Found, Lookup
 from tailsrv.linux.event_loop import MAX_WAIT
 from tailsrv.linux.sockets import KEEPALIVE_OPTIONS
 
-# How to wait: for events of a descriptor (-1: none), for at most so many seconds (None: for ever). Tells whether they came.
-# One's own may watch other things meanwhile, and raise what it likes but OSError, to end the stream.
+# A function that waits for poll(2) events of a descriptor (-1: of none), for at most a number of
+# seconds (None: without a limit), and returns whether one of them occurred. A caller of `follow`
+# may pass its own, which also waits for other things, or does other work in the meantime. It may
+# raise any exception but OSError, which then leaves the iterator.
 Wait = Callable[[int, int, float | None], bool]
 
 
 class ConnectError(OSError):
-    """No server can be reached; the message says which and why, in one line."""
+    """No server can be reached. The message says which ones and why, in one line."""
 
 
 class UnknownHostError(ConnectError):
-    """None of the names has an address."""
+    """None of the host names has an address."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """The pauses between rounds in which nothing came: they double from `first` to `longest` seconds.
+    """The pauses between rounds of attempts to connect.
 
-    Chance takes up to half off each, so that those who lost a server together do not come back together.
+    They start at `first` seconds, and double with each round in a row in which no byte was
+    received, up to `longest` seconds. Each pause is shortened by a random amount of up to half, so
+    that clients that lost a server together do not all reconnect at the same time.
     """
 
     first: float = 0.5
     longest: float = 10.0
 
     def pause(self, failures: int, chance: float) -> float:
-        """Return the seconds to wait after so many failures in a row; `chance` is from 0 to 1."""
-        whole = min(self.longest, self.first * 2.0 ** min(failures - 1, 30))
-        return whole * (1 - chance / 2)
+        """Return the seconds to wait after `failures` rounds in a row (1 or more) have failed.
+
+        `chance` is a random number from 0 to 1.
+        """
+        full = min(self.longest, self.first * 2.0 ** min(failures - 1, 30))
+        return full * (1 - chance / 2)
 
 
 def wait(fd: int, events: int, seconds: float | None) -> bool:
-    """Wait as a `Wait` does, for nothing else."""
+    """Wait for events of a descriptor, as a `Wait` does, and for nothing else."""
     poll = select.poll()
     if fd >= 0:
         poll.register(fd, events)
@@ -53,26 +65,27 @@ def wait(fd: int, events: int, seconds: float | None) -> bool:
 
 
 def milliseconds(seconds: float | None) -> float | None:
-    """Return the timeout for poll(2)."""
+    """Return the timeout for poll(2): milliseconds, at most a day, None for no limit."""
     return None if seconds is None else min(max(0.0, seconds), MAX_WAIT) * 1000
 
 
-# in good order: errno has no words for it
-CONNECTION_ENDED = "the connection was ended"
+# The connection ended without an error, so errno has no text for it.
+CONNECTION_ENDED = "the server closed the connection"
 
-# nor for this, which is no failure yet
+# Not a failure yet, so errno has no text for it: the look-up continues.
 NAME_SERVICE_SILENT = "the name service does not answer"
 
-# seconds; a server that has sent nothing for so long has sent all there is
+# Seconds. A server that has sent nothing for this long has sent everything that it has.
 QUIET_TIME = 1.0
-# seconds for the few bytes that are fetched on a connection of their own: 2 kB/s at least
+# Seconds to receive the few bytes that are fetched on a separate connection: at least 2 kB/s.
 FETCH_TIMEOUT = 30.0
 
 
 class Connector:
-    """Gives connected sockets, one after the other.
+    """Returns connected sockets, one after the other.
 
-    `report` is told why nothing comes, once for each reason, and when all is well again.
+    `report` is called with a line of text when no address of a round is left to try, unless this
+    line is the one reported last, and when bytes arrive again after that.
     """
 
     def __init__(
@@ -85,28 +98,30 @@ class Connector:
     ) -> None:
         self._servers, self._backoff, self._timeout = list(dict.fromkeys(servers)), backoff, timeout
         self._wait, self._report = wait, report
-        # those that have not been used
+        # Look-ups whose result has not been used yet.
         self._lookups: dict[tuple[str, int], Lookup] = {}
-        # the addresses of this round that have not been tried
-        self._round: Iterator[Found] = iter(())
-        # rounds in a row that brought no byte
+        # The addresses that have not been tried in this round.
+        self._untried: Iterator[Found] = iter(())
+        # Rounds in a row in which no byte was received.
         self._failures = 0
-        # of this round
+        # Why attempts and connections of this round have failed.
         self._reasons: list[str] = []
         self._reported = ""
-        # a name had an address
-        self._ever = False
-        # there is more than one address
+        # Whether an address has ever been found.
+        self._resolved_once = False
+        # Whether the last look-up has found more than one address.
         self.choice = False
 
     def connect(self, until: float | None = None, once: bool = False) -> socket.socket:
-        """Return a connection. Raises UnknownHostError if no name has an address from the very start.
+        """Return a connected socket, after as many rounds as that needs.
 
-        Raises ConnectError if the first round brings none, with `once`, or if there is none at the time `until`.
+        Raises UnknownHostError if no name has an address, and none has ever had one. Raises
+        ConnectError if there is no connection at the time `until`, or, with `once`, when the first
+        round has failed.
         """
         while True:
-            for family, address in self._round:
-                left = _left(until)
+            for family, address in self._untried:
+                left = _time_left(until)
                 try:
                     return _connect_to(
                         family,
@@ -120,49 +135,57 @@ class Connector:
                 self._end_round(until, once)
             found = self._resolve(until)
             self.choice = len(found) > 1
-            self._round = iter(found)
+            self._untried = iter(found)
 
     def close(self) -> None:
-        """Wait for no look-up any more."""
+        """Stop waiting for look-ups."""
         for lookup in self._lookups.values():
             lookup.close()
         self._lookups.clear()
 
     def reconnect(self, sock: socket.socket, wait: Wait) -> socket.socket:
-        """Return another connection to the server at the other end of `sock`. Raises OSError."""
+        """Return another connection to the server that `sock` is connected to. Raises OSError."""
         return _connect_to(sock.family, sock.getpeername(), self._timeout, wait)
 
     def failed(self, reason: str) -> None:
-        """Note why a connection has ended, and that its turn is over."""
+        """Note why an attempt has failed, or a connection has ended, for this round's report."""
         self._reasons.append(reason)
 
     def succeeded(self, name: str) -> None:
-        """Note that a byte has come: the next failure is a first one."""
+        """Note that the server `name` sends the bytes that are wanted.
+
+        The next failed round counts as the first one again.
+        """
         if self._reported:
-            self._report(f"{name} is there again")
+            self._report(f"connected to {name}")
         self._failures, self._reported = 0, ""
         self._reasons.clear()
 
     def _end_round(self, until: float | None, once: bool) -> None:
-        """Say why this round brought nothing, and pause. Raises ConnectError where there is to be no other."""
+        """Report why all addresses of this round have failed, and pause.
+
+        Raises ConnectError if no other round is to follow.
+        """
         text = ", ".join(dict.fromkeys(self._reasons))
         if once:
             raise ConnectError(text)
         if text != self._reported:
-            self._report(f"{text}; trying again")
+            self._report(f"{text}; retrying")
             self._reported = text
         self._reasons.clear()
         self._failures += 1
         pause = self._backoff.pause(self._failures, random.random())  # noqa: S311 - no secret
-        left = _left(until)
+        left = _time_left(until)
         self._wait(-1, 0, pause if left is None else min(pause, left))
-        if _left(until) == 0:
+        if _time_left(until) == 0:
             raise ConnectError(text)
 
     def _resolve(self, until: float | None) -> list[Found]:
-        """Return the addresses of all names, each once, in their order. Raises UnknownHostError at the very start.
+        """Return the addresses of all names, in their order, each address once.
 
-        All look-ups together may take as long as a connection. Those that take longer go on, and a later round uses what they find.
+        All look-ups together may take as long as one attempt to connect. A look-up that takes
+        longer continues, and a later round uses its result. Raises UnknownHostError if no name has
+        an address, and none has ever had one.
         """
         late = set(self._lookups)
         for server in self._servers:
@@ -171,20 +194,23 @@ class Connector:
         end = time.monotonic() + self._timeout
         found: dict[Found, None] = {}
         for server in self._servers:
-            seconds = 0 if server in late else _left(end if until is None else min(end, until))
+            seconds = 0 if server in late else _time_left(end if until is None else min(end, until))
             try:
                 found |= dict.fromkeys(self._find(server, seconds))
             except (OSError, UnicodeError) as error:
                 self._reasons.append(
                     f"{endpoint(*server)}: {getattr(error, 'strerror', None) or 'not a host name'}"
                 )
-        if not (found or self._ever or self._lookups):
+        if not (found or self._resolved_once or self._lookups):
             raise UnknownHostError(", ".join(self._reasons))
-        self._ever = self._ever or bool(found)
+        self._resolved_once = self._resolved_once or bool(found)
         return list(found)
 
     def _find(self, server: tuple[str, int], seconds: float | None) -> list[Found]:
-        """Return the addresses of one name, if they are found within so many seconds. Raises OSError, UnicodeError."""
+        """Return the addresses of one name, if they are found within `seconds` (None: no limit).
+
+        Raises OSError or UnicodeError.
+        """
         lookup = self._lookups[server]
         if (fd := lookup.fileno()) is not None and not self._wait(fd, select.POLLIN, seconds):
             raise TimeoutError(errno.ETIMEDOUT, NAME_SERVICE_SILENT)
@@ -195,22 +221,29 @@ class Connector:
 def _connect_to(
     family: socket.AddressFamily, address: Any, timeout: float, wait: Wait
 ) -> socket.socket:
-    """Return a connection to `address`, non-blocking. Raises OSError."""
+    """Return a non-blocking socket that is connected to `address`.
+
+    Raises OSError, also if that needs more than `timeout` seconds.
+    """
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         for level, option, value in KEEPALIVE_OPTIONS:
             sock.setsockopt(level, option, value)
-        # A byte that is marked as urgent is a byte of the stream like any other. Otherwise the kernel would leave it out,
-        # unless something on the way took the mark off: what is copied would depend on the way (RFC 6093).
+        # Deliver a byte that is marked as urgent in its place, like any other byte. By default the
+        # kernel would take it out of the stream, unless a device on the path has removed the mark.
+        # Then the received bytes would depend on the network path (RFC 6093).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         failure = sock.connect_ex(address)
         if failure == errno.EINPROGRESS:
-            came = wait(sock.fileno(), select.POLLOUT, timeout)
+            completed = wait(sock.fileno(), select.POLLOUT, timeout)
             failure = (
-                sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if came else errno.ETIMEDOUT
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if completed
+                else errno.ETIMEDOUT
             )
         if not failure and sock.getsockname() == sock.getpeername():
-            # nobody listens at a port that the kernel has given to ourselves: we would hear our header
+            # TCP self-connection: nothing listens on the port, and the kernel has chosen that port
+            # as the source port. This client would receive its own header, so treat it as refused.
             failure = errno.ECONNREFUSED
         if failure:
             raise OSError(failure, os.strerror(failure))
@@ -228,22 +261,24 @@ def name_of(sock: socket.socket) -> str:
 def fetch(
     sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCH_TIMEOUT
 ) -> bytes:
-    """Ask for `header` and return the first `count` bytes that come, fewer if no more do. Raises OSError, at an end too.
+    """Send `header` and return the first `count` bytes of the answer, or fewer if no more arrive.
 
-    Also raises it after `limit` seconds in which there was always a little more: what has come would say nothing about the file.
+    Returns fewer when QUIET_TIME seconds have passed without a byte. Raises OSError on an error, or
+    if the server closes the connection. Also raises it if bytes are still missing after `limit`
+    seconds although the server keeps sending: a part of the answer says nothing about the file.
     """
     sock.send(header)
     data = b""
     end = time.monotonic() + limit
     while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET_TIME):
-        some = sock.recv(count - len(data))
-        if not some:
+        received = sock.recv(count - len(data))
+        if not received:
             raise ConnectionAbortedError(errno.ECONNABORTED, CONNECTION_ENDED)
-        data += some
+        data += received
         if len(data) < count and time.monotonic() >= end:
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     return data
 
 
-def _left(until: float | None) -> float | None:
+def _time_left(until: float | None) -> float | None:
     return None if until is None else max(0.0, until - time.monotonic())

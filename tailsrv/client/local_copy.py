@@ -1,4 +1,4 @@
-"""The local copy of a remote file: its lock, its last bytes, and what is appended to it."""
+"""The local file to which `tssync` copies: opens, locks, checks, extends and syncs it."""
 
 import errno
 import fcntl
@@ -13,20 +13,26 @@ from tailsrv.client.resume import CONTEXT
 from tailsrv.client.splicing import UNABLE, splice
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-# attempts to open and lock the file before somebody takes it away; one is enough, but for chance
+# Attempts to open and lock the file. More than one is needed only if another program moves or
+# deletes the file between the two steps.
 OPEN_TRIES = 10
 
-# called with the reason why there is none
+# A function that waits for free space on the disk. It is called with the reason, as text.
 WaitForRoom = Callable[[str], object]
 
 
 class LocalCopy:
-    """A file that nobody else may change: it grows by what comes, and is `length` bytes long."""
+    """A file, `length` bytes long, that only this process may change, and only by appending.
+
+    It is locked with flock(2). A change by another program is detected at the next append or
+    connection.
+    """
 
     def __init__(self, path: str) -> None:
-        """Open and lock `path`, made if it is not there. Raises RunError, OSError."""
-        # A symbolic link is followed once. Otherwise it is the link that would get another name in `set_aside`, and the next copy
-        # would be where the link was, perhaps on another disk.
+        """Open and lock `path`, and create it if it does not exist. Raises RunError, OSError."""
+        # A symbolic link is followed once, here. Otherwise `move_aside` would rename the link
+        # instead of the file, and the next copy would be where the link was, perhaps on another
+        # disk.
         self.path = os.path.realpath(path) if os.path.islink(path) else path
         self._can_splice = True
         self._synced: int | None
@@ -41,20 +47,26 @@ class LocalCopy:
     def _open(self) -> None:
         self.fd = _open_locked(self.path)
         self.length = os.fstat(self.fd).st_size
-        # so many of the first bytes the disk surely has
+        # How many bytes at the start of the file are known to be on the disk. None: unknown,
+        # because an earlier process has written them.
         self._synced = None if self.length else 0
 
     def recall(self, offset: int) -> bytes:
-        """Return the bytes before `offset`, which is the file's length. Raises RunError if it is not."""
+        """Return the last bytes of the file, up to CONTEXT; `offset` must be the file's length.
+
+        Raises RunError if another program has changed, moved or deleted the file.
+        """
         assert offset == self.length
         self._check()
         start = max(0, offset - CONTEXT)
         return os.pread(self.fd, offset - start, start)
 
     def append(self, pipe: int, pending: int, wait_for_room: WaitForRoom) -> None:
-        """Append the `pending` bytes in `pipe`; as often as there is no room, it calls `wait_for_room` with the reason.
+        """Append the `pending` bytes that are in `pipe`.
 
-        Raises RunError if that fails otherwise, or if somebody else has changed the file, or taken it away.
+        While the disk is full, it calls `wait_for_room` before each new attempt. Raises RunError if
+        the file cannot be written for another reason, or if another program has changed, moved or
+        deleted the file.
         """
         while pending:
             if self._can_splice:
@@ -65,7 +77,10 @@ class LocalCopy:
                 pending -= len(data)
 
     def _splice(self, pipe: int, count: int) -> int:
-        """Move up to `count` bytes from `pipe` to the end of the file. Returns 0 from where on that is known not to work here."""
+        """Move up to `count` bytes from `pipe` to the end of the file; return how many.
+
+        Returns 0 if splice(2) cannot be used for this file. It is not tried again then.
+        """
         try:
             return splice(pipe, self.fd, count, self.length)
         except OSError as error:
@@ -80,7 +95,10 @@ class LocalCopy:
             rest = rest[self._grow(partial(os.pwrite, self.fd, rest, self.length), wait_for_room) :]
 
     def _grow(self, write: Callable[[], int], wait_for_room: WaitForRoom) -> int:
-        """Have `write` append to the file; return the number of bytes, 0 after a wait for room. Raises RunError."""
+        """Call `write`, which appends to the file, and return the number of bytes it has written.
+
+        If the disk is full, it waits for room and returns 0. Raises RunError for other errors.
+        """
         self._check()
         try:
             count = write()
@@ -93,46 +111,69 @@ class LocalCopy:
         return count
 
     def sync(self) -> None:
-        """Have what there is written to the disk. Raises RunError, after which the file ends with what the disk surely has."""
+        """Write the file's data to the disk with fdatasync(2).
+
+        If that fails, it cuts the file, if possible, to the part that is known to be on the disk,
+        and raises RunError.
+        """
         length = self.length
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            # The kernel says so once, and takes what it could not write for written (fsync(2)): to ask again would succeed.
+            # Do not retry: the kernel reports the error only once, and then treats the bytes that
+            # it could not write as written, so another call would succeed (fsync(2)).
             raise RunError(
                 f"cannot sync {self.path}: {error.strerror}; {self._cut_back()}"
             ) from error
         self._synced = length
 
     def _cut_back(self) -> str:
-        """Take away the bytes that the disk may not have, so that the next run gets them anew; return what to say of that."""
+        """Cut off the bytes that may not be on the disk, so that the next run fetches them again.
+
+        Returns the part of the error message that says whether this has worked, and what to do.
+        """
         if self._synced is None:
             return (
-                "some of its bytes may be lost on the disk: move it away, so that it is copied anew"
+                "some of its bytes may not be on the disk:"
+                " move it away, then start tssync again to make a new copy"
             )
         found = os.fstat(self.fd)
-        # the next block was being written, too
+        # Whole blocks only: the block after them was being written when the disk failed, so the
+        # part of it that had been synced may be damaged.
         kept = self._synced - self._synced % found.st_blksize
         try:
-            # never longer: that would be a hole
+            # ftruncate(2) must not make the file longer: that would add a hole.
             if found.st_size > kept:
                 os.ftruncate(self.fd, kept)
                 self.length = kept
             os.fdatasync(self.fd)
         except OSError as error:
-            return f"it cannot be cut to {kept} bytes, which the disk has ({error.strerror}): move it away, so that it is copied anew"
-        return f"it was cut to {kept} bytes, which the disk has, and the next run goes on there"
+            return (
+                f"it cannot be cut to the {kept} bytes that are on the disk ({error.strerror}):"
+                " move it away, then start tssync again to make a new copy"
+            )
+        return (
+            f"it was cut to the {kept} bytes that are on the disk:"
+            " start tssync again to fetch the rest"
+        )
 
     def _check(self) -> None:
         if (size := os.fstat(self.fd).st_size) != self.length:
             raise RunError(
-                f"{self.path} was changed by somebody else: it has {size} bytes, not {self.length}"
+                f"{self.path} was changed by another program: it has {size} bytes instead of"
+                f" {self.length}; stop that program, then start tssync again"
             )
         if not _is_at(self.fd, self.path):
-            raise RunError(f"{self.path} was moved or deleted by somebody else")
+            raise RunError(
+                f"{self.path} was moved or deleted by another program;"
+                " start tssync again to make a new copy"
+            )
 
-    def set_aside(self) -> str:
-        """Give the file another name, one that was free, and begin with an empty one; return the other name. Raises OSError."""
+    def move_aside(self) -> str:
+        """Rename the file to a free name, and start a new, empty copy under the old name.
+
+        Returns the new name of the old file. Raises OSError.
+        """
         aside = _take_free_name(self.path)
         try:
             os.rename(self.path, aside)
@@ -146,9 +187,11 @@ class LocalCopy:
 
 
 def _take_free_name(path: str) -> str:
-    """Make an empty file with the first free name of `path`.1, `path`.2, ... and return that name. Raises OSError.
+    """Create an empty file with the first free name of `path`.1, `path`.2, ...; return that name.
 
-    Then a rename(2) onto that name is over no other file, on any file system: not all have hard links, or RENAME_NOREPLACE.
+    A later rename(2) to this name replaces only that empty file, so no other file can be
+    overwritten. Why not use a hard link or RENAME_NOREPLACE? Not all file systems have them. Raises
+    OSError.
     """
     number = 1
     while True:
@@ -161,25 +204,34 @@ def _take_free_name(path: str) -> str:
 
 
 def _open_locked(path: str) -> int:
-    """Return a descriptor of the file that `path` names, locked until it is closed. Raises RunError, OSError."""
+    """Open and lock the file at `path`, and return its descriptor. Raises RunError, OSError.
+
+    The lock is held until the descriptor is closed.
+    """
     for _ in range(OPEN_TRIES):
         if (fd := _try_open_locked(path)) is not None:
             return fd
-    raise RunError(f"cannot open {path}: each time, {path} was another file a moment later")
+    raise RunError(
+        f"cannot open {path}: another program replaced it during each of {OPEN_TRIES} attempts;"
+        " stop that program, then start tssync again"
+    )
 
 
 def _try_open_locked(path: str) -> int | None:
-    """Do the same once; None if somebody has moved the file aside meanwhile."""
-    # a FIFO must not hold us up
+    """Try it once. Return None if another program has moved or deleted the file meanwhile."""
+    # O_NONBLOCK: opening a FIFO must not block.
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     locked = False
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise RunError(f"{path} is not a regular file")
+            raise RunError(f"{path} is not a regular file; choose another FILE")
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locked = _is_at(fd, path)
     except BlockingIOError:
-        raise RunError(f"another program has locked {path}") from None
+        raise RunError(
+            f"another program has locked {path}, perhaps another tssync;"
+            " stop it, or choose another FILE"
+        ) from None
     finally:
         if not locked:
             os.close(fd)
@@ -187,22 +239,24 @@ def _try_open_locked(path: str) -> int | None:
 
 
 def _is_at(fd: int, path: str) -> bool:
-    """Tell whether `path` names the open file."""
-    ours = os.fstat(fd)
+    """Return whether `path` names the open file."""
+    opened = os.fstat(fd)
     try:
         named = os.stat(path)
     except FileNotFoundError:
         return False
-    return os.path.samestat(ours, named) or _look_alike(ours, named)
+    return os.path.samestat(opened, named) or _look_alike(opened, named)
 
 
-def _look_alike(ours: os.stat_result, named: os.stat_result) -> bool:
-    """Tell whether these are of one file on a file system that makes up inode numbers (CIFS with noserverino, some FUSE ones).
+def _look_alike(opened: os.stat_result, named: os.stat_result) -> bool:
+    """Return whether these are probably the same file, although the inode numbers differ.
 
-    There, a file has another number each time that it is looked up. Elsewhere a file that replaces ours is of a later time.
+    Some file systems invent inode numbers (CIFS with noserverino, some FUSE file systems): there, a
+    file has a different number each time it is looked up. On other file systems this makes no
+    difference, because a file that replaces the open one has a later change time.
     """
-    return ours.st_nlink > 0 and _marks(ours) == _marks(named)
+    return opened.st_nlink > 0 and _fingerprint(opened) == _fingerprint(named)
 
 
-def _marks(found: os.stat_result) -> tuple[int, ...]:
+def _fingerprint(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_size, found.st_mtime_ns, found.st_ctime_ns

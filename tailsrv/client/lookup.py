@@ -1,75 +1,86 @@
-"""Looks up the addresses of a name without holding up who waits for them."""
+"""Looks up the addresses of a host name in a thread, so that a slow name service blocks nothing."""
 
 import socket
 import threading
 from typing import Any
 
-# what connect(2) takes depends on the family
+# A family, and an address in the form that connect(2) expects for that family.
 Found = tuple[socket.AddressFamily, Any]
 
 
 class Lookup:
-    """The look-up of one name, which is begun here and takes as long as it takes.
+    """The look-up of one host name. It starts when the object is created.
 
-    getaddrinfo(3) has no time limit, and cannot be interrupted: it waits for silent name servers for half a minute, and for other
-    sources of names, a directory server for instance, perhaps for ever. So a thread of its own calls it. Nothing waits for the end of
-    that thread, not even the end of the process. An address that is written as numbers needs no thread.
+    getaddrinfo(3) has no time limit and cannot be interrupted. It waits half a minute for name
+    servers that do not answer, and possibly forever for other sources of names, such as a directory
+    server. So a separate thread calls it. Nothing waits for that thread to end: it is a daemon
+    thread, and the process can exit before it. A numeric address needs no thread.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self._found: list[Found] = []
         self._error: Exception | None = None
-        # is readable when the thread is done
-        self._end: socket.socket | None = None
+        # Becomes readable when the thread has finished. None if there is nothing to wait for.
+        self._done: socket.socket | None = None
         try:
             self._found = _addresses(host, port, socket.AI_NUMERICHOST)
         except OSError:
-            self._begin(host, port)
+            self._start_thread(host, port)
         except UnicodeError as error:
-            # a label too long for a name
+            # A part of the name is longer than the name service allows.
             self._error = error
 
     def fileno(self) -> int | None:
-        """Return a descriptor that is readable as soon as there is a result, None if there is one."""
-        return None if self._end is None else self._end.fileno()
+        """Return a descriptor that becomes readable with the result; None if that is there."""
+        return None if self._done is None else self._done.fileno()
 
     def result(self) -> list[Found]:
-        """Return the addresses, when they are there. Raises what getaddrinfo has raised: OSError, UnicodeError."""
+        """Return the addresses. Call it only when the look-up has finished.
+
+        Raises what getaddrinfo has raised: OSError or UnicodeError.
+        """
         self.close()
         if self._error is not None:
             raise self._error
         return self._found
 
     def close(self) -> None:
-        """Wait for the result no more; the thread goes on until it has one."""
-        if self._end is not None:
-            self._end.close()
-        self._end = None
+        """Stop waiting for the result. The thread keeps running until it has one."""
+        if self._done is not None:
+            self._done.close()
+        self._done = None
 
-    def _begin(self, host: str, port: int) -> None:
+    def _start_thread(self, host: str, port: int) -> None:
         try:
-            self._end, theirs = socket.socketpair()
+            self._done, thread_end = socket.socketpair()
         except OSError as error:
             self._error = error
             return
         try:
-            threading.Thread(target=self._ask, args=(host, port, theirs), daemon=True).start()
+            threading.Thread(
+                target=self._look_up, args=(host, port, thread_end), daemon=True
+            ).start()
         except RuntimeError:
-            # no room for another thread: everything waits
-            self._ask(host, port, theirs)
+            # No thread can be started: look up the name here, which blocks the caller.
+            self._look_up(host, port, thread_end)
 
-    def _ask(self, host: str, port: int, theirs: socket.socket) -> None:
-        # ours to close: the number of a descriptor that the other side closed may be somebody else's by now
-        with theirs:
+    def _look_up(self, host: str, port: int, thread_end: socket.socket) -> None:
+        # This thread closes its own end. If the caller's side closed it, the descriptor's number
+        # could already belong to another file when the thread uses it.
+        with thread_end:
             try:
                 self._found = _addresses(host, port)
             except Exception as error:
                 self._error = error
-            # closing it is not enough if the process has forked meanwhile
-            theirs.shutdown(socket.SHUT_RDWR)
+            # Closing alone does not make the other end readable if a forked process holds a
+            # duplicate.
+            thread_end.shutdown(socket.SHUT_RDWR)
 
 
 def _addresses(host: str, port: int, flags: int = 0) -> list[Found]:
-    """Return the addresses of `host`, in the order in which to try them (RFC 6724). Raises OSError, UnicodeError."""
+    """Return the addresses of `host`, in the order in which to try them (RFC 6724).
+
+    Raises OSError or UnicodeError.
+    """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     return [(family, address) for family, _, _, _, address in found]

@@ -1,19 +1,25 @@
-"""Where a stream stands, and what to ask for to come back to the exact byte. Pure: it has never met a socket.
+"""Decides what to request after a lost connection, so that a stream resumes at the exact byte.
 
-The server sends bytes of the file and nothing else: it tells no offset. A stream that began at an offset from the file's start
-always knows its own. One that began from the end knows its place only by the bytes before it, unless they are all of the file.
+The server sends only bytes of the file; it does not send offsets. A stream that began at an offset
+from the start of the file knows its offset at all times. A stream that began at an offset from the
+end knows only the bytes before its position, unless these are all bytes of the file.
+
+This module is pure: it makes no system calls.
 """
 
 from collections.abc import Callable
 
-# bytes before the place that are compared, or searched for, before a stream goes on
+# Bytes before the position that are compared, or searched for, before a stream continues.
 CONTEXT = 4096
 
-# How much of the file's end is searched for the place of a stream that began there; the wider only if it is not in the narrower.
-# It is held in memory. What is appended during an outage must fit into the last.
+# How many bytes at the end of the file are searched for the position of a stream that began at an
+# offset from the end. The second size is used only if the position is not found with the first.
+# These bytes are held in memory. What is appended during an outage must fit into the second size.
 WINDOWS = (1 << 20, 64 << 20)
 
-# bytes of the file's end to fetch when a stream that began there is quiet; a shorter file gives its offset
+# Bytes to fetch from the end of the file when a stream that began at an offset from the end is
+# quiet. If the file is shorter than this, its size, and so the stream's offset, is known from then
+# on.
 ANCHOR = 64 << 10
 
 _INT64_MAX = 2**63 - 1
@@ -22,25 +28,30 @@ Recall = Callable[[int], bytes]
 
 
 class OffsetError(ValueError):
-    """What was given is no offset; the message says why, in one line."""
+    """The given value is not an offset. The message says why, in one line."""
 
 
 class PlaceError(Exception):
-    """The stream cannot go on at the exact byte."""
+    """The stream cannot be resumed at the exact byte."""
 
 
 class OtherFileError(PlaceError):
-    """The bytes before the offset are not those that were there: it is another file now."""
+    """The server has different bytes before the offset, so it has a different file now."""
 
 
 class LostPlaceError(PlaceError):
-    """A stream that began from the end does not find the bytes that came last, or not in one place alone."""
+    """The position of a stream that began at an offset from the end cannot be found again.
+
+    The bytes that were received last are not in the end of the file, or they are there more than
+    once.
+    """
 
 
 class FromStart:
-    """The place of a stream that knows its offset.
+    """The position of a stream that knows its offset.
 
-    `recall` returns the bytes before an offset that a server is to have; by default those that came last.
+    `recall` returns the bytes that a server must have directly before the given offset. By default
+    these are the bytes that were received last.
     """
 
     def __init__(self, offset: int, recall: Recall | None = None, last: bytes = b"") -> None:
@@ -50,105 +61,123 @@ class FromStart:
         self._expected = b""
 
     def header(self) -> bytes:
-        """Return what to send on a new connection."""
+        """Return the header to send on a new connection."""
         self._expected = self._recall(self.offset)
         return b"%d\n" % (self.offset - len(self._expected))
 
     @property
     def wanted(self) -> int:
-        """How many bytes must come before those that are new."""
+        """The number of bytes to receive before the new ones, 0 if the next bytes are new."""
         return len(self._expected)
 
     def take(self, data: bytes) -> bytes:
-        """Return what is new in `data`, which has come, and is no more than `wanted` if that is not 0. Raises OtherFileError."""
+        """Process the received `data`, and return the new bytes in it. Raises OtherFileError.
+
+        If `wanted` is not 0, `data` must not be longer than that.
+        """
         if not self._expected:
             self.offset += len(data)
             self._last = _last_of(self._last, data)
             return data
         if not self._expected.startswith(data):
             raise OtherFileError(
-                f"another file is served now: the bytes before offset {self.offset} are not those that were there"
+                f"the server has a different file: the bytes before offset {self.offset} differ"
+                " (was the file rotated?); start again with offset 0 or -0"
             )
         self._expected = self._expected[len(data) :]
         return b""
 
-    def pass_by(self, count: int) -> None:
-        """Note that `count` new bytes have come, and gone another way."""
+    def advance(self, count: int) -> None:
+        """Advance the offset by `count` new bytes that were received without `take`."""
         self.offset += count
 
 
 class FromEnd:
-    """The place of a stream that began `count` bytes before the end; with `line`, behind the first newline from there.
+    """The position of a stream that began `count` bytes before the end of the file.
 
-    After a lost connection it asks for the end of the file and searches that for the bytes that came last, up to 4 KiB.
-    Where they are there exactly once, it goes on behind them. A file shorter than ANCHOR gives it its offset.
+    With `line`, the stream begins after the first newline from there.
+
+    After a lost connection it requests the end of the file, called the window, and searches it for
+    the up to 4 KiB that were received last. If they are in it exactly once, the stream continues
+    after them. From a file that is shorter than ANCHOR the stream learns its offset.
     """
 
     def __init__(self, count: int, line: bool = False) -> None:
         self.count = count
         self.offset: int | None = None
-        # there surely are bytes before the place that it knows
+        # Whether the bytes before the position have been fetched into `_last`, up to CONTEXT.
         self.anchored = False
         self._skipping = line
         self._last = b""
         self._offered: bytes | None = None
         self._window: bytearray | None = None
         self._width = 0
-        # the file's last bytes at a moment when the window was asked for
+        # The last bytes of the file at some time after the window was requested.
         self._end = b""
-        # so much of the window, in vain
+        # The length of the window when it was last searched without success.
         self._searched = 0
 
     def header(self) -> bytes:
-        """Return what to send on a new connection: as long as nothing has come, it begins again."""
+        """Return the header to send on a new connection.
+
+        As long as nothing has been received, the stream begins again with its first header.
+        """
         self._offered = None
         self._window = bytearray() if self._last else None
         self._end, self._searched = b"", 0
         if 0 < len(self._last) < CONTEXT:
-            # so little may be somewhere else by chance: all of the window must say that it is not
+            # So few bytes may occur a second time by chance: search the largest window for them.
             self._width = len(WINDOWS) - 1
         return b"-%d\n" % (WINDOWS[self._width] if self._last else self.count)
 
     @property
     def wanted(self) -> int:
-        """How many bytes must come before those that are new."""
+        """The number of bytes to receive before the new ones, 0 if the next bytes are new."""
         return 0 if self._window is None else WINDOWS[self._width] - len(self._window)
 
     def take(self, data: bytes) -> bytes | None:
-        """Return what is new in `data`, which has come; None: connect again. Raises LostPlaceError."""
+        """Process the received `data`, and return the new bytes in it. Raises LostPlaceError.
+
+        Returns None if a new connection is needed, to request a larger window.
+        """
         self._offered = None
         if self._window is None:
             return self._new(data)
         self._window += data
-        return self._look(self._window, len(data))
+        return self._search_if_complete(self._window, len(data))
 
     @property
     def searching(self) -> bool:
-        """Whether it has yet to find itself in a window."""
+        """Whether the position has not been found in the window yet."""
         return self._window is not None
 
     @property
     def unsearched(self) -> bool:
-        """Whether there is something in the window that has not been searched."""
+        """Whether the window contains bytes that have not been searched."""
         return self._window is not None and len(self._window) > self._searched
 
     def reach(self, end: bytes) -> bytes:
-        """Return what is new if the window reaches to `end`, the last CONTEXT bytes of the file now. Raises LostPlaceError.
+        """Return the new bytes, if the window reaches `end`. Raises LostPlaceError.
 
-        If it does not, it does when `take` brings that. Nothing else tells that a window is complete: silence may be a slow network.
+        `end` is the last CONTEXT bytes of the file at present. If the window does not contain them
+        yet, it is searched when `take` has added them. There is no other sign that the window of a
+        short file is complete: if nothing arrives, the network may only be slow.
         """
         assert self._window is not None
         self._end = end
-        # a full one has been searched before
-        return self._look(self._window, 0) or b""
+        # This returns no None: a full window has been searched before, by `take`.
+        return self._search_if_complete(self._window, 0) or b""
 
     def offer(self, end: bytes) -> None:
-        """Take `end`, the last ANCHOR bytes of the file, for those before the place, if nothing comes until the next `settle`."""
+        """Propose `end`, the last ANCHOR bytes of the file, as the bytes before the position.
+
+        They are used by the next `settle` if no data arrives before.
+        """
         if end.endswith(self._last):
             self._offered = end
 
     def settle(self) -> None:
-        """Note that nothing has come for a while."""
+        """Use the bytes proposed by `offer`, because nothing has arrived since then."""
         if self._offered is not None:
             self.anchored = True
             self._last = self._offered[-CONTEXT:]
@@ -156,7 +185,7 @@ class FromEnd:
                 self.offset = len(self._offered)
 
     def known(self) -> "FromStart | FromEnd":
-        """Return the place as one that knows its offset, if it does."""
+        """Return a position that knows its offset, if it is known by now, otherwise this one."""
         return self if self.offset is None else FromStart(self.offset, last=self._last)
 
     def _new(self, data: bytes) -> bytes:
@@ -166,26 +195,35 @@ class FromEnd:
             self._skipping = not newline
         return data
 
-    def _look(self, window: bytearray, new: int) -> bytes | None:
-        """Search the window if it is full, or now reaches the file's end, which is not before the last `new` bytes."""
-        there = (
+    def _search_if_complete(self, window: bytearray, new: int) -> bytes | None:
+        """Search the window if it is full, or if it reaches the end of the file.
+
+        A match for the end of the file must end within the last `new` bytes or directly before
+        them. Matches before that have been looked for already.
+        """
+        reached = (
             self._end and window.find(self._end, max(0, len(window) - new - len(self._end))) >= 0
         )
-        return self._search(window) if there or not self.wanted else b""
+        return self._search(window) if reached or not self.wanted else b""
 
     def _search(self, window: bytearray) -> bytes | None:
         first = window.find(self._last)
         if first < 0 and self.wanted:
             self._end, self._searched = b"", len(window)
-            # a replica may be behind
+            # The server may be a replica that lags behind: wait for more.
             return b""
         if first < 0 and self._width + 1 < len(WINDOWS):
             self._width += 1
             return None
         if first < 0 or window.find(self._last, first + 1) >= 0:
-            how = "not there" if first < 0 else "there more than once"
+            found, reason = (
+                ("not", "it was rotated, or it grew too much during the outage")
+                if first < 0
+                else ("more than once", "its content repeats")
+            )
             raise LostPlaceError(
-                f"cannot find the place again: in the last {len(window)} bytes, what came last is {how}"
+                f"position lost: the bytes received last are {found} in the file's last"
+                f" {len(window)} bytes ({reason}); start again with offset 0, -0 or a known one"
             )
         self._window, self._width = None, 0
         return self._new(bytes(window[first + len(self._last) :]))
@@ -195,11 +233,14 @@ Position = FromStart | FromEnd
 
 
 def position_at(offset: int | str, recall: Recall | None = None) -> Position:
-    """Return the place that an offset as in the protocol names: N, -N, or "-0", which no number can say. Raises OffsetError."""
+    """Return the position for an offset of the protocol. Raises OffsetError.
+
+    The offset is N, -N, or "-0". The last one must be text, because the integer -0 is 0.
+    """
     text = str(offset)
     digits = text[1:] if text[:1] in ("-", "+") else text
     if not (digits.isascii() and digits.isdigit()):
-        raise OffsetError(f"not an offset: {text!r}")
+        raise OffsetError(f"not an offset: {text!r}; expected N, -N or -0")
     count = int(digits.lstrip("0")[:20] or "0")
     if count > _INT64_MAX:
         raise OffsetError(f"offset does not fit 64 bits: {text}")
@@ -207,5 +248,5 @@ def position_at(offset: int | str, recall: Recall | None = None) -> Position:
 
 
 def _last_of(before: bytes, data: bytes) -> bytes:
-    """Return the last bytes of what was and of what has come."""
+    """Return the last CONTEXT bytes of `before` followed by `data`."""
     return data[-CONTEXT:] if len(data) >= CONTEXT else (before + data)[-CONTEXT:]

@@ -1,22 +1,28 @@
-"""Moves a socket's bytes into a pipe within the kernel, with splice(2), and in another way where that does not go."""
+"""Moves bytes from a socket to a pipe, and from a pipe to a file, inside the kernel: splice(2).
+
+Where splice(2) is not available, `move` copies the bytes through this process instead.
+"""
 
 import errno
 import os
 import socket
 
-# bytes; an empty pipe has room for them, even the smallest
+# Bytes that fit into any empty pipe, even the smallest one.
 PAGE = 4096
 
-# What splice(2) says where a stream goes on all the same: EAGAIN at TCP's urgent mark. The others say that it cannot be had, be it
-# for this kind of file or socket, or because a sandbox forbids it.
+# Errors of splice(2) which mean that it cannot be used, either for this kind of file or socket, or
+# because a sandbox forbids it.
 UNABLE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
-_ASK_RECV = UNABLE | {errno.EAGAIN}
+# After these errors recv(2) is tried. splice(2) also returns EAGAIN in front of a byte that is
+# marked as urgent (TCP), and the stream continues after that byte.
+_TRY_RECV = UNABLE | {errno.EAGAIN}
 
 
 def splice(source: int, target: int, count: int, offset: int | None = None) -> int:
-    """Move up to `count` bytes to the `offset` of `target`, as the system call does; return how many. Raises OSError.
+    """Move up to `count` bytes between descriptors inside the kernel; return how many.
 
-    An interpreter without os.splice is like a kernel without splice(2).
+    One of `source` and `target` is a pipe. With `offset`, `target` is a file, and the bytes are
+    written there. Raises OSError; with ENOSYS also if the interpreter was built without os.splice.
     """
     if not hasattr(os, "splice"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -24,18 +30,21 @@ def splice(source: int, target: int, count: int, offset: int | None = None) -> i
 
 
 def move(sock: socket.socket, pipe: int, count: int) -> int | None:
-    """Move up to `count` bytes from `sock` into the empty `pipe`; return how many, 0 at the end of the stream, None if none are there.
+    """Move up to `count` bytes from `sock`, which is non-blocking, into `pipe`, which is empty.
 
-    The socket does not block. Raises OSError if the connection is lost.
+    Returns the number of bytes, 0 at the end of the stream, None if no bytes are available now.
+    Raises OSError if the connection is lost.
     """
     try:
         if moved := splice(sock.fileno(), pipe, count):
             return moved
     except OSError as error:
-        if error.errno not in _ASK_RECV:
+        if error.errno not in _TRY_RECV:
             raise
-    # Neither EAGAIN nor 0 is the last word. In front of a byte that is marked as urgent, splice(2) says the one, and once the server
-    # has ended the stream the other, while poll(2) says "readable": whoever only asks again does so for ever. recv(2) passes the mark.
+    # Neither EAGAIN nor 0 is a final answer of splice(2). In front of a byte that is marked as
+    # urgent it returns EAGAIN, or 0 if the server has ended the stream after that byte. But poll(2)
+    # reports the socket as readable, so a caller that only retried would loop forever. recv(2)
+    # reads past the mark.
     try:
         data = sock.recv(min(count, PAGE))
     except BlockingIOError:

@@ -1,4 +1,8 @@
-"""Gives a served file's bytes, through lost connections."""
+"""Receives the bytes of a served file, and reconnects and resumes when a connection is lost.
+
+`Follow` is the iterator. It gets connections from a `Connector`, and asks a position (`FromStart`
+or `FromEnd`) which header to send and which of the received bytes are new.
+"""
 
 import select
 import socket
@@ -19,24 +23,30 @@ from tailsrv.client.connector import (
 from tailsrv.client.resume import ANCHOR, CONTEXT, FromEnd, FromStart, PlaceError, Position
 from tailsrv.client.splicing import move
 
-# the most that one step gives; twice as much costs a quarter more time, in page faults
+# The most bytes to receive at once. Twice as many cost a quarter more time, in page faults.
 RECEIVE_CHUNK = 1 << 16
-# seconds without what a server surely has if it serves our file: time to say so, or to try another
+# Seconds to wait for bytes that the server must have if it serves the same file. Then the missing
+# bytes are reported, or another server is tried.
 STUCK_TIME = 2.0
-# to that they double while one after the other is given up: all may be slow to begin
+# The upper limit of that wait. It doubles with each server in a row that was given up on, because
+# all of them may be slow to send their first byte.
 MAX_STUCK_TIME = 30.0
-MISSING_BYTES = "does not send what came before: its file is shorter, or another one"
-# attempts to learn the file's end; they fail where it grows meanwhile, and then enough comes by itself
+# Attempts to fetch the end of the file. They fail if the file grows in the meantime, and then the
+# stream itself soon has received enough bytes to resume.
 ANCHOR_TRIES = 3
 
 
 class Follow(Iterator[bytes]):
-    """The iterator that `follow` returns. Close it, or use it in a `with` statement, to close its connection."""
+    """The iterator that `follow` returns: it yields the bytes of a served file in chunks.
+
+    Call `close`, or use it in a `with` statement, to close its connection. Use it in one thread
+    only.
+    """
 
     def __init__(
         self,
         connector: Connector,
-        place: Position,
+        position: Position,
         wait: Wait,
         report: Callable[[str], object],
         *,
@@ -44,38 +54,43 @@ class Follow(Iterator[bytes]):
         idle: float | None,
         whole_lines: bool,
     ) -> None:
-        self._connector, self._position, self._wait, self._report = connector, place, wait, report
+        self._connector, self._position = connector, position
+        self._wait, self._report = wait, report
         self._once, self._idle = once, idle
         self._whole_lines = whole_lines
-        # no connection yet
+        # There has been no connection yet.
         self._first = True
+        # How many more times to try to fetch the bytes before the position.
         self._anchors = 0 if once else ANCHOR_TRIES
         self._sock: socket.socket | None = None
-        # of the server that we are connected to
+        # "HOST:PORT" of the server that this client is connected to.
         self._name = ""
-        # that it does not send what it should have
-        self._told = False
-        # when it sent something, or was connected to
-        self._heard = 0.0
-        # servers in a row that did not
+        # Whether it was reported that this server does not send the bytes it must have.
+        self._missing_reported = False
+        # The time when the server last sent something, or when this client connected to it.
+        self._last_received = 0.0
+        # The number of servers in a row that did not send the bytes they must have.
         self._given_up = 0
-        # when to ask for the file's end, in a search
-        self._due = 0.0
-        # is given next
-        self._ready = b""
-        # when something new came
-        self._since = time.monotonic()
+        # The time to fetch the end of the file, while the position is searched.
+        self._fetch_end_at = 0.0
+        # The next chunk to return.
+        self._chunk = b""
+        # The time when new bytes last arrived.
+        self._last_new = time.monotonic()
         self._closed = False
 
     @property
     def offset(self) -> int | None:
-        """The offset of the next byte; None while it is not known, because the stream began from the end."""
-        return None if self._position.offset is None else self._position.offset - len(self._ready)
+        """The offset after the last chunk; None while it is unknown.
+
+        It can be unknown only if the stream began at an offset from the end.
+        """
+        return None if self._position.offset is None else self._position.offset - len(self._chunk)
 
     def close(self) -> None:
-        """End the iteration."""
+        """Close the connection and end the iteration: a further `next` raises StopIteration."""
         self._closed = True
-        self._hang_up()
+        self._disconnect()
         self._connector.close()
 
     def __enter__(self) -> Self:
@@ -92,16 +107,17 @@ class Follow(Iterator[bytes]):
     def __next__(self) -> bytes:
         """Return the next chunk."""
         while self._prepare():
-            if self._ready:
-                chunk, self._ready = self._ready, b""
+            if self._chunk:
+                chunk, self._chunk = self._chunk, b""
                 return chunk
             self._receive(RECEIVE_CHUNK)
         raise StopIteration
 
     def splice(self, pipe: int, count: int) -> int:
-        """Move up to `count` new bytes into `pipe`, which is empty, without a copy where that goes; return how many, 0 at the end.
+        """Move up to `count` new bytes into the empty `pipe`; return how many, 0 at the end.
 
-        For an offset of 0 or more only, with a `recall`.
+        This is for programs like `tssync`. It moves the bytes inside the kernel if that is
+        possible, so the stream does not see them: it needs an offset of 0 or more, and a `recall`.
         """
         assert isinstance(self._position, FromStart)
         while self._prepare():
@@ -109,62 +125,69 @@ class Follow(Iterator[bytes]):
             try:
                 moved = move(self._sock, pipe, count)
             except OSError as error:
-                self._lost(error)
+                self._on_disconnect(error)
                 continue
             if moved:
-                self._position.pass_by(moved)
-                self._came()
+                self._position.advance(moved)
+                self._on_new_bytes()
                 return moved
             if moved == 0:
-                self._lost(None)
+                self._on_disconnect(None)
         return 0
 
     def _prepare(self) -> bool:
-        """Wait for something new; tell whether it is there, in `_ready` or in the socket, or has come to an end."""
+        """Wait for new bytes. Return True if there are some, False at the end of the iteration.
+
+        The new bytes are in `_chunk`. If that is empty, the socket is readable, and what it has is
+        new: bytes, or the end of the connection.
+        """
         try:
-            while not (self._closed or self._ready):
+            while not (self._closed or self._chunk):
                 if self._sock is None and not self._connect():
                     continue
                 assert self._sock is not None
                 if (
                     isinstance(self._position, FromEnd)
                     and self._position.searching
-                    and time.monotonic() >= self._due
+                    and time.monotonic() >= self._fetch_end_at
                 ):
-                    self._reach(self._sock, self._position)
-                elif self._wait(self._sock.fileno(), select.POLLIN, self._patience()):
+                    self._find_window_end(self._sock, self._position)
+                elif self._wait(self._sock.fileno(), select.POLLIN, self._time_to_wait()):
                     if not self._position.wanted:
                         return True
                     self._receive(min(self._position.wanted, RECEIVE_CHUNK))
-                elif (left := self._left()) is not None and left <= 0:
+                elif (left := self._idle_time_left()) is not None and left <= 0:
                     self._end_idle()
                 else:
-                    self._use_the_quiet(self._sock)
+                    self._on_silence(self._sock)
         except (PlaceError, ConnectError):
             self.close()
             raise
-        return bool(self._ready)
+        return bool(self._chunk)
 
     def _end_idle(self) -> None:
-        """End the iteration: nothing has come for long enough. Raises ConnectError where this server could have sent nothing."""
+        """End the iteration, because no new bytes have arrived for `idle` seconds.
+
+        Raises ConnectError if this server does not even have the bytes that were received before.
+        """
         self.close()
         if self._position.wanted:
-            raise ConnectError(f"{self._name}: {MISSING_BYTES}")
+            raise ConnectError(self._missing_bytes())
 
-    def _left(self) -> float | None:
-        """Return the seconds until the iteration has been idle for too long."""
-        return None if self._idle is None else self._since + self._idle - time.monotonic()
+    def _idle_time_left(self) -> float | None:
+        """Return the seconds until the iteration ends because no new bytes arrive; None: never."""
+        return None if self._idle is None else self._last_new + self._idle - time.monotonic()
 
-    def _patience(self) -> float | None:
-        """Return for how many seconds to wait for bytes before something else is to be done."""
+    def _time_to_wait(self) -> float | None:
+        """Return for how many seconds to wait for bytes until something else has to be done."""
         now = time.monotonic()
         if self._position.wanted:
             quiet = (
-                self._due - now
+                self._fetch_end_at - now
                 if isinstance(self._position, FromEnd)
                 else None
-                if self._told
-                else self._heard + self._stuck() - now
+                if self._missing_reported
+                else self._last_received + self._stuck() - now
             )
         else:
             quiet = (
@@ -175,43 +198,53 @@ class Follow(Iterator[bytes]):
                 else None
             )
         return min(
-            (max(0.0, seconds) for seconds in (self._left(), quiet) if seconds is not None),
+            (
+                max(0.0, seconds)
+                for seconds in (self._idle_time_left(), quiet)
+                if seconds is not None
+            ),
             default=None,
         )
 
     def _stuck(self) -> float:
-        """Return for how many seconds a server may be silent that should not be."""
+        """Return for how many seconds to wait for bytes that the server must have."""
         return min(MAX_STUCK_TIME, STUCK_TIME * 2.0 ** min(self._given_up, 30))
 
     def _connect(self) -> bool:
-        """Connect and send the header; tell whether there is a connection. Raises ConnectError at the end of an idle time, too."""
-        left = self._left()
+        """Connect and send the header; return whether there is a connection now.
+
+        Raises ConnectError as `Connector.connect` does; the end of the idle time is its limit.
+        """
+        left = self._idle_time_left()
         self._sock = self._connector.connect(
             None if left is None else time.monotonic() + left, self._once
         )
-        self._told = False
+        self._missing_reported = False
         try:
             self._name = name_of(self._sock)
             if self._first:
                 self._begin()
         except OSError as error:
-            self._lost(error)
+            self._on_disconnect(error)
             return False
-        # may read a file: its errors are not the connection's
+        # Not inside the `try` statement: `recall` may read a file, whose errors must not be taken
+        # for errors of the connection.
         header = self._position.header()
         try:
             self._sock.send(header)
         except OSError as error:
-            self._lost(error)
-        self._heard = time.monotonic()
-        self._due = self._heard + QUIET_TIME
+            self._on_disconnect(error)
+        self._last_received = time.monotonic()
+        self._fetch_end_at = self._last_received + QUIET_TIME
         return self._sock is not None
 
     def _begin(self) -> None:
-        """Do what is to be done at the first connection only.
+        """Do what is necessary at the first connection only.
 
-        With `whole_lines`, begin one byte earlier, if there is one, and behind the first newline from there.
-        Whether there is one, an offset from the start tells. In a file that is shorter, everything is whole.
+        With `whole_lines` and an offset from the end, start one byte earlier, and skip everything
+        up to and including the first newline. So nothing is lost if a line begins exactly at the
+        offset. If the file has no such byte, the stream starts at the beginning of the file, which
+        is the beginning of a line.
         """
         assert self._sock is not None
         if self._whole_lines and isinstance(self._position, FromEnd):
@@ -221,13 +254,17 @@ class Follow(Iterator[bytes]):
             if longer:
                 self._position = FromEnd(self._position.count + 1, line=True)
         self._first = False
-        # connecting is not idling
-        self._since = time.monotonic()
+        # The time needed to connect does not count as idle.
+        self._last_new = time.monotonic()
 
     def _is_longer(self, sock: socket.socket, count: int) -> bool:
-        """Tell whether the file has more than `count` bytes. Silence says that it has not only if the server gives its start.
+        """Return whether the file has more than `count` bytes.
 
-        An empty one has none: that is believed a little later.
+        First the byte at offset `count` is requested. If it does not arrive, that is no proof that
+        it does not exist, because the server may only be slow. So the start of the file is
+        requested, too. If that arrives in time, its length decides. If it arrives late, the server
+        is slow, and the file is assumed to be longer. If it does not arrive either, the file is
+        empty.
         """
         if fetch(sock, b"%d\n" % count, 1, self._wait):
             return True
@@ -244,36 +281,39 @@ class Follow(Iterator[bytes]):
         except BlockingIOError:
             return
         except OSError as error:
-            self._lost(error)
+            self._on_disconnect(error)
             return
         if data:
-            self._heard = time.monotonic()
+            self._last_received = time.monotonic()
             self._keep(self._position.take(data))
         else:
-            self._lost(None)
+            self._on_disconnect(None)
 
     def _keep(self, data: bytes | None) -> None:
-        """Keep what is new; None: the place needs another connection."""
+        """Keep the new bytes in `data` for the caller.
+
+        None means that another connection is needed to find the position.
+        """
         if isinstance(self._position, FromEnd):
             self._position = self._position.known()
         if data is None:
-            self._hang_up()
+            self._disconnect()
         elif data:
-            self._ready = data
-            self._came()
+            self._chunk = data
+            self._on_new_bytes()
         elif not self._position.wanted:
             self._succeeded()
 
-    def _came(self) -> None:
-        self._since = time.monotonic()
+    def _on_new_bytes(self) -> None:
+        self._last_new = time.monotonic()
         self._succeeded()
 
     def _succeeded(self) -> None:
         self._given_up = 0
         self._connector.succeeded(self._name)
 
-    def _use_the_quiet(self, sock: socket.socket) -> None:
-        """Do what is to be done when nothing comes."""
+    def _on_silence(self, sock: socket.socket) -> None:
+        """Do what has to be done when no bytes have arrived for some time."""
         if isinstance(self._position, FromEnd):
             self._position.settle()
             self._keep(b"")
@@ -283,34 +323,47 @@ class Follow(Iterator[bytes]):
             and not (self._position.wanted or self._position.anchored)
         ):
             self._anchors -= 1
-            self._anchor(sock, self._position)
-        self._complain()
+            self._fetch_context(sock, self._position)
+        self._check_missing()
 
-    def _complain(self) -> None:
-        """Try another replica, or say that there is none, if what is wanted has not come for long enough."""
-        if not self._position.wanted or time.monotonic() < self._heard + self._stuck():
+    def _check_missing(self) -> None:
+        """Try another replica if this one does not send the bytes that it must have.
+
+        If there is no other replica, report that once, and keep waiting.
+        """
+        if not self._position.wanted or time.monotonic() < self._last_received + self._stuck():
             return
         if self._connector.choice:
-            # another replica may have it
-            self._hang_up()
+            # Another replica may have them.
+            self._disconnect()
             self._given_up += 1
-            self._connector.failed(f"{self._name}: {MISSING_BYTES}")
-        elif not self._told:
-            self._told = True
-            self._report(f"{self._name}: {MISSING_BYTES}; waiting")
+            self._connector.failed(self._missing_bytes())
+        elif not self._missing_reported:
+            self._missing_reported = True
+            self._report(f"{self._missing_bytes()}; waiting for it to grow")
 
-    def _reach(self, sock: socket.socket, place: FromEnd) -> None:
-        """Ask how far the window has to reach. Raises LostPlaceError."""
-        if place.unsearched and (end := self._fetch_end(sock, CONTEXT, self._wait)):
-            self._keep(place.reach(end))
-        self._due = time.monotonic() + QUIET_TIME
-        self._complain()
+    def _missing_bytes(self) -> str:
+        """Return the message that the server does not send the bytes that it must have."""
+        offset = self._position.offset
+        size = "before" if offset is None else f"{offset} bytes"
+        return (
+            f"{self._name}: its file seems to be shorter than {size}:"
+            " the server lags behind, or the file was rotated"
+        )
 
-    def _anchor(self, sock: socket.socket, place: FromEnd) -> None:
-        """Ask what is before the place, if nothing comes meanwhile."""
+    def _find_window_end(self, sock: socket.socket, position: FromEnd) -> None:
+        """Fetch the end of the file, which shows where the window ends. Raises LostPlaceError."""
+        if position.unsearched and (end := self._fetch_end(sock, CONTEXT, self._wait)):
+            self._keep(position.reach(end))
+        self._fetch_end_at = time.monotonic() + QUIET_TIME
+        self._check_missing()
+
+    def _fetch_context(self, sock: socket.socket, position: FromEnd) -> None:
+        """Fetch the bytes before the position, unless new bytes arrive in the meantime."""
 
         def wait_beside(fd: int, events: int, seconds: float | None) -> bool:
-            # the stream goes first
+            # Stop waiting for `fd` as soon as the stream itself has new bytes: they are more
+            # important.
             with select.epoll() as both:
                 both.register(fd, events)
                 both.register(sock, select.POLLIN)
@@ -319,10 +372,14 @@ class Follow(Iterator[bytes]):
                 )
 
         if end := self._fetch_end(sock, ANCHOR, wait_beside):
-            place.offer(end)
+            position.offer(end)
 
     def _fetch_end(self, sock: socket.socket, count: int, wait: Wait) -> bytes:
-        """Return the file's last `count` bytes or all of a shorter one, from the server at the other end of `sock`; b"" if in doubt."""
+        """Return the last `count` bytes of the file, or the whole file if it is shorter.
+
+        They are requested from the server that `sock` is connected to. Returns b"" if it is not
+        certain that these are all of them.
+        """
 
         def ask(header: bytes) -> bytes:
             with self._connector.reconnect(sock, wait) as other:
@@ -330,14 +387,18 @@ class Follow(Iterator[bytes]):
 
         try:
             end = ask(b"-%d\n" % count)
-            # A short answer may be a slow one, but not one that is the same from both ends, unless there is none.
+            # An answer of fewer bytes may be incomplete, because the server is slow. It is complete
+            # if the same bytes are also the answer for the start of the file, and there are any.
             return end if len(end) == count or (end and end == ask(b"0\n")) else b""
         except OSError:
             return b""
 
-    def _lost(self, error: OSError | None) -> None:
-        """Note that the connection has ended, in good order if there is no error. Raises ConnectError for one with `once`."""
-        self._hang_up()
+    def _on_disconnect(self, error: OSError | None) -> None:
+        """Handle the end of the connection; without an `error`, the server has closed it normally.
+
+        With `once`, this ends the iteration: it raises ConnectError for an error.
+        """
+        self._disconnect()
         reason = f"{self._name}: {error.strerror if error else CONNECTION_ENDED}"
         if self._once:
             self._closed = True
@@ -345,7 +406,7 @@ class Follow(Iterator[bytes]):
                 raise ConnectError(reason)
         self._connector.failed(reason)
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._sock:
             self._sock.close()
         self._sock = None

@@ -1,4 +1,4 @@
-"""Copies a file that tailsrv serves to standard output: the command `tscat`."""
+"""The command `tscat`: copies a served file to standard output, and follows it."""
 
 import os
 import select
@@ -10,7 +10,7 @@ from functools import partial
 
 from tailsrv.arguments import make_tscat_parser, split_offset
 from tailsrv.client import follow
-from tailsrv.client.command import RunError, complain, run
+from tailsrv.client.command import RunError, print_message, run
 from tailsrv.client.connector import milliseconds
 from tailsrv.linux.process import occupy_standard_descriptors
 
@@ -18,7 +18,7 @@ STDOUT = 1
 
 
 class ReaderGoneError(Exception):
-    """Standard output has no reader any more."""
+    """The reader of standard output has closed its end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def copy(options: Namespace) -> None:
-    """Copy what `options` ask for."""
+    """Copy the file to standard output as `options` say.
+
+    Raises RunError, and what `follow` and its iterator raise.
+    """
     if sys.stdout is None:
-        raise RunError("standard output is closed")
+        raise RunError("standard output is closed: redirect it to a file or a pipe")
     occupy_standard_descriptors()
     servers, offset = split_offset(options.servers)
     stream = follow(
@@ -38,7 +41,7 @@ def copy(options: Namespace) -> None:
         once=options.once,
         idle=options.until_idle,
         whole_lines=options.lines,
-        report=partial(complain, "tscat"),
+        report=partial(print_message, "tscat"),
         wait=wait_with_reader,
     )
     with stream, suppress(ReaderGoneError):
@@ -47,9 +50,9 @@ def copy(options: Namespace) -> None:
 
 
 def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
-    """Wait as a `Wait` does; raises NobodyReadsError as soon as that is so."""
+    """Wait as a `Wait` does. Raises ReaderGoneError as soon as standard output has no reader."""
     poll = select.poll()
-    # hang-ups are told unasked
+    # poll(2) reports POLLERR and POLLHUP even if no events are requested.
     poll.register(STDOUT, 0)
     if fd >= 0:
         poll.register(fd, events)
@@ -60,7 +63,10 @@ def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
 
 
 def write(data: bytes) -> None:
-    """Write all of `data` to standard output, whatever that is. Raises NobodyReadsError, RunError."""
+    """Write all of `data` to standard output, which may be non-blocking.
+
+    Raises ReaderGoneError or RunError.
+    """
     rest = memoryview(data)
     while rest:
         try:
@@ -72,7 +78,7 @@ def write(data: bytes) -> None:
         except BrokenPipeError:
             raise ReaderGoneError from None
         except OSError as error:
-            raise RunError(f"cannot write: {error.strerror}") from error
+            raise RunError(f"cannot write to standard output: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Keeps a local file equal to one that tailsrv serves: the command `tssync`."""
+"""The command `tssync`: keeps a local file equal to a served file.
+
+The bytes move from the socket through a pipe into the file, inside the kernel if splice(2) is
+available.
+"""
 
 import fcntl
 import os
@@ -13,59 +17,61 @@ from typing import NoReturn
 from tailsrv.addresses import parse_endpoint
 from tailsrv.arguments import make_tssync_parser
 from tailsrv.client import OtherFileError, follow
-from tailsrv.client.command import complain, run
+from tailsrv.client.command import print_message, run
 from tailsrv.client.connector import wait
 from tailsrv.client.local_copy import LocalCopy
 from tailsrv.formatting import size
 from tailsrv.linux.event_loop import Timers
 from tailsrv.linux.process import occupy_standard_descriptors
 
-# seconds before there is a line: most catching up is done by then
+# Seconds until the progress line is first drawn. Most copies have caught up by then.
 PROGRESS_DELAY = 0.5
 
-# seconds from one line to the next
+# Seconds between two updates of the progress line.
 PROGRESS_INTERVAL = 0.2
 
+# Returns to the start of the line and erases it.
 ERASE = "\r\x1b[K"
 
-
-# bytes; the most that an ordinary user's pipe may hold
+# Bytes: by default the largest pipe of an unprivileged user (pipe-max-size in pipe(7)).
 PIPE_SIZE = 1 << 20
-# linux/fcntl.h; an interpreter may be built without the name
+# From linux/fcntl.h, because an interpreter may have been built without the name.
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
-# seconds without a byte
+# Seconds without a byte after which the progress line is removed.
 QUIET_TIME = 0.5
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# seconds between attempts while the disk is full
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Seconds between attempts to write while the disk is full.
 DISK_FULL_RETRY = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tssync` with `argv` (sys.argv if None); return the exit status."""
-    return run("tssync", lambda: keep(make_tssync_parser().parse_intermixed_args(argv)))
+    return run("tssync", lambda: sync(make_tssync_parser().parse_intermixed_args(argv)))
 
 
-def keep(options: Namespace) -> None:
-    """Keep the copy that `options` ask for."""
+def sync(options: Namespace) -> None:
+    """Keep the copy as `options` say. Raises RunError, OSError, and what `follow` raises."""
     occupy_standard_descriptors()
-    end_by_signals()
-    # before there is a file
+    interrupt_on_signals()
+    # Parse these first: if one is malformed, no file must be created.
     servers = [parse_endpoint(server) for server in options.servers]
     with LocalCopy(options.path) as local_copy:
-        Keeper(local_copy, servers, options).run()
+        Synchronizer(local_copy, servers, options).run()
 
 
-def end_by_signals() -> None:
-    """Have SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that what has come is synced; with nohup(1), SIGHUP does nothing.
+def interrupt_on_signals() -> None:
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that received bytes are synced.
 
-    The first one does. Others come along: of a closed terminal there are often two, and systemd may send SIGHUP after SIGTERM.
-    They must not interrupt the sync.
+    A signal that is ignored at the start, as SIGHUP is under nohup(1), stays ignored. Only the
+    first signal raises the exception. Others often follow: a closed terminal may send two, and
+    systemd may send SIGHUP after SIGTERM. They must not interrupt the sync.
     """
-    numbers = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
     def end(_number: int, _frame: object) -> NoReturn:
         for number in numbers:
-            # SIG_IGN would be a complaint if one is there already
+            # Why not SIG_IGN? If another of these signals is already pending in the interpreter,
+            # the interpreter would find no function to call, and print an error message.
             signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt
 
@@ -73,8 +79,8 @@ def end_by_signals() -> None:
         signal.signal(number, end)
 
 
-class Keeper:
-    """Moves bytes from the socket by a pipe into the file, and sees to fsync and the progress line meanwhile."""
+class Synchronizer:
+    """Copies bytes from the connection to the file, and syncs it; updates the progress line."""
 
     def __init__(
         self, local_copy: LocalCopy, servers: Sequence[tuple[str, int]], options: Namespace
@@ -82,32 +88,34 @@ class Keeper:
         self._local_copy, self._servers, self._options = local_copy, servers, options
         self._progress = Progress(options.path)
         self._timers = Timers()
-        self._full = False
+        self._disk_full = False
 
     def run(self) -> None:
-        """Keep the copy until the end that the options ask for."""
+        """Keep the copy until a signal, an error, or an option ends it."""
         try:
-            # what an earlier run has left: from here on it is known what the disk has
+            # Sync what an earlier run has left: after that, it is known which bytes are on the
+            # disk.
             self._sync()
             while not self._copy():
                 self._sync()
-                aside = self._local_copy.set_aside()
-                self._say(
-                    f"the remote file is another one now: {self._local_copy.path} becomes {aside}, and begins again"
+                aside = self._local_copy.move_aside()
+                self._print(
+                    f"{self._local_copy.path} is not the beginning of the remote file"
+                    f" (was it rotated?): renamed it to {aside}, starting a new copy"
                 )
         finally:
-            self._progress.rest()
+            self._progress.clear()
             self._sync()
 
     def _copy(self) -> bool:
-        """Append what comes; False: the remote file is another one, and the copy is to begin again."""
+        """Append what arrives. Return False if the remote file differs: start a new copy."""
         stream = follow(
             self._servers,
             self._local_copy.length,
             once=self._options.once,
             idle=self._options.until_idle,
             recall=self._local_copy.recall,
-            report=self._say,
+            report=self._print,
             wait=self._wait,
         )
         with stream, pipe() as (out, into):
@@ -118,29 +126,32 @@ class Keeper:
             except OtherFileError:
                 if self._options.on_mismatch == "stop":
                     raise OtherFileError(
-                        f"{self._local_copy.path} is not the beginning of the remote file: its last bytes differ"
+                        f"{self._local_copy.path} is not the beginning of the remote file (was it"
+                        " rotated?); use --on-mismatch=restart to keep it and start a new copy"
                     ) from None
                 return False
             return True
 
     def _appended(self) -> None:
         now = time.monotonic()
-        if self._full:
-            self._full = False
-            self._say(f"there is room again for {self._local_copy.path}")
+        if self._disk_full:
+            self._disk_full = False
+            self._print(f"appending to {self._local_copy.path} again")
         if self._options.fsync is not None and self._sync not in self._timers:
             self._timers.set(self._sync, now + self._options.fsync)
         self._progress.grow(self._local_copy.length, now)
-        self._timers.set(self._progress.rest, now + QUIET_TIME)
+        self._timers.set(self._progress.clear, now + QUIET_TIME)
 
     def _wait_for_room(self, reason: str) -> None:
-        if not self._full:
-            self._full = True
-            self._say(f"cannot append to {self._local_copy.path}: {reason}; waiting for room")
+        if not self._disk_full:
+            self._disk_full = True
+            self._print(
+                f"cannot append to {self._local_copy.path}: {reason}; waiting for free space"
+            )
         self._wait(-1, 0, DISK_FULL_RETRY)
 
     def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
-        """Wait as a `Wait` does, and do what is due meanwhile."""
+        """Wait as a `Wait` does, and run the timers in the meantime."""
         end = None if seconds is None else time.monotonic() + seconds
         while True:
             now = time.monotonic()
@@ -157,20 +168,21 @@ class Keeper:
         if self._options.fsync is not None:
             self._local_copy.sync()
 
-    def _say(self, text: str) -> None:
-        self._progress.rest()
-        complain("tssync", text)
+    def _print(self, text: str) -> None:
+        self._progress.clear()
+        print_message("tssync", text)
 
 
 @contextmanager
 def pipe() -> Iterator[tuple[int, int]]:
-    """Give a pipe's two ends, as roomy as may be."""
+    """Open a pipe, as large as possible up to PIPE_SIZE; yield its reading and its writing end."""
     out, into = os.pipe()
     try:
         try:
             fcntl.fcntl(into, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            # this user's pipes have taken all that they may: a smaller one serves, too
+            # This user's pipes have reached the limit on their memory. A smaller pipe works as
+            # well.
             pass
         yield out, into
     finally:
@@ -179,17 +191,18 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 class Progress:
-    """The line; `name` is what grows. It is drawn only where standard error is a terminal."""
+    """The progress line of the file `name`. It is drawn only if standard error is a terminal."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._terminal = bool(sys.stderr and sys.stderr.isatty())
-        # when, and how long it was then
+        # When the file began to grow, and its length at that time.
         self._begun: tuple[float, int] | None = None
+        # When the line was last drawn. None: there is no line now.
         self._drawn: float | None = None
 
     def grow(self, length: int, now: float) -> None:
-        """Note that what grows has reached `length`."""
+        """Note that the file is `length` bytes long at the time `now`. Draw the line if due."""
         if self._begun is None:
             self._begun = now, length
         begun, first = self._begun
@@ -203,8 +216,8 @@ class Progress:
                 f"{ERASE}{self._name}: {size(length)}, {size((length - first) / (now - begun))}/s"
             )
 
-    def rest(self) -> None:
-        """Take the line away: it is caught up, or something else is to be said."""
+    def clear(self) -> None:
+        """Remove the line, because the copy has caught up or another message is to be printed."""
         if self._drawn is not None:
             self._write(ERASE)
         self._begun = self._drawn = None
@@ -214,7 +227,7 @@ class Progress:
             sys.stderr.write(text)
             sys.stderr.flush()
         except OSError:
-            # it has gone
+            # The terminal was closed.
             self._terminal = False
 
 

@@ -218,7 +218,7 @@ def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
             append(path, b"three")
             reader.got(expected + b"onetwothree")
             assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
-            assert reader.reports[-1] == f"{here(server)} is there again"
+            assert reader.reports[-1] == f"connected to {here(server)}"
 
 
 @pytest.mark.thorough
@@ -255,7 +255,8 @@ def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
     ):
         reader.got(b"a line that is cut\n" * 2)
         assert (
-            reader.reports[0] == f"{cutter.endpoints(1)[0]}: the connection was ended; trying again"
+            reader.reports[0]
+            == f"{cutter.endpoints(1)[0]}: the server closed the connection; retrying"
         )
 
 

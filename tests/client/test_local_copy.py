@@ -92,7 +92,7 @@ def test_copy_by_a_symbolic_link(tmp_path: Path) -> None:
     with LocalCopy(str(link)) as local_copy:
         assert file.read_bytes() == b""
         file.write_bytes(b"old")
-        assert local_copy.set_aside() == f"{file}.1"
+        assert local_copy.move_aside() == f"{file}.1"
     assert (os.readlink(link), file.read_bytes(), (tmp_path / "disk" / "file.1").read_bytes()) == (
         "disk/file",
         b"",
@@ -155,7 +155,7 @@ def test_inode_numbers_that_are_made_up(
         copy.write_bytes(b"another one")
         append(path, b"and more")
         assert command.end() == 1
-        assert f"{copy} was moved or deleted by somebody else" in command.errors
+        assert f"{copy} was moved or deleted by another program" in command.errors
 
 
 @pytest.mark.slow
@@ -180,7 +180,8 @@ except RunError as error:
         str(copy),
     )
     assert (done.stdout, done.stderr) == (
-        f"cannot open {copy}: each time, {copy} was another file a moment later 4\n",
+        f"cannot open {copy}: another program replaced it during each of 10 attempts;"
+        " stop that program, then start tssync again 4\n",
         "",
     )
 
@@ -227,8 +228,8 @@ def test_full_disk_without_splice(serve: Serve, path: Path, copy: Path) -> None:
     done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--until-idle", "0.2")
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        f"tssync: cannot append to {copy}: No space left on device; waiting for room",
-        f"tssync: there is room again for {copy}",
+        f"tssync: cannot append to {copy}: No space left on device; waiting for free space",
+        f"tssync: appending to {copy} again",
     ]
     assert copy.read_bytes() == DATA
 
@@ -253,8 +254,8 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> Non
         "--until-idle",
         "20",
     )
-    assert (done.returncode, done.stderr) == (1, f"tssync: cannot sync {copy}: Input/output error; it was cut to {kept} bytes, "
-        "which the disk has, and the next run goes on there\n")  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f"tssync: cannot sync {copy}: Input/output error; it was cut to the {kept} bytes "
+        "that are on the disk: start tssync again to fetch the rest\n")  # fmt: skip
     assert copy.read_bytes() == DATA[:kept]
     done = run_client(*TSSYNC, here(server), copy, "--fsync", "0", "--until-idle", "0.2")
     assert (done.returncode, copy.read_bytes()) == (0, DATA)
@@ -265,14 +266,14 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> Non
 @pytest.mark.parametrize(
     ("injection", "said"),
     [
-        ("fdatasync:error=EIO", "some of its bytes may be lost on the disk: move it away"),
+        ("fdatasync:error=EIO", "some of its bytes may not be on the disk: move it away"),
         (
             "fdatasync:error=EIO:when=2+",
-            "cannot be cut to 8192 bytes, which the disk has (Input/output error): move it away",
+            "cannot be cut to the 8192 bytes that are on the disk (Input/output error): move it away",
         ),
         (
             "fdatasync:error=EIO:when=2 ftruncate:error=EROFS",
-            "which the disk has (Read-only file system): move it away",
+            "that are on the disk (Read-only file system): move it away",
         ),
     ],
     ids=["from the start", "still", "read-only"],

@@ -111,7 +111,7 @@ def test_sync_and_signals_do_not_wait_for_names(
         answering(answer) as server,
         Command(tmp_path, *TSSYNC, named(server), tmp_path / "copy", "--fsync", "0.2") as command,
     ):
-        command.says("the connection was ended")
+        command.says("the server closed the connection")
         eventually(lambda: size(silence / "asked") == 2)
         eventually(lambda: size(silence / "synced") > before)
         assert command.end(number) == 0
@@ -182,7 +182,7 @@ with follow(sys.argv[1:], backoff=Backoff(0.01, 0.01), connect_timeout=0.1, repo
     here = f"127.0.0.1:{closed_port()}"
     done = run_python(code, f"{NAME}:1", here)
     assert (done.stdout, done.stderr) == (
-        f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; trying again\n",
+        f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; retrying\n",
         "",
     )
     assert size(silence / "asked") == 1

@@ -112,7 +112,7 @@ def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) 
         assert command.end(signal.SIGINT) == 0
         assert (
             command.errors
-            == f"tscat: {endpoint}: Connection refused; trying again\ntscat: {endpoint} is there again\n"
+            == f"tscat: {endpoint}: Connection refused; retrying\ntscat: connected to {endpoint}\n"
         )
 
 
@@ -173,7 +173,7 @@ def test_closed_pipe_ends_it(serve: Serve, path: Path, quiet: bool) -> None:
         assert process.stdout.read(5) == b"line\n"
         if not quiet:
             server.signal(signal.SIGTERM)
-            assert b"ended" in process.stderr.readline()
+            assert b"closed" in process.stderr.readline()
         process.stdout.close()
         assert process.wait(DEADLINE) == 0
         assert b"Traceback" not in process.stderr.read()
@@ -218,8 +218,8 @@ def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
 @pytest.mark.parametrize(
     ("redirection", "message"),
     [
-        (">/dev/full", "tscat: cannot write: No space left on device\n"),
-        (">&-", "tscat: standard output is closed\n"),
+        (">/dev/full", "tscat: cannot write to standard output: No space left on device\n"),
+        (">&-", "tscat: standard output is closed: redirect it to a file or a pipe\n"),
         ("2>&- <&-", ""),
     ],
 )
@@ -294,7 +294,7 @@ def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> 
         path.write_bytes(DATA[1:] + DATA)
         restart(serve, server, path)
         assert command.end() == 3
-        assert "tscat: another file is served now: " in command.errors
+        assert "tscat: the server has a different file: " in command.errors
         command.wrote(DATA)
 
 

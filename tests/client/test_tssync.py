@@ -143,8 +143,8 @@ def test_mismatch_stops(serve: Serve, path: Path, copy: Path, wrong: int) -> Non
     done = tssync(here(serve(path)), copy)
     assert done.returncode == 3
     assert (
-        done.stderr
-        == f"tssync: {copy} is not the beginning of the remote file: its last bytes differ\n"
+        done.stderr == f"tssync: {copy} is not the beginning of the remote file (was it rotated?);"
+        " use --on-mismatch=restart to keep it and start a new copy\n"
     )
     assert copy.read_bytes() == held
 
@@ -156,7 +156,7 @@ def test_mismatch_begins_again(serve: Serve, path: Path, copy: Path, tmp_path: P
     (tmp_path / "copy.1").write_bytes(b"older")
     done = tssync(here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2")
     assert done.returncode == 0
-    assert f"{copy} becomes {copy}.2" in done.stderr
+    assert f"renamed it to {copy}.2" in done.stderr
     assert (
         copy.read_bytes(),
         (tmp_path / "copy.1").read_bytes(),
@@ -174,7 +174,7 @@ def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_p
         other = DATA[::-1]
         path.write_bytes(other)
         restart(serve, server, path)
-        command.says("begins again")
+        command.says("starting a new copy")
         eventually(lambda: copy.read_bytes() == other)
         assert (tmp_path / "copy.1").read_bytes() == DATA
         assert command.end(signal.SIGINT) == 0
@@ -200,7 +200,10 @@ def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> 
     with Command(tmp_path, *TSSYNC, here(server), copy) as command:
         holds(copy, DATA)
         done = tssync(here(server), copy)
-        assert (done.returncode, done.stderr) == (1, f"tssync: another program has locked {copy}\n")
+        assert (done.returncode, done.stderr) == (
+            1,
+            f"tssync: another program has locked {copy}, perhaps another tssync; stop it, or choose another FILE\n",
+        )
         assert command.end(signal.SIGINT) == 0
 
 
@@ -208,12 +211,15 @@ def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda copy: os.truncate(copy, 10), "was changed by somebody else: it has 10 bytes, not "),
-        (lambda copy: append(copy, b"foreign"), "was changed by somebody else: it has "),
-        (os.unlink, "was moved or deleted by somebody else"),
+        (
+            lambda copy: os.truncate(copy, 10),
+            "was changed by another program: it has 10 bytes instead of ",
+        ),
+        (lambda copy: append(copy, b"foreign"), "was changed by another program: it has "),
+        (os.unlink, "was moved or deleted by another program"),
         (
             lambda copy: copy.rename(copy.with_suffix(".away")),
-            "was moved or deleted by somebody else",
+            "was moved or deleted by another program",
         ),
     ],
 )
@@ -247,7 +253,7 @@ def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_pa
         kill(server)
         restart(serve, server, path)
         assert command.end() == 1
-        assert f"{copy} was changed by somebody else" in command.errors
+        assert f"{copy} was changed by another program" in command.errors
     assert copy.stat().st_size == 10
 
 
@@ -274,11 +280,11 @@ def test_full_disk_is_waited_for(serve: Serve, path: Path, tiny_disk: Path, tmp_
     copy, ballast = tiny_disk / "copy", tiny_disk / "ballast"
     ballast.write_bytes(bytes(100 << 10))
     with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
-        command.says("No space left on device; waiting for room")
+        command.says("No space left on device; waiting for free space")
         assert DATA.startswith(copy.read_bytes())
         ballast.unlink()
         holds(copy, DATA[:200_000])
-        command.says("there is room again")
+        command.says("appending to ")
         assert command.end(signal.SIGINT) == 0
         assert command.errors.count("\n") == 2
 
@@ -392,7 +398,7 @@ print(ascii(os.read(near, 1000)))
 os.close(near)
 progress.grow(2000, 2.0)
 progress.grow(3000, 3.0)
-progress.rest()
+progress.clear()
 """)
     assert (done.stdout, done.returncode) == (r"b'\r\x1b[Kcopy: 1000 B, 1000 B/s'" + "\n", 0)
 

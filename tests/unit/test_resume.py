@@ -133,7 +133,7 @@ def test_place_that_is_not_there() -> None:
     """What is not in the widest window will not be found."""
     place = FromEnd(10)
     place.take(b"abcdefghij")
-    with pytest.raises(LostPlaceError, match="not there"):
+    with pytest.raises(LostPlaceError, match="are not in"):
         connect(place, bytes(WINDOWS[-1] + 1))
 
 
