@@ -26,7 +26,7 @@ _EVENTS_BYTES = 256
 # What an operator can change when inotify(7) refuses an instance or a watch. EMFILE is also the
 # error of a process that has no descriptor left.
 _HINTS = {
-    errno.EMFILE: "raise fs.inotify.max_user_instances, or LimitNOFILE= if descriptors have run out",
+    errno.EMFILE: "raise fs.inotify.max_user_instances (LimitNOFILE= if descriptors ran out)",
     errno.ENOSPC: "raise fs.inotify.max_user_watches",
 }
 # The kernel follows at most this many links in one path (path_resolution(7)).
