@@ -10,8 +10,8 @@ Action = Callable[[], object]
 # epoll_wait(2) take milliseconds in an int, which holds at most 24 days.
 MAX_WAIT = 86400.0
 
-# Largest number of events that one turn handles. The kernel keeps the others for the next turn, so
-# that a burst of events does not delay what the owner of the loop does between two turns.
+# Largest number of events that one turn handles. The kernel keeps the others for the next turn. So
+# a burst of events does not delay for long what the caller of `turn` or `wait` does in between.
 EVENTS_PER_TURN = 64
 
 # Seconds until accept(2) is called again after descriptors or memory have run out. The pause keeps
@@ -81,8 +81,7 @@ class EventLoop:
         """Stop waiting for input on `fd` for `seconds`. It must have been registered without flags.
 
         Use this when `fd` stays readable but the kernel has no memory for reading from it. The loop
-        would spin otherwise. All stalls end together, at the time that the
-        latest call sets.
+        would spin otherwise. All stalls end together, at the time that the latest call sets.
         """
         self.pause(fd)
         self._stalled.add(fd)
@@ -121,8 +120,8 @@ class EventLoop:
 class Timers:
     """Actions that are to run later, each with the time at which it is due.
 
-    An action is a function or bound method, and has at most one time. Times are in seconds, all of
-    the same clock. While no action is planned, the loop can sleep without a limit.
+    An action is a function or a bound method, and is planned for one time at most. Times are in
+    seconds, all of the same clock. While no action is planned, the loop can sleep without a limit.
     """
 
     def __init__(self) -> None:

@@ -20,8 +20,9 @@ from tailsrv.linux.file_system import why_poll
 _FILE_EVENTS = flags.ATTRIB | flags.MOVE_SELF
 # Events of a link or folder on the path to the file.
 _PATH_EVENTS = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
-# Size of the buffer for events: 16 events, which have no names here. A larger buffer would not be
-# one of Python's small objects, and would cost a malloc(3).
+# Size of the buffer for events, in bytes. It has room for 16 events, because none of these events
+# has a name. A larger buffer would not be one of Python's small objects, and would cost a
+# malloc(3).
 _EVENTS_BYTES = 256
 # What an operator can change when inotify(7) refuses an instance or a watch. EMFILE is also the
 # error of a process that has no descriptor left.

@@ -3,8 +3,8 @@
 An interpreter has only the names of the C library that it was built against: glibc 2.17 for the
 interpreters of uv, conda and mise, a musl without preadv2(2) for those of Alpine up to 3.19. The
 numbers below are those of the kernel's headers (linux/*.h), on all architectures that such
-interpreters are built for. Put any other name that may be missing here: tests/support/old_libc.py
-lists them.
+interpreters are built for. Any other name that may be missing belongs in this module.
+tests/support/old_libc.py lists such names.
 """
 
 import ctypes

@@ -122,7 +122,7 @@ class Stat:
     """The parent of a process, and its start time in clock ticks since boot.
 
     These are fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5)). A pid together with a start time
-    identifies a process for ever. A pid alone may belong to a later process.
+    identifies a process forever. A pid alone may belong to a later process.
     """
 
     parent: int

@@ -21,10 +21,10 @@ FATAL = frozenset({
 })  # fmt: skip
 # The default action, which stops the process, is right for these.
 STOPPING = frozenset({signal.SIGSTOP, signal.SIGTSTP})
-# The kernel sends these to a process that writes to a closed connection, to a file beyond
-# RLIMIT_FSIZE, or from the background to its terminal after `stty tostop`. If they are ignored, the
-# write fails with EPIPE or EFBIG, or succeeds, in this order. SIGTTOU must not be caught: the write
-# would be restarted, and the signal sent again, for ever.
+# The kernel sends these to a process that writes to a closed connection (SIGPIPE), to a file beyond
+# RLIMIT_FSIZE (SIGXFSZ), or from the background to its terminal after `stty tostop` (SIGTTOU). When
+# they are ignored, the first two writes fail with EPIPE and EFBIG, and the third one succeeds.
+# SIGTTOU must not be caught: the write would be restarted, and the signal sent again, forever.
 IGNORED = frozenset({signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTOU})
 # The default action of these neither ends nor stops a process.
 HARMLESS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH})

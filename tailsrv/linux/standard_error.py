@@ -89,7 +89,7 @@ def _start_relay() -> None:
     """Replace standard error by a pipe, and start a child that copies from the pipe to the old one.
 
     This is for a terminal or pipe of another user (su, sudo), for which there is no other way to
-    write without waiting. The child ends when every process that has the pipe open has ended.
+    write without waiting. The child ends when every process that can write to the pipe has ended.
     """
     others = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != STDERR]
     reader, writer = os.pipe()

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 # The number of the first passed socket (SD_LISTEN_FDS_START of sd_listen_fds(3)).
 FIRST_SOCKET = 3
-# Largest number of passed sockets. A larger number in $LISTEN_FDS is taken to be an error.
+# Largest number of passed sockets. A larger number in $LISTEN_FDS is ignored as an error.
 MAX_PASSED_SOCKETS = 1024
 
 
@@ -54,7 +54,7 @@ class Lifecycle:
     """Tells the service manager that the service is ready, reloading or stopping.
 
     A message that could not be sent is sent again later, in the same order. If READY=1 were lost,
-    the service manager would end a working service, or show it as reloading for ever.
+    the service manager would end a working service, or show it as reloading forever.
 
     `plan(action, when)` must make `action()` be called at the time `when`, in seconds of
     time.monotonic().
