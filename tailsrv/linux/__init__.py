@@ -1,1 +1,1 @@
-"""The operating system, as the other packages need it. Nothing in here knows of clients, the served file or workers."""
+"""Wraps the Linux interfaces that the other packages use. It knows nothing of what they are for."""

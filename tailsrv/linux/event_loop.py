@@ -1,4 +1,4 @@
-"""Waits for descriptors and for times that have come: what the loops of supervisor and worker share."""
+"""Runs an event loop: epoll(7) for descriptors, and timers for actions that are due later."""
 
 import select
 import time
@@ -6,26 +6,31 @@ from collections.abc import Callable
 
 Action = Callable[[], object]
 
-# Seconds that one wait may take, and whoever waits longer asks again: poll(2) and epoll_wait(2) count milliseconds in an int, 24 days.
+# Longest single wait, in seconds. A caller that needs a longer one waits again. poll(2) and
+# epoll_wait(2) take milliseconds in an int, which holds at most 24 days.
 MAX_WAIT = 86400.0
 
-
-# taken from epoll in one turn; more wait for the next, behind the news of the file
+# Largest number of events that one turn handles. The kernel keeps the others for the next turn. So
+# a burst of events does not delay for long what the caller of `turn` or `wait` does in between.
 EVENTS_PER_TURN = 64
 
-# seconds without accepting after running out of room: no spin, and soon back
+# Seconds until accept(2) is called again after descriptors or memory have run out. The pause keeps
+# the loop from spinning, and is short because connections wait in the queue meanwhile.
 STALL_PAUSE = 0.2
 
-# seconds until those are tried again whose bytes the kernel had no memory for
+# Seconds until a call is retried for which the kernel had no memory.
 MEMORY_RETRY = 0.05
 
 
 class EventLoop:
-    """An epoll object, who is to be called for which descriptor, and what is to be done when."""
+    """An epoll object, a handler for each registered descriptor, and timers.
+
+    `clock` returns the time in seconds. `now` is the time at which the last wait returned: handlers
+    read it instead of the clock.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        # read once a turn
         self.now = clock()
         self.timers = Timers()
         self.epoll = select.epoll()
@@ -35,28 +40,48 @@ class EventLoop:
     def register(
         self, fd: int, handler: Callable[[], None], flags: int = 0, events: int = select.EPOLLIN
     ) -> None:
-        """Call `handler` whenever `fd` is readable, or has other `events`; `flags` are more of epoll_ctl(2)'s."""
+        """Call `handler` in every turn in which `fd` is ready.
+
+        Args:
+            fd: A descriptor that is not registered.
+            handler: The function to call.
+            flags: Further flags of epoll_ctl(2), such as EPOLLEXCLUSIVE.
+            events: The events to wait for, by default that `fd` is readable.
+
+        Raises:
+            OSError: The limit on epoll watches is reached, or memory is short (epoll_ctl(2)).
+
+        """
         self.epoll.register(fd, events | flags)
         self.handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:
-        """Forget `fd` if it is known; before it is closed, since the kernel goes on reporting what a duplicate keeps open."""
+        """Stop waiting for `fd`. Do nothing if it is not registered.
+
+        Call this before closing `fd`: while a duplicate of it is open, close(2) does not end its
+        events.
+        """
         if self.handlers.pop(fd, None) is not None:
             self._stalled.discard(fd)
             self.epoll.unregister(fd)
 
     def pause(self, fd: int) -> None:
-        """Leave `fd` alone until `resume`, which cannot be refused: registering it anew might be, for lack of room or memory."""
+        """Stop waiting for input on `fd` until `resume`.
+
+        `fd` stays registered, so `resume` cannot fail. Registering it again could fail, for lack of
+        epoll watches or memory.
+        """
         self.epoll.modify(fd, 0)
 
     def resume(self, fd: int) -> None:
-        """Heed `fd`, which was registered without flags, again."""
+        """Wait for input on `fd` again. It must have been registered without flags."""
         self.epoll.modify(fd, select.EPOLLIN)
 
     def stall(self, fd: int, seconds: float) -> None:
-        """Leave `fd`, which was registered without flags, alone for a while.
+        """Stop waiting for input on `fd` for `seconds`. It must have been registered without flags.
 
-        A descriptor that stays readable while the kernel has no memory for what is there would keep the loop spinning.
+        Use this when `fd` stays readable but the kernel has no memory for reading from it. The loop
+        would spin otherwise. All stalls end together, at the time that the latest call sets.
         """
         self.pause(fd)
         self._stalled.add(fd)
@@ -68,50 +93,64 @@ class EventLoop:
         self._stalled.clear()
 
     def timeout(self) -> float | None:
-        """Return the seconds until the next thing is due, None if nothing is planned."""
+        """Return the seconds until the next timer is due, or None if no timer is set."""
         return self.timers.timeout(self.clock())
 
     def wait(self, timeout: float | None) -> list[tuple[int, int]]:
-        """Return the descriptors that are ready, each with its events, after `timeout` seconds at the latest."""
+        """Wait until a descriptor is ready, and return those that are, each with its events.
+
+        The wait ends after `timeout` seconds, or after MAX_WAIT if that is less. It has no limit if
+        `timeout` is None. At most EVENTS_PER_TURN events are returned.
+        """
         events = self.epoll.poll(
-            timeout if timeout is None else min(timeout, MAX_WAIT), EVENTS_PER_TURN
+            None if timeout is None else min(timeout, MAX_WAIT), EVENTS_PER_TURN
         )
         self.now = self.clock()
         return events
 
     def turn(self) -> None:
-        """Wait, then call everyone whose descriptor is ready and do what is due."""
+        """Wait once, call the handler of each descriptor that is ready, then run the due timers."""
         for fd, _ in self.wait(self.timeout()):
-            # else: it went earlier in this turn
+            # There is no handler if an earlier one has unregistered the descriptor in this turn.
             if (handler := self.handlers.get(fd)) is not None:
                 handler()
         self.timers.run(self.now)
 
 
 class Timers:
-    """Actions and when they are due, each at most once; empty while nothing is planned, so that a loop can sleep."""
+    """Actions that are to run later, each with the time at which it is due.
+
+    An action is a function or a bound method, and is planned for one time at most. Times are in
+    seconds, all of the same clock. While no action is planned, the loop can sleep without a limit.
+    """
 
     def __init__(self) -> None:
         self._due: dict[Action, float] = {}
 
     def set(self, action: Action, when: float) -> None:
-        """Plan `action` for `when`, in place of an earlier plan for the same action."""
+        """Plan `action` for the time `when`. This replaces an earlier time of the same action."""
         self._due[action] = when
 
     def cancel(self, action: Action) -> None:
-        """Forget `action` if it is planned."""
+        """Remove `action` from the plan. Do nothing if it is not planned."""
         self._due.pop(action, None)
 
     def __contains__(self, action: Action) -> bool:
         return action in self._due
 
     def timeout(self, now: float) -> float | None:
-        """Return the seconds until the next action is due, 0 if one is overdue, None if nothing is planned."""
+        """Return the seconds from `now` until the next action is due.
+
+        The result is 0 if an action is overdue, and None if no action is planned.
+        """
         return max(0.0, min(self._due.values()) - now) if self._due else None
 
     def run(self, now: float) -> None:
-        """Do what is due, each action once; what an action plans anew waits for the next call."""
+        """Run every action that is due at the time `now`, each once.
+
+        An action that is planned during this call runs in a later one, even if it is due already.
+        """
         for action in [action for action, when in self._due.items() if when <= now]:
-            # an earlier action may have cancelled it
+            # An earlier action of this call may have cancelled this one.
             if self._due.pop(action, None) is not None:
                 action()

@@ -1,12 +1,16 @@
-"""Which file system an open file is on, and whether inotify(7) reports every change there."""
+"""Finds out from a file's file system whether inotify(7) reports every change to the file.
+
+The type of the file system is looked up in /proc/self/mountinfo. If the mount is not listed there,
+fstatfs(2) gives the type as a number instead.
+"""
 
 import ctypes
 import sys
 from pathlib import Path
 
 # File systems whose files change only through this kernel, so that inotify(7) reports every write.
-# On all others (NFS, SMB, FUSE, ...) another host or a daemon may append, and nothing reports that.
-# Each name, as in /proc/self/mountinfo, has the f_type of statfs(2) beside it.
+# On all others (NFS, SMB, FUSE, ...) another host or a daemon may append, and the kernel does not
+# report that. The keys are the names in /proc/self/mountinfo, the values are f_type of statfs(2).
 LOCAL_FILE_SYSTEMS = {
     "bcachefs": 0xCA451A4E,
     "btrfs": 0x9123683E,
@@ -32,30 +36,34 @@ LOCAL_FILE_SYSTEMS = {
 
 
 def is_local(file: int) -> bool:
-    """Tell whether only this kernel can change the open `file`: then inotify reports all of it.
+    """Return whether only this kernel can change the open `file`.
 
-    On such a file system device and inode number tell one file from another, too.
+    If so, inotify reports every change, and device and inode number together identify a file.
     """
     return why_poll(file) is None
 
 
 def why_poll(file: int) -> str | None:
-    """Return why inotify may not report every append to the open `file`, None if it does."""
+    """Return why inotify may not report every append to the open `file`, or None if it does."""
     if (name := _mounted_type(file)) is not None:
         return (
             None
             if name in LOCAL_FILE_SYSTEMS
             else f"inotify does not report every change on {name}"
         )
-    # In a chroot, or without /proc, the mount cannot be looked up; that is no sign of a local disk.
+    # In a chroot, or without /proc, the mount cannot be looked up. That does not mean that the file
+    # system is local, so ask for the number of its type.
     if (number := _type_number(file)) in LOCAL_FILE_SYSTEMS.values():
         return None
-    kind = "of unknown type" if number is None else f"of type {number:#x}, see statfs(2)"
-    return f"inotify may not report every change: its mount is not in /proc/self/mountinfo, the file system is {kind}"
+    kind = "of unknown type" if number is None else f"of type {number:#x} (see statfs(2))"
+    return (
+        "inotify may not report every change: the mount is not in /proc/self/mountinfo, "
+        f"and the file system is {kind}"
+    )
 
 
 def _mounted_type(file: int) -> str | None:
-    """Return the type of the mount that the open `file` is on, None where /proc does not list it."""
+    """Return the type of the open file's mount, or None if /proc does not list the mount."""
     try:
         info = dict(
             line.split(":\t", 1)
@@ -72,14 +80,17 @@ def _mounted_type(file: int) -> str | None:
 
 
 def _type_number(file: int) -> int | None:
-    """Return f_type of fstatfs(2), which Python's os does not have, None where it cannot be had."""
-    # struct statfs has about 120 bytes; f_type is the first field
+    """Return f_type of fstatfs(2) for the open `file`, or None if the call fails or is missing.
+
+    Python's `os` module has statvfs(3), which does not give the type.
+    """
+    # struct statfs has about 120 bytes. f_type is its first field.
     status = ctypes.create_string_buffer(512)
     try:
         if ctypes.CDLL(None).fstatfs(file, status) != 0:
             return None
     except (AttributeError, OSError):
-        # no such function in this C library
+        # This C library does not have the function, or the interpreter is linked statically.
         return None
     number = int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
     return number & 0xFFFFFFFF

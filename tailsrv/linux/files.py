@@ -1,4 +1,7 @@
-"""System calls on files: sendfile(2), read-ahead and anonymous files, with expected errors as values."""
+"""System calls on files: sendfile(2), read-ahead and anonymous files.
+
+Errors that are part of normal operation are returned as values, not raised.
+"""
 
 import mmap
 import os
@@ -7,18 +10,23 @@ from collections.abc import Iterable
 from tailsrv.linux.kernel import memory_file, preadv_nowait
 from tailsrv.linux.sockets import Outcome, outcome_of
 
-# An append up to this size is read once and written to every caught-up client: for so little, setting up a sendfile(2)
-# costs more than a copy does [measured: 8 % of a delivery to one of 1000 clients; at 16 KiB it is the other way round].
+# Largest number of bytes that `send_to_all` reads once and then writes to every socket. For so few
+# bytes, setting up a sendfile(2) costs more than copying them [measured: 8 % of a delivery to one
+# of 1000 sockets; at 16 KiB sendfile(2) is the cheaper way].
 MAX_COPY = 4096
 
-# how many bytes went, or why none did; an error itself where it is none to be expected
+# The result of a send: the number of bytes that were sent, or why none were sent. An OSError is an
+# unexpected error.
 Sent = int | Outcome | OSError
 
 _BYTE = bytearray(1)
 
 
 def send_chunk(out: int, file: int, offset: int, count: int) -> Sent:
-    """Send up to `count` bytes of `file` from `offset` to the socket `out`; 0 means that they are not there."""
+    """Send up to `count` bytes of `file`, from `offset` on, to the socket `out`.
+
+    The result is 0 if `file` has no bytes at `offset`.
+    """
     try:
         return os.sendfile(out, file, offset, count)
     except OSError as error:
@@ -26,27 +34,38 @@ def send_chunk(out: int, file: int, offset: int, count: int) -> Sent:
 
 
 def send_to_all(outs: Iterable[int], file: int, offset: int, count: int) -> dict[int, Sent]:
-    """Send the same `count` bytes of `file` from `offset` to each of the sockets `outs`; return those that did not take them all.
+    """Send the same bytes of a file to many sockets.
 
-    Nothing else happens for one that does: this is what an append costs each client.
+    For a socket that accepts all bytes, this is one system call and nothing else: it is what every
+    append costs for every receiver.
+
+    Args:
+        outs: The descriptors of the sockets.
+        file: The descriptor of the file.
+        offset: The position of the first byte in the file.
+        count: The number of bytes.
+
+    Returns:
+        The result of the send for each socket that did not accept all `count` bytes.
+
     """
     short: dict[int, Sent] = {}
-    out, left = -1, iter(outs)
+    out, remaining = -1, iter(outs)
     data = _read(file, offset, count) if count <= MAX_COPY else b""
     write, sendfile = os.write, os.sendfile
     while True:
         try:
             if data:
-                for out in left:
+                for out in remaining:
                     if (sent := write(out, data)) != count:
                         short[out] = sent
             else:
-                for out in left:
+                for out in remaining:
                     if (sent := sendfile(out, file, offset, count)) != count:
                         short[out] = sent
             return short
         except OSError as error:
-            # of one; the others are still to come
+            # The error is about this socket only. The next pass continues with the one after it.
             short[out] = outcome_of(error)
 
 
@@ -54,20 +73,32 @@ def _read(file: int, offset: int, count: int) -> bytes:
     try:
         return os.pread(file, count, offset)
     except OSError:
-        # sendfile(2) will say so to each
+        # Without data, sendfile(2) is called for every socket, and reports the error for each.
         return b""
 
 
 def is_cached(file: int, offset: int, count: int, stride: int) -> bool:
-    """Tell whether `count` bytes of `file` can be had without waiting for the disk, as a look at every `stride` and at the last tells.
+    """Return whether reading these bytes of a file will not wait for the disk.
 
-    preadv2(2), RWF_NOWAIT. The first look in vain is the last: the kernel answers it with read-ahead from that place on, and what
-    is behind it should not come before it. Where it is not known (EOPNOTSUPP, ENOSYS), or nothing is there, the answer is yes: sendfile(2)
-    has the last word.
+    This probes one byte in every `stride`, and the last one (preadv2(2) with RWF_NOWAIT). It stops
+    at the first byte that is not in the page cache: the kernel starts read-ahead there, and another
+    probe could make it read later bytes before these.
+
+    Args:
+        file: The descriptor of the file.
+        offset: The position of the first byte in the file.
+        count: The number of bytes.
+        stride: The distance between two probes, in bytes.
+
+    Returns:
+        False if a probed byte is not in the page cache. True if all are, or if that cannot be found
+        out (EOPNOTSUPP, ENOSYS), or if the file has no bytes there. sendfile(2) then shows what is
+        the case.
+
     """
     try:
-        for place in range(offset, offset + count, stride):
-            preadv_nowait(file, _BYTE, place)
+        for position in range(offset, offset + count, stride):
+            preadv_nowait(file, _BYTE, position)
         if (last := offset + count - 1) // mmap.PAGESIZE != offset // mmap.PAGESIZE:
             preadv_nowait(file, _BYTE, last)
     except BlockingIOError:
@@ -78,16 +109,22 @@ def is_cached(file: int, offset: int, count: int, stride: int) -> bool:
 
 
 def read_ahead(file: int, offset: int, count: int) -> None:
-    """Have `count` bytes of `file` read into the page cache, and do not wait for them (posix_fadvise(2))."""
+    """Start reading `count` bytes of `file` into the page cache, and do not wait for them.
+
+    This is POSIX_FADV_WILLNEED of posix_fadvise(2).
+    """
     try:
         os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
     except OSError:
-        # a hint; without it they come when they are sent
+        # The call is only a hint. Without it, the bytes are read when they are sent.
         pass
 
 
 def memory_file_with(data: bytes = b"") -> int:
-    """Return the descriptor of a new anonymous file that holds `data`, at its start."""
+    """Return the descriptor of a new anonymous file that contains `data`, positioned at its start.
+
+    Raises OSError if the file cannot be created or written.
+    """
     fd = memory_file("tailsrv")
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -100,10 +137,10 @@ def memory_file_with(data: bytes = b"") -> int:
 
 
 def close_file(fd: int) -> None:
-    """Close the descriptor of a file, and pass over what its file system says to that.
+    """Close the descriptor of a file, and ignore any error.
 
-    A network or FUSE file system may answer with any error (close(2): EIO, ENOTCONN, ...). Of a file that was only read
-    that means nothing, and on Linux the descriptor is free whatever the answer is.
+    A network or FUSE file system may answer close(2) with any error (EIO, ENOTCONN, ...). For a
+    file that was only read, the error has no meaning. Linux frees the descriptor in any case.
     """
     try:
         os.close(fd)

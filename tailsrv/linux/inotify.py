@@ -1,4 +1,8 @@
-"""One file: says grown, shrunk or gone."""
+"""Watches one file with inotify(7): whether it has changed, and whether its path may have changed.
+
+The file itself is watched by its inode, for appends and for a change of its name. Every link and
+folder on its path is watched as well, because moving or replacing one changes what the path names.
+"""
 
 import errno
 import os
@@ -11,20 +15,33 @@ from inotify_simple import INotify, flags
 
 from tailsrv.linux.file_system import why_poll
 
-# ATTRIB, not DELETE_SELF: while we hold it, unlink only lowers st_nlink
-_END = flags.ATTRIB | flags.MOVE_SELF
-_STEP = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
-# room for 16 events, which have no names; more than Python's small objects hold costs a malloc(3)
+# Events of the file itself after which its path might no longer name it. ATTRIB reports its
+# removal. DELETE_SELF does not: while the file is open, unlink(2) only lowers its link count.
+_FILE_EVENTS = flags.ATTRIB | flags.MOVE_SELF
+# Events of a link or folder on the path to the file.
+_PATH_EVENTS = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
+# Size of the buffer for events, in bytes. It has room for 16 events, because none of these events
+# has a name. A larger buffer would not be one of Python's small objects, and would cost a
+# malloc(3).
 _EVENTS_BYTES = 256
-# as in path_resolution(7)
+# What an operator can change when inotify(7) refuses an instance or a watch. EMFILE is also the
+# error of a process that has no descriptor left.
+_HINTS = {
+    errno.EMFILE: "raise fs.inotify.max_user_instances (LimitNOFILE= if descriptors ran out)",
+    errno.ENOSPC: "raise fs.inotify.max_user_watches",
+}
+# The kernel follows at most this many links in one path (path_resolution(7)).
 _MAX_LINKS = 40
 
 
 class Watch:
-    """The inotify watch on one open file and on what its path leads through.
+    """The inotify watches on one open file, and on the links and folders of its path.
 
-    Its events are hints, the file's state is the truth: whoever wakes up asks `size()`, and if `read()` says so,
-    whether the path still names the file. Where inotify cannot help, `polling` says why, and one has to look every `Timing.poll_interval`.
+    An event is only a hint that something may have changed. After each one, the caller calls
+    `size()` and, if `read()` returns True, checks whether the path still names the file.
+
+    If inotify cannot be used, or may miss changes, `polling` says why, and the caller has to check
+    the file at regular intervals. Otherwise `polling` is None.
     """
 
     def __init__(self, file: int, path: str) -> None:
@@ -45,114 +62,130 @@ class Watch:
                 self.close()
 
     def close(self) -> None:
-        """Give the inotify instance back."""
+        """Close the inotify instance. The file stays open."""
         if self._inotify is not None:
             self._inotify.close()
             self._inotify = None
 
     def fileno(self) -> int | None:
-        """Return the descriptor that becomes readable when there is something to look at, None if polling."""
+        """Return the descriptor that is readable when there are events, or None without inotify."""
         return self._inotify.fileno() if self._inotify is not None else None
 
     def follow(self, following: bool) -> None:
-        """Ask to be woken by appends, or not; either way the file's end is reported. Where that is refused, one has to poll."""
+        """Report appends from now on, or stop reporting them if `following` is False.
+
+        Changes of the file's name are reported in either case. If the kernel refuses to report
+        appends, `polling` says why.
+        """
         if following is not self.following:
             self.following = following
             if self._inotify is not None:
                 try:
                     self._watch_file()
                 except OSError as error:
-                    # the file may not be read any more, for instance
+                    # For instance, this process has no permission to read the file any more.
                     if following:
                         self.polling = _why_refused(error)
 
     def size(self) -> int:
-        """Return how many bytes are in the file now.
+        """Return the current size of the file, in bytes.
 
-        lseek(2) knows it as fstat(2) does, and spares making a stat_result, which costs more than the system
-        call [measured: a fifth of a caught-up client's latency]. The file position that it moves is used by nobody.
+        This uses lseek(2) instead of fstat(2): making a stat_result costs more than the system call
+        [measured: a fifth of the time from an append to its delivery]. Nothing else uses the file
+        position that lseek(2) changes.
         """
         try:
             self._size = os.lseek(self.file, 0, os.SEEK_END)
         except OSError:
-            # a file server that does not answer: it is as long as it was
+            # A file server does not answer. Return the last known size.
             pass
         return self._size
 
     def read(self) -> bool:
-        """Take what inotify has to say, and tell whether it may mean that the file is gone."""
+        """Read the pending events, and return whether the path might no longer name the file.
+
+        If so, the links and folders of the path are watched again, as by `renew`.
+        """
         try:
             events = os.read(self._fd, _EVENTS_BYTES)
         except BlockingIOError:
             return False
-        # the common case: however many appends there were, they merge into this
-        if events == self._append:
+        # The common case: the kernel merges any number of appends into one event.
+        if events == self._append_event:
             return False
         self.renew()
         return True
 
     def renew(self) -> None:
-        """Watch the way to the file anew: a link or folder may have been replaced by one that leads to the same file."""
+        """Watch the links and folders of the path again.
+
+        One of them may have been replaced by another that leads to the same file.
+        """
         try:
             if self._inotify is not None:
                 self._watch_path()
         except OSError:
-            # no watches left: the next change of a folder goes unnoticed, that of the file does not
+            # No watches are left. The next change of a folder will not be noticed, but a change of
+            # the file itself will.
             pass
 
     def _watch_file(self) -> None:
-        # Through /proc, so that the watch is on the inode that we hold, whatever its path names by now.
+        # The name in /proc leads to the inode that is open. The path may name another file by now.
         assert self._inotify is not None
-        mask = _END | flags.MODIFY if self.following else _END
+        mask = _FILE_EVENTS | flags.MODIFY if self.following else _FILE_EVENTS
         watch = self._inotify.add_watch(f"/proc/self/fd/{self.file}", mask)
-        # inotify(7), struct inotify_event
-        self._append = struct.pack("iIII", watch, flags.MODIFY, 0, 0)
+        # struct inotify_event of inotify(7).
+        self._append_event = struct.pack("iIII", watch, flags.MODIFY, 0, 0)
 
     def _watch_path(self) -> None:
-        """Watch the links and folders on the way to the file: one that moves away takes the file's name with it."""
+        """Watch the links and folders of the path: moving one changes what the path names."""
         assert self._inotify is not None
         for step in steps_to(self.path):
             try:
-                self._inotify.add_watch(step, _STEP)
+                self._inotify.add_watch(step, _PATH_EVENTS)
             except (FileNotFoundError, NotADirectoryError, PermissionError):
-                # gone, which a look at the path will say; or a folder that we may pass but not read
+                # Either the step does not exist, which the caller finds out when it checks the
+                # path. Or it is a folder that this process may pass through but not read.
                 pass
 
 
 class NoFile(Watch):
-    """Stands in for the watch while the file is awaited: it is empty, and nothing happens to it."""
+    """A watch on no file, for the time until there is one: its size is 0, and it has no events."""
 
     def __init__(self) -> None:
         self.file, self.path, self.polling, self.following = -1, "", None, False
         self._inotify = None
 
     def size(self) -> int:
-        """Return 0."""
+        """Return 0, the size of a file that does not exist yet."""
         return 0
 
 
 def steps_to(path: str) -> Iterator[str]:
-    """Yield every name that the kernel goes through to resolve `path`, links and what they lead to, the file last."""
+    """Yield every name that the kernel looks up when it resolves `path`, in that order.
+
+    These are links, the names that they lead to, and folders. The last name is that of the file.
+    """
     try:
         whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
     except FileNotFoundError:
-        # the folder that we started in is gone, and the file's name with it
+        # The current folder has been removed, so the relative path names nothing.
         return
-    here, names, links = "/", deque(Path(whole).parts[1:]), 0
+    folder, names, links = "/", deque(Path(whole).parts[1:]), 0
     while names:
-        step = os.path.join(here, names.popleft())
+        step = os.path.join(folder, names.popleft())
         yield step
         try:
             target = Path(os.readlink(step))
         except OSError:
-            # not a link
-            here = step
+            # The name is not a link.
+            folder = step
             continue
         links += 1
         if links > _MAX_LINKS:
             return
         if target.is_absolute():
-            here = "/"
+            folder = "/"
             names.extendleft(reversed(target.parts[1:]))
         else:
             names.extendleft(reversed(target.parts))
@@ -160,9 +193,6 @@ def steps_to(path: str) -> Iterator[str]:
 
 def _why_refused(error: OSError) -> str:
     """Return why inotify cannot be used, and what to change."""
-    hint = (
-        "; see fs.inotify.max_user_instances and max_user_watches"
-        if error.errno in (errno.EMFILE, errno.ENOSPC)
-        else ""
-    )
-    return f"no inotify: {os.strerror(error.errno or 0)}{hint}"
+    reason = f"inotify cannot be used: {os.strerror(error.errno or 0)}"
+    hint = _HINTS.get(error.errno or 0)
+    return f"{reason}; {hint}" if hint else reason

@@ -1,9 +1,10 @@
-"""Names and calls of the kernel that the interpreter may lack, with substitutes for them.
+"""Supplies constants and system calls that the Python interpreter may lack.
 
-An interpreter has only what the C library had that it was built against: glibc 2.17 for those of uv,
-conda and mise, a musl without preadv2(2) for those of Alpine up to 3.19. The numbers are those of the
-kernel's headers (linux/*.h) on all architectures that such interpreters are built for. Any other name
-that may be missing belongs here, too: tests/old_libc.py lists them.
+An interpreter has only the names of the C library that it was built against: glibc 2.17 for the
+interpreters of uv, conda and mise, a musl without preadv2(2) for those of Alpine up to 3.19. The
+numbers below are those of the kernel's headers (linux/*.h), on all architectures that such
+interpreters are built for. Any other name that may be missing belongs in this module.
+tests/support/old_libc.py lists such names.
 """
 
 import ctypes
@@ -26,22 +27,35 @@ _MFD_CLOEXEC = 1
 
 
 def preadv_nowait(file: int, buffer: bytearray, offset: int) -> int:
-    """Read bytes that are in the page cache into `buffer`, and return how many (preadv2(2)).
+    """Read into `buffer` if no wait for the disk is needed (preadv2(2), RWF_NOWAIT).
 
-    Raises BlockingIOError where the disk would have to be waited for, and OSError with ENOSYS where
-    neither the interpreter nor the C library has the call.
+    Args:
+        file: The descriptor of the file.
+        buffer: Where to put the bytes. Its length is the number of bytes to read.
+        offset: The position of the first byte in the file.
+
+    Returns:
+        The number of bytes that were read from the page cache.
+
+    Raises:
+        BlockingIOError: The bytes are not in the page cache.
+        OSError: The read failed, or the file system does not support such reads (EOPNOTSUPP), or
+            neither the interpreter nor the C library has the call (ENOSYS).
+
     """
     try:
         return os.preadv(file, [buffer], offset, RWF_NOWAIT)
     except NotImplementedError:
-        # The C library that the interpreter runs with is often newer than the one it was built with.
+        # The interpreter often runs with a newer C library than the one that it was built against.
         return _preadv2(file, buffer, offset)
 
 
 def memory_file(name: str) -> int:
-    """Return the descriptor of a new anonymous file: memfd_create(2), else an unlinked file on disk.
+    """Return the descriptor of a new anonymous file.
 
-    Raises OSError.
+    The file is in memory (memfd_create(2)). Where that call is missing, it is an unlinked file on
+    disk. `name` has no effect except that /proc shows it. Raises OSError if the file cannot be
+    created.
     """
     try:
         return os.memfd_create(name) if hasattr(os, "memfd_create") else _memfd_create(name)
@@ -67,7 +81,10 @@ def _memfd_create(name: str) -> int:
 
 
 def _call(name: str, *arguments: Any) -> int:
-    """Call a function of the C library. Raises OSError, with ENOSYS where there is none of that name."""
+    """Call the function `name` of the C library.
+
+    Raises OSError if the call fails, with ENOSYS if the library does not have the function.
+    """
     function = _find(name)
     result = -1 if function is None else int(function(*arguments))
     if result < 0:
@@ -81,13 +98,13 @@ def _find(name: str) -> Callable[..., Any] | None:
     try:
         function: Callable[..., Any] = ctypes.CDLL(None, use_errno=True)[name]
     except (OSError, AttributeError):
-        # OSError: the interpreter is linked statically.
+        # OSError means that the interpreter is linked statically.
         return None
     return function
 
 
 def _temporary_file() -> int:
-    # Imported here, since it imports much that only these few interpreters would need.
+    # Imported here because only few interpreters need it, and it imports many other modules.
     import tempfile
 
     with tempfile.TemporaryFile() as file:

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.files import close_file
 
-# seconds between two reports; a host of containers may mount many times a second
+# Seconds after a report during which further changes are collected into one report. A host of
+# containers may mount file systems many times a second.
 REPORT_INTERVAL = 1.0
 
 
 class Mounts:
-    """Calls `changed()` when the mount table of our namespace has changed, at most once in INTERVAL.
+    """Calls `changed()` when the mounts in this process's mount namespace have changed.
 
-    /proc/self/mountinfo can be polled (proc_pid_mountinfo(5)): it is always readable, and urgent when
-    something has changed since the last poll. Where it cannot be had, mounts go unnoticed.
+    There are at most two calls in REPORT_INTERVAL seconds. The reports come from the kernel:
+    /proc/self/mountinfo has the event EPOLLPRI when the mounts have changed since the file was last
+    polled (proc_pid_mountinfo(5)). If the file cannot be opened, changes are not noticed.
     """
 
     def __init__(self, loop: EventLoop, changed: Callable[[], None]) -> None:
@@ -28,27 +30,31 @@ class Mounts:
             self.close()
 
     def close(self) -> None:
-        """Close the file, in a forked child."""
+        """Close the file. This is for a forked child, which does not use the loop."""
         if self._file is not None:
             close_file(self._file)
             self._file = None
 
     def _handle(self) -> None:
-        """Report the change. Those of the next second are reported as one and wake nobody before."""
+        """Report a change, and ignore further ones until the next report is due.
+
+        The file is unregistered meanwhile, so that further changes do not wake the process.
+        """
         assert self._file is not None
         self._loop.unregister(self._file)
         self._loop.timers.set(self._resume, self._loop.now + REPORT_INTERVAL)
         self._changed()
 
     def _resume(self) -> None:
-        """Wait for changes again, and report one, as there may have been some since.
+        """Wait for changes again, and report one, because there may have been some meanwhile.
 
-        Whether there were cannot be told: epoll_ctl(2) looks at the file, which counts as a poll.
+        Whether there were any cannot be found out: epoll_ctl(2) polls the file itself, and so hides
+        earlier changes from the next poll.
         """
         assert self._file is not None
         try:
             self._loop.register(self._file, self._handle, events=select.EPOLLPRI)
         except OSError:
-            # no memory for it now
+            # Epoll watches or memory have run out. Try again later.
             self._loop.timers.set(self._resume, self._loop.now + REPORT_INTERVAL)
         self._changed()

@@ -1,4 +1,4 @@
-"""Sees to this process's own descriptors: how many it may have, and that the standard ones are taken."""
+"""Sets and reads properties of a process: descriptors, CPU limits, OOM score, start time."""
 
 import os
 import resource
@@ -7,38 +7,39 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_ADJUSTMENT = "/proc/self/oom_score_adj"
+_OOM_SCORE_FILE = "/proc/self/oom_score_adj"
 
-# OOM_SCORE_ADJ_MAX of linux/oom.h
-_HIGHEST = 1000
+# OOM_SCORE_ADJ_MAX of linux/oom.h.
+_MAX_OOM_SCORE = 1000
 
-# Half of what may be had: the supervisor holds a descriptor of each client and so may be the larger process by far
-# [measured: with 10 and 100 more, a full memory cgroup still cost the supervisor].
-_MORE = 500
+# How much `raise_oom_score` adds: half of the maximum. The parent may be much larger than the
+# child, because it may hold many more descriptors [measured: with 10 or 100 instead of 500, the
+# kernel still killed the parent when a memory cgroup was full].
+_OOM_SCORE_INCREMENT = 500
 
-
+# Where the cgroup file systems are mounted, and the file that names the cgroups of this process.
 CGROUPS = Path("/sys/fs/cgroup")
-
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def occupy_standard_descriptors() -> None:
-    """See to it that 0, 1 and 2 are open: what is written there must not go to a socket or into a file that got such a number."""
+    """Open /dev/null as each of the descriptors 0, 1 and 2 that is closed.
+
+    Otherwise a socket or file that is opened later could get such a number, and messages for
+    standard error would be written to it. Raises OSError if /dev/null cannot be opened.
+    """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one and return what it is now."""
+    """Raise the soft limit on open descriptors to the hard limit, and return the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (
-            OSError,
-            ValueError,
-        ):  # pragma: no cover: a sandbox may forbid it; the soft limit then is what we have
+        except (OSError, ValueError):  # pragma: no cover: only a sandbox forbids this
             return soft
     return hard
 
@@ -46,34 +47,38 @@ def raise_descriptor_limit() -> int:
 def count_processors(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int:
     """Return the number of processors that this process may use, at least 1.
 
-    Reads what cgroups(7) and sched_setaffinity(2) describe; a file that is not there sets no limit.
+    The limits are the CPU affinity (sched_setaffinity(2)) and the CPU quotas of cgroups(7). A file
+    that cannot be read sets no limit.
     """
     return usable_processors(len(os.sched_getaffinity(0)), list(_quotas(membership, cgroups)))
 
 
 def _quotas(membership: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
-    """Yield quota and period of every cgroup that this process is in, the outer ones too."""
+    """Yield the quota and period of every cgroup of this process, including the outer ones."""
     for line in _read(membership).splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         root = cgroups / controllers if controllers else cgroups
-        for folder in _upwards(root, group):
-            # version 1: two files, a quota of -1 for none
+        for folder in _with_parents(root, group):
+            # Version 1 has two files. A quota of -1 means that there is none.
             if controllers:
                 words = [
                     _read(folder / "cpu.cfs_quota_us").strip(),
                     _read(folder / "cpu.cfs_period_us").strip(),
                 ]
             else:
-                # version 2: one file, "max" for none
+                # Version 2 has one file. A quota of "max" means that there is none.
                 words = _read(folder / "cpu.max").split()
             if len(words) == 2 and all(word.isdigit() for word in words):
                 yield int(words[0]), int(words[1])
 
 
-def _upwards(root: Path, group: str) -> Iterator[Path]:
-    """Yield the folder of `group` below `root` and all above it, `root` last (in a container it is all there is)."""
+def _with_parents(root: Path, group: str) -> Iterator[Path]:
+    """Yield the folder of `group`, then every folder above it, up to and including `root`.
+
+    In a container, only `root` may exist.
+    """
     folder = root / group.lstrip("/")
     while folder != root and root in folder.parents:
         yield folder
@@ -89,33 +94,35 @@ def _read(path: Path) -> str:
 
 
 def usable_processors(affinity: int, quotas: list[tuple[int, int]]) -> int:
-    """Return how many workers `-w auto` means.
+    """Return the smallest of these limits on processors, rounded up, and at least 1.
 
-    `affinity` is the number of processors this process may run on; each of `quotas` is a cgroup's CPU time
-    and the period it is for, in the same unit. The smallest share counts, rounded up.
+    `affinity` is the number of processors that this process may run on. Each of `quotas` is the CPU
+    time of a cgroup and the period for which it is granted, in the same unit.
     """
     shares = [-(-quota // period) for quota, period in quotas if quota > 0 and period > 0]
     return max(1, min([affinity, *shares]))
 
 
 def raise_oom_score() -> None:
-    """Raise this process's `oom_score_adj` above the one that it has inherited (proc_pid_oom_score_adj(5)).
+    """Make the kernel kill this process rather than its parent when memory is short.
 
-    A worker's death costs no client anything, the supervisor's costs them all. Raising one's own adjustment takes no
-    privilege. Where /proc does not allow it, the kernel's choice stays as it is.
+    This raises `oom_score_adj` above the inherited value (proc_pid_oom_score_adj(5)), which needs
+    no privilege. It is for a child whose death does less harm than that of its parent. If /proc
+    does not allow the change, the value stays as it is.
     """
     with suppress(OSError, ValueError):
-        with open(_ADJUSTMENT, encoding="ascii") as file:
+        with open(_OOM_SCORE_FILE, encoding="ascii") as file:
             inherited = int(file.read())
-        with open(_ADJUSTMENT, "w", encoding="ascii") as file:
-            file.write(str(min(inherited + _MORE, _HIGHEST)))
+        with open(_OOM_SCORE_FILE, "w", encoding="ascii") as file:
+            file.write(str(min(inherited + _OOM_SCORE_INCREMENT, _MAX_OOM_SCORE)))
 
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """A process's parent and its start in clock ticks since boot, fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5)).
+    """The parent of a process, and its start time in clock ticks since boot.
 
-    A pid and its start time together name a process for good; a pid alone may be another's by now.
+    These are fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5)). A pid together with a start time
+    identifies a process forever. A pid alone may belong to a later process.
     """
 
     parent: int
@@ -123,10 +130,10 @@ class Stat:
 
 
 def read_stat(pid: int) -> Stat | None:
-    """Return parent and start time of a process, None if there is none of that pid."""
+    """Return the parent and start time of the process `pid`, or None if it does not exist."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # a name can hold anything, also brackets
+            # The second field is a name in parentheses, which may contain spaces and parentheses.
             values = file.read().rpartition(b")")[2].split()
         return Stat(int(values[1]), int(values[19]))
     except (OSError, IndexError, ValueError):
@@ -134,6 +141,6 @@ def read_stat(pid: int) -> Stat | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Return when the process `pid` started, in clock ticks since boot; None if it is gone."""
+    """Return when the process `pid` started, in clock ticks since boot, or None if it is gone."""
     stat = read_stat(pid)
     return stat.ticks if stat else None

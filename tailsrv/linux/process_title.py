@@ -1,4 +1,4 @@
-"""Shows what a process is and how it does, in its title, which people, `ps` and psutil read, and to the service manager."""
+"""Sets the title of a process, which ps(1) shows, and makes room for long titles."""
 
 import os
 from collections.abc import Callable
@@ -7,37 +7,48 @@ from setproctitle import getproctitle, setproctitle
 
 from tailsrv.linux.event_loop import Timers
 
-# seconds; a title changes at most so often, and not at all while nothing does
+# Seconds between two changes of a title, at least.
 TITLE_INTERVAL = 1.0
 
-# The environment variable that makes the room which command line and environment lack.
+# An environment variable whose only purpose is its length. It makes room for a longer title.
 ROOM = "TAILSRV_TITLE_ROOM"
 
 
 def make_room(length: int, executable: str, arguments: list[str]) -> None:
-    """Make room for titles of `length` bytes, in a process that was started with these arguments.
+    """Make room for titles of `length` bytes, by executing the program again if necessary.
 
-    A title is written over the command line and the environment, whose room is fixed by execve(2).
-    Where it is too small, this process executes itself again, once, with a variable that is as long
-    as the title. The pid, inheritable descriptors and blocked signals live through that. Call it
-    before anything is opened that does not. Does nothing where execve(2) fails: titles stay cut.
+    A title is written over the command line and the environment, whose size is fixed by execve(2).
+    If they are too short, this process executes its program again, once, with an environment
+    variable of `length` bytes. The process keeps its pid, inheritable descriptors and blocked
+    signals. Call this before opening anything that must not be lost. If execve(2) fails, longer
+    titles are cut.
+
+    Args:
+        length: The length of the longest title, in bytes.
+        executable: The path of the program to execute.
+        arguments: The arguments that this process was started with, including the program's name.
+
     """
     if os.environ.pop(ROOM, None) is None and not _has_room(length):
         try:
-            os.execve(executable, arguments, {**os.environ, ROOM: "x" * length})  # noqa: S606 our own command
+            os.execve(executable, arguments, {**os.environ, ROOM: "x" * length})  # noqa: S606 this program
         except OSError:
-            # a server without a whole title is better than none
+            # It is better to continue with cut titles than not to start.
             pass
 
 
 def _has_room(length: int) -> bool:
-    """Tell whether a title of `length` bytes is kept whole, by setting one."""
+    """Return whether there is room for a title of `length` bytes, by setting one."""
     setproctitle("tailsrv: starting".ljust(length))
     return len(getproctitle()) == length
 
 
 class ProcessTitle:
-    """A text that follows `render()` at a bounded pace, by default this process's title: `changed` may be called at any time."""
+    """Shows a text whenever it has changed, but at most once in an interval.
+
+    By default, the text is the title of this process. `render()` returns the current text,
+    `show(text)` shows it, and `interval` is in seconds.
+    """
 
     def __init__(
         self,
@@ -48,12 +59,16 @@ class ProcessTitle:
     ) -> None:
         self._timers, self._render, self._show, self._interval = timers, render, show, interval
         self._shown = ""
-        # the title must not change before
+        # The earliest time at which the text may be shown again.
         self._next = float("-inf")
         self._now = float("-inf")
 
     def changed(self, now: float) -> None:
-        """Note at the time `now` that the title may be out of date: it is renewed at once, or when its interval is over."""
+        """Note that the text may have changed. `now` is the current time in seconds.
+
+        A new text is shown at once, or as soon as the interval since the last one is over. This
+        may be called at any time.
+        """
         self._now = now
         if now >= self._next:
             self._renew()

@@ -1,4 +1,4 @@
-"""Tries at start what a system that only resembles Linux may do differently."""
+"""Checks features of the kernel that a system which only resembles Linux may lack."""
 
 import socket
 import time
@@ -6,20 +6,22 @@ from contextlib import ExitStack
 
 from tailsrv.linux.sockets import bytes_streamed, unsent
 
-# bytes to send
+# Number of bytes to send.
 _COUNT = 1000
-# seconds for the connection; on Linux it is there at once
-_PATIENCE = 1.0
-# looks for the acknowledgement, a millisecond apart; on Linux it is there at once, too
-_TRIES = 1000
+# Seconds to wait for the connection. Linux makes it at once.
+_CONNECT_TIMEOUT = 1.0
+# Number of checks for the acknowledgement, a millisecond apart. On Linux, it is there at once.
+_ACK_CHECKS = 1000
 
 
 def counts_streams() -> bool:
-    """Tell whether the kernel says how much has been sent on a connection, as a successor needs it.
+    """Return whether the kernel counts the bytes that have been sent on a TCP connection.
 
-    Sends some bytes over loopback and has them counted twice: when they are sent, and when they are
-    acknowledged. Sandboxes like gVisor may have a TCP_INFO that is short or empty. Returns True
-    also where there is no loopback to try it on.
+    A process that inherits a connection needs this number in order to continue the stream.
+    Sandboxes such as gVisor may return a TCP_INFO that is short or empty.
+
+    This sends some bytes over loopback and checks the count twice: after sending, and after the
+    bytes have been acknowledged. The result is True as well if no loopback connection can be made.
     """
     with ExitStack() as stack:
         try:
@@ -38,23 +40,23 @@ def counts_streams() -> bool:
 
 
 def _connect(stack: ExitStack) -> socket.socket:
-    """Return the accepted end of a connection on loopback; `stack` closes all of it."""
+    """Return the accepted end of a new loopback connection. `stack` closes all its sockets."""
     listener, far = (
         stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
         for _ in range(2)
     )
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    far.settimeout(_PATIENCE)
+    far.settimeout(_CONNECT_TIMEOUT)
     far.connect(listener.getsockname())
-    listener.settimeout(_PATIENCE)
+    listener.settimeout(_CONNECT_TIMEOUT)
     near, _ = listener.accept()
     return stack.enter_context(near)
 
 
 def _acknowledged(sock: socket.socket) -> bool:
-    """Wait until the peer has acknowledged everything, and tell whether it has."""
-    for _ in range(_TRIES):
+    """Wait until the peer has acknowledged all bytes, and return whether it has done so in time."""
+    for _ in range(_ACK_CHECKS):
         if not unsent(sock):
             return True
         time.sleep(0.001)

@@ -1,4 +1,7 @@
-"""sendfile, recv and the like, with would-block, hang-up and out-of-descriptors as values."""
+"""System calls on sockets: accept, receive, shut down, and what the kernel knows of a connection.
+
+Errors that are part of normal operation are returned as values (`Outcome`), not raised.
+"""
 
 import errno
 import fcntl
@@ -14,6 +17,8 @@ from typing import NamedTuple
 
 from tailsrv.linux.kernel import SO_PROTOCOL
 
+# Options that make the kernel end a connection about two minutes after its peer has vanished. The
+# times are in seconds.
 KEEPALIVE_OPTIONS = (
     (SOL_SOCKET, SO_KEEPALIVE, 1),
     (IPPROTO_TCP, TCP_KEEPIDLE, 60),
@@ -22,51 +27,54 @@ KEEPALIVE_OPTIONS = (
 )
 
 
-# The system, or a limit of ours, has no room for what a worker needs. That is no fault of the worker, and may pass.
+# Descriptors or memory have run out, for this process or the whole system. This may pass.
 NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-# of epoll watches
-_SHORTAGES = NO_ROOM_ERRNOS | {errno.ENOSPC}
+# ENOSPC means that the limit on epoll watches is reached (epoll_ctl(2)).
+_SHORTAGE_ERRNOS = NO_ROOM_ERRNOS | {errno.ENOSPC}
 
 
-# Connections in a row that fail before accept(2) is taken to fail for every one of them.
+# If accept(2) fails this many times in a row, the cause is taken to be other than the connections.
 ACCEPT_TRIES = 64
 
 
 class Outcome(Enum):
-    """Why a system call moved nothing."""
+    """Why a system call transferred no data, or accepted no connection."""
 
     WOULD_BLOCK = "would block"
     HUNG_UP = "hung up"
     NO_ROOM = "out of descriptors or memory"
-    NO_DESCRIPTOR = "out of our own descriptors"
+    NO_DESCRIPTOR = "out of the process's descriptors"
 
 
-# TimeoutError: keepalive gave up. The unreachable ones: a router said so while keepalive was asking.
+# Errors of a connection whose peer is gone. TimeoutError means that keepalive has given up. The
+# errors for an unreachable host or network come from a router that answered a keepalive probe.
 PEER_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, TimeoutError)
 PEER_GONE_ERRNOS = frozenset(
     {errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
 )
 
-# accept(2) hands on errors that the new connection met on the network; they say nothing about the listener.
+# accept(2) passes on network errors of the new connection. They do not mean that the listener
+# fails.
 TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
     errno.ECONNABORTED,
     errno.EPROTO,
     errno.ENOPROTOOPT,
     errno.ENONET,
     errno.EOPNOTSUPP,
-    # a firewall rule
+    # A firewall rule refuses the connection.
     errno.EPERM,
     errno.ETIMEDOUT,
 }
 
-# Discarding never writes to its buffer (MSG_TRUNC), so its pages are never there. Larger than the largest
-# receive buffer (tcp_rmem[2], 6 MiB by default), so that one call empties the socket.
-_DISCARD = mmap.mmap(-1, 64 << 20)
+# The buffer of `discard`. With MSG_TRUNC the kernel never writes to it, so it uses no memory. It is
+# larger than the largest receive buffer (tcp_rmem[2], 6 MiB by default), so that one call empties
+# the socket.
+_DISCARD_BUFFER = mmap.mmap(-1, 64 << 20)
 
 
 def outcome_of(error: OSError) -> Outcome | OSError:
-    """Return what it means that a send has failed; an error itself where it is none to be expected."""
+    """Return what the `error` of a send means, or `error` itself if it is unexpected."""
     if isinstance(error, BlockingIOError):
         return Outcome.WOULD_BLOCK
     if isinstance(error, PEER_GONE) or error.errno in PEER_GONE_ERRNOS:
@@ -75,10 +83,19 @@ def outcome_of(error: OSError) -> Outcome | OSError:
 
 
 def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome | OSError:
-    """Take one connection, non-blocking, with its peer's address and port.
+    """Accept one connection.
 
-    Returns an error of the network's where so many connections in a row have failed that the cause is
-    not with them: a security policy, for one, may refuse the call before it looks into the queue.
+    A connection that fails before it is accepted is skipped.
+
+    Returns:
+        The new socket, which is non-blocking, and the address and port of its peer. Or an Outcome,
+        if there is no connection to accept, or no descriptor or memory for it. Or the last error,
+        if ACCEPT_TRIES calls in a row have failed: then the cause is not in the connections. For
+        instance, a security policy may refuse the call before the kernel looks into the queue.
+
+    Raises:
+        OSError: The listener itself fails.
+
     """
     for _ in range(ACCEPT_TRIES):
         try:
@@ -86,7 +103,8 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
         except BlockingIOError:
             return Outcome.WOULD_BLOCK
         except OSError as error:
-            # it does not listen any more: a worker before this one has stopped that
+            # The socket does not listen any more: a process that shares it has called
+            # `stop_listening`.
             if error.errno == errno.EINVAL:
                 return Outcome.WOULD_BLOCK
             if error.errno in NO_ROOM_ERRNOS:
@@ -95,25 +113,30 @@ def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | O
                 raise
             failure = error
         else:
-            # accept(2): the new socket does not inherit O_NONBLOCK
+            # The new socket does not inherit O_NONBLOCK (accept(2)).
             sock.setblocking(False)
             return sock, address[:2]
     return failure
 
 
 def _without_room(listener: socket.socket, error: OSError) -> Outcome:
-    # The kernel takes a descriptor before it looks into the queue: with nobody there, there is no need of one.
+    # The kernel allocates a descriptor before it looks into the queue, so it may report this error
+    # although there is no connection to accept.
     if not _is_readable(listener):
         return Outcome.WOULD_BLOCK
     return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
 
 
 def stop_listening(listener: socket.socket) -> None:
-    """Have connections refused, whoever else holds the listener: until its last copy is closed they would be queued, and then reset."""
+    """Refuse new connections from now on.
+
+    Closing `listener` is not enough if other processes have it open: until the last of them closes
+    it, the kernel would queue new connections, and would then reset them.
+    """
     try:
         listener.shutdown(socket.SHUT_RD)
     except OSError:
-        # nobody listens at it any more
+        # The socket does not listen any more.
         pass
 
 
@@ -124,26 +147,31 @@ def _is_readable(sock: socket.socket) -> bool:
 
 
 def peek(sock: socket.socket, count: int) -> bytes | Outcome:
-    """Return what the client has sent so far, as far as a header can reach, and leave it in the socket."""
+    """Return up to `count` bytes that the peer has sent, and leave them in the socket.
+
+    The result is empty at the end of the peer's data. It is an Outcome if no bytes have arrived
+    yet, or if the peer is gone. Raises OSError if the call fails for another reason.
+    """
     try:
         return sock.recv(count, socket.MSG_PEEK)
     except BlockingIOError:
         return Outcome.WOULD_BLOCK
     except PEER_GONE:
         return Outcome.HUNG_UP
-    except (
-        OSError
-    ) as error:  # pragma: no cover: takes a network that fails, which tests/faults.md pretends
+    except OSError as error:  # pragma: no cover: needs a failing network, see tests/faults
         if error.errno in PEER_GONE_ERRNOS:
             return Outcome.HUNG_UP
         raise
 
 
 def discard(sock: socket.socket) -> bool:
-    """Throw away all that the client has sent, and tell whether that was the end of its input."""
+    """Discard all bytes that the peer has sent, and return whether its data has ended.
+
+    The result is also True if the connection has failed.
+    """
     try:
-        # tcp(7): MSG_TRUNC discards without a copy
-        return sock.recv_into(_DISCARD, 0, socket.MSG_TRUNC) == 0
+        # MSG_TRUNC discards the bytes without copying them (tcp(7)).
+        return sock.recv_into(_DISCARD_BUFFER, 0, socket.MSG_TRUNC) == 0
     except BlockingIOError:
         return False
     except OSError:
@@ -151,71 +179,75 @@ def discard(sock: socket.socket) -> bool:
 
 
 def unsent(sock: socket.socket) -> int:
-    """Return how many bytes the peer has not acknowledged yet, our FIN among them (tcp(7), SIOCOUTQ)."""
+    """Return how many bytes the peer of `sock` has not acknowledged yet (SIOCOUTQ of tcp(7)).
+
+    An unacknowledged FIN counts as one byte.
+    """
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
 
 
-# struct tcp_info of linux/tcp.h, part of the kernel's interface: tcpi_state is its first byte, tcpi_bytes_acked
-# (since Linux 4.1) the u64 at byte 120.
-_TCP_INFO = 128
-_ACKED = slice(120, _TCP_INFO)
-# tcpi_unacked and tcpi_sacked, which for a listener are its queue's length and limit
-_QUEUE = struct.Struct("=24xII")
-# TCP_ESTABLISHED, TCP_CLOSE_WAIT: tcp_states.h
-_OPEN = frozenset({1, 8})
+# Parts of struct tcp_info of linux/tcp.h, which is a stable interface of the kernel. tcpi_state is
+# the first byte. tcpi_bytes_acked (since Linux 4.1) is the u64 at byte 120.
+_TCP_INFO_SIZE = 128
+_BYTES_ACKED = slice(120, _TCP_INFO_SIZE)
+# tcpi_unacked and tcpi_sacked. For a listener, these are the length and the limit of its queue.
+_ACCEPT_QUEUE = struct.Struct("=24xII")
+# TCP_ESTABLISHED and TCP_CLOSE_WAIT of tcp_states.h.
+_OPEN_STATES = frozenset({1, 8})
 
 
 def bytes_streamed(sock: socket.socket) -> int | None:
-    """Return how many bytes have ever been put into `sock`, by whomever.
+    """Return how many bytes have been written to `sock` since it was connected, by any process.
 
-    None if its connection is not open any more, or if the kernel does not say: of an MPTCP socket it
-    tells about the first subflow only, and a system that resembles Linux may leave the end out.
+    The result is None if the connection is not open any more, or if the kernel does not give the
+    number. For an MPTCP socket, the kernel describes only the first subflow. A system that
+    resembles Linux may leave out the end of TCP_INFO.
 
-    What the peer has acknowledged plus what it has not. The two come from separate calls, so that an
-    acknowledgement may fall between them: they are read until they agree.
+    The number is the sum of the acknowledged and the unacknowledged bytes. These come from separate
+    calls, and an acknowledgement may arrive between them, so they are read again until they agree.
     """
     if protocol(sock) != socket.IPPROTO_TCP:
         return None
     before = _tcp_info(sock)
     while True:
-        if len(before) < _TCP_INFO or before[0] not in _OPEN:
+        if len(before) < _TCP_INFO_SIZE or before[0] not in _OPEN_STATES:
             return None
-        waiting = unsent(sock)
+        unacknowledged_bytes = unsent(sock)
         after = _tcp_info(sock)
-        if before[_ACKED] == after[_ACKED] and len(after) == _TCP_INFO:
-            return int.from_bytes(after[_ACKED], sys.byteorder) + waiting
+        if before[_BYTES_ACKED] == after[_BYTES_ACKED] and len(after) == _TCP_INFO_SIZE:
+            return int.from_bytes(after[_BYTES_ACKED], sys.byteorder) + unacknowledged_bytes
         before = after
 
 
 def _tcp_info(sock: socket.socket) -> bytes:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
 
 
 def protocol(sock: socket.socket) -> int:
-    """Return the protocol that the kernel has given `sock`, which need not be what was asked for."""
+    """Return the protocol of `sock`, which may differ from the one that was asked for."""
     return sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL)
 
 
 class Unacknowledged(NamedTuple):
-    """What the kernel knows of a peer that has yet to acknowledge bytes."""
+    """What the kernel knows about a peer that has not acknowledged all bytes yet."""
 
-    # timeouts in a row after which bytes were sent again
+    # Number of timeouts in a row after which bytes were sent again.
     retransmits: int
-    # of a closed window, in a row, that were not answered; or of keepalive
+    # Number of probes in a row that were not answered, of a closed window or of keepalive.
     probes: int
-    # seconds since the last acknowledgement of any kind
+    # Seconds since the last acknowledgement of any kind.
     silence: float
 
 
-# tcpi_retransmits, tcpi_probes, tcpi_unacked (packets), tcpi_last_ack_recv (milliseconds), and
-# tcpi_notsent_bytes (since Linux 4.6).
+# The fields tcpi_retransmits, tcpi_probes, tcpi_unacked (packets), tcpi_last_ack_recv
+# (milliseconds) and tcpi_notsent_bytes (since Linux 4.6) of struct tcp_info.
 _UNACKNOWLEDGED = struct.Struct("=2xBB20xI28xI84xI")
 
 
 def unacknowledged(sock: socket.socket) -> Unacknowledged | None:
-    """Return what the kernel knows of the peer of `sock`, None if it has no bytes for that peer.
+    """Return what the kernel knows about the peer of `sock` if it has bytes for that peer.
 
-    Also None for a socket that cannot tell.
+    The result is None if all bytes are acknowledged, or if the kernel does not give these numbers.
     """
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKNOWLEDGED.size)
@@ -226,16 +258,22 @@ def unacknowledged(sock: socket.socket) -> Unacknowledged | None:
 
 
 def accept_queue(listener: socket.socket) -> tuple[int, int]:
-    """Return how many connections wait in the queue of `listener`, and how many it holds.
+    """Return how many connections wait in the accept queue of `listener`, and its limit.
 
-    The latter is less than listen(2) was asked for where that was cut, and 0 where it is not known.
+    The limit is lower than the one that was passed to listen(2) if the system has lowered it. It is
+    0 if it is not known.
     """
-    queued, backlog = _QUEUE.unpack_from(_tcp_info(listener).ljust(_QUEUE.size, b"\0"))
+    queued, backlog = _ACCEPT_QUEUE.unpack_from(
+        _tcp_info(listener).ljust(_ACCEPT_QUEUE.size, b"\0")
+    )
     return int(queued), int(backlog)
 
 
 def take_socket(fd: int) -> tuple[socket.socket, tuple[str, int] | None]:
-    """Return the socket behind an inherited descriptor, and its peer if it still has one."""
+    """Return the socket of an inherited descriptor, with the address and port of its peer.
+
+    The peer is None if the socket is not connected any more.
+    """
     sock = socket.socket(fileno=fd)
     try:
         return sock, sock.getpeername()[:2]
@@ -244,16 +282,16 @@ def take_socket(fd: int) -> tuple[socket.socket, tuple[str, int] | None]:
 
 
 def shut_down_writing(sock: socket.socket) -> None:
-    """Send a FIN behind what is queued, whoever else holds the socket."""
+    """Send a FIN after the bytes that are queued, even if other processes have the socket open."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError:
-        # the peer is gone already
+        # The peer is gone already.
         pass
 
 
 def lacks_room(error: BaseException) -> bool:
-    """Tell whether `error` says that descriptors, memory or epoll watches have run out."""
+    """Return whether `error` means that descriptors, memory or epoll watches have run out."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, OSError) and error.errno in _SHORTAGES
+        isinstance(error, OSError) and error.errno in _SHORTAGE_ERRNOS
     )

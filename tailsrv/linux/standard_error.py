@@ -1,8 +1,10 @@
-"""Writes to standard error without ever waiting for it, whatever it is.
+"""Writes lines to standard error without waiting, whatever standard error is.
 
-O_NONBLOCK is a flag of the open file description (open(2)), which we share with the shell that has
-started us and with everything else that it runs. So it is set on a description of our own, never on
-the one that we were given.
+The obvious way, setting O_NONBLOCK on standard error, would disturb others. The flag belongs to the
+open file description (open(2)), which this process shares with the shell that started it, and with
+other programs of that shell. Therefore a terminal or pipe is opened again, and the flag is set on
+the new description. A socket gets the flag with each call of send(2) instead. Anything else is
+written to only when poll(2) reports room.
 """
 
 import fcntl
@@ -23,11 +25,13 @@ STDERR = 2
 
 
 def open_output(mode: int) -> Callable[[bytes], object]:
-    """Return a function that writes one line to standard error, and drops what there is no room for.
+    """Return a function that writes one line to standard error without waiting.
 
-    `mode` is the st_mode of standard error. The function never waits; it raises OSError where a line
-    is dropped. Where standard error is a terminal, writing to it from the background does not stop us
-    any more (SIGTTOU, `stty tostop`).
+    If there is no room, the function drops the line or the end of it, and may raise OSError. `mode`
+    is the st_mode of standard error.
+
+    If standard error is a terminal, this also makes the process ignore SIGTTOU, so that writing
+    from the background does not stop it (`stty tostop`).
     """
     try:
         if stat.S_ISSOCK(mode):
@@ -38,22 +42,24 @@ def open_output(mode: int) -> Callable[[bytes], object]:
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             return partial(os.write, _own_description())
     except OSError:
-        # Out of descriptors or processes, no /proc, or a pipe without a reader: write to it directly,
-        # and only when poll(2) reports room.
+        # Descriptors or processes have run out, there is no /proc, or the pipe has no reader. Write
+        # to standard error directly, but only when poll(2) reports room.
         pass
     return _write_if_ready
 
 
 def _socket_output() -> Callable[[bytes], object]:
-    # A socket cannot be opened by its name in /proc, but send(2) has a flag for a single call.
-    sock = socket.socket(fileno=_out_of_the_way(os.dup(STDERR)))
+    # A socket cannot be opened again by its name in /proc. But send(2) has a flag that makes a
+    # single call non-blocking.
+    sock = socket.socket(fileno=_move_up(os.dup(STDERR)))
     return lambda line: sock.send(line, socket.MSG_DONTWAIT)
 
 
 def _own_description() -> int:
-    """Return a non-blocking descriptor of the terminal or pipe that standard error is.
+    """Return a non-blocking descriptor of the terminal or pipe that is standard error.
 
-    Where it may not be opened again, a child waits for it in our stead. Raises OSError.
+    If this process has no permission to open it again, a child is started that waits for it
+    instead. Raises OSError.
     """
     try:
         return _reopen()
@@ -64,11 +70,15 @@ def _own_description() -> int:
 
 def _reopen() -> int:
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-    return _out_of_the_way(os.open(f"/proc/self/fd/{STDERR}", flags))
+    return _move_up(os.open(f"/proc/self/fd/{STDERR}", flags))
 
 
-def _out_of_the_way(fd: int) -> int:
-    """Return `fd` under a number that no socket of a service manager can be expected to have."""
+def _move_up(fd: int) -> int:
+    """Move the descriptor `fd` to a number above those of the sockets that were passed.
+
+    The service manager may have announced more sockets than it has passed. The number of a missing
+    one is free, and `fd` must not get it and be taken for that socket.
+    """
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SOCKET + len(passed_sockets()))
     finally:
@@ -76,10 +86,10 @@ def _out_of_the_way(fd: int) -> int:
 
 
 def _start_relay() -> None:
-    """Put a pipe in the place of standard error, and a child behind it that writes to what was there.
+    """Replace standard error by a pipe, and start a child that copies from the pipe to the old one.
 
-    This is for a terminal or pipe of another user (su, sudo), which gives us no other way of writing
-    without waiting. The child ends when every process that has the pipe has ended.
+    This is for a terminal or pipe of another user (su, sudo), for which there is no other way to
+    write without waiting. The child ends when every process that can write to the pipe has ended.
     """
     others = [int(name) for name in os.listdir("/proc/self/fd") if int(name) != STDERR]
     reader, writer = os.pipe()
@@ -94,10 +104,10 @@ def _start_relay() -> None:
 
 
 def _relay(reader: int, others: Sequence[int]) -> None:
-    """Copy from `reader` to standard error until the end of the one or the other; does not return.
+    """Copy from `reader` to standard error until one of them ends, then end this process.
 
-    `others` are all descriptors but standard error. None of them may stay open here: neither the pipe's other
-    end nor sockets that were passed.
+    `others` are all descriptors except standard error. They are closed, because neither the other
+    end of the pipe nor passed sockets may stay open in this process.
     """
     try:
         setproctitle("tailsrv: log")
@@ -113,10 +123,15 @@ def _relay(reader: int, others: Sequence[int]) -> None:
 
 
 def _write_if_ready(line: bytes) -> None:
-    """Write `line` to what never waits for long: a file, a device, a pipe without a reader."""
+    """Write as much of `line` to standard error as poll(2) reports room for.
+
+    This is for files and devices, where a write never waits for long, and for the cases in which
+    standard error cannot be opened again.
+    """
     poll = select.poll()
     poll.register(STDERR, select.POLLOUT)
-    # For a pipe, poll(2) promises room for so much, and no more.
+    # If poll(2) reports that a pipe is writable, it has room for PIPE_BUF bytes, but perhaps no
+    # more.
     for start in range(0, len(line), select.PIPE_BUF):
         if not any(events & select.POLLOUT for _, events in poll.poll(0)):
             return

@@ -1,4 +1,4 @@
-"""Speaks with the service manager: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)."""
+"""Talks to the service manager: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)."""
 
 import errno
 import os
@@ -7,31 +7,32 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-# SD_LISTEN_FDS_START
+# The number of the first passed socket (SD_LISTEN_FDS_START of sd_listen_fds(3)).
 FIRST_SOCKET = 3
-# as many as there may be workers; more is no number of sockets that somebody passes
+# Largest number of passed sockets. A larger number in $LISTEN_FDS is ignored as an error.
 MAX_PASSED_SOCKETS = 1024
 
 
 def is_managed() -> bool:
-    """Tell whether a service manager wants to know how we are.
+    """Return whether a service manager expects notifications from this process.
 
-    Addresses of the vsock family, sd_notify(3), count as none: they are for the first process of
-    a virtual machine.
+    vsock addresses (sd_notify(3)) do not count: they are for the first process of a virtual
+    machine.
     """
     return os.environ.get("NOTIFY_SOCKET", "")[:1] in ("/", "@")
 
 
 def is_service() -> bool:
-    """Tell whether systemd has started this very process: systemd.exec(5), $SYSTEMD_EXEC_PID."""
+    """Return whether systemd started this process directly ($SYSTEMD_EXEC_PID, systemd.exec(5))."""
     return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
 
 
 def notify(*assignments: str) -> bool:
-    """Send `NAME=value` assignments to the service manager, if there is one. Never wait or fail.
+    """Send `NAME=value` assignments to the service manager, if there is one.
 
-    Returns False if they were not sent and a retry may succeed: the queue of its socket is full,
-    or memory or descriptors are short.
+    This never waits, and never raises. It returns False if the message was not sent but a retry may
+    succeed: the queue of the service manager's socket is full, or memory or descriptors have run
+    out.
     """
     if not is_managed():
         return True
@@ -42,22 +43,24 @@ def notify(*assignments: str) -> bool:
             sock.setblocking(False)
             sock.sendto(message, "\0" + address[1:] if address[0] == "@" else address)
     except OSError as error:
-        return error.errno not in _TEMPORARY
+        return error.errno not in _RETRYABLE
     return True
 
 
-_TEMPORARY = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+_RETRYABLE = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 
 
 class Lifecycle:
     """Tells the service manager that the service is ready, reloading or stopping.
 
-    A message that could not be sent is retried, and the order is kept: without READY=1 the service
-    manager would end a service that serves, or show it as reloading for ever. `plan(action, when)`
-    must call `action` at the time `when`, in seconds of time.monotonic().
+    A message that could not be sent is sent again later, in the same order. If READY=1 were lost,
+    the service manager would end a working service, or show it as reloading forever.
+
+    `plan(action, when)` must make `action()` be called at the time `when`, in seconds of
+    time.monotonic().
     """
 
-    # seconds
+    # Seconds until a message is sent again.
     RETRY = 0.1
 
     def __init__(self, plan: Callable[[Callable[[], object], float], None]) -> None:
@@ -65,18 +68,18 @@ class Lifecycle:
         self._unsent: list[str] = []
 
     def reloading(self) -> None:
-        """Say that the service is being reloaded, until `ready`. This replaces all unsent messages."""
+        """Report that a reload has begun, which `ready` ends. This replaces all unsent messages."""
         microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._unsent = [f"RELOADING=1\nMONOTONIC_USEC={microseconds}"]
         self._send()
 
     def ready(self) -> None:
-        """Say that the service is ready, or has been reloaded."""
+        """Report that the service is ready, or that its reload is complete."""
         self._unsent = [message for message in self._unsent if message != "READY=1"] + ["READY=1"]
         self._send()
 
     def stopping(self) -> None:
-        """Say that the service is ending. This replaces all unsent messages."""
+        """Report that the service is ending. This replaces all unsent messages."""
         self._unsent = ["STOPPING=1"]
         self._send()
 
@@ -89,32 +92,39 @@ class Lifecycle:
 
 
 def watchdog_seconds() -> float | None:
-    """Return how often the service manager wants to hear `WATCHDOG=1`, None if it does not."""
-    microseconds, pid = _number("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID") or str(os.getpid())
+    """Return the service manager's limit on the seconds between two `WATCHDOG=1` messages.
+
+    The result is None if it does not expect such messages.
+    """
+    microseconds = _read_number("WATCHDOG_USEC")
+    pid = os.environ.get("WATCHDOG_PID") or str(os.getpid())
     return microseconds / 1e6 if microseconds and pid == str(os.getpid()) else None
 
 
 def passed_sockets() -> list[int]:
-    """Return the descriptors of the sockets that the service manager has passed to this very process."""
-    count = _number("LISTEN_FDS")
+    """Return the descriptors of the sockets that the service manager has passed to this process."""
+    count = _read_number("LISTEN_FDS")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or count > MAX_PASSED_SOCKETS:
         return []
     return list(range(FIRST_SOCKET, FIRST_SOCKET + count))
 
 
 def take_sockets() -> list[int]:
-    """Return what passed_sockets() does, once: from now on they are nobody else's, no child's either."""
+    """Return the same as `passed_sockets`, and make the sockets private to this process.
+
+    Children do not inherit them any more, and further calls return an empty list.
+    """
     sockets = passed_sockets()
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     for fd in sockets:
-        # one that is not there is found out when it is used
+        # If the descriptor is not open, the first use of the socket will show it.
         with suppress(OSError):
             os.set_inheritable(fd, False)
     return sockets
 
 
-def _number(name: str) -> int:
-    """Return the number in an environment variable, 0 where there is none, or none that makes sense."""
+def _read_number(name: str) -> int:
+    """Return the number in an environment variable, or 0 if it is not set or not a number."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0

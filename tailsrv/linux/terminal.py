@@ -1,4 +1,7 @@
-"""Tells whether the server's terminal has been closed: SIGHUP then means drain, not upgrade."""
+"""Finds out whether SIGHUP was sent because the terminal of this process has been closed.
+
+The signal itself does not say so: an operator may have sent it as a request.
+"""
 
 import errno
 import os
@@ -6,23 +9,25 @@ import select
 import signal
 import stat
 
-# Set in the environment where SIGHUP was ignored at the start, as nohup(1) and `trap '' HUP` do, or where there was no
-# controlling terminal, as with setsid(1): the kernel sends no SIGHUP then, so that one is a request for an upgrade.
-# The environment survives an upgrade, while exec(2) resets the signals that were caught.
+# This environment variable says that every SIGHUP is a request. It is set if SIGHUP was ignored
+# when the program started, as nohup(1) and `trap '' HUP` arrange, or if there was no controlling
+# terminal, as with setsid(1): the kernel then sends no SIGHUP. The environment survives execve(2),
+# which resets the signals that were caught.
 VARIABLE = "TAILSRV_NOHUP"
 
 
 def remember_nohup() -> None:
-    """Note that the server must survive its terminal, if SIGHUP is ignored or cannot come from a terminal.
+    """Set VARIABLE if this process has to survive the end of its terminal.
 
-    Call this before SIGHUP is caught.
+    That is so if SIGHUP is ignored, or if there is no terminal that could cause it. Call this
+    before setting a handler for SIGHUP.
     """
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or not _has_terminal():
         os.environ[VARIABLE] = "1"
 
 
 def _has_terminal() -> bool:
-    """Tell whether this process has a controlling terminal (tty(4))."""
+    """Return whether this process has a controlling terminal (tty(4))."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError as error:
@@ -31,23 +36,25 @@ def _has_terminal() -> bool:
 
 
 def is_hung_up() -> bool:
-    """Tell whether a terminal of the server has been closed, and the server must end with it.
+    """Return whether a terminal of this process has been closed, so that the process must end.
 
-    Its terminals are those that are standard input, output or error.
+    These are the terminals that are its standard input, output or error. The result is False if
+    VARIABLE is set.
     """
     return VARIABLE not in os.environ and any(_is_closed_terminal(fd) for fd in (0, 1, 2))
 
 
 def _is_closed_terminal(fd: int) -> bool:
-    """Tell whether `fd` is a terminal that has been closed.
+    """Return whether `fd` is a terminal that has been closed.
 
-    isatty(3) is false for such a terminal. No other character device reports a hang-up.
+    isatty(3) returns false for such a terminal, so check for a character device with a hang-up.
+    Other character devices never report one.
     """
     try:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
             return False
         poll = select.poll()
-        # POLLHUP is always told
+        # POLLHUP is always reported.
         poll.register(fd, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
     except OSError:

@@ -222,7 +222,10 @@ print(why_poll(odd), why_poll(local), sep="\\n")
 """
 
 
-HIDDEN_REASON = "inotify may not report every change: its mount is not in /proc/self/mountinfo, the file system is of type 0x65735546, see statfs(2)"
+HIDDEN_REASON = (
+    "inotify may not report every change: the mount is not in /proc/self/mountinfo, "
+    "and the file system is of type 0x65735546 (see statfs(2))"
+)
 
 
 def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
