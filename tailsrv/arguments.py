@@ -216,7 +216,7 @@ def make_health_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clients",
         action="store_true",
-        help="include each client: its address and port, slot, and start, position and lag in bytes",
+        help="list each client: address and port, slot, and start, position and lag in bytes",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
