@@ -181,10 +181,18 @@ def seconds(text: str) -> float:
 
 
 HEALTH_EPILOG = """\
-exit status, as monitoring plugins have it: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN (also for a wrong command line)
-WARNING: fewer workers than configured, descriptors or an accept queue over 90 %, a worker restarted in the last minute
-CRITICAL: no supervisor, no worker, a worker that is stopped or hangs, the file is gone while it is served on,
-or cannot be read, or the next file of that name cannot be opened
+exit status, as for monitoring plugins: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
+WARNING: a worker is not ready, or a worker died and was replaced in the last minute.
+WARNING: more than 90 % of the descriptors of a process, or of an accept queue, are in use.
+WARNING: the server has as many clients as it may have, and connections are waiting.
+CRITICAL: there is no supervisor or no worker, or one of them is stopped or does not answer.
+CRITICAL: the file is gone while it is still served, or it cannot be read.
+CRITICAL: the next file with this path cannot be opened.
+UNKNOWN: the server belongs to another user, or its answer is not valid in this version.
+UNKNOWN: the command line is wrong.
+
+examples: check the server on port 4321:  tailsrv-health -p 4321
+check all servers, for Prometheus:  tailsrv-health --format prometheus
 """
 
 
@@ -192,26 +200,30 @@ def make_health_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tailsrv-health`."""
     parser = Parser(
         prog="tailsrv-health",
-        description="Say whether tailsrv is well: processes, listeners, file and clients. Without -p and --pid: all servers of this user.",
+        description="Check the health of tailsrv: its processes, listeners, file and clients."
+        " Without -p and --pid, check all servers of this user (root: of all users).",
         epilog=HEALTH_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "-p", "--port", type=whole, help="the server on this TCP port, at whatever address"
+        "-p", "--port", type=whole,
+        help="check the servers that listen on this TCP port, at any address",
+    )  # fmt: skip
+    which.add_argument(
+        "--pid", type=whole, help="check the server whose supervisor has this process ID"
     )
-    which.add_argument("--pid", type=whole, help="the server whose supervisor has this pid")
     parser.add_argument(
         "--format",
         choices=("text", "json", "prometheus"),
         default="text",
-        help="what to print (default: text)",
+        help="output format (default: text)",
     )
     parser.add_argument(
         "--clients",
         action="store_true",
-        help="also each client: peer, slot, start, position and lag in bytes",
+        help="list each client: address and port, slot, and start, position and lag in bytes",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser

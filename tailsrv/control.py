@@ -1,4 +1,9 @@
-"""The abstract sockets: lock against a second server, discovery of the supervisor, its status and its clients as JSON."""
+"""The control sockets of a server: its lock, the way to find it, and where it reports its status.
+
+For each endpoint (address and port) the supervisor listens at two abstract unix sockets: one for
+its status and one for its list of clients. Their names are unique in a network namespace, so
+binding them is also a lock against a second server on the same endpoint.
+"""
 
 import errno
 import os
@@ -7,41 +12,59 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-# at one go; any local user may ask, and must not keep us from our work
+# Largest number of connections to accept in one turn. Every local user can connect, and a flood of
+# connections must not keep the supervisor from its other work.
 ACCEPTS_PER_TURN = 16
+# The name of a control socket is PREFIX and the endpoint.
 PREFIX = "tailsrv:"
-# an endpoint's second socket has this behind its name
+# The name of the socket for the list of clients ends with this.
 CLIENTS = "/clients"
 
-# Bytes of an endpoint in a socket's name, of the 107 that unix(7) has room for behind the NUL.
+# Largest number of bytes for the endpoint in a socket name: unix(7) allows 107 after the NUL byte.
 MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(CLIENTS)
 
-# Users that there can be: the length of uid_map in user_namespaces(7) where it leaves none out.
+# Number of users in a uid_map that leaves no user out, see user_namespaces(7).
 EVERY_USER = 0xFFFFFFFF
-# of /proc/sys/kernel/overflowuid, where nobody has set it to another
+# Default value of /proc/sys/kernel/overflowuid.
 OVERFLOW_UID = 65534
 
-# pid, uid, gid: struct ucred of unix(7)
+# struct ucred of unix(7): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
 
 
 class AlreadyServedError(Exception):
-    """Another server holds the lock for an endpoint; the message says who."""
+    """Another server holds the lock for an endpoint. The message is one line that names it."""
 
 
 class Control:
-    """The supervisor's end: it holds the lock as long as it lives, and the kernel lets go of it when it dies."""
+    """The control sockets that a supervisor listens at.
+
+    They are its lock: the kernel releases it when the last process that holds the sockets closes
+    them or dies.
+
+    Attributes:
+        sockets: All control sockets.
+        status: Those at which the supervisor reports its status, one for each endpoint.
+        clients: Those at which it reports its list of clients, one for each endpoint.
+
+    """
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self.sockets = sockets
         half = len(sockets) // 2
-        # who connects is told the one or the other
         self.status, self.clients = sockets[:half], sockets[half:]
-        self._nobody = overflow_uid()
+        self._unmapped_uid = overflow_uid()
 
     @classmethod
     def lock(cls, endpoints: Sequence[str]) -> "Control":
-        """Take the lock for all of `endpoints`. Raises AlreadyServedError."""
+        """Take the lock for `endpoints`, such as `*:4321`, and listen at their control sockets.
+
+        Raises:
+            AlreadyServedError: Another server holds the lock for one of the endpoints. No lock is
+                held.
+            OSError: A socket cannot be created or used for another reason.
+
+        """
         names = [*endpoints, *(endpoint + CLIENTS for endpoint in endpoints)]
         control = cls([socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in names])
         for sock, name in zip(control.sockets, names, strict=True):
@@ -57,37 +80,49 @@ class Control:
         return control
 
     def close(self) -> None:
-        """Let go of the lock (a forked child: of its copy)."""
+        """Close the sockets, which releases the lock unless another process has copies of them.
+
+        A forked child calls this too, to give up its copies.
+        """
         for sock in self.sockets:
             sock.close()
 
     def accept_authorized(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
-        """Accept those who wait at `sock`, at most ANSWERS of them.
+        """Accept at most ACCEPTS_PER_TURN connections at `sock` and close the unauthorized ones.
 
-        Return a non-blocking connection to each who is certainly the same user or root (all others
-        are closed), and the error if there is no descriptor or memory for the next (accept(2)).
-        Until there is, `sock` stays readable, even when the next one has gone.
+        A caller is authorized if it is certainly the supervisor's user or root.
+
+        Returns:
+            The authorized connections, which are non-blocking, and the error that ended the loop,
+            or None. An error means that accept(2) has found no descriptor or memory. `sock` then
+            stays readable until there is one, even if the next caller has already disconnected.
+
         """
-        found: list[socket.socket] = []
+        authorized: list[socket.socket] = []
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 peer, _ = sock.accept()
             except BlockingIOError:
-                # nobody waits any more
+                # The queue is empty.
                 break
             except OSError as error:
-                return found, error
+                return authorized, error
             peer.setblocking(False)
             uid = credentials(peer)[1]
-            if uid in (0, os.geteuid()) and uid != self._nobody:
-                found.append(peer)
+            if uid in (0, os.geteuid()) and uid != self._unmapped_uid:
+                authorized.append(peer)
             else:
                 peer.close()
-        return found, None
+        return authorized, None
 
 
 def find_supervisor(endpoint: str) -> int | None:
-    """Return the pid of the supervisor that serves `endpoint` (`*:4321`, `127.0.0.1:4321`), None if there is none."""
+    """Return the process ID of the supervisor that serves `endpoint`, None if there is none.
+
+    `endpoint` is an address and a port, such as `*:4321` or `127.0.0.1:4321`. The result is 0 if
+    the supervisor is in another pid namespace (pid_namespaces(7)). None also means that the
+    connection to the control socket failed, for example because its queue is full.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         try:
@@ -98,13 +133,18 @@ def find_supervisor(endpoint: str) -> int | None:
 
 
 def describe_holder(endpoint: str) -> str:
-    """Return who serves `endpoint`, as far as the control socket tells."""
+    """Return a message that another server serves `endpoint`, with its process ID if known."""
     pid = find_supervisor(endpoint)
     return f"{endpoint} is served by another tailsrv" + (f", pid {pid}" if pid else "")
 
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Return pid, uid and gid of the other end of a unix socket (unix(7), SO_PEERCRED); pid 0: in no namespace of ours."""
+    """Return pid, uid and gid of the process at the other end of `sock`, a connected unix socket.
+
+    The pid is 0 if that process is outside this process's pid namespace. See unix(7), SO_PEERCRED:
+    for a client these are the credentials of the process that called listen(2), for a server those
+    of the process that called connect(2).
+    """
     pid, uid, gid = _CREDENTIALS.unpack(
         sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
@@ -112,9 +152,10 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def overflow_uid() -> int | None:
-    """Return the uid that any user may have whom our user namespace does not map, None if it maps all.
+    """Return the uid that stands for all users that this user namespace does not map.
 
-    See user_namespaces(7), "Unmapped user and group IDs". Where /proc cannot tell, it may be 65534.
+    Such a uid does not identify a user. The result is None if the namespace maps all users, and
+    65534 if /proc cannot be read. See user_namespaces(7), "Unmapped user and group IDs".
     """
     try:
         with open("/proc/self/uid_map", "rb") as file:
@@ -127,10 +168,11 @@ def overflow_uid() -> int | None:
 
 
 def socket_name(endpoint: str) -> str:
-    """Return the name of an endpoint's control socket, without PREFIX: the endpoint itself if it fits.
+    """Return the name of the control socket of `endpoint`, without PREFIX.
 
-    The end of a host's name for which there is no room becomes a checksum of the whole name. The
-    port stays where a health check looks for it.
+    This is the endpoint itself if it has at most MAX_ENDPOINT_NAME bytes. Otherwise the end of the
+    host name is replaced by a checksum of the whole host name. The port is kept, because the health
+    check reads it from the socket name.
     """
     if len(endpoint.encode()) <= MAX_ENDPOINT_NAME:
         return endpoint
@@ -140,9 +182,10 @@ def socket_name(endpoint: str) -> str:
 
 
 def _address(name: str) -> str:
-    """Return the address of an endpoint's control socket, or of its second one if CLIENTS is behind it.
+    """Return the address of a control socket. `name` is an endpoint, with or without CLIENTS.
 
-    It is abstract: no file to go stale, and as wide as the port is, a network namespace.
+    The address is abstract: no socket file can be left over after a crash, and the name is unique
+    in the network namespace, as the port is.
     """
     endpoint = name.removesuffix(CLIENTS)
     return f"\0{PREFIX}{socket_name(endpoint)}{name[len(endpoint) :]}"

@@ -1,4 +1,8 @@
-"""What the control sockets say, read strictly: an answer is either understood as a whole or refused. Pure."""
+"""The server's status as dataclasses, and the strict reader of the JSON that carries it. Pure.
+
+The supervisor sends this JSON at its control sockets. The reader accepts an answer as a whole or
+refuses it as a whole: any process can take the name of such a socket and send what it likes.
+"""
 
 import json
 import reprlib
@@ -8,28 +12,34 @@ from typing import Any, TypeVar
 
 from tailsrv.config import MAX_WORKERS
 
-# What is larger is no figure or text of ours. An answer can be anybody's: it must not be one that
-# takes long to work with, that fills a screen, or that is too large for whoever is asked with it.
+# Bounds of a valid answer. Without them an impostor could send an answer that takes long to
+# process, fills the screen, or holds a number that is too large for a system call.
+
+# Largest integer, and largest absolute value of any number.
 MAX_INTEGER = (1 << 63) - 1
-# see proc_sys_kernel(5), pid_max
+# Largest process ID, see proc_sys_kernel(5), pid_max.
 MAX_PID = 1 << 22
-# characters; a path has at most 4096 bytes, PATH_MAX of open(2)
+# Longest text in characters. A path has at most 4096 bytes (PATH_MAX of open(2)).
 MAX_TEXT = 1 << 14
 
-Read = TypeVar("Read")
+Decoded = TypeVar("Decoded")
 
 
 class AnswerError(ValueError):
-    """An answer is not what this version understands; the message says what is wrong, in one line."""
+    """An answer is not valid in this version of tailsrv. The message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """The file as the supervisor knows it.
+    """The served file, as the supervisor knows it.
 
-    `size` is in bytes, None while no file is open, or while its file system does not tell (a file
-    server that is gone, fstat(2), ESTALE); `gone` means that the path does not name it any more.
-    `error` is why the next file of that name cannot be opened, None if nothing is wrong with it.
+    Attributes:
+        path: Absolute path of the file.
+        size: Size in bytes. None while no file is open, or while its file system does not report
+            the size, for example because its file server is gone (fstat(2), ESTALE).
+        gone: Whether the path no longer names the open file.
+        error: Why the next file with this path cannot be opened. None if there is no such problem.
+
     """
 
     path: str
@@ -40,7 +50,15 @@ class FileStatus:
 
 @dataclass(frozen=True, slots=True)
 class ListenerStatus:
-    """One listening socket: `queued` of at most `backlog` connections wait to be accepted. `slot` None: all slots share it."""
+    """One listening socket and its accept queue.
+
+    Attributes:
+        slot: Number of the slot that the socket belongs to. None if all slots share it.
+        endpoint: Address and port, as in `0.0.0.0:4321` or `[::]:4321`.
+        queued: Number of connections that wait to be accepted.
+        backlog: Number of connections that may wait to be accepted.
+
+    """
 
     slot: int | None
     endpoint: str
@@ -50,9 +68,19 @@ class ListenerStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClientStatus:
-    """One client: `start`, `position` and `lag` are bytes, None until its header is read; `peer` None: it has gone already.
+    """One client and its progress.
 
-    `lag` is how far the position is behind the end of the file, 0 also for a client that waits `beyond` the end.
+    Attributes:
+        slot: Number of the slot whose worker serves the client.
+        peer: The client's address and port. None if it has already disconnected.
+        start: Offset in bytes at which its stream started. None until its header has been read.
+        position: Offset in bytes that it has reached, or None if it is unknown. Bytes that the
+            kernel has accepted for the client count, even if they are not delivered yet.
+        lag: Bytes between `position` and the end of the file, 0 if the position is beyond the end.
+            None if the position or the size of the file is unknown.
+        beyond: Whether the position is beyond the end of the file. Such a client waits until the
+            file has grown that far.
+
     """
 
     slot: int
@@ -65,7 +93,20 @@ class ClientStatus:
 
 @dataclass(frozen=True, slots=True)
 class SlotStatus:
-    """A slot as the supervisor knows it; `restarted` and `silent` are seconds, see `Worker` in health_report."""
+    """One slot and its worker, as the supervisor knows them.
+
+    Attributes:
+        slot: Number of the slot, from 0.
+        pid: Process ID of the worker. None while the slot is empty.
+        ticks: When the worker started, in clock ticks since boot. None while the slot is empty.
+        ready: Whether the worker has reported that it is ready.
+        clients: Number of clients of the slot, including the unprotected ones.
+        unprotected: Number of clients that would be disconnected if the worker died.
+        restarts: Number of workers of this slot that died and were replaced.
+        restarted: Seconds since the last of these replacements. None if there was none.
+        silent: For how many seconds the worker has not answered a ping. 0 if no answer is due.
+
+    """
 
     slot: int
     pid: int | None
@@ -80,7 +121,22 @@ class SlotStatus:
 
 @dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """What the supervisor says of itself; `ticks` and `started` are when it started, in clock ticks since boot and in Unix time."""
+    """A server, as its supervisor describes it.
+
+    Attributes:
+        version: Version of tailsrv that the supervisor runs.
+        pid: Process ID of the supervisor, as the supervisor itself sees it.
+        ticks: When the supervisor started, in clock ticks since boot.
+        state: `serving`, `starting`, `waiting for file`, `draining` or `rotating`.
+        started: When the server started, in seconds of Unix time.
+        file: The served file.
+        clients: Number of clients, including the unprotected ones.
+        unprotected: Number of clients that would be disconnected if their worker died.
+        max_clients: Limit of the number of clients (`--max-clients`). 0 means no limit.
+        workers: All slots, with or without a worker.
+        listeners: All listening sockets.
+
+    """
 
     version: str
     pid: int
@@ -96,126 +152,129 @@ class ServerStatus:
 
 
 def decode_status(answer: bytes) -> ServerStatus:
-    """Return the status that `answer` holds. Raises AnswerError."""
+    """Return the status in `answer`, a JSON document. Raises AnswerError."""
     return _decode(answer, _read_status)
 
 
 def decode_clients(answer: bytes) -> tuple[int, tuple[ClientStatus, ...]]:
-    """Return the supervisor's pid and the clients that `answer` holds. Raises AnswerError."""
+    """Return the supervisor's process ID and the clients in `answer`, a JSON document.
+
+    Raises AnswerError.
+    """
     return _decode(answer, _read_clients)
 
 
-def _decode(answer: bytes, read: Callable[[Any], Read]) -> Read:
+def _decode(answer: bytes, read: Callable[[Any], Decoded]) -> Decoded:
     try:
         return read(json.loads(answer))
     except KeyError as error:
-        raise AnswerError(f"the answer has no {error}") from error
+        raise AnswerError(f"field {error} is missing") from error
     except (ValueError, TypeError, RecursionError) as error:
-        # ValueError: also JSON's own errors, and text that is not UTF-8
-        raise AnswerError(f"the answer is not to be understood: {str(error)[:200]!a}") from error
+        # JSON errors and text that is not UTF-8 are ValueErrors.
+        raise AnswerError(f"invalid data: {str(error)[:200]!a}") from error
 
 
-def _read_status(said: Any) -> ServerStatus:
+def _read_status(data: Any) -> ServerStatus:
     return ServerStatus(
-        version=_text(said["version"]),
-        pid=_pid(said["pid"]),
-        ticks=_count(said["ticks"]),
-        state=_text(said["state"]),
-        started=_number(said["started"]),
-        file=_read_file(said["file"]),
-        clients=_count(said["clients"]),
-        unprotected=_count(said["unprotected"]),
-        max_clients=_count(said["max_clients"]),
-        workers=tuple(_read_slot(worker) for worker in _all(said["workers"], MAX_WORKERS)),
-        listeners=tuple(_read_listener(listener) for listener in _all(said["listeners"])),
+        version=_string(data["version"]),
+        pid=_pid(data["pid"]),
+        ticks=_integer(data["ticks"]),
+        state=_string(data["state"]),
+        started=_float(data["started"]),
+        file=_read_file(data["file"]),
+        clients=_integer(data["clients"]),
+        unprotected=_integer(data["unprotected"]),
+        max_clients=_integer(data["max_clients"]),
+        workers=tuple(_read_slot(worker) for worker in _list(data["workers"], MAX_WORKERS)),
+        listeners=tuple(_read_listener(listener) for listener in _list(data["listeners"])),
     )  # fmt: skip
 
 
-def _read_file(said: Any) -> FileStatus:
+def _read_file(data: Any) -> FileStatus:
     return FileStatus(
-        path=_text(said["path"]),
-        size=_maybe(_count, said["size"]),
-        gone=_flag(said["gone"]),
-        error=_maybe(_text, said["error"]),
+        path=_string(data["path"]),
+        size=_optional(_integer, data["size"]),
+        gone=_bool(data["gone"]),
+        error=_optional(_string, data["error"]),
     )
 
 
-def _read_slot(said: Any) -> SlotStatus:
+def _read_slot(data: Any) -> SlotStatus:
     return SlotStatus(
-        slot=_count(said["slot"]),
-        pid=_maybe(_pid, said["pid"]),
-        ticks=_maybe(_count, said["ticks"]),
-        ready=_flag(said["ready"]),
-        clients=_count(said["clients"]),
-        unprotected=_count(said["unprotected"]),
-        restarts=_count(said["restarts"]),
-        restarted=_maybe(_number, said["restarted"]),
-        silent=_number(said["silent"]),
+        slot=_integer(data["slot"]),
+        pid=_optional(_pid, data["pid"]),
+        ticks=_optional(_integer, data["ticks"]),
+        ready=_bool(data["ready"]),
+        clients=_integer(data["clients"]),
+        unprotected=_integer(data["unprotected"]),
+        restarts=_integer(data["restarts"]),
+        restarted=_optional(_float, data["restarted"]),
+        silent=_float(data["silent"]),
     )
 
 
-def _read_listener(said: Any) -> ListenerStatus:
+def _read_listener(data: Any) -> ListenerStatus:
     return ListenerStatus(
-        slot=_maybe(_count, said["slot"]),
-        endpoint=_text(said["endpoint"]),
-        queued=_count(said["queued"]),
-        backlog=_count(said["backlog"]),
+        slot=_optional(_integer, data["slot"]),
+        endpoint=_string(data["endpoint"]),
+        queued=_integer(data["queued"]),
+        backlog=_integer(data["backlog"]),
     )
 
 
-def _read_clients(said: Any) -> tuple[int, tuple[ClientStatus, ...]]:
-    size = _maybe(_count, said["size"])
-    return _pid(said["pid"]), tuple(_read_client(client, size) for client in _all(said["clients"]))
+def _read_clients(data: Any) -> tuple[int, tuple[ClientStatus, ...]]:
+    size = _optional(_integer, data["size"])
+    return _pid(data["pid"]), tuple(_read_client(client, size) for client in _list(data["clients"]))
 
 
-def _read_client(said: Any, size: int | None) -> ClientStatus:
-    position = _maybe(_count, said["position"])
+def _read_client(data: Any, size: int | None) -> ClientStatus:
+    position = _optional(_integer, data["position"])
     return ClientStatus(
-        slot=_count(said["slot"]),
-        peer=_maybe(_text, said["peer"]),
-        start=_maybe(_count, said["start"]),
+        slot=_integer(data["slot"]),
+        peer=_optional(_string, data["peer"]),
+        start=_optional(_integer, data["start"]),
         position=position,
         lag=None if size is None or position is None else max(0, size - position),
         beyond=size is not None and position is not None and position > size,
     )
 
 
-def _maybe(read: Callable[[Any], Read], value: Any) -> Read | None:
+def _optional(read: Callable[[Any], Decoded], value: Any) -> Decoded | None:
     return None if value is None else read(value)
 
 
-def _count(value: Any) -> int:
-    # a bool would be an int, too
+def _integer(value: Any) -> int:
+    # isinstance() would accept a bool, which is an int in Python.
     if type(value) is not int or not 0 <= value <= MAX_INTEGER:
-        raise TypeError(f"not a count: {reprlib.repr(value)}")
+        raise TypeError(f"not an integer from 0 to {MAX_INTEGER}: {reprlib.repr(value)}")
     return value
 
 
 def _pid(value: Any) -> int:
-    if not 1 <= _count(value) <= MAX_PID:
-        raise ValueError(f"not a pid: {value}")
+    if not 1 <= _integer(value) <= MAX_PID:
+        raise ValueError(f"not a process ID: {value}")
     return int(value)
 
 
-def _number(value: Any) -> float:
+def _float(value: Any) -> float:
     if type(value) not in (int, float) or not -MAX_INTEGER <= value <= MAX_INTEGER:
-        raise TypeError(f"not a number: {reprlib.repr(value)}")
+        raise TypeError(f"not a number, or out of range: {reprlib.repr(value)}")
     return float(value)
 
 
-def _text(value: Any) -> str:
+def _string(value: Any) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise TypeError(f"not a text: {reprlib.repr(value)}")
+        raise TypeError(f"not a string, or too long: {reprlib.repr(value)}")
     return value
 
 
-def _flag(value: Any) -> bool:
+def _bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"neither true nor false: {reprlib.repr(value)}")
     return value
 
 
-def _all(value: Any, most: int | None = None) -> list[Any]:
+def _list(value: Any, most: int | None = None) -> list[Any]:
     if not isinstance(value, list) or (most is not None and len(value) > most):
-        raise TypeError(f"not a list of ours: {reprlib.repr(value)}")
+        raise TypeError(f"not a list, or too long: {reprlib.repr(value)}")
     return value

@@ -1,10 +1,12 @@
-"""Finds tailsrv's servers, looks at them, and says whether they are well: the library behind the command `tailsrv-health`.
+"""Finds tailsrv servers, inspects them and judges their health: the library of `tailsrv-health`.
 
-from tailsrv.health import find, inspect, judge
+Example:
+    from tailsrv.health import find, inspect, judge
 
-for server in find(port=4321):
-    report = inspect(server)
-    print(judge(report).level.name, report.totals.clients)
+    for server in find(port=4321):
+        report = inspect(server)
+        print(judge(report).level.name, report.totals.clients)
+
 """
 
 from tailsrv.health.control_client import EndedError, InspectError, NotOursError, find
@@ -18,6 +20,20 @@ from tailsrv.status_schema import FileStatus as ServedFile
 from tailsrv.status_schema import ListenerStatus as Listener
 
 __all__ = [
-    "Client", "EndedError", "InspectError", "Level", "Listener", "NotOursError", "Process", "Report", "ServedFile", "Server",
-    "Totals", "Verdict", "Worker", "find", "inspect", "judge",
-]  # fmt: skip
+    "Client",
+    "EndedError",
+    "InspectError",
+    "Level",
+    "Listener",
+    "NotOursError",
+    "Process",
+    "Report",
+    "ServedFile",
+    "Server",
+    "Totals",
+    "Verdict",
+    "Worker",
+    "find",
+    "inspect",
+    "judge",
+]

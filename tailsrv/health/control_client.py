@@ -1,7 +1,9 @@
-"""Finds servers by their control sockets, and asks them.
+"""Finds the servers of this machine and asks them for their status and clients.
 
-Nothing here opens a service port: a health check must not be a client. Nobody is believed whose user is not ours
-(root believes all), and no pid that does not belong to the process that it belonged to when it was named.
+It finds servers by the names of their control sockets in /proc/net/unix, and sends them its
+questions there. It never connects to the TCP port, because a health check must not be a client. It
+trusts an answer only if it comes from this process's user or from root; root trusts all users. It
+trusts a process ID only after it has compared the start time of the process with the one reported.
 """
 
 import os
@@ -27,38 +29,49 @@ from tailsrv.status_schema import (
     decode_status,
 )
 
-# seconds for a status; a supervisor takes milliseconds, also while it replaces itself
+# Seconds to wait for a status. A supervisor answers within milliseconds, even during an upgrade.
 STATUS_TIMEOUT = 5.0
-# seconds for the list of clients, which can be megabytes
+# Seconds to wait for the list of clients, which can be several megabytes long.
 CLIENTS_TIMEOUT = 10.0
-# seconds between two tries to connect to a control socket whose queue is full
+# Seconds between two attempts to connect to a control socket whose queue is full.
 CONNECT_RETRY = 0.02
-# bytes of a status; a thousand workers with ten addresses each are half of that
+# Largest size of a status in bytes: twice that of a thousand workers with ten addresses each.
 MAX_STATUS = 1 << 22
-# bytes of the list of clients; a million of them are a third of that
+# Largest size of the list of clients in bytes: three times that of a million clients.
 MAX_CLIENTS = 1 << 28
 
-# How often to read the kernel's list of sockets. It comes page by page, and lacks one now and then where others are closed in
-# between [measured: beside a process that makes and closes sockets all the time, 1 of 100 servers in every 20th reading].
-LOOKS = 3
+# How often to read the kernel's list of sockets. The kernel produces it page by page and sometimes
+# skips a socket if other sockets are closed in between [measured: beside a process that creates and
+# closes sockets all the time, 1 of 100 servers is missing in every 20th reading].
+LIST_READS = 3
 
-# __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5)
+# __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5).
 _LISTENS = 0x10000
 
-# Any user may take any name. Only an endpoint as we write it is a server's: `*`, a host's name or
-# IPv4 address, or an IPv6 address in brackets with its scope, and a port. A name with a comma
-# would read as several endpoints.
+# Any user can take any socket name, so only the endpoints that a server can have are accepted:
+# `*`, a host name, an IPv4 address, or an IPv6 address in brackets with an optional scope; then a
+# port. A name with a comma would be mistaken for several endpoints.
 _ENDPOINT = r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}"
-# address, references, protocol, flags, type (SOCK_STREAM), state, inode, name, which is anybody's text
+# Address, references, protocol, flags, type (SOCK_STREAM), state, inode, and name. Every user can
+# choose a name, so the name may hold any text.
 _LISTENER = re.compile(
     rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) 0001 [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
 )
+
+REPLACED = "the server has ended and another server has replaced it"
+_OTHER_PID_NAMESPACE = "it may be in another pid namespace; run the check there"
+_VERSION_MISMATCH = "unexpected answer from the supervisor (version mismatch?)"
 
 Figure = TypeVar("Figure")
 
 
 class InspectError(Exception):
-    """A server cannot be inspected; the message says why, in one line, and `level` what that means for a check."""
+    """A server cannot be inspected. The message is one line that says why.
+
+    Attributes:
+        level: The level that a health check gives to a server with this error.
+
+    """
 
     def __init__(self, message: str, level: Level = Level.UNKNOWN) -> None:
         super().__init__(message)
@@ -66,23 +79,33 @@ class InspectError(Exception):
 
 
 class NotOursError(InspectError):
-    """The server is another user's, who alone gets answers, besides root."""
+    """The server belongs to another user. Only that user and root can inspect it."""
 
 
 class EndedError(InspectError):
-    """The server has ended since it was found, or another has taken its place."""
+    """The server has ended since it was found, or another server has replaced it."""
 
 
 # Finding
 
 
 def find(port: int | None = None, pid: int | None = None) -> list[Server]:
-    """Return the servers of this machine, in the order of their endpoints.
+    """Return the servers of this machine.
 
-    `port` leaves those that listen on that TCP port, `pid` the one whose supervisor has that pid. Other users'
-    servers are among them: `inspect` cannot tell more about these, unless we are root. "This machine" is our network
-    namespace, whose abstract sockets (unix(7)) are listed in /proc/net/unix. A server that listens on
-    several addresses is listed once. Raises OSError if there is no /proc to look in.
+    "This machine" is the network namespace of this process: the kernel lists its abstract unix
+    sockets in /proc/net/unix. Servers of other users are included, but only root can inspect them.
+    A server that listens on several addresses is one item.
+
+    Args:
+        port: Return only servers that listen on this TCP port.
+        pid: Return only the server whose supervisor has this process ID.
+
+    Returns:
+        The servers, in the order of their endpoints. The list is empty if there are none.
+
+    Raises:
+        OSError: /proc/self/net/unix cannot be read, or there is no descriptor or memory.
+
     """
     found: dict[object, tuple[Server, list[str]]] = {}
     for endpoint in list_endpoints():
@@ -90,7 +113,8 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
             server = _find_holder(endpoint)
         except EndedError:
             continue
-        # With its user: a pid may have been that of another process, which took its name before.
+        # The pid is that of the process that called listen(2). That process may have ended, and a
+        # server of another user may have its pid now. So the user is part of the key.
         key = (server.pid, server.uid) if server.pid else endpoint
         found.setdefault(key, (server, []))[1].append(endpoint)
     servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
@@ -107,12 +131,12 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
 
 def list_endpoints() -> list[str]:
-    """Return the endpoints that somebody holds a control socket for, whoever that is."""
-    return sorted(set().union(*(_read_endpoints() for _ in range(LOOKS))))
+    """Return, sorted, the endpoints for which a process of any user listens at a control socket."""
+    return sorted(set().union(*(_read_endpoints() for _ in range(LIST_READS))))
 
 
 def _read_endpoints() -> set[str]:
-    # there also where the rest of /proc is hidden
+    # This path exists even where /proc shows nothing but processes (ProcSubset=pid of systemd).
     with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
         matches = [_LISTENER.match(line) for line in file]
     return {
@@ -123,7 +147,7 @@ def _read_endpoints() -> set[str]:
 
 
 def ports(server: Server) -> set[int]:
-    """Return the ports of a server's endpoints."""
+    """Return the TCP ports that `server` listens on."""
     return {_port(endpoint) for endpoint in server.endpoints}
 
 
@@ -132,12 +156,13 @@ def _port(endpoint: str) -> int:
 
 
 def _find_holder(endpoint: str) -> Server:
-    """Return who listens at an endpoint's control socket. Raises EndedError."""
+    """Return the server that listens at the control socket of `endpoint`. Raises EndedError."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             _connect(sock, endpoint, deadline=0.0)
         except OSError:
-            # its queue is full, or we are not permitted to: asking it tells which
+            # The queue is full or the connection is not permitted. A later question will show
+            # which.
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
         return Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
@@ -155,15 +180,16 @@ class _Answer:
 def _connect(sock: socket.socket, name: str, deadline: float) -> None:
     """Connect to a control socket, at least once and until `deadline`, a time of time.monotonic().
 
-    Raises BlockingIOError if its queue is still full then, EndedError if nobody listens there.
+    Raises BlockingIOError if its queue is still full then, EndedError if no process listens there,
+    and OSError if connect(2) fails otherwise.
     """
     sock.setblocking(False)
     while True:
         try:
             sock.connect(f"\0{PREFIX}{name}")
         except BlockingIOError:
-            # There is nothing to poll for, see connect(2), EAGAIN. SO_SNDTIMEO would wait, but what
-            # it takes depends on the libc where a long has 32 bits and a time has 64.
+            # There is no event to poll(2) for, see connect(2), EAGAIN. SO_SNDTIMEO would wait, but
+            # the layout of its argument depends on the libc if long has 32 bits and time_t has 64.
             if time.monotonic() + CONNECT_RETRY > deadline:
                 raise
             time.sleep(CONNECT_RETRY)
@@ -174,18 +200,23 @@ def _connect(sock: socket.socket, name: str, deadline: float) -> None:
 
 
 def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
-    """Return what `server` answers until `deadline`, up to `largest` bytes. Raises InspectError."""
+    """Return the answer of `server`, of at most `largest` bytes.
+
+    Waits until `deadline`, a time of time.monotonic(). Raises InspectError, or OSError if there is
+    no descriptor or memory.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             _connect(sock, server.endpoints[0] + suffix, deadline)
         except BlockingIOError:
             raise InspectError(
-                "supervisor does not answer: too many questions wait", Level.CRITICAL
+                "supervisor does not answer: the queue of its control socket is full",
+                Level.CRITICAL,
             ) from None
         pid, uid, _ = credentials(sock)
         _check_user(uid, server.user)
         if server.pid is not None and (pid, uid) != (server.pid, server.uid):
-            raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
+            raise EndedError(REPLACED, Level.CRITICAL)
         try:
             data = _receive(sock, deadline, largest)
         except TimeoutError:
@@ -195,54 +226,69 @@ def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
         except ConnectionError:
             raise EndedError("the server has ended", Level.CRITICAL) from None
     if not data:
-        _explain_silence(pid, uid, server.user)
+        _explain_empty_answer(pid, uid, server.user)
     return _Answer(pid, data)
 
 
 def _check_user(uid: int, name: str | None) -> None:
-    """Raise NotOursError if whoever holds the name could be anybody: abstract names are for the first to come."""
+    """Raise NotOursError unless the process that listens at the control socket can be trusted.
+
+    Abstract socket names are not protected: the first process that binds a name has it.
+    """
     if os.geteuid() != 0 and uid != 0 and not _is_ours(uid):
         raise _not_ours(uid, name)
 
 
 def _is_ours(uid: int) -> bool:
-    """Tell whether `uid` is our user, and not one of another user namespace who looks like it."""
+    """Return whether `uid` certainly is this process's user.
+
+    The overflow uid is not: it stands for every user that this user namespace does not map.
+    """
     return uid == os.geteuid() and uid != overflow_uid()
 
 
 def _not_ours(uid: int, name: str | None) -> NotOursError:
-    user = "that this user namespace does not know" if uid == overflow_uid() else name or uid
-    return NotOursError(f"belongs to user {user}: only that user and root get an answer")
+    if uid == overflow_uid():
+        return NotOursError(
+            "belongs to a user that this user namespace does not map: run the check in the"
+            " user namespace of the server"
+        )
+    return NotOursError(f"belongs to user {name or uid}: run the check as that user or as root")
 
 
-def _explain_silence(pid: int, uid: int, name: str | None) -> None:
-    """Raise what it means that a supervisor has closed the connection without a word."""
+def _explain_empty_answer(pid: int, uid: int, name: str | None) -> None:
+    """Raise the InspectError for a supervisor that closed the connection without an answer."""
     if os.geteuid() != 0 and not _is_ours(uid):
         raise _not_ours(uid, name)
     if pid and read_stat(pid) is None:
         raise EndedError("the server has ended", Level.CRITICAL)
     raise InspectError(
-        "supervisor gives an empty answer: perhaps it is in another user namespace and cannot know our user, ask there"
+        "supervisor closed the connection without an answer: it may be in another user namespace"
+        " and unable to identify this user; run the check there"
     )
 
 
 def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:
-    """Return all that comes until the end. Raises TimeoutError, ConnectionError, InspectError."""
+    """Return the bytes that arrive until the end of the stream.
+
+    Raises TimeoutError after `deadline`, ConnectionError if the connection is reset, and
+    InspectError if more than `largest` bytes arrive.
+    """
     received = bytearray()
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        some = sock.recv(1 << 20)
-        if not some:
+        chunk = sock.recv(1 << 20)
+        if not chunk:
             return bytes(received)
-        received += some
+        received += chunk
         if len(received) > largest:
-            raise InspectError("the answer has no end")
+            raise InspectError(f"{_VERSION_MISMATCH}: more than {largest} bytes")
     raise TimeoutError
 
 
 def _describe(pid: int) -> str:
-    """Return what a person wants to know of a process that does not answer."""
+    """Return what is known about a process that does not answer, as a part of a message."""
     if not pid:
         return "it is in another pid namespace"
     state = state_of(pid)
@@ -250,49 +296,57 @@ def _describe(pid: int) -> str:
 
 
 def ask_status(server: Server, deadline: float) -> ServerStatus:
-    """Return the status of `server`, who must be the process that it says it is.
+    """Return the status of `server`, after a check that the answer comes from its supervisor.
 
-    It waits for PATIENCE seconds, and not beyond `deadline`, a time of time.monotonic(). Raises
-    InspectError.
+    Waits at most STATUS_TIMEOUT seconds, and not beyond `deadline`, a time of time.monotonic().
+    Raises InspectError, or OSError if there is no descriptor or memory.
     """
     answer = _ask(server, "", min(deadline, time.monotonic() + STATUS_TIMEOUT), MAX_STATUS)
     try:
         status = decode_status(answer.data)
     except AnswerError as error:
-        raise InspectError(
-            f"supervisor cannot be understood, perhaps it is of another version: {error}"
-        ) from error
+        raise InspectError(f"{_VERSION_MISMATCH}: {error}") from error
     if status.pid != answer.pid:
         raise InspectError(
-            f"supervisor says that it is pid {status.pid}, here it is pid {answer.pid}: another pid namespace? Ask there"
+            f"supervisor reports pid {status.pid}, but here it has pid {answer.pid}:"
+            f" {_OTHER_PID_NAMESPACE}"
         )
     stat = read_stat(status.pid)
     if stat is None:
         raise EndedError("the server has ended", Level.CRITICAL)
     if stat.ticks != status.ticks:
-        raise InspectError(f"supervisor is not what started as pid {status.pid}")
+        raise InspectError(f"supervisor reports a start time that is not that of pid {status.pid}")
     return status
 
 
 def ask_clients(server: Server) -> tuple[ClientStatus, ...]:
-    """Return the clients of `server`. Raises InspectError."""
+    """Return the clients of `server`.
+
+    Waits at most CLIENTS_TIMEOUT seconds. Raises InspectError, or OSError if there is no
+    descriptor or memory.
+    """
     answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_TIMEOUT, MAX_CLIENTS)
     try:
         pid, clients = decode_clients(answer.data)
     except AnswerError as error:
-        raise InspectError(
-            f"list of clients cannot be understood, perhaps it is of another version: {error}"
-        ) from error
+        raise InspectError(f"{_VERSION_MISMATCH}: list of clients: {error}") from error
     if pid != answer.pid:
-        raise InspectError(f"list of clients is by pid {pid}, here that is pid {answer.pid}")
+        raise InspectError(
+            f"list of clients reports pid {pid}, but here the supervisor has pid {answer.pid}:"
+            f" {_OTHER_PID_NAMESPACE}"
+        )
     return clients
 
 
-# Looking
+# What psutil shows
 
 
 def attempt(get: Callable[[], Figure]) -> Figure | None:
-    """Return a figure, None if it may not be had: not ours, gone, or not in a /proc that shows little (systemd's ProcSubset=)."""
+    """Return the result of `get()`, None if it is not available.
+
+    That is so if the process belongs to another user or has ended, or if /proc is restricted
+    (ProcSubset= of systemd).
+    """
     try:
         return get()
     except (psutil.Error, OSError, AttributeError, NotImplementedError):
@@ -300,5 +354,5 @@ def attempt(get: Callable[[], Figure]) -> Figure | None:
 
 
 def state_of(pid: int) -> str | None:
-    """Return psutil's word for what a process does, None if that cannot be seen."""
+    """Return psutil's word for the state of a process, such as `sleeping`; None if unavailable."""
     return attempt(lambda: str(psutil.Process(pid).status()))

@@ -1,6 +1,9 @@
-"""Looks at a server's processes with psutil, each by its pid and start time, and puts together what there is to know.
+"""Inspects one server: asks its supervisor, measures its processes, and returns a report.
 
-Only single processes are looked at: a walk over all of /proc is dear, and fails where /proc hides other users'.
+The figures of processes come from psutil. The start time of each process is checked, so that no
+figure can be that of another process to which the kernel has given the same pid. It measures only
+the processes that the supervisor reports. A scan of all of /proc would be expensive, and would
+fail where /proc hides the processes of other users.
 """
 
 import os
@@ -11,6 +14,7 @@ from dataclasses import replace
 import psutil  # type: ignore[import-untyped]
 
 from tailsrv.health.control_client import (
+    REPLACED,
     STATUS_TIMEOUT,
     EndedError,
     ask_clients,
@@ -32,12 +36,14 @@ from tailsrv.health.report import (
 from tailsrv.linux.process import Stat, read_stat
 from tailsrv.status_schema import ServerStatus, SlotStatus
 
-# seconds between two questions: pings are answered by then, and CPU time, counted in 10 ms, shows
+# Seconds between two requests for the status. The first request makes the supervisor ping its
+# workers; after this time their answers have arrived, and their CPU time, which the kernel counts
+# in units of 10 ms, has changed measurably.
 SAMPLE_PAUSE = 0.25
-# seconds after which a silent worker is what it is
-ASK_TIMEOUT = HUNG_AFTER + 0.5
-# seconds after which no more memory is looked at, which for gigabytes takes long
-LOOK_TIMEOUT = 5.0
+# Seconds after which to stop waiting for the answers to these pings.
+PING_TIMEOUT = HUNG_AFTER + 0.5
+# Seconds after which to stop measuring memory, which takes long for processes of several gigabytes.
+MEMORY_TIMEOUT = 5.0
 
 
 def _cpu_seconds(pid: int) -> float | None:
@@ -46,26 +52,30 @@ def _cpu_seconds(pid: int) -> float | None:
 
 
 def _sample(pids: Iterable[int]) -> dict[int, tuple[float, float]]:
-    """Return for each process the time now and the processor time that it has used, both in seconds."""
+    """Return for each process the current time and the CPU time that it has used, in seconds."""
     return {
         pid: (time.monotonic(), used) for pid in pids if (used := _cpu_seconds(pid)) is not None
     }
 
 
 def _descriptor_limit(pid: int) -> int | None:
-    """Return the soft limit of a process's descriptors, None if there is no limit (proc(5), /proc/PID/limits).
+    """Return the soft limit of open descriptors of a process, None if there is no limit.
 
-    psutil asks prlimit(2), which refuses root in a container where the process is another user's.
+    It reads /proc/PID/limits, see proc(5). psutil would call prlimit(2), which refuses root in a
+    container if the process belongs to another user.
     """
     with open(f"/proc/{pid}/limits", encoding="ascii") as file:
         soft = [line.split()[3] for line in file if line.startswith("Max open files ")]
     return int(soft[0]) if soft and soft[0].isdigit() else None
 
 
-def _look(pid: int, stat: Stat, before: tuple[float, float] | None, until: float) -> Process | None:
-    """Return the figures of a process that started as `stat` says, None if it has ended meanwhile.
+def _inspect_process(
+    pid: int, stat: Stat, before: tuple[float, float] | None, until: float
+) -> Process | None:
+    """Return the figures of the process `pid`, None if it is not the process that `stat` describes.
 
-    After `until`, a time of time.monotonic(), its memory is not looked at.
+    `before` is an earlier sample of its CPU time. After `until`, a time of time.monotonic(), the
+    memory is not measured.
     """
     if read_stat(pid) != stat:
         return None
@@ -84,42 +94,67 @@ def _look(pid: int, stat: Stat, before: tuple[float, float] | None, until: float
         descriptors=attempt(lambda: int(psutil.Process(pid).num_fds())),
         descriptor_limit=attempt(lambda: _descriptor_limit(pid)),
     )
-    # looked at last: before it the pid was the same process's
+    # This check comes last. It proves that all figures above are those of the same process.
     return seen if read_stat(pid) == stat else None
 
 
-def _look_at_worker(
+def _inspect_worker(
     slot: SlotStatus, supervisor: int, samples: dict[int, tuple[float, float]], until: float
 ) -> WorkerHealth:
     process = None
     if slot.pid is not None and slot.ticks is not None:
-        process = _look(slot.pid, Stat(supervisor, slot.ticks), samples.get(slot.pid), until)
+        process = _inspect_process(
+            slot.pid, Stat(supervisor, slot.ticks), samples.get(slot.pid), until
+        )
     return WorkerHealth(
-        slot.slot, process, slot.ready, slot.clients, slot.unprotected, slot.restarts, slot.restarted, slot.silent
-    )  # fmt: skip
+        slot=slot.slot,
+        process=process,
+        ready=slot.ready,
+        clients=slot.clients,
+        unprotected=slot.unprotected,
+        restarts=slot.restarts,
+        restarted=slot.restarted,
+        silent=slot.silent,
+    )
 
 
 def inspect(server: Server, *, clients: bool = False) -> HealthReport:
-    """Ask `server`, look at its processes, and return what there is to know; with `clients` also each client.
+    """Ask `server` for its status, measure its processes, and return the result.
 
-    It takes a quarter of a second, in which CPU use is measured; up to 2.5 seconds where a worker does
-    not answer its supervisor, 5 where the supervisor does not answer us, and 15 at most, or 25 with
-    `clients`, whatever is answered. `judge` says what to make of the report.
+    This takes a quarter of a second, in which CPU use is measured; up to 2.5 seconds if a worker
+    does not answer its supervisor; 5 seconds if the supervisor does not answer. Whatever the
+    server sends, it takes at most 15 seconds, or 25 with `clients`.
 
-    Raises NotOursError if the server is another user's and we are not root; EndedError if it has ended; InspectError
-    with level CRITICAL if the supervisor does not answer, and with level UNKNOWN if it cannot be understood.
+    Args:
+        server: A server that `find` has returned.
+        clients: Whether to ask for the list of clients, too. The list can be several megabytes
+            long.
+
+    Returns:
+        The report. `judge` turns it into a level and the reasons for the level.
+
+    Raises:
+        NotOursError: The server belongs to another user, and this process is not root.
+        EndedError: The server has ended, or another server has replaced it.
+        InspectError: With level CRITICAL: the supervisor does not answer. With level UNKNOWN: its
+            answer is not valid in this version, or it is in another namespace. The two errors
+            above are subclasses of this one.
+        OSError: This process cannot ask, for example because it has no descriptor or memory left.
+
     """
     deadline = time.monotonic() + 2 * STATUS_TIMEOUT
     status = ask_status(server, deadline)
     samples = _sample([status.pid, *(worker.pid for worker in status.workers if worker.pid)])
-    status = _ask_again(server, status, deadline)
+    status = _ask_after_pings(server, status, deadline)
     listed = ask_clients(server) if clients else None
-    until = time.monotonic() + LOOK_TIMEOUT
+    until = time.monotonic() + MEMORY_TIMEOUT
     stat = read_stat(status.pid)
-    supervisor = _look(status.pid, stat, samples.get(status.pid), until) if stat else None
+    supervisor = (
+        _inspect_process(status.pid, stat, samples.get(status.pid), until) if stat else None
+    )
     if supervisor is None:
         raise EndedError("the server has ended", Level.CRITICAL)
-    workers = tuple(_look_at_worker(slot, status.pid, samples, until) for slot in status.workers)
+    workers = tuple(_inspect_worker(slot, status.pid, samples, until) for slot in status.workers)
     return HealthReport(
         server=replace(server, pid=status.pid),
         version=status.version,
@@ -136,20 +171,25 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
     )
 
 
-def _ask_again(server: Server, first: ServerStatus, deadline: float) -> ServerStatus:
-    """Return a later status: the first question made the supervisor ping its workers, this one shows who did not answer."""
-    end = time.monotonic() + ASK_TIMEOUT
+def _ask_after_pings(server: Server, first: ServerStatus, deadline: float) -> ServerStatus:
+    """Return a later status, which shows which workers have not answered.
+
+    The request for the `first` status made the supervisor ping its workers.
+    """
+    end = time.monotonic() + PING_TIMEOUT
     while True:
         time.sleep(SAMPLE_PAUSE)
         status = ask_status(server, deadline)
         if (status.pid, status.ticks) != (first.pid, first.ticks):
-            raise EndedError("the server has ended, another has taken its place", Level.CRITICAL)
-        if time.monotonic() >= end or not any(_is_open(worker) for worker in status.workers):
+            raise EndedError(REPLACED, Level.CRITICAL)
+        if time.monotonic() >= end or not any(
+            _may_still_answer(worker) for worker in status.workers
+        ):
             return status
 
 
-def _is_open(worker: SlotStatus) -> bool:
-    """Tell whether it remains to be seen if a silent worker hangs."""
+def _may_still_answer(worker: SlotStatus) -> bool:
+    """Return whether `worker` is silent, but not yet for so long that it counts as hung."""
     if not 0 < worker.silent < HUNG_AFTER or worker.pid is None:
         return False
     return state_of(worker.pid) != STOPPED

@@ -1,4 +1,10 @@
-"""The command `tailsrv-health`: looks at the servers that it is asked for, and says how they are."""
+"""The command `tailsrv-health`: checks servers, prints the result, and exits with its level.
+
+It inspects all wanted servers in parallel threads, and prints one result for all of them. The
+check is often run by root, and any user can create control sockets with arbitrary names. Such
+sockets must neither use up the time of the check nor cause a false alarm: see `in_turns` and
+`doubtful_servers`.
+"""
 
 import dataclasses
 import io
@@ -20,44 +26,51 @@ from tailsrv.health.prometheus import render_metrics
 from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Server, judge
 from tailsrv.health.text import render_text, summarize
 
-# servers that are looked at in parallel: most of the time is spent waiting for answers
+# Number of servers that are inspected in parallel. Most of the time passes in waiting for answers.
 PARALLEL_INSPECTIONS = 32
 
-# seconds in which servers are begun with; any user can make a check find thousands
+# Seconds after which no further inspection is started. Any user can make a check find thousands of
+# servers.
 START_LIMIT = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tailsrv-health` with `argv` (sys.argv if None); return the exit status, which is a Level."""
+    """Run `tailsrv-health` with the arguments `argv` and return the exit status, which is a Level.
+
+    `argv` does not contain the program name. None means the arguments of this process.
+    """
     end_at_interrupt()
     try:
         options = parse(make_health_parser(), argv)
         level, text = check(options)
     except SystemExit as end:
-        # argparse's 2 would read as CRITICAL
+        # argparse exits with 2 after a usage error, which would mean CRITICAL.
         return write("", Level.UNKNOWN if end.code else Level.OK)
     return write(text, level, encoding="utf-8" if options.format == "prometheus" else None)
 
 
 def end_at_interrupt() -> None:
-    """Let Ctrl-C end us as the kernel does: an exception may come within the locks by which threads wait, and turn into another."""
-    # else it is ignored, in the background for instance
+    """Let SIGINT (Ctrl-C) kill this process.
+
+    A KeyboardInterrupt inside a lock of the threading module can surface as a different exception.
+    """
+    # Otherwise SIGINT is ignored, for example in a background job, and stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """Return the options in `argv`; a usage error is told, and raises SystemExit."""
+    """Return the options in `argv`. Prints usage errors and then raises SystemExit."""
     options = parser.parse_args(argv)
     if options.port is not None and not 1 <= options.port <= 65535:
-        parser.error(f"port must be from 1 to 65535, not {options.port}")
+        parser.error(f"argument -p/--port: must be from 1 to 65535, not {options.port}")
     if options.pid == 0:
-        parser.error("pid must be 1 or more")
+        parser.error("argument --pid: must be 1 or more, not 0")
     return options
 
 
 def check(options: Namespace) -> tuple[Level, str]:
-    """Return how well the servers are that `options` ask for, and the text that says so."""
+    """Return the worst level of the servers that `options` select, and the text to print."""
     try:
         servers = find(options.port, options.pid)
     except OSError as error:
@@ -72,13 +85,13 @@ def check(options: Namespace) -> tuple[Level, str]:
         for server, outcome in zip(servers, outcomes, strict=True)
         if (finding := to_finding(server, outcome, asked_for, server in doubtful)) is not None
     ]  # fmt: skip
-    strangers = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
-    level, summary = summarize(findings, none_found_message(options, strangers))
+    others = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
+    level, summary = summarize(findings, none_found_message(options, others))
     return level, render(findings, options.format, level, summary)
 
 
 def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -> str:
-    """Return what is to be said, in the form that `--format` names."""
+    """Return the text to print. `form` is the value of `--format`."""
     match form:
         case "json":
             return render_json(findings, level, summary)
@@ -89,20 +102,23 @@ def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -
 
 
 def examine_all(servers: Sequence[Server], clients: bool) -> list[HealthReport | InspectError]:
-    """Return for each server what `inspect` returns or raises."""
+    """Return for each of `servers`, in their order, the report or the error of its inspection."""
     ask = partial(examine, clients=clients, until=time.monotonic() + START_LIMIT)
     turns = in_turns(servers)
     try:
         with ThreadPoolExecutor(PARALLEL_INSPECTIONS) as pool:
             outcomes = dict(zip(turns, pool.map(ask, turns), strict=True))
     except RuntimeError:
-        # no room for threads
+        # The system cannot start another thread.
         outcomes = {server: ask(server) for server in turns}
     return [outcomes[server] for server in servers]
 
 
 def in_turns(servers: Sequence[Server]) -> list[Server]:
-    """Return `servers`, each user's first before anybody's second: many of one hold up no others."""
+    """Return `servers` in rounds: the first server of each user, then the second of each, etc.
+
+    So a user with many servers does not delay the check of the servers of other users.
+    """
     counts: Counter[int | None] = Counter()
     turns = {}
     for server in servers:
@@ -112,27 +128,36 @@ def in_turns(servers: Sequence[Server]) -> list[Server]:
 
 
 def examine(server: Server, clients: bool, until: float) -> HealthReport | InspectError:
-    """Return what `inspect` returns or raises, if it is not later than `until` already."""
+    """Return the report on `server`, or the error if it cannot be inspected.
+
+    Does not inspect it after `until`, a time of time.monotonic().
+    """
     if time.monotonic() > until:
-        return InspectError("not asked: other servers have taken all the time of this check")
+        return InspectError(
+            f"not asked: checks of other servers took longer than {START_LIMIT:g} seconds;"
+            " select this server with --pid or -p"
+        )
     try:
         return inspect(server, clients=clients)
     except InspectError as error:
         return error
     except OSError as error:
-        # no descriptors, no memory
+        # This process has no descriptor or memory left.
         return InspectError(f"cannot be asked: {error}")
     except Exception as error:
-        # no answer of one server may cost the verdict on the others
-        return InspectError(f"cannot be inspected: {type(error).__name__}: {str(error)[:100]!a}")
+        # An unforeseen answer of one server must not prevent the verdict on the others.
+        return InspectError(
+            f"internal error, please report it: {type(error).__name__}: {str(error)[:100]!a}"
+        )
 
 
 def to_finding(
     server: Server, outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool = False
 ) -> Finding | None:
-    """Return the finding on a server, None if it has ended, or is another user's and not asked for.
+    """Return the finding on `server`, None if the check should not mention it.
 
-    Of a `doubtful` server no fault is more than UNKNOWN.
+    That is so if the server has ended, or if it belongs to another user and `-p` or `--pid` has not
+    selected it (`asked_for`). If it is `doubtful`, the level is OK or UNKNOWN.
     """
     match outcome:
         case HealthReport():
@@ -142,15 +167,18 @@ def to_finding(
         case NotOursError() if not asked_for:
             return None
         case _:
-            # A user whom we could not see may be one who fills the queue of a name to alarm us.
+            # If the user is unknown, an impostor may have filled the queue of a socket to cause a
+            # false alarm.
             doubtful = doubtful or (server.uid is None and not asked_for)
             return Finding(server, soften(HealthVerdict(outcome.level, (str(outcome),)), doubtful))
 
 
 def doubtful_servers(servers: Sequence[Server]) -> set[Server]:
-    """Return those that may be an impostor's: any user can take a name for the port of another's.
+    """Return the servers that may be impostors.
 
-    Root's servers and our own are not, nor are those of a user who is the only one on their ports.
+    Any user can listen at a control socket with the port of another user's server. So a server is
+    doubtful if another user has a server with one of its ports. Servers of root and of this
+    process's user are never doubtful.
     """
     users: dict[int, set[object]] = {}
     for server in servers:
@@ -161,28 +189,31 @@ def doubtful_servers(servers: Sequence[Server]) -> set[Server]:
     return {
         server
         for server in servers
-        if not server.ours and server.uid != 0 and any(len(users[port]) > 1 for port in ports(server))
-    }  # fmt: skip
+        if not server.ours
+        and server.uid != 0
+        and any(len(users[port]) > 1 for port in ports(server))
+    }
 
 
 def soften(verdict: HealthVerdict, doubtful: bool) -> HealthVerdict:
-    """Return the verdict on a server, which for a doubtful one is UNKNOWN at most."""
+    """Return `verdict`, with level UNKNOWN in place of WARNING or CRITICAL if `doubtful`."""
     if doubtful and verdict.level is not Level.OK:
         return HealthVerdict(Level.UNKNOWN, verdict.reasons)
     return verdict
 
 
-def none_found_message(options: Namespace, strangers: int) -> str:
-    """Return the sentence for the case that no server was found."""
+def none_found_message(options: Namespace, others: int) -> str:
+    """Return the message for a check that found no server but `others` servers of other users."""
+    where = "in this network namespace"
     if options.port is not None:
-        return f"no tailsrv on port {options.port}"
+        return f"no tailsrv on port {options.port} {where}"
     if options.pid is not None:
-        return f"no tailsrv has pid {options.pid}"
-    return "no tailsrv of this user" + (f", {strangers} of other users" if strangers else "")
+        return f"no tailsrv supervisor with pid {options.pid} {where}"
+    return f"no tailsrv of this user {where}" + (f", {others} of other users" if others else "")
 
 
 def render_json(findings: Sequence[Finding], level: Level, summary: str) -> str:
-    """Return the findings as one JSON object on one line, all figures exact."""
+    """Return the findings as one JSON object on one line, with exact numbers."""
     servers = [
         {
             **dataclasses.asdict(finding.server),
@@ -204,7 +235,10 @@ def render_json(findings: Sequence[Finding], level: Level, summary: str) -> str:
 
 
 def wants_colour(environ: Mapping[str, str]) -> bool:
-    """Tell whether standard output is a terminal that wants colour (https://no-color.org)."""
+    """Return whether to color the text: standard output is a terminal and color is not disabled.
+
+    See https://no-color.org for NO_COLOR.
+    """
     return bool(
         sys.stdout
         and sys.stdout.isatty()
@@ -214,11 +248,12 @@ def wants_colour(environ: Mapping[str, str]) -> bool:
 
 
 def write(text: str, level: Level, encoding: str | None = None) -> int:
-    """Write `text` to standard output, in the user's encoding if None, and return the exit status.
+    """Write `text` to standard output and return the exit status.
 
-    A reader who has seen enough is no error.
+    If `encoding` is None, the text has the encoding of the user's locale. It is no error if the
+    program that reads the output closes it early.
     """
-    # closed before we started
+    # Standard output was closed when this process started.
     if sys.stdout is None:
         return Level.UNKNOWN
     try:
@@ -232,7 +267,10 @@ def write(text: str, level: Level, encoding: str | None = None) -> int:
 
 
 def give_up_writing(error: OSError, level: Level) -> Level:
-    """Return the exit status after standard output has failed, and let the interpreter's own flush at the end go nowhere."""
+    """Return the exit status after a failure to write to standard output.
+
+    Redirects standard output to /dev/null, because the interpreter flushes it again at exit.
+    """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

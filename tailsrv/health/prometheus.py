@@ -1,7 +1,8 @@
-"""Writes findings in Prometheus' text format. Pure.
+"""Renders findings in the Prometheus text format (`tailsrv-health --format prometheus`). Pure.
 
-The format is that of https://prometheus.io/docs/instrumenting/exposition_formats/, names and units follow
-https://prometheus.io/docs/practices/naming/: base units, counters end in `_total`.
+The format is https://prometheus.io/docs/instrumenting/exposition_formats/. The names and units of
+the metrics follow https://prometheus.io/docs/practices/naming/: base units, and counters end in
+`_total`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,63 +13,79 @@ from tailsrv.status_schema import ClientStatus
 STATES = ("serving", "starting", "waiting for file", "draining", "rotating")
 
 Labels = Mapping[str, str]
-# name of a family below, labels, value; None: not known, left out
+# Name of a family in FAMILIES, labels, and value. A sample whose value is None is left out.
 Sample = tuple[str, Labels, float | None]
 
-# name: type, help
+# For each name the type and the help text.
 FAMILIES = {
-    "tailsrv_servers": ("gauge", "Servers that were found."),
-    "tailsrv_health_status": ("gauge", "0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."),
-    "tailsrv_info": ("gauge", "Always 1; the version, and the path of the file."),
+    "tailsrv_servers": ("gauge", "Number of servers that were checked."),
+    "tailsrv_health_status": (
+        "gauge",
+        "Health of the server: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.",
+    ),
+    "tailsrv_info": ("gauge", "Always 1. The labels are the version and the path of the file."),
     "tailsrv_state": ("gauge", "1 for the state that the server is in, 0 for the others."),
     "tailsrv_start_time_seconds": (
         "gauge",
-        "When the server started, in Unix time; kept through upgrades.",
+        "Unix time at which the server started. An upgrade does not change it.",
     ),
-    "tailsrv_file_size_bytes": ("gauge", "Size of the file."),
-    "tailsrv_file_gone": ("gauge", "1 if the path does not name the file any more."),
-    "tailsrv_file_unusable": ("gauge", "1 if the next file of that name cannot be opened."),
-    "tailsrv_clients": ("gauge", "Clients that are connected."),
-    "tailsrv_clients_unprotected": ("gauge", "Clients that would be lost with their worker."),
-    "tailsrv_clients_max": ("gauge", "Clients that are served at a time; +Inf: no limit."),
-    "tailsrv_workers": ("gauge", "Workers that are configured."),
-    "tailsrv_workers_ready": ("gauge", "Workers that are ready."),
+    "tailsrv_file_size_bytes": ("gauge", "Size of the served file in bytes."),
+    "tailsrv_file_gone": ("gauge", "1 if the path no longer names the served file."),
+    "tailsrv_file_unusable": ("gauge", "1 if the next file with this path cannot be opened."),
+    "tailsrv_clients": ("gauge", "Number of connected clients."),
+    "tailsrv_clients_unprotected": (
+        "gauge",
+        "Number of clients that would be disconnected if their worker died.",
+    ),
+    "tailsrv_clients_max": ("gauge", "Limit of the number of clients, +Inf if there is none."),
+    "tailsrv_workers": ("gauge", "Number of workers that are configured."),
+    "tailsrv_workers_ready": ("gauge", "Number of workers that are ready."),
     "tailsrv_worker_ready": ("gauge", "1 if the slot has a worker that is ready."),
     "tailsrv_worker_stopped": ("gauge", "1 if a signal has stopped the worker."),
     "tailsrv_worker_silent_seconds": (
         "gauge",
-        "How long the worker has not answered the supervisor.",
+        "Seconds for which the worker has not answered a ping of the supervisor.",
     ),
-    "tailsrv_worker_clients": ("gauge", "Clients of the slot."),
+    "tailsrv_worker_clients": ("gauge", "Number of clients of the slot."),
     "tailsrv_worker_clients_unprotected": (
         "gauge",
-        "Clients of the slot that would be lost with its worker.",
+        "Number of clients of the slot that would be disconnected if its worker died.",
     ),
     "tailsrv_worker_restarts_total": (
         "counter",
-        "Workers of the slot that died and were replaced.",
+        "Number of workers of the slot that died and were replaced.",
     ),
-    "tailsrv_process_uptime_seconds": ("gauge", "Time since the process started."),
-    "tailsrv_process_cpu_seconds_total": ("counter", "Processor time that the process has used."),
+    "tailsrv_process_uptime_seconds": ("gauge", "Seconds since the process started."),
+    "tailsrv_process_cpu_seconds_total": (
+        "counter",
+        "CPU time that the process has used, in seconds.",
+    ),
     "tailsrv_process_pss_bytes": (
         "gauge",
-        "Memory of the process, pages that several share divided among them.",
+        "Memory of the process in bytes. Processes that share a page count equal parts of it.",
     ),
-    "tailsrv_process_open_fds": ("gauge", "Descriptors that are open."),
-    "tailsrv_process_max_fds": ("gauge", "Descriptors that may be open, the soft limit."),
-    "tailsrv_listener_queued": ("gauge", "Connections that wait to be accepted."),
-    "tailsrv_listener_backlog": ("gauge", "Connections that may wait to be accepted."),
-    "tailsrv_client_start_bytes": ("gauge", "Offset that the client asked for."),
-    "tailsrv_client_position_bytes": ("gauge", "Offset that the client has come to."),
-    "tailsrv_client_lag_bytes": ("gauge", "How far the client is behind the end of the file."),
+    "tailsrv_process_open_fds": ("gauge", "Number of open descriptors of the process."),
+    "tailsrv_process_max_fds": ("gauge", "Soft limit of the number of open descriptors."),
+    "tailsrv_listener_queued": ("gauge", "Number of connections that wait to be accepted."),
+    "tailsrv_listener_backlog": ("gauge", "Number of connections that may wait to be accepted."),
+    "tailsrv_client_start_bytes": (
+        "gauge",
+        "Offset in bytes at which the stream of the client started.",
+    ),
+    "tailsrv_client_position_bytes": ("gauge", "Offset in bytes that the client has reached."),
+    "tailsrv_client_lag_bytes": (
+        "gauge",
+        "Bytes between the position of the client and the end of the file.",
+    ),
 }
 
 
 def render_metrics(findings: Sequence[Finding]) -> str:
     """Return the findings as metrics, each family with its HELP and TYPE.
 
-    A figure that is not known is left out. Two samples with the same labels would spoil the whole
-    scrape: of such, which only an impostor's answer can bring about, the first counts.
+    Figures that are not known are left out. Only the first of several samples with the same labels
+    is kept: Prometheus would reject the whole scrape. Only the answer of an impostor can cause
+    that.
     """
     samples: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
     samples["tailsrv_servers"][""] = len(findings)
@@ -77,11 +94,11 @@ def render_metrics(findings: Sequence[Finding]) -> str:
             samples[name].setdefault(_labels(labels), value)
     lines = []
     for name, (kind, text) in FAMILIES.items():
-        if own := samples[name]:
+        if values := samples[name]:
             lines += [
                 f"# HELP {name} {text}",
                 f"# TYPE {name} {kind}",
-                *(f"{name}{labels} {_value(own[labels])}" for labels in own),
+                *(f"{name}{labels} {_value(values[labels])}" for labels in values),
             ]
     return "\n".join(lines) + "\n"
 
@@ -148,7 +165,10 @@ def _measure_listeners(server: Labels, report: HealthReport) -> Iterator[Sample]
 
 
 def _measure_clients(server: Labels, clients: Iterable[ClientStatus]) -> Iterator[Sample]:
-    """Yield the clients that have a peer, of two with the same peer the one further behind."""
+    """Yield the samples of all clients that have a peer.
+
+    If two clients have the same peer, only the one with the larger lag is included.
+    """
     peers = {
         client.peer: client
         for client in sorted(clients, key=lambda client: client.lag or 0)
@@ -170,7 +190,7 @@ def _labels(labels: Labels) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return a label's value as the format wants it; bytes of a path that are not UTF-8 become escapes."""
+    """Return `text` escaped as a label value. Bytes of a path that are not UTF-8 become escapes."""
     decodable = text.encode(errors="backslashreplace").decode()
     return decodable.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 

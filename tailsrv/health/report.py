@@ -1,4 +1,4 @@
-"""What there is to know of a server, and the judgement on it. Pure: facts in, level and reasons out."""
+"""The report on one server, and the verdict on it: a level and the reasons for the level. Pure."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ from typing import TypeVar
 from tailsrv.formatting import counted
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
-# of the descriptors or of an accept queue
+# Largest share of its descriptors, or of an accept queue, that may be in use without a WARNING.
 NEARLY_ALL = 0.9
-# seconds without an answer to a ping; a healthy worker takes milliseconds
+# Seconds without an answer to a ping after which a worker counts as hung. A healthy worker answers
+# within milliseconds.
 HUNG_AFTER = 2.0
-# seconds in which a restarted worker is news
+# Seconds for which the death of a worker is a WARNING.
 RECENTLY = 60.0
 
-# in every other state workers may rightly be missing, and the file gone
+# The states in which there must be workers and the file must exist.
 WORKING = frozenset({"serving", "starting"})
-# psutil.STATUS_STOPPED
+# Same as psutil.STATUS_STOPPED.
 STOPPED = "stopped"
-# a process of which only the entry in the process table is left
+# States of a process that has ended, but has not been reaped yet.
 ENDED_STATES = frozenset({"zombie", "dead"})
 
 
@@ -27,9 +28,17 @@ Number = TypeVar("Number", int, float)
 
 
 class Level(IntEnum):
-    """How well a server is, and the exit status that says so to whoever monitors it.
+    """How healthy a server is. The number is the exit status of a check.
 
-    The numbers are those of https://www.monitoring-plugins.org/doc/guidelines.html, "Plugin Return Codes".
+    The numbers are those of https://www.monitoring-plugins.org/doc/guidelines.html, section "Plugin
+    Return Codes".
+
+    Attributes:
+        OK: There is no problem.
+        WARNING: The server works, but something needs attention.
+        CRITICAL: The server does not work, or not for all clients.
+        UNKNOWN: The health of the server cannot be determined.
+
     """
 
     OK = 0
@@ -38,17 +47,26 @@ class Level(IntEnum):
     UNKNOWN = 3
 
 
-# The order of max_state_alt() in the same project: what is known to be bad comes before what is not known.
+# From the best level to the worst. A known problem is worse than an unknown state. This is the
+# order of max_state_alt() in the Monitoring Plugins.
 _WORSE = (Level.OK, Level.UNKNOWN, Level.WARNING, Level.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that was found: what it listens on, whose it is, and its supervisor's pid.
+    """A server that `find` has found.
 
-    `endpoints` are as in its titles: `*:4321`, `127.0.0.1:4321`. `pid`, `uid` and `user` are None where they cannot be
-    known; a `pid` of 0 means that the supervisor is in another pid namespace (pid_namespaces(7)).
-    `user` is the uid where there is no name, or none could be looked up in time. `ours`: its user is ours.
+    Attributes:
+        endpoints: The addresses and ports that it listens on, as in its process title: `*:4321`
+            for all addresses, `127.0.0.1:4321`, `[::1]:4321`.
+        pid: Process ID of its supervisor. 0 if the supervisor is in another pid namespace
+            (pid_namespaces(7)), where this process cannot see it. None if it is unknown, because
+            the connection to the control socket failed.
+        uid: User ID of its supervisor. None if it is unknown.
+        user: Name of that user, or `uid` as text if there is no name, or none was found within
+            half a second. None if `uid` is unknown.
+        ours: Whether the server certainly belongs to the user of this process.
+
     """
 
     endpoints: tuple[str, ...]
@@ -60,12 +78,21 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process, as psutil sees it; a figure that may not be had is None.
+    """One process of a server. A figure that is not available is None.
 
-    `state` is psutil's word (`sleeping`, `running`, `stopped`, `disk-sleep`, ...), `uptime` seconds, `cpu` percent of
-    one processor while we looked, `cpu_seconds` the processor time since its start, `pss` bytes: its share of
-    memory, pages that several processes have divided among them (proc(5), smaps). `descriptors` are open now, of
-    `descriptor_limit`, its soft RLIMIT_NOFILE, None also if there is no limit.
+    Attributes:
+        pid: Process ID.
+        state: psutil's word for its state: `sleeping`, `running`, `stopped`, `disk-sleep` and
+            others.
+        uptime: Seconds since it started.
+        cpu: CPU use during the inspection, in percent of one processor.
+        cpu_seconds: CPU time that it has used since it started, in seconds.
+        pss: Memory in bytes. A page that several processes share counts in equal parts for each of
+            them (proc(5), smaps).
+        descriptors: Number of open descriptors.
+        descriptor_limit: Largest number of open descriptors, the soft limit RLIMIT_NOFILE. None
+            also if there is no limit.
+
     """
 
     pid: int
@@ -80,10 +107,18 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class WorkerHealth:
-    """A slot and its worker; `process` is None while the slot is empty.
+    """One slot and its worker.
 
-    `silent` is for how many seconds a ping has had no answer, `restarted` how many seconds ago a worker was last
-    replaced because it had died, None if never; `restarts` counts that.
+    Attributes:
+        slot: Number of the slot, from 0.
+        process: The worker. None while the slot is empty, or if the worker has just ended.
+        ready: Whether the worker has reported that it is ready.
+        clients: Number of clients of the slot, including the unprotected ones.
+        unprotected: Number of clients that would be disconnected if the worker died.
+        restarts: Number of workers of this slot that died and were replaced.
+        restarted: Seconds since the last of these replacements. None if there was none.
+        silent: For how many seconds the worker has not answered a ping. 0 if no answer is due.
+
     """
 
     slot: int
@@ -97,25 +132,35 @@ class WorkerHealth:
 
     @property
     def alive(self) -> bool:
-        """Whether there is a process that can work."""
+        """Whether the slot has a worker that has not ended."""
         return self.process is not None and self.process.state not in ENDED_STATES
 
     @property
     def stopped(self) -> bool:
-        """Whether a signal has stopped it (SIGSTOP and the like, signal(7))."""
+        """Whether a signal such as SIGSTOP has stopped the worker (signal(7))."""
         return self.process is not None and self.process.state == STOPPED
 
     @property
     def hung(self) -> bool:
-        """Whether it lives, is not stopped, and has not answered for HUNG_AFTER seconds."""
+        """Whether the worker is alive, not stopped, and silent for at least HUNG_AFTER seconds."""
         return self.alive and not self.stopped and self.silent >= HUNG_AFTER
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the server: clients as the supervisor counts them, the rest of all processes; None where a part is unknown.
+    """Sums over all slots, listeners or processes of a server.
 
-    `unprotected` clients would die with their worker. `max_clients` of 0 means no limit.
+    Attributes:
+        clients: Number of clients, including the unprotected ones.
+        unprotected: Number of clients that would be disconnected if their worker died.
+        max_clients: Limit of the number of clients (`--max-clients`). 0 means no limit.
+        restarts: Number of workers that died and were replaced.
+        queued: Number of connections that wait to be accepted, over all listeners.
+        cpu: CPU use of all processes during the inspection, in percent of one processor. This
+            figure and the two below are None if the figure of one process is not available.
+        pss: Memory of all processes in bytes.
+        descriptors: Number of open descriptors of all processes.
+
     """
 
     clients: int
@@ -130,10 +175,21 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """All that `inspect` found out about one server.
+    """The result of `inspect` for one server.
 
-    `state` is the supervisor's word: `serving`, `starting`, `waiting for file`, `draining` or `rotating`; `started` is Unix time,
-    kept through upgrades. `clients` is None unless it was asked for.
+    Attributes:
+        server: The server, with the process ID of its supervisor.
+        version: Version of tailsrv that the supervisor runs.
+        state: `serving`, `starting`, `waiting for file`, `draining` or `rotating`.
+        started: When the server started, in seconds of Unix time. An upgrade does not change it.
+        file: The served file.
+        supervisor: The supervisor's process.
+        workers: All slots, in the order of their numbers, with or without a worker.
+        listeners: The listening sockets, in the order of their slots.
+        totals: The sums over the server.
+        clients: The clients that are protected, in the order of their slots. None if `inspect` was
+            not asked for them.
+
     """
 
     server: Server
@@ -150,7 +206,14 @@ class HealthReport:
 
 @dataclass(frozen=True, slots=True)
 class HealthVerdict:
-    """A level and, unless that is OK, the reasons for it, each a short phrase; the grave ones first."""
+    """The verdict on a server.
+
+    Attributes:
+        level: The level.
+        reasons: The reasons for the level, each a short phrase, those for CRITICAL first. Empty if
+            the level is OK.
+
+    """
 
     level: Level
     reasons: tuple[str, ...] = ()
@@ -158,7 +221,10 @@ class HealthVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A server, the verdict on it, and the report that this rests on, None if there could be none."""
+    """A server, the verdict on it, and the report that is the basis of the verdict.
+
+    `report` is None if the server could not be inspected.
+    """
 
     server: Server
     verdict: HealthVerdict
@@ -166,24 +232,32 @@ class Finding:
 
 
 def worst(levels: Iterable[Level]) -> Level:
-    """Return the worst of `levels`: CRITICAL before WARNING before UNKNOWN before OK, which is also that of none at all."""
+    """Return the worst of `levels`, OK if there are none.
+
+    CRITICAL is the worst, followed by WARNING, UNKNOWN and OK.
+    """
     return max(levels, key=_WORSE.index, default=Level.OK)
 
 
 def judge(report: HealthReport) -> HealthVerdict:
-    """Return how well the server is, and why not better."""
+    """Return the verdict on a server: CRITICAL, WARNING or OK, and the reasons.
+
+    This function never returns UNKNOWN, and makes no system call. If a figure of the report is
+    None, it skips the checks that need it, except that a missing file size is CRITICAL in the
+    states `serving` and `starting`.
+    """
     critical, warning = tuple(_critical(report)), tuple(_warning(report))
     level = Level.CRITICAL if critical else Level.WARNING if warning else Level.OK
     return HealthVerdict(level, critical + warning)
 
 
 def ready(report: HealthReport) -> int:
-    """Return how many slots have a worker that is ready."""
+    """Return the number of slots with a worker that is alive and ready."""
     return sum(worker.alive and worker.ready for worker in report.workers)
 
 
 def total(figures: Iterable[Number | None]) -> Number | None:
-    """Return the sum, None if a part of it is unknown."""
+    """Return the sum of `figures`, None if one of them is None or there are none."""
     known = []
     for figure in figures:
         if figure is None:
@@ -196,10 +270,10 @@ def _critical(report: HealthReport) -> Iterator[str]:
     working = report.state in WORKING
     if working and not any(worker.alive for worker in report.workers):
         yield "no worker"
-    yield from _named(
+    yield from _name_workers(
         [worker for worker in report.workers if worker.stopped], "is stopped", "are stopped"
     )
-    yield from _named([worker for worker in report.workers if worker.hung], "hangs", "hang")
+    yield from _name_workers([worker for worker in report.workers if worker.hung], "hangs", "hang")
     if working and report.file.gone:
         yield "the file is gone"
     elif working and report.file.size is None:
@@ -214,38 +288,42 @@ def _warning(report: HealthReport) -> Iterator[str]:
         and ready(report) < len(report.workers)
         and any(worker.alive for worker in report.workers)
     ):
-        yield f"{ready(report)} of {counted(len(report.workers), 'worker')}"
-    yield from _crowded("supervisor", report.supervisor)
+        yield f"{ready(report)} of {counted(len(report.workers), 'worker')} ready"
+    yield from _descriptors_warning("supervisor", report.supervisor)
     for worker in report.workers:
         if worker.process is not None:
-            yield from _crowded(f"worker {worker.slot}", worker.process)
+            yield from _descriptors_warning(f"worker {worker.slot}", worker.process)
     for listener in report.listeners:
         if listener.backlog and listener.queued > NEARLY_ALL * listener.backlog:
-            whose = "" if listener.slot is None else f" of slot {listener.slot}"
-            yield f"the queue{whose} at {listener.endpoint} holds {listener.queued} of {listener.backlog}"
+            slot = "" if listener.slot is None else f" of slot {listener.slot}"
+            yield (
+                f"the accept queue{slot} at {listener.endpoint} holds"
+                f" {listener.queued} of {listener.backlog} connections"
+            )
     if (
         (most := report.totals.max_clients)
         and report.totals.clients >= most
         and report.totals.queued
     ):
-        yield f"as many clients as --max-clients allows ({most}), {report.totals.queued} wait"
+        waiting = counted(report.totals.queued, "connection")
+        yield f"--max-clients is reached ({most}): {waiting} waiting"
     recent = [
         worker
         for worker in report.workers
         if worker.restarted is not None and worker.restarted < RECENTLY
     ]
-    yield from _named(
+    yield from _name_workers(
         recent, "was restarted in the last minute", "were restarted in the last minute"
     )
 
 
-def _crowded(name: str, process: Process) -> Iterator[str]:
+def _descriptors_warning(name: str, process: Process) -> Iterator[str]:
     used, limit = process.descriptors, process.descriptor_limit
     if used is not None and limit is not None and used > NEARLY_ALL * limit:
-        yield f"{name} has {used} of {limit} descriptors"
+        yield f"{name} uses {used} of {limit} descriptors"
 
 
-def _named(workers: Sequence[WorkerHealth], singular: str, plural: str) -> Iterator[str]:
+def _name_workers(workers: Sequence[WorkerHealth], singular: str, plural: str) -> Iterator[str]:
     if workers:
         slots = ", ".join(str(worker.slot) for worker in workers)
         yield f"worker {slots} {singular}" if len(workers) == 1 else f"workers {slots} {plural}"

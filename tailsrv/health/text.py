@@ -1,4 +1,4 @@
-"""Writes findings for people: one sentence that a pager can show, then tables that fit 100 columns. Pure."""
+"""Renders findings as text: one line for alerts, then tables of at most 100 columns. Pure."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -17,7 +17,7 @@ from tailsrv.health.report import (
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 WIDTH = 100
-# columns that a path gets in the sentence however long the rest is
+# Least number of columns for the path in the summary, however long the rest is.
 MIN_PATH = 20
 
 _BOLD, _RED = "1", "31"
@@ -27,21 +27,21 @@ Row = tuple[str, ...]
 
 
 def render_text(findings: Sequence[Finding], level: Level, summary: str, colour: bool) -> str:
-    """Return all that there is to say; its first line is `summary` behind `level`."""
-    lines = [f"{_paint(level.name, _COLOURS[level], colour)}: {summary}"]
+    """Return the text for `findings`. Its first line is `level` and `summary`."""
+    lines = [f"{_paint_level(level, colour)}: {summary}"]
     for finding in findings:
         if len(findings) > 1:
-            lines += [
-                "",
-                f"{_paint(finding.verdict.level.name, _COLOURS[finding.verdict.level], colour)}: {describe(finding)}",
-            ]
+            lines += ["", f"{_paint_level(finding.verdict.level, colour)}: {describe(finding)}"]
         if finding.report:
             lines += _render_report(finding.report, colour)
     return "\n".join(lines) + "\n"
 
 
 def summarize(findings: Sequence[Finding], none_found: str) -> tuple[Level, str]:
-    """Return the worst level of all, and one sentence on one line; `none_found` is that for no servers at all."""
+    """Return the worst level of all findings, and a summary on one line.
+
+    `none_found` is the summary if there are no findings, which is CRITICAL.
+    """
     level = worst(finding.verdict.level for finding in findings)
     bad = [finding for finding in findings if finding.verdict.level is not Level.OK]
     match len(findings), len(bad):
@@ -51,9 +51,9 @@ def summarize(findings: Sequence[Finding], none_found: str) -> tuple[Level, str]
             return level, describe(findings[0])
         case _, 0:
             clients = sum(finding.report.totals.clients for finding in findings if finding.report)
-            return level, f"{len(findings)} servers of tailsrv serve {counted(clients, 'client')}"
+            return level, f"{len(findings)} tailsrv servers serve {counted(clients, 'client')}"
         case _:
-            # the reason for the level comes first
+            # The servers that cause the level come first.
             bad.sort(key=lambda finding: finding.verdict.level is not level)
             return level, f"{len(bad)} of {len(findings)} servers: " + "; ".join(
                 describe(finding) for finding in bad
@@ -61,20 +61,20 @@ def summarize(findings: Sequence[Finding], none_found: str) -> tuple[Level, str]
 
 
 def describe(finding: Finding) -> str:
-    """Return a sentence on one server: what it does if it is well, else why it is not."""
+    """Return one line about one server: what it does if it is OK, the reasons otherwise."""
     server, verdict, report = finding.server, finding.verdict, finding.report
     user = f" (user {server.user})" if server.user and not server.ours else ""
     name = f"tailsrv {','.join(server.endpoints)}{user}"
     if report is None or verdict.level is not Level.OK:
         state = f" ({printable(report.state)})" if report and report.state != "serving" else ""
         return f"{name}{state}: {'; '.join(map(printable, verdict.reasons))}"
-    before, after = _say_state(report)
+    before, after = _state_words(report)
     room = WIDTH - len(f"{verdict.level.name}: {name} {before} {after}")
     return f"{name} {before} {_shorten(printable(report.file.path), max(room, MIN_PATH))}{after}"
 
 
-def _say_state(report: HealthReport) -> tuple[str, str]:
-    """Return what a server that is well does, as the words before the path and behind it."""
+def _state_words(report: HealthReport) -> tuple[str, str]:
+    """Return what a server does, as the words before the path and the words after it."""
     clients, workers = (
         counted(report.totals.clients, "client"),
         counted(len(report.workers), "worker"),
@@ -89,7 +89,7 @@ def _say_state(report: HealthReport) -> tuple[str, str]:
         case "draining":
             return "is draining", f", {clients} left"
         case "rotating":
-            return "ends the streams of the file that was", f", {clients} left"
+            return "ends the streams of the rotated file", f", {clients} left"
         case other:
             return f"is {printable(other)},", f", {clients}"
 
@@ -98,19 +98,19 @@ def _say_state(report: HealthReport) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line, with nothing in it that a terminal would act on."""
+    """Return `text` on one line and without control characters that would affect a terminal."""
     return text if text.isprintable() else ascii(text)
 
 
 def duration_text(seconds: float | None) -> str:
-    """Return a time as people read it, its two largest parts."""
+    """Return a duration in its two largest units, such as `3d 4h`."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     parts = [(days, "d"), (hours, "h"), (minutes, "m"), (rest, "s")]
-    first = next((place for place, (number, _) in enumerate(parts) if number), 3)
+    first = next((index for index, (number, _) in enumerate(parts) if number), 3)
     return " ".join(f"{number}{unit}" for number, unit in parts[first : first + 2])
 
 
@@ -119,7 +119,7 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def _shorten(text: str, room: int) -> str:
-    """Return the end of `text`, which for a path says most, if all of it takes more than `room`."""
+    """Return `text`, or only its end if it is longer than `room`: the end of a path says most."""
     return text if len(text) <= room else "..." + text[3 - room :]
 
 
@@ -137,7 +137,7 @@ def _render_report(report: HealthReport, colour: bool) -> list[str]:
 
 def _render_facts(report: HealthReport) -> list[str]:
     file, totals = report.file, report.totals
-    about = [printable(file.path), _say_size(file, report.state)] + [
+    about = [printable(file.path), _size_words(file, report.state)] + [
         "gone from its path"
     ] * file.gone
     clients = [str(totals.clients)]
@@ -156,7 +156,7 @@ def _render_facts(report: HealthReport) -> list[str]:
     ]
 
 
-def _say_size(file: FileStatus, state: str) -> str:
+def _size_words(file: FileStatus, state: str) -> str:
     if file.size is not None:
         return size(file.size)
     if file.error is not None:
@@ -165,7 +165,7 @@ def _say_size(file: FileStatus, state: str) -> str:
 
 
 def _fact(name: str, parts: Iterable[str]) -> list[str]:
-    """Return a fact on as many lines as it takes."""
+    """Return a line of the facts above the tables, wrapped to WIDTH columns."""
     text, room = ", ".join(parts), WIDTH - 9
     return [
         f"{'' if start else name:9}{text[start : start + room]}"
@@ -177,27 +177,35 @@ def _render_processes(report: HealthReport, colour: bool) -> list[str]:
     supervisor, totals = report.supervisor, report.totals
     head = ("process", "pid", "state", "uptime", "CPU", "PSS", "descriptors", "clients", "restarts")
     working = report.state in WORKING
-    rows = [("supervisor", *_figures(supervisor, supervisor.state or "-"), "", "")]
+    rows = [("supervisor", *_process_cells(supervisor, supervisor.state or "-"), "", "")]
     rows += [
         (
             f"worker {worker.slot}",
-            *_figures(worker.process, _say_worker(worker, working)),
+            *_process_cells(worker.process, _worker_words(worker, working)),
             str(worker.clients),
             str(worker.restarts),
         )
         for worker in report.workers
     ]
-    rows.append(("total", "", "", "", _number(totals.cpu, " %"), size(totals.pss), _number(totals.descriptors),
-                 str(totals.clients), str(totals.restarts)))  # fmt: skip
+    rows.append(
+        (
+            *("total", "", "", ""),
+            _number(totals.cpu, " %"),
+            size(totals.pss),
+            _number(totals.descriptors),
+            str(totals.clients),
+            str(totals.restarts),
+        )
+    )
     bad = {
-        1 + place
-        for place, worker in enumerate(report.workers)
+        1 + index
+        for index, worker in enumerate(report.workers)
         if (working and not worker.alive) or worker.stopped or worker.hung
     }  # fmt: skip
     return _table(head, rows, left={0, 2}, colour=colour, bad=bad)
 
 
-def _figures(process: Process | None, state: str) -> Row:
+def _process_cells(process: Process | None, state: str) -> Row:
     if process is None:
         return ("-", state, "-", "-", "-", "-")
     descriptors = _number(process.descriptors)
@@ -213,7 +221,7 @@ def _figures(process: Process | None, state: str) -> Row:
     )
 
 
-def _say_worker(worker: WorkerHealth, working: bool) -> str:
+def _worker_words(worker: WorkerHealth, working: bool) -> str:
     if worker.process is None:
         return "missing" if working else "not started"
     if worker.hung:
@@ -224,7 +232,10 @@ def _say_worker(worker: WorkerHealth, working: bool) -> str:
 
 
 def _render_listeners(listeners: Iterable[ListenerStatus], colour: bool) -> list[str]:
-    """Return a row for each endpoint, with its fullest queue: rows for each of 64 workers would show less."""
+    """Return a table with one row for each endpoint, which shows its fullest queue.
+
+    A row for each queue would be harder to read, for example with 64 workers.
+    """
     rows = []
     for endpoint, group in groupby(
         sorted(listeners, key=lambda listener: listener.endpoint),
@@ -252,7 +263,10 @@ def _fill(listener: ListenerStatus) -> float:
 
 
 def _render_clients(clients: Iterable[ClientStatus], colour: bool) -> list[str]:
-    """Return a row for each client, the one that is furthest behind first, those without a header last."""
+    """Return a table with one row for each client.
+
+    The client with the largest lag comes first. Clients whose lag is unknown come last.
+    """
     rows = []
     for client in sorted(
         clients, key=lambda client: -1 if client.lag is None else client.lag, reverse=True
@@ -277,21 +291,28 @@ def _render_clients(clients: Iterable[ClientStatus], colour: bool) -> list[str]:
 def _table(
     head: Row, rows: Sequence[Row], left: set[int], colour: bool, bad: Iterable[int] = ()
 ) -> list[str]:
-    """Return aligned lines; the columns `left` are flush left, the rows `bad` stand out."""
+    """Return the lines of a table.
+
+    `left` are the columns that are aligned on the left, `bad` the rows that are highlighted.
+    """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     alert = set(bad)
 
     def line(row: Row) -> str:
         cells = (
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )  # fmt: skip
         return "  ".join(cells).rstrip()
 
-    lines = [_paint(line(row), _RED, colour and place in alert) for place, row in enumerate(rows)]
+    lines = [_paint(line(row), _RED, colour and index in alert) for index, row in enumerate(rows)]
     return [_paint(line(head), _BOLD, colour), *lines]
 
 
+def _paint_level(level: Level, colour: bool) -> str:
+    return _paint(level.name, _COLOURS[level], colour)
+
+
 def _paint(text: str, code: str, colour: bool) -> str:
-    # ECMA-48, SGR
+    # SGR sequences of ECMA-48.
     return f"\x1b[{code}m{text}\x1b[0m" if colour else text

@@ -1,26 +1,27 @@
-"""Looks users' names up, for no longer than a health check can wait for them."""
+"""Looks up user names, with a time limit that a health check can afford."""
 
 import pwd
 import threading
 from collections.abc import Iterable
 
-# seconds for all names; the user database may be on a server that does not answer
+# Seconds for all names together. The user database may be on a server that does not answer.
 LOOKUP_TIMEOUT = 0.5
 
 
 def user_names(uids: Iterable[int]) -> dict[int, str]:
-    """Return the name of each user in `uids`, for one that has none the number as text.
+    """Return the name of each user in `uids`, or the number as text where there is no name.
 
-    Each is looked up once. Where the names take longer than PATIENCE in all, the rest of them are
-    numbers, too. getpwuid(3) can wait for minutes and cannot be ended: it is left to a thread.
+    Names that cannot be looked up within LOOKUP_TIMEOUT seconds also are numbers.
     """
     names = {uid: str(uid) for uid in uids}
-    # The numbers of a machine's own users are lower than those of a directory's: they come first.
+    # getpwuid(3) can block for minutes and cannot be interrupted, so a daemon thread calls it. The
+    # local users of a machine have lower numbers than those of a directory service: they come
+    # first.
     thread = threading.Thread(target=_look_up, args=(names, sorted(names)), daemon=True)
     try:
         thread.start()
     except RuntimeError:
-        # no room for a thread
+        # The system cannot start another thread.
         return names
     thread.join(LOOKUP_TIMEOUT)
     return names.copy()
@@ -31,5 +32,5 @@ def _look_up(names: dict[int, str], uids: Iterable[int]) -> None:
         try:
             names[uid] = pwd.getpwuid(uid).pw_name
         except (KeyError, OSError):
-            # it has none, or the database cannot be read: the number stays
+            # The user has no name, or the database cannot be read. The number stays.
             pass

@@ -330,7 +330,7 @@ def test_few_descriptors(serve: Serve, path: Path) -> None:
     status, first = ask(server)
     assert (status, first) == (
         Level.WARNING,
-        f"WARNING: tailsrv *:{server.port}: worker 0 has {used} of {used + 1} descriptors",
+        f"WARNING: tailsrv *:{server.port}: worker 0 uses {used} of {used + 1} descriptors",
     )
 
 
@@ -399,7 +399,7 @@ def test_no_server(form: str) -> None:
     done = health("--pid", str(os.getpid()))
     assert (done.returncode, done.stdout) == (
         Level.CRITICAL,
-        f"CRITICAL: no tailsrv has pid {os.getpid()}\n",
+        f"CRITICAL: no tailsrv supervisor with pid {os.getpid()} in this network namespace\n",
     )
 
 
@@ -423,7 +423,7 @@ def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
     done = health("-p", port)
     lines = done.stdout.splitlines()
     assert done.returncode == Level.OK
-    assert lines[0] == "OK: 2 servers of tailsrv serve 0 clients"
+    assert lines[0] == "OK: 2 tailsrv servers serve 0 clients"
     assert sum(line.startswith("OK: tailsrv 127.0.0.") for line in lines) == 2
     done = health("--pid", str(one.pid))
     assert done.stdout.startswith(f"OK: tailsrv 127.0.0.2:{port},127.0.0.3:{port} serves ")
@@ -477,7 +477,10 @@ def test_all_servers_and_the_worst_of_them(serve: Serve, path: Path) -> None:
 def test_no_server_at_all() -> None:
     """Where no server runs, that is CRITICAL without -p, too."""
     done = health(wrapper=("unshare", "--net"))
-    assert (done.returncode, done.stdout) == (Level.CRITICAL, "CRITICAL: no tailsrv of this user\n")
+    assert (done.returncode, done.stdout) == (
+        Level.CRITICAL,
+        "CRITICAL: no tailsrv of this user in this network namespace\n",
+    )
 
 
 def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
@@ -505,7 +508,7 @@ def test_full_and_others_wait(serve: Serve, path: Path) -> None:
     server.logged("more wait")
     assert ask(server) == (
         Level.WARNING,
-        f"WARNING: tailsrv *:{server.port}: as many clients as --max-clients allows (1), 1 wait",
+        f"WARNING: tailsrv *:{server.port}: --max-clients is reached (1): 1 connection waiting",
     )
 
 
@@ -532,7 +535,10 @@ def test_other_users(serve: Serve, open_folder: Path) -> None:
         f"OK: tailsrv *:{theirs.port} serves "
     )
     done = health("-p", str(ours.port), wrapper=AS_NOBODY)
-    sentence = f"tailsrv *:{ours.port} (user root): belongs to user root: only that user and root get an answer"
+    sentence = (
+        f"tailsrv *:{ours.port} (user root): "
+        "belongs to user root: run the check as that user or as root"
+    )
     assert (done.returncode, done.stdout) == (Level.UNKNOWN, f"UNKNOWN: {sentence}\n")
     done = health("--pid", str(ours.pid), wrapper=AS_NOBODY)
     assert (done.returncode, done.stdout) == (Level.UNKNOWN, f"UNKNOWN: {sentence}\n")
@@ -687,8 +693,8 @@ def test_no_threads() -> None:
         done = run_python(WITHOUT_THREADS, "-p", str(port))
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
     assert (
-        done.stdout
-        == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): belongs to user 0: only that user and root get an answer\n"
+        done.stdout == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): "
+        "belongs to user 0: run the check as that user or as root\n"
     )
 
 
@@ -702,7 +708,7 @@ def test_another_has_taken_its_place() -> None:
     """Who answers for a server that was of another pid is not that server."""
     with (
         pretending(status_of(os.getpid())) as port,
-        pytest.raises(EndedError, match="another has taken its place"),
+        pytest.raises(EndedError, match="another server has replaced it"),
     ):
         inspect(dataclasses.replace(only(port), pid=1))
 
@@ -729,8 +735,8 @@ def test_ends_while_it_is_asked() -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"[]", "cannot be understood"),
-        (b'{"pid": 1, "size": 1, "clients": []}', "is by pid 1, here"),
+        (b"[]", "list of clients: invalid data"),
+        (b'{"pid": 1, "size": 1, "clients": []}', "list of clients reports pid 1, but here"),
     ],
 )
 def test_list_of_clients_that_is_not_to_be_understood(answer: bytes, reason: str) -> None:
@@ -740,7 +746,7 @@ def test_list_of_clients_that_is_not_to_be_understood(answer: bytes, reason: str
         pretending(answer, name=f"127.9.9.9:{port}/clients"),
     ):
         inspect(only(port))
-        with pytest.raises(InspectError, match=f"list of clients {reason}"):
+        with pytest.raises(InspectError, match=reason):
             inspect(only(port), clients=True)
 
 
@@ -846,7 +852,7 @@ def test_silence_of_another_user() -> None:
             inspect(found)
         with pytest.raises(
             InspectError,
-            match="supervisor gives an empty answer: perhaps it is in another user namespace",
+            match="closed the connection without an answer: it may be in another user namespace",
         ):
             inspect(found)
 
@@ -874,8 +880,8 @@ def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> No
     status, first = ask(server)
     assert status == Level.UNKNOWN
     assert (
-        "(user nobody): supervisor gives an empty answer: perhaps it is in another user namespace"
-        in first
+        "(user nobody): supervisor closed the connection without an answer: "
+        "it may be in another user namespace" in first
     )
 
 
@@ -887,7 +893,7 @@ def test_stranger_of_a_user_namespace_is_not_believed() -> None:
             port = stack.enter_context(pretending(status_of(os.getpid())))
         done = health("-p", str(port), wrapper=("unshare", "--user", "--map-user=65534"))
     assert done.returncode == Level.UNKNOWN
-    assert "belongs to user that this user namespace does not know: " in done.stdout
+    assert "belongs to a user that this user namespace does not map: " in done.stdout
 
 
 SLOW_USERS = """
@@ -998,8 +1004,8 @@ def test_full_queue() -> None:
         done = health("-p", str(port))
     assert done.returncode == Level.CRITICAL
     assert (
-        done.stdout
-        == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: too many questions wait\n"
+        done.stdout == f"CRITICAL: tailsrv 127.9.9.9:{port}: supervisor does not answer: "
+        "the queue of its control socket is full\n"
     )
 
 

@@ -66,7 +66,7 @@ def with_process(**changes: object) -> HealthReport:
 EMPTY = (replace(WORKER, process=None, ready=False),)
 
 
-FULL = "the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100"
+FULL = "the accept queue of slot 0 at 0.0.0.0:4321 holds 91 of 100 connections"
 
 
 GONE = FileStatus("/log", 1, gone=True, error=None)
@@ -82,18 +82,18 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
     ("report", "level", "reasons"),
     [
         (REPORT, Level.OK, ()),
-        (with_worker(process=None), Level.WARNING, ("1 of 2 workers",)),
-        (with_worker(ready=False), Level.WARNING, ("1 of 2 workers",)),
-        (with_process(state="zombie"), Level.WARNING, ("1 of 2 workers",)),
+        (with_worker(process=None), Level.WARNING, ("1 of 2 workers ready",)),
+        (with_worker(ready=False), Level.WARNING, ("1 of 2 workers ready",)),
+        (with_process(state="zombie"), Level.WARNING, ("1 of 2 workers ready",)),
         (with_process(state="disk-sleep"), Level.OK, ()),
         (with_process(state=None, pss=None, descriptors=None, descriptor_limit=None), Level.OK, ()),
         (with_process(descriptors=900), Level.OK, ()),
-        (with_process(descriptors=901), Level.WARNING, ("worker 1 has 901 of 1000 descriptors",)),
+        (with_process(descriptors=901), Level.WARNING, ("worker 1 uses 901 of 1000 descriptors",)),
         (with_process(descriptors=901, descriptor_limit=None), Level.OK, ()),
         (
             replace(REPORT, supervisor=replace(PROCESS, descriptors=999)),
             Level.WARNING,
-            ("supervisor has 999 of 1000 descriptors",),
+            ("supervisor uses 999 of 1000 descriptors",),
         ),
         (
             with_worker(restarted=59.9),
@@ -105,12 +105,12 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (
             replace(REPORT, listeners=(replace(LISTENER, queued=91),)),
             Level.WARNING,
-            ("the queue of slot 0 at 0.0.0.0:4321 holds 91 of 100",),
+            ("the accept queue of slot 0 at 0.0.0.0:4321 holds 91 of 100 connections",),
         ),
         (
             replace(REPORT, listeners=(ListenerStatus(None, "[::]:1", 95, 100),)),
             Level.WARNING,
-            ("the queue at [::]:1 holds 95 of 100",),
+            ("the accept queue at [::]:1 holds 95 of 100 connections",),
         ),
         (replace(REPORT, listeners=(replace(LISTENER, queued=1, backlog=0),)), Level.OK, ()),
         (replace(REPORT, workers=EMPTY), Level.CRITICAL, ("no worker",)),
@@ -139,7 +139,7 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
                 REPORT, totals=replace(REPORT.totals, max_clients=REPORT.totals.clients, queued=3)
             ),
             Level.WARNING,
-            (f"as many clients as --max-clients allows ({REPORT.totals.clients}), 3 wait",),
+            (f"--max-clients is reached ({REPORT.totals.clients}): 3 connections waiting",),
         ),
         (
             replace(
@@ -158,7 +158,7 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         ),
         (with_worker(silent=1.9), Level.OK, ()),
         (with_worker(silent=2.0), Level.CRITICAL, ("worker 1 hangs",)),
-        (with_worker(process=None, silent=9.0), Level.WARNING, ("1 of 2 workers",)),
+        (with_worker(process=None, silent=9.0), Level.WARNING, ("1 of 2 workers ready",)),
         (
             replace(REPORT, state="draining", workers=(replace(WORKER, silent=3.0),)),
             Level.CRITICAL,
@@ -317,12 +317,13 @@ BAD = Finding(
         (
             [judged(replace(REPORT, state="rotating"))],
             Level.OK,
-            "tailsrv *:4321 ends the streams of the file that was /var/log/app.log, 137 clients left",
+            "tailsrv *:4321 ends the streams of the rotated file /var/log/app.log, "
+            "137 clients left",
         ),
         (
             [judged(replace(with_worker(ready=False), state="starting"))],
             Level.WARNING,
-            "tailsrv *:4321 (starting): 1 of 2 workers",
+            "tailsrv *:4321 (starting): 1 of 2 workers ready",
         ),
         (
             [
@@ -338,11 +339,12 @@ BAD = Finding(
             "tailsrv *:4321 (user nobody) waits for file /var/log/app.log",
         ),
         ([BAD], Level.CRITICAL, "tailsrv *:1: no worker; the file is gone"),
-        ([judged(REPORT), judged(REPORT)], Level.OK, "2 servers of tailsrv serve 274 clients"),
+        ([judged(REPORT), judged(REPORT)], Level.OK, "2 tailsrv servers serve 274 clients"),
         (
             [judged(REPORT), judged(with_worker(ready=False)), BAD],
             Level.CRITICAL,
-            "2 of 3 servers: tailsrv *:1: no worker; the file is gone; tailsrv *:4321: 1 of 2 workers",
+            "2 of 3 servers: tailsrv *:1: no worker; the file is gone; "
+            "tailsrv *:4321: 1 of 2 workers ready",
         ),
         ([], Level.CRITICAL, "nothing here"),
     ],
