@@ -29,8 +29,8 @@ RESERVED_DESCRIPTORS = 32
 # other workers and, on a shared CPU, the reporting worker itself. The last report may exceed it.
 CLIENTS_PER_TURN = 32
 
-# How often the supervisor tries to read the last reports of a worker that has exited. The kernel
-# may lack memory for one attempt, and the reports cannot be requested again.
+# Number of attempts to read the last reports of a worker that has exited. The kernel may lack
+# memory for one attempt, and the reports cannot be requested again.
 FINAL_READS = 3
 
 # Seconds to sleep after a turn with reports. Meanwhile the workers have the CPUs, and further
@@ -66,7 +66,7 @@ class ReportReader:
     def protects_clients(self) -> bool:
         """Whether clients keep their connections when their worker dies.
 
-        If True, that still takes a free descriptor for each client.
+        Even if True, protecting a client needs a free descriptor.
         """
         return self._protects
 

@@ -53,8 +53,8 @@ class Failures:
     def delay(self, timing: Timing) -> float:
         """Return the seconds to wait before the slot gets its next worker.
 
-        There is no delay after the first short life. From the second on, the delay doubles with
-        each one, from `timing.first_delay` to `timing.max_delay`.
+        There is no delay after the first short life. After the second, it is `timing.first_delay`.
+        It doubles with each further short life, up to `timing.max_delay`.
         """
         if self.short <= 1:
             return 0.0

@@ -12,10 +12,10 @@ _ROUNDING = 0.001
 
 
 class RotationPace:
-    """The pauses between rotations, with the backoff of workers that die soon after their start.
+    """The pauses between rotations, with the same backoff as for workers that die young.
 
-    After a rotation that followed soon after the one before, the next one has to wait. That pause
-    doubles with each such rotation in a row.
+    It counts rotations in a row, each soon after the one before. The first of them causes no pause.
+    From the second on, the next rotation has to wait, and the pause doubles each time.
     """
 
     def __init__(self, timing: Timing) -> None:

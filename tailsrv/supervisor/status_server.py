@@ -192,7 +192,7 @@ class StatusWriter:
     def update(self) -> None:
         """Renew the title and the service manager's status text, at most once per interval.
 
-        To be called when something in them may have changed.
+        Call this when something in them may have changed.
         """
         self._title.changed(self._loop.now)
         if systemd.is_managed():

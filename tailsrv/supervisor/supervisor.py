@@ -49,7 +49,7 @@ from tailsrv.titles import status_title
 # Seconds between killing the workers and exiting without them. A worker in an uninterruptible sleep
 # must not keep the supervisor from exiting.
 KILL_PATIENCE = 2.0
-# Seconds. All workers report a truncation. Reports this soon after a logged one are not logged.
+# Seconds. Each worker reports a truncation. It is logged only if none was logged for this time.
 TRUNCATION_INTERVAL = 1.0
 
 CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
@@ -62,7 +62,9 @@ class Phase(Enum):
     RUNNING = "running"
     # The file is gone, and its streams are being drained. The next file at its path is served then.
     ROTATING = "rotating"
+    # All streams are being drained. The server exits then.
     DRAINING = "draining"
+    # All workers have been killed. The server exits when they have been reaped.
     KILLING = "killing"
 
 
@@ -251,7 +253,8 @@ class Supervisor:
         if self.served_file.gone or self.phase is not Phase.RUNNING:
             return
         if not (gone := self.served_file.has_gone(self.loop.now)):
-            # The check had no result. No further report will arrive, so repeat the check.
+            # None means that the path could not be checked. The workers do not report it again, so
+            # repeat the check.
             if gone is None:
                 self.loop.timers.set(
                     self.handle_gone, self.loop.now + self.config.timing.open_retry
@@ -410,7 +413,7 @@ class Supervisor:
         ):
             self.truncation_seen = self.loop.now
             logger.warning(
-                "file was truncated, clients beyond its new end wait until it is longer: %s",
+                "file was truncated, clients beyond its new end wait until it grows past them: %s",
                 fields(path=self.config.path, size=notices.truncated),
             )
         if notices.gone and self.handle_gone not in self.loop.timers:
@@ -459,8 +462,8 @@ class Supervisor:
     def handle_signals(self) -> None:
         numbers = self.wakeup.read()
         # Reap after every signal, because a full wakeup pipe may have lost the byte of a SIGCHLD.
-        # Reap before acting on SIGTERM, so that drain() knows a worker which has just died, and
-        # spawns another one for the accept queue of its slot.
+        # Reap before acting on SIGTERM: if a worker has just died, drain() must know that its slot
+        # is empty, and spawn another worker for the connections in its accept queue.
         self.reap()
         for number in numbers:
             match number:
@@ -491,7 +494,7 @@ class Supervisor:
     def drain_on_signal(self, number: int, reason: str) -> None:
         """Drain for a signal that usually comes more than once, or together with SIGTERM.
 
-        Unlike a second SIGTERM, none of these ends the server at once.
+        Unlike a second SIGTERM, a repeated signal of this kind does not end the server at once.
         """
         grace = f"{self.config.grace:g}"
         logger.info("draining: %s", fields(signal=name_of(number), grace=grace, reason=reason))

@@ -1,7 +1,7 @@
 """Upgrade in place: checks that the installed version starts, then replaces the supervisor with it.
 
-The supervisor runs the command that it was started with itself. The environment variable
-TAILSRV_UPGRADE tells the new process what to do:
+In both steps, the supervisor runs the command line that it was itself started with. The environment
+variable TAILSRV_UPGRADE tells the program what to do:
 
 - `check`: parse the arguments, read a state from standard input, write the version to standard
   output, and exit with status 0. This runs in a child, while the old version serves.
@@ -263,7 +263,7 @@ class Upgrader:
             self._check.kill()
 
     def pause(self) -> None:
-        """Postpone every exec until `resume`, including that of the check which is under way."""
+        """Postpone every exec until `resume`, including the one after a check that is under way."""
         self._paused = True
 
     def resume(self, now: float) -> None:

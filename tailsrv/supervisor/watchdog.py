@@ -23,7 +23,7 @@ class Watchdog:
     """Pings every worker `PINGS_PER_INTERVAL` times in `interval` seconds.
 
     It is created only if the service manager has a watchdog for the service: otherwise, the pings
-    would wake up an idle server for nothing.
+    would wake up an idle server without need.
     """
 
     def __init__(self, loop: EventLoop, pool: WorkerPool, interval: float) -> None:

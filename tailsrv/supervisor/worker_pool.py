@@ -194,7 +194,7 @@ class WorkerPool:
     def _fork(self, slot: Slot) -> int:
         """Fork a worker for `slot`, with a channel to it, and return its pid.
 
-        Everything that can fail is done before fork(2). Raises OSError.
+        Everything else that can fail is done before fork(2). Raises OSError.
         """
         slot.channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -353,8 +353,9 @@ class WorkerPool:
 
     def _respawn_later(self, slot: Slot, kind: ExitKind, status: int) -> None:
         """Schedule the next worker of a slot whose worker has died, or give up."""
-        # In an upgrade, no worker of this version has been ready yet: the program is at fault, not
-        # the clients.
+        # If no worker of the new version has been ready yet, the program is at fault, not the
+        # clients. Stop the upgrade. Only the empty slot gets another worker, after the longest
+        # delay.
         if self._unproven and not slot.ready and kind not in (ExitKind.KILLED, ExitKind.NO_ROOM):
             self.outdated = []
             slot.restarts += 1
@@ -410,8 +411,8 @@ class WorkerPool:
         self.outdated = ending
         self.drain_deadline, self.rotating = until, rotating
         for slot in self.slots:
-            # The slot's clients, and the connections in its accept queue, have waited for a worker
-            # during the backoff. Spawn it now.
+            # During the backoff, the slot's clients and the connections in its accept queue wait
+            # for a worker. Spawn it now, so that it can serve them before it exits.
             if slot.spawn_at is not None:
                 self.spawn(slot)
             elif slot.pid is None:
