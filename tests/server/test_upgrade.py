@@ -619,7 +619,7 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
         case 0:
             pass
         case 1 | 2 | 3:
-            server.logged("upgrade: asking")
+            server.logged("upgrade: checking")
         case 4 | 5 | 6:
             server.logged("upgrade: old=")
         case _:
