@@ -1,1 +1,4 @@
-"""The supervisor process: keeps the listeners and the table of clients, and replaces workers; it serves no bytes itself."""
+"""The supervisor process: it keeps the listeners and the client tables, and replaces workers.
+
+It sends no bytes of the file itself; workers do that.
+"""

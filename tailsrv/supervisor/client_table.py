@@ -1,6 +1,8 @@
-"""Who is connected, and where each started; the sockets that let a successor go on where a worker was killed.
+"""The table of a slot's clients: a duplicate of each client's socket, and where its stream started.
 
-The supervisor keeps a duplicate of each client's socket here, and does nothing with it but close it.
+When a worker dies, its duplicates keep the connections open, and the next worker of the slot
+continues the streams. The supervisor never sends or receives on a duplicate. It closes it, or
+shuts the connection down.
 """
 
 import os
@@ -17,22 +19,31 @@ Saved = list[list[int | None]]
 
 @dataclass(slots=True)
 class ClientTable:
-    """The clients of one slot, by the number that its workers know them by."""
+    """The clients of one slot. The keys are the numbers that workers use for clients in reports."""
 
+    # The protected clients: those whose socket the supervisor holds a duplicate of.
     clients: dict[int, Entry] = field(default_factory=dict)
-    # there was no room for their duplicates: they die with their worker
+    # Clients without a duplicate. They lose their connection if their worker dies.
     unprotected: set[int] = field(default_factory=set)
-    # the clients that have not started yet, the oldest first
+    # The protected clients whose stream has not started, in the order in which they connected.
     headerless: dict[int, None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.clients) + len(self.unprotected)
 
     def add(self, clients: Sequence[int], sockets: Sequence[int], highest: int) -> int:
-        """Take in new clients with their sockets and return how many of them had to stay unprotected.
+        """Add new clients and the duplicates of their sockets.
 
-        The kernel leaves out the last sockets where descriptors run out (MSG_CTRUNC of recvmsg(2)), and we close
-        those above `highest`: the supervisor needs some for the next worker's channel.
+        Args:
+            clients: The numbers of the new clients.
+            sockets: Their descriptors, in the same order. There may be fewer of them than clients:
+                when descriptors run out, the kernel omits the last ones (MSG_CTRUNC of recvmsg(2)).
+            highest: The highest descriptor number to keep. Those above it are closed, because the
+                supervisor needs some descriptors itself, as for the next worker's channel.
+
+        Returns:
+            The number of clients that are unprotected because they got no duplicate.
+
         """
         before = len(self.unprotected)
         for client, fd in zip(clients, sockets, strict=False):
@@ -48,13 +59,16 @@ class ClientTable:
         return len(self.unprotected) - before
 
     def set_start(self, client: int, offset: int) -> None:
-        """Note where the stream of `client` starts."""
+        """Record that the stream of `client` starts at `offset`, in bytes."""
         if (entry := self.clients.get(client)) is not None:
             entry.start = offset
             self.headerless.pop(client, None)
 
     def unprotect_oldest_headerless(self) -> bool:
-        """Stop protecting the oldest client that has not started yet, and tell whether there was one."""
+        """Close the duplicate of the oldest client whose stream has not started.
+
+        Returns False if there is no such client.
+        """
         oldest = next(iter(self.headerless), None)
         if oldest is None:
             return False
@@ -63,7 +77,10 @@ class ClientTable:
         return True
 
     def remove(self, clients: Iterable[int]) -> None:
-        """Forget clients that are not served any more; our duplicate is what kept their connections half open."""
+        """Remove clients that are no longer served, and close their duplicates.
+
+        Until then, the connections are half open: their worker has closed only its own descriptors.
+        """
         for client in clients:
             self.unprotected.discard(client)
             self.headerless.pop(client, None)
@@ -71,47 +88,62 @@ class ClientTable:
                 os.close(entry.fd)
 
     def forget_unprotected(self) -> int:
-        """Forget the clients that died with their worker and return how many they were."""
+        """Remove the unprotected clients after their worker died. Return how many there were."""
         lost = len(self.unprotected)
         self.unprotected.clear()
         return lost
 
     def has_streams(self) -> bool:
-        """Tell whether any protected client has started its stream."""
+        """Return whether the stream of any protected client has started."""
         return len(self.headerless) < len(self.clients)
 
     def close_streams(self) -> None:
-        """End the connections whose streams have started."""
+        """Close the connections of all protected clients whose streams have started."""
         for client in [client for client in self.clients if client not in self.headerless]:
-            _hang_up(self.clients.pop(client))
+            _close_connection(self.clients.pop(client))
 
     def describe(self) -> list[dict[str, object]]:
-        """Return who each protected client is, where its stream started and where it stands, as the kernel knows it."""
+        """Describe each protected client for the status: its peer address, start and position.
+
+        The kernel is asked for the number of bytes sent, with a few system calls for each client.
+        `peer` and `position` are None if the connection is closed already.
+        """
         return [_describe(entry) for entry in self.clients.values()]
 
     def close_connections(self) -> int:
-        """End every connection and return how many there were."""
+        """Close the connections of all protected clients. Return how many there were."""
         for entry in self.clients.values():
-            _hang_up(entry)
-        ended = len(self.clients)
+            _close_connection(entry)
+        closed = len(self.clients)
         self.clients.clear()
         self.headerless.clear()
-        return ended
+        return closed
 
     def close_in_child(self) -> None:
-        """Let go of the sockets, in a forked child that they are no business of."""
+        """Close the duplicates, in a forked child that does not serve this slot.
+
+        The table itself is left unchanged, because the child does not use it again.
+        """
         for entry in self.clients.values():
             os.close(entry.fd)
 
     def save(self) -> Saved:
-        """Return what load() takes, as JSON can hold it; unprotected clients cannot be handed on."""
+        """Return the protected clients for load(), as JSON can hold them.
+
+        Each is a list of its number, descriptor and start. The unprotected clients are not
+        included: they have no descriptor.
+        """
         return [[client, entry.fd, entry.start] for client, entry in self.clients.items()]
 
     @classmethod
     def load(
         cls, saved: Iterable[Sequence[int | None]], unprotected: Iterable[int]
     ) -> "ClientTable":
-        """Return the roster that save() was called on."""
+        """Return the client table that save() was called on.
+
+        `unprotected` holds the numbers of its unprotected clients. The descriptors in `saved` must
+        be open in this process.
+        """
         client_table = cls(unprotected=set(unprotected))
         for client, fd, start in saved:
             assert client is not None
@@ -127,19 +159,19 @@ def _describe(entry: Entry) -> dict[str, object]:
     try:
         peer, sent = endpoint(*sock.getpeername()[:2]), bytes_streamed(sock)
     except OSError:
-        # gone already
+        # The connection is closed already.
         peer, sent = None, None
     finally:
-        # it stays ours
+        # The client table still owns the descriptor, so it must not be closed with `sock`.
         sock.detach()
     position = entry.start + sent if entry.start is not None and sent is not None else None
     return {"peer": peer, "start": entry.start, "position": position}
 
 
-def _hang_up(entry: Entry) -> None:
+def _close_connection(entry: Entry) -> None:
     with socket.socket(fileno=entry.fd) as sock:
         try:
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
-            # gone already
+            # The connection is closed already.
             pass

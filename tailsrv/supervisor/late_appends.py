@@ -1,6 +1,7 @@
-"""Counts what is appended to a file after a rotation, too late for its streams.
+"""Counts the bytes that a writer appends to the old file too late after a rotation.
 
-For --follow-name only, until streams go on from one file to the next.
+The streams of the old file have ended by then, so no client gets these bytes, and the log says so.
+This is for --follow-name only, as long as streams do not continue from one file to the next.
 """
 
 import os
@@ -11,31 +12,42 @@ from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.served_file import size_of
 
-# seconds between looks at the size until the workers take the file for complete
+# Seconds between reads of the file's size until the workers consider the file complete.
 SAMPLE_INTERVAL = 0.25
-# seconds; added because a busy worker notices later that the file has been quiet for long enough
+# Seconds added to the time without appends after which the supervisor considers the file complete:
+# a busy worker may notice later than the supervisor that this time has passed.
 MARGIN = 0.5
 
 
 class LateAppends:
-    """The last file that was rotated away: held open for a minute, and looked at now and then."""
+    """The last file that was rotated away, held open for a minute while its size is polled.
+
+    The supervisor does not know at which size the workers ended the streams. It applies the rule of
+    the workers instead: a file is complete once its size has not changed for some time. What is
+    appended after that is late.
+    """
 
     def __init__(self, loop: EventLoop, path: str, timing: Timing) -> None:
         self._loop, self._path, self._timing = loop, path, timing
         self._file: int | None = None
-        # what the workers have sent, as far as the supervisor can tell
+        # The size up to which the workers have sent the file, as far as the supervisor can know.
         self._size: int | None = None
-        # bytes
+        # Number of late bytes in the last log message.
         self._reported = 0
+        # When to stop counting.
         self._until = 0.0
 
     def begin(self, file: int, polling: bool) -> None:
-        """Hold `file`, whose streams end once it has been quiet for long enough; longer if it is polled."""
+        """Start with `file`, whose streams end once its size has not changed for some time.
+
+        That time is longer if the workers poll the file (`polling`). The counting that was under
+        way for another file ends.
+        """
         self.end()
         try:
             self._file = os.dup(file)
         except OSError:
-            # no descriptor left for it
+            # Out of descriptors: late bytes of this file are not counted.
             return
         self._size, self._reported = size_of(file), 0
         self._until = self._loop.now + self._timing.late_patience
@@ -44,7 +56,7 @@ class LateAppends:
         self._loop.timers.set(self._settle, self._loop.now + SAMPLE_INTERVAL)
 
     def seal(self) -> None:
-        """Note that all streams have ended: whatever comes now is late."""
+        """Record that all streams have ended, so that every byte from now on is late."""
         if self._settle in self._loop.timers:
             assert self._file is not None
             self._loop.timers.cancel(self._settle)
@@ -52,13 +64,13 @@ class LateAppends:
             self._await_late()
 
     def close(self) -> None:
-        """Close the file, in a forked child too."""
+        """Close the file. A forked child calls this to close its copy."""
         if self._file is not None:
             close_file(self._file)
             self._file = None
 
     def end(self) -> None:
-        """Report what has not been reported yet, and let go of the file."""
+        """Log the late bytes that have not been logged yet, and close the file."""
         self._loop.timers.cancel(self._settle)
         if self._check in self._loop.timers:
             self._loop.timers.cancel(self._check)
@@ -66,7 +78,7 @@ class LateAppends:
         self.close()
 
     def _settle(self) -> None:
-        """Follow the size for as long as the workers do."""
+        """Poll the size until the workers consider the file complete."""
         assert self._file is not None
         now = self._loop.now
         if (size := size_of(self._file)) != self._size:
@@ -80,7 +92,7 @@ class LateAppends:
         self._loop.timers.set(self._check, self._loop.now + self._timing.late_interval)
 
     def _check(self) -> None:
-        """Report the first bytes that are late at once, and all there were at the end."""
+        """Log the first late bytes at once, and the total number at the end."""
         if self._reported == 0 or self._loop.now >= self._until:
             self._report()
         if self._loop.now < self._until:
@@ -89,13 +101,13 @@ class LateAppends:
             self.close()
 
     def _report(self) -> None:
-        """Say how many bytes are late, if there are more than was said."""
+        """Log the number of late bytes if it has grown since the last message."""
         assert self._file is not None
         size = size_of(self._file)
         if size is None or self._size is None or (late := size - self._size) <= self._reported:
             return
         self._reported = late
-        hint = "have its writer reopen the log sooner, within a second of the rotation"
+        hint = "make the writer reopen its log within a second of the rotation"
         logger.warning(
             "bytes were appended to the old file after the rotation, no client gets them: %s",
             fields(path=self._path, bytes=late, hint=hint),

@@ -1,4 +1,4 @@
-"""Takes what workers report into their slots' rosters."""
+"""Reads the workers' reports from their channels, and updates the client tables of their slots."""
 
 import logging
 import os
@@ -20,48 +20,64 @@ from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.log import RateLimited, fields, logger
 from tailsrv.supervisor.slot import Slot
 
-# descriptors that clients do not get: a successor's channel, a proof's files and a health check need some
+# Number of descriptors that are not used to protect clients. The supervisor needs some itself: for
+# the channel of a new worker, the files of an upgrade's check, and health checks.
 RESERVED_DESCRIPTORS = 32
 
-# Clients who come or go that a worker's reports may speak of in one turn. In a flood it reports on and on: that must not keep us from
-# signals and the other workers, nor us, where we share its processor, from giving way to it.
+# Limit on what the supervisor reads from one worker in a turn: the reports, plus the clients in
+# them that have joined or left. Without it, a flood of reports would starve signal handling and the
+# other workers and, on a shared CPU, the reporting worker itself. The last report may exceed it.
 CLIENTS_PER_TURN = 32
 
-# for what a worker has said before it ended, should the kernel have no memory for it; it cannot be asked again
+# Number of attempts to read the last reports of a worker that has exited. The kernel may lack
+# memory for one attempt, and the reports cannot be requested again.
 FINAL_READS = 3
 
-# seconds after reports; more of them may wait in their channel, while workers need the processors
+# Seconds to sleep after a turn with reports. Meanwhile the workers have the CPUs, and further
+# reports wait in the channels.
 REPORT_PAUSE = 0.002
 
 
 class ReportReader:
-    """The supervisor's ear at the channels of `slots`: `notice(slot, notices)` is called with what is not about clients."""
+    """Reads the channels of all `slots`.
+
+    What reports say about clients goes into the slots' client tables. For notices about the worker
+    or the file, `notice(slot, notices)` is called.
+    """
 
     def __init__(
         self, slots: Sequence[Slot], loop: EventLoop, notice: Callable[[Slot, Notices], None]
     ) -> None:
-        # reports came in this turn
+        # Whether any reports were read in this turn.
         self._busy = False
-        # and more may have than were taken in
-        self._behind = False
+        # Whether a channel may hold more reports than were read in this turn.
+        self._more_pending = False
         self._slots, self._loop, self._notice = slots, loop, notice
         self._protects = True
+        # The highest descriptor number that a client's duplicate may have.
         self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
-        self._short_of_room = RateLimited(logging.WARNING, burst=1)
+        self._out_of_descriptors = RateLimited(logging.WARNING, burst=1)
 
     def unprotected(self) -> int:
-        """Return the number of clients that would die with their worker."""
+        """Return the number of clients that would lose their connection if their worker died."""
         return sum(len(slot.client_table.unprotected) for slot in self._slots)
 
     @property
     def protects_clients(self) -> bool:
-        """Whether clients outlive their worker, as long as there is room for their duplicates."""
+        """Whether clients keep their connections when their worker dies.
+
+        Even if True, protecting a client needs a free descriptor.
+        """
         return self._protects
 
     def stop_protecting(self) -> None:
-        """Keep no duplicate of a client's socket from now on: its stream could not be continued."""
+        """Close all duplicates of clients' sockets, and keep none from now on.
+
+        The next worker could not continue a stream where the kernel does not count the bytes sent.
+        """
         logger.warning(
-            "this system does not tell how much of a stream has been sent: clients will be disconnected if their worker dies: %s",
+            "this system does not tell how much of a stream has been sent: "
+            "clients will be disconnected if their worker dies: %s",
             fields(hint="use Linux 4.1 or later, not a sandbox that resembles it"),
         )
         self._protects, self._highest = False, -1
@@ -71,48 +87,56 @@ class ReportReader:
             slot.client_table.unprotected.update(clients)
 
     def read_reports(self, slot: Slot) -> None:
-        """Take in what the worker of `slot` has reported, so much of it as goes into one turn."""
+        """Read reports of the worker of `slot`, up to the limit of one turn."""
         left = CLIENTS_PER_TURN
         while left > 0:
-            if not (taken := self._read_packet(slot)):
+            if not (cost := self._read_packet(slot)):
                 return
-            left -= taken
+            left -= cost
             self._busy = True
-        self._behind = True
+        self._more_pending = True
 
     def yield_to_workers(self) -> None:
-        """Let the workers go first, at the end of a turn with reports; in a flood of them only for as long as they want the processor."""
-        if self._behind:
+        """At the end of a turn with reports, let the workers run before the supervisor continues.
+
+        Usually that is a short sleep. If reports are still pending, the supervisor only yields the
+        CPU to the tasks that are ready to run.
+        """
+        if self._more_pending:
             os.sched_yield()
         elif self._busy:
             time.sleep(REPORT_PAUSE)
-        self._busy = self._behind = False
+        self._busy = self._more_pending = False
 
     def read_remaining(self, slot: Slot) -> None:
-        """Take in all that the worker of `slot` has reported before it ended."""
+        """Read all remaining reports of the worker of `slot`, which has exited."""
         for _ in range(FINAL_READS):
             while self._read_packet(slot):
                 pass
 
     def _read_packet(self, slot: Slot) -> int:
-        """Take in one packet and return how much there was in it, at least 1, or 0 if there was none."""
+        """Read one packet from the channel of `slot`.
+
+        Returns what it counts against `CLIENTS_PER_TURN`, at least 1, or 0 if there was no packet.
+        """
         assert slot.channel is not None
         try:
             packet, sockets, _, _ = socket.recv_fds(
                 slot.channel, MAX_PACKET, MAX_REPORTED_SOCKETS, socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError:
-            # it has ended with a message of ours unread: that is told once, before what it still had to say
+            # The worker has exited without reading the supervisor's last message. The kernel
+            # reports that once, before the data that the worker had sent.
             return 1
         except BlockingIOError:
             return 0
         except OSError:
-            # no memory for it now
-            # else this is its last chance
+            # The kernel lacks memory for the packet. Retry soon, unless the worker has been reaped:
+            # then read_remaining() retries, and the channel is closed after it.
             if slot.pid is not None:
                 self._loop.stall(slot.channel.fileno(), MEMORY_RETRY)
             return 0
-        # the worker is ending: SIGCHLD comes next, and the worker is buried then
+        # End of file: the worker is exiting. It is reaped on SIGCHLD.
         if not packet:
             self._loop.unregister(slot.channel.fileno())
             return 0
@@ -121,7 +145,10 @@ class ReportReader:
             if not isinstance(report, WorkerReport):
                 raise MessageError(f"not a report: {report!r}")
         except MessageError as error:
-            logger.error("worker speaks nonsense: %s", fields(slot=slot.index, reason=error))
+            logger.error(
+                "ignored a malformed report: clients in it may be lost if their worker dies: %s",
+                fields(slot=slot.index, reason=error, hint="please report this bug"),
+            )
             for fd in sockets:
                 os.close(fd)
             return 1
@@ -129,13 +156,14 @@ class ReportReader:
         return 1 + len(report.joined) + len(report.left)
 
     def _apply_report(self, slot: Slot, report: WorkerReport, sockets: Sequence[int]) -> None:
-        exposed = slot.client_table.add(
+        unprotected = slot.client_table.add(
             report.joined, [self._below_reserve(fd) for fd in sockets], self._highest
         )
-        if exposed and self._protects:
-            self._short_of_room(
-                "no descriptor left to protect clients with, they would not survive their worker",
+        if unprotected and self._protects:
+            self._out_of_descriptors(
+                "out of file descriptors: new clients will be disconnected if their worker dies",
                 unprotected=self.unprotected(),
+                hint="raise LimitNOFILE= or ulimit -Hn",
             )
         for client, offset in report.started:
             slot.client_table.set_start(client, offset)
@@ -144,9 +172,11 @@ class ReportReader:
             self._notice(slot, report.notices)
 
     def _below_reserve(self, fd: int) -> int:
-        """Return `fd`, under a lower number if it is one of those that clients do not get.
+        """Return `fd`, or a lower descriptor in its place if `fd` is above the highest for clients.
 
-        That takes a place from the oldest client that has not sent its header: strangers must not use up what protects others.
+        The lower descriptor is taken from the oldest client that has not started a stream. That
+        client becomes unprotected. Untrusted clients can connect without sending a header, and must
+        not use up the descriptors that protect streams.
         """
         if fd <= self._highest or not any(
             slot.client_table.unprotect_oldest_headerless() for slot in self._slots

@@ -1,4 +1,7 @@
-"""Decides how much to send, when to respawn, when to speak. Pure: time and facts are arguments."""
+"""Decides whether, and after what delay, a slot whose worker has died gets another worker.
+
+Pure: the functions make no system calls, and get the time and the wait status as arguments.
+"""
 
 import os
 import signal
@@ -7,27 +10,39 @@ from enum import Enum
 
 from tailsrv.config import ExitStatus, Timing
 
-# deaths in a row, each soon after adopting: one of the clients is what kills
+# After this many crashes in a row, each soon after the worker had adopted clients, one of these
+# clients is assumed to be the cause.
 MAX_SUSPECT = 2
-# deaths in a row before a slot's worker was ready: the next would fare no better
+# After this many deaths in a row, each before the worker was ready, the next worker is expected to
+# fail in the same way.
 MAX_UNREADY = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """How a slot's workers have fared, each figure a number of deaths in a row."""
+    """The record of a slot's dead workers. Each field is a number of deaths in a row."""
 
-    # under `long_life`
+    # Deaths of workers that lived less than Timing.long_life.
     short: int = 0
-    # before the worker was ready, and not because somebody killed it
+    # Deaths of workers that were not ready yet. A worker that was killed, or that ran out of
+    # descriptors or memory, sets this to 0.
     unready: int = 0
-    # by the worker's own fault, soon after it had adopted clients
+    # Crashes within Timing.long_life of workers that had adopted clients.
     suspect: int = 0
 
     def after_life(
         self, seconds: float, ready: bool, end: "ExitKind", adopted: bool, timing: Timing
     ) -> "Failures":
-        """Return the record after one more worker has died at that age."""
+        """Return the record after one more worker has died.
+
+        Args:
+            seconds: The time from the worker's start to its death.
+            ready: Whether the worker had reported that it was ready.
+            end: How the worker has ended.
+            adopted: Whether the worker had taken over clients of the worker before it.
+            timing: The server's timing, for `long_life`.
+
+        """
         short = seconds < timing.long_life
         return Failures(
             short=self.short + 1 if short else 0,
@@ -36,40 +51,48 @@ class Failures:
         )
 
     def delay(self, timing: Timing) -> float:
-        """Return the seconds to wait before the slot is filled again: none after the first short life."""
+        """Return the seconds to wait before the slot gets its next worker.
+
+        There is no delay after the first short life. After the second, it is `timing.first_delay`.
+        It doubles with each further short life, up to `timing.max_delay`.
+        """
         if self.short <= 1:
             return 0.0
         return float(min(timing.max_delay, timing.first_delay * 2 ** min(self.short - 2, 30)))
 
     def poisoned(self) -> bool:
-        """Tell whether the slot's clients must be given up, or one of them would keep the slot down."""
+        """Return whether the slot's clients must be disconnected.
+
+        One of them seems to crash each worker that adopts it, so no worker of the slot would live.
+        """
         return self.suspect >= MAX_SUSPECT
 
     def hopeless(self) -> bool:
-        """Tell whether another worker in this slot would be of no use."""
+        """Return whether the next worker of this slot would probably fail to start as well."""
         return self.unready >= MAX_UNREADY
 
 
 class ExitKind(Enum):
-    """What a worker's wait status says about it."""
+    """How a worker ended. The values are parts of log messages: "worker was killed: ..."."""
 
-    # exit status 0
+    # Exit status 0.
     DONE = "ended"
-    # its own exit code: do not respawn
+    # Exit status ExitStatus.CANNOT_BOOT: another worker would not start either.
     CANNOT_BOOT = "cannot boot"
-    # its own exit code: the next may fare better
-    NO_ROOM = "ended for want of descriptors or memory"
-    # a crash of its own making
-    FAULT = "died by its own fault"
-    # somebody else's doing
+    # Exit status EX_TEMPFAIL: another worker may succeed when descriptors or memory are free.
+    NO_ROOM = "ran out of descriptors or memory"
+    # Any other exit status, or a signal of `_FAULTS`.
+    FAULT = "crashed"
+    # Any other signal: another process or the kernel's OOM killer has sent it.
     KILLED = "was killed"
 
 
+# The signals that the kernel sends to a process for its own errors, and SIGABRT from abort(3).
 _FAULTS = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 
 
 def classify_exit(status: int) -> ExitKind:
-    """Return what the wait status `status`, as waitpid(2) gives it, says about a worker."""
+    """Return how a worker ended, from the wait `status` that waitpid(2) has returned."""
     if os.WIFSIGNALED(status):
         return ExitKind.FAULT if os.WTERMSIG(status) in _FAULTS else ExitKind.KILLED
     match os.WEXITSTATUS(status):
@@ -84,12 +107,12 @@ def classify_exit(status: int) -> ExitKind:
 
 
 def describe_exit(status: int) -> str:
-    """Return the wait status `status` as an operator reads it: `signal=SIGKILL` or `status=1`."""
+    """Return the wait `status` as a field of a log message: `signal=SIGKILL` or `status=1`."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         try:
             return f"signal={signal.Signals(number).name}"
         except ValueError:
-            # a real-time signal has no name of its own
+            # Most real-time signals have no name.
             return f"signal={number}"
     return f"status={os.WEXITSTATUS(status)}"

@@ -1,4 +1,7 @@
-"""A slot: a place for a worker, with its listeners; outlives the worker in it."""
+"""A slot of the worker pool: its listeners, its clients, and the worker that serves them.
+
+When the worker dies, the slot keeps its listeners and its client table for the next worker.
+"""
 
 import socket
 from dataclasses import dataclass, field
@@ -13,31 +16,39 @@ from tailsrv.supervisor.upgrade_state import SlotState
 
 @dataclass(slots=True)
 class Slot:
-    """The supervisor's record of one slot and of the worker in it, if any."""
+    """The supervisor's record of one slot and of its worker, if it has one.
+
+    Times are seconds of the monotonic clock.
+    """
 
     index: int
     listeners: list[socket.socket]
-    # the listeners are copies of the same sockets for all slots
+    # Whether all slots have the same listeners. Each slot then has its own descriptors of them.
     shared: bool = False
+    # The worker's pid, None while the slot has no worker.
     pid: int | None = None
-    # the supervisor's end
+    # The supervisor's end of the channel to the worker.
     channel: socket.socket | None = None
+    # When the worker was forked.
     spawned: float = 0.0
+    # Whether the worker has reported that it serves.
     ready: bool = False
-    # the worker in it has taken over clients
+    # Whether the worker has taken over clients of the worker before it.
     adopted: bool = False
     client_table: ClientTable = field(default_factory=ClientTable)
-    # since when the worker owes us an answer, which its being ready is, too
+    # When the unanswered ping was sent, None if every ping has been answered. The fork counts as a
+    # ping, which the worker answers when it is ready.
     ping_sent: float | None = None
+    # How many workers of this slot have died unexpectedly and were respawned.
     restarts: int = 0
-    # when a worker that died was last replaced
+    # When that happened last.
     restarted: float | None = None
-    # when the next worker is due, while there is none
+    # When to spawn the next worker, None if the slot has a worker or is to stay empty.
     spawn_at: float | None = None
     failures: Failures = field(default_factory=Failures)
 
     def describe(self, now: float) -> dict[str, object]:
-        """Return what the status says of this slot and its worker."""
+        """Return this slot's part of the status, at the time `now`. Durations are in seconds."""
         return {
             "slot": self.index,
             "pid": self.pid,
@@ -53,12 +64,15 @@ class Slot:
         }
 
     def describe_listeners(self) -> list[dict[str, object]]:
-        """Return what the status says of the listeners; those that are shared count once, as nobody's."""
+        """Return the listeners' part of the status.
+
+        Shared listeners are listed only once, by the first slot, and with None as their slot.
+        """
         listeners = self.listeners if not self.shared or self.index == 0 else []
         return [_describe(listener, None if self.shared else self.index) for listener in listeners]
 
     def save(self) -> SlotState:
-        """Return what load() takes."""
+        """Return the state of this slot for load() in the next version of the program."""
         return SlotState(
             listeners=[listener.fileno() for listener in self.listeners],
             shared=self.shared,
@@ -76,7 +90,10 @@ class Slot:
 
     @classmethod
     def load(cls, index: int, saved: SlotState) -> "Slot":
-        """Return the slot that save() was called on, its descriptors being ours now."""
+        """Return the slot that save() was called on.
+
+        The descriptors in `saved` must be open in this process. They belong to the slot now.
+        """
         return cls(
             index=index,
             listeners=[socket.socket(fileno=fd) for fd in saved.listeners],

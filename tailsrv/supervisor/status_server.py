@@ -1,4 +1,8 @@
-"""Answers at the control sockets; what takes time is told by a forked child, so that the supervisor waits for nobody."""
+"""Answers status requests at the control sockets, and composes the status.
+
+The supervisor must not wait for a client of a control socket. It sends a short status itself, and
+forks a child for an answer that is long or needs time.
+"""
 
 import json
 import logging
@@ -23,19 +27,25 @@ from tailsrv.served_file import ServedFile
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import service_status, supervisor_title
 
-# seconds that those who asked have to take their answer from a child
+# Seconds that a child has to compose its answer and send it to each caller. SIGALRM ends it then.
 ANSWER_TIMEOUT = 10
-# bytes of an answer that surely fit the buffer of a unix socket (net.core.wmem_default is 208 KiB)
+# Bytes. An answer up to this length fits into the buffer of a unix socket, so that sending it does
+# not block (net.core.wmem_default is 208 KiB).
 MAX_IMMEDIATE = 64 << 10
 
 Answer = Callable[[], bytes]
 
 
 class StatusServer:
-    """What is told at the control sockets: `status()` at once, `clients()` by a child.
+    """Accepts callers at the control sockets and sends them their answers.
 
-    A child first calls `let_go()`, to close what must not outlive the supervisor in a forgotten child. There is one
-    at a time for each socket: others who ask there wait until it has ended.
+    Each endpoint has two sockets. `status()` returns the answer at the first, which the supervisor
+    sends itself if it is short. `clients()` returns the answer at the second, and is called in a
+    child.
+
+    A child first calls `close_in_child()`, to close its copies of what must be free once the
+    supervisor has exited. Each socket has at most one child at a time: further callers wait until
+    it has exited.
     """
 
     def __init__(
@@ -44,22 +54,25 @@ class StatusServer:
         control: Control,
         status: Answer,
         clients: Answer,
-        let_go: Callable[[], None],
+        close_in_child: Callable[[], None],
     ) -> None:
         self._loop, self._control = loop, control
-        self._status, self._clients, self._close_in_child = status, clients, let_go
-        # the pid of each, and the socket at which others wait for its end
+        self._status, self._clients, self._close_in_child = status, clients, close_in_child
+        # The pid of each child, with the descriptor of the socket whose callers it answers.
         self._children: dict[int, int] = {}
-        # sockets at which nobody can be accepted for a moment
+        # The sockets that are not accepted from for a moment, because accept(2) has failed.
         self._stalled: set[int] = set()
-        self._short_of_room = RateLimited(logging.WARNING, burst=1)
+        self._out_of_resources = RateLimited(logging.WARNING, burst=1)
         for sock in control.status:
             loop.register(sock.fileno(), partial(self._answer_status, sock))
         for sock in control.clients:
             loop.register(sock.fileno(), partial(self._answer_clients, sock))
 
     def handle_exit(self, pid: int) -> bool:
-        """Tell whether the child `pid` was one of ours; if so, others may ask again."""
+        """Return whether `pid` was a child that answers callers.
+
+        If so, accept callers at its socket again.
+        """
         if (fd := self._children.pop(pid, None)) is None:
             return False
         self._loop.resume(fd)
@@ -67,56 +80,66 @@ class StatusServer:
 
     def _answer_status(self, sock: socket.socket) -> None:
         with ExitStack() as stack:
-            # Who asks comes first: a stranger gets nothing, and is to cost next to nothing.
-            if not (asked := [stack.enter_context(peer) for peer in self._accept(sock)]):
+            # Check credentials before composing the status: callers that are not authorized get no
+            # answer, and should cost almost nothing.
+            if not (peers := [stack.enter_context(peer) for peer in self._accept(sock)]):
                 return
             status = self._status()
             if len(status) > MAX_IMMEDIATE:
-                self._fork(sock, asked, lambda: status)
+                self._fork(sock, peers, lambda: status)
                 return
-            for peer in asked:
-                # gone already
+            for peer in peers:
+                # The caller may have closed its connection.
                 with suppress(OSError):
                     peer.send(status)
 
     def _answer_clients(self, sock: socket.socket) -> None:
         with ExitStack() as stack:
-            if asked := [stack.enter_context(peer) for peer in self._accept(sock)]:
-                self._fork(sock, asked, self._clients)
+            if peers := [stack.enter_context(peer) for peer in self._accept(sock)]:
+                self._fork(sock, peers, self._clients)
 
     def _accept(self, sock: socket.socket) -> list[socket.socket]:
-        """Return those who ask at `sock`; where there is no room for them, leave it alone for a moment."""
-        asked, error = self._control.accept_authorized(sock)
+        """Return connections to the authorized callers at `sock`.
+
+        If accept(2) fails for lack of descriptors or memory, pause `sock` for a moment. It stays
+        readable, and the loop would spin.
+        """
+        peers, error = self._control.accept_authorized(sock)
         if error is not None:
-            self._short_of_room(
-                "short of descriptors or memory, health checks have to wait, clients do not",
+            self._out_of_resources(
+                "out of file descriptors or memory: "
+                "health checks must wait, clients are not affected",
                 reason=error.strerror,
+                hint="raise LimitNOFILE=, fs.file-max or the memory limit, as the reason says",
             )
             self._loop.pause(sock.fileno())
             self._stalled.add(sock.fileno())
             self._loop.timers.set(self._resume_stalled, self._loop.now + STALL_PAUSE)
-        return asked
+        return peers
 
     def _resume_stalled(self) -> None:
-        """Heed the sockets again that were left alone; a child's end does so for those that wait for it."""
+        """Accept at the paused sockets again, except for those that have a child.
+
+        These are resumed when the child has exited.
+        """
         for fd in self._stalled - set(self._children.values()):
             self._loop.resume(fd)
         self._stalled.clear()
 
-    def _fork(self, sock: socket.socket, asked: Sequence[socket.socket], answer: Answer) -> None:
-        """Give `answer()` to those who `asked` at `sock`, from a child; others who ask there wait for its end."""
+    def _fork(self, sock: socket.socket, peers: Sequence[socket.socket], answer: Answer) -> None:
+        """Fork a child that sends `answer()` to `peers`. Pause `sock` until it has exited."""
         try:
             with blocked():
                 if (pid := os.fork()) == 0:
-                    self._run_child(asked, answer)
+                    self._run_child(peers, answer)
         except OSError:
-            # they may ask again
+            # There is no room for a child. The callers get no answer, and can ask again.
             return
         self._loop.pause(sock.fileno())
         self._children[pid] = sock.fileno()
 
     def _run_child(self, peers: Sequence[socket.socket], answer: Answer) -> None:
-        """Do a child's work, and end it."""
+        """Do the work of a child, then exit."""
         try:
             self._close_in_child()
             for number in (
@@ -135,14 +158,18 @@ class StatusServer:
                 try:
                     peer.sendall(data)
                 except OSError:
-                    # gone already
+                    # The caller has closed its connection, or has not read its answer in time.
                     pass
         finally:
             os._exit(0)
 
 
 class StatusWriter:
-    """The supervisor's knowledge, put into words. `state()` returns the server's state, empty while all is as it should be."""
+    """Composes the status: as JSON, as the supervisor's process title, and for the service manager.
+
+    `state()` returns the state of the server, empty while it serves normally. `started` is the time
+    of its start, in seconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -159,17 +186,20 @@ class StatusWriter:
         self._title = ProcessTitle(loop.timers, self._render_title)
         interval = config.timing.status_interval
         self._service_status = ProcessTitle(
-            loop.timers, self.sentence, lambda status: systemd.notify(f"STATUS={status}"), interval
+            loop.timers, self.summary, lambda status: systemd.notify(f"STATUS={status}"), interval
         )
 
     def update(self) -> None:
-        """Note that something may have: what is shown is renewed, at a bounded pace."""
+        """Renew the title and the service manager's status text, at most once per interval.
+
+        Call this when something in them may have changed.
+        """
         self._title.changed(self._loop.now)
         if systemd.is_managed():
             self._service_status.changed(self._loop.now)
 
-    def sentence(self) -> str:
-        """Return the status as the service manager shows it."""
+    def summary(self) -> str:
+        """Return the status as the service manager shows it, in a few words."""
         return service_status(self._state(), len(self._pool.running()), self._pool.clients())
 
     def _render_title(self) -> str:
@@ -181,8 +211,11 @@ class StatusWriter:
             self._pool.clients(),
         )
 
-    def tell(self) -> bytes:
-        """Return the status as JSON, and have the workers asked: whoever wants to know again soon learns who does not answer."""
+    def render_status(self) -> bytes:
+        """Return the status as JSON, and ping all workers.
+
+        Pings that are still unanswered show in the next status.
+        """
         status = (json.dumps(self._describe()) + "\n").encode()
         self._pool.ping_workers()
         return status
@@ -207,7 +240,11 @@ class StatusWriter:
         }
 
     def render_clients(self) -> bytes:
-        """Return as JSON who is connected and where each stream stands; takes time, and is for a child that has it."""
+        """Return all protected clients as JSON, with the positions of their streams.
+
+        This needs some system calls for each client. Call it only in a child of the supervisor: the
+        answer holds the parent's pid.
+        """
         clients = [
             {"slot": slot.index, **client}
             for slot in self._pool.slots

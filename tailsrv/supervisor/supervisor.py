@@ -1,7 +1,11 @@
-"""Leads the server from start to end: waits for the file, keeps the crew filled, acts on signals, upgrades, ends in order.
+"""Runs the server from start to exit: opens the file, starts the workers, acts on signals.
 
-It never accepts a client, never reads a client's bytes and never sends a byte of the file: what does little
-can be relied on. It has no threads, and makes no epoll or inotify object that a worker could share.
+The supervisor also notices that the file is gone, and then drains or switches to the next file. It
+runs upgrades and answers status requests.
+
+It never accepts a client, never reads a client's bytes and never sends a byte of the file. It does
+so little in order to be reliable, because all streams end if it dies. It has no threads. It does
+not share its epoll object with workers, and has no inotify object.
 """
 
 import logging
@@ -42,30 +46,40 @@ from tailsrv.supervisor.watchdog import Watchdog
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import status_title
 
-# seconds that killed workers get to go; one in an uninterruptible sleep must not keep us
+# Seconds between killing the workers and exiting without them. A worker in an uninterruptible sleep
+# must not keep the supervisor from exiting.
 KILL_PATIENCE = 2.0
-# seconds in which the reports of all workers are one event
+# Seconds. Each worker reports a truncation. It is logged only if none was logged for this time.
 TRUNCATION_INTERVAL = 1.0
 
 CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
 
 
 class Phase(Enum):
-    """Where the server is in its life."""
+    """The phases of the server's life."""
 
     WAITING = "waiting for file"
     RUNNING = "running"
-    # the file is gone, and the next one of its name is to be served when its streams have ended
+    # The file is gone, and its streams are being drained. The next file at its path is served then.
     ROTATING = "rotating"
+    # All streams are being drained. The server exits then.
     DRAINING = "draining"
+    # All workers have been killed. The server exits when they have been reaped.
     KILLING = "killing"
 
 
 class Supervisor:
-    """The server as a whole.
+    """The supervisor of one server.
 
-    `work` is what a worker does, called in the forked child, which ends with the exit status that it returns.
-    `handed_on` is the state of the version before us where we are the outcome of an upgrade.
+    Args:
+        config: What the server was asked to do.
+        slots: One slot for each worker, with its listeners.
+        endpoints: The addresses that the server listens on, as text.
+        control: The control sockets, which also lock the endpoints.
+        work: Does the work of a worker. It is called in the forked child, which exits with the
+            status that it returns.
+        handed_on: The state of the previous version if an upgrade started this process, else None.
+
     """
 
     def __init__(
@@ -93,19 +107,19 @@ class Supervisor:
         )
         self.started = handed_on.started if handed_on else time.time()
         self.served_file = ServedFile(config.path)
-        # of rotations
         self.pace = RotationPace(config.timing)
         self.late = LateAppends(self.loop, config.path, config.timing)
         if handed_on:
             self.served_file.gone, self.served_file.polling = handed_on.file_gone, handed_on.polling
         self.pool.started_up = handed_on is not None
-        # the workers of the version before us
+        # Whether workers of the previous version are still to be replaced.
         self.replacing = handed_on is not None
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
         self.ended = False
-        # by a signal
-        self.told_to_end = False
+        # Whether SIGTERM or SIGINT has been received.
+        self.stop_requested = False
+        # When a truncation was logged last.
         self.truncation_seen = float("-inf")
         self.client_limit = (
             ClientLimit(config.max_clients, len(slots), *(handed_on.quota if handed_on else ()))
@@ -126,7 +140,7 @@ class Supervisor:
         self.status_server = StatusServer(
             self.loop,
             control,
-            self.status.tell,
+            self.status.render_status,
             self.status.render_clients,
             self.enter_status_child,
         )
@@ -135,20 +149,24 @@ class Supervisor:
     # The loop
 
     def run(self, file: int | None) -> int:
-        """Serve the open `file`, or wait for it if None; return the exit status at the end."""
+        """Serve until the server ends, and return the exit status.
+
+        `file` is the descriptor of the open file, None if the server must wait for the file.
+        """
         self.served_file.file = file
-        # what the program that exec'd us held back comes now
+        # Signals have been blocked since the program started, in an upgrade since before execve(2).
+        # Those that have arrived are delivered now.
         unblock_all()
         self.reap()
         if not counts_streams():
             self.pool.report_reader.stop_protecting()
         if self.replacing:
-            # Once more: the version before us may have been replaced before it could deliver this.
+            # Notify again: the previous version may have been replaced before its message was sent.
             self.lifecycle.reloading()
         if file is None:
             self.wait_for_file()
             if not self.replacing:
-                # clients can connect
+                # Clients can connect, so the service is ready, although there is no file yet.
                 self.lifecycle.ready()
             self.continue_replacing()
         else:
@@ -163,10 +181,10 @@ class Supervisor:
         return self.exit_status
 
     def step(self) -> None:
-        """Run one turn: wait, then act on what has happened."""
+        """Run one turn of the loop: wait for events, then handle them."""
         self.loop.turn()
         self.pool.report_reader.yield_to_workers()
-        self.upgrader.execute_if_proven(self.loop.now)
+        self.upgrader.execute_if_checked(self.loop.now)
         if self.is_ending() and self.pool.finished():
             self.ended = True
         elif self.phase is Phase.ROTATING and self.pool.finished():
@@ -178,7 +196,7 @@ class Supervisor:
     # The file
 
     def wait_for_file(self) -> None:
-        """Look for the file from time to time, while workers without a file accept connections."""
+        """Retry to open the file at intervals. Meanwhile, workers without a file accept clients."""
         logger.info(
             "waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path))
         )
@@ -186,27 +204,32 @@ class Supervisor:
         self.accept_while_waiting()
 
     def accept_while_waiting(self) -> None:
-        """Have connections accepted while there is no file: those that are closed again would fill the accept queues.
+        """Start workers that accept clients while there is no file.
 
-        Not where the workers' successors could not adopt the clients: there, the queues keep them.
+        Without them, connections that clients close again would stay in the accept queues and fill
+        them. If clients cannot be protected, start no workers: the workers that get the file could
+        not adopt the clients, which are safe in the accept queues.
         """
         if self.pool.report_reader.protects_clients:
             self.pool.fill_slots()
 
     def retry_open(self) -> None:
         try:
-            there = self.served_file.open()
+            opened = self.served_file.open()
         except CannotServeError as error:
             self.handle_unusable(str(error))
             return
-        if there:
+        if opened:
             self.pool.replace_all()
             self.start_serving()
         else:
             self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
 
     def handle_unusable(self, reason: str) -> None:
-        """Give up, unless we follow the name: who rotates a file may set its owner and mode a moment after making it."""
+        """Handle a file that cannot be served: exit, or retry with --follow-name.
+
+        A log rotation may create the new file before it sets its owner and mode.
+        """
         if not self.config.follow_name:
             logger.critical("cannot serve: %s", fields(path=self.config.path, reason=reason))
             self.exit_status = ExitStatus.CANNOT_SERVE
@@ -214,20 +237,24 @@ class Supervisor:
             return
         if reason != self.served_file.open_error:
             logger.error(
-                "cannot serve the file of that name, looking again: %s",
+                "cannot serve the new file yet, clients wait, retrying: %s",
                 fields(path=self.config.path, reason=reason),
             )
         self.served_file.open_error = reason
         self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
 
     def handle_gone(self) -> None:
-        """Look for ourselves, and act: a worker has seen that the path does not name our file any more."""
-        # a drain must know which slots are empty
+        """Check whether the path still names the open file, and act if it does not.
+
+        A worker has reported that it does not, or the mount table has changed.
+        """
+        # Reap first, because a drain must know which slots have no worker.
         self.reap()
         if self.served_file.gone or self.phase is not Phase.RUNNING:
             return
         if not (gone := self.served_file.has_gone(self.loop.now)):
-            # nobody will say so again
+            # None means that the path could not be checked. The workers do not report it again, so
+            # repeat the check.
             if gone is None:
                 self.loop.timers.set(
                     self.handle_gone, self.loop.now + self.config.timing.open_retry
@@ -239,13 +266,15 @@ class Supervisor:
         self.served_file.gone = True
         if self.config.linger:
             logger.warning(
-                "file is gone, serving on what it was: %s", fields(path=self.config.path)
+                "file is gone, continuing to serve the open file: %s",
+                fields(path=self.config.path),
             )
         elif self.config.follow_name:
-            # first: whoever connects after that line is to wait for the next file
+            # Rotate before logging, so that all clients that connect after the message wait for the
+            # next file.
             self.rotate()
             logger.info(
-                "file is gone, going over to the next: %s",
+                "file is gone, switching to the next file, clients must reconnect: %s",
                 fields(path=self.config.path, clients=self.pool.clients()),
             )
         else:
@@ -253,25 +282,33 @@ class Supervisor:
             self.drain()
 
     def handle_mount(self) -> None:
-        """Look whether the path leads somewhere else, now that something has been mounted or unmounted.
+        """Check the path after a file system has been mounted or unmounted.
 
-        Where the file is polled, the workers look each second: a file server that does not answer must not hold up the supervisor.
+        If the file is polled, leave this to the workers, which check the path every second. The
+        file may be on a file server that does not answer, and this must not block the supervisor.
         """
         if self.served_file.polling is None:
             self.handle_gone()
 
     def postpone_rotation(self, seconds: float) -> None:
-        """Serve the old file for a moment longer: whatever replaces it must not keep us busy."""
+        """Serve the old file for `seconds` more, then check the path again.
+
+        Otherwise, a program that keeps replacing the file would keep the server busy with
+        rotations.
+        """
         if self.handle_gone not in self.loop.timers:
-            hint = "what replaces it so often? does its file system change inode numbers?"
+            hint = "find out what replaces it; its file system may change inode numbers"
             logger.warning(
-                "file is gone again so soon that clients get it as it was for a moment longer: %s",
+                "file is gone again so soon, serving the old file for a while longer: %s",
                 fields(path=self.config.path, seconds=f"{seconds:.1f}", hint=hint),
             )
         self.loop.timers.set(self.handle_gone, self.loop.now + seconds)
 
     def rotate(self) -> None:
-        """Have every stream of this file brought to its end; whoever has not started one waits for the next file."""
+        """Drain the streams of the old file.
+
+        Clients whose streams have not started stay connected, and wait for the next file.
+        """
         self.phase = Phase.ROTATING
         self.pace.begin(self.loop.now)
         if self.served_file.file is not None and any(
@@ -287,11 +324,11 @@ class Supervisor:
         self.loop.timers.set(self.pool.kill, until + self.config.timing.kill_margin)
 
     def finish_rotation(self) -> None:
-        """Let go of the file that is gone, now that nobody is served from it, and look for the next."""
+        """Close the old file after all its streams have ended, and open the next one."""
         self.loop.timers.cancel(self.pool.kill)
         for slot in self.pool.slots:
             slot.client_table.close_streams()
-            # those who wait for the next file have their places
+            # Clients that wait for the next file still count against --max-clients.
             if self.client_limit is not None:
                 self.client_limit.record(slot.index, len(slot.client_table))
         self.late.seal()
@@ -308,7 +345,7 @@ class Supervisor:
     # Workers
 
     def start_serving(self) -> None:
-        """Note that the workers, some of which may still be starting, have the file."""
+        """Enter the phase RUNNING, now that workers have the file or are starting with it."""
         self.phase, self.served_file.open_error = Phase.RUNNING, ""
         logger.info(
             "serving: %s",
@@ -319,14 +356,17 @@ class Supervisor:
         self.continue_replacing()
 
     def continue_replacing(self) -> None:
-        """Replace the next worker of the version before us, if we are at that."""
+        """In an upgrade, replace the next worker of the previous version.
+
+        If none is left, and all new workers are ready, the upgrade is finished.
+        """
         if self.replacing and not self.pool.replace_next() and self.pool.all_ready():
             self.replacing = False
             logger.info("upgraded: %s", fields(version=__version__, clients=self.pool.clients()))
             self.upgrader.finish(self.loop.now)
 
     def run_worker(self, slot: Slot, channel: socket.socket) -> None:
-        """Let go of all that is the supervisor's, do a worker's work, and end the process."""
+        """In a forked child, close what belongs to the supervisor, work as a worker, and exit."""
         status = os.EX_SOFTWARE
         try:
             raise_oom_score()
@@ -340,13 +380,17 @@ class Supervisor:
             logger.error("worker failed: %s %s", fields(slot=slot.index), describe_error(error))
             status = os.EX_TEMPFAIL if lacks_room(error) else status
         except BaseException:
-            logger.exception("worker failed: %s", fields(slot=slot.index))
+            logger.exception(
+                "worker failed with an internal error, please report this bug: %s",
+                fields(slot=slot.index),
+            )
         finally:
-            # no clean-up of the supervisor's, no buffers flushed twice
+            # Exit without the supervisor's clean-up, and without flushing its buffers a second
+            # time.
             os._exit(status)
 
     def close_in_child(self) -> None:
-        """Close, in a forked child, what is the supervisor's alone."""
+        """In a forked child, close what only the supervisor uses."""
         self.wakeup.close()
         self.loop.epoll.close()
         self.control.close()
@@ -359,22 +403,28 @@ class Supervisor:
             self.handle_ready(slot)
         if notices.polling is not None and self.served_file.polling is None:
             self.served_file.polling = notices.polling
-            logger.warning("looking at the file once a second: %s", fields(reason=notices.polling))
+            logger.warning(
+                "polling the file once a second, clients get appends later: %s",
+                fields(reason=notices.polling),
+            )
         if (
             notices.truncated is not None
             and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL
         ):
             self.truncation_seen = self.loop.now
             logger.warning(
-                "file was truncated: %s", fields(path=self.config.path, size=notices.truncated)
+                "file was truncated, clients beyond its new end wait until it grows past them: %s",
+                fields(path=self.config.path, size=notices.truncated),
             )
         if notices.gone and self.handle_gone not in self.loop.timers:
-            # At the end of this turn: we may be in the middle of bury(), and a drain must not start there.
+            # Do this at the end of the turn. This may be called from the pool's handle_exit(), and
+            # a drain must not start in the middle of it.
             self.loop.timers.set(self.handle_gone, self.loop.now)
 
     def handle_ready(self, slot: Slot) -> None:
         slot.ready = True
-        # While there is no file, the last line of the log is to be the one that says what is waited for.
+        # While the server waits for its file, "waiting for file" should stay the last line of the
+        # log.
         level = logging.DEBUG if self.phase is Phase.WAITING else logging.INFO
         adopted = len(slot.client_table) if slot.adopted else None
         logger.log(
@@ -383,8 +433,8 @@ class Supervisor:
         if not self.pool.started_up and self.pool.all_ready() and not self.is_ending():
             self.pool.started_up = True
             self.lifecycle.ready()
-            # at once, whatever its pace is
-            systemd.notify(f"STATUS={self.status.sentence()}")
+            # Send the status text now. Otherwise it might be sent only after its interval.
+            systemd.notify(f"STATUS={self.status.summary()}")
         self.continue_replacing()
 
     def give_up(self, reason: str) -> None:
@@ -393,44 +443,47 @@ class Supervisor:
         self.terminate()
 
     def keep_old_workers(self, reason: str) -> None:
-        """End the replacement of workers where ours do not start: those of the version before us go on."""
+        """Stop the replacement of old workers, because workers of this version do not start."""
         logger.error(
-            "workers of this version do not start: clients of the old workers are served on, all others wait: %s %s",
+            "workers of this version do not start: "
+            "old workers continue to serve their clients, all other clients wait: %s %s",
             reason,
             fields(
                 old_workers=len(self.pool.running()),
-                hint="install a version that works and send HUP",
+                hint="install a version that works, then send SIGHUP",
             ),
         )
         if self.replacing:
             self.replacing = False
             self.upgrader.finish(self.loop.now)
 
-    # Signals, and the end
+    # Signals and exit
 
     def handle_signals(self) -> None:
         numbers = self.wakeup.read()
-        # After any signal: a full pipe may have lost SIGCHLD's byte. And first: a drain keeps the queue of an empty slot.
+        # Reap after every signal, because a full wakeup pipe may have lost the byte of a SIGCHLD.
+        # Reap before acting on SIGTERM: if a worker has just died, drain() must know that its slot
+        # is empty, and spawn another worker for the connections in its accept queue.
         self.reap()
         for number in numbers:
             match number:
                 case signal.SIGTERM | signal.SIGINT if (
-                    self.told_to_end and self.phase is Phase.DRAINING
+                    self.stop_requested and self.phase is Phase.DRAINING
                 ):
                     self.terminate()
                 case signal.SIGTERM | signal.SIGINT if self.phase is not Phase.KILLING:
-                    self.told_to_end = True
+                    self.stop_requested = True
                     logger.info(
                         "draining: %s",
                         fields(signal=signal.Signals(number).name, grace=f"{self.config.grace:g}"),
                     )
-                    # else the file has gone, and the grace has begun with that
+                    # If the server drains already, its grace period has begun, and is not extended.
                     if self.phase is not Phase.DRAINING:
                         self.drain()
                 case signal.SIGQUIT:
                     self.terminate()
                 case signal.SIGPWR if not self.is_ending():
-                    self.drain_on_signal(number, "power failure, or the container is stopped")
+                    self.drain_on_signal(number, "power failure, or the container is being stopped")
                 case signal.SIGHUP if not self.is_ending() and is_hung_up():
                     self.drain_on_signal(number, "terminal closed; nohup would prevent this")
                 case signal.SIGHUP if not self.is_ending():
@@ -441,14 +494,14 @@ class Supervisor:
     def drain_on_signal(self, number: int, reason: str) -> None:
         """Drain for a signal that usually comes more than once, or together with SIGTERM.
 
-        Unlike a second SIGTERM, none of these ends the server at once.
+        Unlike a second SIGTERM, a repeated signal of this kind does not end the server at once.
         """
         grace = f"{self.config.grace:g}"
         logger.info("draining: %s", fields(signal=name_of(number), grace=grace, reason=reason))
         self.drain()
 
     def reap(self) -> None:
-        """Collect every child that has ended; SIGCHLDs merge, so their number says nothing."""
+        """Reap every child that has exited. One SIGCHLD may stand for several of them."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -463,22 +516,25 @@ class Supervisor:
                 self.pool.handle_exit(pid, status)
 
     def drain(self) -> None:
-        """Let the workers bring every stream to what is in the file now, and end with them."""
+        """Let the workers send what is in the file now, then exit when all of them have exited.
+
+        Workers that have not exited after the grace period and `kill_margin` are killed.
+        """
         self.phase = Phase.DRAINING
-        self.cancel_plans()
+        self.cancel_pending()
         self.lifecycle.stopping()
         until = self.loop.now + self.config.grace
         self.pool.drain(until)
         self.loop.timers.set(self.terminate, until + self.config.timing.kill_margin)
 
     def terminate(self) -> None:
-        """End at once."""
+        """Kill all workers, then exit."""
         self.phase = Phase.KILLING
-        self.cancel_plans()
+        self.cancel_pending()
         self.pool.kill()
         self.loop.timers.set(self.abandon_workers, self.loop.now + KILL_PATIENCE)
 
-    def cancel_plans(self) -> None:
+    def cancel_pending(self) -> None:
         self.replacing = False
         self.loop.timers.cancel(self.retry_open)
         self.loop.timers.cancel(self.terminate)
@@ -487,13 +543,13 @@ class Supervisor:
 
     def abandon_workers(
         self,
-    ) -> None:  # pragma: no cover: takes a process that not even SIGKILL ends
+    ) -> None:  # pragma: no cover: needs a process that SIGKILL does not end
         pids = [slot.pid for slot in self.pool.running()]
-        logger.error("workers do not end, leaving them to the kernel: %s", fields(pids=pids))
+        logger.error("workers have not exited after SIGKILL, exiting anyway: %s", fields(pids=pids))
         self.ended = True
 
     def save(self) -> UpgradeState:
-        """Return all that the next version of this program needs to go on from here."""
+        """Return the state from which the next version of this program can continue."""
         return UpgradeState(
             version=__version__,
             endpoints=list(self.endpoints),
@@ -506,10 +562,10 @@ class Supervisor:
             slots=[slot.save() for slot in self.pool.slots],
         )
 
-    # What others see
+    # Status
 
     def state(self) -> str:
-        """Return the state as titles and status show it, empty while all is as it should be."""
+        """Return the state as titles and the status show it, empty while serving normally."""
         match self.phase:
             case Phase.WAITING:
                 return "waiting for file"
@@ -521,7 +577,10 @@ class Supervisor:
                 return "draining"
 
     def enter_status_child(self) -> None:
-        """Let go, in a child that only answers, of all that others must not find open when we are gone."""
+        """Prepare a child that answers status requests.
+
+        It closes what must be free for another server once the supervisor has exited.
+        """
         setproctitle(status_title(self.endpoints))
         self.close_in_child()
         self.pool.close_in_child()

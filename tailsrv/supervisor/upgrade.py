@@ -1,9 +1,12 @@
-"""Upgrade in place: has the installed program prove that it starts, and execs it.
+"""Upgrade in place: checks that the installed version starts, then replaces the supervisor with it.
 
-The program is started by the very command that started us, with the environment variable TAILSRV_UPGRADE:
+In both steps, the supervisor runs the command line that it was itself started with. The environment
+variable TAILSRV_UPGRADE tells the program what to do:
 
-- `check`: parse the arguments, read the state on standard input, say on standard output which version this is, exit 0;
-- a number: the descriptor of the state to go on from.
+- `check`: parse the arguments, read a state from standard input, write the version to standard
+  output, and exit with status 0. This runs in a child, while the old version serves.
+- A number: continue from the state in the file with this descriptor. This is for execve(2), which
+  replaces the program of the supervisor. Its pid, sockets and workers stay.
 """
 
 import json
@@ -23,8 +26,8 @@ from tailsrv.supervisor import upgrade_state as state
 
 VARIABLE = "TAILSRV_UPGRADE"
 CHECK = "check"
-# seconds that the new program may take to start
-PROOF_TIMEOUT = 30.0
+# Seconds that a check may last.
+CHECK_TIMEOUT = 30.0
 
 
 def command() -> tuple[str, list[str]]:
@@ -33,14 +36,14 @@ def command() -> tuple[str, list[str]]:
 
 
 def environment(value: str) -> dict[str, str]:
-    """Return our environment with the variable set to `value`."""
+    """Return the environment of this process with TAILSRV_UPGRADE set to `value`."""
     return {**os.environ, VARIABLE: value}
 
 
 def read_state() -> state.UpgradeState | None:
-    """Return the state that this process is to go on from, None if it is not the outcome of an upgrade.
+    """Return the state to continue from, None if this process was not started by an upgrade.
 
-    Takes the variable out of the environment. Raises state.StateError.
+    Removes TAILSRV_UPGRADE from the environment. Raises StateError if the state cannot be read.
     """
     value = os.environ.pop(VARIABLE, "")
     if not value.isdigit():
@@ -50,7 +53,11 @@ def read_state() -> state.UpgradeState | None:
 
 
 def answer_check() -> int:
-    """Prove to a running server that this version can take over from it; return the exit status."""
+    """Answer the check of a running server, which asks whether this version can take over.
+
+    Reads the server's state from standard input. If it can be read, writes this version to standard
+    output and returns 0. Otherwise, writes the reason to standard error and returns 1.
+    """
     try:
         state.decode(sys.stdin.buffer.read())
     except state.StateError as error:
@@ -61,91 +68,108 @@ def answer_check() -> int:
 
 
 def is_upgrade() -> bool:
-    """Tell whether this process is the outcome of an upgrade, or a proof for one: it gets its sockets from the state."""
+    """Return whether this process was started by an upgrade, or by the check before one.
+
+    Such a process makes no listeners: it gets them from the state.
+    """
     return is_check() or os.environ.get(VARIABLE, "").isdigit()
 
 
 def is_check() -> bool:
-    """Tell whether this process was started to prove that it can take over."""
+    """Return whether this process was started by the check before an upgrade."""
     return os.environ.get(VARIABLE) == CHECK
 
 
-def _take(fd: int) -> str:
-    """Return what is in an anonymous file, and close it."""
+def _read_and_close(fd: int) -> str:
+    """Return the contents of an anonymous file, and close it."""
     os.lseek(fd, 0, os.SEEK_SET)
     with open(fd, encoding="utf-8", errors="replace") as file:
         return file.read()
 
 
 def _closing(fd: int, stack: ExitStack) -> int:
-    """Have `fd` closed with `stack`, and return it."""
+    """Let `stack` close `fd`, and return `fd`."""
     stack.callback(os.close, fd)
     return fd
 
 
-class Proof:
-    """A child that runs the installed program to see whether it starts. Raises OSError if not even that can be tried."""
+class Check:
+    """A child that runs the installed program, to find out whether it can take over from this one.
+
+    `data` is the encoded state, which the child reads from its standard input. Its standard output
+    and error are anonymous files. Raises OSError if the child cannot be started.
+    """
 
     def __init__(self, data: bytes) -> None:
         executable, arguments = command()
-        with ExitStack() as refused:
-            given, self._answer, self._complaints = (
-                _closing(memory_file_with(content), refused) for content in (data, b"", b"")
+        with ExitStack() as on_failure:
+            stdin, self._stdout, self._stderr = (
+                _closing(memory_file_with(content), on_failure) for content in (data, b"", b"")
             )
             files = [
                 (os.POSIX_SPAWN_DUP2, fd, number)
-                for number, fd in enumerate((given, self._answer, self._complaints))
+                for number, fd in enumerate((stdin, self._stdout, self._stderr))
             ]
-            # All signals are blocked: one that is sent to all processes of the service must not
-            # fail the upgrade. To end the check takes SIGKILL.
-            held = signal.valid_signals()
+            # Block all signals in the child: one that is sent to all processes of the service must
+            # not fail the upgrade. Only SIGKILL ends the check.
+            blocked_signals = signal.valid_signals()
             self.pid = os.posix_spawn(
                 executable,
                 arguments,
                 environment(CHECK),
                 file_actions=files,
-                setsigmask=held,
+                setsigmask=blocked_signals,
                 setsigdef=(signal.SIGPIPE,),
             )
-            refused.pop_all()
-        os.close(given)
+            on_failure.pop_all()
+        os.close(stdin)
 
     def close(self) -> None:
-        """Close what the child writes to."""
-        os.close(self._answer)
-        os.close(self._complaints)
+        """Close the files that the child writes to."""
+        os.close(self._stdout)
+        os.close(self._stderr)
 
     def kill(self) -> None:
-        """End the child, which has not been reaped."""
+        """Kill the child, which must not have been reaped yet."""
         os.kill(self.pid, signal.SIGKILL)
 
     def result(self, status: int) -> tuple[str | None, str]:
-        """Return the version that has proved itself, or None and the reason, once the child ended with `status`."""
+        """Return the installed version, or None and the reason why it cannot take over.
+
+        `status` is the wait status of the child. Closes the files, so this can be called only once.
+        """
         try:
-            answer, complaints = _take(self._answer), _take(self._complaints)
+            output, errors = _read_and_close(self._stdout), _read_and_close(self._stderr)
         except (OSError, TypeError) as error:
-            # TypeError: the interpreter's, where read(2) says EAGAIN
-            return None, f"what it said cannot be read: {_reason(error)}"
+            # If read(2) fails with EAGAIN, the interpreter raises TypeError.
+            return None, f"cannot read the output of the installed program: {_reason(error)}"
         try:
             if status == 0:
-                return str(json.loads(answer)["version"]), ""
+                return str(json.loads(output)["version"]), ""
         except (ValueError, KeyError, TypeError):
             pass
         lines = (
-            complaints.strip().splitlines() or answer.strip().splitlines() or ["it did not answer"]
+            errors.strip().splitlines()
+            or output.strip().splitlines()
+            or ["the installed program did not answer"]
         )
         return None, lines[-1]
 
 
 def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]]) -> None:
-    """Become the installed program, which goes on from `handed_on`. Returns only by raising OSError.
+    """Replace this program with the installed one, which continues from `handed_on`.
 
-    `pending()` returns the signals that have been caught and not acted on: they are sent again.
+    `pending()` returns the signals that were caught but not handled. They are sent again, so that
+    the new program handles them.
+
+    Never returns. Raises an exception if the program could not be replaced, usually OSError; this
+    process then continues as before.
     """
     fd = memory_file_with(state.encode(handed_on))
     descriptors = [fd, *handed_on.descriptors()]
     executable, arguments = command()
-    # a signal now is for the new program; the mask and what is pending live through exec(2)
+    # Signals from now on are for the new program. The signal mask and pending signals are kept by
+    # execve(2).
     block_all()
     try:
         for descriptor in descriptors:
@@ -154,7 +178,7 @@ def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]])
             os.kill(os.getpid(), number)
         os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
     finally:
-        # still here, and whatever has failed, signals must come through again
+        # Reached only if execve(2), or anything before it, has failed.
         unblock_all()
         for descriptor in descriptors:
             with suppress(OSError):
@@ -163,21 +187,29 @@ def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]])
 
 
 def _reason(error: Exception) -> str:
-    """Return why an upgrade has failed, in the kernel's words where they are its."""
+    """Return the message of `error`: the kernel's text for an OSError, else the exception."""
     return (isinstance(error, OSError) and error.strerror) or repr(error)
 
 
 def keep_private(descriptors: list[int]) -> None:
-    """Keep the descriptors that came through exec(2) from going any further."""
+    """Set close-on-exec on the descriptors that were inherited through exec(2)."""
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
 
 
 class Upgrader:
-    """One upgrade at a time: proof, then exec. Requests that come meanwhile are one more, to be asked for again.
+    """Runs one upgrade at a time: first the check, then exec.
 
-    `snapshot()` returns the state to hand on, `pending()` the signals that have been caught and not acted on.
-    While the new program replaces the workers, `busy` stays set.
+    Any number of requests during an upgrade lead to one more upgrade after it.
+
+    Args:
+        timers: The timers of the supervisor's loop.
+        snapshot: Returns the state for the new program.
+        pending: Returns the signals that were caught but not handled.
+        lifecycle: Notifies the service manager.
+        busy: Whether this process was itself started by an upgrade, which lasts until the workers
+            have been replaced and `finish` is called.
+
     """
 
     def __init__(
@@ -194,79 +226,85 @@ class Upgrader:
             pending,
             lifecycle,
         )
-        self._proof: Proof | None = None
-        # the version to exec at the end of this turn
-        self._proven: str | None = None
+        self._check: Check | None = None
+        # The version that has passed the check, to be exec'd at the end of this turn.
+        self._checked_version: str | None = None
+        # Whether another upgrade is to follow this one.
         self._requested = False
         self._paused = False
-        # a request has come since the proof began: what it proves may not be what is installed now
+        # Whether a request has arrived since the check began. The installed version may have
+        # changed, so the check must be repeated.
         self._stale = False
+        # Whether an upgrade is under way.
         self._busy = busy
 
     def request(self, now: float) -> None:
-        """Start an upgrade, or note that one more is wanted after the one that is under way."""
+        """Start an upgrade, or let one follow the upgrade or the pause that is under way."""
         if self._busy or self._paused:
             self._requested = self._stale = True
             return
         self._lifecycle.reloading()
-        self._prove(now)
+        self._start_check(now)
 
-    def _prove(self, now: float) -> None:
+    def _start_check(self, now: float) -> None:
         self._stale = False
         try:
-            self._proof = Proof(state.encode(self._snapshot()))
+            self._check = Check(state.encode(self._snapshot()))
         except Exception as error:
             self._fail(_reason(error), now)
             return
         self._busy = True
-        self._timers.set(self.kill_check, now + PROOF_TIMEOUT)
-        logger.info("upgrade: asking the installed program whether it starts")
+        self._timers.set(self.kill_check, now + CHECK_TIMEOUT)
+        logger.info("upgrade: checking whether the installed program starts")
 
     def kill_check(self) -> None:
-        """End a program that takes too long to start."""
-        if self._proof is not None:
-            self._proof.kill()
+        """Kill the check that is under way, if there is one. Its exit then fails the upgrade."""
+        if self._check is not None:
+            self._check.kill()
 
     def pause(self) -> None:
-        """Put upgrades off, also the one whose proof is under way: there is no good moment for an exec until `resume`."""
+        """Postpone every exec until `resume`, including the one after a check that is under way."""
         self._paused = True
 
     def resume(self, now: float) -> None:
-        """Do what was asked for since `pause`."""
+        """End the pause, and start an upgrade if one was requested during it."""
         self._paused = False
         self._start_requested(now)
 
     def cancel(self) -> None:
-        """Forget all about it: the server is ending."""
-        self._proven = None
+        """Cancel the upgrade, because the server is ending."""
+        self._checked_version = None
         self.kill_check()
         self._timers.cancel(self.kill_check)
 
     def close_in_child(self) -> None:
-        """Close, in a forked child, what is the supervisor's."""
-        if self._proof is not None:
-            self._proof.close()
+        """Close the files of the check in a forked child."""
+        if self._check is not None:
+            self._check.close()
 
     def handle_exit(self, pid: int, status: int, now: float, ending: bool) -> bool:
-        """Tell whether the child `pid` was our proof, and note what it has shown, unless the server is `ending`."""
-        if self._proof is None or pid != self._proof.pid:
+        """Return whether `pid` was the child of the check. If so, record the result of the check.
+
+        The result is ignored while the server is `ending`. `status` is the child's wait status.
+        """
+        if self._check is None or pid != self._check.pid:
             return False
-        version, reason = self._proof.result(status)
-        self._proof = None
+        version, reason = self._check.result(status)
+        self._check = None
         self._timers.cancel(self.kill_check)
         if ending:
             return True
         if version is None:
             self._fail(reason, now)
-        self._proven = version
+        self._checked_version = version
         return True
 
-    def execute_if_proven(self, now: float) -> None:
-        """Become the program that has proved itself, if there is one.
+    def execute_if_checked(self, now: float) -> None:
+        """Replace this program with the version that has passed the check, if there is one.
 
-        To be called when every signal that has been read is acted on: the exec would lose the others.
+        Call this only when every signal that has been read is handled: exec would lose the others.
         """
-        version, self._proven = self._proven, None
+        version, self._checked_version = self._checked_version, None
         if version is None:
             return
         if self._paused:
@@ -274,17 +312,17 @@ class Upgrader:
             self.finish(now)
             return
         if self._stale:
-            self._prove(now)
+            self._start_check(now)
             return
         logger.info("upgrade: %s", fields(old=__version__, new=version))
         try:
             execute(self._snapshot(), self._pending_signals)
-        # Whatever it is, the old program still runs and serves: an upgrade must never end the server.
+        # Catch every error: this program can still serve, and an upgrade must never end the server.
         except Exception as error:
             self._fail(_reason(error), now)
 
     def finish(self, now: float) -> None:
-        """Note that an upgrade is over, one way or the other, and start the one that was asked for meanwhile."""
+        """Record that the upgrade has succeeded or failed, and start the next one if requested."""
         self._busy = False
         self._lifecycle.ready()
         self._start_requested(now)
@@ -298,5 +336,7 @@ class Upgrader:
         return [*self._pending(), *([signal.SIGHUP] if self._requested else [])]
 
     def _fail(self, reason: str, now: float) -> None:
-        logger.error("upgrade failed, nothing has changed: %s", fields(reason=reason))
+        logger.error(
+            "upgrade failed, the running version continues to serve: %s", fields(reason=reason)
+        )
         self.finish(now)

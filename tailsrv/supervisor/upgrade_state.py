@@ -1,4 +1,7 @@
-"""What one supervisor hands to the next version of itself through exec(2), as JSON. Pure: no system call."""
+"""The state that a supervisor passes to the next version of itself in an upgrade, as JSON.
+
+It passes through exec(2) in a file. Pure: no system calls.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,12 +9,12 @@ from typing import Any
 
 from tailsrv import channel as messages
 
-# of this state; a program that cannot read it must not be exec'd
+# The format of this state. The supervisor must not exec a program that reads another format.
 FORMAT = 2
 
 
 class StateError(ValueError):
-    """A state cannot be read by this version; the message says why."""
+    """Raised for a state that this version cannot read. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class SlotState:
     shared: bool
     pid: int | None
     channel: int | None
-    # of the monotonic clock, which exec(2) does not touch
+    # Seconds of the monotonic clock, like `restarted`. The clock continues through exec(2).
     spawned: float
     ready: bool
     adopted: bool
@@ -35,9 +38,9 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True)
 class UpgradeState:
-    """All that a supervisor knows; every number of a descriptor is valid in the program that is exec'd."""
+    """The complete state of a supervisor. Its descriptor numbers stay valid through exec(2)."""
 
-    # of the program that wrote this
+    # The version of the program that wrote this state.
     version: str
     endpoints: list[str]
     started: float
@@ -49,7 +52,7 @@ class UpgradeState:
     slots: list[SlotState]
 
     def descriptors(self) -> list[int]:
-        """Return every descriptor that must live through exec(2)."""
+        """Return every descriptor that must stay open through exec(2)."""
         found = [*self.control, *self.quota, *([] if self.file is None else [self.file])]
         for slot in self.slots:
             found += slot.listeners
@@ -59,22 +62,26 @@ class UpgradeState:
 
 
 def encode(state: UpgradeState) -> bytes:
-    """Return `state` as decode() reads it."""
+    """Return `state` as bytes for decode()."""
     return json.dumps({"format": FORMAT, "messages": messages.VERSION, **asdict(state)}).encode()
 
 
 def decode(data: bytes) -> UpgradeState:
-    """Return the state in `data`. Raises StateError where this version cannot take over from the one that wrote it."""
+    """Return the state in `data`.
+
+    Raises StateError if this version cannot take over from the version that wrote it.
+    """
     try:
         values: dict[str, Any] = json.loads(data)
         formats = (values.pop("format"), values.pop("messages"))
         if formats != (FORMAT, messages.VERSION):
             raise StateError(
-                f"state and channel are of format {formats}, this version reads {(FORMAT, messages.VERSION)}"
+                f"state and channel have format {formats}, this version reads "
+                f"{(FORMAT, messages.VERSION)}: restart the server instead (this ends all streams)"
             )
         slots = [SlotState(**slot) for slot in values.pop("slots")]
         return UpgradeState(slots=slots, **values)
     except StateError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise StateError(f"not a state: {error!r}") from error
+        raise StateError(f"malformed state: {error!r}") from error

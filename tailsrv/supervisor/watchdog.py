@@ -1,4 +1,8 @@
-"""Tells the service manager that all is well while every worker answers, and kills the one that does not."""
+"""Pings the workers for systemd's watchdog, and kills a worker that does not answer.
+
+The service manager is notified (WATCHDOG=1) only if every worker has answered. If the supervisor
+itself hangs, or a killed worker does not exit, the notifications stop and systemd ends the service.
+"""
 
 import os
 import signal
@@ -8,16 +12,18 @@ from tailsrv.linux.event_loop import EventLoop
 from tailsrv.log import fields, logger
 from tailsrv.supervisor.worker_pool import WorkerPool
 
-# seconds; a healthy worker may take some milliseconds to answer
+# Seconds between pings, at least. A healthy worker may need some milliseconds to answer.
 MIN_PING_INTERVAL = 0.1
-# in the service manager's interval: one to notice that a worker hangs, one for its successor to answer
+# Pings in one interval of the service manager. One of them finds that a worker hangs, another one
+# is answered by its replacement, and so the notification is still in time.
 PINGS_PER_INTERVAL = 3
 
 
 class Watchdog:
-    """Asks every worker on its channel whether it still turns, `BEATS` times in `interval` seconds.
+    """Pings every worker `PINGS_PER_INTERVAL` times in `interval` seconds.
 
-    Nobody is asked where the service manager does not want to know: a quiet server sleeps.
+    It is created only if the service manager has a watchdog for the service: otherwise, the pings
+    would wake up an idle server without need.
     """
 
     def __init__(self, loop: EventLoop, pool: WorkerPool, interval: float) -> None:
@@ -26,7 +32,7 @@ class Watchdog:
         self._killed: set[int] = set()
 
     def ping(self) -> None:
-        """Act on the answers to the last question, and ask again."""
+        """Kill the workers that have not answered the last ping, then ping all workers again."""
         now = self._loop.now
         hung = [
             slot
@@ -37,13 +43,14 @@ class Watchdog:
         for slot in hung:
             assert slot.pid is not None
             assert slot.ping_sent is not None
-            # else it waits for a disk, and cannot even be killed
+            # A worker that was killed before and still exists waits for a disk, and cannot be
+            # killed.
             if slot.pid not in self._killed:
                 logger.error(
                     "worker does not answer, killing it: %s",
                     fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.ping_sent:.1f}"),
                 )
-                # ours until we reap it
+                # The pid cannot belong to another process: the worker has not been reaped yet.
                 os.kill(slot.pid, signal.SIGKILL)
                 self._killed.add(slot.pid)
         if not hung:

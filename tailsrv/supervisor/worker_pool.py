@@ -1,6 +1,7 @@
-"""Fills the slots: forks workers and reaps them.
+"""The pool of workers: forks a worker for each slot, replaces workers, and drains or kills them.
 
-A worker's death is nothing special here: its clients stay in the slot's roster, and its successor adopts them.
+A worker may die at any time. Its clients stay in the client table of the slot, and the next worker
+of the slot adopts them.
 """
 
 import logging
@@ -21,16 +22,23 @@ from tailsrv.supervisor.report_reader import ReportReader
 from tailsrv.supervisor.restart_policy import ExitKind, Failures, classify_exit, describe_exit
 from tailsrv.supervisor.slot import Slot
 
-# seconds that an outdated worker gets to finish its turn
+# Seconds between SIGTERM and SIGKILL for an outdated worker, in which it can finish its turn.
 REPLACE_PATIENCE = 1.0
 
 
 class WorkerPool:
-    """The slots and the workers in them.
+    """The slots and their workers.
 
-    `enter(slot, channel)` is called in each forked child and does not return. `notice(slot, notices)` is called with
-    what a worker has to say beyond its clients, `give_up(reason)` when workers cannot start, and `stuck(reason)` when
-    that is so in an upgrade, while workers of the version before us still serve.
+    Args:
+        slots: The slots. After an upgrade, they may have workers of the previous version.
+        loop: The supervisor's event loop.
+        enter: `enter(slot, channel)` is called in each forked child, and must not return.
+        notice: `notice(slot, notices)` is called for the notices in a worker's report.
+        give_up: `give_up(reason)` is called when workers cannot start.
+        keep_old: `keep_old(reason)` is called instead if this happens in an upgrade, while workers
+            of the previous version are still serving.
+        timing: The server's timing, for delays.
+
     """
 
     def __init__(
@@ -40,27 +48,29 @@ class WorkerPool:
         enter: Callable[[Slot, socket.socket], None],
         notice: Callable[[Slot, Notices], None],
         give_up: Callable[[str], None],
-        stuck: Callable[[str], None],
+        keep_old: Callable[[str], None],
         timing: Timing,
     ) -> None:
         self._timing = timing
         self.slots = list(slots)
-        # empty slots are to be filled
+        # Whether a worker that dies is replaced.
         self.respawning = False
-        # every slot has had a worker that was ready
+        # Whether all slots have had ready workers at the same time.
         self.started_up = False
+        # When the grace period of the drain ends, None if there is no drain.
         self.drain_deadline: float | None = None
-        # the drain is for a next file, not for the end
+        # Whether the drain is for a rotation, so that the next file is served after it.
         self.rotating = False
-        # to be replaced
+        # Workers that are to be replaced, by slot and pid.
         self.outdated = self._workers()
-        # outdated workers that were sent SIGTERM; killed after REPLACE_PATIENCE
+        # Outdated workers that were sent SIGTERM. They are killed after REPLACE_PATIENCE.
         self._ending: list[tuple[Slot, int]] = []
         self._loop = loop
-        self._enter, self._notice, self._give_up, self._stuck = enter, notice, give_up, stuck
-        # no worker of this version has been ready yet
+        self._enter, self._notice, self._give_up = enter, notice, give_up
+        self._keep_old = keep_old
+        # True in an upgrade until a worker of this version is ready.
         self._unproven = bool(self.outdated)
-        self.report_reader = ReportReader(self.slots, loop, self._take_notices)
+        self.report_reader = ReportReader(self.slots, loop, self._handle_notices)
         for slot, _ in self.outdated:
             self._register_channel(slot)
 
@@ -69,62 +79,68 @@ class WorkerPool:
         return [slot for slot in self.slots if slot.pid is not None]
 
     def finished(self) -> bool:
-        """Tell whether no slot has a worker, or is to get one."""
+        """Return whether no slot has a worker, and none is to be spawned."""
         return all(slot.pid is None and slot.spawn_at is None for slot in self.slots)
 
     def all_ready(self) -> bool:
-        """Tell whether every slot has a worker that serves."""
+        """Return whether every slot has a worker that is ready."""
         return all(slot.pid is not None and slot.ready for slot in self.slots)
 
     def clients(self) -> int:
-        """Return the number of clients."""
+        """Return the number of clients in all slots, including unprotected ones."""
         return sum(len(slot.client_table) for slot in self.slots)
 
     def ping_workers(self) -> None:
-        """Ask every worker whether it still turns, unless it owes us that answer already."""
+        """Ping every worker that has no unanswered ping."""
         for slot in self.running():
             if slot.ping_sent is None and slot.channel is not None:
                 try:
                     slot.channel.send(encode(Ping()))
                 except OSError:
-                    # it ends, which shows; or there was no memory for the question: it owes no answer then
+                    # Either the worker is exiting and SIGCHLD follows, or the kernel is out of
+                    # memory. The ping was not sent, so no answer is expected.
                     continue
                 slot.ping_sent = self._loop.now
 
     # Filling
 
     def fill_slots(self) -> None:
-        """Fill the slots, and keep them filled."""
+        """Spawn a worker for every empty slot, and replace workers that die from now on."""
         self.respawning, self.drain_deadline = True, None
         self.outdated = self._still_outdated()
-        # without workers of the version before us there is nobody else to go on
+        # If no worker of the previous version is left, nothing else can serve when workers of this
+        # version fail to start.
         self._unproven = bool(self.outdated)
         for slot in self.slots:
             if slot.pid is None:
                 self.spawn(slot)
 
     def replace_all(self) -> None:
-        """Fill the slots, and end the workers that are there: their successors know the file, and adopt their clients."""
+        """Spawn workers for the empty slots, and replace all existing workers, which lack the file.
+
+        The replacements have the file, and adopt the clients.
+        """
         without_file = self._workers()
         self.fill_slots()
         self.outdated = without_file
         self._terminate(without_file)
 
     def replace_next(self) -> bool:
-        """End the next worker that is outdated, for its successor to adopt its clients; tell whether there is one.
+        """Ask the next outdated worker to exit, if all replacements so far are ready.
 
-        Its turn comes when the successors of those before it are ready.
+        Its replacement adopts its clients. Returns whether any outdated worker is left.
 
-        SIGTERM lets it finish its turn: what it has accepted in it is passed up, which SIGKILL would lose.
+        It is sent SIGTERM first, so that it can finish its turn. It still reports the connections
+        that it has accepted in this turn; SIGKILL would lose them.
         """
         self.outdated = self._still_outdated()
-        successors = [slot for slot in self.slots if not self._is_outdated(slot)]
-        if self.outdated and all(slot.pid is not None and slot.ready for slot in successors):
+        replaced = [slot for slot in self.slots if not self._is_outdated(slot)]
+        if self.outdated and all(slot.pid is not None and slot.ready for slot in replaced):
             self._terminate(self.outdated[:1])
         return bool(self.outdated)
 
     def _terminate(self, workers: Sequence[tuple[Slot, int]]) -> None:
-        """Ask outdated workers to end, and kill those that do not in time."""
+        """Ask outdated workers to exit, and kill those that have not after REPLACE_PATIENCE."""
         self._ending = [
             *(worker for worker in self._still_ending() if worker not in workers),
             *workers,
@@ -138,7 +154,10 @@ class WorkerPool:
         return [(slot, slot.pid) for slot in self.slots if slot.pid is not None]
 
     def _is_outdated(self, slot: Slot) -> bool:
-        """Tell whether the worker of `slot` is to be replaced; to be asked when `outdated` has just been pruned."""
+        """Return whether the worker of `slot` is to be replaced.
+
+        Call this only after `outdated` has been updated with `_still_outdated`.
+        """
         return any(other is slot for other, _ in self.outdated)
 
     def _still_outdated(self) -> list[tuple[Slot, int]]:
@@ -146,16 +165,16 @@ class WorkerPool:
         return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
 
     def _still_ending(self) -> list[tuple[Slot, int]]:
-        """Return the outdated workers that have been asked to end, and have not."""
+        """Return the outdated workers that were asked to exit, and have not exited yet."""
         return [(slot, pid) for slot, pid in self._ending if slot.pid == pid]
 
     def _kill_overdue(self) -> None:
-        """Kill the outdated workers that have been asked to end and have not."""
+        """Kill the outdated workers that were asked to exit, and have not exited yet."""
         for _, pid in self._still_ending():
             os.kill(pid, signal.SIGKILL)
 
     def spawn(self, slot: Slot) -> None:
-        """Fill `slot` with a worker, or plan to if that is not possible now."""
+        """Spawn a worker for the empty `slot`, or schedule a retry if fork(2) fails."""
         slot.spawn_at = None
         try:
             pid = self._fork(slot)
@@ -173,22 +192,25 @@ class WorkerPool:
             self._order_drain(slot, self.drain_deadline)
 
     def _fork(self, slot: Slot) -> int:
-        """Fork a worker for `slot`, with a channel to it, and return its pid; all that may be refused comes before."""
-        slot.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Fork a worker for `slot`, with a channel to it, and return its pid.
+
+        Everything else that can fail is done before fork(2). Raises OSError.
+        """
+        slot.channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             slot.channel.setblocking(False)
             self._register_channel(slot)
             with blocked():
-                # here the worker leaves the supervisor's code, never to return
+                # In the child, `_enter` does the work of a worker and never returns.
                 if (pid := os.fork()) == 0:
-                    self._enter(slot, theirs)
+                    self._enter(slot, worker_end)
         except OSError:
             self._loop.unregister(slot.channel.fileno())
             slot.channel.close()
             slot.channel = None
             raise
         finally:
-            theirs.close()
+            worker_end.close()
         return pid
 
     def prepare_child(
@@ -199,14 +221,24 @@ class WorkerPool:
         endpoints: Sequence[str],
         client_limit: ClientLimit | None,
     ) -> Inheritance:
-        """Let go, in the child, of all that is not of `slot`, and return what is."""
+        """In a forked child, close what belongs to other slots, and return what its worker needs.
+
+        Args:
+            slot: The slot of the new worker.
+            file: The descriptor of the served file, None while there is none.
+            channel: The worker's end of its channel.
+            endpoints: The addresses that the server listens on.
+            client_limit: The counter for --max-clients, None without that option.
+
+        """
         self.close_in_child(keep=slot)
         for other in self.slots:
             if other is not slot:
                 other.client_table.close_in_child()
         channel.setblocking(False)
         listeners, clients = slot.listeners, slot.client_table.clients
-        # only the old file's streams: all others are for the next worker
+        # In a rotation, this worker only finishes the streams of the old file. It gets no listeners
+        # and no other clients: these are for the worker of the next file.
         if self.drain_deadline is not None and self.rotating:
             listeners, clients = (
                 [],
@@ -217,14 +249,17 @@ class WorkerPool:
         )
 
     def close_in_child(self, keep: Slot | None = None) -> None:
-        """Close, in a forked child, the channels and the listeners, but for those of the slot to `keep`."""
+        """In a forked child, close all channels and listeners, except the listeners of `keep`."""
         for slot in self.slots:
             if slot.channel is not None:
-                # or its worker would not see our supervisor's end
+                # A worker exits when the supervisor's end of its channel is closed. A copy of that
+                # end in another process would prevent this.
                 slot.channel.close()
             if slot is not keep:
                 for listener in slot.listeners:
-                    # or clients would wait at one that nobody accepts from
+                    # The kernel distributes new connections over all open listeners of a port. If
+                    # this child kept a listener open that its own worker has closed, connections
+                    # would wait there for ever.
                     listener.close()
 
     def _register_channel(self, slot: Slot) -> None:
@@ -233,55 +268,63 @@ class WorkerPool:
 
     def _postpone(self, slot: Slot, error: OSError) -> None:
         slot.ready = False
-        logger.error("cannot spawn a worker: %s", fields(slot=slot.index, reason=error.strerror))
+        hint = "raise TasksMax=, LimitNOFILE= or the memory limit, as the reason says"
+        logger.error(
+            "cannot spawn a worker, clients of its slot wait: %s",
+            fields(slot=slot.index, reason=error.strerror, hint=hint),
+        )
         self._spawn_at(slot, self._loop.now + self._timing.fork_retry)
 
     def _spawn_at(self, slot: Slot, when: float) -> None:
         slot.spawn_at = when
-        self._plan()
+        self._set_spawn_timer()
 
-    def _plan(self) -> None:
+    def _set_spawn_timer(self) -> None:
         if planned := [slot.spawn_at for slot in self.slots if slot.spawn_at is not None]:
             self._loop.timers.set(self._spawn_due, min(planned))
 
     def _spawn_due(self) -> None:
-        """Spawn workers into the slots whose time has come."""
+        """Spawn a worker for each slot whose `spawn_at` has passed."""
         for slot in self.slots:
             if slot.spawn_at is not None and slot.spawn_at <= self._loop.now:
                 self.spawn(slot)
-        self._plan()
+        self._set_spawn_timer()
 
-    # Dying
+    # Exits of workers
 
     def handle_exit(self, pid: int, status: int) -> None:
-        """Take in that the child `pid` has ended, and decide what becomes of its slot and its clients."""
+        """Handle the exit of the child `pid`, with its wait `status`.
+
+        If it was a worker, decide whether its slot gets another worker, and when.
+        """
         slot = next((slot for slot in self.slots if slot.pid == pid), None)
-        # as PID 1 we are everybody's parent
+        # Not a worker. As PID 1, the supervisor also reaps orphans of other programs.
         if slot is None:
             return
         assert slot.channel is not None
-        # Before its last reports are taken in: one that says "ready" lets the next worker be replaced.
+        # Compute this before reading the worker's last reports. One with "ready" may start the
+        # replacement of the next worker, which removes this one from `outdated`.
         expected = not self.respawning or (slot, pid) in self.outdated
-        # at once: it may be another process's by now
+        # Clear the pid first: from now on it may belong to another process.
         slot.pid = None
         self.report_reader.read_remaining(slot)
         self._loop.unregister(slot.channel.fileno())
         slot.channel.close()
         slot.channel = None
         lost = slot.client_table.forget_unprotected()
-        what = classify_exit(status)
-        if expected and what is ExitKind.DONE:
+        kind = classify_exit(status)
+        if expected and kind is ExitKind.DONE:
             slot.failures = Failures()
         detail = fields(slot=slot.index, pid=pid, keeps=len(slot.client_table), lost=lost or None)
         logger.log(
             logging.DEBUG if expected and not lost else logging.WARNING,
             "worker %s: %s %s",
-            what.value,
+            kind.value,
             detail,
             describe_exit(status),
         )
         if not expected:
-            self._respawn_later(slot, what, status)
+            self._respawn_later(slot, kind, status)
         elif self.respawning:
             self.spawn(slot)
         elif (
@@ -289,34 +332,40 @@ class WorkerPool:
             and self._has_work(slot)
             and self._loop.now < self.drain_deadline
         ):
-            # somebody still has to serve these clients, and the grace bounds how often
-            self._note_failure(slot, what)
+            # The clients of this slot still need a worker. The delay is short, because the end of
+            # the grace period bounds the number of attempts.
+            self._record_failure(slot, kind)
             self._spawn_at(
                 slot,
                 self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay),
             )
 
     def _has_work(self, slot: Slot) -> bool:
-        """Tell whether a drain has something to do in `slot`; those who have not started wait for a next file if one comes."""
+        """Return whether a worker is needed in `slot` to finish the drain.
+
+        In a rotation, clients without a stream do not count: they wait for the next file.
+        """
         return (
             slot.client_table.has_streams()
             if self.rotating
             else bool(slot.client_table.clients or slot.listeners)
         )
 
-    def _respawn_later(self, slot: Slot, what: ExitKind, status: int) -> None:
-        """Plan the next worker of a slot whose last one has died."""
-        # it is the program, not the clients
-        if self._unproven and not slot.ready and what not in (ExitKind.KILLED, ExitKind.NO_ROOM):
+    def _respawn_later(self, slot: Slot, kind: ExitKind, status: int) -> None:
+        """Schedule the next worker of a slot whose worker has died, or give up."""
+        # If no worker of the new version has been ready yet, the program is at fault, not the
+        # clients. Stop the upgrade. Only the empty slot gets another worker, after the longest
+        # delay.
+        if self._unproven and not slot.ready and kind not in (ExitKind.KILLED, ExitKind.NO_ROOM):
             self.outdated = []
             slot.restarts += 1
             self._spawn_at(slot, self._loop.now + self._timing.max_delay)
-            self._stuck(f"slot={slot.index} {describe_exit(status)}")
+            self._keep_old(f"slot={slot.index} {describe_exit(status)}")
             return
-        self._note_failure(slot, what)
+        self._record_failure(slot, kind)
         if (
-            what is ExitKind.CANNOT_BOOT
-            or (what is ExitKind.NO_ROOM and not self.started_up)
+            kind is ExitKind.CANNOT_BOOT
+            or (kind is ExitKind.NO_ROOM and not self.started_up)
             or slot.failures.hopeless()
         ):
             self._give_up(f"slot={slot.index} {describe_exit(status)}")
@@ -327,37 +376,43 @@ class WorkerPool:
             logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
         self._spawn_at(slot, self._loop.now + delay)
 
-    def _note_failure(self, slot: Slot, what: ExitKind) -> None:
-        """Take the death into the slot's record, and give its clients up if one of them seems to be the cause."""
+    def _record_failure(self, slot: Slot, kind: ExitKind) -> None:
+        """Add a worker's death to the slot's record.
+
+        If one of the slot's clients seems to be the cause, close all of its connections.
+        """
         slot.failures = slot.failures.after_life(
-            self._loop.now - slot.spawned, slot.ready, what, slot.adopted, self._timing
+            self._loop.now - slot.spawned, slot.ready, kind, slot.adopted, self._timing
         )
         slot.ready = False
         if slot.failures.poisoned():
-            ended = slot.client_table.close_connections()
+            closed = slot.client_table.close_connections()
+            hint = "one of these clients seems to crash its worker: please report this bug"
             logger.error(
-                "a client kills the worker that adopts it, ended all of the slot: %s",
-                fields(slot=slot.index, clients=ended),
+                "workers crashed right after taking over clients, disconnected these clients: %s",
+                fields(slot=slot.index, clients=closed, hint=hint),
             )
 
     def stop_respawning(self) -> None:
-        """Leave slots empty from now on, and workers as they are."""
+        """From now on, do not replace workers that die. Existing workers are not affected."""
         self.respawning = False
         self.outdated = []
         self._loop.timers.cancel(self._spawn_due)
 
     def drain(self, until: float, rotating: bool = False) -> None:
-        """Have every stream brought to what is in the file now, and all workers end, by the time `until`.
+        """Let all workers send what is in the file now, and exit, by the time `until`.
 
-        Where a next file is to be served (`rotating`), the listeners stay, and so do the clients that have not started.
+        If the next file is served after that (`rotating`), keep the listeners, and the clients
+        whose streams have not started.
         """
-        # too late for an order: their successors get it
+        # These workers were asked to exit before, so the order goes to their replacements.
         ending = self._still_ending()
         self.stop_respawning()
         self.outdated = ending
         self.drain_deadline, self.rotating = until, rotating
         for slot in self.slots:
-            # in backoff: its clients and its queue have waited for this worker
+            # During the backoff, the slot's clients and the connections in its accept queue wait
+            # for a worker. Spawn it now, so that it can serve them before it exits.
             if slot.spawn_at is not None:
                 self.spawn(slot)
             elif slot.pid is None:
@@ -371,13 +426,17 @@ class WorkerPool:
         try:
             slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
         except OSError:
-            # it is ending already; or there was no memory for the order: then it ends, and its successor gets it
+            # The worker is exiting already, or the kernel has no memory for the order. In both
+            # cases the worker exits without draining, and the order goes to its replacement.
             pass
-        # ours until we reap it: no other process can have this pid
+        # The pid cannot belong to another process: the worker has not been reaped yet.
         os.kill(slot.pid, signal.SIGTERM)
 
     def _close_listeners(self, slot: Slot) -> None:
-        """Close the listeners after a worker has emptied their queues. In a rotation, keep them for the next file's workers."""
+        """Close the listeners of `slot`, whose accept queues are empty.
+
+        In a rotation, keep them for the workers of the next file.
+        """
         if self.rotating:
             return
         for listener in slot.listeners:
@@ -385,7 +444,7 @@ class WorkerPool:
         slot.listeners = []
 
     def kill(self) -> None:
-        """End every worker at once."""
+        """Kill every worker with SIGKILL, and spawn no more."""
         self.stop_respawning()
         self.drain_deadline = None
         for slot in self.slots:
@@ -393,8 +452,8 @@ class WorkerPool:
             if slot.pid is not None:
                 os.kill(slot.pid, signal.SIGKILL)
 
-    def _take_notices(self, slot: Slot, notices: Notices) -> None:
-        """Note what is about the worker itself, and hand on the rest."""
+    def _handle_notices(self, slot: Slot, notices: Notices) -> None:
+        """Handle the notices about the worker itself, then pass all of them to `notice`."""
         if notices.ready or notices.alive:
             slot.ping_sent = None
         if notices.ready and slot.pid is not None and (slot, slot.pid) not in self.outdated:

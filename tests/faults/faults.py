@@ -17,7 +17,7 @@ from support.sockets import recv_all
 from support.waiting import DEADLINE, eventually
 
 TABLE = Path(__file__).with_name("faults.md")
-POLLING = "looking at the file once a second"
+POLLING = "polling the file once a second"
 OCCURRENCES = (1, 2, 100)
 # as often as that
 NOT_MADE = "not made"

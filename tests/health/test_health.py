@@ -490,7 +490,7 @@ def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
     server.workers(1)
     path.unlink()
     path.mkdir()
-    server.logged("looking again")
+    server.logged("cannot serve the new file yet")
     assert ask(server) == (
         Level.CRITICAL,
         f"CRITICAL: tailsrv *:{server.port} (waiting for file): cannot open the file: not a regular file",

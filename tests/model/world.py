@@ -402,7 +402,7 @@ class FollowingWorld(World):
         self.file, self.history, self.furthest = None, History(), 0
         if at_once:
             self.create()
-        self.server.logged("file is gone, going over to the next", count=self.rotations)
+        self.server.logged("file is gone, switching to the next file", count=self.rotations)
         eventually(lambda: status(self.server)["state"] != "rotating")
 
     def read_to_the_end(self, client: Client, size: int) -> None:

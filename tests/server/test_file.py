@@ -377,7 +377,7 @@ def test_linger(serve: Serve, served: Path, way_to_go: Action) -> None:
     expect(client, DATA)
     with served.open("ab", buffering=0) as writer:
         way_to_go(served)
-        server.logged("warning: file is gone, serving on what it was: ")
+        server.logged("warning: file is gone, continuing to serve the open file: ")
         late = server.connect(b"0\n")
         expect(late, DATA)
         writer.write(NEWS)
@@ -467,7 +467,7 @@ def test_truncated(serve: Serve, path: Path) -> None:
     beyond, far_beyond = server.connect(b"0\n"), server.connect(b"1400\n")
     expect(beyond, DATA)
     os.truncate(path, 400)
-    server.logged("warning: file was truncated: ", f"path={path}", "size=400")
+    server.logged("warning: file was truncated, ", f"path={path}", "size=400")
     before = server.connect(b"300\n")
     expect(before, DATA[300:400])
     grown = DATA[:400] + random_bytes(1600, 7)
@@ -492,7 +492,7 @@ def test_truncated_under_a_client_that_is_behind(serve: Serve, path: Path) -> No
     behind = server.connect(b"0\n", receive_buffer=4096)
     expect(behind, old[:10])
     os.truncate(path, 0)
-    server.logged("file was truncated: ", "size=0")
+    server.logged("file was truncated, ", "size=0")
     received, busy = bytearray(old[:10]), cpu_seconds(worker)
     # the kernel has more for the client, and then nothing comes: that is the point
     with suppress(TimeoutError):
@@ -548,7 +548,7 @@ def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) ->
     assert (
         len(
             server.lines(
-                "warning: looking at the file once a second: ", "fs.inotify.max_user_instances"
+                "warning: polling the file once a second, ", "fs.inotify.max_user_instances"
             )
         )
         == 1
@@ -559,7 +559,7 @@ def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) ->
         expect(client, DATA)
         expect_eof(client)
     server.wait()
-    assert len(server.lines("looking at the file")) == 1
+    assert len(server.lines("polling the file")) == 1
 
 
 def test_polls_where_inotify_does_not_report(serve: Serve) -> None:
@@ -571,7 +571,8 @@ def test_polls_where_inotify_does_not_report(serve: Serve) -> None:
     assert (
         len(
             server.lines(
-                "warning: looking at the file once a second: reason='inotify does not report every change on sysfs'"
+                "warning: polling the file once a second, clients get appends later: "
+                "reason='inotify does not report every change on sysfs'"
             )
         )
         == 1
@@ -583,4 +584,4 @@ def test_does_not_poll_without_need(serve: Serve, path: Path) -> None:
     path.write_bytes(DATA)
     server = serve(path)
     expect(server.connect(b"0\n"), DATA)
-    assert server.lines("looking at the file") == []
+    assert server.lines("polling the file") == []

@@ -349,7 +349,7 @@ def test_overlay_copy_up(serve: Serve, folder: Path) -> None:
     append(there, MORE)
     expect(client, MORE)
     assert not server.lines("file is gone")
-    assert not server.lines("looking at the file once a second")
+    assert not server.lines("polling the file once a second")
     there.unlink()
     expect_eof(client)
     server.wait()

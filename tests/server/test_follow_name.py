@@ -75,7 +75,7 @@ def test_late_appends(server: Server, path: Path) -> None:
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     old = rotate(path)
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     append(old, LATE)
     expect(stream, LATE)
     append(old, MORE)
@@ -91,7 +91,7 @@ def test_who_connects_in_between_waits(server: Server, path: Path) -> None:
     early = [server.connect() for _ in range(8)]
     eventually(lambda: "9 clients" in server.title())
     path.unlink()
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     meanwhile = [server.connect(b"0\n") for _ in range(8)]
     expect_eof(stream)
     server.logged("waiting for file")
@@ -170,7 +170,7 @@ def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path)
     stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
     rotate(path, NEW)
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     stop(worker)
     expect(server.connect(b"0\n"), NEW)
     server.logged("worker was killed: ", f"pid={worker} ")
@@ -184,7 +184,7 @@ def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
         expect(stream, OLD)
     workers = server.workers(2)
     old = rotate(path, NEW)
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     for worker in workers:
         # one without clients has nothing to wait for
         with suppress(ProcessLookupError):
@@ -206,7 +206,7 @@ def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
     server.streaming(stalled)
     eventually(lambda: "2 clients" in server.title())
     rotate(path, NEW)
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     early.sendall(b"0\n")
     os.kill(worker, signal.SIGKILL)
     server.logged("worker ready: ", count=2)
@@ -261,12 +261,12 @@ def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
     hidden.write_bytes(NEW)
     hidden.chmod(0o600)
     hidden.rename(path)
-    line = server.logged("error: cannot serve the file of that name, looking again: ")
+    line = server.logged("error: cannot serve the new file yet, clients wait, retrying: ")
     assert "it has mode 0600" in line
     waiting = server.connect(b"0\n")
     path.chmod(0o644)
     expect(waiting, NEW)
-    assert len(server.lines("looking again")) == 1
+    assert len(server.lines("cannot serve the new file yet")) == 1
 
 
 @usual_pace
@@ -276,7 +276,7 @@ def test_end_while_going_over(server: Server, path: Path, number: signal.Signals
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     rotate(path, NEW)
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     server.signal(number)
     server.wait()
 
@@ -298,7 +298,7 @@ def test_upgrade_while_going_over(server: Server, path: Path) -> None:
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     rotate(path, NEW)
-    server.logged("going over to the next")
+    server.logged("switching to the next file")
     server.signal(signal.SIGHUP)
     expect_eof(stream)
     server.logged("upgraded: ")
@@ -477,10 +477,10 @@ def test_logrotate_copytruncate(server: Server, path: Path) -> None:
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     logrotate(path, "copytruncate")
-    server.logged("warning: file was truncated: ", "size=0")
+    server.logged("warning: file was truncated, ", "size=0")
     append(path, OLD[:1000])
     later = server.connect(b"0\n")
     expect(later, OLD[:1000])
     append(path, OLD[1000:] + MORE)
     expect(stream, MORE)
-    assert not server.lines("going over")
+    assert not server.lines("switching to the next")

@@ -43,7 +43,7 @@ def test_server(
     server.logged("upgraded: ")
     # once by each version
     assert len(server.lines("does not tell how much of a stream has been sent")) == 2
-    assert not server.lines("no descriptor left")
+    assert not server.lines("out of file descriptors")
     expect(server.connect(b"0\n"), DATA + b"more")
 
 

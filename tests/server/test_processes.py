@@ -489,9 +489,7 @@ return worker.work(inheritance, config)"""
     for client in clients:
         expect(client, DATA)
     os.kill(server.workers(1)[0], signal.SIGKILL)
-    server.logged(
-        "worker ended for want of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6
-    )
+    server.logged("worker ran out of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6)
     append(path, NEWS)
     for client in clients:
         expect(client, NEWS)
@@ -525,7 +523,7 @@ def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: s
     path.touch()
     server = serve(path, status=3, program=with_work(body))
     server.wait()
-    assert len(server.lines("warning: worker died by its own fault: slot=0", died)) == 5
+    assert len(server.lines("warning: worker crashed: slot=0", died)) == 5
     assert [
         line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")
     ] == ["0.01", "0.02", "0.04"]
@@ -538,7 +536,7 @@ def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
     """A worker that was ready each time is replaced for ever, less and less often."""
     path.touch()
     server = serve(path, program=with_work(f"{READY}return 1"))
-    server.logged("worker died by its own fault: slot=0", "status=1", count=7)
+    server.logged("worker crashed: slot=0", "status=1", count=7)
     delays = [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")]
     assert delays[:5] == ["0.01", "0.02", "0.04", "0.08", "0.16"]
     assert server.lines("critical") == []
@@ -549,7 +547,7 @@ def test_worker_that_raises(serve: Serve, path: Path) -> None:
     """An exception that nothing has caught is logged and counts as a fault of the worker; it does not reach the supervisor."""
     path.touch()
     server = serve(path, program=with_work(f"{READY}return [][0]"))
-    server.logged("worker died by its own fault: slot=0", f"status={os.EX_SOFTWARE}")
+    server.logged("worker crashed: slot=0", f"status={os.EX_SOFTWARE}")
     assert "IndexError: list index out of range" in server.log
     server.traceback_expected = True
     server.signal(signal.SIGQUIT)

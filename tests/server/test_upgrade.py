@@ -234,7 +234,7 @@ def check_nothing_changed(
     await_clients(server, 2)
     before = status(server)
     server.signal(signal.SIGHUP)
-    line = server.logged("upgrade failed, nothing has changed: reason=")
+    line = server.logged("upgrade failed, the running version continues to serve: reason=")
     assert re.search(reason, line)
     assert status(server) == before
     assert before["version"] == tailsrv.__version__
@@ -538,7 +538,7 @@ def test_requests_during_an_upgrade_are_one_more(
     server.signal(signal.SIGTERM)
     expect_eof(client)
     server.wait()
-    assert len(server.lines("upgrade: asking the installed program")) == 3
+    assert len(server.lines("upgrade: checking whether the installed program starts")) == 3
 
 
 @pytest.mark.thorough
@@ -619,7 +619,7 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
         case 0:
             pass
         case 1 | 2 | 3:
-            server.logged("upgrade: asking")
+            server.logged("upgrade: checking")
         case 4 | 5 | 6:
             server.logged("upgrade: old=")
         case _:
@@ -640,7 +640,7 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
         (signal.SIGTERM, "draining: signal=SIGTERM"),
         (signal.SIGINT, "draining: signal=SIGINT"),
         (signal.SIGQUIT, "ended: status=0"),
-        (signal.SIGHUP, "upgrade: asking the installed program"),
+        (signal.SIGHUP, "upgrade: checking whether the installed program starts"),
     ],
 )
 def test_a_signal_that_comes_with_the_end_of_the_check(

@@ -190,7 +190,9 @@ control.close()
     done = run_python(TELL + code, endpoint, socket)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        "short of descriptors or memory, health checks have to wait, clients do not: reason='Too many open files'"
+        "out of file descriptors or memory: health checks must wait, clients are not affected: "
+        "reason='Too many open files' "
+        "hint='raise LimitNOFILE=, fs.file-max or the memory limit, as the reason says'"
     ]
 
 
