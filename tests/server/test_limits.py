@@ -60,7 +60,7 @@ def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
         sock.shutdown(socket.SHUT_RDWR)
         sock.close()
     eventually(lambda: append_something(path) and len(readable(socks)) == 5)
-    server.logged("as many clients as --max-clients allows, more wait: ")
+    server.logged("as many clients as --max-clients allows: new clients have to wait: ")
 
 
 def append_something(path: Path) -> bool:

@@ -515,7 +515,7 @@ def test_system_that_has_no_room(serve: Serve, path: Path, error: str) -> None:
     await_clients(server, 1)
     with strace(worker, f"accept4:error={error}:when=1"):
         late = server.connect(b"0\n")
-        server.logged("short of descriptors or memory, not accepting for a moment")
+        server.logged("out of file descriptors or memory: new clients wait")
         expect(late, SMALL)
     silent.sendall(b"0\n")
     expect(silent, SMALL)
