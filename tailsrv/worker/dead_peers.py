@@ -103,7 +103,7 @@ class DeadPeers:
             return
         if is_dead(peer, self._limits):
             self._dropped(
-                "client's machine has stopped acknowledging: disconnected the client, which makes room for another",
+                "client has stopped acknowledging: disconnected it, which makes room for another",
                 slot=self._slot,
                 peer=client,
                 silence=f"{peer.silence:.0f}s",

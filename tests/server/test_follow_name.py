@@ -156,7 +156,7 @@ def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: 
     stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
     rotate(path, NEW)
-    server.logged("grace is over")
+    server.logged("grace period over")
     expect(server.connect(b"0\n"), NEW)
 
 

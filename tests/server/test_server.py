@@ -379,7 +379,7 @@ def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -
     assert (
         len(
             server.lines(
-                "warning: short of descriptors, dropped the oldest connection without a header"
+                "warning: out of file descriptors: disconnected the oldest client without a header"
             )
         )
         == 1
