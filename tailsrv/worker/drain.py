@@ -18,8 +18,9 @@ ACK_CHECK_SHARE = 20e-6
 class Drainer:
     """Ends every stream at the size that the file has when the drain begins.
 
-    In a rotation, the streams end later, when the old file has stopped growing: its writer may
-    not have reopened the path yet. The file is "settled" then.
+    In a rotation, the old file may still grow, because its writer needs a moment to reopen the
+    path. Therefore the streams end when the file has settled: when its size has not changed for
+    the seconds that `FileMonitor.settling_pause` returns.
 
     Args:
         loop: The worker's event loop.

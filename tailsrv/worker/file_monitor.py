@@ -86,8 +86,8 @@ class FileMonitor:
         if self._stopped:
             size = min(size, before)
         shrunk, self._streams.shrunk = self._streams.shrunk, False
-        # The file was shorter for a moment, and has its old size again. Serve the clients for which
-        # bytes were missing once more, after a pause.
+        # The file was shorter for a moment, and has its old size again. After a pause, retry the
+        # clients for which bytes were missing.
         if shrunk and size == before:
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_RETRY)
         if size != before:

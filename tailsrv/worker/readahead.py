@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from tailsrv.worker.client import Client
 
-# Bytes to read ahead for a client whose next data is not in the page cache. When they have arrived,
-# they are sent at once. Issuing the request takes about 0.2 us for each KiB, that is 0.1 ms, during
-# which no other client is served.
+# Bytes to read ahead for a client whose next bytes are not in the page cache, and to send to it in
+# one chunk when they have arrived. Issuing the request takes about 0.2 us for each KiB, that is
+# 0.1 ms, during which no other client is served.
 READ_AHEAD = 512 << 10
 
 # Bytes from one probe of the page cache to the next, where it is probed densely.
@@ -22,16 +22,15 @@ STRIDE = 128 << 10
 # Otherwise only the first and the last byte of a chunk are probed.
 DENSE_CHUNKS = 256
 
-# Clients that data is read for at a time. With more of them, their data would push each other's out
-# of the page cache before it is sent.
+# Clients that bytes are read for at the same time. With more of them, the bytes of one would push
+# those of another out of the page cache before they are sent.
 MAX_READERS = 16
 
-# Seconds until the next check, for each waiting client. A fast disk reads READ_AHEAD bytes in this
-# time.
+# Seconds until the next check, multiplied by the number of clients that wait for it. A fast disk
+# reads READ_AHEAD bytes in this time.
 DISK_PAUSE = 0.00025
 
-# Bound on the backoff: the pause grows with the number of failed checks, up to this many times
-# DISK_PAUSE for each waiting client.
+# The pause is also multiplied by the number of failed checks in a row, but at most by this number.
 MAX_PAUSES = 8
 
 # Failed checks in a row after which the bytes are sent without being cached: 20 seconds with one
@@ -60,7 +59,7 @@ class ReadAhead:
         self._is_cached, self._read = is_cached, read
         # The readers, each with its failed checks in a row.
         self._misses: dict[Client, int] = {}
-        # The readers that have not been returned by take_due() since their last failed check.
+        # The readers that wait for their next check, until take_due() returns them.
         self._pausing: list[Client] = []
         self._queue: deque[Client] = deque()
         # Number of further chunks to probe densely: while data is being read, the cache has holes.

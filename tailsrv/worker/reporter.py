@@ -26,7 +26,7 @@ LAST_REPORT_TIMEOUT = 0.5
 
 
 class Reporter:
-    """Collects what the supervisor must be told, until a report with it has been sent.
+    """Collects what is to be reported to the supervisor, and sends it.
 
     A stream starts only after the report of its start has been sent.
 

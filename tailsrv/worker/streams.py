@@ -16,7 +16,7 @@ from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
 # fraction of a millisecond.
 SEND_CHUNK = 1 << 20
 
-# The largest number of bytes, about, that is sent to clients that are behind before the loop checks
+# About how many bytes are sent in one turn to clients that are behind. After that, the loop checks
 # for new events.
 TURN_BUDGET = 1 << 20
 

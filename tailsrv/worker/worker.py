@@ -1,4 +1,4 @@
-"""Runs one worker process: its setup, its event loop, and how it begins and ends to serve a client.
+"""Runs one worker process: sets it up, runs its event loop, and serves its clients.
 
 The loop never waits for a single client. If the worker dies, its successor continues all streams:
 the worker holds no state that cannot be rebuilt from what the supervisor and the kernel know.
@@ -52,7 +52,7 @@ INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
 
 def work(inheritance: Inheritance, config: Config) -> int:
-    """Set up this forked process, serve one slot to the end, and return the exit status.
+    """Set up this forked process, serve one slot, and return the exit status.
 
     The worker ends after the supervisor's order to drain, when the supervisor has exited, or on
     SIGTERM.
@@ -184,7 +184,7 @@ class Worker:
             if (client := self.clients.get(fd)) is not None:
                 self.handle_client(client, mask)
             elif (handler := self.loop.handlers.get(fd)) is not None:
-                # Without a handler, the descriptor was unregistered earlier in this turn.
+                # A descriptor without a handler was unregistered earlier in this turn.
                 handler()
         self.loop.timers.run(self.loop.now)
         self.start_streams()
@@ -222,10 +222,10 @@ class Worker:
         if self.streams.shrunk:
             self.file_monitor.deliver_appends()
         # Yield the processor to other runnable tasks, such as other workers or local clients.
-        # Otherwise they wait until this worker's time slice is over [measured: two workers on two
-        # processors, beside 50 clients that read the file from the start: p99 of the caught-up
-        # clients 4.7 ms without this, 1.5 ms with it]. Not with a single client, which would lose
-        # a tenth of the time by it.
+        # Otherwise they wait until this worker's time slice is over [measured with two workers on
+        # two processors and 50 clients that read the file from its start: the p99 latency of the
+        # caught-up clients is 4.7 ms without this, 1.5 ms with it]. Do not yield if only one client
+        # is behind: yielding would take a tenth of the time from it.
         if len(self.streams.behind) > 1:
             os.sched_yield()
 
@@ -242,7 +242,7 @@ class Worker:
 
     def handle_accepted(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Begin to serve a connection that has just been accepted."""
-        # In a burst of connections, an append to the file is delayed by one of them at most.
+        # In a burst of connections, the delivery of an append waits for one of them at most.
         self.file_monitor.deliver_appends()
         client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
@@ -339,8 +339,8 @@ class Worker:
         read is not caught and ends the worker, because it could cost other clients bytes.
         """
         if mask & ~select.EPOLLOUT:
-            # In a burst of headers or disconnects, an append to the file is delayed by one of these
-            # events at most.
+            # In a burst of headers or disconnects, the delivery of an append waits for one of them
+            # at most.
             self.file_monitor.deliver_appends()
         try:
             start = self.handle_events(client, mask)
@@ -378,7 +378,7 @@ class Worker:
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that `offset` has been reported to the supervisor."""
-        # In a burst of starts, an append to the file is delayed by one of them at most.
+        # In a burst of starts, the delivery of an append waits for one of them at most.
         self.file_monitor.deliver_appends()
         try:
             self.begin_stream(client, offset)
@@ -502,7 +502,7 @@ class Worker:
         # This starts the streams of the clients whose headers have just been read.
         self.reporter.send_and_start()
         # Clients without a complete header are dropped, or set aside for the next file. While the
-        # server waits for the file, this applies to all clients.
+        # server waits for the file, no client has a stream, and this applies to all of them.
         for client in list(self.clients.values()) if self.waiting else self.header_reader:
             (self.set_aside if rotating else self.drop)(client)
         self.drainer.begin(settle=rotating)
