@@ -502,7 +502,7 @@ def test_full_and_others_wait(serve: Serve, path: Path) -> None:
     expect(server.connect(b"0\n"), b"data")
     assert ask(server)[0] == Level.OK
     server.connect(b"0\n")
-    server.logged("more wait")
+    server.logged("new clients have to wait")
     assert ask(server) == (
         Level.WARNING,
         f"WARNING: tailsrv *:{server.port}: as many clients as --max-clients allows (1), 1 wait",

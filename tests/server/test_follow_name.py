@@ -223,10 +223,10 @@ def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
     early = [server.connect() for _ in range(10)]
     eventually(lambda: "10 clients" in server.title())
     later = [server.connect(b"0\n") for _ in range(20)]
-    server.logged("more wait")
+    server.logged("new clients have to wait")
     rotate(path, NEW)
     server.logged("worker ready: ", count=8)
-    server.logged("more wait", count=2)
+    server.logged("new clients have to wait", count=2)
     assert status(server)["clients"] == 10
     for sock in early:
         sock.sendall(b"0\n")
