@@ -1,9 +1,12 @@
-"""The words that worker and supervisor say to each other on a slot's channel. Pure: bytes in, values out.
+"""The messages that supervisor and workers send to each other. Pure: bytes in, values out.
 
-One message is one packet (SOCK_SEQPACKET). It begins with the version of this vocabulary and the kind of message.
-A report goes on with the numbers of the clients it speaks of, in the machine's own 64-bit integers, since one is
-written for every client that comes or goes; then, as JSON, come the notices, which are rare. The sockets of the
-clients in `joined` travel with their packet, in the same order.
+Each slot has a channel, a pair of Unix sockets (SOCK_SEQPACKET). One packet carries one message. It
+begins with the version of this protocol and the kind of the message.
+
+In a report, the numbers of the clients follow as 64-bit integers in the byte order of the machine:
+a report is sent for every client that connects or leaves, so it must be cheap. The notices come
+last, as JSON, because they are rare. The sockets of the clients in `joined` travel with the same
+packet, in the same order.
 """
 
 import json
@@ -14,40 +17,47 @@ from itertools import chain
 
 VERSION = 2
 
-# that one packet can carry: SCM_MAX_FD of unix(7)
+# Largest number of sockets in one packet: SCM_MAX_FD of unix(7).
 MAX_REPORTED_SOCKETS = 253
-# clients of one kind that one packet speaks of, so that it fits
+# Largest number of clients of one kind (joined, started or left) in one packet, so that it fits.
 MAX_REPORTED_CLIENTS = 200
+# Bytes of the largest packet.
 MAX_PACKET = 16 << 10
 
+# Version and kind.
 _KIND = struct.Struct("=B4s")
 _REPORT, _DRAIN, _PING = b"rept", b"drai", b"ping"
-# version and kind; how many joined, started and left
+# Version and kind as bytes, then how many clients have joined, started and left.
 _COUNTS = struct.Struct("=5sHHH")
-# version and kind; the fields of Drain
-_END = struct.Struct("=5sd?")
-# made once: one report is written for each turn with news
+# Version and kind as bytes, then the fields of Drain.
+_DRAIN_PACKET = struct.Struct("=5sd?")
+# Packed only once, because a worker may send a report in every turn.
 _REPORT_HEAD = _KIND.pack(VERSION, _REPORT)
 
 
 class MessageError(ValueError):
-    """A packet is not a message of this vocabulary."""
+    """A packet does not hold a valid message of this version."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notices:
-    """What a worker has to say that is not about its clients."""
+    """The part of a report that is not about single clients.
 
+    A field that has its default value reports nothing.
+    """
+
+    # The worker serves from now on.
     ready: bool = False
-    # the path does not name the file any more
+    # The path does not name the file any more.
     gone: bool = False
-    # the file's size after it
+    # The file was truncated to this size, in bytes.
     truncated: int | None = None
-    # why the worker has to look at the file by the clock
+    # The worker polls the file, because inotify cannot be used for this reason.
     polling: str | None = None
-    # the answer to a ping
+    # The answer to a ping.
     alive: bool = False
-    # in a drain, all who were in its accept queues are clients now, and it has closed its listeners
+    # In a drain: the worker has accepted every connection from its accept queues and has closed
+    # its listeners.
     emptied: bool = False
 
 
@@ -56,39 +66,47 @@ NO_NOTICES = Notices()
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """A worker's news of one turn, to the supervisor. What is empty, None or False has not happened."""
+    """What a worker reports to the supervisor after a turn of its loop.
 
-    # clients that have connected
+    A field that is empty reports nothing.
+    """
+
+    # Clients that have connected.
     joined: list[int] = field(default_factory=list)
-    # clients with the offset that their stream starts from
+    # Clients whose stream starts, each with the offset that it starts from, in bytes.
     started: list[tuple[int, int]] = field(default_factory=list)
-    # clients that are not served any more
+    # Clients that the worker does not serve any more.
     left: list[int] = field(default_factory=list)
     notices: Notices = NO_NOTICES
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """The supervisor's order to stop accepting, to finish every stream at what is in the file now, and to end."""
+    """Orders a worker to stop accepting, to send each client the rest of the file, and to exit."""
 
-    # seconds for that
+    # Seconds until the worker closes the connections that are still open.
     grace: float
-    # a next file comes: who has not started a stream waits for it, and the old one may still grow
+    # The next file of the same name will be served after this one. Clients whose stream has not
+    # started wait for it, and the old file may still grow for a moment.
     rotating: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """The supervisor's question whether the worker's loop still turns; `Notices.alive` is the answer."""
+    """Asks a worker whether its loop still runs. The worker answers with `Notices.alive`."""
 
 
 Message = WorkerReport | Drain | Ping
 
 
 def encode(message: Message) -> bytes:
-    """Return the packet for `message`."""
+    """Return the packet for `message`.
+
+    A report must fit into MAX_PACKET: at most MAX_REPORTED_SOCKETS clients in `joined`, and at most
+    MAX_REPORTED_CLIENTS each in `started` and `left`.
+    """
     if isinstance(message, Drain):
-        return _END.pack(_KIND.pack(VERSION, _DRAIN), message.grace, message.rotating)
+        return _DRAIN_PACKET.pack(_KIND.pack(VERSION, _DRAIN), message.grace, message.rotating)
     if isinstance(message, Ping):
         return _KIND.pack(VERSION, _PING)
     joined, started, left = message.joined, message.started, message.left
@@ -98,7 +116,10 @@ def encode(message: Message) -> bytes:
 
 
 def _encode_notices(notices: Notices) -> bytes:
-    """Return the notices that are not as by default, so that another version reads all that it knows."""
+    """Return the notices that differ from their default, as JSON.
+
+    Another version can read them as long as it knows each of these fields.
+    """
     changed = {
         name: value for name, value in asdict(notices).items() if value != getattr(NO_NOTICES, name)
     }
@@ -106,27 +127,30 @@ def _encode_notices(notices: Notices) -> bytes:
 
 
 def decode(packet: bytes) -> Message:
-    """Return the message in `packet`. Raises MessageError for what encode() of this version cannot have made."""
+    """Return the message in `packet`.
+
+    Raises MessageError if `encode` of this version cannot have made the packet.
+    """
     try:
         version, kind = _KIND.unpack_from(packet)
         if version == VERSION and kind == _REPORT:
             return _decode_report(packet)
         if version == VERSION and kind == _DRAIN:
-            return Drain(*_END.unpack(packet)[1:])
+            return Drain(*_DRAIN_PACKET.unpack(packet)[1:])
         if version == VERSION and kind == _PING:
-            # which is all of it
+            # A ping has nothing after its kind: unpack() raises an error if there is more.
             _KIND.unpack(packet)
             return Ping()
     except (struct.error, ValueError, TypeError, RecursionError) as error:
-        raise MessageError(f"not a message: {packet[:80]!r}") from error
-    raise MessageError(f"not a message of version {VERSION}: {packet[:80]!r}")
+        raise MessageError(f"malformed message: {packet[:80]!r}") from error
+    raise MessageError(f"message of an unknown kind, or not of version {VERSION}: {packet[:80]!r}")
 
 
 def _decode_report(packet: bytes) -> WorkerReport:
     _, joined, started, left = _COUNTS.unpack_from(packet)
     end = _COUNTS.size + 8 * (joined + 2 * started + left)
     if len(packet) < end:
-        raise ValueError("cut short")
+        raise ValueError("the packet is shorter than its counts say")
     numbers = array("q", packet[_COUNTS.size : end]).tolist()
     pairs = numbers[joined : joined + 2 * started]
     return WorkerReport(

@@ -1,4 +1,4 @@
-"""What a worker gets from the supervisor through fork(2)."""
+"""What the supervisor passes to a worker through fork(2): file, listeners, channel and clients."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,11 @@ from tailsrv.client_limit import ClientLimit
 
 @dataclass(slots=True)
 class Entry:
-    """One client: our descriptor of its socket, and the offset its stream started from, None before its header."""
+    """The supervisor's record of one client.
+
+    `fd` is a descriptor of the client's socket, and `start` is the offset that its stream started
+    from, in bytes. `start` is None until the client's header has been read.
+    """
 
     fd: int
     start: int | None = None
@@ -17,17 +21,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """All that a worker gets from the supervisor, through fork: it needs nothing else to serve."""
+    """Everything that a worker gets from the supervisor, and all that it needs to serve."""
 
     slot: int
-    # One open file for all workers and their successors, so that all serve the same inode; None while it is awaited.
+    # The descriptor of the served file, None while the server waits for the file. All workers and
+    # their successors use the same open file, so that all of them serve the same inode.
     file: int | None
     listeners: Sequence[socket.socket]
-    # with all other slots
+    # The workers of all slots share the same listeners.
     shared: bool
-    # the worker's end
+    # The worker's end of the channel.
     channel: socket.socket
+    # The addresses that the server listens on, as text.
     endpoints: Sequence[str]
     client_limit: ClientLimit | None
-    # to be adopted
+    # The clients that the worker adopts, by number.
     clients: Mapping[int, Entry]

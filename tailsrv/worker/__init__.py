@@ -1,1 +1,1 @@
-"""The worker process: one epoll loop that accepts clients, reads their headers and sends them the log."""
+"""The worker process: an epoll loop that accepts clients, reads headers and sends the file."""

@@ -1,4 +1,4 @@
-"""Takes connections from a slot's listeners, as far as room and rules allow."""
+"""Accepts connections from a slot's listeners, within --max-clients and --allow."""
 
 import logging
 import socket
@@ -15,25 +15,37 @@ from tailsrv.linux.sockets import Outcome, accept, stop_listening
 from tailsrv.listeners import BACKLOG
 from tailsrv.log import RateLimited
 
-# connections taken in one turn; a burst of thousands must not hold up those who stream
+# Connections accepted from one listener in one turn, so that a burst of thousands does not delay
+# the clients that are being served.
 ACCEPTS_PER_TURN = 64
 
-# the same from a listener that all workers share: more would let the first to wake take them all
+# The same for a listener that all workers share. With a larger number, the first worker to wake up
+# would accept all connections.
 SHARED_ACCEPTS_PER_TURN = 4
 
-
-# seconds between two lines that say that the server is full: that is no trouble, and may last for years
+# Seconds between two log lines that say that the server is full. This is not an error, and it may
+# last for years.
 FULL_INTERVAL = 600.0
 
 Peer = tuple[str, int]
 
 
 class Acceptor:
-    """The listeners of one slot, and who may come in by them.
+    """Accepts the connections of one slot, and closes those that --allow does not permit.
 
-    `welcome(sock, peer)` is called with each connection, `count()` returns how many clients there are, and
-    `make_room()` frees a descriptor and tells whether it could. Without room the listeners are left alone for a
-    moment: who wants to connect waits in their queues, and nobody spins.
+    When a connection cannot be accepted (too many clients, no descriptors, no memory), the acceptor
+    ignores its listeners for STALL_PAUSE seconds. New connections wait in the accept queues, and
+    the loop does not spin.
+
+    Args:
+        inheritance: The slot, its listeners, and the limit on clients, if any.
+        loop: The worker's event loop.
+        allow: The networks that clients may come from. If empty, all clients are accepted.
+        handle_accepted: Called with the socket and the address of each accepted connection.
+        count: Returns how many clients the worker has.
+        free_descriptor: Called when the worker has run out of descriptors. Closes a connection that
+            can be spared, and returns whether a descriptor will be free after this turn.
+
     """
 
     def __init__(
@@ -57,28 +69,33 @@ class Acceptor:
             count,
             free_descriptor,
         )
-        self._turned_away = RateLimited(logging.WARNING, burst=1)
+        self._not_allowed = RateLimited(logging.WARNING, burst=1)
         self._short_of_room = RateLimited(logging.WARNING, burst=1)
         self._failing = RateLimited(logging.WARNING, burst=1)
         self._full = RateLimited(logging.WARNING, burst=1, interval=FULL_INTERVAL)
         self.update_count()
 
     def start(self) -> None:
-        """Accept from now on."""
+        """Accept connections from now on."""
         for listener in self._listeners:
             self._register(listener)
 
     def stop(self) -> None:
-        """Leave those who want to connect in the queues."""
+        """Stop accepting. New connections stay in the accept queues."""
         self._loop.timers.cancel(self.start)
         for listener in self._listeners:
             self._loop.unregister(listener.fileno())
 
     def close(self, empty_queues: bool, refuse: bool) -> None:
-        """Stop for good; those who have connected are clients already, unless a successor is to serve them.
+        """Stop accepting for good, and close this worker's copies of the listeners.
 
-        With `refuse`, connections that come later are refused at once. Not for sockets that a service manager has passed:
-        it listens at them itself, for the next start.
+        Args:
+            empty_queues: Accept all connections from the accept queues first. False if another
+                worker will accept them.
+            refuse: Have the kernel refuse later connections at once. Only used with `empty_queues`,
+                and not for sockets passed by a service manager: the service manager itself listens
+                on them, to start the server again.
+
         """
         if empty_queues:
             for listener in self._listeners:
@@ -91,31 +108,34 @@ class Acceptor:
         self._listeners = ()
 
     def update_count(self) -> None:
-        """Say how many clients this slot has, where their number is limited."""
+        """Write the number of this slot's clients to the shared memory, if --max-clients is set."""
         if self._client_limit is not None:
             self._client_limit.record(self._slot, self._count())
 
     def _register(self, listener: socket.socket) -> None:
-        # wake one of the workers that share it, not all
+        # For each connection, wake only one of the workers that share the listener.
         flags = EPOLLEXCLUSIVE if self._shared else 0
         self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
 
     def _handle(self, listener: socket.socket) -> None:
         self._accept(listener, SHARED_ACCEPTS_PER_TURN if self._shared else ACCEPTS_PER_TURN)
         if self._shared and listener.fileno() in self._loop.handlers:
-            # The kernel wakes whoever registered first: go to the end of its list, or one worker would get them all.
+            # The kernel wakes the worker that registered first. Registering again puts this worker
+            # at the end of the kernel's list. Otherwise one worker would get all connections.
             self._loop.unregister(listener.fileno())
             self._register(listener)
 
     def _accept(self, listener: socket.socket, limit: int) -> None:
-        for turn in range(limit):
+        for attempt in range(limit):
             if self._client_limit is not None and not self._client_limit.claim(
                 self._slot, self._count() + 1
             ):
-                # else it is not known whether anybody waits: the next wake-up says so
-                if turn == 0:
+                # Only the first attempt shows that a connection is waiting, because the listener
+                # was reported as readable. After others were accepted, the queue may be empty. If
+                # it is not, the next event reports it.
+                if attempt == 0:
                     self._full(
-                        "as many clients as --max-clients allows, more wait",
+                        "as many clients as --max-clients allows: new clients have to wait",
                         slot=self._slot,
                         max_clients=self._client_limit.limit,
                     )
@@ -123,36 +143,45 @@ class Acceptor:
                 break
             accepted = accept(listener)
             if isinstance(accepted, Outcome | OSError):
-                self._give_way(accepted)
+                self._handle_failure(accepted)
                 break
             sock, peer = accepted
             if self._allow and not is_allowed(peer[0], self._allow):
-                self._turned_away(
-                    "client is not in an allowed network", slot=self._slot, peer=endpoint(*peer)
+                self._not_allowed(
+                    "client is not in an allowed network: closed its connection",
+                    slot=self._slot,
+                    peer=endpoint(*peer),
                 )
                 sock.close()
             else:
                 self._handle_accepted(sock, peer)
         self.update_count()
 
-    def _give_way(self, reason: Outcome | OSError) -> None:
-        """Pause where the next try would fail for the same reason; else the next event says when to go on."""
+    def _handle_failure(self, reason: Outcome | OSError) -> None:
+        """Pause if the next accept(2) would fail for the same reason.
+
+        Otherwise the next event on the listener says when to accept again.
+        """
         if isinstance(reason, OSError):
             self._failing(
-                "accept(2) fails for every connection, trying again in a moment while they wait",
+                "accept(2) fails for every connection: new clients wait, and the worker retries",
                 slot=self._slot,
                 reason=reason,
-                hint="see whether a firewall or a security policy refuses it",
+                hint="check whether a firewall or a security policy refuses it",
             )
             self._pause()
-        # Only descriptors of our own are free at once when somebody goes: where all of the system is short, nobody has to.
+        # Disconnecting a client frees a descriptor at once only under this process's own limit
+        # (NO_DESCRIPTOR). If the whole system has run out, it would not help (NO_ROOM).
         elif reason is Outcome.NO_ROOM or (
             reason is Outcome.NO_DESCRIPTOR and not self._free_descriptor()
         ):
             self._short_of_room(
-                "short of descriptors or memory, not accepting for a moment",
+                "out of file descriptors or memory: new clients wait, and the worker retries",
                 slot=self._slot,
                 clients=self._count(),
+                hint="raise LimitNOFILE= or ulimit -Hn"
+                if reason is Outcome.NO_DESCRIPTOR
+                else "raise fs.file-max, or free memory",
             )
             self._pause()
 
@@ -162,7 +191,10 @@ class Acceptor:
 
 
 def is_allowed(host: str, networks: Sequence[Network]) -> bool:
-    """Tell whether a client at the address `host` may be served; an IPv4 address mapped into IPv6 is an IPv4 address."""
+    """Return whether a client at the address `host` may be served.
+
+    An IPv4 address that is mapped into IPv6 counts as an IPv4 address.
+    """
     address = ip_address(host)
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in network for network in networks)

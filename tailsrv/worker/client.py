@@ -1,4 +1,4 @@
-"""One connection: socket, state, offset."""
+"""A worker's record of one client: its socket, its state and its offset in the file."""
 
 import socket
 from enum import Enum
@@ -7,42 +7,49 @@ from tailsrv.addresses import endpoint
 
 
 class ClientState(Enum):
-    """Where a connection is in its life."""
+    """What the worker does for a client at the moment."""
 
     AWAITING_HEADER = "awaiting header"
     STREAMING = "streaming"
-    # all is sent and the FIN behind it; what the peer still says is read until it has all
+    # Everything was sent, and a FIN after it. The worker reads and discards what the client still
+    # sends until the client has acknowledged everything.
     FINISHED = "finished"
-    # no longer served; its socket is closed at the end of the turn
+    # The client is not served any more. Its socket is closed at the end of the turn.
     CLOSED = "closed"
 
 
 class Client:
-    """A worker's record of one connection, of which there may be very many: it holds no more than it must.
+    """One connection. There may be very many, so this record is kept as small as possible.
 
-    `offset` is the next byte to send, except while the client is caught up: then it is the size of the file,
-    which `Streams` keeps once for all of them.
+    `offset` is the next byte to send. While the client is caught up, `offset` is not kept up to
+    date: then the client's position is the size of the file, which `Streams` stores once for all
+    of them.
     """
 
     __slots__ = ("fd", "number", "offset", "peer", "sock", "state")
 
     def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None) -> None:
-        # its name in the roster; unlike `fd`, never used again in this slot
+        # The client's key in the supervisor's client table. Unlike `fd`, it is never used again in
+        # this slot.
         self.number = number
         self.sock = sock
-        # asked for once: this is the hot path's name for the client
+        # Read only once, because the code that sends data identifies the client by it.
         self.fd = sock.fileno()
         self.peer: str | None = endpoint(*peer) if peer else "unknown"
         self.state = ClientState.AWAITING_HEADER
         self.offset = 0
 
     def forget_peer(self) -> None:
-        """Leave it to the kernel to know who this is, as long as the connection is there: a string for each of very many adds up."""
+        """Drop the text of the client's address, to save memory while there are very many clients.
+
+        `str()` asks the kernel for the address from now on, which works while the connection
+        exists.
+        """
         self.peer = None
 
     def __str__(self) -> str:
         try:
             return self.peer or endpoint(*self.sock.getpeername()[:2])
         except OSError:
-            # gone
+            # The connection does not exist any more.
             return "unknown"

@@ -1,8 +1,9 @@
-"""Finds clients whose machine has vanished while bytes are on their way to them.
+"""Finds clients whose machine has vanished while the kernel has bytes for them, and drops them.
 
 TCP keepalive does not run while the kernel has bytes for the peer. The kernel retransmits them for
-some 15 minutes (tcp_retries2 in tcp(7)), or probes a closed window for up to 30 minutes.
-TCP_USER_TIMEOUT is no cure: it also ends a client that pauses, since its window stays closed.
+about 15 minutes (tcp_retries2 in tcp(7)), or probes a closed window for up to 30 minutes.
+TCP_USER_TIMEOUT cannot be used instead: it would also end the connection of a client that pauses,
+because the window of such a client stays closed.
 """
 
 import logging
@@ -14,7 +15,7 @@ from tailsrv.linux.sockets import Unacknowledged, unacknowledged
 from tailsrv.log import RateLimited
 from tailsrv.worker.client import Client, ClientState
 
-# Clients examined in one turn: some 0.3 ms, which the next append may have to wait for.
+# Clients examined in one turn. This takes about 0.3 ms, which may delay the next append.
 BATCH = 64
 
 
@@ -22,34 +23,44 @@ BATCH = 64
 class Limits:
     """When a peer counts as dead.
 
-    The defaults allow as much as keepalive does, so that it makes no difference whether the file
-    grows.
+    With the defaults, a dead peer is found after about as long as keepalive takes, whether the file
+    grows or not.
     """
 
-    # seconds from one check of all clients to the next
+    # Seconds from one check of all clients to the next.
     interval: float = 30.0
-    # seconds without a packet that acknowledges anything
+    # Seconds without a packet from the peer that acknowledges anything.
     silence: float = 120.0
-    # retransmissions or window probes, one after another, that were not answered
+    # Retransmissions or window probes in a row that the peer has not answered.
     attempts: int = 4
 
 
 def is_dead(peer: Unacknowledged, limits: Limits) -> bool:
-    """Tell whether a peer has been silent and was asked for long enough to be given up.
+    """Return whether a peer has been silent for too long and has left too many packets unanswered.
 
-    Both conditions are needed. The kernel's probes of a closed window come to be two minutes apart:
-    a client that pauses is silent for as long between them, but answers each [measured: 240 seconds
-    where one was lost]. And on a fast network four retransmissions take only three seconds.
+    Both conditions are needed. Silence alone is not enough: the kernel's probes of a closed window
+    become less frequent, down to one in two minutes. A client that pauses is silent between them,
+    although it answers each one [measured: 240 seconds of silence when one probe was lost].
+    Unanswered packets alone are not enough: on a fast network, four retransmissions take only three
+    seconds.
     """
     return peer.silence > limits.silence and max(peer.retransmits, peer.probes) >= limits.attempts
 
 
 class DeadPeers:
-    """Checks `clients` by the clock while some have yet to acknowledge bytes, and drops the dead.
+    """Checks the clients at intervals, as long as some have unacknowledged bytes.
 
-    `drop(client)` is called for each of them. The kernel keeps all that the decision needs, so a
-    worker's successor decides alike. A check of many clients takes several turns of the loop. While
-    no bytes are on their way, no check is planned and nothing wakes up.
+    A check of many clients takes several turns of the loop. While all bytes are acknowledged, no
+    check is planned and nothing wakes the worker up. The kernel stores everything that the decision
+    needs, so a worker that takes over the clients decides in the same way.
+
+    Args:
+        slot: The worker's slot, for the log.
+        clients: The worker's clients, by descriptor.
+        loop: The worker's event loop.
+        drop: Called for each client that is found dead.
+        limits: When a client counts as dead.
+
     """
 
     def __init__(
@@ -62,12 +73,15 @@ class DeadPeers:
     ) -> None:
         self._slot, self._clients, self._loop, self._drop = slot, clients, loop, drop
         self._limits = limits or Limits()
-        # by the check that is under way; some may have left
+        # The clients that the current check has not examined yet. Some may have left.
         self._unexamined: list[Client] = []
         self._dropped = RateLimited(logging.INFO)
 
     def expect_acks(self) -> None:
-        """Plan a check unless one is planned: bytes have been sent, or not acknowledged yet."""
+        """Plan a check, unless one is planned already.
+
+        To be called when bytes have been sent, or are still unacknowledged.
+        """
         if self._check not in self._loop.timers:
             self._loop.timers.set(self._check, self._loop.now + self._limits.interval)
 
@@ -76,7 +90,7 @@ class DeadPeers:
         self._examine_some()
 
     def _examine_some(self) -> None:
-        """Examine a BATCH of clients, and leave the others to the next turn."""
+        """Examine up to BATCH clients, and leave the others to the next turn."""
         for client in self._unexamined[-BATCH:]:
             if client.state is not ClientState.CLOSED:
                 self._examine(client)
@@ -89,9 +103,13 @@ class DeadPeers:
             return
         if is_dead(peer, self._limits):
             self._dropped(
-                "client's machine has stopped acknowledging, disconnected it, its place is free", slot=self._slot, peer=client,
-                silence=f"{peer.silence:.0f}s", retransmits=peer.retransmits, probes=peer.probes,
-            )  # fmt: skip
+                "client has stopped acknowledging: disconnected it, which makes room for another",
+                slot=self._slot,
+                peer=client,
+                silence=f"{peer.silence:.0f}s",
+                retransmits=peer.retransmits,
+                probes=peer.probes,
+            )
             self._drop(client)
         else:
             self.expect_acks()

@@ -1,4 +1,4 @@
-"""Brings every stream to what is in the file, and sees its client off."""
+"""Ends the streams in a drain: each client gets the rest of the file, and then a FIN."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,26 @@ from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.streams import Streams
 
-# seconds between looks whether a finished client has acknowledged everything
-LINGER_CHECK = 0.01
-# seconds more for each: a look costs some microseconds, which the others' bytes need
-LINGER_SHARE = 20e-6
+# Seconds between two checks whether the finished clients have acknowledged everything.
+ACK_CHECK_INTERVAL = 0.01
+# Seconds added to that for each finished client. One check takes some microseconds, which are also
+# needed to send bytes to the other clients.
+ACK_CHECK_SHARE = 20e-6
 
 
 class Drainer:
-    """A drain: what is in the file when it begins is where the streams end.
+    """Ends every stream at the size that the file has when the drain begins.
 
-    Unless it has to settle before: one that was moved away may still grow, for its writer needs a moment to go over to the
-    next file. `drop(client)` is called for each client that has everything.
+    In a rotation, the old file may still grow, because its writer needs a moment to reopen the
+    path. Therefore the streams end when the file has settled: when its size has not changed for
+    the seconds that `FileMonitor.settling_pause` returns.
+
+    Args:
+        loop: The worker's event loop.
+        streams: The worker's streams.
+        file_monitor: The worker's file monitor.
+        drop: Called for each client that has acknowledged everything.
+
     """
 
     def __init__(
@@ -35,11 +44,11 @@ class Drainer:
             drop,
         )
         self._settling = False
-        # waiting for the peer to acknowledge
+        # Clients that have been sent everything and a FIN, until they have acknowledged it.
         self._finished: dict[int, Client] = {}
 
     def begin(self, settle: bool) -> None:
-        """Have the streams end at what is in the file now, or when it has settled."""
+        """End the streams at the file's current size, or with `settle`, once it has settled."""
         self._settling = settle
         self._file_monitor.deliver_appends()
         if settle:
@@ -50,8 +59,8 @@ class Drainer:
             self._file_monitor.stop()
 
     def _end_settling(self) -> None:
-        """Take the file to be complete, unless it has changed since."""
-        # an append that nobody has told of yet
+        """Regard the file as complete, unless its size has changed in the meantime."""
+        # There may be an append that inotify has not reported yet.
         self._file_monitor.deliver_appends()
         if (
             due := self._file_monitor.size_changed_at + self._file_monitor.settling_pause()
@@ -62,7 +71,7 @@ class Drainer:
             self._file_monitor.stop()
 
     def finish_caught_up(self) -> None:
-        """Send a FIN to those who have been sent all there is."""
+        """Send a FIN to the clients that have been sent everything, unless the file may grow."""
         for client in self._streams.without_work() if not self._settling else ():
             client.state = ClientState.FINISHED
             self._streams.remove(client)
@@ -73,7 +82,7 @@ class Drainer:
             self._check_finished()
 
     def _check_finished(self) -> None:
-        """Close the connections whose peers have acknowledged everything."""
+        """Drop the clients that have acknowledged everything."""
         for client in list(self._finished.values()):
             discard(client.sock)
             if unsent(client.sock) == 0:
@@ -81,9 +90,9 @@ class Drainer:
         if self._finished:
             self._loop.timers.set(
                 self._check_finished,
-                self._loop.now + LINGER_CHECK + len(self._finished) * LINGER_SHARE,
+                self._loop.now + ACK_CHECK_INTERVAL + len(self._finished) * ACK_CHECK_SHARE,
             )
 
     def forget(self, client: Client) -> None:
-        """Note that `client` is gone."""
+        """Stop waiting for `client`, which has left."""
         self._finished.pop(client.fd, None)

@@ -1,4 +1,8 @@
-"""Looks at the file when there is reason to, for a worker's streams and for the supervisor."""
+"""Notices when the served file grows, shrinks, or is no longer the one that its path names.
+
+inotify events only say that something may have changed. The worker then reads the file's size or
+compares the file with its path. Where inotify cannot be used, the worker polls the file.
+"""
 
 from tailsrv.config import Timing
 from tailsrv.file_identity import FileIdentity
@@ -9,10 +13,18 @@ from tailsrv.worker.streams import Streams
 
 
 class FileMonitor:
-    """Learns from the file itself what is new, when the watch says that something may be: its events are hints.
+    """Passes the file's size to the streams, and reports to the supervisor when the file is gone.
 
-    Where inotify cannot help, the clock stands in for it. That the file is gone is reported again and again
-    if the supervisor is to act on it (`insist`): it may find the file back, and the file may go once more.
+    Args:
+        watch: The inotify watch on the file and its path.
+        streams: The worker's streams.
+        reporter: The worker's reporter.
+        loop: The worker's event loop.
+        timing: The interval for polling, and the pauses in a rotation.
+        insist: Report at each check that the file is gone, not only at the first. Needed if the
+            supervisor acts on the report: it may find the file back at its path and ignore the
+            report, and the file may disappear once more.
+
     """
 
     def __init__(
@@ -27,7 +39,7 @@ class FileMonitor:
         self.gone = False
         self._timing = timing
         self._insist = insist
-        # when the file's size was last found to be another
+        # The time of the loop's clock at which the file's size was last found to have changed.
         self.size_changed_at = loop.now
         self._watch, self._streams, self._reporter, self._loop = watch, streams, reporter, loop
         self._identity = FileIdentity(watch.file, watch.path)
@@ -36,12 +48,12 @@ class FileMonitor:
             loop.register(fd, self.handle_inotify)
 
     def begin(self) -> None:
-        """Look for the first time: the file may have gone since the supervisor opened it."""
+        """Check the file for the first time: it may have gone since the supervisor opened it."""
         self.poll_if_needed()
         self.check_path()
 
     def stop(self) -> None:
-        """Heed no growth of the file from now on, and nothing that happens to its name."""
+        """Ignore from now on what is appended to the file, and what happens to its path."""
         self._stopped = True
         if (fd := self._watch.fileno()) is not None:
             self._loop.unregister(fd)
@@ -49,28 +61,33 @@ class FileMonitor:
         self._loop.timers.cancel(self.recheck_path)
 
     def set_following(self, following: bool) -> None:
-        """Heed appends, or not: without clients they are no reason to wake up."""
+        """Wait for appends, or stop waiting: without clients, appends need not wake the worker."""
         self._watch.follow(following)
         if following:
             self.poll_if_needed()
-            # nobody has kept the size up to date
+            # The size was not kept up to date while there were no clients.
             self.deliver_appends()
 
     def handle_inotify(self) -> None:
-        # before anything else: somebody waits for the bytes, nobody for the event
+        """Deliver appends, and check the path if an event says that it may have changed."""
+        # Deliver first and read the event afterwards, because clients wait for the bytes.
         self.deliver_appends()
         if self._watch.read():
             self.check_path()
-        # an append before the read has no event of its own any more
+        # Appends made before read() have no further event, so they must be delivered now.
         self.deliver_appends()
 
     def deliver_appends(self) -> None:
-        """Learn the file's size: the one place that does, and whoever is caught up is served at once."""
+        """Read the file's size, and send new bytes to the caught-up clients at once.
+
+        The size is read nowhere else.
+        """
         size, before = self._watch.size(), self._streams.size
         if self._stopped:
             size = min(size, before)
         shrunk, self._streams.shrunk = self._streams.shrunk, False
-        # it was shorter for a moment; whom that kept waiting gets another try
+        # The file was shorter for a moment, and has its old size again. After a pause, retry the
+        # clients for which bytes were missing.
         if shrunk and size == before:
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_RETRY)
         if size != before:
@@ -83,32 +100,36 @@ class FileMonitor:
         self._streams.set_size(self._streams.size)
 
     def check_path(self) -> None:
-        """Find out whether the path still names the file, and report it if it does not."""
+        """Check whether the path still names the file, and report it if it does not."""
         before, gone = self.gone, self._identity.is_gone(self._loop.now)
         self.gone = bool(gone)
         if self.gone and (self._insist or not before):
             self._reporter.add_notice(gone=True)
-        # inotify may not report the next change
+        # Check again later, because inotify may not report the next change.
         if gone is None or (self.gone and self._insist):
             self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
 
     def recheck_path(self) -> None:
-        """Look once more: what has come back since may lead through links and folders that nobody watches yet."""
+        """Check the path again, and renew the watches on it.
+
+        If the path exists again, it may lead through links and folders that have no watch yet.
+        """
         self._watch.renew()
         self.check_path()
 
     def poll_if_needed(self) -> None:
+        """Start to poll the file if inotify cannot be used, and report why."""
         if self._watch.polling and self.poll_file not in self._loop.timers:
             self._reporter.add_notice(polling=self._watch.polling)
             self.poll_file()
 
     def poll_file(self) -> None:
-        """Do by the clock what handle_watch does where inotify cannot help."""
+        """Do at each poll interval what handle_inotify does at an event."""
         self._loop.timers.set(self.poll_file, self._loop.now + self._timing.poll_interval)
         self.check_path()
         if self._watch.following:
             self.deliver_appends()
 
     def settling_pause(self) -> float:
-        """Return the seconds without news after which a file that was moved away is taken to be complete."""
+        """Return the seconds without an append after which a file that was moved is complete."""
         return self._timing.settle + (self._timing.poll_interval if self._watch.polling else 0)

@@ -1,4 +1,4 @@
-"""The clients that have not said yet where to start: reads their headers, and ends those that take too long."""
+"""Reads the clients' headers, and disconnects clients that send a bad one or none in time."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -14,10 +14,20 @@ from tailsrv.worker.streams import Streams
 
 
 class HeaderReader:
-    """Those whose header is awaited, for `timeout` seconds or, if that is 0, for ever.
+    """The clients whose header the worker waits for.
 
-    One that is answered goes to the news of those that are to start; `drop(client)` is called for one whose header
-    never will be whole.
+    When a header is complete, the reporter gets the client and the offset to start from: the stream
+    starts when that has been reported.
+
+    Args:
+        slot: The worker's slot, for the log.
+        timeout: Seconds to wait for a header. 0 means to wait forever.
+        loop: The worker's event loop.
+        file_monitor: The worker's file monitor.
+        streams: The worker's streams.
+        reporter: The worker's reporter.
+        drop: Called for a client that has hung up, or whose header is invalid or late.
+
     """
 
     def __init__(
@@ -38,7 +48,7 @@ class HeaderReader:
             reporter,
             drop,
         )
-        # and since when; the oldest first
+        # Each client with the time since when the worker has waited, the oldest first.
         self._awaited: dict[Client, float] = {}
         self._refused = RateLimited(logging.WARNING)
 
@@ -46,11 +56,11 @@ class HeaderReader:
         return client in self._awaited
 
     def __iter__(self) -> Iterator[Client]:
-        """Return all of them as they are now, the oldest first."""
+        """Iterate over a copy of the clients, the oldest first."""
         return iter(list(self._awaited))
 
     def oldest(self) -> Client | None:
-        """Return who has been waited for longest, None if nobody is."""
+        """Return the client that has waited longest, None if there is none."""
         return next(iter(self._awaited), None)
 
     def add(self, client: Client) -> None:
@@ -60,11 +70,16 @@ class HeaderReader:
             self._loop.timers.set(self._expire, self._loop.now + self._timeout)
 
     def forget(self, client: Client) -> None:
-        """Wait for the header of `client` no more."""
+        """Stop waiting for the header of `client`."""
         self._awaited.pop(client, None)
 
     def read_or_refuse(self, client: Client, ended: bool) -> Start | None:
-        """Return where `client` wants to start if its header is whole, and leave it in the socket; `ended` says that it sends no more."""
+        """Return the start that `client` asks for, or None if its header is not complete.
+
+        The header stays in the socket, so that another worker can read it if this one dies. A
+        client that has hung up or has sent an invalid header is dropped. `ended` says that the
+        client will send nothing more.
+        """
         received = peek(client.sock, PEEK)
         if received is Outcome.HUNG_UP:
             self._drop(client)
@@ -76,15 +91,15 @@ class HeaderReader:
             return None
 
     def schedule_start(self, client: Client, start: Start) -> None:
-        """Have `client` start there."""
+        """Have the reporter start the stream of `client` at `start`."""
         if start.from_end:
-            # the end is where it is now
+            # The end is where the file ends now, so its size must be up to date.
             self._file_monitor.deliver_appends()
         self.forget(client)
         self._reporter.starting.append((client, start.offset(self._streams.size)))
 
     def _expire(self) -> None:
-        """End the connections whose header has not come in time."""
+        """Drop the clients whose header has not arrived in time."""
         for client, since in list(self._awaited.items()):
             if (due := since + self._timeout) > self._loop.now:
                 self._loop.timers.set(self._expire, due)

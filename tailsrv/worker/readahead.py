@@ -1,100 +1,127 @@
-"""Keeps clients whose next bytes are still on the disk from holding up the others: has them read, and lets these clients wait."""
+"""Lets clients whose next bytes are on the disk wait for them without delaying the other clients.
+
+sendfile(2) waits for the disk if the bytes are not in the page cache, and the whole worker would
+wait with it. Therefore the worker first checks whether a client's next bytes are cached. If they
+are not, it asks the kernel to read them, and checks again after a pause.
+"""
 
 from collections import deque
 from collections.abc import Callable
 
 from tailsrv.worker.client import Client
 
-# Asked of the disk at once, for a client whose next bytes are not in memory, and then sent to it. To ask costs the others
-# a fifth of a microsecond for each KiB: that is a tenth of a millisecond.
+# Bytes to read ahead for a client whose next bytes are not in the page cache, and to send to it in
+# one chunk when they have arrived. Issuing the request takes about 0.2 us for each KiB, that is
+# 0.1 ms, during which no other client is served.
 READ_AHEAD = 512 << 10
 
-# between the places looked at to see whether all has come
+# Bytes from one probe of the page cache to the next, where it is probed densely.
 STRIDE = 128 << 10
 
-# chunks that are looked at so closely after one was missing; otherwise the first byte and the last will do
-WARY_CHUNKS = 256
+# After a cache miss, this many chunks are probed densely, at every STRIDE and at the last byte.
+# Otherwise only the first and the last byte of a chunk are probed.
+DENSE_CHUNKS = 256
 
-# clients that the disk works for at a time: more would push each other's bytes out before they are sent
+# Clients that bytes are read for at the same time. With more of them, the bytes of one would push
+# those of another out of the page cache before they are sent.
 MAX_READERS = 16
 
-# seconds, for each of them, until they look again; a fast disk has read so much by then
+# Seconds until the next check, multiplied by the number of clients that wait for it. A fast disk
+# reads READ_AHEAD bytes in this time.
 DISK_PAUSE = 0.00025
 
-# the longest such pause: one who has looked in vain does so less and less often
+# The pause is also multiplied by the number of failed checks in a row, but at most by this number.
 MAX_PAUSES = 8
 
-# in a row, 20 seconds for one reader, minutes for many: then the disk cannot read these bytes, as sendfile(2) will say
+# Failed checks in a row after which the bytes are sent without being cached: 20 seconds with one
+# reader, minutes with many. Then the disk probably cannot read these bytes, and sendfile(2) will
+# report the error.
 MAX_MISSES = 10_000
 
 
 class ReadAhead:
-    """Who waits for the disk, and whom it works for.
+    """The clients that wait for the disk.
 
-    `is_cached(offset, count, stride)` tells whether these bytes of the file are in memory, by a look at every `stride` and
-    at the last; `read(offset, count)` has the disk get them there. It works for READERS clients at a time, so that their bytes
-    are still in memory when their turn comes; more wait in a queue.
+    A client whose next bytes are not cached becomes a reader: READ_AHEAD bytes are requested for
+    it, and it checks again after a pause. There are at most MAX_READERS readers, so that their data
+    is still cached when it is sent. Further clients wait in a queue.
+
+    Args:
+        is_cached: `is_cached(offset, count, stride)` returns whether these bytes of the file are
+            cached, as probes at every `stride` and at the last byte show.
+        read: `read(offset, count)` asks the kernel to read these bytes, and does not wait for them.
+
     """
 
     def __init__(
         self, is_cached: Callable[[int, int, int], bool], read: Callable[[int, int], None]
     ) -> None:
         self._is_cached, self._read = is_cached, read
-        # of those whom the disk works for: how often they have looked in vain
+        # The readers, each with its failed checks in a row.
         self._misses: dict[Client, int] = {}
-        # those of them that are to look again
-        self._looking: list[Client] = []
+        # The readers that wait for their next check, until take_due() returns them.
+        self._pausing: list[Client] = []
         self._queue: deque[Client] = deque()
-        # so many times more it is looked closely: while the disk works, there are gaps
-        self._wary = 0
+        # Number of further chunks to probe densely: while data is being read, the cache has holes.
+        self._dense_chunks = 0
 
     def __bool__(self) -> bool:
-        """Tell whether anybody waits."""
-        return bool(self._looking or self._queue)
+        """Return whether any client waits for the disk."""
+        return bool(self._pausing or self._queue)
 
     def admit(self, client: Client, wanted: int) -> int:
-        """Return how many of the next `wanted` bytes `client` can be sent at once; if 0, it waits until `again` returns it."""
+        """Return how many of the next `wanted` bytes can be sent to `client` without waiting.
+
+        If the result is 0, the client waits until `take_due` returns it. Otherwise it is `wanted`,
+        or less for a client that had to wait before.
+        """
         misses = self._misses.get(client, 0)
         count = min(wanted, READ_AHEAD) if misses else wanted
         if (
-            self._is_cached(client.offset, count, STRIDE if self._wary else count)
+            self._is_cached(client.offset, count, STRIDE if self._dense_chunks else count)
             or misses >= MAX_MISSES
         ):
-            self._wary = max(0, self._wary - 1)
+            self._dense_chunks = max(0, self._dense_chunks - 1)
             if misses:
                 del self._misses[client]
-                # while these are sent
+                # Read the following bytes while these are sent.
                 self._read(client.offset + count, READ_AHEAD)
             return count
-        self._wary = WARY_CHUNKS
+        self._dense_chunks = DENSE_CHUNKS
         if not misses and len(self._misses) >= MAX_READERS:
             self._queue.append(client)
             return 0
         if not misses:
             self._read(client.offset, READ_AHEAD)
         self._misses[client] = misses + 1
-        self._looking.append(client)
+        self._pausing.append(client)
         return 0
 
     def pause(self) -> float:
-        """Return the seconds until those who wait should try again."""
+        """Return the seconds until the waiting clients should check again."""
         return disk_pause(
-            len(self._looking),
-            min((self._misses.get(client, 0) for client in self._looking), default=0),
+            len(self._pausing),
+            min((self._misses.get(client, 0) for client in self._pausing), default=0),
         )
 
     def take_due(self) -> list[Client]:
-        """Return those who should try again now; some may have left in the meantime."""
-        clients, self._looking = self._looking, []
+        """Remove and return the clients that should check again now.
+
+        Clients that have left in the meantime may be among them.
+        """
+        clients, self._pausing = self._pausing, []
         for _ in range(min(len(self._queue), MAX_READERS - len(self._misses))):
             clients.append(self._queue.popleft())
         return clients
 
     def forget(self, client: Client) -> None:
-        """Give the place of a client that has left to another."""
+        """Stop counting `client` as a reader, so that a client from the queue can become one."""
         self._misses.pop(client, None)
 
 
 def disk_pause(readers: int, misses: int) -> float:
-    """Return the seconds until `readers` clients look again for their bytes, of whom one has done so only `misses` times."""
+    """Return the seconds until `readers` clients check again whether their bytes are cached.
+
+    `misses` is the smallest number of failed checks of any of them.
+    """
     return DISK_PAUSE * max(1, readers) * max(1, min(misses, MAX_PAUSES))

@@ -1,4 +1,4 @@
-"""What a worker has yet to tell the supervisor."""
+"""Reports a worker's new, started and departed clients to the supervisor, and its notices."""
 
 import select
 import socket
@@ -16,18 +16,26 @@ from tailsrv.channel import (
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.worker.client import Client, ClientState
 
-# seconds; who left is reported with other news, or after this
+# Seconds that the report of a departed client may be delayed, to be sent together with others.
 DEPARTURE_DELAY = 0.05
-# seconds; the supervisor was too busy to take a report
+# Seconds between attempts to send a report while the channel is full, because the supervisor is
+# busy, or while the kernel is short of memory.
 REPORT_RETRY = 0.005
-# seconds that the last report may wait for a supervisor that is too busy to take it
+# Seconds to wait for room in the channel before the worker exits.
 LAST_REPORT_TIMEOUT = 0.5
 
 
 class Reporter:
-    """Clients that have joined, are to start or have left, and notices: each until the supervisor has been told.
+    """Collects what is to be reported to the supervisor, and sends it.
 
-    `start(client, offset)` is called for a stream once it has been, `end()` if there is no supervisor any more.
+    A stream starts only after the report of its start has been sent.
+
+    Args:
+        channel: The worker's end of the channel.
+        loop: The worker's event loop.
+        start: `start(client, offset)` is called when the start of a stream has been reported.
+        end: Called if there is no supervisor any more.
+
     """
 
     def __init__(
@@ -37,38 +45,40 @@ class Reporter:
         start: Callable[[Client, int], None],
         end: Callable[[], None],
     ) -> None:
+        # Clients that have connected.
         self.joined: list[Client] = []
-        # with the offset to start from
+        # Clients whose stream is to start, each with the offset to start from.
         self.starting: list[tuple[Client, int]] = []
+        # The numbers of clients that have left.
         self.left: list[int] = []
         self.notices = NO_NOTICES
         self._channel, self._loop = channel, loop
         self._start, self._end = start, end
 
     def add_notice(self, **changes: Any) -> None:
-        """Add to the notices, by the names of their fields."""
+        """Set fields of the next report's notices, given by their names."""
         self.notices = replace(self.notices, **changes)
 
     def add_departure(self, client: Client) -> None:
-        """Note that `client` is not served any more; of one that the supervisor has not been told of, it need not be."""
+        """Report that `client` has left, unless its arrival has not been reported yet."""
         if client in self.joined:
             self.joined.remove(client)
         else:
             self.left.append(client.number)
 
     def send_if_due(self) -> None:
-        """Tell what there is to tell, now or soon."""
+        """Report notices now, and departed clients within DEPARTURE_DELAY."""
         if self.notices is not NO_NOTICES:
             self.send_and_start()
         elif self.left and self.send_and_start not in self._loop.timers:
-            # nothing is urgent about those who left
             self._loop.timers.set(self.send_and_start, self._loop.now + DEPARTURE_DELAY)
 
     def send_and_start(self) -> None:
-        """Tell all of it now, in one message if it fits.
+        """Report everything now, in one packet if it fits, then start the reported streams.
 
-        Only then do the new streams start: should we die before, their headers are still in their sockets, and
-        should we die after, the supervisor knows where they started.
+        This order lets another worker continue each stream if this worker dies. Before the report,
+        the header is still in the client's socket; after it, the supervisor knows the offset that
+        the stream started from.
         """
         self._loop.timers.cancel(self.send_and_start)
         while self.left or self.joined or self.starting or self.notices is not NO_NOTICES:
@@ -97,7 +107,7 @@ class Reporter:
                 self._end()
                 return
             except OSError:
-                # it is too busy, or the kernel short of memory
+                # The channel is full, or the kernel is short of memory.
                 self._loop.timers.set(self.send_and_start, self._loop.now + REPORT_RETRY)
                 return
             del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]
@@ -107,9 +117,12 @@ class Reporter:
                     self._start(client, offset)
 
     def send_remaining(self) -> None:
-        """Tell the rest before the worker ends: clients that were not passed up would be lost with it."""
+        """Report the rest before the worker exits.
+
+        Clients whose sockets have not been passed to the supervisor are lost with the worker.
+        """
         self.send_and_start()
-        # the supervisor is busy: wait for it
+        # If this could not be sent, wait until the channel has room.
         if self.joined or self.notices.emptied:
             poll = select.poll()
             poll.register(self._channel, select.POLLOUT)

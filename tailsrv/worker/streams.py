@@ -1,4 +1,4 @@
-"""The clients that are streamed to, by what each waits for: nothing, room in its socket, the disk, or a longer file."""
+"""Sends the file's bytes to the clients, in queues by what each client waits for."""
 
 import heapq
 from collections import deque
@@ -11,30 +11,39 @@ from tailsrv.linux.sockets import Outcome, unsent
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
 
-# The most that one sendfile moves. A bigger chunk makes fewer system calls, and lets a client that replays
-# a large file keep the others waiting longer: at 1 MiB that is a fraction of a millisecond.
+# The largest number of bytes that one sendfile(2) sends. Larger chunks need fewer system calls, but
+# a client that reads a large file from the start then delays the others for longer: at 1 MiB, for a
+# fraction of a millisecond.
 SEND_CHUNK = 1 << 20
 
-# The most that is sent to clients that are behind before the loop looks for news of the file again.
+# About how many bytes are sent in one turn to clients that are behind. After that, the loop checks
+# for new events.
 TURN_BUDGET = 1 << 20
 
-# What a send that moves nothing counts for there: it takes about as long as one of so many bytes, and a crowd that asks and leaves
-# makes many of them.
+# Bytes of TURN_BUDGET that are charged for a send that transfers nothing. It takes about as long as
+# sending this many bytes. Many clients that ask for data and disconnect cause many such sends.
 EMPTY_SEND_COST = 128 << 10
 
 
 class Streams:
-    """Sends the file's bytes to its clients, each of which is in one of six places.
+    """Sends the file's bytes to its clients. Each client is in one of six queues.
 
-    - `caught_up`: has all there is; its offset is `size`, kept once for all of them;
-    - `behind`: can be sent more, in turn;
-    - `blocked`: behind as well, but its socket is full: it waits for `writable`;
-    - `read_ahead`: behind as well, but its next bytes are still on the disk: it waits for `look_again`;
-    - `starved`: behind as well, but the kernel had no memory for its bytes: it waits for `try_again`;
-    - `ahead`: wants an offset that the file has yet to grow beyond.
+    - `caught_up`: has been sent everything; its offset is `size`, stored once for all of them.
+    - `behind`: can be sent more; these clients are served in turn.
+    - `blocked`: is behind, but its socket is full; waits for `writable`.
+    - `read_ahead`: is behind, but its next bytes are on the disk; waits for `retry_disk`.
+    - `awaiting_memory`: is behind, but the kernel had no memory for the send; waits for
+      `retry_memory`.
+    - `_ahead`: asked for an offset beyond the end of the file; waits until the file has grown.
 
-    `drop(client, error)` is called for one that has hung up (error None) or cannot be served, and `await_room(client)`
-    when one is blocked.
+    Args:
+        file: The descriptor of the file.
+        size: The size of the file, in bytes.
+        drop: `drop(client, error)` is called for a client that has hung up (`error` is None) or
+            that cannot be served because of `error`.
+        await_writable: Called for a client whose socket is full. `writable` must be called when the
+            socket has room again.
+
     """
 
     def __init__(
@@ -45,20 +54,21 @@ class Streams:
         await_writable: Callable[[Client], None],
     ) -> None:
         self.file = file
-        # as last learned by the worker's look()
+        # The size that FileMonitor.deliver_appends() has last found.
         self.size = size
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
         self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
-        # those who left stay until then
+        # Clients that have left stay in this list until the next retry.
         self.awaiting_memory: list[Client] = []
-        # a heap by offset; those who left stay until met or swept
+        # A heap, ordered by offset. Clients that have left stay in it until the file reaches their
+        # offset or until the next sweep, see _await_growth().
         self._ahead: list[tuple[int, int, Client]] = []
         self._sweep_at = 64
-        self._tie = counter()
+        self._tie_breaker = counter()
         self._drop, self._await_writable = drop, await_writable
-        # a sendfile found less than `size`: somebody must look at the file again
+        # A sendfile(2) found the file shorter than `size`: its size must be read again.
         self.shrunk = False
 
     def add(self, client: Client, offset: int) -> None:
@@ -68,42 +78,46 @@ class Streams:
         self._enqueue(client)
 
     def remove(self, client: Client) -> None:
-        """Forget `client`, whose state says that it is not streamed to any more."""
+        """Stop streaming to `client`, whose state must no longer be STREAMING.
+
+        The queues that are not searched here skip such clients later.
+        """
         if self.caught_up.pop(client.fd, None):
             client.offset = self.size
         self.blocked.pop(client.fd, None)
         self.read_ahead.forget(client)
 
     def without_work(self) -> list[Client]:
-        """Return the clients that have nothing to be sent."""
+        """Return the clients that there is nothing to send to."""
         waiting = [client for _, _, client in self._ahead if client.state is ClientState.STREAMING]
         return [*self.caught_up.values(), *waiting]
 
     def offset_of(self, client: Client) -> int:
-        """Return the next byte that `client` gets."""
+        """Return the offset of the next byte to send to `client`."""
         return self.size if client.fd in self.caught_up else client.offset
 
     def writable(self, client: Client) -> None:
-        """Note that the socket of `client` has room again, if it waited for that."""
+        """Queue `client` for sending again if it was blocked: its socket has room."""
         if self.blocked.pop(client.fd, None):
             self.behind.append(client)
 
     def retry_disk(self) -> None:
-        """Give those who wait for the disk another turn."""
+        """Queue the clients that waited for the disk for another attempt."""
         self.behind.extend(self.read_ahead.take_due())
 
     def retry_memory(self) -> None:
-        """Give those who are starved another turn."""
+        """Queue the clients that waited for kernel memory for another attempt."""
         self.behind.extend(self.awaiting_memory)
         self.awaiting_memory.clear()
 
     def set_size(self, size: int) -> None:
-        """Take in the file's new size; if it has grown, everyone who was caught up gets the new bytes at once."""
+        """Store the file's new size, and send new bytes to the caught-up clients at once."""
         start, self.size = self.size, size
         if start < size <= start + SEND_CHUNK:
             self._fan_out(start, size - start)
         elif start != size:
-            # too much for one chunk, or less than the caught-up have: one by one, in turn
+            # The file has grown by more than one chunk, or it was truncated: queue each client
+            # instead.
             followers, self.caught_up = self.caught_up, {}
             for client in followers.values():
                 client.offset = start
@@ -124,7 +138,7 @@ class Streams:
                 self._drop(client, error)
 
     def pump(self, budget: int = TURN_BUDGET) -> None:
-        """Send one chunk to each client that is behind, in turn, until about `budget` bytes have gone."""
+        """Send one chunk to each client that is behind, until about `budget` bytes were sent."""
         for _ in range(len(self.behind)):
             if budget <= 0 or self.shrunk:
                 return
@@ -134,23 +148,25 @@ class Streams:
             try:
                 budget -= self._send(client)
             except Exception as error:
-                # Whatever has failed with this client, the others must get their bytes.
+                # An error with one client must not keep the other clients from their bytes.
                 budget -= EMPTY_SEND_COST
                 self._drop(client, error)
 
     def _send(self, client: Client) -> int:
-        """Send one chunk to `client`, and return what that takes of a turn's budget, in bytes."""
+        """Send one chunk to `client`, and return the bytes to charge to the turn's budget."""
         wanted = next_chunk(client.offset, self.size)
-        # the file has shrunk since: it waits for that, and no more for the disk
+        # The file was truncated after the client was queued: the client no longer waits for the
+        # disk, but for the file to grow.
         if not wanted:
             self.read_ahead.forget(client)
             self._enqueue(client)
             return 0
         if (count := self.read_ahead.admit(client, wanted)) == 0:
-            # to ask the disk for them has taken its time
+            # The request to read these bytes has taken time.
             return READ_AHEAD
         sent = send_chunk(client.fd, self.file, client.offset, count)
-        # not there, whatever the size says: not again before that has changed
+        # The bytes do not exist, although `size` includes them: do not retry before the size has
+        # been read again.
         if sent == 0:
             self.shrunk = True
             self._await_growth(client)
@@ -159,12 +175,13 @@ class Streams:
         return sent if isinstance(sent, int) else EMPTY_SEND_COST
 
     def _apply_send(self, client: Client, sent: Sent) -> None:
-        """Put `client` where it belongs after a send from its offset came to that."""
+        """Move `client` to the right queue according to the result of its last send."""
         if isinstance(sent, int):
             client.offset += sent
             self._enqueue(client)
         elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
-            # a socket that refuses while it is empty never tells that it has room
+            # A socket that is empty and still refuses data (WOULD_BLOCK) lacks kernel memory. No
+            # event will report that it has room, so the send must be retried after a pause.
             self.awaiting_memory.append(client)
         elif sent is Outcome.WOULD_BLOCK:
             self._await_writable(client)
@@ -176,24 +193,28 @@ class Streams:
         if client.offset < self.size:
             self.behind.append(client)
         elif client.offset == self.size:
-            # the same number, and one object for all of them
+            # The number is the same, but this way all caught-up clients share one int object.
             client.offset = self.size
             self.caught_up[client.fd] = client
         else:
             self._await_growth(client)
 
     def _await_growth(self, client: Client) -> None:
-        """Leave `client` alone until the file's size changes to more than its offset."""
-        # the file may never get to those who left
+        """Do not serve `client` until set_size() is called with a size larger than its offset."""
+        # The file may never reach the offsets of clients that have left: remove them from time to
+        # time, when the heap has about doubled.
         if len(self._ahead) >= self._sweep_at:
             self._ahead = [
                 entry for entry in self._ahead if entry[2].state is ClientState.STREAMING
             ]
             heapq.heapify(self._ahead)
             self._sweep_at = 2 * len(self._ahead) + 64
-        heapq.heappush(self._ahead, (client.offset, next(self._tie), client))
+        heapq.heappush(self._ahead, (client.offset, next(self._tie_breaker), client))
 
 
 def next_chunk(offset: int, size: int) -> int:
-    """Return how many bytes one turn may send to a client at `offset` of a file of `size` bytes."""
+    """Return how many bytes to send next to a client at `offset` of a file of `size` bytes.
+
+    The result is 0 if the file is not longer than `offset`, and at most SEND_CHUNK.
+    """
     return max(0, min(size - offset, SEND_CHUNK))

@@ -1,6 +1,7 @@
-"""Runs the epoll loop of one process: accepts, reads headers, streams, and drains when told to.
+"""Runs one worker process: sets it up, runs its event loop, and serves its clients.
 
-Nothing here may wait for a client, and nothing is held that the supervisor or the kernel does not know.
+The loop never waits for a single client. If the worker dies, its successor continues all streams:
+the worker holds no state that cannot be rebuilt from what the supervisor and the kernel know.
 """
 
 import gc
@@ -42,24 +43,36 @@ from tailsrv.worker.header_reader import HeaderReader
 from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import Streams
 
-# Registered once, edge-triggered: no epoll_ctl per event, and a socket that stays readable is told of once. EPOLLOUT is
-# asked for when a client blocks: asked for earlier, each new client's socket would be told of once more.
+# Edge-triggered, so that one registration is enough and a socket that stays readable is reported
+# only once. EPOLLOUT is added only when a client blocks: otherwise every new socket would cause one
+# more event.
 CLIENT_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
 
 def work(inheritance: Inheritance, config: Config) -> int:
-    """Serve one slot until the supervisor says `drain` or is gone; return the exit status."""
+    """Set up this forked process, serve one slot, and return the exit status.
+
+    The worker ends after the supervisor's order to drain, when the supervisor has exited, or on
+    SIGTERM.
+
+    Returns:
+        ExitStatus.DONE when the worker has ended as it should, EX_TEMPFAIL (75) if it could not
+        start for lack of descriptors, memory or epoll watches, ExitStatus.CANNOT_BOOT if it could
+        not start for another reason.
+
+    """
     setproctitle(worker_title(inheritance.slot, inheritance.endpoints, "starting", 0))
-    # what the supervisor made stays shared memory
+    # Keep the garbage collector from writing to the objects that the supervisor has made, so that
+    # their memory stays shared with it.
     gc.freeze()
-    # Ctrl-C reaches the whole foreground group
+    # Ctrl-C sends SIGINT to the whole foreground process group. The supervisor acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # the supervisor gets one as well, and drains
+    # The supervisor gets SIGPWR as well, and drains.
     signal.signal(signal.SIGPWR, signal.SIG_IGN)
-    # sendfile(2) has no MSG_NOSIGNAL
+    # A write to a closed connection must not raise SIGPIPE: sendfile(2) has no MSG_NOSIGNAL.
     ignore_io_signals()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
@@ -74,7 +87,15 @@ def work(inheritance: Inheritance, config: Config) -> int:
 
 
 class Worker:
-    """The clients of one slot, and the loop that serves them."""
+    """The clients of one slot, and the loop that serves them.
+
+    Args:
+        inheritance: What the supervisor has passed to this worker.
+        config: The server's configuration.
+        wakeup: The pipe that reports signals.
+        clock: The loop's clock, in seconds.
+
+    """
 
     def __init__(
         self,
@@ -87,10 +108,10 @@ class Worker:
         self.config = config
         self.loop = EventLoop(clock)
         self.clients: dict[int, Client] = {}
-        # to be closed at the end of the turn
+        # Clients whose sockets are closed at the end of the turn.
         self.dropped: list[Client] = []
         self.draining = False
-        # for the next file; they stay open until this worker ends
+        # Clients for the worker of the next file. Their sockets stay open until this worker ends.
         self.aside: list[Client] = []
         self.ended = False
         self.numbers = count(max(inheritance.clients, default=-1) + 1)
@@ -104,7 +125,8 @@ class Worker:
         self.wakeup = wakeup
         self.loop.register(self.channel.fileno(), self.handle_channel)
         self.loop.register(wakeup.fileno(), self.handle_signal)
-        # for the file: clients and their headers are left to a successor that has it
+        # True while the server waits for the file. Clients are accepted, and their headers stay in
+        # their sockets for a successor that has the file.
         self.waiting = inheritance.file is None
         self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
         self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_writable)
@@ -142,7 +164,7 @@ class Worker:
     # The loop
 
     def run(self) -> int:
-        """Serve until the end and return the exit status."""
+        """Run the loop until the worker ends, and return the exit status."""
         self.reporter.add_notice(ready=True)
         self.title.changed(self.loop.now)
         if not self.waiting:
@@ -154,12 +176,15 @@ class Worker:
         return ExitStatus.DONE
 
     def step(self, timeout: float | None) -> None:
-        """Run one turn: wait, then serve whatever is ready."""
+        """Run one turn of the loop: wait, then serve what is ready.
+
+        `timeout` is how long to wait for events, in seconds; None means without a limit.
+        """
         for fd, mask in self.loop.wait(timeout):
             if (client := self.clients.get(fd)) is not None:
                 self.handle_client(client, mask)
             elif (handler := self.loop.handlers.get(fd)) is not None:
-                # else: it went earlier in this turn
+                # A descriptor without a handler was unregistered earlier in this turn.
                 handler()
         self.loop.timers.run(self.loop.now)
         self.start_streams()
@@ -170,36 +195,42 @@ class Worker:
             self.ended = self.ended or not self.clients
         if self.dropped:
             self.close_dropped()
-        # The file has grown in this turn, so clients that had caught up were sent bytes.
+        # If the file's size has changed in this turn, caught-up clients may have been sent bytes.
         if self.file_monitor.size_changed_at == self.loop.now:
             self.dead_peers.expect_acks()
-        # last, for all of these look at the file, which may leave somebody without memory
+        # Last: any of the calls above may deliver appends and leave a client waiting for memory.
         self.plan_retries()
         self.reporter.send_if_due()
 
     def start_streams(self) -> None:
-        """Start the streams whose headers are there; before anything is sent in this turn, so that their first bytes are, too."""
+        """Start the streams of the clients whose headers have arrived.
+
+        This comes before pump(), so that their first bytes are sent in the same turn.
+        """
         for client in tuple(self.reporter.joined):
-            # most have sent their header by now: one report for both
+            # Most new clients have sent their header by now. Reading it here lets one report cover
+            # both the connection and the start.
             if client in self.header_reader:
                 self.handle_client(client, select.EPOLLIN)
         if self.reporter.joined or self.reporter.starting:
             self.reporter.send_and_start()
 
     def pump(self) -> None:
-        """Send to those who are behind, as much as one turn may."""
+        """Send one turn's share of bytes to the clients that are behind."""
         self.streams.pump()
         self.dead_peers.expect_acks()
         if self.streams.shrunk:
             self.file_monitor.deliver_appends()
-        # Whoever else wants this processor comes first, another worker or a client: else they wait until our time slice is over
-        # [measured: beside 50 who replay, two workers on two processors, p99 of the caught-up 4.7 ms without it, 1.5 ms with it].
-        # one alone is kept from its bytes by it, a tenth of the time
+        # Yield the processor to other runnable tasks, such as other workers or local clients.
+        # Otherwise they wait until this worker's time slice is over [measured with two workers on
+        # two processors and 50 clients that read the file from its start: the p99 latency of the
+        # caught-up clients is 4.7 ms without this, 1.5 ms with it]. Do not yield if only one client
+        # is behind: yielding would take a tenth of the time from it.
         if len(self.streams.behind) > 1:
             os.sched_yield()
 
     def plan_retries(self) -> None:
-        """Come back in a moment to those for whom the disk, or the kernel's memory, was not ready."""
+        """Plan the next attempts for the clients that wait for the disk or for kernel memory."""
         if self.streams.read_ahead and self.streams.retry_disk not in self.loop.timers:
             self.loop.timers.set(
                 self.streams.retry_disk, self.loop.now + self.streams.read_ahead.pause()
@@ -210,15 +241,18 @@ class Worker:
     # Connections
 
     def handle_accepted(self, sock: socket.socket, peer: tuple[str, int]) -> None:
-        """Take in a connection that has just been accepted."""
-        # in a burst of connections the caught-up wait for one of them at most, not for all
+        """Begin to serve a connection that has just been accepted."""
+        # In a burst of connections, the delivery of an append waits for one of them at most.
         self.file_monitor.deliver_appends()
         client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
             self.reporter.joined.append(client)
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
-        """Take over the clients of the worker before us, each where the kernel says that its stream is."""
+        """Take over the clients of this worker's predecessor.
+
+        Each stream continues after the bytes that the kernel has counted as sent.
+        """
         for number, entry in entries.items():
             try:
                 sock, peer = take_socket(entry.fd)
@@ -232,28 +266,38 @@ class Worker:
             try:
                 self.resume_stream(client, entry.start)
             except Exception as error:
-                # In a shortage the next worker may fare better, and costs nobody anything. Any other error is about this client.
+                # If descriptors or memory have run out, this worker ends: the next one may have
+                # enough, and no client is lost. Any other error concerns only this client.
                 if lacks_room(error):
                     raise
                 self.drop(client, error)
 
     def resume_stream(self, client: Client, start: int | None) -> None:
-        """Go on with the stream of `client`, which began at `start`; with None, wait for its header."""
+        """Continue the stream of `client`, which began at `start`.
+
+        If `start` is None, the worker waits for the client's header.
+        """
         if (sent := bytes_streamed(client.sock)) is None:
             self.drop(client)
         elif start is not None:
             self.header_reader.forget(client)
             self.streams.add(client, start + sent)
-            # of what the worker before us has sent
+            # Bytes that the previous worker has sent may still be unacknowledged.
             self.dead_peers.expect_acks()
 
     def add_client(self, client: Client) -> bool:
-        """Take `client` in and tell whether that was possible."""
+        """Register `client`, and return whether that was possible. If not, its socket is closed."""
         try:
             self.loop.epoll.register(client.fd, CLIENT_EVENTS)
         except OSError as error:
-            # fs.epoll.max_user_watches
-            self.failed("client failed", slot=self.slot, peer=client, reason=error)
+            # No memory, or too many watches (fs.epoll.max_user_watches).
+            self.failed(
+                "client disconnected: epoll cannot watch its socket",
+                slot=self.slot,
+                peer=client,
+                reason=error,
+                hint="raise fs.epoll.max_user_watches, or free memory",
+            )
             client.sock.close()
             return False
         if not self.clients:
@@ -264,32 +308,44 @@ class Worker:
         return True
 
     def await_writable(self, client: Client) -> None:
-        """Ask to be told when the full socket of `client` has room; should it have some already, that is told at once."""
+        """Wait for an event when the full socket of `client` has room.
+
+        If it already has room again, the kernel reports that at once.
+        """
         self.loop.epoll.modify(client.fd, CLIENT_EVENTS | select.EPOLLOUT)
 
     def free_descriptor(self) -> bool:
-        """Out of descriptors: the oldest connection without a header goes. Tell whether there is room at the end of this turn."""
+        """Drop the client that has waited longest without sending a header.
+
+        Returns whether a descriptor will be free at the end of this turn.
+        """
         while not self.dropped and (oldest := self.header_reader.oldest()) is not None:
-            # its header may have come in this very turn
+            # Its header may have arrived in this turn: then it stays, and the next client is tried.
             self.handle_client(oldest, select.EPOLLIN)
             if oldest in self.header_reader:
                 self.short_of_room(
-                    "short of descriptors, dropped the oldest connection without a header",
+                    "out of file descriptors: disconnected the oldest client without a header",
                     slot=self.slot,
                     peer=oldest,
+                    hint="raise LimitNOFILE= or ulimit -Hn",
                 )
                 self.drop(oldest)
         return bool(self.dropped)
 
     def handle_client(self, client: Client, mask: int) -> None:
-        """Serve one client. What fails with it ends it alone; what fails in a look at the file may cost others bytes: it ends us."""
+        """Serve one client after an event on its socket.
+
+        An error with this client disconnects only this client. An error while the file's size is
+        read is not caught and ends the worker, because it could cost other clients bytes.
+        """
         if mask & ~select.EPOLLOUT:
-            # in a burst of those who speak or leave, too, nobody waits for more than one of them
+            # In a burst of headers or disconnects, the delivery of an append waits for one of them
+            # at most.
             self.file_monitor.deliver_appends()
         try:
             start = self.handle_events(client, mask)
         except Exception as error:
-            # whatever it is, it must not reach the other clients
+            # Whatever the error is, the other clients must not be affected.
             self.drop(client, error)
             return
         if start is not None and self.waiting:
@@ -298,7 +354,10 @@ class Worker:
             self.header_reader.schedule_start(client, start)
 
     def handle_events(self, client: Client, mask: int) -> Start | None:
-        """Take in what has happened to the socket of `client`, and return where it wants to start if that is what it says."""
+        """Handle the events in `mask` on the socket of `client`.
+
+        Returns the start that the client asks for if its header is now complete, otherwise None.
+        """
         if mask & HUNG_UP:
             self.drop(client)
             return None
@@ -308,26 +367,27 @@ class Worker:
                 start = self.header_reader.read_or_refuse(
                     client, ended=bool(mask & select.EPOLLRDHUP)
                 )
+            # In the state AWAITING_HEADER, the header must stay in the socket until the start of
+            # the stream has been reported. Otherwise discard what the client sends, also when its
+            # FIN has arrived: a FIN is not a hang-up.
             elif client.state is not ClientState.AWAITING_HEADER:
-                # its header may still be in the socket
-                # also after its FIN, which is not a hang-up
                 discard(client.sock)
         if mask & select.EPOLLOUT:
             self.streams.writable(client)
         return start
 
     def start_stream(self, client: Client, offset: int) -> None:
-        """Start streaming to `client`, now that the supervisor knows where from."""
-        # in a burst of those who start, too
+        """Start streaming to `client`, now that `offset` has been reported to the supervisor."""
+        # In a burst of starts, the delivery of an append waits for one of them at most.
         self.file_monitor.deliver_appends()
         try:
             self.begin_stream(client, offset)
         except Exception as error:
-            # as in handle_client
+            # Whatever the error is, the other clients must not be affected.
             self.drop(client, error)
 
     def begin_stream(self, client: Client, offset: int) -> None:
-        # the header, and all behind it
+        # Discard the header and everything after it.
         discard(client.sock)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
@@ -336,16 +396,21 @@ class Worker:
         self.streams.add(client, offset)
 
     def drop(self, client: Client, error: Exception | None = None) -> None:
-        """Stop serving `client`. Its socket is closed at the end of the turn, so that no other gets its number in it."""
+        """Stop serving `client`.
+
+        Its socket is closed at the end of the turn, so that no new client gets the same descriptor
+        within the turn.
+        """
         if client.state is ClientState.CLOSED:
             return
         if error is not None:
             self.failed(
-                "client failed",
+                "client disconnected after an error",
                 slot=self.slot,
                 peer=client,
                 offset=self.streams.offset_of(client),
                 reason=repr(error),
+                hint="check disk and memory, report any other error",
             )
         elif logger.isEnabledFor(logging.DEBUG):
             logger.debug(
@@ -357,17 +422,21 @@ class Worker:
         self.header_reader.forget(client)
         self.drainer.forget(client)
         del self.clients[client.fd]
-        # closing alone does not end the events while somebody holds a duplicate
+        # close(2) alone would not unregister the socket from epoll, because the supervisor holds a
+        # duplicate of it.
         self.loop.epoll.unregister(client.fd)
         self.dropped.append(client)
         self.reporter.add_departure(client)
         self.title.changed(self.loop.now)
 
     def close_dropped(self) -> None:
+        """Close the sockets of the clients that were dropped in this turn."""
         for client in self.dropped:
-            # a burst of closes takes as long as all that came before it
+            # Closing many sockets takes as long as the rest of the turn: deliver appends in
+            # between.
             self.file_monitor.deliver_appends()
-            # unread input would turn the close into a reset, and that destroys what is queued
+            # Unread input would turn the close into a reset, which destroys what is queued for the
+            # client.
             discard(client.sock)
             shut_down_writing(client.sock)
             client.sock.close()
@@ -379,9 +448,10 @@ class Worker:
     # The end
 
     def handle_signal(self) -> None:
-        """SIGTERM: drain if the supervisor has said so on the channel, else end as in a crash.
+        """Act on SIGTERM, and log all other signals.
 
-        All other signals are only logged.
+        On SIGTERM, the worker drains if the channel holds the supervisor's order to drain.
+        Otherwise it ends after this turn and leaves its clients to its successor, as after a crash.
         """
         numbers = self.wakeup.read()
         for number in STRAY.intersection(numbers):
@@ -391,7 +461,7 @@ class Worker:
             self.ended = self.ended or not self.draining
 
     def handle_channel(self) -> None:
-        """Do all that the supervisor has asked for by now."""
+        """Handle all messages that the supervisor has sent so far."""
         while not self.ended:
             try:
                 packet = self.channel.recv(MAX_PACKET)
@@ -400,27 +470,28 @@ class Worker:
             except BlockingIOError:
                 return
             except OSError:
-                # no memory for it now
+                # The kernel has no memory for the message now.
                 self.loop.stall(self.channel.fileno(), MEMORY_RETRY)
                 return
             if packet:
                 self.handle_message(decode(packet))
             else:
-                # the supervisor is gone, and nobody is left to serve for
+                # The supervisor has exited, and its workers exit with it.
                 self.ended = True
 
-    def handle_message(self, order: Message) -> None:
-        match order:
+    def handle_message(self, message: Message) -> None:
+        match message:
             case Drain(grace, rotating) if not self.draining:
                 self.drain(grace, rotating)
             case Ping():
                 self.reporter.add_notice(alive=True)
 
     def drain(self, grace: float, rotating: bool) -> None:
-        """Stop accepting, and bring every stream to what is in the file now.
+        """Stop accepting, and end every stream at the size that the file has now.
 
-        Where a next file follows this one (`rotating`), whoever has not started a stream waits for it, and this one's
-        streams end only when it has settled.
+        After `grace` seconds, the connections that are still open are closed. With `rotating`, the
+        next file of the same name will be served: clients whose streams have not started wait for
+        it, and the streams end only when the old file has settled.
         """
         self.draining = True
         self.acceptor.close(empty_queues=not rotating, refuse=self.config.port is not None)
@@ -428,9 +499,10 @@ class Worker:
             self.reporter.add_notice(emptied=True)
         for client in self.header_reader:
             self.handle_client(client, select.EPOLLIN)
-        # starts the streams of those
+        # This starts the streams of the clients whose headers have just been read.
         self.reporter.send_and_start()
-        # Clients without a complete header are closed or set aside. While there is no file, so are all others.
+        # Clients without a complete header are dropped, or set aside for the next file. While the
+        # server waits for the file, no client has a stream, and this applies to all of them.
         for client in list(self.clients.values()) if self.waiting else self.header_reader:
             (self.set_aside if rotating else self.drop)(client)
         self.drainer.begin(settle=rotating)
@@ -438,25 +510,35 @@ class Worker:
         self.title.changed(self.loop.now)
 
     def set_aside(self, client: Client) -> None:
-        """Leave `client` to the worker of the next file, which finds it in the roster as it is."""
+        """Leave `client` to the worker of the next file, which finds it in the client table."""
         self.loop.epoll.unregister(client.fd)
         self.header_reader.forget(client)
         del self.clients[client.fd]
         self.aside.append(client)
 
     def end_drain(self) -> None:
-        """End where the grace is over: whoever has not got everything keeps what the kernel has queued for it."""
+        """Close the remaining connections when the grace period is over, and end the worker.
+
+        The kernel still sends what is queued in their sockets.
+        """
         if self.clients:
-            logger.warning("grace is over: %s", fields(slot=self.slot, clients=len(self.clients)))
+            logger.warning(
+                "grace period over: closed clients that had not received everything: %s",
+                fields(
+                    slot=self.slot,
+                    clients=len(self.clients),
+                    hint="raise --grace if clients need longer",
+                ),
+            )
         for client in list(self.clients.values()):
             self.drop(client)
         self.end()
 
     def end(self) -> None:
-        """End with this turn."""
+        """End the worker after this turn."""
         self.ended = True
 
-    # What others see
+    # The process title
 
     def render_title(self) -> str:
         return worker_title(

@@ -292,7 +292,7 @@ def run(bench: Bench, case: Case, path: Path) -> str:
     """Have the fault happen and return what became of it, in the table's words; `path` gets what strace writes."""
     act = ACTS[case.act]
     # the log has a limit for these lines
-    if bench.log().count(": client failed: ") >= 9:
+    if bench.log().count(": client disconnected") >= 9:
         bench.stop()
     if act.begin is not begin_start:
         bench.ready()

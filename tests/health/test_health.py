@@ -505,7 +505,7 @@ def test_full_and_others_wait(serve: Serve, path: Path) -> None:
     expect(server.connect(b"0\n"), b"data")
     assert ask(server)[0] == Level.OK
     server.connect(b"0\n")
-    server.logged("more wait")
+    server.logged("new clients have to wait")
     assert ask(server) == (
         Level.WARNING,
         f"WARNING: tailsrv *:{server.port}: --max-clients is reached (1): 1 connection waiting",

@@ -156,7 +156,7 @@ def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: 
     stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
     rotate(path, NEW)
-    server.logged("grace is over")
+    server.logged("grace period over")
     expect(server.connect(b"0\n"), NEW)
 
 
@@ -223,10 +223,10 @@ def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
     early = [server.connect() for _ in range(10)]
     eventually(lambda: "10 clients" in server.title())
     later = [server.connect(b"0\n") for _ in range(20)]
-    server.logged("more wait")
+    server.logged("new clients have to wait")
     rotate(path, NEW)
     server.logged("worker ready: ", count=8)
-    server.logged("more wait", count=2)
+    server.logged("new clients have to wait", count=2)
     assert status(server)["clients"] == 10
     for sock in early:
         sock.sendall(b"0\n")

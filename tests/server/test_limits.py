@@ -60,7 +60,7 @@ def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
         sock.shutdown(socket.SHUT_RDWR)
         sock.close()
     eventually(lambda: append_something(path) and len(readable(socks)) == 5)
-    server.logged("as many clients as --max-clients allows, more wait: ")
+    server.logged("as many clients as --max-clients allows: new clients have to wait: ")
 
 
 def append_something(path: Path) -> bool:
@@ -87,7 +87,7 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
     client = server.connect(b"0\n")
     expect(client, DATA)
     waiting = [server.connect(b"0\n") for _ in range(20)]
-    server.logged("more wait")
+    server.logged("new clients have to wait")
     before = switches(worker)
     # no event to wait for
     time.sleep(QUIET)
@@ -221,7 +221,7 @@ def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> 
     expect(first, DATA)
     second = connect(server.port, b"0\n")
     server.clients.append(second)
-    server.logged("more wait")
+    server.logged("new clients have to wait")
     # leave with a reset, which is noticed at once
     first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     first.close()

@@ -338,9 +338,11 @@ FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
 def fill(server: Server, data: bytes) -> list[socket.socket]:
     """Return streaming clients, as many as the server has room for, and one more that waits."""
     clients: list[socket.socket] = []
-    while not server.lines("short of descriptors"):
+    while not server.lines("out of file descriptors or memory"):
         clients.append(server.connect(b"0\n"))
-        eventually(lambda: readable(clients[-1]) or server.lines("short of descriptors"))
+        eventually(
+            lambda: readable(clients[-1]) or server.lines("out of file descriptors or memory")
+        )
     for client in clients[:-1]:
         expect(client, data)
     return clients
@@ -377,7 +379,7 @@ def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -
     assert (
         len(
             server.lines(
-                "warning: short of descriptors, dropped the oldest connection without a header"
+                "warning: out of file descriptors: disconnected the oldest client without a header"
             )
         )
         == 1
@@ -400,7 +402,7 @@ def test_short_of_descriptors_keeps_streaming_clients(serve: Serve, path: Path) 
     time.sleep(1)
     assert cpu_seconds(worker) - before < 0.2
     assert not readable(waiting)
-    assert len(server.lines("short of descriptors")) == 1
+    assert len(server.lines("out of file descriptors or memory")) == 1
     clients.pop(0).close()
     # sending it tells the close from a half-close
     append(path, DATA)

@@ -153,7 +153,7 @@ def test_only_who_owes_acknowledgements_is_dropped(caplog: pytest.LogCaptureFixt
         assert list(bench.clients.values()) == [stays]
         [message] = caplog.messages
         assert "stopped acknowledging" in message
-        assert "its place is free" in message
+        assert "which makes room for another" in message
 
 
 def test_many_are_examined_in_several_turns() -> None:

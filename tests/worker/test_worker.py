@@ -451,7 +451,7 @@ def test_error_with_one_stream_ends_that_client_only(
         bench.until(lambda: client.state is ClientState.CLOSED)
     assert recv_all(poisoned) == b""
     [record] = caplog.records
-    assert "client failed" in record.getMessage()
+    assert "client disconnected after an error" in record.getMessage()
     assert "poison" in record.getMessage()
     append(bench.path, b"more")
     assert bench.receive(other, 4) == b"more"
@@ -875,7 +875,7 @@ def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         bench.skew = 110.0
         bench.until(lambda: bench.worker.ended)
         bench.settle()
-        assert "grace is over" in caplog.text
+        assert "grace period over" in caplog.text
         got = recv_all(far)
         assert 0 < len(got) < len(BIG)
         assert (b"0123456789" + BIG).startswith(got)
