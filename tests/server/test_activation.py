@@ -137,7 +137,7 @@ def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     ended = run_tailsrv(*option, path, wrapper=activated("tcp4"))
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(
-        "tailsrv: error: -p/--port and --bind do not go with the sockets"
+        "tailsrv: error: -p/--port and --bind cannot be combined with sockets"
     )
 
 
