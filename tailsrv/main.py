@@ -108,8 +108,8 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
         config = replace(config, timing=timing)
     if is_check():
         return answer_check()
-    # If the caller has passed arguments, the command line of this process is not the command that
-    # an upgrade would execute.
+    # make_room() may execute the command line of this process again. If the caller has passed
+    # arguments, that is not the command to execute.
     if argv is None:
         names = PASSED if config.port is None else endpoints(config.bind, 65535)
         make_room(longest_title(names, config.path), *command())

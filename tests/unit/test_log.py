@@ -329,7 +329,10 @@ def test_fault_of_ours_is_a_line_of_the_log() -> None:
     done = run_python(LINES + "1 / 0", "0")
     assert done.returncode == 1
     first, *_, last = done.stderr.splitlines()
-    assert "critical: internal error, the process exits: reason=\"ZeroDivisionError('division by zero')\"" in first
+    assert (
+        "critical: internal error, the process exits: reason=\"ZeroDivisionError('division by zero')\""
+        in first
+    )
     assert last == "ZeroDivisionError: division by zero"
 
 
