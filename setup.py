@@ -1,4 +1,7 @@
-"""Makes the manual pages and the shells' completions from the parsers, at build time; all else is in pyproject.toml."""
+"""Generates the manual pages and shell completions from the parsers, at build time.
+
+Everything else about the build is in pyproject.toml.
+"""
 
 import argparse
 import os
@@ -12,12 +15,12 @@ from setuptools import Command, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-# a build backend does not have the project itself on its path
+# A build backend does not put the project itself on the import path.
 sys.path.insert(0, str(ROOT))
 
-from tailsrv import __version__, arguments  # noqa: E402 - found only now
+from tailsrv import __version__, arguments  # noqa: E402 - needs the path from above
 
-# One parser for each command that the package installs; its prog names the files.
+# One parser for each command that the package installs. Its `prog` gives the files their names.
 PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     arguments.make_parser,
     arguments.make_health_parser,
@@ -25,18 +28,20 @@ PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     arguments.make_tssync_parser,
 )
 
-# A line of an epilog that opens a section of the manual page: `signals: TERM ...`, `exit status, as plugins have it: 0 OK ...`
+# A line of an epilog that starts a section of the manual page, such as `signals: TERM ...` or
+# `exit status, as plugins have it: 0 OK ...`.
 HEADED = re.compile(
-    r"(?P<heading>protocol|signals|exit status|files|environment|examples?)(?:, (?P<remark>[^:]*))?: +(?P<text>.*)"
+    r"(?P<heading>protocol|signals|exit status|files|environment|examples?)"
+    r"(?:, (?P<remark>[^:]*))?: +(?P<text>.*)"
 )
-# `0 ended, 1 cannot serve`, `TERM ends, HUP upgrades`: a line each
+# The separator of items that get a line each: `0 ended, 1 cannot serve`, `TERM ends, HUP upgrades`.
 ITEM = re.compile(r", (?=(?:\d|[A-Z]+) )")
-# a command behind a colon and two spaces
+# A command, which follows a colon and two spaces.
 SHOWN = re.compile(r"(?P<text>.*:)  (?P<command>\S.*)")
 
 
 def sections(epilog: str) -> dict[str, list[str]]:
-    """Return an epilog's paragraphs by the section that they belong to; ``: no section."""
+    """Return the paragraphs of an epilog by section; those before the first have an empty key."""
     heading, found = "", dict[str, list[str]]()
     for line in filter(None, map(str.strip, epilog.splitlines())):
         headed = HEADED.fullmatch(line)
@@ -49,20 +54,24 @@ def sections(epilog: str) -> dict[str, list[str]]:
 
 
 def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
-    """Return the manual page of a command, in man(7)."""
-    # late: a source distribution and an editable wheel are made without it
+    """Return the manual page of the command that `parser` belongs to, as man(7) source.
+
+    `others` are the names of the other commands, for the section SEE ALSO.
+    """
+    # Imported here, because a source distribution and an editable wheel are built without it.
     from argparse_manpage.manpage import Manpage
 
-    # the other one wraps at whatever COLUMNS is
+    # The default formatter wraps lines at $COLUMNS.
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     description, epilog = parser.description or "", sections(parser.epilog or "")
-    # what follows says them, a line each; COMMENTS would run them together
+    # Both are added below, with their lines kept apart. Manpage would join them in a section
+    # COMMENTS.
     parser.description = parser.epilog = None
     page = Manpage(parser)
     page.description = re.split(r"[:.]", description[:1].lower() + description[1:])[0]
     page.source = f"tailsrv {__version__}"
     page.manual = "User Commands"
-    # The tool's own date depends on the time zone, too.
+    # The date that Manpage sets depends on the time zone.
     page.date = time.strftime(
         "%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
     )
@@ -72,11 +81,13 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
 
     def paragraph(text: str) -> str:
         if shown := SHOWN.fullmatch(text):
-            return f"{paragraph(shown['text'])}\n.PP\n.RS 4\n.EX\n{paragraph(shown['command'])}\n.EE\n.RE"
-        # \&: a dot in front would be a request
+            command = paragraph(shown["command"])
+            return f"{paragraph(shown['text'])}\n.PP\n.RS 4\n.EX\n{command}\n.EE\n.RE"
+        # A line that begins with a dot would be a request of man(7); \& in front prevents that.
         return "\n.br\n".join(r"\&" + page.format_text(line) for line in text.splitlines())
 
-    # The tool's own synopsis has hyphens that are not minus signs, and breaks between an option and its value.
+    # Manpage's own synopsis has hyphens instead of minus signs, and breaks lines between an option
+    # and its value.
     usage = re.findall(r"\[.*?\]|\S+", " ".join(page.synopsis[1:]))
     words = "\n".join(page.format_text(word).replace(" ", r"\ ") for word in usage)
     page.add_section("synopsis", "=", f".SY {page.format_text(parser.prog)}\n{words}\n.YS")
@@ -87,26 +98,27 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
     page.add_section(
         "see also", "=", ",\n".join(rf"\fB{page.format_text(name)}\fR(1)" for name in see)
     )
-    # mandoc knows a date by its plain hyphens
+    # mandoc recognizes a date only if its hyphens are not escaped.
     return str(page).replace(page.date.replace("-", r"\-"), page.date, 1)
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Return the script that completes a command's options and file names in that shell."""
-    # late: a source distribution and an editable wheel are made without it
+    """Return the script that completes the command's options and file names in `shell`."""
+    # Imported here, because a source distribution and an editable wheel are built without it.
     import shtab
 
     for action in parser._actions:
         if action.nargs == argparse.ONE_OR_MORE:
-            # the tool would take what comes behind for more of them
+            # shtab would treat all arguments after this one as further values of it.
             action.nargs = None
         if action.metavar == "FILE":
-            action.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
+            # shtab reads this attribute.
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(parser, shell)).rstrip() + "\n"
 
 
 def shared_files() -> dict[str, str]:
-    """Return what goes under PREFIX/share, by path."""
+    """Return the contents of the generated files by path; the paths begin with `share/`."""
     names = [make().prog for make in PARSERS]
     files = {}
     for make, name in zip(PARSERS, names, strict=True):
@@ -119,15 +131,15 @@ def shared_files() -> dict[str, str]:
 
 
 class BuildShared(Command):
-    """A step of `build`: writes the files into the build folder, and has them installed as data files."""
+    """Build step that generates the shared files and adds them to the data files to install."""
 
     description = "make manual pages and shell completions"
-    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 - setuptools has it so
-    # set by setuptools; an editable wheel installs no data files
+    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 - as setuptools defines it
+    # setuptools sets this. An editable wheel installs no data files.
     editable_mode = False
 
     def initialize_options(self) -> None:
-        # not said: finalize_options asks `build`
+        # None means unset: finalize_options() copies the value of `build`.
         self.build_base: str | None = None
 
     def finalize_options(self) -> None:
@@ -148,9 +160,9 @@ class BuildShared(Command):
 
 
 class Build(build):
-    """The usual build, and ours behind it."""
+    """The standard `build`, followed by `build_shared`."""
 
-    sub_commands = [*build.sub_commands, ("build_shared", None)]  # noqa: RUF012 - setuptools has it so
+    sub_commands = [*build.sub_commands, ("build_shared", None)]  # noqa: RUF012 - as in setuptools
 
 
 setup(cmdclass={"build": Build, "build_shared": BuildShared})

@@ -1,3 +1,3 @@
-"""tailsrv: like `tail -f`, as a server."""
+"""tailsrv: `tail -f` as a TCP server."""
 
 __version__ = "1.0.0"

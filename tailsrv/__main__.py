@@ -1,4 +1,4 @@
-"""The command `tailsrv` and `python -m tailsrv`: block all signals, then import the program."""
+"""Entry point of `tailsrv` and `python -m tailsrv`: blocks signals, then imports the program."""
 
 import signal
 import sys
@@ -7,11 +7,12 @@ import sys
 def main() -> int:
     """Run `tailsrv` with the arguments of this process; return the exit status.
 
-    The imports take a tenth of a second. The kernel discards signals for PID 1 of a container that
-    has no handler for them, pid_namespaces(7), and SIGTERM would be lost. A blocked signal stays
-    pending until the handler is there.
+    The imports take a tenth of a second. As PID 1 of a container, the process has no signal
+    handlers during that time, and the kernel discards a signal that PID 1 does not handle
+    (pid_namespaces(7)): SIGTERM would be lost. A blocked signal stays pending until the handler is
+    installed.
     """
-    # What signals.hold() does, before anything else is imported.
+    # The same as linux.signals.block_all(), which would have to be imported first.
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     from tailsrv.main import main as run
 

@@ -1,4 +1,8 @@
-"""The command lines of all commands: their parsers, and nothing that runs them, so that a build can make manual pages of them."""
+"""The command-line parsers of all four commands.
+
+Nothing here runs a command, so that the build (setup.py) can import the parsers to generate the
+manual pages and the shell completions from them.
+"""
 
 import argparse
 import re
@@ -9,7 +13,7 @@ from math import isfinite
 from typing import Any
 
 from tailsrv import __version__
-from tailsrv.config import DEFAULT_GRACE, Network
+from tailsrv.config import DEFAULT_GRACE, MAX_WORKERS, Network
 from tailsrv.linux.process import count_processors
 
 TSCAT_EPILOG = """\
@@ -49,20 +53,20 @@ exit status: 0 interrupted, or stopped by --once or --until-idle
 
 
 EPILOG = """\
-A client sends one line, where to start: N (from byte N), -N (the last N bytes), -0 (only what is new).
-It gets the file from there, and then every byte appended:  echo 0 | nc HOST PORT
+A client sends one line that says where to start: N (byte N), -N (the last N bytes), -0 (the end).
+It receives the file from there on, and then every byte that is appended:  echo 0 | nc HOST PORT
 
-signals: TERM, INT or PWR drain and end, QUIT ends at once, HUP upgrades to the installed version in place
-(where the terminal has been closed, HUP drains and ends; under nohup it does not)
+signals: TERM, INT or PWR drain and end, QUIT ends at once, HUP upgrades to the installed version
+(HUP drains and ends instead if the terminal has been closed, unless tailsrv runs under nohup)
 exit status: 0 ended as asked or the file is gone, 1 cannot serve, 2 usage, 3 workers cannot start
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that ignores errors while it prints its help, as argparse does in later Pythons."""
+    """A parser that ignores errors while it prints its help, as later versions of argparse do."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # Python 3.11.2, which is Debian 12's, lets the error through.
+        # argparse of Python 3.11.2, the version in Debian 12, does not catch the error.
         with suppress(OSError):
             super()._print_message(message, file)
 
@@ -71,85 +75,98 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tailsrv`."""
     parser = Parser(
         prog="tailsrv",
-        description="Serve one append-only file to any number of TCP clients: like tail -f, as a server.",
+        description="Serve one append-only file to any number of TCP clients: tail -f as a server.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "path", metavar="FILE", help="the file to serve; it may come into being later"
-    )
+    parser.add_argument("path", metavar="FILE", help="the file to serve; it may be created later")
     parser.add_argument(
         "-p", "--port", type=port,
-        help="TCP port to listen on; 0: the kernel chooses one; left out or empty: the service manager passes the sockets",
+        help="TCP port to listen on; 0: the kernel chooses one."
+        " Required, unless the service manager passes the listening sockets",
     )  # fmt: skip
     parser.add_argument(
         "-w", "--workers", type=workers, default=1, metavar="N|auto",
-        help="worker processes (default: 1); auto: one for each processor that this process may use",
+        help="number of worker processes (default: 1);"
+        " auto: one for each processor that tailsrv may use",
     )  # fmt: skip
     parser.add_argument(
         "--bind", action="append", default=[], metavar="ADDR",
-        help="address or name to listen on, may be repeated (default: all addresses, IPv4 and IPv6);"
-        " :: is IPv6 only",
+        help="address or name to listen on; may be repeated"
+        " (default: all addresses, IPv4 and IPv6); :: is IPv6 only",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=seconds, default=DEFAULT_GRACE, metavar="SECONDS",
-        help="how long clients have to take what is in the file when the server ends or the file is rotated"
-        " (default: %(default)g)",
+        help="how long clients have to read the rest of the file when the server ends"
+        " or the file is rotated (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--header-timeout", type=seconds, default=0.0, metavar="SECONDS",
-        help="end connections that have not sent their line by then (default: 0, never)",
+        help="close connections that have not sent their line within this time"
+        " (default: 0, never)",
     )  # fmt: skip
     _add_endings(parser)
     _add_limits(parser)
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="store_true", help="log each connection, too")
-    volume.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
+    volume.add_argument("-v", "--verbose", action="store_true", help="also log each connection")
+    volume.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
 def _add_endings(parser: argparse.ArgumentParser) -> None:
-    """Add what becomes of the server when the file is gone."""
+    """Add the options for a file that is deleted, moved away or replaced."""
     parser.add_argument(
         "--linger-after-file-is-gone", action="store_true",
-        help="go on serving the file when it is deleted, moved away or replaced, instead of ending",
+        help="when the file is deleted, moved away or replaced, keep serving it instead of ending",
     )  # fmt: skip
     parser.add_argument(
         "--follow-name", action="store_true",
         help="when the file is deleted, moved away or replaced, serve the next file of that name,"
-        " as tail -F does; but streams of the old file end, and clients must reconnect",
+        " as tail -F does; the streams of the old file end, and its clients must reconnect",
     )  # fmt: skip
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
-    """Add how many clients there may be, and whose."""
+    """Add the options that limit how many clients may connect, and from where."""
     parser.add_argument(
         "--max-clients", type=whole, default=0, metavar="N",
-        help="connections to serve at a time; more wait until one ends (default: 0, no limit)",
+        help="most connections to serve at a time; further ones wait until one ends"
+        " (default: 0, no limit)",
     )  # fmt: skip
     parser.add_argument(
         "--allow", action="append", default=[], type=network, metavar="CIDR",
-        help="network that clients may come from, may be repeated; all others are closed at once (default: everybody may)",
+        help="network that clients may connect from; may be repeated;"
+        " connections from elsewhere are closed at once (default: all networks)",
     )  # fmt: skip
 
 
 def whole(text: str) -> int:
-    """Return the whole number `text`; int() alone would also take `1_000` and other people's digits."""
+    """Parse a whole number of 0 or more.
+
+    int() alone would also accept `1_000` and digits that are not ASCII. Numbers of more than 20
+    digits are cut to 20, which is still beyond any limit: int() refuses strings of thousands of
+    digits. Raises ArgumentTypeError.
+    """
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!r}")
-    # enough to be too much
     return int(text.lstrip("0")[:20] or "0")
 
 
 def port(text: str) -> int | None:
-    """Return the port `text`, None if it is empty: a service file can hand on a setting that is not there."""
+    """Parse a port; return None if `text` is empty.
+
+    A service file passes `--port=` where its setting PORT is empty. Raises ArgumentTypeError.
+    """
     return whole(text) if text else None
 
 
 def network(text: str) -> Network:
-    """Return the network `text`, as RFC 4632 and RFC 4291 write it: `10.0.0.0/8`, `2001:db8::/32`, or one address."""
+    """Parse a network or a single address, such as `10.0.0.0/8` or `2001:db8::/32`.
+
+    The notation is that of RFC 4632 and RFC 4291. Raises ArgumentTypeError.
+    """
     try:
         found = ip_network(text)
         if isinstance(found, IPv6Network) and (
@@ -168,12 +185,22 @@ def network(text: str) -> Network:
 
 
 def workers(text: str) -> int:
-    """Return the number of workers that `-w` asks for."""
-    return count_processors() if text == "auto" else whole(text)
+    """Parse the value of `-w`: a number, or `auto` for the number of processors.
+
+    Raises ArgumentTypeError if it is neither. Config checks the range.
+    """
+    if text == "auto":
+        return count_processors()
+    try:
+        return whole(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f'expected a number from 1 to {MAX_WORKERS}, or "auto": {text!r}'
+        ) from None
 
 
 def seconds(text: str) -> float:
-    """Return the seconds that `text` says."""
+    """Parse a number of seconds. Raises ArgumentTypeError. Config checks the range."""
     try:
         return float(text)
     except ValueError:

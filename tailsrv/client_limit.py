@@ -1,21 +1,31 @@
-"""Counts the clients of all slots against --max-clients, across processes and without a lock."""
+"""Enforces --max-clients across all worker processes, by shared counts and without a lock."""
 
 import mmap
 
 from tailsrv.linux.files import memory_file_with
 
-# bytes: an aligned integer of the machine, which is stored and loaded in one piece
+# Bytes of one count: an aligned integer of this size is stored and loaded atomically.
 _COUNT = 8
 
 
 class ClientLimit:
-    """A page of shared memory with a count for each slot, which only that slot's worker writes.
+    """A page of shared memory with one count for each slot, written by the worker of that slot.
 
-    A count is what the slot has, not a sum of what came and went, so that a worker's death leaves nothing to be
-    put right: its successor writes the count that it begins with. A worker claims room *before* it accepts, by
-    raising its count; if all counts together are too many it takes that back. Two that claim the last place in the
-    same instant may both go without, for a moment, but not both get it: between the store and the loads lie far more
-    instructions of the interpreter's than a processor holds a store back for.
+    A count is the number of clients that the slot has now, not a sum of arrivals and departures. So
+    the death of a worker needs no correction: its successor writes the count that it starts with.
+
+    A worker claims room before it accepts connections, by raising its count. If the sum of all
+    counts exceeds the limit, the worker restores the old count. Two workers that claim the last
+    room at the same moment may both be refused, for a moment. They cannot both get it, because each
+    sees the other's count when it adds up all of them. No memory barrier guarantees that, but
+    between its own store and the loads of the sum, a worker executes far more instructions of the
+    interpreter than a processor delays a store for.
+
+    Args:
+        limit: The largest number of clients of all slots together.
+        slots: The number of slots.
+        fd: The memory file of an existing page, which an upgrade has passed on. None creates one.
+
     """
 
     def __init__(self, limit: int, slots: int, fd: int | None = None) -> None:
@@ -24,7 +34,7 @@ class ClientLimit:
         self._counts = memoryview(mmap.mmap(self.fd, slots * _COUNT)).cast("q")
 
     def claim(self, slot: int, clients: int) -> bool:
-        """Raise the count of `slot` to `clients` if there is room, and tell whether there was."""
+        """Raise the count of `slot` to `clients` if the limit allows it; return whether it does."""
         before = self._counts[slot]
         self._counts[slot] = clients
         if sum(self._counts) <= self.limit:
@@ -33,5 +43,5 @@ class ClientLimit:
         return False
 
     def record(self, slot: int, clients: int) -> None:
-        """Note how many clients `slot` has."""
+        """Set the count of `slot` to `clients`, the number of clients that it has now."""
         self._counts[slot] = clients

@@ -1,16 +1,20 @@
-"""The frozen `Config`, its defaults and its checks. Pure: no system call, nothing of ours."""
+"""The settings of one server: the frozen `Config`, its defaults and its checks.
+
+Pure: this module makes no system call and imports no other module of tailsrv.
+"""
 
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Network, IPv6Network
 from math import isfinite
 
-# seconds; service managers give a stopping service longer than that
+# Default of --grace, in seconds. Service managers give a service more time than this to stop.
 DEFAULT_GRACE = 5.0
 
-# far beyond any machine's processors; a typing slip must not become a fork bomb
+# Far more than any machine has processors. A typing error must not become a fork bomb.
 MAX_WORKERS = 1024
-# more than the kernel gives a process descriptors for
+
+# The kernel gives no process as many descriptors as this.
 MAX_CLIENTS = 1 << 30
 
 
@@ -18,70 +22,91 @@ Network = IPv4Network | IPv6Network
 
 
 class ExitStatus(IntEnum):
-    """How `tailsrv` ends; part of the interface, the same in docs/using.md."""
+    """Exit statuses of `tailsrv`. They are part of the interface: docs/using.md lists the same."""
 
-    # ended as asked, or the file is gone
+    # Shut down as requested, or the file is gone.
     DONE = 0
-    # port in use, file unreadable, not a regular file, ...
+    # The port is in use, the file cannot be read or is not a regular file, ...
     CANNOT_SERVE = 1
-    # the command line is wrong
+    # The command line is wrong.
     USAGE = 2
-    # workers cannot start; also what a worker that cannot boot exits with
+    # Workers cannot start. A worker that fails to start exits with this status as well.
     CANNOT_BOOT = 3
 
 
 class ConfigError(ValueError):
-    """A setting has a value that tailsrv cannot work with; the message names both."""
+    """A setting has a value that tailsrv cannot use; the message names the option and the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long the server waits where nothing tells it that something has happened; all in seconds, 0 or more.
+    """How long the server waits where no event wakes it up; all values are seconds, 0 or more.
 
-    No option sets these. A test that would have to sit through such a wait starts a server with shorter ones.
+    No option sets these. Tests start a server with shorter ones.
     """
 
-    # Between attempts to open a file that does not exist yet, or may not be read yet. Nobody notices half a second.
+    # Seconds between attempts to open a file that does not exist, or cannot be read, yet. A delay
+    # of half a second does not matter to clients that wait for a file to appear.
     open_retry: float = 0.5
 
-    # Between looks at a file whose appends inotify does not report. Each look wakes up an idle machine.
+    # Seconds between polls of a file whose appends inotify does not report. Each poll wakes up an
+    # idle machine.
     poll_interval: float = 1.0
 
-    # Without an append, until a file that was moved away counts as complete: its writer needs a moment to reopen its log.
+    # Seconds without an append after which a file that was moved away counts as complete. Its
+    # writer needs a moment to reopen its log.
     settle: float = 1.0
 
-    # Between looks at such a file after that, for bytes that are appended too late.
+    # Seconds between polls of such a file after that, to count bytes that are appended too late.
     late_interval: float = 5.0
 
-    # How long such a file is held open to count late bytes. If it was deleted, it keeps its disk space for as long.
+    # Seconds for which such a file is held open to count late bytes. If it was deleted, it keeps
+    # its disk space for this long.
     late_patience: float = 60.0
 
-    # After fork(2) has failed for lack of memory or of room in the task limit; both may pass.
+    # Seconds to wait after fork(2) has failed for lack of memory or because the limit on tasks was
+    # reached. Both may be temporary.
     fork_retry: float = 1.0
 
-    # A worker that lived at least this long did not fail at start-up, so its successor starts at once.
+    # A worker that has lived for this many seconds did not fail at start-up, so its successor is
+    # started without delay.
     long_life: float = 1.0
 
-    # The backoff before the next worker of a slot whose workers die young doubles from the first to the second of these.
+    # Seconds to wait before the next worker of a slot is started after its last one died young. The
+    # delay doubles with each such death, from `first_delay` to `max_delay`.
     first_delay: float = 0.1
     max_delay: float = 5.0
 
-    # Beyond the grace, until workers that do not end are killed. They need a moment to close their last clients.
+    # Seconds after the grace period until workers that have not exited are killed. They need a
+    # moment to close their last clients.
     kill_margin: float = 1.0
 
-    # Between two status texts for the service manager, which wakes up for each.
+    # Seconds between two status texts for the service manager. Each text wakes it up.
     status_interval: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What one server was asked to do.
+    """The settings of one server.
 
-    `path` is the file to serve and `port` a TCP port (0: the kernel chooses; None: the service manager passes
-    the sockets). `bind` holds the addresses to listen on; empty means every address of the machine. `grace` and
-    `header_timeout` are seconds; a `header_timeout` of 0 means never. When the file is gone, `linger` serves on what
-    it was, and `follow_name` the next file of its name. `max_clients` of 0 means no limit; `allow` holds the networks
-    that clients may come from, empty for all. `timing` is for tests. Raises ConfigError for a value out of range.
+    Args:
+        path: The file to serve.
+        port: The TCP port to listen on. 0 lets the kernel choose a port; None means that the
+            service manager passes the listening sockets.
+        workers: The number of worker processes, from 1 to MAX_WORKERS.
+        bind: The addresses to listen on. Empty means every address of the machine.
+        grace: Seconds that clients have to read the rest of the file, when the server shuts down
+            and when the file is rotated.
+        header_timeout: Seconds that a client has to send its header. 0 means no limit.
+        linger: Keep serving the open file when its path no longer names it.
+        follow_name: Serve the next file of that name when the path no longer names the open file.
+        max_clients: The largest number of clients at a time. 0 means no limit.
+        allow: The networks that clients may connect from. Empty means all.
+        timing: Shorter waits, for tests.
+
+    Raises:
+        ConfigError: A value is out of range, or two settings cannot be combined.
+
     """
 
     path: str
@@ -98,21 +123,25 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.path or "\0" in self.path:
-            raise ConfigError("FILE must be a path that is not empty")
-        if self.port is not None and not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
+            raise ConfigError("argument FILE: must not be empty or contain a NUL byte")
+        if self.port is not None:
+            _check_range("-p/--port", self.port, 0, 65535)
         if self.port is None and self.bind:
             raise ConfigError(
-                "bind is for a port of our own, not for sockets that the service manager passes"
+                "argument --bind: needs -p/--port;"
+                " leave out --bind if the service manager passes the listening sockets"
             )
-        if not 1 <= self.workers <= MAX_WORKERS:
-            raise ConfigError(f"workers must be from 1 to {MAX_WORKERS}, not {self.workers}")
-        for name, seconds in (("grace", self.grace), ("header-timeout", self.header_timeout)):
+        _check_range("-w/--workers", self.workers, 1, MAX_WORKERS)
+        for option, seconds in (("--grace", self.grace), ("--header-timeout", self.header_timeout)):
             if not (isfinite(seconds) and seconds >= 0):
-                raise ConfigError(f"{name} must be 0 or more seconds, not {seconds}")
-        if not 0 <= self.max_clients <= MAX_CLIENTS:
-            raise ConfigError(
-                f"max-clients must be from 0 to {MAX_CLIENTS}, not {self.max_clients}"
-            )
+                raise ConfigError(f"argument {option}: must be 0 or more seconds, not {seconds}")
+        _check_range("--max-clients", self.max_clients, 0, MAX_CLIENTS)
         if self.linger and self.follow_name:
-            raise ConfigError("linger-after-file-is-gone and follow-name exclude each other")
+            raise ConfigError(
+                "argument --follow-name: not allowed with argument --linger-after-file-is-gone"
+            )
+
+
+def _check_range(option: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"argument {option}: must be from {least} to {most}, not {value}")

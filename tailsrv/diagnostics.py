@@ -1,4 +1,7 @@
-"""Says what an operator can do about it, where the kernel's own words leave that open."""
+"""Turns errors of the operating system into messages that tell the operator what to change.
+
+The messages are one line each: the kernel's own words first, then what to do where that is known.
+"""
 
 import errno
 import os
@@ -6,35 +9,45 @@ import stat
 
 from tailsrv.linux.systemd import is_service
 
-# What ProtectHome= and PrivateTmp= of systemd.exec(5) hide from a service. DynamicUser= has a private /tmp whatever PrivateTmp= says.
+# The folders that ProtectHome= and PrivateTmp= (systemd.exec(5)) hide from a service. A service
+# with DynamicUser= has a private /tmp whatever PrivateTmp= says.
 _HOMES, _TEMPORARY = ("/home", "/root", "/run/user"), ("/tmp", "/var/tmp")  # noqa: S108
 
 
 def absolute(path: str) -> str:
-    """Return `path` as somebody who works in another folder would have to write it."""
+    """Return `path` as an absolute path, or unchanged if the working directory is unknown."""
     try:
         return os.path.abspath(path)
     except OSError:
-        # our own folder is gone, or getcwd(2) fails in another way
+        # The working directory has been deleted, or getcwd(2) fails for another reason.
         return path
 
 
 def cannot_bind(error: OSError, port: int) -> str:
-    """Return why a port cannot be listened on, and what to change."""
+    """Explain why bind(2) or listen(2) failed for `port`, and what to change."""
     reason = os.strerror(error.errno or 0)
     if error.errno == errno.EADDRINUSE and port == 0:
         return f"{reason}; no port of net.ipv4.ip_local_port_range is free"
     if error.errno == errno.EADDRINUSE:
-        return f"{reason}; choose another port, or see who has this one: ss -tanp sport = :{port}{_taken_by_connection(port)}"
+        return (
+            f"{reason}; choose another port, or find the process that uses this one:"
+            f" sudo ss -tanp sport = :{port}{_taken_by_connection(port)}"
+        )
     if error.errno == errno.EACCES and port < 1024:
-        return f"{reason}; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)"
+        return (
+            f"{reason}; choose a port above 1023,"
+            " or let systemd listen for the service (tailsrv@.socket)"
+        )
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{reason}; no interface of this machine has it: ip addr"
+        return f"{reason}; no interface of this machine has this address (see: ip addr)"
     return reason
 
 
 def _taken_by_connection(port: int) -> str:
-    """Return that an outgoing connection may have this port, empty if the kernel does not give it to any."""
+    """Return a note that an outgoing connection may use `port`.
+
+    The note is empty if the kernel does not give this port to outgoing connections.
+    """
     try:
         with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
             first, last = map(int, file.read().split())
@@ -42,21 +55,27 @@ def _taken_by_connection(port: int) -> str:
         return ""
     if not first <= port <= last:
         return ""
-    return f"; it may be a connection, as the port lies in net.ipv4.ip_local_port_range ({first} to {last})"
+    return (
+        "; an outgoing connection may use it,"
+        f" as the port is in net.ipv4.ip_local_port_range ({first} to {last})"
+    )
 
 
 def cannot_open(path: str, error: OSError) -> str:
-    """Return why the file cannot be opened, and what to change."""
+    """Explain why `path` cannot be opened, and what to change."""
     reason = os.strerror(error.errno or 0)
     if error.errno not in (errno.EACCES, errno.EPERM):
         return reason
     if sandbox := _sandbox(path):
         return f"{reason}; if users can read it: {sandbox}"
-    return f"{reason}; {_permissions(path)}, and we are {_ourselves()}: chmod or chgrp it, or give the service a group that may read it"
+    return (
+        f"{reason}; {_permissions(path)}, and tailsrv runs as {_own_credentials()}:"
+        " use chmod or chgrp, or give the service a group that may read the file"
+    )
 
 
 def cannot_see(path: str) -> str | None:
-    """Return why a file may look as if it did not exist, None if there is no reason to think so."""
+    """Explain why the file `path` may seem not to exist; return None if no reason is known."""
     if sandbox := _sandbox(path):
         return f"if it exists: {sandbox}"
     folder = os.path.dirname(absolute(path))
@@ -64,7 +83,7 @@ def cannot_see(path: str) -> str | None:
 
 
 def _sandbox(path: str) -> str | None:
-    """Return which setting of a systemd service hides `path` from it, None if none is known to."""
+    """Name the setting of the systemd service that hides `path` from it; None if none does."""
     if not is_service():
         return None
     path = absolute(path)
@@ -75,12 +94,15 @@ def _sandbox(path: str) -> str | None:
                 if folder in _HOMES
                 else f"BindReadOnlyPaths={os.path.dirname(path)}"
             )
-            return f"the service cannot see it in {folder}, set {setting} (systemctl edit) or move the file"
+            return (
+                f"the service cannot see files in {folder},"
+                f" set {setting} (systemctl edit) or move the file"
+            )
     return None
 
 
 def _permissions(path: str) -> str:
-    """Return who may read `path`, or which folder keeps even that from us."""
+    """Describe the permissions of `path`, or name the folder that hides them from this process."""
     try:
         status = os.stat(path)
     except OSError:
@@ -92,8 +114,12 @@ def _permissions(path: str) -> str:
             if not os.access(folder, os.X_OK)
             else f"{path} may not be looked at"
         )
-    # Numbers, no names: a user database that is slow or down (LDAP) would stop the supervisor's loop.
-    return f"it has mode {stat.S_IMODE(status.st_mode):04o}, user {status.st_uid} and group {status.st_gid}"
+    # Numbers instead of names: a look-up in a user database that is slow or down (LDAP) would block
+    # the supervisor's loop.
+    return (
+        f"it has mode {stat.S_IMODE(status.st_mode):04o},"
+        f" user {status.st_uid} and group {status.st_gid}"
+    )
 
 
 def _is_reachable(folder: str) -> bool:
@@ -104,6 +130,6 @@ def _is_reachable(folder: str) -> bool:
     return True
 
 
-def _ourselves() -> str:
+def _own_credentials() -> str:
     groups = sorted({os.getegid(), *os.getgroups()})
     return f"user {os.geteuid()} with groups {','.join(map(str, groups))}"

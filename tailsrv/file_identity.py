@@ -1,4 +1,4 @@
-"""Whether a path still names the file that is open."""
+"""Decides whether a path still names the file that is open, also on network file systems."""
 
 import errno
 import os
@@ -7,37 +7,39 @@ import stat
 from tailsrv.linux.file_system import is_local
 from tailsrv.linux.files import close_file
 
-# What fstat(2) says of a file that will never answer again: its server has forgotten it (NFS), its
-# daemon has ended (FUSE), its disk has been pulled out. EIO is not among these, since it may pass.
+# The errors of fstat(2) for a file that is lost for good: its server has forgotten it (NFS), its
+# daemon has exited (FUSE), or its disk has been removed. EIO may be temporary, so it is not listed.
 _DEAD = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN})
 
-# bytes compared at the beginning of two files, and as many at the end
+# How many bytes are compared at the beginning of two files, and again at their end.
 SAMPLE = 4096
-# seconds; what the kernel remembers of a file on a server is out of date for less
+# Seconds for which the open file may be shorter than the file that the path names. The attributes
+# that the kernel caches of a file on a server are out of date for less time than this.
 CATCH_UP = 5.0
 
 
 class FileIdentity:
-    """The open `file`, to be compared with what `path` names.
+    """Compares the open `file` with the file that `path` names.
 
-    Device and inode number tell two files apart, on a local file system. Others may make inode
-    numbers up as they go (CIFS with noserverino, some FUSE). There, a file of another number is the
-    same one as long as it cannot be told from ours: same beginning, same end, and ours keeps up with
-    it. Should it be a copy after all, nobody misses a byte by that until the copy grows and ours does
-    not; then it is another file.
+    On a local file system, device and inode number identify a file. Other file systems may invent
+    inode numbers (CIFS with noserverino, some FUSE file systems). There, a file with another number
+    counts as the same file as long as the two look the same: they have the same beginning and the
+    same end, and the open file grows with the named one. If the named file is a copy after all,
+    clients miss no byte until the copy grows and the open file does not; from then on it counts as
+    another file.
     """
 
     def __init__(self, file: int, path: str) -> None:
         self._file, self._path = file, path
-        # our size, since when, while the path's is larger
+        # While the named file is larger: the open file's size, and since when it has had that size.
         self._behind: tuple[int, float] | None = None
 
     def is_gone(self, now: float) -> bool | None:
-        """Tell whether the path names another file, or nothing; None if that cannot be seen yet.
+        """Return whether the path names another file or nothing; None if that is unknown yet.
 
-        A path that may not be looked at, or a file server that does not answer, is no sign of it.
-        A held file that is dead for good counts as gone once the path can be looked at again.
-        `now` is a time in seconds, of a clock that does not go back.
+        It is unknown while stat(2) of the path is not permitted or a file server does not answer.
+        An open file that is lost for good counts as gone as soon as stat(2) of the path succeeds.
+        `now` is a time in seconds, of a clock that never goes back.
         """
         try:
             named = os.stat(self._path)
@@ -56,7 +58,10 @@ class FileIdentity:
         return self._is_another(held.st_size, now)
 
     def _is_another(self, size: int, now: float) -> bool | None:
-        """Tell whether the file of another number is another file; ours had `size` bytes before."""
+        """Return whether the named file, which has another number, is another file.
+
+        `size` is the size of the open file, from a moment before. None: unknown yet.
+        """
         try:
             other = os.open(self._path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
         except (FileNotFoundError, PermissionError):
@@ -64,28 +69,32 @@ class FileIdentity:
         except OSError:
             return None
         try:
-            theirs, ours = os.fstat(other).st_size, os.fstat(self._file).st_size
-            if theirs < min(size, ours) or _sample(other, min(theirs, ours)) != _sample(
-                self._file, min(theirs, ours)
-            ):
+            named_size, open_size = os.fstat(other).st_size, os.fstat(self._file).st_size
+            if named_size < min(size, open_size):
                 return True
-            return self._lags(theirs, ours, now)
+            common = min(named_size, open_size)
+            if _sample(other, common) != _sample(self._file, common):
+                return True
+            return self._lags(named_size, open_size, now)
         except OSError:
             return None
         finally:
             close_file(other)
 
-    def _lags(self, theirs: int, ours: int, now: float) -> bool | None:
-        """Tell whether our file stays behind the other for good, None if it may yet catch up."""
-        if theirs <= ours:
+    def _lags(self, named_size: int, open_size: int, now: float) -> bool | None:
+        """Return whether the open file stays shorter than the named one; None if it may catch up.
+
+        Sizes are in bytes.
+        """
+        if named_size <= open_size:
             self._behind = None
             return False
-        if self._behind is None or self._behind[0] != ours:
-            self._behind = ours, now
+        if self._behind is None or self._behind[0] != open_size:
+            self._behind = open_size, now
         return True if now - self._behind[1] >= CATCH_UP else None
 
 
 def _sample(file: int, size: int) -> tuple[bytes, bytes]:
-    """Return the beginning and the end of the first `size` bytes."""
+    """Return the first and the last SAMPLE bytes of the first `size` bytes of `file`."""
     start = max(0, size - SAMPLE)
     return os.pread(file, min(size, SAMPLE), 0), os.pread(file, size - start, start)

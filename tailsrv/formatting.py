@@ -1,8 +1,8 @@
-"""Writes figures as people read them. Pure."""
+"""Formats sizes and counts for people to read. Pure."""
 
 
 def size(count: float | None) -> str:
-    """Return bytes as people read them."""
+    """Format a number of bytes with a binary unit, such as `1.5 MiB`; None becomes `-`."""
     if count is None:
         return "-"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -13,5 +13,5 @@ def size(count: float | None) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return `1 client`, `2 clients`."""
+    """Return the number and the noun, as in `1 client` or `2 clients`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,4 +1,9 @@
-"""Makes the SO_REUSEPORT listening sockets, one for each slot and address, or takes those that a service manager passes."""
+"""Creates the listening sockets, or takes those that a service manager passes.
+
+Each slot has a socket of its own for each address, with SO_REUSEPORT, so that the kernel spreads
+connections over the workers. If a service manager passes as many sockets as there are slots, each
+slot gets one of them; otherwise all slots share the passed sockets.
+"""
 
 import errno
 import os
@@ -13,21 +18,24 @@ from tailsrv.linux import kernel
 from tailsrv.linux.sockets import KEEPALIVE_OPTIONS, protocol
 from tailsrv.log import fields, logger
 
-# A storm of reconnects fills the queue of a slot before its worker sees the first; the kernel cuts this to
+# Length of each accept queue, in connections. When many clients reconnect at once, they fill the
+# queue of a slot before its worker accepts the first. The kernel limits the length to
 # net.core.somaxconn, which is 4096 by default.
 BACKLOG = 4096
 
-# Of the kernel's choices of a port, how many may be taken at another address. Where none fits, the addresses overlap.
+# How often the kernel is asked to choose a port that is free at all addresses. If it finds none in
+# that many attempts, the addresses overlap.
 PORT_TRIES = 16
 
-# What a stalled reader may pin in the kernel beyond what is in flight. Measured against none, 256 KiB, 512 KiB and
-# 1 MiB: with 128 KiB replays are as fast or faster (1000 clients: 1.7 times), and the caught-up wait a quarter as long
-# beside 50 replaying clients.
+# Bytes that a stalled client may hold in the kernel's memory, in addition to the bytes in flight.
+# [measured: against no limit, 256 KiB, 512 KiB and 1 MiB. With 128 KiB, replays are as fast or
+# faster (1.7 times as fast with 1000 clients), and beside 50 replaying clients, clients that are
+# caught up wait a quarter as long.]
 NOTSENT_LOWAT = 128 << 10
 
-# Accepted sockets inherit these (tcp(7) has a list; measured for all of them), so that a connection costs
-# no system call for them. Keepalive finds the clients that left while the file was quiet. TCP_USER_TIMEOUT stays off:
-# it would end readers that pause.
+# Accepted sockets inherit these options (tcp(7) has a list; measured for all of them), so they cost
+# no system call per connection. Keepalive finds clients that have vanished while the file did not
+# grow. TCP_USER_TIMEOUT stays off, because it would disconnect clients that pause reading.
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     *KEEPALIVE_OPTIONS,
@@ -36,14 +44,15 @@ _OPTIONS = (
 
 
 class ListenError(Exception):
-    """Listening is not possible; the message says where and why, in one line."""
+    """A listening socket cannot be created or used; the message says which and why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One address to listen on, resolved: its family, what bind(2) takes, and how a person writes it.
+    """One numeric address to listen on.
 
-    `name` is the host name that it is one of several addresses of, None where there is no other.
+    `host` is the address as text and `scope` the scope id of an IPv6 address. `name` is set if the
+    address is one of several that a host name has: it is that name.
     """
 
     family: socket.AddressFamily
@@ -52,7 +61,7 @@ class Address:
     name: str | None = field(default=None, compare=False)
 
     def sockaddr(self, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-        """Return what bind(2) takes."""
+        """Return the socket address for bind(2)."""
         return (
             (self.host, port, 0, self.scope)
             if self.family == socket.AF_INET6
@@ -60,44 +69,49 @@ class Address:
         )
 
 
-# the name of all addresses: a machine without IPv6 has only the first of these two
+# The name of the two wildcard addresses. A machine without IPv6 has only the first of them.
 _ALL = "*"
 EVERY_ADDRESS = (
-    Address(socket.AF_INET, "0.0.0.0", name=_ALL),  # noqa: S104 a server's default
+    Address(socket.AF_INET, "0.0.0.0", name=_ALL),  # noqa: S104 the default of a server
     Address(socket.AF_INET6, "::", name=_ALL),
 )
 
 
 def endpoints(bind: Sequence[str], port: int) -> list[str]:
-    """Return how each address that is listened on is written, `*` for all of them."""
+    """Format the addresses of `--bind` as `ADDR:PORT`, or as `*:PORT` if there are none."""
     return [endpoint(host, port) for host in dict.fromkeys(host.strip("[]") for host in bind)] or [
         f"*:{port}"
     ]
 
 
 def resolve(bind: Sequence[str]) -> list[Address]:
-    """Return the addresses that `bind` names, each once; every address where it is empty."""
+    """Resolve the values of `--bind` to addresses, each once; none means the wildcard addresses.
+
+    Raises ListenError if a name cannot be resolved.
+    """
     if not bind:
         return list(EVERY_ADDRESS)
     found: dict[Address, Address] = {}
     for host in bind:
         addresses = _look_up(host)
         for address in addresses:
-            # Who asks for an address by itself, too, needs that one.
+            # An address that is also given on its own is required. So it is not treated as one of
+            # several addresses of a name, any of which may be missing.
             if len(addresses) == 1 or address not in found:
                 found[address] = replace(address, name=host if len(addresses) > 1 else None)
     return list(found.values())
 
 
 def _look_up(host: str) -> list[Address]:
-    """Return the addresses of `host`, a name or an address, each once. Raises ListenError."""
+    """Resolve `host`, a name or an address, to addresses, each once. Raises ListenError."""
     try:
         answers = socket.getaddrinfo(
             host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
         raise ListenError(
-            f"no such address: {host} ({getattr(error, 'strerror', None) or error})"
+            f"no such address: {host} ({getattr(error, 'strerror', None) or error});"
+            " --bind needs an address or a host name, without a port"
         ) from error
     found = (
         Address(family, str(sockaddr[0]), int(sockaddr[3]) if len(sockaddr) > 3 else 0)
@@ -107,13 +121,26 @@ def _look_up(host: str) -> list[Address]:
 
 
 def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[socket.socket]]:
-    """Return the listening sockets of each slot, one for each address.
+    """Create the listening sockets of each slot, one for each address.
 
-    A port of 0 lets the kernel choose one that is free at all of them. Of the addresses of one host name
-    those that this machine does not have are left out, with a warning. Raises ListenError.
+    If a host name has several addresses, those that this machine does not have are left out, with a
+    warning.
+
+    Args:
+        bind: The values of `--bind`; empty for all addresses.
+        port: The TCP port. 0 lets the kernel choose one that is free at all addresses.
+        slots: The number of slots.
+
+    Returns:
+        A list of sockets for each slot.
+
+    Raises:
+        ListenError: A name cannot be resolved, or an address and port cannot be listened on.
+
     """
     addresses = resolve(bind)
-    # held until one fits, so that the kernel does not choose the same port again
+    # Sockets on ports that do not fit are kept open until one fits, so that the kernel does not
+    # choose the same port again.
     with ExitStack() as unfit:
         for tries_left in reversed(range(PORT_TRIES)):
             if firsts := _listen_at_all(addresses, port, unfit if tries_left else None):
@@ -131,9 +158,10 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
 def _listen_at_all(
     addresses: Sequence[Address], port: int, unfit: ExitStack | None
 ) -> dict[Address, socket.socket]:
-    """Return an exclusive listener for each address that there is.
+    """Create an exclusive listening socket for each address that this machine has.
 
-    Where the kernel's choice of a port for one is taken at another, return none, and put them into `unfit` if there is such.
+    If the port that the kernel chose at the first address is in use at another one, return nothing
+    and pass the sockets created so far to `unfit`, or raise ListenError if `unfit` is None.
     """
     with ExitStack() as opened:
         firsts: dict[Address, socket.socket] = {}
@@ -167,32 +195,39 @@ def _refused(address: Address, port: int, error: OSError) -> ListenError:
 def _warn_of_missing(addresses: Iterable[Address]) -> None:
     for address in addresses:
         logger.warning(
-            "this machine does not have one of the addresses of a name, clients cannot connect to it: %s",
+            "this machine does not have one of the addresses of a name,"
+            " clients cannot connect to it: %s",
             fields(
                 name=address.name,
                 address=address.host,
-                hint="name the address that is meant with --bind, or see to it that it is there",
+                hint="give --bind the address itself, or add the address to an interface",
             ),
         )
 
 
 def take_listeners(passed: Sequence[int]) -> list[socket.socket]:
-    """Return the listening sockets behind the descriptors that a service manager has passed. Raises ListenError."""
+    """Return the listening sockets for the descriptors that a service manager has passed.
+
+    Raises ListenError if one of them is not a listening TCP socket.
+    """
     return [_take_listener(fd) for fd in passed]
 
 
 def assign(
     listeners: Sequence[socket.socket], slots: int
 ) -> tuple[list[list[socket.socket]], bool]:
-    """Return the listeners of each slot, and whether all slots share them.
+    """Distribute passed listening sockets over `slots` slots.
 
-    As many as there are slots, all at one address (SO_REUSEPORT), are used one each; otherwise each slot gets a copy of all.
+    If there are as many sockets as slots, all at the same address (SO_REUSEPORT), each slot gets
+    one of them. A single slot gets all sockets. Otherwise each slot gets duplicates of all sockets.
+
+    Returns the sockets of each slot, and whether all slots share the same sockets.
     """
     if len(listeners) == slots and len({sock.getsockname() for sock in listeners}) == 1:
         return [[sock] for sock in listeners], False
     if slots == 1:
         return [list(listeners)], False
-    # each slot's own, to keep and to close
+    # Each slot gets duplicates of its own, which it can close without affecting the others.
     copies = [[sock.dup() for sock in listeners] for _ in range(slots)]
     for sock in listeners:
         sock.close()
@@ -205,7 +240,8 @@ def _take_listener(fd: int) -> socket.socket:
         listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
         raise ListenError(
-            f"descriptor {fd}, passed by the service manager, is no socket: {os.strerror(error.errno or 0)}"
+            f"descriptor {fd}, passed by the service manager, is not a socket:"
+            f" {os.strerror(error.errno or 0)}"
         ) from error
     if (
         sock.type != socket.SOCK_STREAM
@@ -213,11 +249,13 @@ def _take_listener(fd: int) -> socket.socket:
         or not listens
     ):
         raise ListenError(
-            f"descriptor {fd}, passed by the service manager, is no listening TCP socket; use ListenStream=PORT"
+            f"descriptor {fd}, passed by the service manager, is not a listening TCP socket;"
+            " use ListenStream=PORT"
         )
     if (other := _other_protocol(sock)) is not None:
         raise ListenError(
-            f"descriptor {fd}, passed by the service manager, is no TCP socket but {other}; use SocketProtocol=tcp"
+            f"descriptor {fd}, passed by the service manager, is not a TCP socket but {other};"
+            " use SocketProtocol=tcp"
         )
     _set_options(sock)
     _forbid_fast_open(sock)
@@ -225,7 +263,11 @@ def _take_listener(fd: int) -> socket.socket:
 
 
 def _other_protocol(sock: socket.socket) -> str | None:
-    """Return what `sock` speaks if that is not TCP itself: then nobody could say where a stream stands."""
+    """Name the protocol of `sock` if it is not TCP; return None if it is.
+
+    With another protocol, such as MPTCP, the kernel does not tell how much of a stream has been
+    sent, so that no other worker could continue it.
+    """
     number = protocol(sock)
     if number == socket.IPPROTO_TCP:
         return None
@@ -233,7 +275,7 @@ def _other_protocol(sock: socket.socket) -> str | None:
 
 
 def names_of(listeners: Sequence[socket.socket]) -> list[str]:
-    """Return how the addresses of `listeners` are written, each once, `*` for all of the machine's."""
+    """Format the addresses of `listeners` as `ADDR:PORT`, each once, with `*` for a wildcard."""
     names = (sock.getsockname()[:2] for sock in listeners)
     every = {address.host for address in EVERY_ADDRESS}
     return list(
@@ -245,18 +287,20 @@ _NO_SUCH_ADDRESS = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPR
 
 
 def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
-    """Return a listening socket that its later siblings can join.
+    """Create a listening socket that the sockets of further slots can join (SO_REUSEPORT).
 
-    An exclusive one listens *before* it gets SO_REUSEPORT, so that the kernel refuses a second server on the
-    port, also one that starts in the same instant; with the option from the start it would share the clients.
+    An exclusive socket listens *before* it gets SO_REUSEPORT. So the kernel refuses a second server
+    on the port, even one that starts at the same moment. If the option were set first, a second
+    server would get a share of the clients.
     """
     sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if (other := _other_protocol(sock)) is not None:
             raise ListenError(
-                f"the kernel gives us {other} sockets instead of TCP; start without mptcpize, or exempt us from its BPF program"
+                f"the kernel creates {other} sockets instead of TCP sockets;"
+                " start tailsrv without mptcpize, or exclude it in the BPF program that does this"
             )
-        # a restart need not wait for TIME_WAIT
+        # Without this, a restart would have to wait for connections in the state TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -281,13 +325,14 @@ def _set_options(sock: socket.socket) -> None:
 
 
 def _forbid_fast_open(sock: socket.socket) -> None:
-    """Accept no connection before its handshake is complete, whatever net.ipv4.tcp_fastopen says.
+    """Disable TCP Fast Open, whatever net.ipv4.tcp_fastopen says.
 
-    Until then the kernel counts nothing of what is sent, so that no successor could go on with the
-    stream. With the sysctl's flag 0x400 listen(2) allows it, so this must come afterwards.
+    With it, a connection could be accepted before its handshake is complete. Until then the kernel
+    does not count the bytes sent, so that no other worker could continue the stream. If the sysctl
+    has the flag 0x400, listen(2) enables Fast Open, so call this after listen(2).
     """
     try:
         sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_FASTOPEN, 0)
     except OSError:
-        # A kernel without it never does that.
+        # This kernel does not support TCP Fast Open.
         pass

@@ -1,4 +1,9 @@
-"""Writes the log to standard error: one line an event, fields at its end."""
+"""The program's own log: writes one line per event to standard error, with `key=value` fields.
+
+A process never waits for standard error, because a stalled reader of the log must not stall
+clients: a line for which there is no room is dropped. Events that untrusted clients can cause are
+limited by `RateLimited`.
+"""
 
 import logging
 import os
@@ -11,10 +16,10 @@ from tailsrv.linux.standard_error import open_output
 
 logger = logging.getLogger("tailsrv")
 
-# the folder of all our modules, also of those in folders of their own
+# The folder of the package, which contains all modules of tailsrv.
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
-# sd-daemon(3): the journal takes a line's priority from its first characters.
+# The journal reads the priority of a line from its first characters, as in `<6>` (sd-daemon(3)).
 _PRIORITIES = {
     logging.DEBUG: 7,
     logging.INFO: 6,
@@ -25,30 +30,45 @@ _PRIORITIES = {
 
 
 def fields(**values: object) -> str:
-    """Return `key=value ...`; a value that would break the line or the fields is quoted."""
+    """Format `values` as `key=value ...`, leaving out those that are None.
+
+    A value that could be mistaken for the end of the line or of its field is quoted.
+    """
     return " ".join(
         f"{key}={printable(str(value))}" for key, value in values.items() if value is not None
     )
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line and without undecodable bytes, quoted if it holds more than plain characters."""
+    """Return `text` on one line and without undecodable bytes.
+
+    It is quoted and escaped if it is empty or contains unprintable characters, spaces, quotes or
+    `=`.
+    """
     return text if text and text.isprintable() and not set(text) & set(" \"'=") else ascii(text)
 
 
 def describe_error(error: Exception) -> str:
-    """Return the fields that say what the kernel has refused us, and where in our code; a traceback is for our own mistakes."""
-    ours = [
+    """Return the fields `reason=` and `at=` for an error of the operating system.
+
+    `at` is the last line of tailsrv's code in the traceback, as in `worker/streams.py:90`. The log
+    shows whole tracebacks only for programming errors.
+    """
+    frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename.startswith(_PACKAGE)
     ]
-    place = f"{ours[-1].filename.removeprefix(_PACKAGE)}:{ours[-1].lineno}" if ours else None
-    return fields(reason=str(error) or "out of memory", at=place)
+    at = f"{frames[-1].filename.removeprefix(_PACKAGE)}:{frames[-1].lineno}" if frames else None
+    return fields(reason=str(error) or "out of memory", at=at)
 
 
 class Formatter(logging.Formatter):
-    """One line a record: with a priority for the journal, which adds time and name itself, or with these."""
+    """Formats a record as one line.
+
+    For the journal, which adds time and program name itself, the line begins with a priority.
+    Otherwise it begins with time, program name and pid.
+    """
 
     def __init__(self, journal: bool) -> None:
         super().__init__(
@@ -59,7 +79,10 @@ class Formatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line; only our own faults bring a traceback, its lines joined to one for the journal."""
+        """Return the record's line, and a traceback below it if the record has one.
+
+        Only programming errors have one. For the journal all lines are joined to one.
+        """
         line = super().format(record)
         if not self._journal:
             return line
@@ -67,23 +90,31 @@ class Formatter(logging.Formatter):
 
 
 class Handler(logging.Handler):
-    """Writes to standard error, and drops a line rather than wait: a stalled reader of the log must not stall clients."""
+    """Writes records to standard error, and drops a record rather than wait."""
 
     def __init__(self, mode: int) -> None:
         super().__init__()
         self._write = open_output(mode)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record, in one write(2) unless it is very long, so that the lines of several processes do not mix."""
+        """Write one record.
+
+        Unless it is very long it is written by a single write(2), so that the lines of several
+        processes do not mix.
+        """
         try:
             self._write((self.format(record) + "\n").encode(errors="backslashreplace"))
         except OSError:
-            # nobody is left to tell
+            # The error cannot be reported: standard error is the only place for it.
             pass
 
 
 def set_up(verbosity: int) -> None:
-    """Send the log to standard error: 0 for what an operator acts on, 1 also each connection, -1 warnings only."""
+    """Send the log of this process to standard error.
+
+    `verbosity` is 0 for events that an operator may act on, 1 to log each connection as well, and
+    -1 to log only warnings and errors.
+    """
     try:
         status: os.stat_result | None = os.fstat(2)
     except OSError:
@@ -94,7 +125,7 @@ def set_up(verbosity: int) -> None:
     logger.propagate = False
     logger.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
     logging.raiseExceptions = False
-    # The interpreter's own way of telling these may wait for standard error.
+    # The interpreter's default hooks may block on standard error.
     sys.excepthook = _log_uncaught
     sys.unraisablehook = _log_unraisable
     for level in _PRIORITIES:
@@ -104,18 +135,26 @@ def set_up(verbosity: int) -> None:
 def _log_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    logger.critical("cannot go on: %s", fields(reason=repr(error)), exc_info=(kind, error, trace))
+    logger.critical(
+        "internal error, the process exits: %s",
+        fields(reason=repr(error), hint="please report this with the traceback"),
+        exc_info=(kind, error, trace),
+    )
 
 
 def _log_unraisable(fault: "sys.UnraisableHookArgs") -> None:
     logger.error(
-        "fault while an object was destroyed: %s",
-        fields(reason=repr(fault.exc_value), object=repr(fault.object)),
+        "internal error while an object was destroyed: %s",
+        fields(
+            reason=repr(fault.exc_value),
+            object=repr(fault.object),
+            hint="please report this",
+        ),
     )
 
 
 def _is_journal(status: os.stat_result | None) -> bool:
-    """Tell whether standard error is the journal's socket, as systemd.exec(5) says how to ($JOURNAL_STREAM)."""
+    """Return whether standard error is the journal's socket ($JOURNAL_STREAM, systemd.exec(5))."""
     return (
         status is not None
         and os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -123,37 +162,45 @@ def _is_journal(status: os.stat_result | None) -> bool:
 
 
 class RateLimited:
-    """Logs what a stranger can cause: at most so many lines an interval, and with the next one how many were left out."""
+    """Logs an event that untrusted clients can cause, with a limit on the number of lines.
+
+    At most `burst` lines are written in `interval` seconds. The next line after that has a field
+    `suppressed=` with the number of lines that were left out.
+    """
 
     def __init__(self, level: int, burst: int = 10, interval: float = 10.0) -> None:
         self._level = level
-        self._allowance = RateLimit(burst, interval)
+        self._limit = RateLimit(burst, interval)
 
     def __call__(self, message: str, **values: object) -> None:
-        """Log `message` and the fields, if this line is within the limit."""
+        """Log `message` with `values` as its fields, unless the limit is reached."""
         if not logger.isEnabledFor(self._level):
             return
-        held_back = self._allowance.ask(time.monotonic())
-        if held_back is not None:
+        suppressed = self._limit.ask(time.monotonic())
+        if suppressed is not None:
             logger.log(
-                self._level, "%s: %s", message, fields(**values, suppressed=held_back or None)
+                self._level, "%s: %s", message, fields(**values, suppressed=suppressed or None)
             )
 
 
 class RateLimit:
-    """Lets through so many per interval and counts the rest: what a stranger can cause must have a bound."""
+    """Allows `burst` events in `interval` seconds, and counts the events that it suppresses."""
 
     def __init__(self, burst: int, interval: float) -> None:
         self._burst, self._interval = burst, interval
-        self._since, self._used, self._held_back = float("-inf"), 0, 0
+        self._since, self._used, self._suppressed = float("-inf"), 0, 0
 
     def ask(self, now: float) -> int | None:
-        """Return None if this one must be held back, else how many were since the last that was not."""
+        """Return None if this event must be suppressed.
+
+        Otherwise return the number of events suppressed since the last one that was allowed. `now`
+        is a time in seconds, of a clock that never goes back.
+        """
         if now - self._since >= self._interval:
             self._since, self._used = now, 0
         if self._used >= self._burst:
-            self._held_back += 1
+            self._suppressed += 1
             return None
         self._used += 1
-        held_back, self._held_back = self._held_back, 0
-        return held_back
+        suppressed, self._suppressed = self._suppressed, 0
+        return suppressed

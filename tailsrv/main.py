@@ -1,4 +1,8 @@
-"""Turns argv into a `Config` and an exit status for `tailsrv`."""
+"""The command `tailsrv`: from the command line to a running supervisor and an exit status.
+
+`main()` parses the arguments, opens the file and the listening sockets, or takes them over from the
+version that an upgrade has replaced, and runs the supervisor until the server ends.
+"""
 
 import gc
 import socket
@@ -46,21 +50,28 @@ from tailsrv.titles import longest_title
 from tailsrv.worker.worker import work
 
 NO_PORT = "the following arguments are required: -p/--port"
-NO_PORT_HINT = " (or a socket unit; for tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env, INSTANCE without any backslash)"
+NO_PORT_HINT = (
+    " (or start the socket unit; for tailsrv@.service set PORT= in /etc/tailsrv/INSTANCE.env,"
+    " where INSTANCE has no backslashes)"
+)
 
-# Room in the title for the addresses of passed sockets: two IPv6 addresses. The title's room is
-# made before the sockets are taken, so their real names are not known yet.
+# Stands for the addresses of passed sockets when room for the process title is reserved: two IPv6
+# addresses. The room is reserved before the sockets are taken, so their addresses are not known.
 PASSED = ["[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] * 2
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
-    """Return what `argv` asks for, and how much is to be logged; a usage error ends the program with status 2."""
+    """Parse `argv` (sys.argv if None); a usage error exits the program with status 2.
+
+    Returns the configuration and the verbosity of the log, from -1 (warnings) to 1 (debug).
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     passed = bool(passed_sockets())
     if passed and (args.port is not None or args.bind):
         parser.error(
-            "-p/--port and --bind do not go with the sockets that the service manager passes: leave them out (PORT= empty)"
+            "-p/--port and --bind cannot be combined with sockets from the service manager:"
+            " leave both out (PORT= empty)"
         )
     if not passed and args.port is None and not is_upgrade():
         parser.error(NO_PORT + (NO_PORT_HINT if is_service() else ""))
@@ -83,55 +94,59 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
 
 
 def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int:
-    """Run `tailsrv` with `argv` (sys.argv if None) until it is told to end; return the exit status.
+    """Run `tailsrv` with `argv` (sys.argv if None) until the server ends; return the exit status.
 
-    `timing` is for tests. An upgrade keeps it where the program that is run again passes it again.
+    `timing` is for tests. An upgrade keeps it only if the new program passes it to main() again.
     """
-    # of a file name; it has looked by then
+    # setproctitle finds the memory for its title only while the environment is as the kernel laid
+    # it out, so call it first. It raises this error for a file name that cannot be decoded, but
+    # only after it has found the memory.
     with suppress(UnicodeDecodeError):
-        # setproctitle finds its room only while the environment is as the kernel laid it out
         getproctitle()
     config, verbosity = parse(argv)
     if timing is not None:
         config = replace(config, timing=timing)
     if is_check():
         return answer_check()
-    # With arguments of a caller's, the command line of this process is not the one to execute.
+    # make_room() may execute the command line of this process again. If the caller has passed
+    # arguments, that is not the command to execute.
     if argv is None:
         names = PASSED if config.port is None else endpoints(config.bind, 65535)
         make_room(longest_title(names, config.path), *command())
-    # until the supervisor's handlers are there
+    # Signals stay blocked until the supervisor has installed its handlers.
     block_all()
     ignore_io_signals()
     set_up(verbosity)
     try:
         occupy_standard_descriptors()
-        handed_on = read_state()
-        supervisor, file = prepare(config) if handed_on is None else take_over(config, handed_on)
+        state = read_state()
+        supervisor, file = prepare(config) if state is None else take_over(config, state)
     except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:
-        # OSError: no descriptors, no memory
+        # OSError: out of descriptors or memory.
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
     try:
         status = supervisor.run(file)
     except (OSError, MemoryError) as error:
-        # the workers see it, and end as well
-        logger.critical("cannot go on: %s", describe_error(error))
+        # The workers notice that the supervisor is gone, and exit as well.
+        logger.critical("supervisor failed, all streams end: %s", describe_error(error))
         status = ExitStatus.CANNOT_SERVE
-    # The interpreter's own end gives signals their default action back: one more TERM would be our exit status.
+    # The interpreter restores the default action of signals while it exits. Without this, another
+    # SIGTERM at that moment would kill the process, and the exit status would be lost.
     block_all()
     return status
 
 
 def prepare(config: Config) -> tuple[Supervisor, int | None]:
-    """Return a supervisor that listens as `config` says, and the open file, None if there is none yet.
+    """Open the file and the listening sockets for a new server.
 
-    Raises CannotServeError, ListenError, AlreadyServedError.
+    Returns the supervisor, and the file's descriptor, which is None if there is no file yet.
+    Raises CannotServeError, ListenError or AlreadyServedError.
     """
     descriptors = raise_descriptor_limit()
-    # before anything else is opened: they have their numbers
+    # Take the passed sockets before anything else is opened: they have fixed descriptor numbers.
     passed = take_listeners(take_sockets())
-    # open(2) waits for a network file system that does not answer
+    # open(2) blocks while a network file system does not answer.
     with interruptible():
         file = open_file(config.path)
     prepare_to_fork()
@@ -139,7 +154,7 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
         names = names_of(passed)
         listeners, shared = assign(passed, config.workers)
     else:
-        # getaddrinfo(3) waits for a name server that does not answer
+        # getaddrinfo(3) blocks while a name server does not answer.
         with interruptible():
             listeners, shared = listen(config, config.port), False
         names = endpoints(config.bind, listeners[0][0].getsockname()[1])
@@ -163,22 +178,25 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
 def warn_of_limits(
     config: Config, listeners: Sequence[Sequence[socket.socket]], descriptors: int
 ) -> None:
-    """Say which limits of the system will be met before ours."""
+    """Log a warning for each limit of the system that is lower than what the server needs."""
     _, backlog = accept_queue(listeners[0][0])
-    # 0: a system that does not tell
+    # The length is 0 if the system does not report it.
     if 0 < backlog < BACKLOG:
         logger.warning(
-            "accept queues are cut short, in a storm of connections some wait longer: %s",
+            "accept queues are shorter than requested, some clients will connect more slowly"
+            " when many connect at once: %s",
             fields(
                 backlog=backlog,
                 wanted=BACKLOG,
-                hint="raise net.core.somaxconn, or Backlog= of the socket unit",
+                hint="raise net.core.somaxconn, and Backlog= of the socket unit if there is one",
             ),
         )
+    # The supervisor has a descriptor for each client. A worker may need as many, if all clients
+    # connect to it.
     needed = config.max_clients + RESERVED_DESCRIPTORS + sum(map(len, listeners)) + config.workers
     if config.max_clients and needed > descriptors:
         logger.warning(
-            "descriptors do not suffice for --max-clients, in a worker and once more in the supervisor: %s",
+            "file descriptor limit is too low for --max-clients: %s",
             fields(
                 max_clients=config.max_clients,
                 needed=needed,
@@ -188,20 +206,27 @@ def warn_of_limits(
         )
 
 
-def take_over(config: Config, handed_on: UpgradeState) -> tuple[Supervisor, int | None]:
-    """Return a supervisor that goes on from what the version before us handed on, and the open file if there is one."""
+def take_over(config: Config, state: UpgradeState) -> tuple[Supervisor, int | None]:
+    """Continue the server of the previous version from `state`, which an upgrade has passed on.
+
+    Returns the supervisor, and the file's descriptor, which is None if there is no file.
+    """
     raise_descriptor_limit()
-    keep_private(handed_on.descriptors())
+    keep_private(state.descriptors())
     prepare_to_fork()
-    slots = [Slot.load(index, saved) for index, saved in enumerate(handed_on.slots)]
-    control = Control([socket.socket(fileno=fd) for fd in handed_on.control])
+    slots = [Slot.load(index, saved) for index, saved in enumerate(state.slots)]
+    control = Control([socket.socket(fileno=fd) for fd in state.control])
     return Supervisor(
-        config, slots, handed_on.endpoints, control, partial(work, config=config), handed_on
-    ), handed_on.file
+        config, slots, state.endpoints, control, partial(work, config=config), state
+    ), state.file
 
 
 def listen(config: Config, port: int) -> list[list[socket.socket]]:
-    """Return the listeners of each slot. Raises ListenError, naming another tailsrv on the port."""
+    """Return the listening sockets of each slot.
+
+    Raises AlreadyServedError if another tailsrv listens on the port, and ListenError for any other
+    failure.
+    """
     try:
         return open_listeners(config.bind, port, config.workers)
     except ListenError:
@@ -212,11 +237,12 @@ def listen(config: Config, port: int) -> list[list[socket.socket]]:
 
 
 def prepare_to_fork() -> None:
-    """Do once what every worker would otherwise do for itself, so that they share the memory."""
-    # a worker that gets no instance says so itself, and polls
+    """Do work once that every worker would repeat otherwise, so that the workers share memory."""
+    # The first INotify searches for the C library, which starts a child process. It may fail: a
+    # worker that gets no inotify instance reports that itself, and polls.
     with suppress(OSError):
-        # looks for the C library, by way of a child process
         INotify().close()
     gc.collect()
-    # a collection in a worker would write to every page that it looks at, and get its own copy
+    # A garbage collection in a worker writes to every object that it examines, and each page
+    # written to is copied for that worker. Frozen objects are not examined.
     gc.freeze()

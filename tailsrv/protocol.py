@@ -1,39 +1,52 @@
-"""Parses the header and resolves it to an offset. Pure: it has never met a socket."""
+"""The client protocol: parses the header and resolves it to an offset in the file.
+
+Pure: this module uses no socket and makes no system call.
+"""
 
 import re
 from dataclasses import dataclass
 
-# bytes before the newline: 20 hold any signed 64-bit number, the rest is slack for blanks
+# The largest number of bytes before the newline. 20 bytes hold any signed 64-bit number; the rest
+# leaves room for blanks.
 MAX_HEADER = 32
-# with the newline; whoever has this many bytes knows whether the header is good
+# The same with the newline. This many bytes suffice to tell whether the header is valid.
 PEEK = MAX_HEADER + 1
 _INT64_MAX = 2**63 - 1
 
-# int() alone would also take b"1_000" and other people's digits
+# int() alone would also accept b"1_000".
 _HEADER = re.compile(rb"[ \t]*([+-]?)([0-9]+)[ \t]*\r?")
 
 
 class HeaderError(ValueError):
-    """What a client sent is not a header; the message says why."""
+    """The bytes that a client sent are not a valid header; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a client wants its stream to start: `count` bytes from the file's start, or before its end."""
+    """Where a stream starts: `count` bytes after the file's start, or before its end."""
 
     count: int
     from_end: bool
 
     def offset(self, size: int) -> int:
-        """Return the absolute offset for a file that is `size` bytes long."""
+        """Return the offset from the start, in bytes, for a file that is `size` bytes long."""
         return max(0, size - self.count) if self.from_end else self.count
 
 
 def parse_header(received: bytes, ended: bool = False) -> Start | None:
-    """Return where the stream is to start, or None if more is needed.
+    """Parse the header at the beginning of what a client has sent.
 
-    `received` holds the first bytes a client has sent, PEEK of them or all there are; `ended` says that
-    no more will come. Raises HeaderError where no continuation could make it a header.
+    Args:
+        received: The first bytes that the client has sent: PEEK of them, or all if it has sent
+            fewer.
+        ended: Whether the client has shut down its side, so that no more bytes will follow.
+
+    Returns:
+        The start of the stream, or None if more bytes are needed.
+
+    Raises:
+        HeaderError: The bytes are not a valid header, and no further bytes can make them one.
+
     """
     line, newline, _ = received[:PEEK].partition(b"\n")
     if not newline:

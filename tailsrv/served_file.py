@@ -1,4 +1,7 @@
-"""The file that is served, as the supervisor holds it: awaited, open, or gone from its path."""
+"""Opens the file that is served, and says whether its path still names it.
+
+The supervisor holds one `ServedFile`. All workers inherit its descriptor.
+"""
 
 import os
 import stat
@@ -10,23 +13,29 @@ from tailsrv.log import fields, logger
 
 
 class ServedFile:
-    """One path, and the open file that all workers share: `file` is its descriptor, None while it is awaited."""
+    """A path, and the open file of that name, which all workers share.
+
+    `file` is its descriptor, or None while the server waits for a file of that name.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.file: int | None = None
-        # the path does not name it any more
+        # Whether the path no longer names the open file.
         self.gone = False
-        # why the workers look at it by the clock
+        # Why the workers poll the file instead of using inotify; None if they do not poll.
         self.polling: str | None = None
-        # why the next one of this name cannot be opened
+        # Why the next file of this name cannot be opened; empty if there was no error.
         self.open_error = ""
         self._identity: FileIdentity | None = None
-        # and the log says so
-        self._leased = False
+        # Whether the log has said that another program has a lease on the file.
+        self._lease_logged = False
 
     def open(self) -> bool:
-        """Open the file if there is one, and tell whether it is open. Raises CannotServeError."""
+        """Try to open the file, and return whether it is open now.
+
+        Raises CannotServeError if there is a file of that name that cannot be served.
+        """
         try:
             self.file = try_to_open(self.path)
         except LeasedError:
@@ -34,33 +43,36 @@ class ServedFile:
         return self.file is not None
 
     def _note_lease(self) -> None:
-        if not self._leased:
-            self._leased = True
+        if not self._lease_logged:
+            self._lease_logged = True
             logger.warning(
-                "another program has a lease on the file, clients wait until it is given up: %s",
+                "another program has a lease on the file, clients wait until it is released: %s",
                 fields(path=self.path, hint="Samba: kernel oplocks = no; see /proc/locks"),
             )
 
     def has_gone(self, now: float) -> bool | None:
-        """Tell whether the path names something else by now, or nothing; None if that cannot be seen yet."""
+        """Return whether the path names another file or nothing; None if that is unknown yet.
+
+        `now` is a time in seconds, of a clock that never goes back.
+        """
         assert self.file is not None
         if self._identity is None:
             self._identity = FileIdentity(self.file, self.path)
         return self._identity.is_gone(now)
 
     def close(self) -> None:
-        """Close the file, for the next one of its name."""
+        """Close the file, so that the next file of its name can be opened."""
         assert self.file is not None
         close_file(self.file)
         self.file, self.gone, self.polling, self._identity = None, False, None, None
-        self._leased = False
+        self._lease_logged = False
 
     def size(self) -> int | None:
-        """Return the file's size in bytes, None if there is none."""
+        """Return the file's size in bytes; None if no file is open or its size is unknown."""
         return size_of(self.file) if self.file is not None else None
 
     def describe(self) -> dict[str, object]:
-        """Return what the status says of the file."""
+        """Return the status of the file, as the control socket reports it."""
         return {
             "path": absolute(self.path),
             "gone": self.gone,
@@ -74,11 +86,17 @@ class CannotServeError(Exception):
 
 
 class LeasedError(Exception):
-    """Another program has a lease on the file, which the kernel has asked it to give up (fcntl(2), F_SETLEASE)."""
+    """Another program has a lease on the file (fcntl(2), F_SETLEASE).
+
+    The kernel has asked that program to release it. Samba and nfsd take leases.
+    """
 
 
 def open_file(path: str) -> int | None:
-    """Return a descriptor of the regular file `path`, None if there is none yet. Raises CannotServeError."""
+    """Open the regular file `path`; return None if it does not exist or is leased.
+
+    Raises CannotServeError.
+    """
     try:
         return try_to_open(path)
     except LeasedError:
@@ -86,12 +104,14 @@ def open_file(path: str) -> int | None:
 
 
 def try_to_open(path: str) -> int | None:
-    """Return a descriptor of the regular file `path`, None if there is nothing of that name.
+    """Open the regular file `path`; return its descriptor, or None if the file does not exist.
 
-    Raises CannotServeError, and LeasedError where that will pass: Samba and nfsd take leases.
+    Raises CannotServeError, or LeasedError if the file cannot be opened until another program
+    releases its lease.
     """
     try:
-        # before open(2), which would wait at a FIFO or rewind a tape
+        # Check before open(2), which would have a side effect on a FIFO or a device: it rewinds a
+        # tape, for example.
         _check_regular(os.stat(path))
         file = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -118,19 +138,23 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _try_sendfile(file: int) -> None:
-    """Find out now, not with the first client, whether this file's contents can be sent."""
+    """Test that the file supports sendfile(2) and lseek(2), before the first client needs them.
+
+    Raises CannotServeError.
+    """
     with open(os.devnull, "wb", buffering=0) as sink:
         try:
             os.sendfile(sink.fileno(), file, 0, 1)
             os.lseek(file, 0, os.SEEK_END)
         except OSError as error:
             raise CannotServeError(
-                f"its file system cannot sendfile(2) or lseek(2): {os.strerror(error.errno or 0)}"
+                "its file system does not support sendfile(2) or lseek(2):"
+                f" {os.strerror(error.errno or 0)}; serve a file on another one"
             ) from error
 
 
 def size_of(file: int) -> int | None:
-    """Return the size of the open `file` in bytes, None where a file server does not say."""
+    """Return the size of the open `file` in bytes; None if its file server does not answer."""
     try:
         return os.fstat(file).st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""Logs the signals that mean nothing to the server, instead of dying of them."""
+"""Logs signals that have no meaning for tailsrv, which would end the process by default."""
 
 import logging
 
@@ -9,9 +9,9 @@ HINT = "TERM drains, QUIT ends at once, HUP upgrades; a log rotation needs no si
 
 
 class StraySignals:
-    """Writes one log line for a signal that was ignored, at most one per signal and ten seconds.
+    """Logs ignored signals, at most one line per signal and ten seconds.
 
-    `where` are fields of every line.
+    The arguments are fields that every line shows.
     """
 
     def __init__(self, **where: object) -> None:
@@ -19,7 +19,7 @@ class StraySignals:
         self._limits: dict[int, RateLimited] = {}
 
     def note(self, number: int) -> None:
-        """Say that signal `number` was ignored, and which signals are not."""
+        """Log that the signal `number` was ignored, and which signals have a meaning."""
         limited = self._limits.setdefault(number, RateLimited(logging.WARNING, burst=1))
         where = {"signal": name_of(number), **self._where}
-        limited("ignored a signal that means nothing to tailsrv", **where, hint=HINT)
+        limited("ignored a signal that has no meaning for tailsrv", **where, hint=HINT)

@@ -1,4 +1,4 @@
-"""What the processes show in their titles, and to the service manager."""
+"""The texts of the process titles (shown by ps) and of the status line in `systemctl status`."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,23 @@ from tailsrv.formatting import counted
 def supervisor_title(
     endpoints: Sequence[str], path: str, state: str, workers: int, clients: int
 ) -> str:
-    """Return the supervisor's title; `state` is empty, `starting`, `waiting for file`, `rotating` or `draining`."""
-    # a title is one line of decodable text
+    """Return the supervisor's title.
+
+    `state` is empty, `starting`, `waiting for file`, `rotating` or `draining`.
+    """
+    # A title must be one line of decodable text.
     name = path if path.isprintable() else ascii(path)
-    return f"tailsrv: supervisor {','.join(endpoints)} {name} [{service_status(state, workers, clients)}]"
+    status = service_status(state, workers, clients)
+    return f"tailsrv: supervisor {','.join(endpoints)} {name} [{status}]"
 
 
 def status_title(endpoints: Sequence[str]) -> str:
-    """Return the title of a child that tells somebody about the clients."""
+    """Return the title of a child process that answers one request for the list of clients."""
     return f"tailsrv: status {','.join(endpoints)}"
 
 
 def service_status(state: str, workers: int, clients: int) -> str:
-    """Return the status as `systemctl status` shows it: what is in the brackets of the title."""
+    """Return the text for `systemctl status`, which the title also shows in brackets."""
     status = [state] if state else []
     if state not in ("starting", "waiting for file"):
         status += [counted(workers, "worker"), counted(clients, "client")]
@@ -29,7 +33,7 @@ def service_status(state: str, workers: int, clients: int) -> str:
 
 
 def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) -> str:
-    """Return the title of a slot's worker; `state` is empty, `starting` or `draining`."""
+    """Return the title of the worker in `slot`; `state` is empty, `starting` or `draining`."""
     status = [state] if state else []
     if state != "starting":
         status.append(counted(clients, "client"))
@@ -37,5 +41,5 @@ def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) 
 
 
 def longest_title(endpoints: Sequence[str], path: str) -> int:
-    """Return how many bytes the supervisor's title takes at most; a worker's is shorter."""
+    """Return the largest length of the supervisor's title in bytes; a worker's is shorter."""
     return len(supervisor_title(endpoints, path, "draining", MAX_WORKERS, MAX_CLIENTS).encode())

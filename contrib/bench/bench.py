@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Measures tailsrv, what people do today, and any other server of the protocol. README.md explains the scenarios."""
+"""Measures tailsrv, socat with tail -f, and any other server of the protocol.
+
+README.md explains the scenarios.
+"""
 
 import argparse
 import os
@@ -20,16 +23,17 @@ from scenarios import Scenario, crowd, quick, usual
 from servers import Server, ServerError
 
 EPILOG = """\
-A COMMAND is split as a shell would; {port} and {file} in it are filled in. It must stay in the foreground and serve 127.0.0.1.
+A COMMAND is split into words like a shell command; then {port} and {file} in it are replaced.
+It must stay in the foreground and serve 127.0.0.1.
 exit status: 0 all is measured, 1 a server failed or nothing can be measured, 2 usage
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2."""
+        """Print `message` and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -43,21 +47,25 @@ def make_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--quick", action="store_true", help="one round, less work: under a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round with less work; takes less than a minute"
+    )
     parser.add_argument(
         "--rounds",
         type=whole,
         metavar="N",
-        help="rounds, of which the median counts (default: 3; 1 with --quick)",
+        help="number of rounds; results are their medians (default: 3; 1 with --quick)",
     )
     parser.add_argument(
         "--only",
         metavar="NAME,...",
-        help="scenarios by name or family, `replay-8` or `replay`; `crowd` is run only if named here",
+        help="run only these scenarios, by name (`replay-8`) or family (`replay`);"
+        " `crowd` is run only if it is named here",
     )
     parser.add_argument(
         "--workers", type=whole, default=processors, metavar="N",
-        help=f"tailsrv with 1, 2, 4, ... up to N workers (default: {processors}, the processors); 0: without tailsrv",
+        help="measure tailsrv with 1, 2, 4, ... up to N workers"
+        f" (default: {processors}, the number of processors); 0: leave out tailsrv",
     )  # fmt: skip
     parser.add_argument(
         "--server",
@@ -65,44 +73,45 @@ def make_parser() -> Parser:
         default=[],
         type=other,
         metavar="NAME=COMMAND",
-        help="one more server, may be repeated",
+        help="measure another server; may be repeated",
     )
     parser.add_argument("--no-socat", action="store_true", help="leave out socat with tail -f")
     parser.add_argument(
         "--no-bare",
         action="store_true",
-        help="do not measure what the load generator can measure at all",
+        help="do not measure the limits of the load generator",
     )
     parser.add_argument(
         "--clients",
         type=whole,
         default=20_000,
         metavar="N",
-        help="clients of the scenario crowd (default: %(default)s)",
+        help="number of clients in the scenario crowd (default: %(default)s)",
     )
     parser.add_argument(
         "--threads", type=whole, default=max(1, processors // 2), metavar="N",
-        help="threads that play the clients (default: %(default)s, half of the processors)",
+        help="number of threads that act as clients"
+        " (default: %(default)s, half of the processors)",
     )  # fmt: skip
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("bench-results"),
         metavar="FOLDER",
-        help="where results go (default: %(default)s)",
+        help="folder for the results (default: %(default)s)",
     )
     return parser
 
 
 def whole(text: str) -> int:
-    """Return the whole number `text`."""
+    """Parse a whole number of 0 or more. Raises ArgumentTypeError."""
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!r}")
     return int(text)
 
 
 def other(text: str) -> Server:
-    """Return the server that `NAME=COMMAND` describes."""
+    """Return the server that `NAME=COMMAND` describes. Raises ArgumentTypeError."""
     name, _, command = text.partition("=")
     if not name or "{port}" not in command or "{file}" not in command:
         raise argparse.ArgumentTypeError(
@@ -112,7 +121,7 @@ def other(text: str) -> Server:
 
 
 def choose_scenarios(parser: Parser, args: argparse.Namespace) -> list[Scenario]:
-    """Return the scenarios that `--only` names, else all of the run."""
+    """Return the scenarios that `--only` names, or all scenarios of the run without it."""
     found = quick() if args.quick else usual()
     if args.only is None:
         return found
@@ -127,7 +136,7 @@ def choose_scenarios(parser: Parser, args: argparse.Namespace) -> list[Scenario]
 
 
 def choose_servers(args: argparse.Namespace) -> list[Server]:
-    """Return the servers, the first of which is what the others are compared with."""
+    """Return the servers to measure. Ratios in the results compare them with the first one."""
     counts = [
         1 << power for power in range(args.workers.bit_length()) if 1 << power < args.workers
     ] + [args.workers] * bool(args.workers)
@@ -140,14 +149,17 @@ def choose_servers(args: argparse.Namespace) -> list[Server]:
 
 
 class Progress:
-    """Says on standard error how far we are: a line for each measurement, on a terminal one more that is written over."""
+    """Reports progress on standard error: a line for each measurement that has ended.
+
+    On a terminal, one more line shows the measurement that is running.
+    """
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
         self._terminal = sys.stderr.isatty()
 
     def begin(self, what: str) -> None:
-        """Say what is being measured."""
+        """Show what is measured now, on a terminal."""
         if self._terminal:
             done = 20 * self._done // self._total
             line = f"[{'#' * done}{'.' * (20 - done)}] {self._done}/{self._total} {what}"
@@ -159,7 +171,7 @@ class Progress:
             )
 
     def end(self, what: str, outcome: str) -> None:
-        """Say what came of it."""
+        """Print the result of the measurement `what`."""
         self._done += 1
         start = "\r\033[K" if self._terminal else ""
         print(
@@ -168,15 +180,19 @@ class Progress:
 
 
 def measure_all(results: Results, generator: Generator, rounds: int, threads: int) -> None:
-    """Measure each scenario in rounds of all servers, so that a drift of the machine's speed falls on all alike."""
+    """Measure every scenario with every server, in rounds.
+
+    In each round of a scenario all servers are measured in turn, so that a change of the machine's
+    speed affects all servers alike.
+    """
     able = [
         [server for server in results.servers if not results.cell(scenario, server).skipped]
         for scenario in results.scenarios
     ]
     progress = Progress(rounds * sum(map(len, able)))
-    for scenario, those in zip(results.scenarios, able, strict=True):
+    for scenario, its_servers in zip(results.scenarios, able, strict=True):
         for turn in range(1, rounds + 1):
-            for server in those:
+            for server in its_servers:
                 what = f"{scenario.name}, round {turn} of {rounds}, {server.name}"
                 progress.begin(what)
                 progress.end(
@@ -188,11 +204,11 @@ def measure_all(results: Results, generator: Generator, rounds: int, threads: in
 def _measure(
     cell: Cell, scenario: Scenario, server: Server, generator: Generator, threads: int
 ) -> str:
-    """Note what one round of a server brings, and say it."""
+    """Measure `server` once, add the result to `cell`, and return it as text."""
     try:
         figures = scenario.run(server, generator, threads)
     except (LoadError, ServerError, OSError) as error:
-        # what a server cannot do is a finding, and the others go on
+        # A failure of one server is a result. The others are measured all the same.
         cell.failed = str(error)
         return f"failed: {error}"
     cell.rounds.append(figures)
@@ -200,7 +216,7 @@ def _measure(
 
 
 def run(scenarios: list[Scenario], found: list[Server], args: argparse.Namespace) -> int:
-    """Measure, write what there is even when interrupted, and return the exit status."""
+    """Measure, write the results, even if interrupted, and return the exit status."""
     settings = {
         "rounds": args.rounds,
         "quick": args.quick,
@@ -223,7 +239,7 @@ def run(scenarios: list[Scenario], found: list[Server], args: argparse.Namespace
 
 
 def raise_descriptor_limit() -> int:
-    """Let ourselves and what we start have as many descriptors as may be had, and return how many."""
+    """Raise the descriptor limit of this process and its children to the hard limit; return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
@@ -231,7 +247,7 @@ def raise_descriptor_limit() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return its exit status."""
-    # or the server that is being measured would be left behind
+    # SIGTERM raises KeyboardInterrupt, so that the server that is being measured is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = make_parser()
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Draws line charts as SVG, by hand: a library would be the benchmark's only dependency."""
+"""Draws line charts as SVG, without a library, which would be the benchmark's only dependency."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +9,11 @@ from itertools import cycle
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 WIDTH, HEIGHT = 720, 420
-# around the plot
+# The margins around the plot.
 LEFT, RIGHT, TOP, BOTTOM = 84, 24, 84, 56
 
-# No background, and colours of middling lightness: they can be read on white and on black alike.
+# The charts have no background, and colors of medium lightness, so they are readable on white and
+# on black.
 COLOURS = ("#2f81f7", "#e5534b", "#3fa34d", "#b87ae0", "#d08a1d", "#1fa3a3")
 TEXT = "#7d8590"
 GRID = f'stroke="{TEXT}" stroke-opacity="0.25"'
@@ -21,28 +22,28 @@ FONT = "system-ui, sans-serif"
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart: its ticks, and where a value lies, 0 to 1."""
+    """One axis of a chart, with its label and the values of its ticks."""
 
     label: str
     ticks: tuple[float, ...]
     log: bool
 
     def place(self, value: float) -> float:
-        """Return where `value` lies between the first tick and the last."""
+        """Return the position of `value`: 0 at the first tick, 1 at the last one."""
         scale = math.log10 if self.log else float
         low, high = scale(self.ticks[0]), scale(self.ticks[-1])
         return (scale(value) - low) / (high - low)
 
 
 def log_axis(label: str, values: Iterable[float]) -> Axis:
-    """Return an axis of powers of ten around `values`, which must be more than 0."""
+    """Return a logarithmic axis whose ticks are powers of ten around `values`, all above 0."""
     values = list(values)
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return Axis(label, tuple(10.0**power for power in range(low, max(high, low + 1) + 1)), log=True)
 
 
 def linear_axis(label: str, values: Iterable[float]) -> Axis:
-    """Return an axis from 0 to beyond `values`, in five to eleven round steps."""
+    """Return an axis from 0 to beyond all `values`, with five to eleven steps of a round size."""
     highest = max([1e-9, *values])
     power = 10.0 ** math.floor(math.log10(highest))
     step = next(power * share for share in (0.1, 0.2, 0.5, 1, 2) if highest / (power * share) <= 10)
@@ -50,7 +51,7 @@ def linear_axis(label: str, values: Iterable[float]) -> Axis:
 
 
 def count_axis(label: str, values: Iterable[float]) -> Axis:
-    """Return an axis with a tick at each whole number, or fewer where they are many."""
+    """Return an axis with ticks at whole numbers: at each one, or at fewer if there are many."""
     highest = max(2, math.ceil(max(values)))
     step = math.ceil(highest / 10)
     return Axis(label, tuple(float(i) for i in range(0, highest + step, step)), log=False)
@@ -59,7 +60,8 @@ def count_axis(label: str, values: Iterable[float]) -> Axis:
 def draw(title: str, subtitle: str, x: Axis, y: Axis, series: Series) -> str:
     """Return the chart as an SVG document."""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="{FONT}" font-size="13" fill="{TEXT}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+        f' font-family="{FONT}" font-size="13" fill="{TEXT}">',
         f"<title>{escape(title)}</title>",
         _text(16, 26, title, 'font-size="17" font-weight="600"'),
         _text(16, 45, subtitle),
@@ -109,6 +111,9 @@ def _legend(series: Series) -> Iterable[str]:
 
 def _line(name: str, points: Sequence[tuple[float, float]], colour: str) -> Iterable[str]:
     path = "L".join(f"{across} {down}" for across, down in points)
-    yield f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.5"><title>{escape(name)}</title></path>'
+    yield (
+        f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.5">'
+        f"<title>{escape(name)}</title></path>"
+    )
     for across, down in points:
         yield f'<circle cx="{across}" cy="{down}" r="4" fill="{colour}"/>'

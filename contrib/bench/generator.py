@@ -1,4 +1,4 @@
-"""Compiles load.c, and runs it step by step: ready, go, result."""
+"""Compiles the load generator, load.c, and runs it: connect clients, start, read the results."""
 
 import json
 import os
@@ -16,13 +16,13 @@ Numbers = dict[str, float]
 
 
 class LoadError(Exception):
-    """The clients did not get what they should have got; the message says what was wrong."""
+    """The load generator cannot run, or its clients received wrong data; the message says more."""
 
 
 class Generator:
-    """The compiled load generator and the file that it makes and appends to, both in `folder`.
+    """The compiled load generator, and the file that it creates and appends to, both in `folder`.
 
-    Raises LoadError if it cannot be compiled.
+    Raises LoadError if the load generator cannot be compiled.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,27 +37,29 @@ class Generator:
         except OSError as error:
             raise LoadError(f"cannot run the C compiler {compiler}: {error.strerror}") from None
         except subprocess.CalledProcessError as error:
-            raise LoadError(
-                f"cannot compile {SOURCE.name}: {(error.stderr.strip() or 'no reason given').splitlines()[0]}"
-            ) from None
+            reason = (error.stderr.strip() or "no reason given").splitlines()[0]
+            raise LoadError(f"cannot compile {SOURCE.name}: {reason}") from None
 
     def make(self, size: int) -> None:
-        """Make the file `size` bytes long."""
+        """Create the file, `size` bytes long. Raises LoadError."""
         done = subprocess.run(
             [self.program, "make", "-f", self.file, "-b", str(size)], capture_output=True, text=True
         )
         if done.returncode:
             raise LoadError(
-                _error(done.stdout) or f"the file cannot be made: status {done.returncode}"
+                _error(done.stdout) or f"cannot create the file: status {done.returncode}"
             )
 
     def start(self, mode: str, *arguments: object) -> "Clients":
-        """Return the clients of the scenario `mode`, as load.c explains it."""
+        """Start the clients of the scenario `mode`; load.c explains modes and arguments."""
         return Clients([str(self.program), mode, "-f", str(self.file), *map(str, arguments)])
 
 
 class Clients:
-    """The running generator. Use it in a `with` statement, at the end of which all connections are closed."""
+    """The running load generator.
+
+    Use it in a `with` statement, which closes all connections at its end.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -65,18 +67,24 @@ class Clients:
         )
 
     def ready(self) -> Numbers:
-        """Wait until all are connected, and return how that went."""
+        """Wait until all clients are connected; return the figures of connecting.
+
+        Raises LoadError.
+        """
         return self._expect("ready")
 
     def go(self) -> Numbers:
-        """Let them begin, and return what came of it; they stay connected."""
+        """Let the clients start, and return the figures of the result; they stay connected.
+
+        Raises LoadError.
+        """
         stdin = self._process.stdin
         assert stdin is not None
         try:
             stdin.write("\n")
             stdin.flush()
         except BrokenPipeError:
-            # it has failed while it waited: the next line says why
+            # The load generator has failed while it waited. Its next line says why.
             pass
         return self._expect("result")
 
@@ -87,7 +95,7 @@ class Clients:
         if error := _error(line):
             raise LoadError(error)
         if not line:
-            raise LoadError(f"the load generator ended with status {self._process.wait()}")
+            raise LoadError(f"the load generator exited with status {self._process.wait()}")
         numbers: Numbers = json.loads(line)[key]
         return numbers
 

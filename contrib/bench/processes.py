@@ -1,4 +1,4 @@
-"""Looks at processes, the kernel and the machine: processor time, memory, and what the figures were measured on."""
+"""Measures processor time and memory of processes and the kernel, and describes the machine."""
 
 import os
 import platform
@@ -9,33 +9,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 PROC = Path("/proc")
-# of /proc/meminfo: sockets, descriptors, and what processes take beside their own
+# Fields of /proc/meminfo: the kernel's memory for sockets, descriptors and processes.
 KERNEL = ("Slab", "KernelStack", "PageTables")
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a server had used at one moment, all its processes together, and the whole kernel."""
+    """What all processes of a server together, and the kernel, had used at one moment."""
 
     pids: frozenset[int]
-    # seconds
+    # Processor time of the processes, in seconds.
     cpu: float
-    # KiB
+    # Memory of the processes, in KiB (PSS: shared pages are divided among the processes).
     pss: int
-    # KiB, of both ends of the connections: they are on one machine
+    # Memory of the kernel in KiB, for both ends of the connections, which are on one machine.
     kernel: int
-    # KiB, the same: what TCP counts as memory of its queues
+    # Memory of the TCP queues in KiB, for both ends of the connections.
     sockets: int
 
 
 def look(pids: Iterable[int]) -> Look:
-    """Return what the processes `pids` have used so far."""
+    """Return what the processes `pids` and the kernel have used so far."""
     pids = frozenset(pids)
     return Look(pids, sum(map(_cpu_seconds, pids)), sum(map(_pss, pids)), _kernel(), _sockets())
 
 
 def session(sid: int) -> list[int]:
-    """Return the pids of the living processes in the session `sid`."""
+    """Return the pids of the processes in the session `sid`, without zombies."""
     found = []
     for pid in (int(name) for name in os.listdir(PROC) if name.isdecimal()):
         fields = _read(PROC / str(pid) / "stat").rpartition(")")[2].split()
@@ -45,7 +45,7 @@ def session(sid: int) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    """Return the pids of the living children of `pid`, which leads its session."""
+    """Return the pids of the children of `pid`, a session leader, without zombies."""
     found = []
     for child in session(pid):
         fields = _read(PROC / str(child) / "stat").rpartition(")")[2].split()
@@ -55,7 +55,7 @@ def children(pid: int) -> list[int]:
 
 
 def describe_machine() -> dict[str, object]:
-    """Return what a reader has to know about the machine that figures come from."""
+    """Return the facts about this machine that a reader of the results needs."""
     return {
         "processor": _field(PROC / "cpuinfo", "model name") or platform.machine(),
         "processors": len(os.sched_getaffinity(0)),
@@ -72,12 +72,16 @@ def _revision() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        # not a repository, or no git
+        # This is not a repository, or git is not installed.
         return ""
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Return the processor time of all threads of `pid`: in nanoseconds where the kernel has them, else in ticks of 10 ms."""
+    """Return the processor time of all threads of `pid` in seconds.
+
+    The kernel counts nanoseconds in schedstat. If it has no schedstat, the time is exact to a clock
+    tick, usually 10 ms.
+    """
     spent = [_read(task / "schedstat").split() for task in _tasks(pid)]
     if all(spent) and spent:
         return sum(int(words[0]) for words in spent) / 1e9
@@ -89,7 +93,7 @@ def _tasks(pid: int) -> list[Path]:
     try:
         return list((PROC / str(pid) / "task").iterdir())
     except OSError:
-        # it has ended
+        # The process has exited.
         return []
 
 
@@ -107,7 +111,7 @@ def _sockets() -> int:
 
 
 def _field(path: Path, name: str) -> str:
-    """Return what stands behind `name:` in the file `path`, empty if it is not there."""
+    """Return the text after `name:` in the file `path`; empty if there is no such line."""
     for line in _read(path).splitlines():
         key, _, value = line.partition(":")
         if key.strip() == name:
@@ -119,5 +123,5 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
     except OSError:
-        # a process that has ended, or is not ours
+        # The process has exited, or belongs to another user.
         return ""

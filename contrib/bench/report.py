@@ -1,4 +1,4 @@
-"""Makes of the rounds what is read: medians, JSON, a Markdown table, charts."""
+"""Turns the measured rounds into results: medians, JSON, Markdown tables and charts."""
 
 import json
 import statistics
@@ -11,18 +11,21 @@ from generator import Numbers
 from scenarios import FIGURES, Scenario
 from servers import Server
 
-# what a table says for that server and figure
+# Returns the text of a table cell for a scenario, a server and the key of a figure.
 Show = Callable[[Scenario, Server, str], str]
 NOTHING = "-"
 HEADROOM = (
-    "Ratios to threads of the load generator that do nothing but send, as many as the server has workers: "
-    "at 1 the server is at the limit of what can be measured."
+    "Ratios to threads of the load generator that do nothing but send, as many as the server has"
+    " workers. At 1 the server is at the limit of what can be measured."
 )
 
 
 @dataclass
 class Cell:
-    """What one server did in one scenario: a dictionary of figures for each round, or why there are none."""
+    """The results of one server in one scenario: the figures of each round, or why there are none.
+
+    `skipped` and `failed` are empty if the server was measured, and say why not otherwise.
+    """
 
     clients: int
     rounds: list[Numbers] = field(default_factory=list)
@@ -31,7 +34,7 @@ class Cell:
 
     @property
     def medians(self) -> Numbers:
-        """The median of each figure; nothing if a round failed."""
+        """The median of each figure over all rounds; empty if a round failed."""
         if self.failed or not self.rounds:
             return {}
         return {
@@ -41,7 +44,7 @@ class Cell:
 
 
 class Results:
-    """All that was measured, by scenario and server."""
+    """All results, by scenario and server, with the machine and the settings they came from."""
 
     def __init__(
         self,
@@ -58,11 +61,11 @@ class Results:
         }
 
     def cell(self, scenario: Scenario, server: Server) -> Cell:
-        """Return what is known of `server` in `scenario`."""
+        """Return the results of `server` in `scenario`."""
         return self.cells[scenario.name][server.name]
 
     def failures(self) -> list[str]:
-        """Return a line for each server that did not do what it should have done."""
+        """Return one line for each scenario and server that failed."""
         return [
             f"{scenario}: {server}: {cell.failed}"
             for scenario, row in self.cells.items()
@@ -71,7 +74,7 @@ class Results:
         ]
 
     def write(self, folder: Path) -> None:
-        """Write results.json, results.md and the charts."""
+        """Write results.json, results.md and the charts to `folder`, which is created if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
         (folder / "results.md").write_text("\n".join(_markdown(self)) + "\n")
@@ -79,7 +82,7 @@ class Results:
             (folder / name).write_text(document)
 
     def as_json(self) -> dict[str, object]:
-        """Return everything, each round of it."""
+        """Return all results, with the figures of each round."""
         cells = {
             scenario: {
                 server: {**vars(cell), "medians": cell.medians} for server, cell in row.items()
@@ -103,7 +106,7 @@ def _cell(scenario: Scenario, server: Server) -> Cell:
 
 
 def brief(figures: Numbers) -> str:
-    """Return figures on one line."""
+    """Format figures on one line."""
     return ", ".join(
         f"{_number(value)} {FIGURES[key].unit} {FIGURES[key].label}".replace("  ", " ")
         for key, value in figures.items()
@@ -114,25 +117,26 @@ def _markdown(results: Results) -> Iterator[str]:
     machine, tables = results.machine, Tables(results)
     yield from ("# Benchmark", "")
     yield (
-        f"{machine['date']}, {machine['processors']} processors ({machine['processor']}), {machine['memory_mib']} MiB, "
-        f"{machine['kernel']}, Python {machine['python']}, revision {machine['revision'] or 'unknown'}. "
-        f"Medians of {results.settings['rounds']} interleaved rounds."
+        f"{machine['date']}, {machine['processors']} processors ({machine['processor']}),"
+        f" {machine['memory_mib']} MiB, {machine['kernel']}, Python {machine['python']},"
+        f" revision {machine['revision'] or 'unknown'}."
+        f" Medians of {results.settings['rounds']} interleaved rounds."
     )
     if tables.servers:
         yield from tables.section(
             f"Ratios to {tables.servers[0].name}",
-            "Rates are turned round: below 1 is better.",
+            "For rates the inverse is shown, so below 1 is better everywhere.",
             tables.ratio,
         )
         yield from tables.section(
-            "Figures", "What they mean is in contrib/bench/README.md.", tables.figure
+            "Figures", "contrib/bench/README.md explains them.", tables.figure
         )
         yield from tables.section("Headroom of the load generator", HEADROOM, tables.headroom)
     yield from _remarks(results)
 
 
 class Tables:
-    """The tables: a line for each scenario and figure, a column for each server."""
+    """The Markdown tables, with a row for each scenario and figure and a column for each server."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
@@ -140,7 +144,10 @@ class Tables:
         self._bare = {server.bare: server for server in results.servers if server.bare}
 
     def section(self, title: str, remark: str, show: Show) -> Iterator[str]:
-        """Yield a table with its heading, `show` giving the cells; nothing if they are all empty."""
+        """Yield the lines of a table with its heading; nothing if all cells are empty.
+
+        `show` returns the text of a cell, NOTHING for an empty one.
+        """
         if rows := list(self._rows(show)):
             yield from ("", f"## {title}", "", remark, "")
             yield (
@@ -150,15 +157,16 @@ class Tables:
             yield from rows
 
     def ratio(self, scenario: Scenario, server: Server, key: str) -> str:
-        """Say how much worse than the first server's a figure is."""
+        """Return the ratio of a figure to the first server's; above 1 is worse."""
         figure = FIGURES[key]
-        # a count says how much was done, not how well
+        # A figure without a unit is a count, such as the number of clients. It is no better or
+        # worse than another one.
         if figure.of_load or not figure.unit:
             return NOTHING
         return self._ratio(scenario, server, self.servers[0], key)
 
     def figure(self, scenario: Scenario, server: Server, key: str) -> str:
-        """Say the figure itself."""
+        """Return the figure itself, with its unit."""
         found = self._value(scenario, server, key)
         return (
             NOTHING
@@ -167,7 +175,7 @@ class Tables:
         )
 
     def headroom(self, scenario: Scenario, server: Server, key: str) -> str:
-        """Say how far a figure is from the bare sender's, and how busy the load generator was."""
+        """Return the ratio of a figure to the bare sender's, or how busy the load generator was."""
         found, bare = self._value(scenario, server, key), self._bare.get(server.workers)
         if FIGURES[key].of_load and found is not None:
             return f"{found:.0f} {FIGURES[key].unit}"
@@ -177,13 +185,11 @@ class Tables:
         return self.results.cell(scenario, server).medians.get(key)
 
     def _ratio(self, scenario: Scenario, server: Server, base: Server, key: str) -> str:
-        ours, theirs = (
-            self._value(scenario, server, key) or 0,
-            self._value(scenario, base, key) or 0,
-        )
-        if ours <= 0 or theirs <= 0:
+        value = self._value(scenario, server, key) or 0
+        base_value = self._value(scenario, base, key) or 0
+        if value <= 0 or base_value <= 0:
             return NOTHING
-        return f"{ours / theirs if FIGURES[key].lower_is_better else theirs / ours:.2f}"
+        return f"{value / base_value if FIGURES[key].lower_is_better else base_value / value:.2f}"
 
     def _rows(self, show: Show) -> Iterator[str]:
         for scenario in self.results.scenarios:
@@ -211,7 +217,8 @@ def _remarks(results: Results) -> Iterator[str]:
                 remarks.append(f"- {scenario.name}: {server.name}: **failed**, {cell.failed}.")
             elif cell.clients < scenario.clients:
                 remarks.append(
-                    f"- {scenario.name}: {server.name}: {cell.clients} clients, not {scenario.clients}."
+                    f"- {scenario.name}: {server.name}:"
+                    f" {cell.clients} clients, not {scenario.clients}."
                 )
     if remarks:
         yield from ("", "## Remarks", "", *remarks)
@@ -222,7 +229,7 @@ def _remarks(results: Results) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of one figure of one family of scenarios, against the number of clients."""
+    """A chart of one figure of one family of scenarios over the number of clients."""
 
     name: str
     title: str
@@ -283,7 +290,8 @@ def _points(results: Results, server: Server, chart: Chart) -> list[tuple[float,
     return sorted(found)
 
 
-# What more workers should make better, by family; of each, the scenario with the most clients is shown.
+# Figures that more workers should improve, by family of scenarios. The chart shows the scenario
+# with the most clients of each family.
 SCALING = {
     "replay": ("throughput", "replay"),
     "fanout": ("last_p50", "last client of an append"),
@@ -292,8 +300,8 @@ SCALING = {
 
 
 def _workers_chart(results: Results) -> Iterator[tuple[str, str]]:
-    """Yield how many times as good as one worker several are."""
-    ours = [server for server in results.servers if server.is_ours]
+    """Yield the chart of the speed of tailsrv over its number of workers, if one can be drawn."""
+    tailsrvs = [server for server in results.servers if server.is_ours]
     series = {}
     for family, (key, name) in SCALING.items():
         scenario = max(
@@ -301,7 +309,7 @@ def _workers_chart(results: Results) -> Iterator[tuple[str, str]]:
             key=lambda found: found.clients,
             default=None,
         )
-        if scenario and (points := _scaling(results, scenario, ours, key)):
+        if scenario and (points := _scaling(results, scenario, tailsrvs, key)):
             series[f"{name}, {scenario.clients:,}"] = points
     if series:
         x = charts.count_axis("workers", _all(series, 0))
@@ -314,11 +322,12 @@ def _workers_chart(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _scaling(
-    results: Results, scenario: Scenario, ours: Sequence[Server], key: str
+    results: Results, scenario: Scenario, servers: Sequence[Server], key: str
 ) -> list[tuple[float, float]]:
+    """Return the numbers of workers, each with the speed relative to that of one worker."""
     values = {
         server.workers: value
-        for server in ours
+        for server in servers
         if (value := results.cell(scenario, server).medians.get(key))
     }
     if 1 not in values:

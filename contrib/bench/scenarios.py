@@ -1,4 +1,4 @@
-"""What is measured: the work, how it is timed, and the figures that come of it."""
+"""The scenarios of the benchmark: the load of each one, how it runs, and the figures it yields."""
 
 import json
 import math
@@ -14,29 +14,30 @@ from servers import Running, Server, running
 
 MIB = 1 << 20
 NOTHING = Look(frozenset(), 0.0, 0, 0, 0)
-# seconds until memory is looked at: what is freed late is freed by then
+# Seconds to wait before memory is measured, so that memory that is freed late is not counted.
 SETTLE = 0.3
 
-# connections at once: fewer than wait in any of these servers' queues
+# The largest number of connections that are made at once. The accept queue of each of the servers
+# is longer.
 BACKLOG = 2048
-# clients from which on memory for each of them is more than noise
+# With fewer clients than this, the memory per client is lost in noise.
 ENOUGH = 100
-# descriptors that a process has beside its clients'
+# Descriptors that a process needs in addition to one for each client.
 OVERHEAD = 64
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What one number means."""
+    """The meaning of one number in the results."""
 
     label: str
     unit: str
     lower_is_better: bool = True
-    # not the server's, but the load generator's
+    # Whether the number describes the load generator instead of the server.
     of_load: bool = False
 
 
-# By key. A scenario's figures are those that its function returns.
+# All figures by key. A scenario has those that its function `figures` returns.
 FIGURES = {
     "throughput": Figure("throughput", "MB/s", lower_is_better=False),
     "cpu_per_gb": Figure("CPU time for each GB", "ms"),
@@ -46,7 +47,7 @@ FIGURES = {
     "last_p50": Figure("append to last client, p50", "µs"),
     "last_p99": Figure("append to last client, p99", "µs"),
     "cpu_per_delivery": Figure("CPU time for each delivery", "µs"),
-    "replayed": Figure("throughput of those that replay", "MB/s", lower_is_better=False),
+    "replayed": Figure("throughput of replaying clients", "MB/s", lower_is_better=False),
     "serial": Figure("connections one by one", "per s", lower_is_better=False),
     "burst": Figure("connections all at once", "per s", lower_is_better=False),
     "pss": Figure("memory of all its processes", "MiB"),
@@ -63,7 +64,12 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """What one run has shown: the server with no client, with all, and after the work; and what the clients say."""
+    """The measurements of one run.
+
+    `before`, `full` and `after` describe the server without clients, with all clients, and after
+    the work. `joined` and `result` are the load generator's figures of connecting and of the work.
+    `unprotected` is the number of clients that would not survive the death of their worker.
+    """
 
     clients: int
     threads: int
@@ -76,19 +82,29 @@ class Sample:
 
     @property
     def cpu(self) -> float | None:
-        """Seconds that the sender has worked; None where processes have come or gone meanwhile and taken their count along."""
+        """Processor time of the sender for the work, in seconds.
+
+        It is None if the server's processes have changed meanwhile: the time of a process that has
+        exited is unknown.
+        """
         if own := self.result["sender_cpu_s"]:
             return own
         return self.after.cpu - self.full.cpu if self.after.pids == self.full.pids else None
 
     def cpu_for(self, name: str, amount: float) -> Numbers:
-        """Return the figure `name`: what the sender has worked for each of `amount`, if that is known."""
+        """Return the figure `name`: processor time divided by `amount`; empty if it is unknown."""
         return {} if self.cpu is None else {name: self.cpu / amount}
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One kind of work at one size. `arguments` are load.c's."""
+    """One kind of load with one number of clients.
+
+    `mode` and `arguments` are for load.c. `size` is the file's size in bytes at the start.
+    `figures` computes the results. `replayers` is the number of clients, in addition to `clients`,
+    that replay the file. `kills` says that a worker is killed, and `settles` that the server gets a
+    moment of rest before memory is measured.
+    """
 
     name: str
     mode: str
@@ -98,44 +114,53 @@ class Scenario:
     figures: Callable[[Sample], Numbers]
     replayers: int = 0
     kills: bool = False
-    # it can be had without a server
+    # Whether the bare sender of the load generator can do it as well.
     bare: bool = False
     settles: bool = False
 
     @property
     def family(self) -> str:
-        """Its name without the size."""
+        """The name without the number of clients."""
         return self.name.partition("-")[0]
 
     def obstacle(self, server: Server) -> str:
-        """Return why `server` cannot be asked to do this; empty: it can."""
+        """Return why `server` cannot run this scenario; empty if it can."""
         if server.bare and not self.bare:
             return "only a server can do this"
         if self.kills and not server.is_ours:
-            return "a process of it that is killed takes its client's stream along"
+            return "its clients do not survive the death of a process"
         if (
             server.most_clients is not None
             and self.clients + self.replayers > server.most_clients
             and self.mode != "connect"
         ):
-            return f"not with more than {server.most_clients} clients: it starts processes for each"
+            return (
+                f"more than {server.most_clients} clients,"
+                " and the server starts processes for each client"
+            )
         return ""
 
     def count(self, server: Server) -> int:
-        """Return with how many clients `server` is measured: as far as it and the descriptors go."""
+        """Return how many clients `server` is measured with.
+
+        This is fewer than `clients` if the server, or the descriptor limit, does not allow so many.
+        """
         limit = descriptors() - OVERHEAD
         most = limit // 2 if server.bare else limit * (server.workers if server.is_ours else 1)
         if server.is_ours and server.workers > 1:
-            # the kernel does not spread them evenly
+            # The kernel does not distribute clients evenly over the workers.
             most = int(most * 0.95)
         return min(self.clients, most, server.most_clients or most)
 
     def threads(self, clients: int, threads: int) -> int:
-        """Return over how many of the generator's threads, each with descriptors of its own, the clients are spread."""
+        """Return how many threads of the load generator the clients are spread over.
+
+        Each thread has descriptors of its own, so more than `threads` may be needed.
+        """
         return min(clients, max(threads, math.ceil(clients / (descriptors() - OVERHEAD))))
 
     def run(self, server: Server, generator: Generator, threads: int) -> Numbers:
-        """Measure `server` once and return the figures. Raises LoadError, ServerError."""
+        """Measure `server` once and return the figures. Raises LoadError or ServerError."""
         generator.make(self.size)
         clients = self.count(server)
         threads = self.threads(clients, threads)
@@ -163,12 +188,12 @@ class Scenario:
 
 
 def descriptors() -> int:
-    """Return how many descriptors a process may have."""
+    """Return the largest number of descriptors that a process may have."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 def _unprotected(started: Running) -> int:
-    """Return how many clients a tailsrv had no descriptor left for."""
+    """Return how many clients of a tailsrv are not protected, for lack of descriptors."""
     if not started.server.is_ours:
         return 0
     with socket.socket(socket.AF_UNIX) as sock:
@@ -177,7 +202,7 @@ def _unprotected(started: Running) -> int:
             return int(json.load(status)["unprotected"])
 
 
-# What comes of a run, by family
+# The figures of a run, by family of scenarios
 
 
 def _replay(sample: Sample) -> Numbers:
@@ -247,7 +272,7 @@ def _crowd(sample: Sample) -> Numbers:
     }
 
 
-# How much work: the default, and a quick round
+# The scenarios of the default run and of a quick one
 
 
 def _replays(clients: int, mib: int) -> Scenario:
@@ -284,7 +309,10 @@ def _connects(clients: int) -> Scenario:
 
 
 def crowd(clients: int) -> Scenario:
-    """Return the scenario that is run only when it is asked for: it takes that many descriptors, and some memory."""
+    """Return the scenario `crowd`, which runs only if --only names it.
+
+    It needs descriptors and memory for that many clients.
+    """
     return Scenario("crowd", "follow", clients, 4096, ("-n", 1), _crowd, settles=True)
 
 
@@ -292,16 +320,18 @@ def usual() -> list[Scenario]:
     """Return the scenarios of the default run."""
     return [
         _replays(1, 1024), _replays(8, 256), _replays(64, 32), _replays(1000, 2),
-        _follows(1, 300, 2), _follows(10, 200, 2), _follows(100, 50, 2), _follows(1000, 10, 2.5), _follows(5000, 3, 3),
+        _follows(1, 300, 2), _follows(10, 200, 2), _follows(100, 50, 2), _follows(1000, 10, 2.5),
+        _follows(5000, 3, 3),
         _firehoses(10, 20_000, 2), _mixes(20, 50, 64, 3), _connects(2000),
         _idles(10), _idles(100), _idles(1000), _idles(5000), _deaths(1000), _deaths(5000),
     ]  # fmt: skip
 
 
 def quick() -> list[Scenario]:
-    """Return those of a run that takes less than a minute, and says less."""
+    """Return the scenarios of a quick run, which takes less than a minute and is less exact."""
     return [
         _replays(1, 256), _replays(8, 32), _replays(64, 4),
-        _follows(1, 300, 0.5), _follows(10, 200, 0.5), _follows(100, 50, 0.5), _follows(1000, 10, 0.5),
-        _firehoses(10, 20_000, 0.3), _mixes(20, 20, 16, 0.5), _connects(500), _idles(10), _idles(100), _idles(1000), _deaths(1000),
+        _follows(1, 300, 0.5), _follows(10, 200, 0.5), _follows(100, 50, 0.5),
+        _follows(1000, 10, 0.5), _firehoses(10, 20_000, 0.3), _mixes(20, 20, 16, 0.5),
+        _connects(500), _idles(10), _idles(100), _idles(1000), _deaths(1000),
     ]  # fmt: skip

@@ -1,7 +1,9 @@
-"""Measures on this machine what a relay costs: `python3 measure.py [ROUNDS]`, with the Python of tailsrv's venv.
+"""Measures on this machine what a relay costs, in delay and processor time.
 
-Everything runs over loopback: an origin, relays (tssync and tailsrv), and the clients, which throw away what they get.
-It prints medians of the rounds, which take turns. Three rounds take a minute.
+Run it as `python3 measure.py [ROUNDS]`, with the Python of tailsrv's venv. Everything runs over
+loopback: an origin, relays (tssync and tailsrv), and clients, which discard what they receive. The
+rounds of the different measurements are interleaved; their medians are printed. The default of
+three rounds takes a minute.
 """
 
 import os
@@ -18,22 +20,25 @@ from statistics import median, quantiles
 
 import psutil
 
+# Bytes of a record.
 RECORD = 128
-# seconds between records
+# Seconds between two records.
 PAUSE = 0.01
-# of one measurement of the delay
+# Records in one measurement of the delay.
 RECORDS = 300
+# Numbers of relays between the origin and the client.
 LEVELS = (0, 1, 2)
 
+# Numbers of relays that serve clients side by side.
 RELAYS = (1, 2, 4)
-# that replay, over all relays together
+# Clients that replay, of all relays together, and the bytes that each of them receives.
 CLIENTS = 64
 REPLAY = 64 << 20
-# that get each record, over all relays together
+# Clients that receive each new record, of all relays together, and the number of records.
 LIVE_CLIENTS = 400
 LIVE_RECORDS = 200
 
-# seconds
+# Seconds after which waiting is given up.
 PATIENCE = 60.0
 
 
@@ -59,32 +64,32 @@ class Server:
         wait_for(lambda: b"worker ready" in log.read_bytes())
 
     def cpu(self):
-        """Return the processor time that it has used, all of its processes together."""
+        """Return the processor time that all processes of the server have used, in seconds."""
         process = psutil.Process(self.process.pid)
         times = [one.cpu_times() for one in (process, *process.children())]
         return sum(each.user + each.system for each in times)
 
 
 def start(stack, command, stderr=subprocess.DEVNULL):
-    """Start a program that is ended with `stack`."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)  # noqa: S603 - our own
+    """Start a program, which `stack` will stop."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)  # noqa: S603 - tailsrv or tssync
     stack.callback(process.wait)
     stack.callback(process.terminate)
     return process
 
 
 def wait_for(check):
-    """Return what `check` returns as soon as that is true."""
+    """Wait until `check()` is true, and return its result; exit after PATIENCE seconds."""
     end = time.monotonic() + PATIENCE
     while not (seen := check()):
         if time.monotonic() > end:
-            sys.exit("measure.py: this takes too long")
+            sys.exit(f"measure.py: a server is not ready after {PATIENCE:g} seconds")
         time.sleep(0.01)
     return seen
 
 
 def add_relay(stack, folder, upstream):
-    """Return the server of a relay of `upstream`, once its copy is complete."""
+    """Start a relay of `upstream`, wait until its copy is complete, and return its server."""
     path = folder / f"copy-{time.monotonic_ns()}"
     start(
         stack, [sys.executable, "-m", "tailsrv.client.tssync", f"127.0.0.1:{upstream.port}", path]
@@ -94,7 +99,7 @@ def add_relay(stack, folder, upstream):
 
 
 def connect(server, offset):
-    """Return a connection to `server`."""
+    """Connect to `server`, and request the file from `offset` on."""
     sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
     sock.sendall(b"%d\n" % offset)
     return sock
@@ -102,19 +107,25 @@ def connect(server, offset):
 
 @contextmanager
 def tree(size):
-    """Give a function that adds relays to an origin, the origin, and its file, which has `size` bytes."""
+    """Start an origin for the `with` statement, whose file has `size` bytes.
+
+    Gives a function that adds a relay of a server, the origin, and its file.
+    """
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="tailsrv-") as name:
         path = Path(name, "origin")
         path.write_bytes(os.urandom(1 << 20) * (size >> 20))
         file = stack.enter_context(path.open("ab", buffering=0))
         origin = Server(stack, path)
         yield lambda upstream: add_relay(stack, Path(name), upstream), origin, file
-        # before the folder goes
+        # Stop all programs before their folder is deleted.
         stack.close()
 
 
 def measure_delay(level):
-    """Return the seconds that each record took from the file of the origin to a client `level` relays away."""
+    """Return the delay of each record in seconds.
+
+    It is measured from the append at the origin to a client that connects through `level` relays.
+    """
     with tree(0) as (add, origin, file):
         server = origin
         for _ in range(level):
@@ -131,7 +142,7 @@ def measure_delay(level):
 
 
 def read_all(socks, count):
-    """Read `count` bytes from each of `socks`, without looking at them."""
+    """Read `count` bytes from each of `socks`, and discard them."""
     left = {sock.fileno(): count for sock in socks}
     by_number = {sock.fileno(): sock for sock in socks}
     poll = select.epoll()
@@ -140,7 +151,7 @@ def read_all(socks, count):
     buffer = bytearray(1 << 20)
     while left:
         for number, _ in poll.poll():
-            # tcp(7): no copy
+            # With MSG_TRUNC the kernel discards the bytes instead of copying them (tcp(7)).
             left[number] -= by_number[number].recv_into(buffer, 0, socket.MSG_TRUNC)
             if left[number] <= 0:
                 poll.unregister(number)
@@ -149,7 +160,11 @@ def read_all(socks, count):
 
 
 def measure_replay(count):
-    """Return bytes per second over all clients of `count` relays, and the relays' processor time for a GiB."""
+    """Measure a replay by CLIENTS clients of `count` relays.
+
+    Returns the bytes per second of all clients together, and the relays' processor time in seconds
+    per GiB.
+    """
     with tree(REPLAY) as (add, origin, _):
         relays = [add(origin) for _ in range(count)]
         used, began = sum(relay.cpu() for relay in relays), time.monotonic()
@@ -162,12 +177,16 @@ def measure_replay(count):
 
 
 def measure_live(count):
-    """Return the processor time of the `count` relays, and of the origin, for each record that a client gets."""
+    """Measure the delivery of new records to LIVE_CLIENTS clients of `count` relays.
+
+    Returns the processor time of the relays and that of the origin, in seconds per record and
+    client.
+    """
     with tree(1 << 20) as (add, origin, file):
         relays = [add(origin) for _ in range(count)]
         socks = [connect(relays[number % count], 1 << 20) for number in range(LIVE_CLIENTS)]
         file.write(bytes(RECORD))
-        # all are there
+        # All clients are connected and caught up when they have received this record.
         read_all(socks, RECORD)
         used, at_origin = sum(relay.cpu() for relay in relays), origin.cpu()
         for _ in range(LIVE_RECORDS):
@@ -189,7 +208,7 @@ def percentile(values, percent):
 
 
 def main():
-    """Measure, and print tables."""
+    """Run all measurements, and print tables."""
     rounds = range(int(sys.argv[1]) if sys.argv[1:] else 3)
     delays = [[measure_delay(level) for level in LEVELS] for _ in rounds]
     print("| relays between origin and client | p50 | p99 |\n| --- | --- | --- |")
@@ -200,7 +219,8 @@ def main():
         print(f"| {level} | {p50:.2f} ms | {p99:.2f} ms |", flush=True)
     fans = [[(*measure_replay(count), *measure_live(count)) for count in RELAYS] for _ in rounds]
     print(
-        f"\n| relays | {CLIENTS} clients replay | CPU for a GiB sent | CPU for a record delivered | of that, at the origin |"
+        f"\n| relays | {CLIENTS} clients replay | CPU for a GiB sent |"
+        " CPU for a record delivered | of that, at the origin |"
     )
     print("| --- | --- | --- | --- | --- |")
     for index, count in enumerate(RELAYS):
@@ -208,7 +228,8 @@ def main():
             median(one[index][column] for one in fans) for column in range(4)
         )
         print(
-            f"| {count} | {rate / (1 << 30):.2f} GiB/s | {gib:.2f} s | {(live + origin) * 1e6:.1f} µs | {origin * 1e6:.2f} µs |"
+            f"| {count} | {rate / (1 << 30):.2f} GiB/s | {gib:.2f} s"
+            f" | {(live + origin) * 1e6:.1f} µs | {origin * 1e6:.2f} µs |"
         )
 
 

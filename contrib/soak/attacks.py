@@ -1,7 +1,10 @@
-"""What strangers do to a port: each attack is an endless generator of small steps, and lets go of everything when it is closed.
+"""Attacks on a server's port. Use them only against your own servers, on loopback.
 
-As a program, `attacks.py NAME PORT RATE SECONDS`, it does so many things a second (0: as many as it can) until it is terminated, or for
-so long, and prints how many they were. Only for servers of one's own, on loopback.
+Each attack is an endless generator. A step of it takes up to STEP actions, such as connections.
+When the generator is closed, it closes all its connections.
+
+The program `attacks.py NAME PORT RATE SECONDS` runs an attack with RATE actions per second (0: as
+many as possible) until SIGTERM or for SECONDS, and then prints the number of actions.
 """
 
 import contextlib
@@ -16,30 +19,34 @@ import time
 from collections.abc import Callable, Generator, Iterator
 
 HOST = "127.0.0.1"
-# connections without a header
+# Number of connections of `slowloris`, which never send a complete header.
 SLOW = 10_000
-# connections that ask for everything and never read
+# Number of connections of `deaf`, which request the whole file and never read.
 DEAF = 1000
-# connections that wait for the server to say something
+# Number of connections of `banner`, which wait for the server to send something first.
 PATIENT = 500
-# things that are done in one step: a connection each, or a send
+# Number of actions in one step. An action is a connection or a send.
 STEP = 50
+# Number of connections of `junk`.
 FLOODERS = 8
-# bytes of junk in one send
+# Bytes of junk in one send.
 FLOOD = 64 << 10
 
 Attack = Generator[None, None, None]
 
-# SO_LINGER: no FIN on close, but a reset
+# With this value of SO_LINGER, close(2) sends a reset instead of a FIN.
 _RESET = struct.pack("ii", 1, 0)
-# what a TLS client begins with
+# The beginning of a ClientHello of TLS.
 _HELLO = b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(range(194))
 _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: scanner\r\nAccept: */*\r\n\r\n"
 _LETTERS = b"0123456789+-_ex \t\r\n\0\xff"
 
 
 def _connect(port: int, dice: random.Random) -> socket.socket:
-    """Return a connection from anywhere in 127.0.0.0/8: one address alone has too few ports for a flood."""
+    """Connect to the server from a random address in 127.0.0.0/8.
+
+    A single address does not have enough ports for a flood.
+    """
     sock = socket.socket()
     try:
         sock.settimeout(10)
@@ -59,7 +66,7 @@ def _reset(sock: socket.socket) -> None:
 
 @contextlib.contextmanager
 def _held() -> Iterator[list[socket.socket]]:
-    """Give a list for connections, which are reset in the end."""
+    """Give a list for connections, all of which are reset at the end."""
     socks: list[socket.socket] = []
     try:
         yield socks
@@ -68,12 +75,12 @@ def _held() -> Iterator[list[socket.socket]]:
             _reset(sock)
 
 
-def _say(sock: socket.socket, data: bytes) -> bool:
-    """Send what goes, and tell whether the connection is still there."""
+def _send(sock: socket.socket, data: bytes) -> bool:
+    """Send as much of `data` as the socket accepts; return whether it is still connected."""
     try:
         sock.send(data)
     except BlockingIOError:
-        # it is full
+        # The send buffer is full.
         pass
     except OSError:
         return False
@@ -81,27 +88,27 @@ def _say(sock: socket.socket, data: bytes) -> bool:
 
 
 def slowloris(port: int, dice: random.Random, most: int = SLOW) -> Attack:
-    """Have `most` connections, send no whole header on any, and now and then a byte."""
+    """Keep `most` connections, and send single bytes on them, but never a complete header."""
     with _held() as socks:
         while True:
             for _ in range(min(STEP, most - len(socks))):
                 socks.append(_connect(port, dice))
-            for place in dice.sample(range(len(socks)), min(STEP, len(socks))):
-                # a header of too many blanks is refused: come again
-                if not _say(socks[place], b" "):
-                    refused, socks[place] = socks[place], _connect(port, dice)
+            for index in dice.sample(range(len(socks)), min(STEP, len(socks))):
+                # The server refuses a header with too many blanks. Then connect again.
+                if not _send(socks[index], b" "):
+                    refused, socks[index] = socks[index], _connect(port, dice)
                     refused.close()
             yield
 
 
 def fuzz(port: int, dice: random.Random) -> Attack:
-    """Send anything, in pieces, and leave in any way."""
+    """Send random bytes in pieces, and disconnect in different ways."""
     while True:
         with _held() as socks:
             for _ in range(STEP):
                 socks.append(_connect(port, dice))
             for sock in socks * 3:
-                _say(sock, bytes(dice.choices(_LETTERS, k=dice.randrange(1, 20))))
+                _send(sock, bytes(dice.choices(_LETTERS, k=dice.randrange(1, 20))))
             for sock in dice.sample(socks, STEP // 2):
                 with contextlib.suppress(OSError):
                     sock.shutdown(dice.choice([socket.SHUT_WR, socket.SHUT_RDWR]))
@@ -109,7 +116,7 @@ def fuzz(port: int, dice: random.Random) -> Attack:
 
 
 def reset(port: int, dice: random.Random) -> Attack:
-    """Connect and reset at once."""
+    """Connect, and reset the connection at once."""
     while True:
         for _ in range(STEP):
             _reset(_connect(port, dice))
@@ -117,73 +124,77 @@ def reset(port: int, dice: random.Random) -> Attack:
 
 
 def begin(port: int, dice: random.Random) -> Attack:
-    """Ask for the whole file and reset at once."""
+    """Request the whole file, and reset the connection at once."""
     while True:
         with _held() as socks:
             for _ in range(STEP):
                 socks.append(_connect(port, dice))
-                _say(socks[-1], b"0\n")
+                _send(socks[-1], b"0\n")
         yield
 
 
 def junk(port: int, dice: random.Random) -> Attack:
-    """Ask for what is new, and send as much as goes."""
+    """Request only new data, and send as many bytes as the connection accepts."""
     with _held() as socks:
         for _ in range(FLOODERS):
             socks.append(_connect(port, dice))
-            _say(socks[-1], b"-0\n")
+            _send(socks[-1], b"-0\n")
         while True:
             for number in range(STEP):
-                _say(socks[number % FLOODERS], bytes(FLOOD))
+                _send(socks[number % FLOODERS], bytes(FLOOD))
             yield
 
 
 def deaf(port: int, dice: random.Random) -> Attack:
-    """Ask for the whole file on many connections, and never read."""
+    """Request the whole file on many connections, and never read."""
     with _held() as socks:
         while True:
             for _ in range(min(STEP, DEAF - len(socks))):
                 socks.append(_connect(port, dice))
-                _say(socks[-1], b"0\n")
+                _send(socks[-1], b"0\n")
             if len(socks) == DEAF:
-                # there is nothing to be done
+                # All connections are open, and nothing is left to do.
                 time.sleep(0.01)
             yield
 
 
 def tls(port: int, dice: random.Random) -> Attack:
-    """Begin with TLS."""
-    return _converse(port, dice, _HELLO)
+    """Connect, and send the beginning of a TLS handshake."""
+    return _speak(port, dice, _HELLO)
 
 
 def http(port: int, dice: random.Random) -> Attack:
-    """Send a request of HTTP."""
-    return _converse(port, dice, _REQUEST)
+    """Connect, and send an HTTP request."""
+    return _speak(port, dice, _REQUEST)
 
 
-def _converse(port: int, dice: random.Random, says: bytes) -> Attack:
+def _speak(port: int, dice: random.Random, request: bytes) -> Attack:
     while True:
         with _held() as socks:
             for _ in range(STEP):
                 socks.append(_connect(port, dice))
-                _say(socks[-1], says)
+                _send(socks[-1], request)
         yield
 
 
 def scan(port: int, dice: random.Random) -> Attack:
-    """Look whether the port is open: connect and close, connect and reset, or only half of a handshake."""
+    """Scan the port: connect and close, connect and reset, or send only a SYN."""
     while True:
         for _ in range(STEP):
             leave = dice.choice([socket.socket.close, _reset])
             leave(_connect(port, dice))
-        # takes CAP_NET_RAW
+        # Raw sockets need CAP_NET_RAW.
         with contextlib.suppress(PermissionError):
             _half_open(port, dice)
         yield
 
 
 def _half_open(port: int, dice: random.Random) -> None:
-    """Send bare SYNs; our own kernel, which knows nothing of them, answers the server's with resets, as with `nmap -sS`."""
+    """Send SYNs from a raw socket, as `nmap -sS` does.
+
+    The kernel of this host, which does not know these connections, answers the server's SYN-ACKs
+    with resets.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as sock:
         for _ in range(STEP):
             sock.sendto(_syn(port, dice), (HOST, 0))
@@ -204,7 +215,7 @@ def _syn(port: int, dice: random.Random) -> bytes:
             0,
         )
     )
-    # the kernel's choice of a source
+    # The kernel chooses the source address: on loopback it is the destination address.
     pseudo = socket.inet_aton(HOST) * 2 + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
     total = sum(struct.unpack(f"!{(len(pseudo) + len(segment)) // 2}H", pseudo + segment))
     struct.pack_into("!H", segment, 16, ~(total % 0xFFFF) & 0xFFFF)
@@ -212,7 +223,7 @@ def _syn(port: int, dice: random.Random) -> bytes:
 
 
 def banner(port: int, dice: random.Random) -> Attack:
-    """Connect, wait for the service to say what it is, and leave without a word."""
+    """Connect, wait for the server to send a banner, and disconnect without sending anything."""
     with _held() as socks:
         while True:
             for _ in range(STEP):
@@ -227,12 +238,15 @@ ATTACKS: dict[str, Callable[[int, random.Random], Attack]] = {
     for attack in (slowloris, fuzz, reset, begin, junk, deaf, tls, http, scan, banner)
 }
 
-# How many connections an attack keeps, once it is in full swing.
+# How many connections an attack keeps open, once it has reached that number.
 KEPT = {"slowloris": SLOW, "junk": FLOODERS, "deaf": DEAF, "banner": PATIENT}
 
 
 def run(steps: Attack, rate: float) -> Iterator[None]:
-    """Take the steps at that pace, and none faster to make up for what did not go as fast."""
+    """Run `steps` with `rate` actions per second; 0 means as fast as possible.
+
+    If the steps fall behind, they are not run faster afterwards to make up for it.
+    """
     due = time.monotonic()
     for _ in steps:
         yield
@@ -242,7 +256,11 @@ def run(steps: Attack, rate: float) -> Iterator[None]:
 
 
 def main(name: str, port: str, rate: str, seconds: str) -> None:
-    """Attack with the processor time that nobody else wants: real attackers bring their own."""
+    """Run the attack that the command line names.
+
+    It runs with the idle scheduling policy, and so uses only processor time that no other process
+    needs. Real attackers have processors of their own.
+    """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
@@ -252,7 +270,7 @@ def main(name: str, port: str, rate: str, seconds: str) -> None:
     done = 0
     try:
         while True:
-            # the server is too busy to be connected to: once more
+            # A connection fails if the server is too busy. Then start the attack again.
             with contextlib.suppress(OSError):
                 for _ in run(ATTACKS[name](int(port), random.Random(1)), float(rate)):
                     done += STEP

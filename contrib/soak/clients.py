@@ -1,4 +1,4 @@
-"""The clients of a run: of several kinds, each of which compares every byte that it gets with what the file holds there."""
+"""The clients of a run, of several kinds. Each compares every byte it receives with the file."""
 
 import random
 import socket
@@ -11,40 +11,50 @@ from content import LOCATE
 from growing import GrowingFile
 from tally import Tally
 
-# bytes from the end, for those who could not read a file of hours in the end
+# Slow clients start at most this many bytes before the end of the file. They could not read a file
+# that has grown for hours before the run ends.
 NEAR = 8 << 20
+# Clients that start beyond the end of the file start at most this many bytes beyond it.
 AHEAD = 64 << 10
-# seconds; the kernel accepts for a server that is busy, so that this is long
+# Seconds within which a connection must succeed. This is long enough even for a busy server,
+# because the kernel completes the handshake.
 CONNECT = 10.0
-# seconds that a rotation gives to those who do not read: --grace
+# The server's --grace, in seconds: after a rotation, clients that do not read have this much time.
 GRACE = 5.0
-# seconds in which a busy machine's server notices a rotation; until then it serves the old file to those who come
+# Seconds within which a server on a busy machine notices a rotation. Until then it serves the old
+# file to new clients.
 NOTICE = 0.5
 
-# SO_LINGER: no FIN on close, but a reset
+# With this value of SO_LINGER, close(2) sends a reset instead of a FIN.
 _RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How a client behaves; `count` of it are there at a time, and each stays between `stay` seconds, or to the end."""
+    """A kind of client, and how it behaves.
+
+    `count` clients of this kind are connected at a time. Each stays for a random time between the
+    two values of `stay`, in seconds, or until the end of the run if `stay` is None.
+    """
 
     name: str
     count: int
-    # where its stream begins: start_of() has the words
+    # Where the stream starts: one of the words of start_of().
     start: str
     stay: tuple[float, float] | None = None
-    # bytes that it reads at one go
+    # The largest number of bytes in one read.
     chunk: int = 256 << 10
-    # seconds between these
+    # Seconds between two reads.
     pause: float = 0.0
+    # SO_RCVBUF in bytes, 0 for the default.
     receive_buffer: int = 0
+    # The client shuts down its sending side after the header.
     half_close: bool = False
-    # it goes on sending behind its header
+    # The client keeps sending after its header.
     junk: bool = False
-    # it sends its header byte by byte
+    # The client sends its header byte by byte.
     piecemeal: bool = False
-    # it leaves with a reset
+    # The client disconnects with a reset.
     reset: bool = False
 
 
@@ -57,7 +67,7 @@ KINDS = (
     Kind("half-closed", 4, "near", half_close=True),
     Kind("junk", 4, "last", junk=True),
     Kind("piecemeal", 3, "anywhere", stay=(1, 5), piecemeal=True),
-    # nothing is sent to it, by which it could be found to have left
+    # The server sends nothing to these clients, so no failing send tells it that they have left.
     Kind("ahead", 4, "ahead", stay=(5, 30), reset=True),
     Kind("visitor", 8, "anywhere", stay=(0, 1)),
     Kind("resetting", 6, "zero", stay=(0, 1), reset=True),
@@ -65,7 +75,10 @@ KINDS = (
 
 
 def start_of(where: str, size: int, dice: random.Random) -> bytes:
-    """Return the number that a client of a file of `size` bytes asks for."""
+    """Return the number to send in a header, for a file of `size` bytes.
+
+    `where` is `zero`, `now`, `anywhere`, `near`, `last` or `ahead`.
+    """
     match where:
         case "zero":
             return b"0"
@@ -83,7 +96,7 @@ def start_of(where: str, size: int, dice: random.Random) -> bytes:
 
 
 def connect(port: int, receive_buffer: int = 0) -> socket.socket:
-    """Return a connection to the server, non-blocking."""
+    """Connect to the server, and return the non-blocking socket."""
     sock = socket.socket()
     try:
         if receive_buffer:
@@ -99,56 +112,58 @@ def connect(port: int, receive_buffer: int = 0) -> socket.socket:
 
 
 def leave(sock: socket.socket, reset: bool) -> None:
-    """Close a connection, in order or with a reset."""
+    """Close a connection, with a reset or in the normal way."""
     if reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     sock.close()
 
 
 def half_close(sock: socket.socket) -> None:
-    """Say no more on a connection."""
+    """Shut down the sending side of a connection."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError:
-        # it has ended, which shows when it is read from
+        # The connection has ended. The next read reports that.
         pass
 
 
 class Reader:
-    """A client that has asked for a stream, and where that stream is."""
+    """A client that has requested a stream, and the position in it."""
 
     def __init__(
         self, kind: Kind, sock: socket.socket, number: bytes, file: GrowingFile, tally: Tally
     ) -> None:
         self.kind, self.sock, self.file, self.tally = kind, sock, file, tally
         self.pause = kind.pause
-        # it has sent its header; it has left
+        # Whether the client has sent its header, and whether it has disconnected.
         self.started = self.closed = False
-        # `got`: bytes; `released`: it read again after it was held
+        # `got` is the time of the last bytes. `released` is when the client last began to read
+        # again after it was held.
         self.connected = self.got = self.released = time.monotonic()
-        # of the file, before the server can have read the header
+        # Generation and size of the file before the server can have read the header.
         self._generation, self._size = file.generation, file.size
-        # the server may not know yet that the file has gone
+        # The server may not have noticed the last rotation yet.
         unnoticed = self.connected - file.rotated < NOTICE
         self._oldest = self._generation - unnoticed
+        # The number of bytes before the end, if the header asks for that.
         self._back = int(number[1:]) if number.startswith(b"-") else None
-        # of the next byte, once that is known
+        # The position of the next byte, once it is known.
         self.position = int(number) if self._back is None else None
-        # of the file that it reads, once that is known
+        # The generation that the client reads, once it is known.
         self.generation: int | None = None
-        # what has come before that
+        # The bytes received before the generation is known.
         self._head = bytearray()
 
     def __str__(self) -> str:
-        place = (
+        position = (
             f"byte {self.position}"
             if self.position is not None
-            else f"{len(self._head)} bytes from somewhere"
+            else f"an unknown position, after {len(self._head)} bytes"
         )
-        return f"{self.kind.name} client on port {self.sock.getsockname()[1]} at {place}"
+        return f"{self.kind.name} client on port {self.sock.getsockname()[1]} at {position}"
 
     def read(self) -> bool:
-        """Read once, and tell whether the stream goes on."""
+        """Read once, and return whether the stream continues."""
         try:
             data = self.sock.recv(self.kind.chunk)
         except BlockingIOError:
@@ -164,24 +179,28 @@ class Reader:
         return len(self._head) < LOCATE or self._locate()
 
     def _locate(self) -> bool:
-        """Find out where the stream began, and whether it should have."""
+        """Find out where the stream started, and whether it may start there."""
         head, self._head = bytes(self._head), bytearray()
         found = self.file.content.locate(head)
         if found is None:
-            return self._wrong(f"got bytes of no file: {head[:40]!r}")
+            return self._wrong(f"received bytes that are in no file: {head[:40]!r}")
         self.generation, start = found
         if not self._may_begin(self.generation, start):
-            return self._wrong(f"its stream began at byte {start} of file {self.generation}")
+            return self._wrong(f"its stream started at byte {start} of file {self.generation}")
         self.position = start
         return self._compare(head)
 
     def _may_begin(self, generation: int, start: int) -> bool:
-        """Tell whether the stream may begin there: the end was between its size when we asked and its size now."""
+        """Return whether the stream may start at byte `start` of that generation.
+
+        For a start before the end of the file, the end that the server saw was between the size at
+        the time of the request and the size now.
+        """
         if not self._oldest <= generation <= self.file.generation:
             return False
         if self._back is None:
             return start == self.position
-        # else it was another file when we asked
+        # A later generation did not exist at the time of the request.
         least = self._size if generation == self._generation else 0
         return (
             max(0, least - self._back) <= start <= max(0, self.file.sizes[generation] - self._back)
@@ -192,23 +211,24 @@ class Reader:
         assert self.position is not None
         expected = self.file.content.read(self.generation, self.position, len(data))
         if data != expected or self.position + len(data) > self.file.sizes[self.generation]:
-            place = next(
+            index = next(
                 (
                     i
-                    for i, (ours, theirs) in enumerate(zip(data, expected, strict=True))
-                    if ours != theirs
+                    for i, (received, right) in enumerate(zip(data, expected, strict=True))
+                    if received != right
                 ),
                 len(data),
             )
             return self._wrong(
-                f"byte {self.position + place} of file {self.generation} differs: {data[place : place + 16]!r}"
+                f"byte {self.position + index} of file {self.generation} differs:"
+                f" {data[index : index + 16]!r}"
             )
         self.position += len(data)
         self.tally.checked += len(data)
         return True
 
     def _ended(self, how: str) -> bool:
-        """Judge an end that we did not bring about."""
+        """Count the end of a stream that the client did not end itself, or report it as wrong."""
         if self.file.generation > (self._oldest if self.generation is None else self.generation):
             if self.generation is None or self.position == self.file.sizes[self.generation]:
                 self.tally.rotated += 1
@@ -227,32 +247,33 @@ class Reader:
         return False
 
     def waiting_since(self, history: Iterable[tuple[float, int, int]]) -> float | None:
-        """Return since when it has been owed bytes, or an end; None if it is not.
+        """Return since when the server should have sent bytes, or the end; None if it need not.
 
-        `history` tells when the file was of which generation and size, the oldest first.
+        `history` has entries (time, generation, size) of the file, the oldest first.
         """
         for when, generation, size in history:
-            if self._is_owed(generation, size):
+            if self._is_due(generation, size):
                 return max(when, self.got, self.released)
         return None
 
-    def _is_owed(self, generation: int, size: int) -> bool:
-        ours = self._generation if self.generation is None else self.generation
-        if generation != ours and self.generation is not None:
-            return generation > ours
+    def _is_due(self, generation: int, size: int) -> bool:
+        """Return whether the server has something to send if the file has this state."""
+        current = self._generation if self.generation is None else self.generation
+        if generation != current and self.generation is not None:
+            return generation > current
         if self.position is not None:
-            return generation >= ours and size > self.position
-        return generation >= ours and size > (self._size if generation == ours else 0)
+            return generation >= current and size > self.position
+        return generation >= current and size > (self._size if generation == current else 0)
 
     def caught_up(self) -> bool:
-        """Tell whether it has all there is; one that waits for a byte beyond a new file's end has."""
+        """Return whether the client has all bytes; this includes one that starts beyond the end."""
         if self.generation is None:
             return self.position is not None and self.position >= self.file.size
         return self.generation == self.file.generation and self.position == self.file.size
 
 
-class Stranger:
-    """A client that does not speak our protocol: it must get nothing but an end."""
+class InvalidClient:
+    """A client that sends no valid header: the server must send it nothing and disconnect it."""
 
     def __init__(self, sock: socket.socket, tally: Tally) -> None:
         self.sock, self.tally = sock, tally
@@ -260,7 +281,7 @@ class Stranger:
         self.closed = False
 
     def read(self) -> bool:
-        """Read once, and tell whether there is more to come."""
+        """Read once, and return whether the connection is still open."""
         try:
             data = self.sock.recv(100)
         except BlockingIOError:
@@ -268,16 +289,16 @@ class Stranger:
         except OSError:
             return False
         if data:
-            self.tally.note_wrong(f"a stranger got {data[:16]!r}")
+            self.tally.note_wrong(f"a client without a valid header received {data[:16]!r}")
         return False
 
 
-def nonsense(dice: random.Random) -> bytes:
-    """Return what is no header, whatever the dice say."""
+def invalid_header(dice: random.Random) -> bytes:
+    """Return random bytes that are not a valid header."""
     return dice.choice([
         b"\n", b"abc\n", b"1_000\n", b"1e3\n", b"99999999999999999999\n", b"0" * 33, b"-\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        # what a TLS client begins with
+        # The beginning of a TLS handshake.
         b"\x16\x03\x01\x02\x00\x01" + dice.randbytes(512),
         b"x" + dice.randbytes(dice.randrange(200)) + b"\n",
     ])  # fmt: skip

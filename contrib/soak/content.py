@@ -1,25 +1,29 @@
-"""What the served file holds: bytes that follow from where they are, so that a check needs no second copy of them."""
+"""The contents of the served file: every byte follows from its position.
+
+So received bytes can be checked without a second copy of the file.
+"""
 
 import random
 import struct
 
-# bytes: a block's number, then the same noise in each
+# Bytes of a block. A block has a number, and then noise that is the same in every block.
 BLOCK = 1024
 _NUMBER = struct.Struct(">Q")
-# bits below it for the number of a block, which last for a pebibyte
+# The number's lower bits count the blocks, and the bits from this one on are the generation. This
+# is enough for files of a pebibyte.
 _GENERATION = 40
-# bytes of noise that are found nowhere else
+# The first bytes of the noise, which occur nowhere else in the file.
 _MARK = 16
 
-# so many bytes hold a number and the mark behind it, wherever they begin
+# This many bytes contain a complete number and the mark after it, wherever they start.
 LOCATE = BLOCK + _NUMBER.size + _MARK
 
 
 class Content:
-    """The bytes of a file, and of those that follow it in rotations: each of these is a `generation`.
+    """The bytes of a file and of its successors after rotations; each file is a `generation`.
 
-    Whatever is lost, doubled, moved or changed shows: within a block the noise is not where it should be, and whole
-    blocks have the wrong numbers.
+    A check detects bytes that are lost, repeated, moved or changed: within a block the noise is in
+    the wrong position, and complete blocks have the wrong numbers.
     """
 
     def __init__(self, seed: int) -> None:
@@ -27,7 +31,7 @@ class Content:
         self._mark = self._noise[:_MARK]
 
     def read(self, generation: int, offset: int, count: int) -> bytes:
-        """Return `count` bytes from `offset`."""
+        """Return `count` bytes from `offset` on, of that generation."""
         noise, pack, first = self._noise, _NUMBER.pack, generation << _GENERATION
         blocks = range(first + offset // BLOCK, first + (offset + count) // BLOCK + 1)
         skip = offset % BLOCK
@@ -36,7 +40,10 @@ class Content:
         ]
 
     def locate(self, received: bytes | bytearray) -> tuple[int, int] | None:
-        """Return the generation and the offset that `received`, at least LOCATE bytes, comes from; None: it is from no file of ours."""
+        """Return the generation and the offset of `received`, which has at least LOCATE bytes.
+
+        Returns None if these bytes are in no generation.
+        """
         mark = received.find(self._mark, _NUMBER.size)
         if mark < 0:
             return None

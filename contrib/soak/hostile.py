@@ -1,8 +1,11 @@
-"""Measures what attacks cost the honest, from append to arrival: alone, with the attack on another server of the machine, and on theirs.
+"""Measures how attacks on a server delay its honest clients.
 
-Strangers and honest clients are hosts of their own where it counts. So the servers have one half of this machine's processors,
-attackers and honest clients the other, and an attacker there gets what the honest leave. What the attack still takes from everybody,
-in the kernel, in caches, and of the servers' processors, is seen where it hits the other server: `elsewhere`.
+The delay, from append to arrival, is measured three times: without an attack (`alone`), with an
+attack on another server of the same machine (`elsewhere`), and with an attack on their own server
+(`here`). In reality, attackers and honest clients run on machines of their own. So the servers use
+one half of this machine's processors, and all clients the other half, where an attacker gets only
+the time that honest clients do not need. What an attack still costs all processes, in the kernel,
+in caches and in the servers' processors, shows in the figures for `elsewhere`.
 """
 
 import argparse
@@ -27,37 +30,41 @@ from content import Content
 from growing import GrowingFile
 from served import Server, until
 
-# clients
+# Number of honest clients.
 HONEST = 10
-# bytes
+# Bytes of a record.
 RECORD = 1024
-# seconds between two appends, on average
+# Average seconds between two appends.
 PAUSE = 0.002
-# seconds of an attack in full swing before anything is measured
+# Seconds between the moment when an attack has all its connections and the measurement.
 RAMP = 0.5
-# seconds that an attack may last
+# The longest duration of an attack, in seconds.
 LONGEST = 60
-# things a second that an attacker does; 0 is as many as it can
+# Actions per second of an attacker; 0 means as many as possible.
 RATES = (2000.0, 0.0)
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one round showed: p50 and p99 in milliseconds; MiB of all the server's processes before, during and after."""
+    """The figures of one round.
+
+    `alone`, `elsewhere` and `here` are p50 and p99 of the delay in milliseconds. `memory` is the
+    memory of all processes of the server in MiB: before, during and after the attack.
+    """
 
     alone: tuple[float, ...]
     elsewhere: tuple[float, ...]
     here: tuple[float, ...]
     memory: tuple[float, ...]
-    # in the log, a second
+    # Lines per second in the server's log.
     lines: float
-    # by the attacker, a second
+    # Actions per second of the attacker.
     done: float
 
 
 class Honest:
-    """Clients that are caught up, and the writer that they wait for."""
+    """Honest clients, which are caught up, and the writer that appends records for them."""
 
     def __init__(self, port: int, file: GrowingFile) -> None:
         self._file = file
@@ -71,12 +78,12 @@ class Honest:
             self._selector.register(sock, selectors.EVENT_READ)
 
     def measure(self, seconds: float) -> list[float]:
-        """Append for so long, and return how long each record took to each client."""
+        """Append for `seconds`; return the delay in seconds of each record at each client."""
         base, sent, found = self._file.size, list[float](), list[float]()
         while len(sent) * PAUSE < seconds:
             sent.append(time.monotonic())
             self._file.append(RECORD)
-            # in step with nobody
+            # A random pause, so that appends do not synchronize with anything periodic.
             due = sent[-1] + self._dice.uniform(0.5, 1.5) * PAUSE
             while (left := due - time.monotonic()) > 0:
                 self._collect(left, base, sent, found)
@@ -106,7 +113,7 @@ class Honest:
             ]
 
     def close(self) -> None:
-        """Leave."""
+        """Disconnect all clients."""
         for sock in self._positions:
             clients.leave(sock, reset=True)
         self._selector.close()
@@ -114,14 +121,14 @@ class Honest:
 
 @contextmanager
 def attacked(name: str, rate: float, server: Server, done: list[float]) -> Iterator[None]:
-    """Have the server attacked; in the end `done` has one figure more, how much was done a second."""
+    """Attack `server` in the `with` statement; then append the actions per second to `done`."""
     command = [sys.executable, attacks.__file__, name, str(server.port), str(rate), str(LONGEST)]
     start = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as attacker:
         try:
             until(
                 lambda: server.status()["clients"] >= attacks.KEPT.get(name, 0),
-                "the attackers have come",
+                "the attackers are connected",
             )
             time.sleep(RAMP)
             yield
@@ -132,7 +139,7 @@ def attacked(name: str, rate: float, server: Server, done: list[float]) -> Itera
 
 
 def halves() -> tuple[list[int], list[int]]:
-    """Return the processors for the servers, and those for everybody else."""
+    """Return the processors for the servers, and those for all other processes."""
     processors = sorted(os.sched_getaffinity(0))
     middle = len(processors) // 2
     return processors[:middle] or processors, processors[middle:]
@@ -140,7 +147,10 @@ def halves() -> tuple[list[int], list[int]]:
 
 @contextmanager
 def serving(folder: Path, processors: Sequence[int]) -> Iterator[tuple[Server, GrowingFile]]:
-    """Give a server, with a worker for each of these processors, and its file."""
+    """Start a server for the `with` statement, with one worker for each of these processors.
+
+    Gives the server and its file.
+    """
     folder.mkdir()
     file = GrowingFile(folder / "file", Content(1))
     file.append(8 << 20)
@@ -161,17 +171,23 @@ def percentiles(latencies: Sequence[float]) -> tuple[float, float]:
 
 
 def settle(server: Server, file: GrowingFile, clients: int) -> None:
-    """Wait until only so many clients are left; some are found to have left by what is sent to them."""
+    """Wait until the server has no more than `clients` clients.
 
-    def look() -> bool:
+    The server notices some disconnected clients only when it sends to them, so append bytes.
+    """
+
+    def is_settled() -> bool:
         file.append(1)
         return bool(server.status()["clients"] <= clients)
 
-    until(look, "the attackers have left")
+    until(is_settled, "the attackers have disconnected")
 
 
 def play(name: str, rate: float, seconds: float, processors: Sequence[int]) -> Figures:
-    """Measure one round of an attack."""
+    """Measure one round of the attack `name` with `rate` actions per second.
+
+    Each of the three measurements takes `seconds`; the servers run on `processors`.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="tailsrv-hostile-") as folder,
         serving(Path(folder, "here"), processors) as (server, file),
@@ -204,8 +220,10 @@ def play(name: str, rate: float, seconds: float, processors: Sequence[int]) -> F
 
 _PAIR = "    p50    p99"
 HEAD = (
-    f"{'':10}{'':9}{'alone':>14}{'elsewhere':>14}{'here':>14}{'here/alone':>14}{'here/elsewhere':>16}{'memory in MiB':>22}{'log':>7}\n"
-    f"{'attack':10}{'done/s':>9}{_PAIR}{_PAIR}{_PAIR}{_PAIR}  {_PAIR}  before during  after  lines/s"
+    f"{'':10}{'':9}{'alone':>14}{'elsewhere':>14}{'here':>14}{'here/alone':>14}"
+    f"{'here/elsewhere':>16}{'memory in MiB':>22}{'log':>7}\n"
+    f"{'attack':10}{'done/s':>9}{_PAIR}{_PAIR}{_PAIR}{_PAIR}"
+    f"  {_PAIR}  before during  after  lines/s"
 )
 
 
@@ -215,7 +233,7 @@ def median(values: Sequence[Sequence[float]]) -> list[float]:
 
 
 def ratios(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> list[float]:
-    """Return the medians of each round's ratios."""
+    """Return the medians over all rounds of the ratios of `above` to `below`."""
     return median(
         [
             [a / b for a, b in zip(pair, other, strict=True)]
@@ -225,7 +243,7 @@ def ratios(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -
 
 
 def row(name: str, rounds: Sequence[Figures]) -> str:
-    """Return the medians of an attack's rounds as a line under HEAD."""
+    """Format the medians of an attack's rounds as a line of the table that HEAD begins."""
 
     def show(values: Sequence[float], digits: int = 2) -> str:
         return "".join(f"{value:7.{digits}f}" for value in values)
@@ -244,21 +262,24 @@ def row(name: str, rounds: Sequence[Figures]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table of all attacks, or of those that the command line names."""
+    """Measure all attacks, or those that the command line names, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="ATTACK", help=f"by default all of {', '.join(attacks.ATTACKS)}"
+        "names",
+        nargs="*",
+        metavar="ATTACK",
+        help=f"attacks to measure (default: {', '.join(attacks.ATTACKS)})",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="for each measurement, 2 by default"
+        "--seconds", type=float, default=2.0, help="duration of each measurement (default: 2)"
     )
     parser.add_argument(
         "--rate",
         type=float,
         nargs="*",
         default=RATES,
-        help="things a second that an attacker does; 0: as many as it can",
+        help="actions per second of an attacker; 0: as many as possible (default: 2000 and 0)",
     )
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(attacks.ATTACKS):

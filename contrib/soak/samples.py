@@ -1,4 +1,4 @@
-"""What a server holds at a moment: memory, descriptors, threads, and what the kernel holds for sockets."""
+"""Samples the resources of a server: memory, descriptors, threads, and memory for sockets."""
 
 import os
 import re
@@ -11,7 +11,10 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Sample:
-    """The figures of all processes together; memory in bytes, and `sockets` for all TCP sockets of the machine."""
+    """The resources of all processes of a server together.
+
+    `pss` is their memory and `sockets` the memory of all TCP sockets of the machine, both in bytes.
+    """
 
     processes: int
     pss: int
@@ -21,7 +24,7 @@ class Sample:
 
 
 def take(pids: Iterable[int]) -> Sample:
-    """Look at these processes; one that ends meanwhile counts for nothing."""
+    """Take a sample of these processes. One that exits meanwhile is not counted."""
     found = [figures for pid in pids if (figures := _look(pid))]
     pss, descriptors, threads = (
         (sum(column) for column in zip(*found, strict=True)) if found else (0, 0, 0)
@@ -41,6 +44,6 @@ def _look(pid: int) -> tuple[int, int, int] | None:
 
 
 def _socket_memory() -> int:
-    """Return what the kernel holds for TCP, as it counts it: in pages."""
+    """Return the kernel's memory for TCP in bytes. The kernel counts it in pages."""
     pages = re.search(r"^TCP: .* mem (\d+)$", Path("/proc/net/sockstat").read_text(), re.MULTILINE)
     return int(pages[1]) * PAGE if pages else 0

@@ -1,4 +1,4 @@
-"""A real tailsrv: started, watched from outside, and brought to its end."""
+"""Starts a real tailsrv, observes it from outside, and stops it."""
 
 import json
 import os
@@ -11,20 +11,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# seconds for what takes one on a quiet machine
+# Seconds to wait for something that takes one second on an idle machine.
 PATIENCE = 30.0
 
 
 class ServerError(Exception):
-    """The server does not do what is needed to go on; the message says what."""
+    """The server does not do what the run needs; the message says what."""
 
 
 def until(check: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
-    """Wait until `check()` is true. Raises ServerError, with `what` was waited for."""
+    """Wait until `check()` is true, for `patience` seconds at most.
+
+    Raises ServerError if it is not true by then; `what` describes the condition in the message.
+    """
     end = time.monotonic() + patience
     while not check():
         if time.monotonic() > end:
-            raise ServerError(f"{what}: not within {patience:g} seconds")
+            raise ServerError(f"not true after {patience:g} seconds: {what}")
         time.sleep(0.02)
 
 
@@ -44,16 +47,16 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The supervisor's, also after an upgrade."""
+        """The supervisor's pid, which an upgrade does not change."""
         return self.process.pid
 
     @property
     def log(self) -> list[str]:
-        """The lines that it has written to standard error."""
+        """The lines that the server has written to standard error."""
         return self._log.read_text(errors="backslashreplace").splitlines()
 
     def start(self, workers: int) -> None:
-        """Wait until all `workers` serve."""
+        """Wait until all `workers` workers are ready. Raises ServerError."""
         until(
             lambda: self.process.poll() is not None or self._ready() >= workers,
             "the workers are ready",
@@ -67,7 +70,7 @@ class Server:
         return sum("worker ready: " in line for line in self.log)
 
     def workers(self) -> list[int]:
-        """Return the pids of the workers that are there now; a child of another kind is none."""
+        """Return the pids of the current workers, without other children of the supervisor."""
         return [pid for pid in children(self.pid) if title(pid).startswith(b"tailsrv: worker ")]
 
     def processes(self) -> list[int]:
@@ -75,7 +78,7 @@ class Server:
         return [self.pid, *self.workers()]
 
     def signal(self, number: signal.Signals, pid: int | None = None) -> bool:
-        """Send a signal, to the supervisor by default, and tell whether there was somebody to get it."""
+        """Send a signal, by default to the supervisor; return whether the process existed."""
         try:
             os.kill(pid or self.pid, number)
         except ProcessLookupError:
@@ -83,7 +86,7 @@ class Server:
         return True
 
     def status(self) -> dict[str, Any]:
-        """Return what the control socket says. Raises ServerError."""
+        """Return the status from the control socket. Raises ServerError."""
         received = b""
         try:
             with socket.socket(socket.AF_UNIX) as sock:
@@ -96,8 +99,8 @@ class Server:
             raise ServerError(f"no status: {error}") from error
         return answer
 
-    def whole(self) -> bool:
-        """Tell whether every slot has a worker that is ready, and no upgrade is going on."""
+    def is_whole(self) -> bool:
+        """Return whether every slot has a worker that is ready, and no upgrade is running."""
         status = self.status()
         upgrading = len(children(self.pid)) > len(status["workers"])
         return (
@@ -107,12 +110,15 @@ class Server:
         )
 
     def check_alive(self) -> None:
-        """Raise ServerError if it has ended."""
+        """Raise ServerError if the server has exited."""
         if (status := self.process.poll()) is not None:
-            raise ServerError(f"the server has ended by itself, with status {status}")
+            raise ServerError(f"the server has exited unexpectedly, with status {status}")
 
     def end(self) -> int:
-        """End it and return its exit status, negative for a signal's number: then it had to be killed."""
+        """Stop the server and return its exit status.
+
+        The status is the negative number of a signal if that had to end the server.
+        """
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
         try:
@@ -134,7 +140,7 @@ def children(pid: int) -> list[int]:
 
 
 def title(pid: int) -> bytes:
-    """Return the title of a process, empty if it has gone."""
+    """Return the title of a process, empty if it has exited."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -1,6 +1,7 @@
-"""Runs a server for minutes or hours under mixed traffic, with a fault every second, and checks every byte that it sends.
+"""Runs a server for minutes or hours with many clients and one fault per second.
 
-The exit status is 0 if all was well, 1 if anything was wrong, 2 for a wrong command line.
+Every byte that the server sends is checked. The exit status is 0 if everything was right, 1 if
+anything was wrong, and 2 for a wrong command line.
 """
 
 import argparse
@@ -24,18 +25,20 @@ from summary import Summary, peak
 from tally import Tally
 from traffic import Traffic
 
-# seconds without faults before memory is looked at for the first time: a tenth of the run, within these
+# The shortest and longest time without faults before memory is measured first, in seconds. Between
+# these bounds it is a tenth of the run.
 WARM_UP = (1.0, 20.0)
-# seconds until the server has none of the clients any more: keepalive takes two minutes to find one that left unseen
+# Seconds within which the server must have noticed that all clients have disconnected. Keepalive
+# needs two minutes to find a client that has vanished.
 REST = 150.0
-# seconds between two looks at a server that are to be alike
+# Seconds between two samples, which must be equal before the server counts as being at rest.
 STEADY = 0.5
-# seconds between two lines that say how far we are
+# Seconds between two lines that report progress.
 PROGRESS = 10.0
-# bytes in the file at the start
+# Bytes in the file at the start.
 BEGIN = 1 << 20
 MIB = 1 << 20
-# lines that no fault of ours may bring about
+# Texts that must not be in the log, whatever the faults.
 BAD = (" error: ", " critical: ", "Traceback")
 
 
@@ -46,75 +49,78 @@ def make_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=positive,
         default=1.0,
-        help="how long, 1 by default; the end takes up to two more",
+        help="duration in minutes (default: 1); the end takes up to two more minutes",
     )
     parser.add_argument(
-        "-w", "--workers", type=count, default=2, help="of the server, 2 by default"
+        "-w", "--workers", type=count, default=2, help="workers of the server (default: 2)"
     )
     parser.add_argument(
-        "--scale", type=positive, default=1.0, help="times as many clients as usual, which is 54"
+        "--scale",
+        type=positive,
+        default=1.0,
+        help="factor for the number of clients (default: 1, which means 54 clients)",
     )
     parser.add_argument(
         "--rate",
         type=positive,
         default=256,
-        help="KiB a second that the file grows by, 256 by default",
+        help="growth of the file in KiB per second (default: 256)",
     )
     parser.add_argument(
         "--max-size",
         type=positive,
         default=2048,
-        help="MiB that the file may grow to in the end: lowers the rate; 2048 by default",
+        help="largest size of the file in MiB, which may reduce the rate (default: 2048)",
     )
     parser.add_argument(
         "--faults",
         type=names,
         default=FAULTS,
-        help=f"which, separated by commas; by default {','.join(FAULTS)}",
+        help=f"faults, separated by commas (default: {','.join(FAULTS)})",
     )
     parser.add_argument(
         "--rotate",
         action="store_true",
-        help="serve with --follow-name, and rotate the file as one fault more",
+        help="serve with --follow-name, and add the rotation of the file to the faults",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=random.randrange(1 << 32),
-        help="repeats the choices of another run",
+        help="seed of the random choices; repeats the choices of the run with the same seed",
     )
     parser.add_argument(
         "--tailsrv",
         type=shlex.split,
         default=[sys.executable, "-m", "tailsrv"],
         metavar="COMMAND",
-        help="what starts the server",
+        help="command that starts the server",
     )
-    parser.add_argument("--folder", help="where the file is made, for the time of the run")
+    parser.add_argument("--folder", help="folder for the served file during the run")
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="where the summary goes as JSON; as text it goes to standard output",
+        help="write the summary as JSON to FILE, in addition to the text on standard output",
     )
     return parser
 
 
 def positive(text: str) -> float:
-    """Return a number of the command line."""
+    """Parse a positive number. Raises ValueError."""
     if not 0 < (value := float(text)) < float("inf"):
         raise ValueError
     return value
 
 
 def count(text: str) -> int:
-    """Return a number of processes of the command line."""
+    """Parse a whole number of 1 or more. Raises ValueError."""
     if (value := int(text)) < 1:
         raise ValueError
     return value
 
 
 def names(text: str) -> list[str]:
-    """Return the faults that the command line names."""
+    """Parse names of faults, separated by commas. Raises ArgumentTypeError."""
     if unknown := set(text.split(",")) - set(FAULTS):
         raise argparse.ArgumentTypeError(f"no such fault: {', '.join(sorted(unknown))}")
     return text.split(",")
@@ -128,7 +134,7 @@ class Soak:
         self.seconds = arguments.minutes * 60
         self.tally = Tally()
         self.samples: list[Sample] = []
-        # of these, the last of each time that all was quiet
+        # The samples that were taken while the server was at rest, before the faults and after.
         self.rests: list[Sample] = []
         dice = random.Random(arguments.seed)
         self.file = GrowingFile(folder / "file", Content(arguments.seed))
@@ -141,7 +147,7 @@ class Soak:
         self.faults = Faults(names, self.server, self.traffic, self.tally, dice)
 
     def run(self) -> Summary:
-        """Run it, and return what is to be said of it."""
+        """Run the test, and return its summary."""
         begun, status = time.monotonic(), None
         try:
             self.server.start(self.arguments.workers)
@@ -149,7 +155,7 @@ class Soak:
             self.work()
             status = self.server.end()
         except (ServerError, OSError) as error:
-            # the latter: of the disk, for instance
+            # OSError: the disk is full, for example.
             self.tally.note_wrong(str(error))
         except KeyboardInterrupt:
             self.tally.note_wrong("interrupted")
@@ -160,49 +166,55 @@ class Soak:
         return self.summarize(time.monotonic() - begun, status)
 
     def warm_up(self) -> None:
-        """Have every process do its work once before it is looked at: until then it shares memory with its parent."""
+        """Let every process work before its memory is measured first.
+
+        Until then it shares much of its memory with its parent.
+        """
         least, most = WARM_UP
         self.traffic.start(self.arguments.scale)
         self.traffic.run(max(least, min(most, self.seconds / 10)))
         self.rest()
 
     def work(self) -> None:
-        """Have the clients, and the faults."""
+        """Run clients and faults for the duration of the test."""
         self.traffic.start(self.arguments.scale)
         self.faults.strike()
         self.watch()
-        begun = told = time.monotonic()
+        begun = reported = time.monotonic()
         while (gone := time.monotonic() - begun) < self.seconds:
             self.traffic.run(min(PROGRESS, self.seconds - gone))
             self.check()
-            if time.monotonic() - told > PROGRESS / 2:
-                told = time.monotonic()
-                self.tell(told - begun)
+            if time.monotonic() - reported > PROGRESS / 2:
+                reported = time.monotonic()
+                self.report_progress(reported - begun)
         self.faults.calm()
         self.rest()
 
     def rest(self) -> None:
-        """Bring every stream to its end, then have the clients leave, and look at what the server holds without them."""
+        """Let every stream catch up, disconnect all clients, and take a sample without clients."""
         self.traffic.catch_up()
         self.check()
         self.traffic.clear()
-        until(self.is_left, "all is quiet again", REST)
+        until(self.has_no_clients, "the server has noticed that all clients have left", REST)
         until(self.is_steady, "the server is at rest", REST)
         self.rests.append(self.samples[-1])
 
     def check(self) -> None:
-        """Raise ServerError if there is no point in going on."""
+        """Raise ServerError if the server has exited or too many errors have been found."""
         self.server.check_alive()
         if self.tally.hopeless():
-            raise ServerError("too much is wrong, not going on")
+            raise ServerError("too many errors, stopping")
 
-    def is_left(self) -> bool:
-        """Tell whether the server has seen the last client leave; to find some it must send them something."""
+    def has_no_clients(self) -> bool:
+        """Return whether the server has noticed that the last client has disconnected.
+
+        The server notices some disconnected clients only when it sends to them, so append a byte.
+        """
         self.file.append(1)
-        return self.server.whole() and self.server.status()["clients"] == 0
+        return self.server.is_whole() and self.server.status()["clients"] == 0
 
     def is_steady(self) -> bool:
-        """Take a sample, and tell whether it is like the last."""
+        """Take a sample; return whether it is like the last one, except for the memory."""
         time.sleep(STEADY)
         before, sample = (
             self.samples[-1] if self.samples else None,
@@ -214,22 +226,23 @@ class Soak:
         )
 
     def watch(self) -> None:
-        """Take samples, once a second."""
+        """Take a sample once a second."""
         self.samples.append(samples.take(self.server.processes()))
         if self.traffic.busy:
             self.traffic.later(1.0, self.watch)
 
-    def tell(self, seconds: float) -> None:
-        """Say how far we are."""
+    def report_progress(self, seconds: float) -> None:
+        """Print a line about the first `seconds` of the run to standard error."""
         tally = self.tally
         print(
-            f"{seconds:.0f} of {self.seconds:.0f} s: {tally.checked >> 20} MiB checked, {tally.faults.total()} faults, "
-            f"{len(self.traffic.readers)} clients, {self.samples[-1].pss / MIB:.1f} MiB, {len(tally.wrong)} wrong",
+            f"{seconds:.0f} of {self.seconds:.0f} s: {tally.checked >> 20} MiB checked,"
+            f" {tally.faults.total()} faults, {len(self.traffic.readers)} clients,"
+            f" {self.samples[-1].pss / MIB:.1f} MiB, {len(tally.wrong)} wrong",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
     def summarize(self, seconds: float, status: int | None) -> Summary:
-        """Return what is to be said of the run."""
+        """Return the summary of a run that took `seconds` and ended with `status`."""
         log = self.server.log
         return Summary(
             command=shlex.join(self.server.command),
@@ -247,13 +260,13 @@ class Soak:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line says, and return the exit status."""
+    """Run the test that the command line describes, and return the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     try:
-        # now: after hours it would be a pity
+        # Open the file now, because an error would be a nuisance after a run of hours.
         json = open(arguments.json, "w") if arguments.json else None  # noqa: SIM115
         with tempfile.TemporaryDirectory(prefix="tailsrv-soak-", dir=arguments.folder) as folder:
             summary = Soak(arguments, Path(folder)).run()

@@ -1,4 +1,4 @@
-"""What befalls a server in a run, once a second: each fault is a method of a few lines."""
+"""The faults of a run, one per second: killed workers, upgrades, stalled clients and others."""
 
 import random
 import signal
@@ -10,19 +10,19 @@ from served import Server
 from tally import Tally
 from traffic import Traffic
 
-# seconds
+# The shortest and longest time for which a worker is stopped, in seconds.
 STOPPED = (0.1, 0.9)
-# seconds
+# The shortest and longest time for which clients do not read, in seconds.
 STALLED = (0.5, 5.0)
-# connections at a time
+# Number of connections that are made at once.
 BURST = 200
-# bytes of junk from each of those who flood
+# Bytes of junk that each of the flooding clients sends, and the number of these clients.
 FLOOD = 256 << 10
 FLOODERS = 8
 
 
 class Faults:
-    """Brings about one fault after the other, each as often as the others, in an order that the dice choose."""
+    """Causes one fault after the other, each equally often, in a random order."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Faults:
 
     @property
     def known(self) -> dict[str, Callable[[], None]]:
-        """Return every fault by its name."""
+        """All faults by name."""
         return {
             "kill": self.kill,
             "stop": self.stop,
@@ -52,7 +52,7 @@ class Faults:
         }
 
     def strike(self) -> None:
-        """Bring about the next fault, and the one after it in a second."""
+        """Cause the next fault, and schedule another one in a second."""
         if not self._traffic.busy:
             return
         self._traffic.later(1.0, self.strike)
@@ -63,7 +63,7 @@ class Faults:
         self.known[name]()
 
     def calm(self) -> None:
-        """End what lasts."""
+        """Continue workers that are still stopped."""
         for pid in self._server.workers():
             self._server.signal(signal.SIGCONT, pid)
 
@@ -83,28 +83,30 @@ class Faults:
             )
 
     def upgrade(self) -> None:
-        """Have the supervisor exec the installed program, and replace all workers."""
+        """Send SIGHUP: the supervisor executes the installed program and replaces all workers."""
         self._server.signal(signal.SIGHUP)
 
     def reset(self) -> None:
-        """Reset the connections of half of the clients at once; others come in their place."""
+        """Reset the connections of half of the clients at once; new clients replace them."""
         readers = list(self._traffic.readers)
         for reader in self._dice.sample(readers, len(readers) // 2):
-            self._traffic.part(reader, reset=True)
+            self._traffic.disconnect(reader, reset=True)
 
     def burst(self) -> None:
-        """Have many connect at once, of whom some say nothing and leave."""
+        """Make many connections at once: some send an invalid header, the others nothing."""
         for _ in range(BURST):
-            self._traffic.meet(b"" if self._dice.random() < 0.5 else clients.nonsense(self._dice))
+            self._traffic.connect_invalid(
+                b"" if self._dice.random() < 0.5 else clients.invalid_header(self._dice)
+            )
 
     def stall(self) -> None:
-        """Have half of the clients read nothing for a while."""
+        """Stop reading at half of the clients for a while."""
         readers = list(self._traffic.readers)
         for reader in self._dice.sample(readers, len(readers) // 2):
             self._traffic.hold(reader, self._dice.uniform(*STALLED))
 
     def flood(self) -> None:
-        """Have some clients send junk, as much as their sockets take."""
+        """Let some clients send as much junk as their sockets accept."""
         readers = [
             reader
             for reader in self._traffic.readers
@@ -114,14 +116,14 @@ class Faults:
             self._traffic.send(reader, bytes(FLOOD))
 
     def nonsense(self) -> None:
-        """Have many send what is no header."""
+        """Make many connections that send an invalid header."""
         for _ in range(BURST):
-            self._traffic.meet(clients.nonsense(self._dice))
+            self._traffic.connect_invalid(clients.invalid_header(self._dice))
 
     def rotate(self) -> None:
-        """Move the file away, and make the next one of its name."""
+        """Rename the file, and create the next one of its name."""
         self._traffic.file.rotate()
 
 
-# all but a rotation, for which the server must be set
+# The default faults: all but the rotation, for which the server needs an option.
 FAULTS = ("kill", "stop", "upgrade", "reset", "burst", "stall", "flood", "nonsense")

@@ -1,4 +1,4 @@
-"""Says how a run went: the verdict, as text for people and as JSON for programs."""
+"""The summary of a run: what was wrong, as text for people and as JSON for programs."""
 
 import json
 from dataclasses import dataclass, fields
@@ -6,14 +6,19 @@ from dataclasses import dataclass, fields
 from samples import Sample
 from tally import Tally
 
-# what memory may grow by: Python gives back to the kernel what it happens to
+# Bounds for the growth of memory: the end may exceed the start by this factor plus this many bytes.
+# Python does not return all free memory to the kernel.
 MEMORY_FACTOR, MEMORY_SLACK = 1.25, 2 << 20
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is said of a run; `start` and `end` are without clients, and None where it did not come to that."""
+    """The results of a run.
+
+    `start` and `end` are samples without clients, from before the faults and after them. They are
+    None if the run ended before they were taken.
+    """
 
     command: str
     seed: int
@@ -25,21 +30,21 @@ class Summary:
     end: Sample | None
     peak: Sample
     log_lines: int
-    # of the log
+    # Lines of the log that should not be there.
     bad_lines: list[str]
 
     def reasons(self) -> list[str]:
-        """Return what was wrong, nothing where all was well."""
+        """Return what was wrong; empty if nothing was."""
         found = list(self.tally.wrong)
         found += [f"in the log: {line}" for line in self.bad_lines]
         if self.status != 0:
-            found.append(f"the server ended with status {self.status}")
+            found.append(f"the server exited with status {self.status}")
         if self.tally.checked == 0:
             found.append("no byte was checked")
         return found + self._growth()
 
     def _growth(self) -> list[str]:
-        """Return what is not as it was at the start."""
+        """Return which resources have grown since the start."""
         if self.start is None or self.end is None:
             return ["the server's memory and descriptors are not known at the start and at the end"]
         found = []
@@ -54,20 +59,23 @@ class Summary:
         return found
 
     def text(self) -> str:
-        """Return it for people to read."""
+        """Return the summary as text."""
         tally, minutes = self.tally, self.seconds / 60
         lines = [
-            f"{'WRONG' if self.reasons() else 'OK'}: {minutes:.1f} minutes of {self.command}, seed {self.seed}",
+            f"{'WRONG' if self.reasons() else 'OK'}:"
+            f" {minutes:.1f} minutes of {self.command}, seed {self.seed}",
             *(f"  {reason}" for reason in self.reasons()),
             "",
             f"bytes checked      {tally.checked:,} of a file of {self.file_bytes:,}",
             f"connections        {tally.connections.total():,}: {_counts(tally.connections)}",
             f"faults survived    {tally.faults.total():,}: {_counts(tally.faults)}",
-            f"longest wait       {tally.longest_wait:.0f} s until a client got what was there for it",
-            f"lost in accept     {tally.lost}, by workers that were killed between accepting a connection and passing it up",
+            f"longest wait       {tally.longest_wait:.0f} s until a client received waiting bytes",
+            f"lost in accept     {tally.lost}, because their worker was killed"
+            " after accepting the connection and before reporting it",
             *(
                 [
-                    f"ended by rotation  {tally.rotated}, and {tally.cut_off} cut off for their slowness"
+                    f"ended by rotation  {tally.rotated},"
+                    f" and {tally.cut_off} that were closed for being too slow"
                 ]
                 if "rotate" in tally.faults
                 else []
@@ -88,7 +96,7 @@ class Summary:
         return "\n".join(lines)
 
     def json(self) -> str:
-        """Return it for programs."""
+        """Return the summary as JSON."""
         return json.dumps(
             {"ok": not self.reasons(), "reasons": self.reasons(), **_plain(self)},
             default=_plain,
@@ -111,7 +119,7 @@ def _counts(counter: dict[str, int]) -> str:
 
 
 def peak(samples: list[Sample]) -> Sample:
-    """Return the highest of each figure."""
+    """Return the largest value of each figure in `samples`."""
     return Sample(
         *(
             max((getattr(sample, field.name) for sample in samples), default=0)

@@ -1,12 +1,13 @@
-"""What a run has seen: bytes, clients, faults, and whatever was wrong."""
+"""Counts the events of a run: bytes checked, clients, faults, and everything that was wrong."""
 
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-# then a run ends
+# A run stops after this many errors.
 MAX_WRONG = 20
-# seconds that a connection may have waited in a queue when the worker that had just accepted it was killed
+# Seconds that a connection may have waited in an accept queue before a worker accepted it and was
+# killed immediately afterwards.
 ACCEPTING = 10.0
 
 
@@ -14,35 +15,39 @@ ACCEPTING = 10.0
 class Tally:
     """The figures of a run."""
 
-    # bytes compared with what the file holds there
+    # Bytes that were compared with the file.
     checked: int = 0
-    # by the kind of client
+    # Connections by the kind of client.
     connections: Counter[str] = field(default_factory=Counter)
+    # Faults by name.
     faults: Counter[str] = field(default_factory=Counter)
-    # connections whose worker was killed between accepting them and passing them up
+    # Connections whose worker was killed after accepting them and before reporting them.
     lost: int = 0
-    # streams that ended as they should, at the end of a file that was moved away
+    # Streams that ended correctly, at the end of a file that was renamed.
     rotated: int = 0
-    # the same, before they had read it all: they were too slow for --grace
+    # Streams that a rotation ended before the client had read all: it was too slow for --grace.
     cut_off: int = 0
-    # seconds that a client who wanted to read got nothing, while there was something to be sent
+    # The longest time in seconds that a client waited for bytes that the server could have sent.
     longest_wait: float = 0.0
     wrong: list[str] = field(default_factory=list)
-    # when; the last ones
+    # The times of the last kills.
     _kills: deque[float] = field(default_factory=lambda: deque(maxlen=100))
 
     def note_wrong(self, what: str) -> None:
-        """Keep what must not be."""
+        """Record an error."""
         self.wrong.append(what)
 
     def hopeless(self) -> bool:
-        """Tell whether so much is wrong that going on shows nothing new."""
+        """Return whether there are so many errors that the run should stop."""
         return len(self.wrong) >= MAX_WRONG
 
     def note_kill(self) -> None:
-        """Remember that a worker is killed now."""
+        """Record that a worker is killed now."""
         self._kills.append(time.monotonic())
 
     def may_be_lost(self, connected: float) -> bool:
-        """Tell whether a connection may have been in the few lines of a worker where its death costs one."""
+        """Return whether a kill may have lost the connection that was made at the time `connected`.
+
+        It is lost if its worker is killed after accepting it and before reporting it.
+        """
         return any(connected - 0.1 <= kill <= connected + ACCEPTING for kill in self._kills)

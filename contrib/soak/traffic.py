@@ -1,4 +1,4 @@
-"""The load: a file that grows by fits and starts, and clients of all kinds that come and go."""
+"""The load of a run: a file that grows irregularly, and clients of all kinds."""
 
 import random
 import sched
@@ -10,50 +10,58 @@ from contextlib import suppress
 from functools import partial
 
 import clients
-from clients import KINDS, Kind, Reader, Stranger
+from clients import KINDS, InvalidClient, Kind, Reader
 from growing import GrowingFile
 from served import Server
 from tally import Tally
 
-# bytes at a time, small ones as often as large ones
+# The smallest and largest append in bytes. Sizes are distributed evenly on a logarithmic scale.
 APPENDS = (1, 64 << 10)
-# bytes, now and then: more than one turn of the server's moves
+# Bytes of a rare large append: more than the server sends in one turn of its loop.
 OUTBURST = 3 << 20
-# a second
-STRANGERS = 5.0
-# seconds after which a client that has got nothing counts as forgotten: a slot is empty for 5 at most
-STARVED = 30.0
-# seconds that all together may take in the end, with something new so often
+# Clients with an invalid header per second.
+INVALID_RATE = 5.0
+# A client that has waited this many seconds for bytes counts as forgotten by the server. A slot is
+# without a worker for 5 seconds at most.
+FORGOTTEN = 30.0
+# Seconds within which all clients must catch up at the end of a run, and how often bytes are
+# appended during this time.
 CATCH_UP, CATCH_UP_TRIES = 60.0, 6
-# seconds that a stranger stays who says nothing
+# Seconds after which a client that sends nothing disconnects.
 SILENT = 10.0
 
-Client = Reader | Stranger
+Client = Reader | InvalidClient
 
 
 class Traffic:
-    """Lets everybody do a little, in one loop: `run()` it."""
+    """The writer and all clients, in one event loop: `run()` runs it.
+
+    `rate` is the growth of the file in bytes per second.
+    """
 
     def __init__(
         self, server: Server, file: GrowingFile, tally: Tally, rate: float, dice: random.Random
     ) -> None:
         self.server, self.file, self.tally, self.rate, self.dice = server, file, tally, rate, dice
         self.readers: set[Reader] = set()
-        self.strangers: set[Stranger] = set()
-        # as long as clients that leave are followed by others
+        self.invalid_clients: set[InvalidClient] = set()
+        # While this is set, the file grows, and each client that disconnects is replaced.
         self.busy = False
         self._selector = selectors.DefaultSelector()
         self._timers = sched.scheduler(time.monotonic)
-        self._history: deque[tuple[float, int, int]] = deque(maxlen=int(2 * STARVED))
+        self._history: deque[tuple[float, int, int]] = deque(maxlen=int(2 * FORGOTTEN))
 
     # The loop
 
     def later(self, seconds: float, call: Callable[[], object]) -> None:
-        """Call back after that time."""
+        """Call `call` after that many seconds."""
         self._timers.enter(seconds, 0, call)
 
     def run(self, seconds: float, check: Callable[[], bool] = lambda: False) -> bool:
-        """Go on for so long, or until `check()` is true or all is lost, and tell whether it was true."""
+        """Run the loop until `check()` is true, and return whether it is.
+
+        The loop ends after `seconds` at the latest, or when there are too many errors.
+        """
         end = time.monotonic() + seconds
         while (now := time.monotonic()) < end and not self.tally.hopeless():
             pause = self._timers.run(blocking=False)
@@ -69,21 +77,24 @@ class Traffic:
         if client.closed:
             return
         if not client.read():
-            self.part(client)
+            self.disconnect(client)
         elif isinstance(client, Reader) and client.pause:
             self.hold(client, client.pause)
 
     # The file
 
     def start(self, scale: float) -> None:
-        """Begin to append, and have `scale` times as many clients of each kind as usual, at least one."""
+        """Start the writer and the clients.
+
+        Of each kind there are `scale` times the usual number of clients, but at least one.
+        """
         self.busy = True
         self._write()
         self._watch()
-        self._meet_strangers()
+        self._connect_invalid_clients()
         for kind in KINDS:
             for _ in range(max(1, round(kind.count * scale))):
-                self.join(kind)
+                self.connect(kind)
 
     def _write(self) -> None:
         if not self.busy:
@@ -98,42 +109,44 @@ class Traffic:
         self.later(self.dice.expovariate(1) * count / self.rate, self._write)
 
     def _watch(self) -> None:
-        """Look, once a second, for clients that are owed something and do not get it."""
+        """Check once a second for clients that wait too long for bytes, or to be disconnected."""
         now = time.monotonic()
         self._history.append((now, self.file.generation, self.file.size))
         for reader in list(self.readers):
-            self._look_at(reader, now)
-        for stranger in list(self.strangers):
-            if now - stranger.connected > STARVED:
-                self.tally.note_wrong(f"a stranger was not turned away in {STARVED:g} seconds")
-                self.part(stranger)
+            self._check_wait(reader, now)
+        for client in list(self.invalid_clients):
+            if now - client.connected > FORGOTTEN:
+                self.tally.note_wrong(
+                    f"a client with an invalid header was connected for {FORGOTTEN:g} seconds"
+                )
+                self.disconnect(client)
         if self.busy:
             self.later(1.0, self._watch)
 
-    def _look_at(self, reader: Reader, now: float) -> None:
+    def _check_wait(self, reader: Reader, now: float) -> None:
         if reader.pause or reader.released > now or not reader.started:
-            # it does not want to read, or has not asked for anything
+            # The client does not read at the moment, or has not sent its header yet.
             return
         if (since := reader.waiting_since(self._history)) is None:
             return
         self.tally.longest_wait = max(self.tally.longest_wait, now - since)
-        if now - since > STARVED:
-            self.tally.note_wrong(f"{reader}: nothing for {now - since:.0f} seconds")
-            self.part(reader)
+        if now - since > FORGOTTEN:
+            self.tally.note_wrong(f"{reader}: received nothing for {now - since:.0f} seconds")
+            self.disconnect(reader)
 
     # Clients
 
-    def join(self, kind: Kind) -> None:
-        """Let a client of that kind come, and another when it has left."""
+    def connect(self, kind: Kind) -> None:
+        """Connect a client of that kind; when it disconnects, another one replaces it."""
         if not self.busy:
-            # it was to follow one that left before the end began
+            # The run has ended since this client was scheduled.
             return
         number = clients.start_of(kind.start, self.file.size, self.dice)
         try:
             sock = clients.connect(self.server.port, kind.receive_buffer)
         except OSError as error:
             self.tally.note_wrong(f"{kind.name} client cannot connect: {error}")
-            self.later(1.0, partial(self.join, kind))
+            self.later(1.0, partial(self.connect, kind))
             return
         self.tally.connections[kind.name] += 1
         reader = Reader(kind, sock, number, self.file, self.tally)
@@ -141,7 +154,7 @@ class Traffic:
         self._selector.register(sock, selectors.EVENT_READ, reader)
         self._send_header(reader, number + b"\n")
         if kind.stay:
-            self.later(self.dice.uniform(*kind.stay), partial(self.part, reader))
+            self.later(self.dice.uniform(*kind.stay), partial(self.disconnect, reader))
 
     def _send_header(self, reader: Reader, rest: bytes) -> None:
         count = 1 if reader.kind.piecemeal else len(rest)
@@ -166,15 +179,15 @@ class Traffic:
         try:
             reader.sock.send(data)
         except BlockingIOError:
-            # only junk can fill a socket, and some more or less is all the same
+            # Only junk can fill the socket, and it does not matter how much of it is sent.
             pass
         except OSError:
-            # what has become of it shows when it is read from
+            # The next read reports what has happened to the connection.
             return False
         return True
 
     def hold(self, reader: Reader, seconds: float) -> None:
-        """Let it read nothing for that long."""
+        """Stop reading at this client for that many seconds."""
         if reader.closed or (reader.released > time.monotonic() and not reader.pause):
             return
         if reader.sock in self._selector.get_map():
@@ -186,54 +199,55 @@ class Traffic:
         if not reader.closed and reader.sock not in self._selector.get_map():
             self._selector.register(reader.sock, selectors.EVENT_READ, reader)
 
-    def part(self, client: Client, reset: bool = False) -> None:
-        """Let a client leave."""
+    def disconnect(self, client: Client, reset: bool = False) -> None:
+        """Disconnect a client."""
         if client.closed:
             return
         client.closed = True
         if client.sock in self._selector.get_map():
             self._selector.unregister(client.sock)
-        if isinstance(client, Stranger):
-            self.strangers.discard(client)
+        if isinstance(client, InvalidClient):
+            self.invalid_clients.discard(client)
             client.sock.close()
             return
         self.readers.discard(client)
         clients.leave(client.sock, reset or client.kind.reset)
         if self.busy:
-            self.later(self.dice.random(), partial(self.join, client.kind))
+            self.later(self.dice.random(), partial(self.connect, client.kind))
 
-    def meet(self, says: bytes) -> None:
-        """Let a stranger come."""
+    def connect_invalid(self, header: bytes) -> None:
+        """Connect a client that sends an invalid header, or nothing if `header` is empty."""
         try:
             sock = clients.connect(self.server.port)
         except OSError as error:
-            self.tally.note_wrong(f"a stranger cannot connect: {error}")
+            self.tally.note_wrong(f"a client with an invalid header cannot connect: {error}")
             return
-        # its worker was killed in that very moment
+        # Sending fails if the worker has just been killed.
         with suppress(OSError):
-            sock.send(says)
-        self.tally.connections["stranger"] += 1
-        stranger = Stranger(sock, self.tally)
-        self.strangers.add(stranger)
-        self._selector.register(sock, selectors.EVENT_READ, stranger)
-        if not says:
-            self.later(SILENT, partial(self.part, stranger))
+            sock.send(header)
+        self.tally.connections["invalid"] += 1
+        client = InvalidClient(sock, self.tally)
+        self.invalid_clients.add(client)
+        self._selector.register(sock, selectors.EVENT_READ, client)
+        if not header:
+            self.later(SILENT, partial(self.disconnect, client))
 
-    def _meet_strangers(self) -> None:
+    def _connect_invalid_clients(self) -> None:
         if self.busy:
-            self.meet(b"" if self.dice.random() < 0.1 else clients.nonsense(self.dice))
-            self.later(self.dice.expovariate(STRANGERS), self._meet_strangers)
+            header = b"" if self.dice.random() < 0.1 else clients.invalid_header(self.dice)
+            self.connect_invalid(header)
+            self.later(self.dice.expovariate(INVALID_RATE), self._connect_invalid_clients)
 
     # The end
 
     def catch_up(self) -> None:
-        """Have every client that is there read all there is, and nobody else come."""
+        """Let every client read all bytes of the file, and connect no new ones."""
         self.busy = False
         for reader in self.readers:
             reader.pause = 0.0
             self._release(reader)
         for _ in range(CATCH_UP_TRIES):
-            # who is ahead, or has been read from the end, gets something, too
+            # Clients that started beyond the end of the file receive something as well.
             self.file.append(2 * clients.AHEAD)
             if self.run(
                 CATCH_UP / CATCH_UP_TRIES,
@@ -243,14 +257,15 @@ class Traffic:
         for reader in self.readers:
             if not reader.caught_up():
                 self.tally.note_wrong(
-                    f"{reader}: not caught up after {CATCH_UP:g} seconds, the file has {self.file.size} bytes"
+                    f"{reader}: not caught up after {CATCH_UP:g} seconds,"
+                    f" the file has {self.file.size} bytes"
                 )
 
     def clear(self) -> None:
-        """Let all clients leave, so that the server sees it at once."""
+        """Disconnect all clients with a reset, which the server notices at once."""
         self.busy = False
-        everybody: list[Client] = [*self.readers, *self.strangers]
-        for client in everybody:
-            self.part(client, reset=True)
+        all_clients: list[Client] = [*self.readers, *self.invalid_clients]
+        for client in all_clients:
+            self.disconnect(client, reset=True)
         for event in self._timers.queue:
             self._timers.cancel(event)

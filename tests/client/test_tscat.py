@@ -257,7 +257,11 @@ def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
         (["localhost:99999"], 2, "port must be from 1 to 65535, not 99999"),
         (["localhost:http"], 2, "not a port: 'http' in 'localhost:http'"),
         (["localhost"], 2, "not HOST:PORT: 'localhost'"),
-        (["::1:4321"], 2, "not HOST:PORT: '::1:4321'; an IPv6 address takes brackets, [::1]:4321"),
+        (
+            ["::1:4321"],
+            2,
+            "not HOST:PORT: '::1:4321'; write an IPv6 address in brackets: [::1]:4321",
+        ),
         (["-1000"], 2, "no HOST:PORT"),
         (["localhost:1", "9" * 20], 2, "offset does not fit 64 bits"),
     ],

@@ -140,7 +140,7 @@ def test_server_that_does_not_start_is_a_finding(tmp_path: Path) -> None:
         "--quick", *alone, "--server", command, "--only", "idle-10", "--output", tmp_path
     )
     assert done.returncode == 1
-    assert "ended with status 7: no luck with" in done.stderr
+    assert "exited with status 7: no luck with" in done.stderr
 
 
 @pytest.mark.sample(3)

@@ -121,7 +121,7 @@ BEFORE = Sample(processes=3, pss=20 << 20, descriptors=33, threads=3, sockets=0)
             0,
             "the server's memory and descriptors are not known at the start and at the end",
         ),
-        (BEFORE, Tally(checked=1), 3, "the server ended with status 3"),
+        (BEFORE, Tally(checked=1), 3, "the server exited with status 3"),
         (BEFORE, Tally(), 0, "no byte was checked"),
         (BEFORE, Tally(checked=1, wrong=["this"]), 0, "this"),
     ],

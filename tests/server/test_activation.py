@@ -137,7 +137,7 @@ def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     ended = run_tailsrv(*option, path, wrapper=activated("tcp4"))
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(
-        "tailsrv: error: -p/--port and --bind do not go with the sockets"
+        "tailsrv: error: -p/--port and --bind cannot be combined with sockets"
     )
 
 
@@ -147,13 +147,16 @@ def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     [
         (
             "file",
-            "descriptor 3, passed by the service manager, is no socket: Socket operation on non-socket",
+            "descriptor 3, passed by the service manager, is not a socket: Socket operation on non-socket",
         ),
-        ("none", "descriptor 3, passed by the service manager, is no socket: Bad file descriptor"),
-        ("udp", "descriptor 3, passed by the service manager, is no listening TCP socket"),
-        ("unix", "descriptor 3, passed by the service manager, is no listening TCP socket"),
-        ("bound", "descriptor 3, passed by the service manager, is no listening TCP socket"),
-        ("tcp4,udp", "descriptor 4, passed by the service manager, is no listening TCP socket"),
+        (
+            "none",
+            "descriptor 3, passed by the service manager, is not a socket: Bad file descriptor",
+        ),
+        ("udp", "descriptor 3, passed by the service manager, is not a listening TCP socket"),
+        ("unix", "descriptor 3, passed by the service manager, is not a listening TCP socket"),
+        ("bound", "descriptor 3, passed by the service manager, is not a listening TCP socket"),
+        ("tcp4,udp", "descriptor 4, passed by the service manager, is not a listening TCP socket"),
     ],
 )
 def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:

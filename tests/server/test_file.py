@@ -134,7 +134,7 @@ def test_unreadable(open_folder: Path) -> None:
     ended = run_tailsrv("-p", "0", path, wrapper=wrapper)
     (line,) = ended.stderr.splitlines()
     assert (
-        f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and we are "
+        f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and tailsrv runs as "
         in line
     )
     assert (ended.returncode, ended.stdout) == (1, "")

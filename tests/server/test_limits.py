@@ -177,7 +177,7 @@ def test_allow_mapped(serve: Serve, path: Path) -> None:
 def test_descriptors_do_not_suffice(serve: Serve, path: Path) -> None:
     """A limit of descriptors below what --max-clients takes is warned of at the start, and does not keep the server from serving."""
     server = serve(path, "--max-clients", "1000", wrapper=("prlimit", "--nofile=200"))
-    line = server.logged("warning: descriptors do not suffice for --max-clients")
+    line = server.logged("warning: file descriptor limit is too low for --max-clients")
     assert " max_clients=1000 " in line
     assert " descriptors=200 " in line
     expect(server.connect(b"0\n"), DATA)
@@ -209,7 +209,7 @@ def test_backlog_is_cut(serve: Serve, path: Path) -> None:
     os.truncate(path, 0)
     server = serve(path, wrapper=SMALL_QUEUES)
     line = server.logged(
-        "accept queues are cut short", "backlog=100 wanted=4096", "net.core.somaxconn"
+        "accept queues are shorter than requested", "backlog=100 wanted=4096", "net.core.somaxconn"
     )
     assert server.lines("warning") == [line]
 

@@ -85,7 +85,7 @@ def test_passed_mptcp_socket(path: Path) -> None:
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert (
-        "descriptor 3, passed by the service manager, is no TCP socket but MPTCP; use SocketProtocol=tcp"
+        "descriptor 3, passed by the service manager, is not a TCP socket but MPTCP; use SocketProtocol=tcp"
         in line
     )
 
@@ -99,7 +99,10 @@ def test_mptcpize(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ended = run_tailsrv("-p", "0", path)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert "the kernel gives us MPTCP sockets instead of TCP; start without mptcpize" in line
+    assert (
+        "the kernel creates MPTCP sockets instead of TCP sockets; start tailsrv without mptcpize"
+        in line
+    )
 
 
 # Names for two addresses each, of which this machine has one, or none; then it becomes what its other arguments say.

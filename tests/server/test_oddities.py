@@ -41,7 +41,7 @@ def test_leading_zeros_of_a_number() -> None:
     """However many zeros stand before a number, it is that number."""
     done = run_tailsrv("-p", "0" * 30 + "65536", "log")
     assert done.returncode == 2
-    assert "port must be from 0 to 65535, not 65536" in done.stderr
+    assert "argument -p/--port: must be from 0 to 65535, not 65536" in done.stderr
 
 
 def test_working_folder_that_is_gone(serve: Serve, path: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_bad_port(port: int) -> None:
 
 def test_bind_without_a_port() -> None:
     """Addresses are for a port of our own."""
-    with pytest.raises(ConfigError, match="bind is for a port of our own"):
+    with pytest.raises(ConfigError, match="argument --bind: needs -p/--port"):
         Config("log", None, bind=("127.0.0.1",))
 
 

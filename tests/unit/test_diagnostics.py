@@ -22,7 +22,7 @@ def error(number: int) -> OSError:
         (
             errno.EADDRINUSE,
             99,
-            "Address already in use; choose another port, or see who has this one: ss -tanp sport = :99",
+            "Address already in use; choose another port, or find the process that uses this one: sudo ss -tanp sport = :99",
         ),
         (
             errno.EADDRINUSE,
@@ -38,7 +38,7 @@ def error(number: int) -> OSError:
         (
             errno.EADDRNOTAVAIL,
             1,
-            "Cannot assign requested address; no interface of this machine has it: ip addr",
+            "Cannot assign requested address; no interface of this machine has this address (see: ip addr)",
         ),
         (errno.EMFILE, 1, "Too many open files"),
     ],
@@ -51,7 +51,7 @@ def test_cannot_bind(number: int, port: int, hint: str) -> None:
 def test_port_of_a_connection() -> None:
     """A port that lies where the kernel takes those of connections from may be one's, which has no listener."""
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    end = f"; it may be a connection, as the port lies in net.ipv4.ip_local_port_range ({first} to {last})"
+    end = f"; an outgoing connection may use it, as the port is in net.ipv4.ip_local_port_range ({first} to {last})"
     for port in (first, last):
         assert cannot_bind(error(errno.EADDRINUSE), port).endswith(f"ss -tanp sport = :{port}{end}")
     for port in (first - 1, last + 1):
@@ -67,7 +67,7 @@ def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cannot_open(str(path), error(errno.EIO)) == "Input/output error"
     hint = cannot_open(str(path), error(errno.EACCES))
     assert hint.startswith("Permission denied; it has mode 0640, user ")
-    assert "and we are user " in hint
+    assert "and tailsrv runs as user " in hint
 
 
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
@@ -85,7 +85,7 @@ print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
         code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""}
     )
     assert (
-        f"; {open_folder}/a/b may not be entered, and we are user 65534 with groups 65534: "
+        f"; {open_folder}/a/b may not be entered, and tailsrv runs as user 65534 with groups 65534: "
         in done.stdout
     )
 
@@ -132,6 +132,6 @@ print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1
     path.touch(0o600)
     done = run_python(code, str(path))
     assert (
-        f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and we are user {os.geteuid()} with"
+        f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and tailsrv runs as user {os.geteuid()} with"
         in done.stdout
     ), done.stderr

@@ -329,14 +329,17 @@ def test_fault_of_ours_is_a_line_of_the_log() -> None:
     done = run_python(LINES + "1 / 0", "0")
     assert done.returncode == 1
     first, *_, last = done.stderr.splitlines()
-    assert "critical: cannot go on: reason=\"ZeroDivisionError('division by zero')\"" in first
+    assert (
+        "critical: internal error, the process exits: reason=\"ZeroDivisionError('division by zero')\""
+        in first
+    )
     assert last == "ZeroDivisionError: division by zero"
 
 
 def test_fault_in_a_destructor_is_a_line_of_the_log() -> None:
     """The same for an exception in a destructor, which nobody can catch."""
     [line] = log("class Odd:\n    def __del__(self): 1 / 0\nOdd()")
-    assert "error: fault while an object was destroyed: " in line
+    assert "error: internal error while an object was destroyed: " in line
 
 
 def test_long_line_is_whole() -> None:

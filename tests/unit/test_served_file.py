@@ -131,7 +131,7 @@ except CannotServeError as error:
     done = run_python(code, str(path.parent))
     assert done.returncode == 0
     assert done.stdout.startswith(
-        "Permission denied; it has mode 0600, user 0 and group 0, and we are user 65534 with groups "
+        "Permission denied; it has mode 0600, user 0 and group 0, and tailsrv runs as user 65534 with groups "
     )
 
 
