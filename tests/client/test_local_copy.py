@@ -16,7 +16,6 @@ from tailsrv.client.local_copy import Mirror
 
 DATA = random_bytes(300_000)
 
-
 UNMEASURED = ("env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG")  # coverage.py renames files, too
 
 

@@ -18,9 +18,7 @@ from tailsrv.client.lookup import Lookup
 
 DATA = random_bytes(10_000)
 
-
 NAME = "logserver.test"
-
 
 # What a look-up of NAME waits for is that $SILENCE/silent is not there; then it is 127.0.0.1. Syncs are counted in $SILENCE/synced.
 SHIM = """

@@ -13,11 +13,8 @@ from support.strace import can_inject
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-
 # All that is in the table takes minutes; else later occurrences, and the acts of a whole program, are tried with the first error of a line.
 ALL = bool(os.environ.get("TAILSRV_TEST_FAULTS"))
-
-
 WHOLE = ("start", "takeover")
 
 

@@ -39,13 +39,9 @@ from tailsrv.linux.process import start_ticks
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
-
 HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$@"', "sh")  # runs what follows so
 
-
 root_only = pytest.mark.skipif(not as_root, reason="only root can make namespaces")
-
-
 needs_nobody = pytest.mark.skipif(
     not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv"), reason="not root, or nobody cannot run this Python"
 )

@@ -23,22 +23,13 @@ from support.waiting import DEADLINE, eventually
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
-
 TSCAT = (sys.executable, "-m", "tailsrv.client.tscat")
-
-
 TSSYNC = (sys.executable, "-m", "tailsrv.client.tssync")
-
 
 CONFIG = ROOT / "contrib" / "relay" / "haproxy.cfg"
 
-
 PORT = 4321  # in a network of our own every port is free
-
-
 ORIGIN, BALANCER, RELAYS = "10.0.0.1", "10.0.0.10", ("10.0.0.11", "10.0.0.12")  # the last three as in haproxy.cfg
-
-
 THROUGH_BALANCER, TO_RELAYS = (f"{BALANCER}:{PORT}",), tuple(f"{relay}:{PORT}" for relay in RELAYS)
 
 

@@ -18,8 +18,6 @@ from support.waiting import eventually
 
 # What they are by default, in seconds that a test can wait.
 SHORT = "interval=0.1, silence=0.5, attempts=2"
-
-
 PROGRAM = f"""
 import sys
 from functools import partial

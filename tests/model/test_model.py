@@ -33,13 +33,8 @@ from model.world import WORKERS, FollowingWorld, World
 
 pytestmark = pytest.mark.slow
 
-
 EXAMPLES = int(os.environ.get("TAILSRV_MODEL_EXAMPLES", "0"))
-
-
 STEPS = int(os.environ.get("TAILSRV_MODEL_STEPS", "60"))
-
-
 OPTIONS = settings(
     max_examples=EXAMPLES or 60,
     stateful_step_count=STEPS,
@@ -50,24 +45,13 @@ OPTIONS = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-
 MAX_KILLS = 4  # in one example: more of them, and successors are made to wait
 
-
 counts = st.one_of(st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5]))
-
-
 numbers = st.one_of(st.integers(0, 100), st.integers(0, 12_000), st.integers(0, 400_000))
-
-
 forms = st.sampled_from([b"%d\n", b"%d\n", b"-%d\n", b"-%d\n", b"-0%d\n", b"+%d\r\n", b" \t%d \n"])
-
-
 headers = st.builds(lambda form, number: form % number, forms, numbers)
-
-
 bad_headers = st.sampled_from([b"\n", b"-\n", b"abc\n", b"1_0\n", b"1e3\n", b"9223372036854775808\n", b"1" * 33, b"5 5\n", b"5\0\n"])
-
 
 if_there = precondition(lambda self: self.file is not None)
 

@@ -15,16 +15,10 @@ from support.checkout import ROOT
 from support.tools import NOT_INSTALLED
 
 BENCH = ROOT / "contrib/bench/bench.py"
-
-
 CHARTS = ("latency.svg", "throughput.svg", "memory.svg", "workers.svg")
-
-
 SVG = "{http://www.w3.org/2000/svg}"
 
-
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason=f"{NOT_INSTALLED}cc")
-
 
 # It sends the file once, as its first argument says: with a wrong byte, with one more, or to its end and no further.
 LIAR = """

@@ -21,7 +21,6 @@ from support.waiting import DEADLINE
 
 DATA, MORE = random_bytes(1000), b"more"
 
-
 NO_PORT = "tailsrv: error: the following arguments are required: -p/--port"
 
 

@@ -12,16 +12,9 @@ from support.status import ask
 from support.waiting import DEADLINE, eventually
 
 CROWD = 20_000
-
-
 SPARE = 200  # descriptors that this process, a worker or the supervisor has beside the clients'
-
-
 WINDOW = 1000  # connections that wait at a time: fewer than a worker's backlog
-
-
 PER_ADDRESS = 10_000  # clients from one loopback address, whose ports end at some 28,000
-
 
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: gone at once, and no port is left waiting
 

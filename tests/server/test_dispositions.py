@@ -21,13 +21,10 @@ from tailsrv.stray_signals import StraySignals
 
 DATA, NEWS = random_bytes(1000), b"more"
 
-
 HELD = PROGRAMS / "breakpoints.py"
-
 
 # Without core files: some of these signals leave one.
 NO_CORES = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
-
 
 # What supervisor and worker have installed for each signal: signal(7) says what `default` does.
 INSTALLED = {
@@ -63,11 +60,7 @@ INSTALLED = {
     "SIGPWR": ("caught", "ignored"),
     "SIGSYS": ("default", "default"),
 }
-
-
 DEADLY = ("SIGILL", "SIGTRAP", "SIGABRT", "SIGBUS", "SIGFPE", "SIGKILL", "SIGSEGV", "SIGXCPU", "SIGSYS")
-
-
 SILENT = ("SIGPIPE", "SIGCHLD", "SIGCONT", "SIGTTOU", "SIGURG", "SIGXFSZ", "SIGWINCH")
 
 

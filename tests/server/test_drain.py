@@ -17,10 +17,7 @@ from support.strace import needs_strace, strace
 from support.waiting import eventually
 
 DATA = random_bytes(1000)
-
-
 BIG = random_bytes(16 << 20)  # more than the kernel takes for a client that does not read
-
 
 Ending = Callable[[Server, Path], None]
 

@@ -13,13 +13,9 @@ from support.server import TAILSRV, Serve
 from support.waiting import eventually
 
 SCRIPT = (str(Path(sysconfig.get_path("scripts")) / "tailsrv"),)
-
-
 NEW_PID_NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
 
-
 pytestmark = pytest.mark.slow
-
 
 # For sitecustomize, which the interpreter imports at its start: the program waits at the gate.
 AT_IMPORT = """
@@ -32,8 +28,6 @@ def importing(name, *arguments, **more):
     return original(name, *arguments, **more)
 builtins.__import__ = importing
 """
-
-
 AT_LOOKUP = """
 import socket
 original = socket.getaddrinfo

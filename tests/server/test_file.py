@@ -21,10 +21,7 @@ from support.status import ask
 from support.waiting import DEADLINE
 
 DATA = random_bytes(1000)
-
-
 NEWS = b"appended in the end"
-
 
 NO_INOTIFY = ("unshare", "--user", "--map-root-user", "sh", "-c", 'echo 0 > /proc/sys/user/max_inotify_instances && exec "$@"', "sh")
 
@@ -273,11 +270,7 @@ def move_folder(path: Path) -> None:
 
 
 Action = Callable[[Path], None]
-
-
 WAYS_TO_GO: list[Action] = [delete, move_away, replace, move_away_and_make_anew, keep_a_hard_link_and_delete, move_folder]
-
-
 WAYS_OF_A_LINK_TO_GO: list[Action] = [retarget_link, delete_link, move_target]
 
 

@@ -20,9 +20,7 @@ from support.waiting import DEADLINE, eventually
 
 pytestmark = pytest.mark.slow
 
-
 HELD = PROGRAMS / "breakpoints.py"
-
 
 OLD, NEW, MORE = random_bytes(5000, 1), random_bytes(9000, 2), random_bytes(3000, 3)
 
@@ -154,10 +152,7 @@ for contents, grown, expected in {CASES}:
     os.close(file)
 """
 
-
 LONG = b"x" * 10_000
-
-
 CASES: list[tuple[tuple[bytes, bytes], bytes, list[bool | None]]] = [
     ((b"same", b"same"), b"", [False] * 5),
     ((LONG, LONG), b"", [False] * 5),
@@ -211,8 +206,6 @@ print(why_poll(odd), why_poll(local), sep="\\n")
 os.chroot("/empty")
 print(why_poll(odd), why_poll(local), sep="\\n")
 """
-
-
 HIDDEN_REASON = (
     "inotify may not report every change: its mount is not in /proc/self/mountinfo, the file system is of type 0x65735546, see statfs(2)"
 )

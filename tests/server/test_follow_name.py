@@ -20,8 +20,6 @@ from support.tools import NOT_INSTALLED
 from support.waiting import DEADLINE, eventually
 
 BIG = random_bytes(20_000_000)
-
-
 OLD, LATE, NEW, MORE = random_bytes(300_000, 1), random_bytes(5_000, 2), random_bytes(200_000, 3), random_bytes(7_000, 4)
 
 
@@ -404,8 +402,6 @@ def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
 # The real logrotate
 
 LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
-
-
 needs_logrotate = pytest.mark.skipif(not Path(LOGROTATE).exists(), reason=f"{NOT_INSTALLED}logrotate")
 
 

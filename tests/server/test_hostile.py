@@ -21,26 +21,12 @@ from support.waiting import eventually
 from tailsrv.protocol import HeaderError, Start, parse_header
 
 HONEST = 5  # clients
-
-
 BEGIN = 4 << 20  # bytes in the file at the start
-
-
 RECORD = 3000
-
-
 MEMORY = 3 << 20  # bytes that the server may hold more after an attack than before: Python keeps some of what it had
-
-
 GROWTH = 1 << 20  # bytes that it may hold more after the same once again, and more of it: that is reused
-
-
 FOR_EACH = 2 << 10  # bytes that it may hold more for each connection while that lasts
-
-
 WORKERS = 2
-
-
 LINES = 10  # in the log, of a kind, from a worker, every 10 seconds: of what strangers do there are two kinds
 
 
@@ -170,8 +156,6 @@ LETTERS = [b"%c" % byte for byte in b"0123456789"] * 3 + [
     b"\xff",
     b"\xc2\xb2",
 ]
-
-
 BATCH = 100
 
 

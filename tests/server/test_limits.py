@@ -17,8 +17,6 @@ from support.sockets import connect, expect, expect_eof, needs_ipv6
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
-
-
 QUIET = 1.0  # seconds in which a server that admits somebody every 0.2 seconds would have done so
 
 

@@ -25,10 +25,7 @@ for port in map(int, sys.argv[1].split()):
     sock.detach()
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-
-
 WITH_FEW_PORTS = ("unshare", "--net", "--map-root-user", sys.executable, "-c", FEW_PORTS)
-
 
 needs_network = pytest.mark.skipif(not runs(*WITH_FEW_PORTS, "", "true"), reason="no network namespaces here")
 
@@ -101,8 +98,6 @@ NAMES = """
 192.0.2.1 none.test
 2001:db8::1 none.test
 """
-
-
 WITHOUT_IPV6 = (
     "unshare", "--net", "--mount", "--map-root-user", "sh", "-c",
     'mount --bind "$1" /etc/hosts && ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && shift && exec "$@"', "sh",

@@ -14,7 +14,6 @@ from support.sockets import expect
 
 DATA, MORE = random_bytes(100_000), b"more"
 
-
 libraries = pytest.mark.parametrize("functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"])
 
 

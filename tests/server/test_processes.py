@@ -21,8 +21,6 @@ from support.status import ask
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
-
-
 NEWS = b"appended"
 
 

@@ -19,16 +19,10 @@ from support.sockets import expect, expect_eof, recv_all, recv_exactly
 from support.waiting import eventually
 
 DATA = random_bytes(100)
-
-
 NEWS = b"appended after all headers were read"
-
-
 INT64_MAX = 2**63 - 1
 
-
 LOOPBACKS = ["127.0.0.1", "::1"]
-
 
 # What a client sends, and where in DATA + NEWS its stream then starts.
 GOOD_HEADERS = {
@@ -55,7 +49,6 @@ GOOD_HEADERS = {
     b"7\n8\n": 7,
     b"7\n" + bytes(1000): 7,
 }
-
 
 BAD_HEADERS = {
     b"abc\n": "not a number",
@@ -296,7 +289,6 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
 
 
 DESCRIPTORS = 40  # of a process: some dozen are its own
-
 
 FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")  # it execs: the pid stays
 

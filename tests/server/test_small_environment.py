@@ -14,8 +14,6 @@ from support.sockets import expect
 from support.waiting import eventually
 
 LONG = "\n" * 200  # a title writes it with twice as many bytes as the command line has for it
-
-
 COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
 
 

@@ -27,16 +27,9 @@ from tailsrv.channel import Ping, encode
 
 pytestmark = pytest.mark.slow
 
-
 DATA = random_bytes(12 << 20)
-
-
 SMALL = DATA[:1000]
-
-
 PACKAGE = Path(tailsrv.__file__).parent.parent
-
-
 NEWS = b"appended later, by somebody else"
 
 

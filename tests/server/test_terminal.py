@@ -21,7 +21,6 @@ from support.waiting import DEADLINE
 
 DATA, NEWS = random_bytes(1000), b"more"
 
-
 pytestmark = pytest.mark.slow
 
 

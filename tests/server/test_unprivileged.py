@@ -21,9 +21,7 @@ from tailsrv.control import CLIENTS
 
 DATA = random_bytes(100_000)
 
-
 pytestmark = pytest.mark.slow
-
 
 ASK = """\
 import socket, sys

@@ -10,8 +10,11 @@ import psutil  # type: ignore[import-untyped]
 from support.waiting import DEADLINE, eventually
 
 NOBODY = 65534
+
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")  # it execs: the pid stays
+
 NO_CORE = ("prlimit", "--core=0:0")  # workers that die of SIGSEGV leave no files behind
+
 as_root = os.geteuid() == 0
 
 

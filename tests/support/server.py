@@ -18,7 +18,9 @@ from support.sockets import connect
 from support.waiting import DEADLINE, eventually
 
 TAILSRV = (sys.executable, "-m", "tailsrv")
+
 HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))  # the same with shorter waits
+
 ACTIVATE = PROGRAMS / "activate.py"
 
 

@@ -6,7 +6,6 @@ from typing import TypeVar
 
 DEADLINE = 20.0  # seconds that an event may take on a busy machine; no test waits for it to pass
 
-
 Seen = TypeVar("Seen")
 
 

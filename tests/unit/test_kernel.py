@@ -13,7 +13,6 @@ from tailsrv.linux import kernel
 
 THE_ONE_PLACE = "kernel.py"
 
-
 libraries = pytest.mark.parametrize("functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"])
 
 

@@ -256,8 +256,6 @@ for [listener] in open_listeners(["127.0.0.1"], 0, 1):
     visit(listener)
 visit(take_listeners([plain().detach()])[0])
 """
-
-
 EVERYBODY_OPENS_FAST = (
     "unshare", "--net", "--map-root-user", "sh", "-c",
     'ip link set lo up && echo 0x607 >/proc/sys/net/ipv4/tcp_fastopen && exec "$@"', "sh",

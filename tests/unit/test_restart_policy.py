@@ -66,13 +66,8 @@ def test_describe_status(status: int, words: str) -> None:
 # A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
 Life = tuple[float, bool, Verdict, bool]
 
-
 TIMING = Timing()
-
-
 SOON, LATE = TIMING.long_life - 0.001, TIMING.long_life
-
-
 DONE, FAULT, KILLED, NO_ROOM = Verdict.DONE, Verdict.FAULT, Verdict.KILLED, Verdict.NO_ROOM
 
 

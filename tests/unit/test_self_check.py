@@ -18,7 +18,6 @@ from tailsrv.linux.sockets import accept_queue, streamed
 
 DATA = random_bytes(100_000)
 
-
 NO_LOOPBACK = ("unshare", "--net", "--map-root-user")
 
 

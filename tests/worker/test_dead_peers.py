@@ -106,8 +106,6 @@ class Bench:
 
 
 AT_ONCE = Limits(silence=-1.0, attempts=0)  # whoever has not acknowledged everything is dead
-
-
 NEVER = Limits(attempts=1000)
 
 
