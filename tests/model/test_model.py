@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from model.client import Client
+from model.client import ModelClient
 from model.world import WORKERS, FollowingWorld, World
 
 pytestmark = pytest.mark.slow
@@ -59,14 +59,14 @@ if_there = precondition(lambda self: self.file is not None)
 class Model(World, RuleBasedStateMachine):
     """What may happen, in any order."""
 
-    clients: Bundle[Client] = Bundle("clients")
+    clients: Bundle[ModelClient] = Bundle("clients")
 
     def __init__(self) -> None:
         super().__init__()
         self.before = sys.exc_info()[1]
 
     @initialize(target=clients, linger=st.booleans(), size=st.one_of(st.none(), *[numbers] * 5))
-    def begin(self, linger: bool, size: int | None) -> MultipleResults[Client]:
+    def begin(self, linger: bool, size: int | None) -> MultipleResults[ModelClient]:
         """Start the server, and two clients that want all there is and all there will be."""
         self.start(linger, size)
         return multiple(World.connect(self, b"0\n"), World.connect(self, b"-0\n"))

@@ -8,6 +8,7 @@ import pytest
 
 from support.files import append, random_bytes
 from support.server import Serve
+from support.sockets import reset_at_close
 from support.status import ask
 from support.waiting import DEADLINE, eventually
 
@@ -16,14 +17,12 @@ SPARE = 200  # descriptors that this process, a worker or the supervisor has bes
 WINDOW = 1000  # connections that wait at a time: fewer than a worker's backlog
 PER_ADDRESS = 10_000  # clients from one loopback address, whose ports end at some 28,000
 
-RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: gone at once, and no port is left waiting
-
 
 def join(port: int, number: int) -> socket.socket:
     """Return client `number`, who has asked for the whole file."""
     sock = socket.socket()
     sock.settimeout(DEADLINE)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    reset_at_close(sock)
     sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT, which socket does not name
     sock.bind((f"127.0.0.{2 + number // PER_ADDRESS}", 0))
     sock.connect(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""How a server ends: section 5 of the design."""
+"""How a server ends: every client gets the file up to its end, as far as the grace allows, and nobody is let in any more."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What happens to the file, and what the server then does: section 3 of the design, row by row."""
+"""What happens to the file (appended to, cut, moved, deleted, replaced), and what the server and its clients make of it."""
 
 import fcntl
 import json

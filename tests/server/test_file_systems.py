@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from support.checkout import PROGRAMS, ROOT
+from support.checkout import ROOT
 from support.files import append, random_bytes
 from support.fusefs import Fuse
 from support.processes import runs, switches
-from support.server import Serve, Server
+from support.server import HELD, Serve, Server
 from support.sockets import expect, expect_eof
 from support.status import status
 from support.waiting import DEADLINE, eventually
 
 pytestmark = pytest.mark.slow
 
-HELD = PROGRAMS / "breakpoints.py"
 
 OLD, NEW, MORE = random_bytes(5000, 1), random_bytes(9000, 2), random_bytes(3000, 3)
 
@@ -31,7 +30,7 @@ def hurried(tmp_path: Path) -> Iterator[tuple[str, ...]]:
     (hold := tmp_path / "hold").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAILSRV_TEST_HOLD", str(hold))
-        yield (sys.executable, str(HELD))
+        yield HELD
 
 
 @pytest.fixture

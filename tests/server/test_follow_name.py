@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
-from support.processes import children, stop, title
+from support.processes import children, open_descriptors, stop, title
 from support.server import HURRIED, TAILSRV, Serve, Server, wrapper_without_rights
 from support.sockets import expect, expect_eof, recv_all
 from support.status import status
@@ -109,15 +109,10 @@ def test_again_and_again(server: Server, path: Path, times: int) -> None:
         expect(stream, data)
         eventually(lambda: status(server)["clients"] == 1)
         if number == 1:  # from now on the supervisor holds the file before this one, for a minute
-            held = descriptors(server.pid)
+            held = open_descriptors(server.pid)
         append(path, LATE)
         expect(stream, LATE)
-    eventually(lambda: descriptors(server.pid) == held)
-
-
-def descriptors(pid: int) -> int:
-    """Return how many descriptors a process has."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    eventually(lambda: open_descriptors(server.pid) == held)
 
 
 def test_replaced_by_a_move(server: Server, path: Path) -> None:

@@ -16,7 +16,7 @@ from samples import Sample
 
 from support.server import Serve, Server
 from support.sockets import expect, reset
-from support.status import await_clients, await_protected, ready_workers, status, workers
+from support.status import await_clients, await_protected, ready_workers, status, worker_pids
 from support.waiting import eventually
 from tailsrv.protocol import HeaderError, Start, parse_header
 
@@ -59,7 +59,7 @@ class Honest:
 
 def look(server: Server) -> Sample:
     """Return what the server holds now."""
-    return samples.take([server.pid, *workers(server)])
+    return samples.take([server.pid, *worker_pids(server)])
 
 
 def settled(honest: Honest, descriptors: int) -> Sample:

@@ -13,7 +13,7 @@ import pytest
 from support.files import append, random_bytes
 from support.processes import runs, switches
 from support.server import Serve, Server, activated
-from support.sockets import connect, expect, expect_eof, needs_ipv6
+from support.sockets import connect, expect, expect_eof, needs_ipv6, reset
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
@@ -26,16 +26,16 @@ def file(path: Path) -> None:
     path.write_bytes(DATA)
 
 
-def readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
+def all_readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
     """Return those that something has come for, after `seconds` at the latest."""
     return select.select(list(socks), [], [], seconds)[0]
 
 
 def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
     """Wait until `count` of them are served, assert that no more are, and return those."""
-    eventually(lambda: len(readable(socks)) >= count)
+    eventually(lambda: len(all_readable(socks)) >= count)
     time.sleep(QUIET)  # no event to wait for: the point is that there is none
-    found = readable(socks)
+    found = all_readable(socks)
     assert len(found) == count
     return found
 
@@ -55,7 +55,7 @@ def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
         socks.remove(sock)
         sock.shutdown(socket.SHUT_RDWR)
         sock.close()
-    eventually(lambda: append_something(path) and len(readable(socks)) == 5)
+    eventually(lambda: append_something(path) and len(all_readable(socks)) == 5)
     server.logged("as many clients as --max-clients allows, more wait: ")
 
 
@@ -87,7 +87,7 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
     before = switches(worker)
     time.sleep(QUIET)  # no event to wait for
     assert switches(worker) - before < 50
-    assert not readable(waiting)
+    assert not all_readable(waiting)
 
 
 @pytest.mark.sample(1)
@@ -109,11 +109,11 @@ def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
         server.logged("worker ready: ", count=4)
     waiting = [sock for sock in socks if sock not in inside]
     time.sleep(QUIET)  # no event to wait for
-    assert not readable(waiting)
+    assert not all_readable(waiting)
     for sock in inside:
         sock.close()
     for sock in waiting:
-        eventually(lambda sock=sock: append_something(path) and readable([sock]))  # type: ignore[misc]
+        eventually(lambda sock=sock: append_something(path) and all_readable([sock]))  # type: ignore[misc]
 
 
 # --allow
@@ -205,6 +205,5 @@ def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> 
     second = connect(server.port, b"0\n")
     server.clients.append(second)
     server.logged("more wait")
-    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leave with a reset, which is noticed at once
-    first.close()
+    reset(first)  # which is noticed at once
     expect(second, DATA)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from support.processes import runs
 from support.server import Serve, activated, run_tailsrv
-from support.sockets import needs_ipv6
+from support.sockets import needs_ipv6, skip_without_mptcp
 
 # Leaves the kernel four ports to choose from, takes those that are named on IPv6 alone, and becomes what its other arguments say.
 FEW_PORTS = """
@@ -59,14 +58,6 @@ class Socket(socket.socket):
         super().__init__(family, type, proto, fileno)
 socket.socket = Socket
 """
-
-
-def skip_without_mptcp() -> None:
-    """Skip a test where the kernel has no MPTCP."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no MPTCP here")
 
 
 def test_passed_mptcp_socket(path: Path) -> None:

@@ -4,7 +4,6 @@ import os
 import random
 import selectors
 import socket
-import struct
 import threading
 import time
 from itertools import takewhile
@@ -15,7 +14,7 @@ import pytest
 from support.files import append, random_bytes
 from support.processes import cpu_seconds
 from support.server import Serve, Server
-from support.sockets import expect, expect_eof, recv_all, recv_exactly
+from support.sockets import expect, expect_eof, readable, recv_all, recv_exactly, reset_at_close
 from support.waiting import eventually
 
 DATA = random_bytes(100)
@@ -278,7 +277,7 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
     for turn in range(300):
         client = server.connect([b"", b"12", b"0\n", b"0\njunk", b"rubbish\n", b"-0\n", b"999999999\n"][turn % 7])
         if turn % 3 == 0:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            reset_at_close(client)
         elif turn % 3 == 1:
             client.shutdown(socket.SHUT_WR)
         client.close()
@@ -302,13 +301,6 @@ def fill(server: Server, data: bytes) -> list[socket.socket]:
     for client in clients[:-1]:
         expect(client, data)
     return clients
-
-
-def readable(sock: socket.socket) -> bool:
-    """Tell whether something has come on `sock`, without waiting."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
 
 
 def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -> None:

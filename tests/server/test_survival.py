@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import socket
-import struct
 import sys
 import time
 from contextlib import suppress
@@ -19,8 +18,8 @@ from support.files import append, random_bytes
 from support.load import loaded
 from support.processes import NO_CORE, forked_children, gone, open_descriptors, stop
 from support.server import HURRIED, Serve, Server
-from support.sockets import expect, expect_eof, outcome, recv_all, recv_exactly
-from support.status import await_clients, await_protected, ready_workers, status, workers
+from support.sockets import expect, expect_eof, outcome, recv_all, recv_exactly, reset_at_close
+from support.status import await_clients, await_protected, ready_workers, status, worker_pids
 from support.strace import needs_strace, strace
 from support.waiting import DEADLINE, eventually
 from tailsrv.channel import Ping, encode
@@ -71,7 +70,7 @@ def test_other_deaths(serve: Serve, path: Path, number: signal.Signals, deaths: 
     killed: set[int] = set()
 
     def kill_one() -> bool:
-        living = [pid for pid in workers(server) if pid not in killed]
+        living = [pid for pid in worker_pids(server) if pid not in killed]
         for pid in living:
             seen.setdefault(pid, time.monotonic())
         pid = min(living, key=lambda pid: seen[pid], default=0)
@@ -346,7 +345,7 @@ def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
 
 def counts(server: Server) -> list[int]:
     """Return the number of descriptors of the supervisor and of each worker."""
-    return [open_descriptors(pid) for pid in [server.pid, *workers(server)]]
+    return [open_descriptors(pid) for pid in [server.pid, *worker_pids(server)]]
 
 
 def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
@@ -362,7 +361,7 @@ def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
             killed.append(ready_workers(server, besides=killed)[batch % 2])
             os.kill(killed[-1], signal.SIGKILL)
         for client in clients[::2]:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            reset_at_close(client)
         for client in clients:
             client.close()
         append(path, b"x")
@@ -606,7 +605,7 @@ def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> No
     expect(stalled, DATA[:1000])
     server.signal(signal.SIGTERM)
     worker = eventually(lambda: server_draining(server))[0]
-    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset_at_close(stalled)
     stop(worker)
     stalled.close()
     os.kill(worker, signal.SIGKILL)
@@ -624,12 +623,12 @@ def test_backoff_does_not_outlast_a_drain(serve: Serve, path: Path) -> None:
     count = 1
     while not server.lines("respawning after a delay: ", "seconds=1.6"):
         server.logged("worker ready: ", count=count)
-        os.kill(workers(server)[0], signal.SIGKILL)
+        os.kill(worker_pids(server)[0], signal.SIGKILL)
         server.logged("worker was killed: ", count=count)
         count += 1
     server.logged("worker ready: ", count=count)
     server.signal(signal.SIGTERM)
     server.logged("draining: ")
-    os.kill(workers(server)[0], signal.SIGKILL)
+    os.kill(worker_pids(server)[0], signal.SIGKILL)
     expect(client, data)
     expect_eof(client)

@@ -19,6 +19,7 @@ from support.waiting import DEADLINE, eventually
 
 TAILSRV = (sys.executable, "-m", "tailsrv")
 
+HELD = (sys.executable, str(PROGRAMS / "breakpoints.py"))  # the same with places where a test can hold it
 HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))  # the same with shorter waits
 
 ACTIVATE = PROGRAMS / "activate.py"

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from support.interpreter import run_python
-from support.sockets import readable, recv_all, tcp_pair, wait_readable
+from support.sockets import readable, recv_all, reset, tcp_pair, wait_readable
 from tailsrv.channel import MAX_SOCKETS
 from tailsrv.inheritance import Entry
 from tailsrv.supervisor.client_table import Roster
@@ -147,8 +147,7 @@ def test_hang_up(pairs: Pairs) -> None:
     roster = Roster()
     fds = duplicates(pairs)
     roster.join([1, 2, 3], fds, ANY)
-    pairs[2][1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    pairs[2][1].close()
+    reset(pairs[2][1])
     poll = select.poll()
     poll.register(pairs[2][0], 0)
     assert poll.poll(20_000)  # the reset has come

@@ -12,7 +12,7 @@ import pytest
 
 from support.checkout import ROOT
 from support.processes import runs
-from support.sockets import closing_all, needs_ipv6, wait_readable
+from support.sockets import closing_all, needs_ipv6, skip_without_mptcp, wait_readable
 from support.waiting import DEADLINE
 from tailsrv.linux.sockets import streamed
 from tailsrv.listeners import EVERY_ADDRESS, NOTSENT_LOWAT, Address, ListenError, endpoints, open_listeners, resolve
@@ -204,14 +204,6 @@ def test_queue_outlives_a_copy() -> None:
             with near:
                 near.sendall(b"hello")
             assert far.recv(10) == b"hello"
-
-
-def skip_without_mptcp() -> None:
-    """Skip a test where the kernel has no MPTCP."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no MPTCP here")
 
 
 def test_position_on_an_mptcp_socket() -> None:
