@@ -10,22 +10,12 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.namespaces import Host, Network, enter, in_thread, reason_to_skip
 from support.processes import children
 from support.server import Server
 from support.sockets import connect, expect
 from support.waiting import eventually
-
-# What they are by default, in seconds that a test can wait.
-SHORT = "interval=0.1, silence=0.5, attempts=2"
-PROGRAM = f"""
-import sys
-from functools import partial
-from tailsrv import main as cli
-from tailsrv.worker import dead_peers
-dead_peers.Limits = partial(dead_peers.Limits, {SHORT})
-sys.exit(cli.main())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def network() -> Iterator[Network]:
 
 def start(host: Host, path: Path, *options: str) -> Server:
     """Return a server on `host` that gives peers up in a second."""
-    command: Sequence[str | Path] = [*host.wrapper, sys.executable, "-c", PROGRAM, "-v", "-p", "0", *options, path]
+    command: Sequence[str | Path] = [*host.wrapper, sys.executable, program("impatient_server"), "-v", "-p", "0", *options, path]
     return Server([*command], path.with_suffix(".err"), status=0)
 
 

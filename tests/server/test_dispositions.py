@@ -13,6 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.processes import children
 from support.server import HELD, Serve, Server
 from support.sockets import expect, recv_all
@@ -197,16 +198,9 @@ def test_power_fails(server: Server, client: socket.socket, path: Path) -> None:
 @pytest.mark.slow
 def test_a_group_is_signalled_while_an_upgrade_is_checked(serve: Serve, path: Path, tmp_path: Path) -> None:
     """A signal for all processes of the service does not fail the check of an upgrade."""
-    gate, script = tmp_path / "gate", tmp_path / "program.py"
+    gate = tmp_path / "gate"
     os.mkfifo(gate)
-    script.write_text(f"""
-import os, sys
-if os.environ.get("TAILSRV_UPGRADE") == "check":
-    open({str(gate)!r}).read()
-from tailsrv.__main__ import main
-sys.exit(main())
-""")
-    server = serve(path, program=(sys.executable, str(script)))
+    server = serve(path, wrapper=("env", f"TAILSRV_TEST_GATE={gate}"), program=(sys.executable, program("check_at_gate")))
     (worker,) = server.workers(1)
     server.signal(signal.SIGHUP)
     opened = eventually(lambda: open_gate(gate))

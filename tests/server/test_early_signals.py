@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.hooks import install_hook
 from support.processes import children, runs
 from support.server import TAILSRV, Serve
 from support.waiting import eventually
@@ -16,26 +17,6 @@ SCRIPT = (str(Path(sysconfig.get_path("scripts")) / "tailsrv"),)
 NEW_PID_NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
 
 pytestmark = pytest.mark.slow
-
-# For sitecustomize, which the interpreter imports at its start: the program waits at the gate.
-AT_IMPORT = """
-import builtins
-original = builtins.__import__
-def importing(name, *arguments, **more):
-    if name == "tailsrv.main":
-        builtins.__import__ = original
-        open({gate!r}).read()
-    return original(name, *arguments, **more)
-builtins.__import__ = importing
-"""
-AT_LOOKUP = """
-import socket
-original = socket.getaddrinfo
-def getaddrinfo(*arguments, **more):
-    open({gate!r}).read()
-    return original(*arguments, **more)
-socket.getaddrinfo = getaddrinfo
-"""
 
 
 class Gate:
@@ -46,10 +27,10 @@ class Gate:
         os.mkfifo(self.path)
         self.opened = -1
 
-    def wrapper(self, code: str) -> tuple[str, ...]:
-        """Return what starts a program that waits where `code` says."""
-        (self.folder / "sitecustomize.py").write_text(code.format(gate=str(self.path)))
-        return ("env", f"PYTHONPATH={self.folder}")
+    def wrapper(self, hook: str) -> tuple[str, ...]:
+        """Return what starts a program that waits where that hook says."""
+        install_hook(self.folder, hook)
+        return ("env", f"PYTHONPATH={self.folder}", f"TAILSRV_TEST_GATE={self.path}")
 
     def reached(self) -> None:
         """Wait until the program waits."""
@@ -87,7 +68,7 @@ def blocked(pid: int) -> set[int]:
 @pytest.mark.parametrize("program", [SCRIPT, TAILSRV], ids=["command", "module"])
 def test_signals_are_held_back_before_the_program_is_imported(serve: Serve, path: Path, gate: Gate, program: Sequence[str]) -> None:
     """Before the imports, which take longest, signals wait: all that can."""
-    server = serve(path, status=-signal.SIGTERM, wrapper=gate.wrapper(AT_IMPORT), program=program)
+    server = serve(path, status=-signal.SIGTERM, wrapper=gate.wrapper("wait_at_import"), program=program)
     gate.reached()
     assert blocked(server.pid) == set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
     server.signal(signal.SIGTERM)
@@ -95,7 +76,7 @@ def test_signals_are_held_back_before_the_program_is_imported(serve: Serve, path
     server.wait()
 
 
-@pytest.mark.parametrize("place", [AT_IMPORT, AT_LOOKUP], ids=["import", "lookup"])
+@pytest.mark.parametrize("place", ["wait_at_import", "wait_at_lookup"], ids=["import", "lookup"])
 def test_init_of_a_container_is_ended_while_it_starts(serve: Serve, path: Path, gate: Gate, place: str) -> None:
     """TERM for PID 1, which the kernel discards if there is no handler, drains the server."""
     if not runs(*NEW_PID_NAMESPACE, "true"):
@@ -114,7 +95,7 @@ def test_init_of_a_container_is_ended_while_it_starts(serve: Serve, path: Path, 
 def test_a_name_server_does_not_answer(serve: Serve, path: Path, gate: Gate, number: signal.Signals) -> None:
     """A server that looks up a name ends at once and without a traceback; USR1 does not end it."""
     no_cores = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
-    server = serve(path, "--bind", "localhost", status=-number, wrapper=(*no_cores, *gate.wrapper(AT_LOOKUP)))
+    server = serve(path, "--bind", "localhost", status=-number, wrapper=(*no_cores, *gate.wrapper("wait_at_lookup")))
     gate.reached()
     server.signal(signal.SIGUSR1)
     server.signal(number)

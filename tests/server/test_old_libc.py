@@ -8,7 +8,7 @@ import pytest
 
 from support.commands import TSCAT, TSSYNC, Command, holds
 from support.files import append, random_bytes
-from support.old_libc import FUNCTIONS, hidden, write_hook
+from support.old_libc import FUNCTIONS, hidden, take_away
 from support.server import Serve, Server, activated
 from support.sockets import expect
 
@@ -24,7 +24,7 @@ def test_server(serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """A server without all of these names streams, counts clients, survives a killed worker, and upgrades itself."""
     assert sum(map(len, hidden().values())) > 20
     (folder := tmp_path / "hook").mkdir()
-    write_hook(folder, functions)
+    take_away(folder, functions)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     path.write_bytes(DATA)
     servers = [

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-import tailsrv
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.load import loaded
 from support.processes import NO_CORE, forked_children, gone, open_descriptors, stop
 from support.server import HURRIED, Serve, Server
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 
 DATA = random_bytes(12 << 20)
 SMALL = DATA[:1000]
-PACKAGE = Path(tailsrv.__file__).parent.parent
 NEWS = b"appended later, by somebody else"
 
 
@@ -225,60 +224,6 @@ def is_held(pid: int) -> bool:
 
 # A client that kills
 
-POISONED = '''
-"""A tailsrv whose workers die of any client that wants to start at byte 666."""
-
-import os, signal, sys
-from tailsrv import main as cli
-from tailsrv.worker import worker
-from tailsrv.config import ExitStatus
-from tailsrv.control import Control
-from tailsrv.listeners import endpoints
-from tailsrv.log import logger, set_up
-from tailsrv.supervisor.slot import Slot
-from tailsrv.supervisor.supervisor import Supervisor
-from tailsrv.served_file import open_file
-
-
-def die():
-    match how:
-        case "raise":
-            raise RuntimeError("poison")
-        case "exit":
-            os._exit(1)
-        case _:
-            os.kill(os.getpid(), getattr(signal, how))
-
-
-class Poisoned(worker.Worker):
-    def adopt(self, entries):
-        if any(entry.start == 666 for entry in entries.values()):
-            die()
-        super().adopt(entries)
-
-    def start_stream(self, client, offset):
-        super().start_stream(client, offset)
-        if offset == 666:
-            die()
-
-
-def work(inheritance):
-    worker.Worker = Poisoned  # in this child only
-    return worker.work(inheritance, config)
-
-
-how = sys.argv.pop(1)
-config, verbosity = cli.parse(None)
-set_up(verbosity)
-file = open_file(config.path)
-listeners = cli.listen(config, config.port)
-port = listeners[0][0].getsockname()[1]
-names = endpoints(config.bind, port)
-logger.info("listening: port=%d", port)
-slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
-sys.exit(Supervisor(config, slots, names, Control.lock(names), work).run(file))
-'''
-
 
 def slot_of(server: Server, sock: socket.socket) -> int:
     """Return the slot that serves `sock`; takes a server with -v."""
@@ -300,9 +245,7 @@ def spread(server: Server, count: int) -> list[list[socket.socket]]:
 def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     """A client that kills every worker which adopts it ends with those of its slot, soon; the others and newcomers are served."""
     path.write_bytes(SMALL)
-    program = path.with_name("poisoned.py")
-    program.write_text(POISONED)
-    server = serve(path, "-v", "-w", "2", wrapper=("env", f"PYTHONPATH={PACKAGE}", *NO_CORE), program=(sys.executable, str(program), how))
+    server = serve(path, "-v", "-w", "2", wrapper=NO_CORE, program=(sys.executable, program("poisoned_workers"), how))
     server.traceback_expected = True
     server.workers(2)
     clients = spread(server, 3)
@@ -325,9 +268,7 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
 def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
     """A client that kills every worker which adopts it does not keep a drain busy until its grace is over."""
     path.write_bytes(SMALL)
-    program = path.with_name("poisoned.py")
-    program.write_text(POISONED)
-    server = serve(path, "-v", "--grace", "3600", wrapper=("env", f"PYTHONPATH={PACKAGE}"), program=(sys.executable, str(program), "exit"))
+    server = serve(path, "-v", "--grace", "3600", program=(sys.executable, program("poisoned_workers"), "exit"))
     (worker,) = server.workers(1)
     stop(worker)
     poison = server.connect(b"666\n")  # waits in the accept queue, which a drain empties

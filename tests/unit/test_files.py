@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.files import EVERY_BYTE, append, evict, opened
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.sockets import readable, recv_exactly, reset, tcp_pair, wait_for, wait_readable
 from support.waiting import eventually
 from tailsrv.linux.files import SMALL, is_cached, read_ahead, send_chunk, send_to_all
@@ -160,21 +160,5 @@ def test_is_cached(tmp_path: Path) -> None:
 
 def test_memory_without_room() -> None:
     """An anonymous file that does not get its data is closed again."""
-    done = run_python("""
-import errno, os, resource
-from tailsrv.linux.files import memory
-with open(memory(b"data"), "rb") as file:
-    assert file.read() == b"data"
-before = os.listdir("/proc/self/fd")
-unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
-try:
-    memory(b"x" * 11)
-except OSError as error:
-    assert error.errno == errno.EFBIG
-else:
-    raise AssertionError("it had room")
-resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-assert os.listdir("/proc/self/fd") == before
-""")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_program("memory_without_room")
+    assert (done.stdout, done.returncode, done.stderr) == ("EFBIG\n", 0, "")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.files import EVERY_BYTE
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.sockets import recv_all, reset, wait_for, wait_readable
 from tailsrv.linux.files import send_chunk
 from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept, discard, finish_sending, peek, unsent
@@ -74,23 +74,7 @@ def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
 
 def test_accept_without_descriptors() -> None:
     """Out of descriptors is an outcome, and the connection is still there when one is free again; nobody needs none."""
-    done = run_python("""
-import os, resource, socket
-from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept
-with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
-    listener.setblocking(False)
-    spare = os.open("/", os.O_RDONLY)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
-    assert accept(listener) is Outcome.NO_DESCRIPTOR
-    assert accept(listener) is Outcome.NO_DESCRIPTOR
-    os.close(spare)
-    accept(listener)[0].close()
-    assert accept(listener) is Outcome.WOULD_BLOCK
-    spare = os.open("/", os.O_RDONLY)
-    assert accept(listener) is Outcome.WOULD_BLOCK
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
-""")
+    done = run_program("accept_without_descriptors")
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -13,7 +13,7 @@ import pytest
 from setproctitle import getproctitle
 
 from support.files import append, opened
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.processes import as_root
 from support.sockets import readable, recv_all, recv_exactly, reset, tcp_pair, wait_for, wait_readable
 from support.waiting import DEADLINE
@@ -185,33 +185,8 @@ def test_no_header_timeout(bench: WorkerBench) -> None:
 @pytest.mark.slow
 def test_out_of_descriptors(path: Path) -> None:
     """Short of descriptors, the oldest connection without a header goes, and never one that streams."""
-    done = run_python(
-        """
-import os, resource, socket, sys
-from pathlib import Path
-from support.worker_bench import working
-from tailsrv.worker.client import State
-with working(Path(sys.argv[1])) as bench:
-    streaming, client = bench.connect(b"8\\n")
-    oldest, first = bench.connect()
-    older, second = bench.connect()
-    waiting = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(3)]
-    spare = os.open("/", os.O_RDONLY)
-    os.close(spare)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    bench.until(lambda: second.state is State.CLOSED)
-    assert first.state is State.CLOSED
-    assert client.state is State.STREAMING
-    bench.until(lambda: len(bench.worker.clients) == 3)
-    bench.settle()
-    for sock in (oldest, older):
-        assert sock.recv(1) == b""
-    for sock in waiting[1:]:
-        sock.settimeout(20)
-        sock.sendall(b"9\\n")
-        assert bench.receive(sock, 1) == b"9"
-    assert bench.receive(streaming, 2) == b"89"
-""",
+    done = run_program(
+        "worker_short_of_descriptors",
         str(path),
     )
     assert done.returncode == 0, done.stderr
@@ -220,32 +195,8 @@ with working(Path(sys.argv[1])) as bench:
 @pytest.mark.slow
 def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
     """If everyone streams, the worker does not spin: it stops listening for a moment, and takes the next when there is room."""
-    done = run_python(
-        """
-import os, resource, socket, sys
-from pathlib import Path
-from support.sockets import readable
-from support.worker_bench import working
-with working(Path(sys.argv[1])) as bench:
-    streaming, client = bench.connect(b"8\\n")
-    bench.receive(streaming, 2)
-    waiting = bench.stack.enter_context(socket.create_connection(bench.address))
-    spare = os.open("/", os.O_RDONLY)
-    os.close(spare)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    listener = bench.listeners[0][0].fileno()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
-    bench.until(lambda: listener not in bench.worker.loop.handlers)
-    while readable(bench.worker.loop.epoll.fileno()):
-        bench.worker.step(0)
-    assert bench.worker.acceptor.start in bench.worker.loop.timers
-    assert list(bench.worker.clients.values()) == [client]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    bench.skew = 60.0
-    bench.until(lambda: len(bench.worker.clients) == 2)
-    waiting.sendall(b"0\\n")
-    assert bench.receive(waiting, 10) == b"0123456789"
-""",
+    done = run_program(
+        "worker_full_of_streams",
         str(path),
     )
     assert done.returncode == 0, done.stderr
@@ -679,35 +630,9 @@ def test_no_inotify(path: Path) -> None:
     """Out of inotify instances, the worker says why it polls, and serves appends by the clock."""
     if not as_root:
         pytest.skip("only root can be a user whose inotify instances nobody else needs")
-    code = """
-import encodings.idna, os
-from contextlib import ExitStack
-from pathlib import Path
-from inotify_simple import INotify
-from support.worker_bench import working
-from support.files import append
-os.setgroups([]), os.setuid(3_000_000_000 + os.getpid())
-with ExitStack() as held:
-    try:
-        while True:
-            held.enter_context(INotify())
-    except OSError:
-        pass
-    bench = held.enter_context(working(Path("log")))
-    assert "max_user_instances" in bench.worker.watch.polling, bench.worker.watch.polling
-    bench.worker.lookout.poll_file()
-    far, client = bench.connect(b"-0\\n")
-    for number in range(1, 4):
-        append(Path("log"), b"more")
-        bench.skew = 10.0 * number
-        assert bench.receive(far, 4) == b"more"
-    os.rename("log", "log.1")
-    bench.skew = 50.0
-    bench.until(lambda: bench.worker.lookout.gone)
-"""
     path.parent.chmod(0o777)
     path.chmod(0o666)
-    done = run_python(f"import os; os.chdir({str(path.parent)!r})\n{code}")
+    done = run_program("worker_without_inotify", str(path.parent))
     assert done.returncode == 0, done.stderr
 
 
