@@ -286,13 +286,13 @@ def test_end_between_two_replacements(serve: Serve, path: Path, installed: Insta
 
 BREAKS = {
     "syntax": ("worker/worker.py", "import gc", "import gc gc", "SyntaxError"),
-    "import": ("streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
+    "import": ("worker/streams.py", "import heapq", "import heapq, no_such_module", "no_such_module"),
     "early end": ("main.py", "    return config, args.verbose", "    sys.exit(0)\n    return config, args.verbose", "NameError"),
-    "silence": ("upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
+    "silence": ("supervisor/upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
     "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
-    "crash": ("upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
-    "state": ("state.py", "FORMAT = 2", "FORMAT = 1000", r"format \(2, \d+\).*\(1000, \d+\)"),
-    "channel": ("messages.py", "VERSION = 2", "VERSION = 100", r"format \(\d+, 2\).*\(\d+, 100\)"),
+    "crash": ("supervisor/upgrade.py", "    sys.stdout.write(", "    os.abort()\n    str(", "did not answer"),
+    "state": ("supervisor/upgrade_state.py", "FORMAT = 2", "FORMAT = 1000", r"format \(2, \d+\).*\(1000, \d+\)"),
+    "channel": ("channel.py", "VERSION = 2", "VERSION = 100", r"format \(\d+, 2\).*\(\d+, 100\)"),
 }
 
 

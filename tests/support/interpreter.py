@@ -11,6 +11,12 @@ from support.waiting import DEADLINE
 INTERPRETER = (sys.executable, "-W", "error")
 
 
+def environment() -> dict[str, str]:
+    """Return our environment, in which an interpreter finds our packages and `support` first."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def program(name: str) -> str:
     """Return the path of a program of tests/support/programs."""
     return str(PROGRAMS / f"{name}.py")
@@ -35,9 +41,8 @@ def run_python(
 
 
 def _run(command: Sequence[str], env: Mapping[str, str] | None, stderr: int) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        env={**environment(), **(env or {})},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=DEADLINE,
     )  # fmt: skip

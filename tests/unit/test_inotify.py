@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, is_gone, opened
-from support.interpreter import program, run_program
+from support.interpreter import environment, program, run_program
 from support.processes import as_root
 from support.sockets import readable, wait_readable
 from support.waiting import DEADLINE
@@ -419,7 +419,7 @@ def test_file_that_may_not_be_read_any_more(path: Path) -> None:
     ready, say = os.pipe()
     command = [sys.executable, "-W", "error", program("watch_unreadable_file"), str(path), str(say)]
     piped = subprocess.PIPE
-    with subprocess.Popen(command, stdin=piped, stdout=piped, stderr=piped, text=True, pass_fds=[say]) as child:
+    with subprocess.Popen(command, stdin=piped, stdout=piped, stderr=piped, text=True, env=environment(), pass_fds=[say]) as child:
         os.close(say)
         assert os.read(ready, 5) == b"ready"
         os.close(ready)

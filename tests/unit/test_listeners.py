@@ -10,8 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from support.checkout import ROOT
-from support.interpreter import program
+from support.interpreter import environment, program
 from support.processes import runs
 from support.sockets import closing_all, needs_ipv6, skip_without_mptcp, wait_readable
 from support.waiting import DEADLINE
@@ -232,5 +231,5 @@ def test_no_fast_open() -> None:
     if not runs(*EVERYBODY_OPENS_FAST, "true"):
         pytest.skip("a network namespace cannot be had")
     command = [*EVERYBODY_OPENS_FAST, sys.executable, program("fast_open")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, env=environment())
     assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
+
 from tailsrv import main as cli
 from tailsrv.config import Timing
 from tailsrv.supervisor import upgrade

@@ -7,6 +7,8 @@ if os.environ.get("TAILSRV_UPGRADE") == "check":
     with open(os.environ["TAILSRV_TEST_GATE"]) as pipe:
         pipe.read()
 
+sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
+
 from tailsrv.__main__ import main
 
 sys.exit(main())

@@ -4,6 +4,8 @@ import os
 import sys
 from itertools import count
 
+sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
+
 from tailsrv.main import main
 
 send, calls = os.sendfile, count(1)

@@ -1,7 +1,10 @@
 """Runs tailsrv, which gives dead peers up within a second: `Limits` as they are by default, in seconds that a test can wait."""
 
+import os
 import sys
 from functools import partial
+
+sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
 
 from tailsrv import main as cli
 from tailsrv.worker import dead_peers

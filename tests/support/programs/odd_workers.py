@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
+
 from tailsrv import main as cli
 from tailsrv.channel import Notices, Report, encode
 from tailsrv.config import Config, Timing

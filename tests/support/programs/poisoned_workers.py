@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Mapping
 
+sys.path.insert(0, os.getcwd())  # as `python -m tailsrv` has it: the checkout comes before what is installed
+
 from tailsrv import main as cli
 from tailsrv.control import Control
 from tailsrv.inheritance import Entry, Inheritance
