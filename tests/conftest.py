@@ -1,10 +1,11 @@
-"""The fixtures of the tests of the whole program, and what a plain run of pytest leaves out."""
+"""The fixtures that several files of tests use, and what a plain run of pytest leaves out."""
 
 import atexit
 import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from support.files import EVERY_BYTE, opened
 from support.server import TAILSRV, Serve, Server
+from support.service_manager import ServiceManager
+from support.sockets import tcp_pair
 
 pytest_plugins = ["support.selection"]
 
@@ -82,3 +86,33 @@ def descriptors() -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[ServiceManager]:
+    """Listen as a service manager does; what is started by way of its wrapper tells it."""
+    manager = ServiceManager(tmp_path / "notify")
+    yield manager
+    manager.sock.close()
+
+
+@pytest.fixture
+def full_file(tmp_path: Path) -> Path:
+    """Give a file of 256 KiB."""
+    path = tmp_path / "log"
+    path.write_bytes(EVERY_BYTE)
+    return path
+
+
+@pytest.fixture
+def opened_file(full_file: Path) -> Iterator[int]:
+    """Give a descriptor of that file."""
+    with opened(full_file) as fd:
+        yield fd
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give both ends of a TCP connection."""
+    with tcp_pair() as ends:
+        yield ends

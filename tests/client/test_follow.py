@@ -36,8 +36,6 @@ from tailsrv.client.resume import WINDOWS, FromEnd
 from tailsrv.client.stream import ANCHOR_TRIES
 
 DATA = random_bytes(300_000)
-
-
 HASTE = Backoff(0.01, 0.02)
 
 

@@ -8,14 +8,13 @@ import pytest
 
 from support.commands import TSSYNC, Command, holds, run_client
 from support.files import append, random_bytes
-from support.interpreter import run_python
+from support.interpreter import run_program, run_python
 from support.server import Serve, Server
 from support.shims import build_shim
 from support.strace import needs_strace
 from tailsrv.client.local_copy import LocalCopy
 
 DATA = random_bytes(300_000)
-
 
 # coverage.py renames files, too
 UNMEASURED = ("env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG")
@@ -101,34 +100,10 @@ def test_copy_by_a_symbolic_link(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.glob("link*")] == ["link"]
 
 
-# A file has another inode number each time that it is looked at.
-UNSTABLE = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <sys/stat.h>
-
-static unsigned long number = 1000;
-
-#define UNSTABLE(name, parameters, ...) \\
-    int name parameters { \\
-        int (*real) parameters = dlsym(RTLD_NEXT, #name); \\
-        int result = real(__VA_ARGS__); \\
-        found->st_ino = number++; \\
-        return result; \\
-    }
-#define ALL(stat, fstat, fstatat) \\
-    UNSTABLE(stat, (const char *path, struct stat *found), path, found) \\
-    UNSTABLE(fstat, (int fd, struct stat *found), fd, found) \\
-    UNSTABLE(fstatat, (int fd, const char *path, struct stat *found, int flags), fd, path, found, flags)
-ALL(stat, fstat, fstatat)
-ALL(stat64, fstat64, fstatat64)
-"""
-
-
 @pytest.fixture
 def unstable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what is started meet file systems that make up inode numbers."""
-    shim = build_shim(tmp_path, UNSTABLE)
+    shim = build_shim(tmp_path, "unstable_inodes")
     monkeypatch.setenv("LD_PRELOAD", str(shim))
     if (
         run_python("import os; print(os.stat('.').st_ino == os.stat('.').st_ino)").stdout
@@ -161,22 +136,8 @@ def test_inode_numbers_that_are_made_up(
 @pytest.mark.slow
 def test_file_that_is_another_one_each_time(copy: Path) -> None:
     """Whatever takes the file away between opening and locking it, each time, there is an end to it."""
-    done = run_python(
-        """
-import fcntl, os, sys
-from tailsrv.client.command import RunError
-from tailsrv.client.local_copy import LocalCopy
-
-def take_away(event, arguments):
-    if event == "fcntl.flock":
-        os.unlink(sys.argv[1])
-
-sys.addaudithook(take_away)
-try:
-    LocalCopy(sys.argv[1])
-except RunError as error:
-    print(error, len(os.listdir("/proc/self/fd")))
-""",
+    done = run_program(
+        "file_taken_away",
         str(copy),
     )
     assert (done.stdout, done.stderr) == (

@@ -9,7 +9,7 @@ import pytest
 
 from support.commands import TSCAT, TSSYNC, Command, answering, closed_port, run_client, started
 from support.files import random_bytes
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.server import Serve
 from support.shims import build_shim
 from support.waiting import DEADLINE, eventually
@@ -18,59 +18,13 @@ from tailsrv.client.lookup import Lookup
 
 DATA = random_bytes(10_000)
 
-
 NAME = "logserver.test"
-
-
-# What a look-up of NAME waits for is that $SILENCE/silent is not there; then it is 127.0.0.1. Syncs are counted in $SILENCE/synced.
-SHIM = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <netdb.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-static const char *in_folder(char *path, const char *name) {
-    sprintf(path, "%s/%s", getenv("SILENCE"), name);
-    return path;
-}
-
-static void note(const char *name) {
-    char path[4096];
-    int fd = open(in_folder(path, name), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (write(fd, "x", 1) != 1)
-        abort();
-    close(fd);
-}
-
-int getaddrinfo(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
-    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
-    char path[4096];
-    if (host && strcmp(host, "logserver.test") == 0 && !(hints->ai_flags & AI_NUMERICHOST)) {
-        note("asked");
-        while (access(in_folder(path, "silent"), F_OK) == 0)
-            usleep(10000);
-        host = "127.0.0.1";
-    }
-    return real(host, service, hints, found);
-}
-
-int fdatasync(int fd) {
-    int (*real)(int) = dlsym(RTLD_NEXT, "fdatasync");
-    int result = real(fd);
-    note("synced");
-    return result;
-}
-"""
 
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a library that makes the name service silent."""
-    return build_shim(tmp_path_factory.mktemp("shim"), SHIM)
+    return build_shim(tmp_path_factory.mktemp("shim"), "silent_name_service")
 
 
 @pytest.fixture
@@ -157,30 +111,8 @@ def test_name_that_is_found_late(serve: Serve, path: Path, silence: Path, tmp_pa
 def test_other_names_are_tried_meanwhile(silence: Path) -> None:
     """A name that is still looked up costs one thread and one wait; the other servers get their turns in each round."""
     (silence / "silent").touch()
-    code = """
-import sys, threading
-from tailsrv.client import Backoff, follow
-from tailsrv.client.connector import wait
-
-class Enough(Exception): pass
-
-reports, pauses = [], []
-
-def count(fd, events, seconds):
-    if fd < 0:
-        pauses.append(seconds)
-        if len(pauses) == 5:
-            raise Enough
-    return wait(fd, events, seconds)
-
-with follow(sys.argv[1:], backoff=Backoff(0.01, 0.01), connect_timeout=0.1, report=reports.append, wait=count) as stream:
-    try:
-        next(stream)
-    except Enough:
-        print(threading.active_count(), *reports, sep="\\n")
-"""
     here = f"127.0.0.1:{closed_port()}"
-    done = run_python(code, f"{NAME}:1", here)
+    done = run_program("one_name_of_several", f"{NAME}:1", here)
     assert (done.stdout, done.stderr) == (
         f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; retrying\n",
         "",
@@ -191,30 +123,15 @@ with follow(sys.argv[1:], backoff=Backoff(0.01, 0.01), connect_timeout=0.1, repo
 @pytest.mark.slow
 def test_no_room_for_a_thread() -> None:
     """Where a thread cannot be had, names are looked up all the same."""
-    done = run_python("""
-import threading
-from tailsrv.client.lookup import Lookup
-threading.stack_size(1 << 50)
-lookup = Lookup("localhost", 1)
-print(bool(lookup.result()), threading.active_count())
-""")
+    done = run_program("lookup_without_thread")
     assert (done.stdout, done.stderr) == ("True 1\n", "")
 
 
 def test_no_room_for_a_descriptor() -> None:
     """Where a descriptor cannot be had, that is what is said of the name."""
     # it could not write its data
-    done = run_python(
-        """
-import resource
-from tailsrv.client.lookup import Lookup
-resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-lookup = Lookup("localhost", 1)
-try:
-    lookup.result()
-except OSError as error:
-    print(error.strerror, lookup.fileno())
-""",
+    done = run_program(
+        "lookup_without_descriptor",
         env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
     )
     assert (done.stdout, done.stderr) == ("Too many open files None\n", "")

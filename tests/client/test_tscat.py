@@ -17,11 +17,7 @@ from support.waiting import DEADLINE
 from tailsrv import __version__
 
 DATA = random_bytes(300_000)
-
-
 OTHER = random_bytes(300_000, seed=2)
-
-
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
 
 

@@ -16,7 +16,7 @@ import pytest
 from support.commands import TSSYNC, Command, closed_port, holds, kill, restart, run_client, started
 from support.cutter import Cutter
 from support.files import append, random_bytes
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.processes import as_root, runs
 from support.server import Serve, Server
 from support.strace import needs_strace
@@ -386,20 +386,7 @@ def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
 
 def test_terminal_that_goes() -> None:
     """A terminal that is closed while a line is on it takes no other, and is no error."""
-    done = run_python("""
-import os, pty
-from tailsrv.client.tssync import Progress
-near, far = pty.openpty()
-os.dup2(far, 2), os.close(far)
-progress = Progress("copy")
-progress.grow(0, 0.0)
-progress.grow(1000, 1.0)
-print(ascii(os.read(near, 1000)))
-os.close(near)
-progress.grow(2000, 2.0)
-progress.grow(3000, 3.0)
-progress.clear()
-""")
+    done = run_program("progress_on_closed_terminal")
     assert (done.stdout, done.returncode) == (r"b'\r\x1b[Kcopy: 1000 B, 1000 B/s'" + "\n", 0)
 
 

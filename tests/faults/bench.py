@@ -4,23 +4,19 @@ import os
 import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from support.checkout import PROGRAMS
 from support.files import append, random_bytes
 from support.processes import children, open_descriptors, session
-from support.server import Server
-from support.sockets import connect
+from support.server import HELD, Server
+from support.sockets import connect, reset
 from support.status import ask, ready_workers, status
 from support.waiting import DEADLINE, eventually
 
-HELD = PROGRAMS / "breakpoints.py"
 
-
-class Client:
+class FaultClient:
     """A connection, and where in the file its stream is."""
 
     def __init__(self, sock: socket.socket, position: int) -> None:
@@ -46,8 +42,7 @@ class Client:
     def reset(self) -> None:
         """Leave without a good-bye, if the connection is still there."""
         if self.sock.fileno() >= 0:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.sock.close()
+            reset(self.sock)
 
     def ended(self) -> bool:
         """Tell whether the stream ends here; that it does not shows when the time for it is over."""
@@ -67,7 +62,7 @@ def activity(pid: int) -> tuple[str, ...]:
     return tuple(line for line in lines if line.startswith(("State", "voluntary", "nonvoluntary")))
 
 
-class Bench:
+class FaultBench:
     """A server, clients that follow its file, and one that never reads; faults happen to it one after another."""
 
     FOLLOWERS = 3
@@ -77,8 +72,8 @@ class Bench:
         self.hold.mkdir()
         self.server: Server | None = None
         self.data = b""
-        self.followers: list[Client] = []
-        self.stalled: Client | None = None
+        self.followers: list[FaultClient] = []
+        self.stalled: FaultClient | None = None
         self.lost = 0
         self.worker = 0
         # lines of the log that speak of upgrades which are over
@@ -95,17 +90,7 @@ class Bench:
         self.lost = 0
         # no look for translations, among the first calls
         environment = ("-u", "LANGUAGE", "LC_ALL=C", f"TAILSRV_TEST_HOLD={self.hold}")
-        command = [
-            "env",
-            *environment,
-            sys.executable,
-            str(HELD),
-            "-p",
-            "0",
-            "--follow-name",
-            *options,
-            str(self.path),
-        ]
+        command = ["env", *environment, *HELD, "-p", "0", "--follow-name", *options, str(self.path)]
         self.server = Server(command, self.folder / f"stderr-{self.starts}", 0)
         return self.server
 
@@ -131,9 +116,9 @@ class Bench:
         assert self.server is not None
         return self.server
 
-    def join(self, position: int, receive_buffer: int = 0) -> Client:
+    def join(self, position: int, receive_buffer: int = 0) -> FaultClient:
         assert self.server is not None
-        return Client(
+        return FaultClient(
             connect(self.server.port, b"%d\n" % position, receive_buffer=receive_buffer), position
         )
 
@@ -251,7 +236,7 @@ class Bench:
     def visit_in_pieces(self) -> None:
         """Send a header in three pieces, each of which the worker sees."""
         assert self.server is not None
-        client = Client(connect(self.server.port, b"-1"), len(self.data) - 123)
+        client = FaultClient(connect(self.server.port, b"-1"), len(self.data) - 123)
         for piece in (b"2", b"3\n"):
             self.rest()
             try:
@@ -272,7 +257,7 @@ class Bench:
     def be_refused(self) -> None:
         """Send what is no header."""
         assert self.server is not None
-        client = Client(connect(self.server.port, b"abc\n"), 0)
+        client = FaultClient(connect(self.server.port, b"abc\n"), 0)
         assert client.ended()
 
     def be_alone(self) -> None:

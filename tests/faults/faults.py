@@ -5,15 +5,15 @@ import os
 import re
 import signal
 import socket
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.bench import Bench
+from faults.bench import FaultBench
 from support.sockets import recv_all
+from support.strace import attached
 from support.waiting import DEADLINE, eventually
 
 TABLE = Path(__file__).with_name("faults.md")
@@ -148,19 +148,8 @@ def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
 @contextmanager
 def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
     """Have strace look at the process `pid`; `path` gets what it writes."""
-    command = ["strace", "-o", str(path), "-e", "signal=none", *options, "-p", str(pid)]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as tracer:
-        assert tracer.stderr is not None
-        try:
-            line = tracer.stderr.readline()
-            assert line.endswith("attached\n"), line
-            yield Trace(path)
-        finally:
-            # it writes each line at once, and asked to end may wait for a process that has
-            tracer.kill()
-            tracer.communicate(timeout=DEADLINE)
+    with attached(pid, path, "-e", "signal=none", *options):
+        yield Trace(path)
 
 
 # How the faults are brought about
@@ -170,19 +159,19 @@ def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
 class Act:
     """What makes a process call: `turn`, up to `turns` times, or `begin` and then `turn` from where the process is `held`."""
 
-    turn: Callable[[Bench], None]
+    turn: Callable[[FaultBench], None]
     turns: int = 1
     held: str = ""
-    begin: Callable[[Bench], object] = Bench.ready
+    begin: Callable[[FaultBench], object] = FaultBench.ready
 
 
-def upgrade(bench: Bench) -> None:
+def upgrade(bench: FaultBench) -> None:
     """Have the program replaced by itself, or be told why not."""
     begin_upgrade(bench)
     bench.await_upgrade()
 
 
-def drain(bench: Bench) -> None:
+def drain(bench: FaultBench) -> None:
     """End the server; every client gets all there is."""
     assert bench.server is not None
     bench.server.signal(signal.SIGTERM)
@@ -193,26 +182,26 @@ def drain(bench: Bench) -> None:
     bench.server.process.wait(DEADLINE)
 
 
-def begin_boot(bench: Bench) -> None:
+def begin_boot(bench: FaultBench) -> None:
     """Have the worker replaced."""
     bench.ready()
     os.kill(bench.worker, signal.SIGKILL)
 
 
-def begin_upgrade(bench: Bench) -> None:
+def begin_upgrade(bench: FaultBench) -> None:
     """Ask for an upgrade, of which the log will tell."""
     server = bench.ready()
     bench.told = len(server.lines("upgrade"))
     server.signal(signal.SIGHUP)
 
 
-def begin_start(bench: Bench) -> None:
+def begin_start(bench: FaultBench) -> None:
     """Start another server, which need not get far."""
     bench.stop()
     bench.launch()
 
 
-def await_start(bench: Bench) -> None:
+def await_start(bench: FaultBench) -> None:
     """Wait for a server that serves, or has ended."""
     server = bench.server
     assert server is not None
@@ -221,14 +210,14 @@ def await_start(bench: Bench) -> None:
         bench.settle_in()
 
 
-def begin_asking(bench: Bench) -> None:
+def begin_asking(bench: FaultBench) -> None:
     """Ask who is connected."""
     bench.asker = socket.socket(socket.AF_UNIX)
     bench.asker.settimeout(DEADLINE)
     bench.asker.connect(f"\0tailsrv:*:{bench.ready().port}/clients")
 
 
-def await_answer(bench: Bench) -> None:
+def await_answer(bench: FaultBench) -> None:
     """Wait for the answer, or for the end of the connection."""
     assert bench.asker is not None
     with bench.asker:
@@ -236,23 +225,23 @@ def await_answer(bench: Bench) -> None:
 
 
 ACTS = {
-    "append": Act(Bench.append, 500),
-    "visit": Act(Bench.visit, 100),
-    "header in pieces": Act(Bench.visit_in_pieces, 20),
-    "crowd": Act(Bench.crowd, 1),
-    "slow reader": Act(Bench.visit_slowly, 100),
-    "leave": Act(Bench.leave, 100),
-    "refuse": Act(Bench.be_refused, 100),
-    "alone": Act(Bench.be_alone, 50),
-    "ask": Act(Bench.ask, 150),
-    "death": Act(Bench.kill_worker, 2),
+    "append": Act(FaultBench.append, 500),
+    "visit": Act(FaultBench.visit, 100),
+    "header in pieces": Act(FaultBench.visit_in_pieces, 20),
+    "crowd": Act(FaultBench.crowd, 1),
+    "slow reader": Act(FaultBench.visit_slowly, 100),
+    "leave": Act(FaultBench.leave, 100),
+    "refuse": Act(FaultBench.be_refused, 100),
+    "alone": Act(FaultBench.be_alone, 50),
+    "ask": Act(FaultBench.ask, 150),
+    "death": Act(FaultBench.kill_worker, 2),
     "upgrade": Act(upgrade, 1),
-    "rotation": Act(Bench.rotate, 1),
+    "rotation": Act(FaultBench.rotate, 1),
     "drain": Act(drain, 1),
-    "boot": Act(Bench.await_worker, held="worker", begin=begin_boot),
+    "boot": Act(FaultBench.await_worker, held="worker", begin=begin_boot),
     "start": Act(await_start, held="main", begin=begin_start),
-    "proof": Act(Bench.await_upgrade, held="proof", begin=begin_upgrade),
-    "takeover": Act(Bench.await_upgrade, held="main", begin=begin_upgrade),
+    "proof": Act(FaultBench.await_upgrade, held="proof", begin=begin_upgrade),
+    "takeover": Act(FaultBench.await_upgrade, held="main", begin=begin_upgrade),
     "answer": Act(await_answer, held="status", begin=begin_asking),
 }
 
@@ -260,7 +249,7 @@ ACTS = {
 Tracer = Callable[[int], AbstractContextManager[Trace]]
 
 
-def perform(bench: Bench, act: Act, process: str, tracer: Tracer) -> Trace:
+def perform(bench: FaultBench, act: Act, process: str, tracer: Tracer) -> Trace:
     """Perform `act` until the fault has happened or all its turns are over, while the process is traced."""
     if act.begin is not begin_start:
         bench.ready()
@@ -288,7 +277,7 @@ def perform(bench: Bench, act: Act, process: str, tracer: Tracer) -> Trace:
     return trace
 
 
-def run(bench: Bench, case: Case, path: Path) -> str:
+def run(bench: FaultBench, case: Case, path: Path) -> str:
     """Have the fault happen and return what became of it, in the table's words; `path` gets what strace writes."""
     act = ACTS[case.act]
     # the log has a limit for these lines

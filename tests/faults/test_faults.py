@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.bench import Bench
+from faults.bench import FaultBench
 from faults.faults import (
     ACTS,
     NOT_MADE,
@@ -23,11 +23,8 @@ from support.strace import can_inject
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-
 # All that is in the table takes minutes; else later occurrences, and the acts of a whole program, are tried with the first error of a line.
 ALL = bool(os.environ.get("TAILSRV_TEST_FAULTS"))
-
-
 WHOLE = ("start", "takeover")
 
 
@@ -39,11 +36,11 @@ def is_tried(case: Case) -> bool:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultBench]:
     """Give a server that goes on from fault to fault."""
     if reason := can_inject():
         pytest.skip(reason)
-    bench = Bench(tmp_path_factory.mktemp("faults"))
+    bench = FaultBench(tmp_path_factory.mktemp("faults"))
     try:
         yield bench
         bench.finish()
@@ -52,7 +49,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("case", [case for case in read_table() if is_tried(case)], ids=str)
-def test_fault(bench: Bench, case: Case, tmp_path: Path) -> None:
+def test_fault(bench: FaultBench, case: Case, tmp_path: Path) -> None:
     """A call that fails leads to what the table says, and to nothing else."""
     trace = tmp_path / "trace"
     try:
@@ -66,7 +63,7 @@ def test_fault(bench: Bench, case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("process", "name"), list(dict.fromkeys((case.process, case.act) for case in read_table()))
 )
-def test_no_call_is_forgotten(bench: Bench, process: str, name: str, tmp_path: Path) -> None:
+def test_no_call_is_forgotten(bench: FaultBench, process: str, name: str, tmp_path: Path) -> None:
     """Each call that a process makes in an act is in a table of that process, or is known not to fail; and none that is "not made" is."""
     act = ACTS[name]
     cases = [case for case in read_table() if case.process == process]

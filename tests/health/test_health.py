@@ -26,7 +26,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.files import append, random_bytes
-from support.interpreter import run_python
+from support.hooks import install_hook
+from support.interpreter import program, run_program
 from support.processes import AS_NOBODY, NOBODY, as_root, runs, stop
 from support.server import Serve, Server, run_tailsrv
 from support.sockets import expect
@@ -48,7 +49,6 @@ from tailsrv.linux.process import start_ticks
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
-
 # runs what follows so
 HIDDEN = (
     "unshare",
@@ -59,10 +59,7 @@ HIDDEN = (
     "sh",
 )
 
-
 root_only = pytest.mark.skipif(not as_root, reason="only root can make namespaces")
-
-
 needs_nobody = pytest.mark.skipif(
     not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv"),
     reason="not root, or nobody cannot run this Python",
@@ -677,20 +674,11 @@ def test_answer_that_drips() -> None:
     assert caught.value.level is Level.CRITICAL
 
 
-WITHOUT_THREADS = """
-import os, resource, shutil, sys  # shutil for argparse: later on Python's own folder may be closed to us
-from tailsrv.health.main import main
-resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-os.setuid(3_000_000_003)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @root_only
 def test_no_threads() -> None:
     """Where no thread can be had, servers are looked at one after another."""
     with pretending(b"") as port:
-        done = run_python(WITHOUT_THREADS, "-p", str(port))
+        done = run_program("health_without_threads", "-p", str(port))
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
     assert (
         done.stdout == f"UNKNOWN: tailsrv 127.9.9.9:{port} (user 0): "
@@ -896,25 +884,11 @@ def test_stranger_of_a_user_namespace_is_not_believed() -> None:
     assert "belongs to a user that this user namespace does not map: " in done.stdout
 
 
-SLOW_USERS = """
-import pwd, sys, threading
-asked, look_up = set(), pwd.getpwuid
-def getpwuid(uid):
-    if uid in asked:
-        sys.stderr.write(f"{uid} was looked up before\\n")
-    asked.add(uid)
-    if uid:
-        threading.Event().wait()
-    return look_up(uid)
-pwd.getpwuid = getpwuid
-"""
-
-
 @root_only
 @pytest.mark.slow
 def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
     """Users whose names cannot be had in time are told by number; each is looked up once."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_USERS)
+    install_hook(tmp_path, "slow_users")
     with spare_port() as port, ExitStack() as stack:
         for place, user in enumerate([0, 0, 3_000_000_001, 3_000_000_001, 3_000_000_002]):
             with being(user):
@@ -1057,19 +1031,6 @@ def test_names_of_servers(host: str) -> None:
         assert [server.endpoints for server in find(port=port)] == [(f"{host}:{port}",)]
 
 
-CHURN = """
-import os, socket
-print("ready", flush=True)
-for turn in range(1_000_000_000):
-    sockets = []
-    for number in range(60):
-        sockets.append(socket.socket(socket.AF_UNIX))
-        sockets[-1].bind(f"\\0x{os.getpid()}-{turn * 60 + number}")
-    for sock in sockets:
-        sock.close()
-"""
-
-
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_many_sockets_come_and_go() -> None:
@@ -1081,7 +1042,7 @@ def test_many_sockets_come_and_go() -> None:
             listener.bind(f"\0tailsrv:{name}")
             listener.listen()
         churn = stack.enter_context(
-            subprocess.Popen([sys.executable, "-c", CHURN], stdout=subprocess.PIPE)
+            subprocess.Popen([sys.executable, program("names_come_and_go")], stdout=subprocess.PIPE)
         )
         stack.callback(churn.kill)
         assert churn.stdout is not None
@@ -1134,23 +1095,13 @@ def test_interrupt(tmp_path: Path) -> None:
     assert (tmp_path / "stderr").read_text() == ""
 
 
-SQUAT = """
-import socket, sys
-listener = socket.socket(socket.AF_UNIX)
-listener.bind("\\0tailsrv:" + sys.argv[1])
-listener.listen()
-print("listening", flush=True)
-input()
-"""
-
-
 @pytest.mark.thorough
 @needs_nobody
 def test_stranger_is_not_believed() -> None:
     """A name that another user has taken says nothing: it is not even waited for."""
     stranger = ("setpriv", f"--reuid={NOBODY - 1}", f"--regid={NOBODY - 1}", "--clear-groups")
     with spare_port() as port:
-        command = [*stranger, sys.executable, "-c", SQUAT, f"127.9.9.9:{port}"]
+        command = [*stranger, sys.executable, program("take_name"), f"127.9.9.9:{port}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
             assert squatter.stdout is not None
             squatter.stdout.readline()

@@ -26,19 +26,11 @@ from tailsrv.health.text import WIDTH, duration_text, render_text, summarize
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
-
-
 PROCESS = Process(4711, "sleeping", 100.0, 0.0, 1.5, 1 << 20, 20, 1000)
-
-
 WORKER = WorkerHealth(
     0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0
 )
-
-
 LISTENER = ListenerStatus(0, "0.0.0.0:4321", 0, 100)
-
-
 REPORT = HealthReport(
     server=SERVER,
     version="1.0.0",
@@ -64,17 +56,9 @@ def with_process(**changes: object) -> HealthReport:
 
 
 EMPTY = (replace(WORKER, process=None, ready=False),)
-
-
 FULL = "the accept queue of slot 0 at 0.0.0.0:4321 holds 91 of 100 connections"
-
-
 GONE = FileStatus("/log", 1, gone=True, error=None)
-
-
 DEAD = FileStatus("/log", None, gone=False, error=None)
-
-
 UNREADABLE = "the file cannot be read: its file system does not answer"
 
 

@@ -29,16 +29,10 @@ from support.waiting import eventually
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
 
-
 PORT = 4321
-
-
 UNITS = "/etc/systemd/system"
 
-
 Boot = Callable[[], Machine]
-
-
 MakeService = Callable[..., Service]
 
 

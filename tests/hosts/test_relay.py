@@ -23,24 +23,15 @@ from support.waiting import DEADLINE, eventually
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
-
 TSCAT = (sys.executable, "-m", "tailsrv.client.tscat")
-
-
 TSSYNC = (sys.executable, "-m", "tailsrv.client.tssync")
-
 
 CONFIG = ROOT / "contrib" / "relay" / "haproxy.cfg"
 
-
 # in a network of our own every port is free
 PORT = 4321
-
-
 # the last three as in haproxy.cfg
 ORIGIN, BALANCER, RELAYS = "10.0.0.1", "10.0.0.10", ("10.0.0.11", "10.0.0.12")
-
-
 THROUGH_BALANCER, TO_RELAYS = (f"{BALANCER}:{PORT}",), tuple(f"{relay}:{PORT}" for relay in RELAYS)
 
 
@@ -155,7 +146,7 @@ class Balancer:
         eventually(lambda: self.relays()[relay.name]["status"] == status)
 
 
-class Client(Program):
+class RelayClient(Program):
     """A tscat from byte `start` on."""
 
     def __init__(self, host: Host, path: Path, addresses: tuple[str, ...], start: int) -> None:
@@ -189,7 +180,7 @@ class Tree:
             relay.start()
         self.balancer = Balancer(network.host("balancer", BALANCER), folder)
         self.clients_host = network.host("clients", "10.0.0.20", loss=0.01, delay=0.005)
-        self.clients: list[Client] = []
+        self.clients: list[RelayClient] = []
 
     def start_origin(self) -> None:
         """Start the origin's tailsrv."""
@@ -212,7 +203,7 @@ class Tree:
     def add_client(self, addresses: tuple[str, ...], start: int = 0) -> None:
         """Start a tscat."""
         path = self._folder / f"client{len(self.clients)}"
-        self.clients.append(Client(self.clients_host, path, addresses, start))
+        self.clients.append(RelayClient(self.clients_host, path, addresses, start))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -233,13 +224,13 @@ class Tree:
         while not done.wait(chance.uniform(0, 0.02)):
             append(self.file, chance.randbytes(chance.randrange(1, 4000)))
 
-    def goes_on(self, clients: Sequence[Client]) -> None:
+    def goes_on(self, clients: Sequence[RelayClient]) -> None:
         """Wait until these clients have what is in the file now, and some more."""
         size = self.file.stat().st_size
         eventually(lambda: all(client.reached > size for client in clients))
 
     @property
-    def balanced(self) -> list[Client]:
+    def balanced(self) -> list[RelayClient]:
         """The clients that come by way of HAProxy."""
         return [client for client in self.clients if client.addresses == THROUGH_BALANCER]
 

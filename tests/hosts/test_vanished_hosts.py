@@ -10,24 +10,12 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.namespaces import Host, Network, enter, in_thread, reason_to_skip
 from support.processes import children
 from support.server import Server
 from support.sockets import connect, expect
 from support.waiting import eventually
-
-# What they are by default, in seconds that a test can wait.
-SHORT = "interval=0.1, silence=0.5, attempts=2"
-
-
-PROGRAM = f"""
-import sys
-from functools import partial
-from tailsrv import main as cli
-from tailsrv.worker import dead_peers
-dead_peers.Limits = partial(dead_peers.Limits, {SHORT})
-sys.exit(cli.main())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +32,7 @@ def start(host: Host, path: Path, *options: str) -> Server:
     command: Sequence[str | Path] = [
         *host.wrapper,
         sys.executable,
-        "-c",
-        PROGRAM,
+        program("impatient_server"),
         "-v",
         "-p",
         "0",

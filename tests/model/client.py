@@ -10,7 +10,7 @@ from support.waiting import DEADLINE
 
 
 @dataclass(eq=False)
-class Client:
+class ModelClient:
     """A client of the server, and what the model knows of it."""
 
     sock: socket.socket

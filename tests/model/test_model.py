@@ -28,18 +28,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from model.client import Client
+from model.client import ModelClient
 from model.world import WORKERS, FollowingWorld, World
 
 pytestmark = pytest.mark.slow
 
-
 EXAMPLES = int(os.environ.get("TAILSRV_MODEL_EXAMPLES", "0"))
-
-
 STEPS = int(os.environ.get("TAILSRV_MODEL_STEPS", "60"))
-
-
 OPTIONS = settings(
     max_examples=EXAMPLES or 60,
     stateful_step_count=STEPS,
@@ -50,25 +45,15 @@ OPTIONS = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-
 # in one example: more of them, and successors are made to wait
 MAX_KILLS = 4
-
 
 counts = st.one_of(
     st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5])
 )
-
-
 numbers = st.one_of(st.integers(0, 100), st.integers(0, 12_000), st.integers(0, 400_000))
-
-
 forms = st.sampled_from([b"%d\n", b"%d\n", b"-%d\n", b"-%d\n", b"-0%d\n", b"+%d\r\n", b" \t%d \n"])
-
-
 headers = st.builds(lambda form, number: form % number, forms, numbers)
-
-
 bad_headers = st.sampled_from(
     [
         b"\n",
@@ -83,21 +68,20 @@ bad_headers = st.sampled_from(
     ]
 )
 
-
 if_there = precondition(lambda self: self.file is not None)
 
 
 class Model(World, RuleBasedStateMachine):
     """What may happen, in any order."""
 
-    clients: Bundle[Client] = Bundle("clients")
+    clients: Bundle[ModelClient] = Bundle("clients")
 
     def __init__(self) -> None:
         super().__init__()
         self.before = sys.exc_info()[1]
 
     @initialize(target=clients, linger=st.booleans(), size=st.one_of(st.none(), *[numbers] * 5))
-    def begin(self, linger: bool, size: int | None) -> MultipleResults[Client]:
+    def begin(self, linger: bool, size: int | None) -> MultipleResults[ModelClient]:
         """Start the server, and two clients that want all there is and all there will be."""
         self.start(linger, size)
         return multiple(World.connect(self, b"0\n"), World.connect(self, b"-0\n"))

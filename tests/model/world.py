@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from model.client import Client
+from model.client import ModelClient
 from model.history import History, Stream, in_pages
 from support.processes import open_descriptors
 from support.server import TAILSRV, Server
@@ -42,7 +42,7 @@ class World:
         self.history = History()
         # the writer's descriptor
         self.file: int | None = None
-        self.living: list[Client] = []
+        self.living: list[ModelClient] = []
         # the largest offset that any client may be waiting for
         self.furthest = 0
         self.stopping, self.stopped = False, list[int]()
@@ -77,20 +77,20 @@ class World:
 
     # What clients do
 
-    def connect(self, header: bytes, at_once: int = 64, narrow: bool = False) -> Client:
+    def connect(self, header: bytes, at_once: int = 64, narrow: bool = False) -> ModelClient:
         """Connect, and send the first bytes of a header; a narrow client takes little that it has not read."""
-        client = Client(self.server.connect(receive_buffer=4096 if narrow else 0), header)
+        client = ModelClient(self.server.connect(receive_buffer=4096 if narrow else 0), header)
         self.living.append(client)
         self.send(client, at_once)
         return client
 
-    def connect_badly(self, header: bytes) -> Client:
+    def connect_badly(self, header: bytes) -> ModelClient:
         """Send what is not a header."""
-        client = Client(self.server.connect(header), header, sent=len(header), doomed=True)
+        client = ModelClient(self.server.connect(header), header, sent=len(header), doomed=True)
         self.living.append(client)
         return client
 
-    def send(self, client: Client, count: int) -> None:
+    def send(self, client: ModelClient, count: int) -> None:
         """Send the next bytes of the header."""
         piece = client.header[client.sent : client.sent + count]
         if client.ended or client.half_closed or not piece:
@@ -105,13 +105,13 @@ class World:
         with client.at_risk():
             client.sock.sendall(piece)
 
-    def send_junk(self, client: Client, count: int) -> None:
+    def send_junk(self, client: ModelClient, count: int) -> None:
         """Send what nobody wants to know, behind the header."""
         if client.stream and not client.ended and not client.half_closed:
             with client.at_risk():
                 client.sock.sendall(b"-5\n" * count)
 
-    def half_close(self, client: Client) -> None:
+    def half_close(self, client: ModelClient) -> None:
         """Send no more: before the header is whole that is a fault, and behind it nothing."""
         if client.ended or client.half_closed:
             return
@@ -120,7 +120,7 @@ class World:
         with client.at_risk():
             client.sock.shutdown(socket.SHUT_WR)
 
-    def read(self, client: Client, count: int) -> None:
+    def read(self, client: ModelClient, count: int) -> None:
         """Read what must be there, up to `count` bytes, and perhaps some that may be."""
         self.go_on()
         if client.ended:
@@ -133,7 +133,7 @@ class World:
             with client.without_waiting():
                 self.receive(client, count)
 
-    def leave(self, client: Client, how: str) -> None:
+    def leave(self, client: ModelClient, how: str) -> None:
         """Close the connection, or let it vanish without a word, which is noticed when something is sent."""
         self.living.remove(client)
         if how == "reset":
@@ -145,7 +145,7 @@ class World:
                 client.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         client.sock.close()
 
-    def settle(self, client: Client) -> None:
+    def settle(self, client: ModelClient) -> None:
         """Wait until the supervisor knows the client, and where its stream starts if it has sent its header."""
         self.await_known([client])
 
@@ -287,7 +287,7 @@ class World:
 
     # What the rules share
 
-    def receive(self, client: Client, count: int) -> int:
+    def receive(self, client: ModelClient, count: int) -> int:
         """Receive up to `count` bytes at once, all of which must be right, and return how many."""
         received = b""
         with client.at_risk():
@@ -307,13 +307,13 @@ class World:
         if self.upgrades:
             self.server.logged("upgraded: version=")
 
-    def await_known(self, clients: list[Client]) -> None:
+    def await_known(self, clients: list[ModelClient]) -> None:
         """Wait until the supervisor knows each of `clients`, and where each stream starts, or until it is clear that it was lost."""
         self.go_on()
         if self.file is not None:
             eventually(lambda: self.know(clients))
 
-    def know(self, clients: list[Client]) -> bool:
+    def know(self, clients: list[ModelClient]) -> bool:
         starts = {
             client["peer"]: client["start"]
             for client in json.loads(ask(f"*:{self.port}{CLIENTS}")[0])["clients"]
@@ -329,7 +329,7 @@ class World:
             if not (client.may_be_lost and not client.known and client.is_lost())
         ]
 
-    def is_known(self, client: Client, starts: dict[str, int | None]) -> bool:
+    def is_known(self, client: ModelClient, starts: dict[str, int | None]) -> bool:
         """Take in what the supervisor says of `client`, and tell whether it is all that there is to know by now."""
         if client.name not in starts:
             return False
@@ -405,7 +405,7 @@ class FollowingWorld(World):
         self.server.logged("file is gone, switching to the next file", count=self.rotations)
         eventually(lambda: status(self.server)["state"] != "rotating")
 
-    def read_to_the_end(self, client: Client, size: int) -> None:
+    def read_to_the_end(self, client: ModelClient, size: int) -> None:
         """Read the rest of a stream, of the bytes up to `size` at least."""
         assert client.stream
         self.read(client, client.due(size))

@@ -12,40 +12,16 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from support.checkout import ROOT
+from support.interpreter import program
 from support.tools import NOT_INSTALLED
 
 BENCH = ROOT / "contrib/bench/bench.py"
-
-
 CHARTS = ("latency.svg", "throughput.svg", "memory.svg", "workers.svg")
-
-
 SVG = "{http://www.w3.org/2000/svg}"
-
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason=f"{NOT_INSTALLED}cc"
 )
-
-
-# It sends the file once, as its first argument says: with a wrong byte, with one more, or to its end and no further.
-LIAR = """
-import socket, sys
-kind, port, path = sys.argv[1:]
-data = bytearray(open(path, "rb").read())
-if kind == "wrong":
-    data[1000] ^= 1
-if kind == "more":
-    data += b"x"
-held = []
-with socket.create_server(("127.0.0.1", int(port)), backlog=100) as listener:
-    while True:
-        held.append(listener.accept()[0])
-        held[-1].recv(100)
-        held[-1].sendall(data)
-        if kind == "ends":
-            held.pop().close()
-"""
 
 
 def run_bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -115,9 +91,7 @@ def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
 )
 def test_server_that_lies_is_caught(tmp_path: Path, kind: str, reason: str) -> None:
     """A server that sends a wrong byte, or one too many, or ends its stream, has no figures but a reason."""
-    liar = tmp_path / "liar.py"
-    liar.write_text(LIAR)
-    command = f"liar={sys.executable} {liar} {kind} {{port}} {{file}}"
+    command = f"liar={sys.executable} {program('lying_server')} {kind} {{port}} {{file}}"
     alone = ("--workers", 0, "--no-socat", "--no-bare")
     done = run_bench(
         "--quick", *alone, "--server", command, "--only", "fanout-10", "--output", tmp_path

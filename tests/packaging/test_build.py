@@ -18,17 +18,11 @@ from support.tools import missing
 from tailsrv.arguments import make_health_parser, make_parser, make_tscat_parser, make_tssync_parser
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
 PARSERS = [make_parser(), make_health_parser(), make_tscat_parser(), make_tssync_parser()]
-
 
 # A day on which it is the next day already in the time zone, and a terminal too narrow for anything.
 SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
-
-
 DATE = "2023-11-14"
-
 
 pytestmark = [pytest.mark.build, pytest.mark.slow]
 

@@ -18,15 +18,11 @@ from tailsrv.arguments import make_parser
 from tailsrv.config import DEFAULT_GRACE, ExitStatus
 
 README = (ROOT / "README.md").read_text()
-
-
 PAGES = sorted(
     str(page.relative_to(ROOT))
     for pages in ("*.md", "docs/*.md", "contrib/*/*.md")
     for page in ROOT.glob(pages)
 )
-
-
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -19,6 +19,7 @@ from summary import Summary
 from tally import Tally
 
 from support.checkout import ROOT
+from support.interpreter import program
 from support.sockets import tcp_pair, wait_readable
 from support.waiting import DEADLINE
 
@@ -63,25 +64,17 @@ def test_soak(tmp_path: Path) -> None:
     )
 
 
-LIAR = """\
-import os, sys
-from tailsrv.main import main
-send, calls = os.sendfile, 0
-def lie(out, file, offset, count):
-    global calls
-    calls += 1
-    return send(out, file, offset + (calls % 50 == 0), count)
-os.sendfile = lie
-sys.exit(main())
-"""
-
-
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_liar_is_caught(tmp_path: Path) -> None:
     """A server that leaves out one byte in fifty sends is found out, and the place is told."""
-    (liar := tmp_path / "liar.py").write_text(LIAR)
-    status, summary = soak(tmp_path, "--faults", "stall", "--tailsrv", f"{sys.executable} {liar}")
+    status, summary = soak(
+        tmp_path,
+        "--faults",
+        "stall",
+        "--tailsrv",
+        f"{sys.executable} {program('forgetful_server')}",
+    )
     assert (status, summary["ok"]) == (1, False)
     assert any(" differs: " in reason for reason in summary["reasons"]), summary["reasons"]
 

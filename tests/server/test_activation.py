@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.processes import title
 from support.server import TAILSRV, Serve, Server, activated, run_tailsrv
 from support.sockets import connect, expect, expect_eof
@@ -20,7 +21,6 @@ from support.status import ask
 from support.waiting import DEADLINE
 
 DATA, MORE = random_bytes(1000), b"more"
-
 
 NO_PORT = "tailsrv: error: the following arguments are required: -p/--port"
 
@@ -209,19 +209,17 @@ def test_hint_for_the_service_file(path: Path, started: str, hint: bool) -> None
     assert ("/etc/tailsrv/" in ended.stderr) is hint
 
 
-PASS = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
 @pytest.mark.slow
 def test_passed_sockets_listen_on(path: Path) -> None:
     """A server that drains leaves the service manager's sockets as they are: whoever connects then is for the next start."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        command = [sys.executable, "-c", PASS, str(listener.fileno()), *TAILSRV, str(path)]
+        command = [
+            sys.executable,
+            program("pass_socket"),
+            str(listener.fileno()),
+            *TAILSRV,
+            str(path),
+        ]
         with subprocess.Popen(
             command,
             pass_fds=[listener.fileno()],

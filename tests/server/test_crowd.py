@@ -8,33 +8,24 @@ import pytest
 
 from support.files import append, random_bytes
 from support.server import Serve
+from support.sockets import reset_at_close
 from support.status import ask
 from support.waiting import DEADLINE, eventually
 
 CROWD = 20_000
-
-
 # descriptors that this process, a worker or the supervisor has beside the clients'
 SPARE = 200
-
-
 # connections that wait at a time: fewer than a worker's backlog
 WINDOW = 1000
-
-
 # clients from one loopback address, whose ports end at some 28,000
 PER_ADDRESS = 10_000
-
-
-# SO_LINGER: gone at once, and no port is left waiting
-RESET = b"\1\0\0\0\0\0\0\0"
 
 
 def join(port: int, number: int) -> socket.socket:
     """Return client `number`, who has asked for the whole file."""
     sock = socket.socket()
     sock.settimeout(DEADLINE)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    reset_at_close(sock)
     # IP_BIND_ADDRESS_NO_PORT, which socket does not name
     sock.setsockopt(socket.IPPROTO_IP, 24, 1)
     sock.bind((f"127.0.0.{2 + number // PER_ADDRESS}", 0))

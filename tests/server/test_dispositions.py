@@ -4,16 +4,18 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from support.checkout import PROGRAMS
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.processes import children
-from support.server import Serve
+from support.server import HELD, Serve, Server
 from support.sockets import expect, recv_all
 from support.waiting import DEADLINE, eventually
 from tailsrv.linux.signals import STRAY, name_of
@@ -22,12 +24,8 @@ from tailsrv.stray_signals import StraySignals
 DATA, NEWS = random_bytes(1000), b"more"
 
 
-HELD = PROGRAMS / "breakpoints.py"
-
-
 # Without core files: some of these signals leave one.
 NO_CORES = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
-
 
 # What supervisor and worker have installed for each signal: signal(7) says what `default` does.
 INSTALLED = {
@@ -63,8 +61,6 @@ INSTALLED = {
     "SIGPWR": ("caught", "ignored"),
     "SIGSYS": ("default", "default"),
 }
-
-
 DEADLY = (
     "SIGILL",
     "SIGTRAP",
@@ -76,8 +72,6 @@ DEADLY = (
     "SIGXCPU",
     "SIGSYS",
 )
-
-
 SILENT = ("SIGPIPE", "SIGCHLD", "SIGCONT", "SIGTTOU", "SIGURG", "SIGXFSZ", "SIGWINCH")
 
 
@@ -101,24 +95,41 @@ def file(path: Path) -> None:
     path.write_bytes(DATA)
 
 
-def test_every_signal_is_in_the_table(serve: Serve, path: Path) -> None:
+@pytest.fixture
+def server(serve: Serve, path: Path) -> Server:
+    """Start a server of one worker."""
+    return serve(path)
+
+
+@pytest.fixture
+def client(server: Server) -> socket.socket:
+    """Return a client that has read all there is."""
+    client = server.connect(b"0\n")
+    expect(client, DATA)
+    return client
+
+
+def send(pids: Iterable[int], numbers: Iterable[int]) -> None:
+    """Send each of the processes each of the signals, as far as they are there."""
+    for pid, number in product(pids, numbers):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def test_every_signal_is_in_the_table(server: Server) -> None:
     """For each signal of this system, supervisor and worker have installed what the table says."""
-    server = serve(path)
     pids = (server.pid, *server.workers(1))
     numbers = signal.valid_signals()
     seen = {name_of(number): tuple(disposition(pid, number) for pid in pids) for number in numbers}
     assert seen == {name_of(number): installed(number) for number in numbers}
 
 
-def test_the_server_survives_what_has_no_meaning(serve: Serve, path: Path) -> None:
+def test_the_server_survives_what_has_no_meaning(
+    server: Server, client: socket.socket, path: Path
+) -> None:
     """Supervisor and worker ignore signals that mean nothing, and the log says what to send."""
-    server = serve(path)
     (worker,) = server.workers(1)
-    client = server.connect(b"0\n")
-    expect(client, DATA)
-    for pid in (server.pid, worker):
-        for number in STRAY:
-            os.kill(pid, number)
+    send((server.pid, worker), STRAY)
     for number in STRAY:
         server.logged(
             "warning: ignored a signal ", f" signal={name_of(number)} hint=", "HUP upgrades"
@@ -129,17 +140,13 @@ def test_the_server_survives_what_has_no_meaning(serve: Serve, path: Path) -> No
     assert server.workers(1) == [worker]
 
 
-def test_the_server_survives_what_is_not_worth_a_line(serve: Serve, path: Path) -> None:
+def test_the_server_survives_what_is_not_worth_a_line(
+    server: Server, client: socket.socket, path: Path
+) -> None:
     """What the kernel sends for reasons of its own is ignored without a word."""
-    server = serve(path)
     (worker,) = server.workers(1)
-    client = server.connect(b"0\n")
-    expect(client, DATA)
-    for pid in (server.pid, worker):
-        for name in SILENT:
-            os.kill(pid, signal.Signals[name])
-    for pid in (server.pid, worker):
-        os.kill(pid, signal.SIGUSR1)
+    send((server.pid, worker), [signal.Signals[name] for name in SILENT])
+    send((server.pid, worker), [signal.SIGUSR1])
     server.logged(" signal=SIGUSR1 hint=")
     server.logged(" signal=SIGUSR1 slot=0 ")
     append(path, NEWS)
@@ -195,11 +202,8 @@ def test_what_ends_a_worker(serve: Serve, path: Path) -> None:
     assert not set(workers) & set(server.workers(len(names)))
 
 
-def test_power_fails(serve: Serve, path: Path) -> None:
+def test_power_fails(server: Server, client: socket.socket, path: Path) -> None:
     """PWR, which lxc-stop(1) sends to a container, drains; TERM with it does not hurry that."""
-    server = serve(path)
-    client = server.connect(b"0\n")
-    expect(client, DATA)
     append(path, NEWS)
     server.signal(signal.SIGPWR)
     server.logged("draining: signal=SIGPWR grace=5 reason=")
@@ -218,22 +222,18 @@ def test_a_group_is_signalled_while_an_upgrade_is_checked(
     serve: Serve, path: Path, tmp_path: Path
 ) -> None:
     """A signal for all processes of the service does not fail the check of an upgrade."""
-    gate, script = tmp_path / "gate", tmp_path / "program.py"
+    gate = tmp_path / "gate"
     os.mkfifo(gate)
-    script.write_text(f"""
-import os, sys
-if os.environ.get("TAILSRV_UPGRADE") == "check":
-    open({str(gate)!r}).read()
-from tailsrv.__main__ import main
-sys.exit(main())
-""")
-    server = serve(path, program=(sys.executable, str(script)))
+    server = serve(
+        path,
+        wrapper=("env", f"TAILSRV_TEST_GATE={gate}"),
+        program=(sys.executable, program("check_at_gate")),
+    )
     (worker,) = server.workers(1)
     server.signal(signal.SIGHUP)
     opened = eventually(lambda: open_gate(gate))
     (proof,) = [pid for pid in children(server.pid) if pid != worker]
-    for number in (*STRAY, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPWR):
-        os.kill(proof, number)
+    send([proof], (*STRAY, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPWR))
     assert opened
     os.close(opened)
     server.logged("upgraded: ")
@@ -252,9 +252,7 @@ def test_clients_are_told_all_the_same(serve: Serve, path: Path, tmp_path: Path)
     """A child that tells about the clients survives what means nothing, and answers."""
     hold = tmp_path / "hold"
     hold.mkdir()
-    server = serve(
-        path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=(sys.executable, str(HELD))
-    )
+    server = serve(path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=HELD)
     server.workers(1)
     (hold / "status").touch()
     with socket.socket(socket.AF_UNIX) as asker:
@@ -262,8 +260,7 @@ def test_clients_are_told_all_the_same(serve: Serve, path: Path, tmp_path: Path)
         asker.connect(f"\0tailsrv:*:{server.port}/clients")
         (child,) = eventually(lambda: stopped(server.pid))
         # this one ends it if the asker does not read
-        for number in STRAY - {signal.SIGALRM}:
-            os.kill(child, number)
+        send([child], STRAY - {signal.SIGALRM})
         os.kill(child, signal.SIGCONT)
         assert recv_all(asker).endswith(b"\n")
 
@@ -276,18 +273,15 @@ def stopped(pid: int) -> list[int]:
     return [child.pid for child in found]
 
 
-def test_stray_signals_come_through_an_upgrade(serve: Serve, path: Path) -> None:
+def test_stray_signals_come_through_an_upgrade(
+    server: Server, client: socket.socket, path: Path
+) -> None:
     """USR1 for all processes at each moment of an upgrade ends none of them."""
-    server = serve(path)
     server.workers(1)
-    client = server.connect(b"0\n")
-    expect(client, DATA)
     server.signal(signal.SIGHUP)
 
     def upgraded() -> list[str]:
-        for pid in (server.pid, *children(server.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
+        send((server.pid, *children(server.pid)), [signal.SIGUSR1])
         return server.lines("upgraded: ")
 
     eventually(upgraded)

@@ -1,4 +1,4 @@
-"""How a server ends: section 5 of the design."""
+"""How a server ends: every client gets the file up to its end, as far as the grace allows, and nobody is let in any more."""
 
 import os
 import signal
@@ -17,24 +17,21 @@ from support.strace import needs_strace, strace
 from support.waiting import eventually
 
 DATA = random_bytes(1000)
-
-
 # more than the kernel takes for a client that does not read
 BIG = random_bytes(16 << 20)
-
 
 Ending = Callable[[Server, Path], None]
 
 
-def terminate(server: Server, path: Path) -> None:  # noqa: ARG001 the other way needs it
+def terminate(server: Server, path: Path) -> None:
     server.signal(signal.SIGTERM)
 
 
-def interrupt(server: Server, path: Path) -> None:  # noqa: ARG001
+def interrupt(server: Server, path: Path) -> None:
     server.signal(signal.SIGINT)
 
 
-def delete_file(server: Server, path: Path) -> None:  # noqa: ARG001
+def delete_file(server: Server, path: Path) -> None:
     path.unlink()
 
 

@@ -8,40 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from support.hooks import install_hook
 from support.processes import children, runs
 from support.server import TAILSRV, Serve
 from support.waiting import eventually
 
 SCRIPT = (str(Path(sysconfig.get_path("scripts")) / "tailsrv"),)
-
-
 NEW_PID_NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
 
-
 pytestmark = pytest.mark.slow
-
-
-# For sitecustomize, which the interpreter imports at its start: the program waits at the gate.
-AT_IMPORT = """
-import builtins
-original = builtins.__import__
-def importing(name, *arguments, **more):
-    if name == "tailsrv.main":
-        builtins.__import__ = original
-        open({gate!r}).read()
-    return original(name, *arguments, **more)
-builtins.__import__ = importing
-"""
-
-
-AT_LOOKUP = """
-import socket
-original = socket.getaddrinfo
-def getaddrinfo(*arguments, **more):
-    open({gate!r}).read()
-    return original(*arguments, **more)
-socket.getaddrinfo = getaddrinfo
-"""
 
 
 class Gate:
@@ -52,10 +27,10 @@ class Gate:
         os.mkfifo(self.path)
         self.opened = -1
 
-    def wrapper(self, code: str) -> tuple[str, ...]:
-        """Return what starts a program that waits where `code` says."""
-        (self.folder / "sitecustomize.py").write_text(code.format(gate=str(self.path)))
-        return ("env", f"PYTHONPATH={self.folder}")
+    def wrapper(self, hook: str) -> tuple[str, ...]:
+        """Return what starts a program that waits where that hook says."""
+        install_hook(self.folder, hook)
+        return ("env", f"PYTHONPATH={self.folder}", f"TAILSRV_TEST_GATE={self.path}")
 
     def reached(self) -> None:
         """Wait until the program waits."""
@@ -100,7 +75,9 @@ def test_signals_are_held_back_before_the_program_is_imported(
     serve: Serve, path: Path, gate: Gate, program: Sequence[str]
 ) -> None:
     """Before the imports, which take longest, signals wait: all that can."""
-    server = serve(path, status=-signal.SIGTERM, wrapper=gate.wrapper(AT_IMPORT), program=program)
+    server = serve(
+        path, status=-signal.SIGTERM, wrapper=gate.wrapper("wait_at_import"), program=program
+    )
     gate.reached()
     assert blocked(server.pid) == set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
     server.signal(signal.SIGTERM)
@@ -108,7 +85,7 @@ def test_signals_are_held_back_before_the_program_is_imported(
     server.wait()
 
 
-@pytest.mark.parametrize("place", [AT_IMPORT, AT_LOOKUP], ids=["import", "lookup"])
+@pytest.mark.parametrize("place", ["wait_at_import", "wait_at_lookup"], ids=["import", "lookup"])
 def test_init_of_a_container_is_ended_while_it_starts(
     serve: Serve, path: Path, gate: Gate, place: str
 ) -> None:
@@ -132,7 +109,11 @@ def test_a_name_server_does_not_answer(
     """A server that looks up a name ends at once and without a traceback; USR1 does not end it."""
     no_cores = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
     server = serve(
-        path, "--bind", "localhost", status=-number, wrapper=(*no_cores, *gate.wrapper(AT_LOOKUP))
+        path,
+        "--bind",
+        "localhost",
+        status=-number,
+        wrapper=(*no_cores, *gate.wrapper("wait_at_lookup")),
     )
     gate.reached()
     server.signal(signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""What happens to the file, and what the server then does: section 3 of the design, row by row."""
+"""What happens to the file (appended to, cut, moved, deleted, replaced), and what the server and its clients make of it."""
 
 import fcntl
 import json
@@ -21,10 +21,7 @@ from support.status import ask
 from support.waiting import DEADLINE
 
 DATA = random_bytes(1000)
-
-
 NEWS = b"appended in the end"
-
 
 NO_INOTIFY = (
     "unshare",
@@ -297,8 +294,6 @@ def move_folder(path: Path) -> None:
 
 
 Action = Callable[[Path], None]
-
-
 WAYS_TO_GO: list[Action] = [
     delete,
     move_away,
@@ -307,8 +302,6 @@ WAYS_TO_GO: list[Action] = [
     keep_a_hard_link_and_delete,
     move_folder,
 ]
-
-
 WAYS_OF_A_LINK_TO_GO: list[Action] = [retarget_link, delete_link, move_target]
 
 

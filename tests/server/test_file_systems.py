@@ -2,26 +2,22 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.checkout import PROGRAMS, ROOT
 from support.files import append, random_bytes
 from support.fusefs import Fuse
+from support.interpreter import run_program
 from support.processes import runs, switches
-from support.server import Serve, Server
+from support.server import HELD, Serve, Server
 from support.sockets import expect, expect_eof
 from support.status import status
 from support.waiting import DEADLINE, eventually
 
 pytestmark = pytest.mark.slow
-
-
-HELD = PROGRAMS / "breakpoints.py"
 
 
 OLD, NEW, MORE = random_bytes(5000, 1), random_bytes(9000, 2), random_bytes(3000, 3)
@@ -33,7 +29,7 @@ def hurried(tmp_path: Path) -> Iterator[tuple[str, ...]]:
     (hold := tmp_path / "hold").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAILSRV_TEST_HOLD", str(hold))
-        yield (sys.executable, str(HELD))
+        yield HELD
 
 
 @pytest.fixture
@@ -61,14 +57,10 @@ def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
 
 
 def run_in(
-    fuse: Fuse, folder: Path, code: str, *arguments: str
+    fuse: Fuse, folder: Path, name: str, *arguments: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a program in `folder`, in a mount namespace with the file system."""
-    command = [*fuse.wrapper, sys.executable, "-W", "error", "-c", code, *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE
-    )
+    """Run a program of ours in `folder`, in a mount namespace with the file system."""
+    return run_program(name, *arguments, wrapper=(*fuse.wrapper, "env", "-C", str(folder)))
 
 
 # Calls that fail
@@ -144,48 +136,9 @@ def test_inode_numbers_that_change(
         server.wait()
 
 
-OTHER_NUMBER = """
-import os, sys
-from pathlib import Path
-from support.fusefs import Fuse
-from tailsrv.file_identity import CATCH_UP, FileIdentity
-fuse = Fuse(Path(sys.argv[1]), fresh=False)
-for contents, grown, expected in {CASES}:
-    fuse.write(contents[0], 2), fuse.write(contents[1], 3)
-    fuse.order(node=2)
-    file = os.open(fuse.path, os.O_RDONLY)
-    identity = FileIdentity(file, str(fuse.path))
-    fuse.order(node=3)
-    seen = [identity.is_gone(now) for now in (0.0, CATCH_UP - 1)]
-    if grown:
-        fuse.write(contents[0] + grown, 2)
-    seen += [identity.is_gone(now) for now in (CATCH_UP, 2 * CATCH_UP - 2, 2 * CATCH_UP)]
-    assert seen == expected, (contents, grown, seen)
-    os.close(file)
-"""
-
-
-LONG = b"x" * 10_000
-
-
-CASES: list[tuple[tuple[bytes, bytes], bytes, list[bool | None]]] = [
-    ((b"same", b"same"), b"", [False] * 5),
-    ((LONG, LONG), b"", [False] * 5),
-    ((b"", b""), b"", [False] * 5),
-    ((b"same", b"shor"), b"", [True] * 5),
-    ((b"longer", b"long"), b"", [True] * 5),
-    ((b"a" + LONG, b"b" + LONG), b"", [True] * 5),
-    ((LONG + b"a", LONG + b"b" + LONG), b"", [True] * 5),
-    ((b"copy", b"copy that grows"), b"", [None, None, True, True, True]),
-    ((b"late", b"late news"), b" news", [None, None, False, False, False]),
-    ((b"late", b"late news"), b" n", [None, None, None, None, True]),
-]
-
-
 def test_another_number(fuse: Fuse, tmp_path: Path) -> None:
     """Without reliable numbers, beginning, end and growth tell whether it is another file."""
-    code = OTHER_NUMBER.format(CASES=CASES)
-    done = run_in(fuse, tmp_path, code, str(fuse.folder))
+    done = run_in(fuse, tmp_path, "other_number", str(fuse.folder))
     assert done.returncode == 0, done.stderr
 
 
@@ -209,19 +162,6 @@ def test_rotations_without_end(serve: Serve, path: Path) -> None:
 
 # A mount that is out of sight
 
-HIDDEN = """
-import os, subprocess, sys
-from tailsrv.linux.file_system import why_poll
-odd, local = (os.open(path, os.O_RDONLY) for path in sys.argv[1:3])
-print(why_poll(odd), why_poll(local), sep="\\n")
-os.makedirs("jail/proc"), os.makedirs("jail/empty")
-subprocess.run(["mount", "-t", "proc", "proc", "jail/proc"], check=True)
-os.chroot("jail")
-print(why_poll(odd), why_poll(local), sep="\\n")
-os.chroot("/empty")
-print(why_poll(odd), why_poll(local), sep="\\n")
-"""
-
 
 HIDDEN_REASON = (
     "inotify may not report every change: the mount is not in /proc/self/mountinfo, "
@@ -232,7 +172,7 @@ HIDDEN_REASON = (
 def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
     """In a chroot, and without /proc, the kernel itself is asked whether a file system is local."""
     (local := tmp_path / "local").touch()
-    done = run_in(fuse, tmp_path, HIDDEN, str(fuse.path), str(local))
+    done = run_in(fuse, tmp_path, "hidden_mount", str(fuse.path), str(local))
     if "mount failed" in done.stderr:
         pytest.skip("/proc cannot be mounted here")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
-from support.processes import children, stop, title
+from support.processes import children, open_descriptors, stop, title
 from support.server import HURRIED, TAILSRV, Serve, Server, wrapper_without_rights
 from support.sockets import expect, expect_eof, recv_all
 from support.status import status
@@ -20,8 +20,6 @@ from support.tools import NOT_INSTALLED
 from support.waiting import DEADLINE, eventually
 
 BIG = random_bytes(20_000_000)
-
-
 OLD, LATE, NEW, MORE = (
     random_bytes(300_000, 1),
     random_bytes(5_000, 2),
@@ -119,15 +117,10 @@ def test_again_and_again(server: Server, path: Path, times: int) -> None:
         eventually(lambda: status(server)["clients"] == 1)
         # from now on the supervisor holds the file before this one, for a minute
         if number == 1:
-            held = descriptors(server.pid)
+            held = open_descriptors(server.pid)
         append(path, LATE)
         expect(stream, LATE)
-    eventually(lambda: descriptors(server.pid) == held)
-
-
-def descriptors(pid: int) -> int:
-    """Return how many descriptors a process has."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    eventually(lambda: open_descriptors(server.pid) == held)
 
 
 def test_replaced_by_a_move(server: Server, path: Path) -> None:
@@ -415,8 +408,6 @@ def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
 # The real logrotate
 
 LOGROTATE = shutil.which("logrotate") or "/usr/sbin/logrotate"
-
-
 needs_logrotate = pytest.mark.skipif(
     not Path(LOGROTATE).exists(), reason=f"{NOT_INSTALLED}logrotate"
 )

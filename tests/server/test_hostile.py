@@ -16,36 +16,22 @@ from samples import Sample
 
 from support.server import Serve, Server
 from support.sockets import expect, reset
-from support.status import await_clients, await_protected, ready_workers, status, workers
+from support.status import await_clients, await_protected, ready_workers, status, worker_pids
 from support.waiting import eventually
 from tailsrv.protocol import HeaderError, Start, parse_header
 
 # clients
 HONEST = 5
-
-
 # bytes in the file at the start
 BEGIN = 4 << 20
-
-
 RECORD = 3000
-
-
 # bytes that the server may hold more after an attack than before: Python keeps some of what it had
 MEMORY = 3 << 20
-
-
 # bytes that it may hold more after the same once again, and more of it: that is reused
 GROWTH = 1 << 20
-
-
 # bytes that it may hold more for each connection while that lasts
 FOR_EACH = 2 << 10
-
-
 WORKERS = 2
-
-
 # in the log, of a kind, from a worker, every 10 seconds: of what strangers do there are two kinds
 LINES = 10
 
@@ -79,7 +65,7 @@ class Honest:
 
 def look(server: Server) -> Sample:
     """Return what the server holds now."""
-    return samples.take([server.pid, *workers(server)])
+    return samples.take([server.pid, *worker_pids(server)])
 
 
 def settled(honest: Honest, descriptors: int) -> Sample:
@@ -181,8 +167,6 @@ LETTERS = [b"%c" % byte for byte in b"0123456789"] * 3 + [
     b"\xff",
     b"\xc2\xb2",
 ]
-
-
 BATCH = 100
 
 

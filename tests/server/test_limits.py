@@ -13,12 +13,10 @@ import pytest
 from support.files import append, random_bytes
 from support.processes import runs, switches
 from support.server import Serve, Server, activated
-from support.sockets import connect, expect, expect_eof, needs_ipv6
+from support.sockets import connect, expect, expect_eof, needs_ipv6, reset
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
-
-
 # seconds in which a server that admits somebody every 0.2 seconds would have done so
 QUIET = 1.0
 
@@ -29,17 +27,17 @@ def file(path: Path) -> None:
     path.write_bytes(DATA)
 
 
-def readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
+def all_readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
     """Return those that something has come for, after `seconds` at the latest."""
     return select.select(list(socks), [], [], seconds)[0]
 
 
 def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
     """Wait until `count` of them are served, assert that no more are, and return those."""
-    eventually(lambda: len(readable(socks)) >= count)
+    eventually(lambda: len(all_readable(socks)) >= count)
     # no event to wait for: the point is that there is none
     time.sleep(QUIET)
-    found = readable(socks)
+    found = all_readable(socks)
     assert len(found) == count
     return found
 
@@ -59,7 +57,7 @@ def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
         socks.remove(sock)
         sock.shutdown(socket.SHUT_RDWR)
         sock.close()
-    eventually(lambda: append_something(path) and len(readable(socks)) == 5)
+    eventually(lambda: append_something(path) and len(all_readable(socks)) == 5)
     server.logged("as many clients as --max-clients allows: new clients have to wait: ")
 
 
@@ -92,7 +90,7 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
     # no event to wait for
     time.sleep(QUIET)
     assert switches(worker) - before < 50
-    assert not readable(waiting)
+    assert not all_readable(waiting)
 
 
 @pytest.mark.sample(1)
@@ -115,11 +113,11 @@ def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
     waiting = [sock for sock in socks if sock not in inside]
     # no event to wait for
     time.sleep(QUIET)
-    assert not readable(waiting)
+    assert not all_readable(waiting)
     for sock in inside:
         sock.close()
     for sock in waiting:
-        eventually(lambda sock=sock: append_something(path) and readable([sock]))  # type: ignore[misc]
+        eventually(lambda sock=sock: append_something(path) and all_readable([sock]))  # type: ignore[misc]
 
 
 # --allow
@@ -222,7 +220,6 @@ def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> 
     second = connect(server.port, b"0\n")
     server.clients.append(second)
     server.logged("new clients have to wait")
-    # leave with a reset, which is noticed at once
-    first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    first.close()
+    # which is noticed at once
+    reset(first)
     expect(second, DATA)

@@ -2,33 +2,18 @@
 
 import errno
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
+from support.hooks import install_hook
+from support.interpreter import program
 from support.processes import runs
 from support.server import Serve, activated, run_tailsrv
-from support.sockets import needs_ipv6
+from support.sockets import needs_ipv6, skip_without_mptcp
 
-# Leaves the kernel four ports to choose from, takes those that are named on IPv6 alone, and becomes what its other arguments say.
-FEW_PORTS = """
-import os, socket, sys
-with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
-    file.write("40000 40003")
-for port in map(int, sys.argv[1].split()):
-    sock = socket.socket(socket.AF_INET6)
-    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind(("::", port))
-    sock.set_inheritable(True)
-    sock.detach()
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-WITH_FEW_PORTS = ("unshare", "--net", "--map-root-user", sys.executable, "-c", FEW_PORTS)
-
+WITH_FEW_PORTS = ("unshare", "--net", "--map-root-user", sys.executable, program("few_ports"))
 
 needs_network = pytest.mark.skipif(
     not runs(*WITH_FEW_PORTS, "", "true"), reason="no network namespaces here"
@@ -57,26 +42,6 @@ def test_no_port_is_free_at_all_addresses(path: Path) -> None:
     assert refused.returncode == 1
 
 
-# Makes every TCP socket one of MPTCP, as mptcpize(8) or a BPF program does behind a program's back.
-MPTCPIZE = """
-import socket
-class Socket(socket.socket):
-    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
-        if fileno is None and family in (socket.AF_INET, socket.AF_INET6) and type == socket.SOCK_STREAM:
-            proto = socket.IPPROTO_MPTCP
-        super().__init__(family, type, proto, fileno)
-socket.socket = Socket
-"""
-
-
-def skip_without_mptcp() -> None:
-    """Skip a test where the kernel has no MPTCP."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no MPTCP here")
-
-
 def test_passed_mptcp_socket(path: Path) -> None:
     """A socket of MPTCP from a service manager is refused in one line: nobody could say where a stream on it stands."""
     skip_without_mptcp()
@@ -94,7 +59,7 @@ def test_mptcpize(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Where our own sockets come out as such, one line says so, and what to do."""
     skip_without_mptcp()
     path.touch()
-    (tmp_path / "sitecustomize.py").write_text(MPTCPIZE)
+    install_hook(tmp_path, "mptcp_sockets")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     ended = run_tailsrv("-p", "0", path)
     assert ended.returncode == 1
@@ -112,8 +77,6 @@ NAMES = """
 192.0.2.1 none.test
 2001:db8::1 none.test
 """
-
-
 WITHOUT_IPV6 = (
     "unshare", "--net", "--mount", "--map-root-user", "sh", "-c",
     'mount --bind "$1" /etc/hosts && ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && shift && exec "$@"', "sh",

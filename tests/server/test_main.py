@@ -17,11 +17,9 @@ from tailsrv.linux.process import count_processors
 
 DATA = random_bytes(100)
 
-
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} tailsrv\[\d+\] (debug|info|warning|error|critical): [ -~]+"
 )
-
 
 USAGE_ERRORS = [
     ([], "the following arguments are required: FILE"),

@@ -11,10 +11,7 @@ from support.tools import missing
 from support.waiting import DEADLINE
 
 DATA = random_bytes(3000)
-
-
 NEWS = b"appended while connected\n"
-
 
 # Each gets HOST and PORT from its environment, as docs/clients.md writes them.
 CLIENTS = {

@@ -1,68 +1,21 @@
 """READY=1 and its like reach a service manager whose socket is full at first: sd_notify(3)."""
 
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.files import random_bytes
 from support.server import Serve, Server
-from support.waiting import DEADLINE
+from support.service_manager import ServiceManager
 from tailsrv.linux.systemd import Lifecycle, notify
 
-FILLER = b"STATUS=of another service"
 
-
-class Manager:
-    """The service manager's end, whose queue can be full."""
-
-    def __init__(self, path: Path) -> None:
-        self.address = str(path)
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.sock.bind(self.address)
-        self.sock.settimeout(DEADLINE)
-
-    def stuff(self) -> None:
-        """Fill the queue."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
-            try:
-                while True:
-                    sock.sendto(FILLER, self.address)
-            except BlockingIOError:
-                pass
-
-    def phases(self, count: int) -> list[str]:
-        """Return the first words of the next `count` messages that are no status."""
-        said: list[str] = []
-        while len(said) < count:
-            word = self.sock.recv(4096).decode().partition("\n")[0]
-            if not word.startswith("STATUS="):
-                said.append(word)
-        return said
-
-    def unread(self) -> list[str]:
-        """Return what is in the queue."""
-        said = []
-        self.sock.setblocking(False)
-        try:
-            while True:
-                said.append(self.sock.recv(4096).decode())
-        except BlockingIOError:
-            return [message for message in said if message != FILLER.decode()]
-        finally:
-            self.sock.settimeout(DEADLINE)
-
-
-@pytest.fixture
-def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    """Listen as a service manager does, to us and to what we start."""
-    manager = Manager(tmp_path / "notify")
+@pytest.fixture(autouse=True)
+def told(manager: ServiceManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all that we start tell the service manager, and tell it ourselves."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
-    yield manager
-    manager.sock.close()
 
 
 Plans = list[tuple[Callable[[], object], float]]
@@ -80,14 +33,14 @@ def lifecycle(plans: Plans) -> Lifecycle:
     return Lifecycle(lambda action, when: plans.append((action, when)))
 
 
-def again(manager: Manager, plans: Plans) -> list[str]:
+def again(manager: ServiceManager, plans: Plans) -> list[str]:
     """Make room, do what is planned, and return what comes of it, without the times."""
     manager.unread()
     plans.pop()[0]()
     return [message.partition("\n")[0] for message in manager.unread()]
 
 
-def test_taken_at_once(manager: Manager, lifecycle: Lifecycle, plans: Plans) -> None:
+def test_taken_at_once(manager: ServiceManager, lifecycle: Lifecycle, plans: Plans) -> None:
     """What is taken is not sent again."""
     lifecycle.ready()
     lifecycle.reloading()
@@ -104,7 +57,7 @@ def test_taken_at_once(manager: Manager, lifecycle: Lifecycle, plans: Plans) -> 
     assert plans == []
 
 
-def test_tried_several_times(manager: Manager, lifecycle: Lifecycle, plans: Plans) -> None:
+def test_tried_several_times(manager: ServiceManager, lifecycle: Lifecycle, plans: Plans) -> None:
     """A message is sent again until there is room for it."""
     manager.stuff()
     lifecycle.ready()
@@ -129,7 +82,11 @@ def test_tried_several_times(manager: Manager, lifecycle: Lifecycle, plans: Plan
     ],
 )
 def test_order(
-    manager: Manager, lifecycle: Lifecycle, plans: Plans, calls: tuple[str, ...], said: list[str]
+    manager: ServiceManager,
+    lifecycle: Lifecycle,
+    plans: Plans,
+    calls: tuple[str, ...],
+    said: list[str],
 ) -> None:
     """Unsent messages come in order, without those that a later one replaces."""
     manager.stuff()
@@ -138,7 +95,7 @@ def test_order(
     assert again(manager, plans) == said
 
 
-def test_order_when_room_comes_between(manager: Manager, lifecycle: Lifecycle) -> None:
+def test_order_when_room_comes_between(manager: ServiceManager, lifecycle: Lifecycle) -> None:
     """A later message does not overtake an unsent one."""
     manager.stuff()
     lifecycle.reloading()
@@ -182,7 +139,7 @@ def serving(serve: Serve, path: Path) -> Server:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_busy_at_the_start(serve: Serve, path: Path, manager: Manager, there: bool) -> None:
+def test_busy_at_the_start(serve: Serve, path: Path, manager: ServiceManager, there: bool) -> None:
     """READY=1 comes as soon as there is room, with the file and without it."""
     manager.stuff()
     if there:
@@ -194,7 +151,9 @@ def test_busy_at_the_start(serve: Serve, path: Path, manager: Manager, there: bo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
-def test_busy_during_an_upgrade(serve: Serve, path: Path, manager: Manager, before: bool) -> None:
+def test_busy_during_an_upgrade(
+    serve: Serve, path: Path, manager: ServiceManager, before: bool
+) -> None:
     """RELOADING=1 and then READY=1 come as soon as there is room, whichever of them found none."""
     server = serving(serve, path)
     assert manager.phases(1) == ["READY=1"]
@@ -209,7 +168,7 @@ def test_busy_during_an_upgrade(serve: Serve, path: Path, manager: Manager, befo
 
 
 @pytest.mark.slow
-def test_busy_until_the_end(serve: Serve, path: Path, manager: Manager) -> None:
+def test_busy_until_the_end(serve: Serve, path: Path, manager: ServiceManager) -> None:
     """A server that must end before READY=1 could be sent sends STOPPING=1 instead."""
     manager.stuff()
     path.write_bytes(random_bytes(16 << 20))

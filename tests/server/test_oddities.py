@@ -15,8 +15,6 @@ from support.status import await_clients, ready_workers, status
 from support.waiting import eventually
 
 DATA = b"0123456789\n"
-
-
 NEWS = b"news\n"
 
 

@@ -8,12 +8,11 @@ import pytest
 
 from support.commands import TSCAT, TSSYNC, Command, holds
 from support.files import append, random_bytes
-from support.old_libc import FUNCTIONS, hidden, write_hook
+from support.old_libc import FUNCTIONS, hidden, take_away
 from support.server import Serve, Server, activated
 from support.sockets import expect
 
 DATA, MORE = random_bytes(100_000), b"more"
-
 
 libraries = pytest.mark.parametrize(
     "functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"]
@@ -33,7 +32,7 @@ def test_server(
     """A server without all of these names streams, counts clients, survives a killed worker, and upgrades itself."""
     assert sum(map(len, hidden().values())) > 20
     (folder := tmp_path / "hook").mkdir()
-    write_hook(folder, functions)
+    take_away(folder, functions)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     path.write_bytes(DATA)
     servers = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
-from support.other_systems import write_hook
+from support.hooks import install_hook
 from support.server import Serve
 from support.sockets import expect, expect_eof
 from support.status import status
@@ -24,7 +24,8 @@ def test_server(
 ) -> None:
     """Its clients are served, are counted as unprotected, and are disconnected, not continued, where their worker dies."""
     (folder := tmp_path / "hook").mkdir()
-    write_hook(folder, system)
+    install_hook(folder, "other_system")
+    monkeypatch.setenv("TAILSRV_TEST_SYSTEM", system)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     path.write_bytes(DATA)
     server = serve(path)
@@ -53,7 +54,8 @@ def test_waiting_for_the_file(
 ) -> None:
     """Clients that come before the file wait in the accept queue, as they would be lost with the worker that waits with them."""
     (folder := tmp_path / "hook").mkdir()
-    write_hook(folder, "empty")
+    install_hook(folder, "other_system")
+    monkeypatch.setenv("TAILSRV_TEST_SYSTEM", "empty")
     monkeypatch.setenv("PYTHONPATH", str(folder))
     server = serve(path)
     server.logged("waiting for file")

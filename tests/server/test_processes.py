@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.processes import AS_NOBODY, children, gone, runs, stop, switches, title
 from support.server import TAILSRV, Serve, Server, run_tailsrv
 from support.sockets import expect, expect_eof
@@ -21,8 +22,6 @@ from support.status import ask
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
-
-
 NEWS = b"appended"
 
 
@@ -112,37 +111,16 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
     expect_eof(stalled)
 
 
-# A program that is tailsrv but for what its workers do.
-ODD_WORKERS = """\
-import errno, os, resource, signal, sys
-from tailsrv import main as cli
-from tailsrv.worker import worker
-from tailsrv.config import Timing
-from tailsrv.channel import Notices, WorkerReport, encode
-
-def work(inheritance, config):
-    {body}
-
-cli.work = work
-sys.exit(cli.main(sys.argv[1:], timing=Timing(first_delay=0.01)))
-"""
-
-
-def with_work(body: str) -> tuple[str, ...]:
-    """Return the command of a tailsrv whose workers do `body`, Python lines of one block."""
-    return (sys.executable, "-c", ODD_WORKERS.format(body=body.replace("\n", "\n    ")))
-
-
-READY = "inheritance.channel.send(encode(WorkerReport(notices=Notices(ready=True))))\n"
+def odd_workers(what: str) -> tuple[str, ...]:
+    """Return the command of a tailsrv whose workers do that."""
+    return (sys.executable, program("odd_workers"), what)
 
 
 @pytest.mark.slow
 def test_title_while_starting(serve: Serve, path: Path) -> None:
     """Until every slot has had a worker that was ready, the title says `starting`."""
     path.touch()
-    server = serve(
-        path, "-w", "2", program=with_work(f"if inheritance.slot == 0:\n    {READY}signal.pause()")
-    )
+    server = serve(path, "-w", "2", program=odd_workers("one is ready"))
     server.logged("worker ready: slot=0")
     eventually(lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [starting]")
     server.signal(signal.SIGQUIT)
@@ -431,21 +409,7 @@ def test_interrupt_of_the_whole_group(serve: Serve, path: Path) -> None:
 def test_worker_that_cannot_boot(serve: Serve, path: Path) -> None:
     """A worker that lacks what it needs says so, and ends the server with status 3 and the reason."""
     path.touch()
-    no_descriptors = """\
-soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-taken = []
-try:
-    while True:
-        taken.append(os.dup(0))
-except OSError:
-    pass
-for fd in taken[-2:]:
-    os.close(fd)
-status = worker.work(inheritance, config)
-resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
-return status"""
-    server = serve(path, status=3, program=with_work(no_descriptors))
+    server = serve(path, status=3, program=odd_workers("no descriptors"))
     server.wait()
     assert len(server.lines("critical: worker cannot boot: slot=0", "Too many open files")) == 1
     assert len(server.lines(f"critical: workers cannot start: slot=0 status={os.EX_TEMPFAIL}")) == 1
@@ -470,21 +434,12 @@ def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> No
 
 @pytest.mark.thorough
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "error", ["OSError(errno.ENFILE, os.strerror(errno.ENFILE))", "MemoryError"]
-)
-def test_a_successor_that_finds_no_room(serve: Serve, path: Path, error: str) -> None:
+@pytest.mark.parametrize("shortage", ["descriptor", "memory"])
+def test_a_successor_that_finds_no_room(serve: Serve, path: Path, shortage: str) -> None:
     """Where successors meet a shortage of descriptors or memory, others try again, however often; the clients' streams go on."""
     path.write_bytes(DATA)
     lives = Path(f"{path}.lives")
-    body = f"""\
-with open(config.path + ".lives", "ab", buffering=0) as lives:
-    lives.write(b".")
-    if 1 < lives.tell() <= 7:
-        raise {error}
-signal.set_wakeup_fd(-1)
-return worker.work(inheritance, config)"""
-    server = serve(path, program=with_work(body))
+    server = serve(path, program=odd_workers(f"six find no {shortage}"))
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, DATA)
@@ -500,13 +455,7 @@ return worker.work(inheritance, config)"""
 def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
     """Status 3 of one worker ends the server at once, with all its other workers."""
     path.touch()
-    server = serve(
-        path,
-        "-w",
-        "3",
-        status=3,
-        program=with_work("return 3 if inheritance.slot == 1 else signal.pause()"),
-    )
+    server = serve(path, "-w", "3", status=3, program=odd_workers("one cannot boot"))
     server.wait()
     assert len(server.lines("warning: worker cannot boot: slot=1", "status=3")) == 1
     assert len(server.lines("critical: workers cannot start: slot=1 status=3")) == 1
@@ -514,14 +463,11 @@ def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
 
 @pytest.mark.sample(1)
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("body", "died"),
-    [("return 1", "status=1"), ("os.kill(os.getpid(), signal.SIGSEGV)", "signal=SIGSEGV")],
-)
-def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: str) -> None:
+@pytest.mark.parametrize(("what", "died"), [("fails", "status=1"), ("crashes", "signal=SIGSEGV")])
+def test_worker_that_is_never_ready(serve: Serve, path: Path, what: str, died: str) -> None:
     """After five deaths in a row before it was ready, with growing delays between them, the server ends with status 3."""
     path.touch()
-    server = serve(path, status=3, program=with_work(body))
+    server = serve(path, status=3, program=odd_workers(what))
     server.wait()
     assert len(server.lines("warning: worker crashed: slot=0", died)) == 5
     assert [
@@ -535,7 +481,7 @@ def test_worker_that_is_never_ready(serve: Serve, path: Path, body: str, died: s
 def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
     """A worker that was ready each time is replaced for ever, less and less often."""
     path.touch()
-    server = serve(path, program=with_work(f"{READY}return 1"))
+    server = serve(path, program=odd_workers("ready and fails"))
     server.logged("worker crashed: slot=0", "status=1", count=7)
     delays = [line.rpartition("=")[2] for line in server.lines("respawning after a delay: slot=0")]
     assert delays[:5] == ["0.01", "0.02", "0.04", "0.08", "0.16"]
@@ -546,7 +492,7 @@ def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
 def test_worker_that_raises(serve: Serve, path: Path) -> None:
     """An exception that nothing has caught is logged and counts as a fault of the worker; it does not reach the supervisor."""
     path.touch()
-    server = serve(path, program=with_work(f"{READY}return [][0]"))
+    server = serve(path, program=odd_workers("ready and raises"))
     server.logged("worker crashed: slot=0", f"status={os.EX_SOFTWARE}")
     assert "IndexError: list index out of range" in server.log
     server.traceback_expected = True
@@ -599,14 +545,6 @@ def test_status_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
     )
 
 
-ASK = """\
-import socket, sys
-with socket.socket(socket.AF_UNIX) as sock:
-    sock.connect("\\0tailsrv:" + sys.argv[1])
-    sys.stdout.buffer.write(sock.recv(65536))
-"""
-
-
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_status_is_for_the_same_user_and_root(serve: Serve, path: Path, open_folder: Path) -> None:
@@ -618,7 +556,7 @@ def test_status_is_for_the_same_user_and_root(serve: Serve, path: Path, open_fol
     ours, theirs = serve(path), serve(public, wrapper=AS_NOBODY)
 
     def ask_as_nobody(server: Server) -> bytes:
-        command = [*AS_NOBODY, sys.executable, "-c", ASK, f"*:{server.port}"]
+        command = [*AS_NOBODY, sys.executable, program("ask_control"), f"*:{server.port}"]
         return subprocess.run(command, capture_output=True, timeout=DEADLINE, check=True).stdout
 
     assert ask_as_nobody(ours) == b""

@@ -4,7 +4,6 @@ import os
 import random
 import selectors
 import socket
-import struct
 import threading
 import time
 from itertools import takewhile
@@ -15,20 +14,14 @@ import pytest
 from support.files import append, random_bytes
 from support.processes import cpu_seconds
 from support.server import Serve, Server
-from support.sockets import expect, expect_eof, recv_all, recv_exactly
+from support.sockets import expect, expect_eof, readable, recv_all, recv_exactly, reset_at_close
 from support.waiting import eventually
 
 DATA = random_bytes(100)
-
-
 NEWS = b"appended after all headers were read"
-
-
 INT64_MAX = 2**63 - 1
 
-
 LOOPBACKS = ["127.0.0.1", "::1"]
-
 
 # What a client sends, and where in DATA + NEWS its stream then starts.
 GOOD_HEADERS = {
@@ -55,7 +48,6 @@ GOOD_HEADERS = {
     b"7\n8\n": 7,
     b"7\n" + bytes(1000): 7,
 }
-
 
 BAD_HEADERS = {
     b"abc\n": "not a number",
@@ -316,8 +308,7 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
             [b"", b"12", b"0\n", b"0\njunk", b"rubbish\n", b"-0\n", b"999999999\n"][turn % 7]
         )
         if turn % 3 == 0:
-            # close with a reset
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_at_close(client)
         elif turn % 3 == 1:
             client.shutdown(socket.SHUT_WR)
         client.close()
@@ -329,7 +320,6 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
 
 # of a process: some dozen are its own
 DESCRIPTORS = 40
-
 
 # it execs: the pid stays
 FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
@@ -346,13 +336,6 @@ def fill(server: Server, data: bytes) -> list[socket.socket]:
     for client in clients[:-1]:
         expect(client, data)
     return clients
-
-
-def readable(sock: socket.socket) -> bool:
-    """Tell whether something has come on `sock`, without waiting."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
 
 
 def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -> None:

@@ -15,8 +15,6 @@ from support.waiting import eventually
 
 # a title writes it with twice as many bytes as the command line has for it
 LONG = "\n" * 200
-
-
 COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
 
 

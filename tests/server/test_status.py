@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.files import append, random_bytes
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.processes import as_root, runs, stop, title
 from support.server import Serve, Server
 from support.sockets import expect
@@ -221,21 +221,11 @@ def test_long_answer(server: Server) -> None:
     assert len(json.loads(answer)["clients"]) == 4000
 
 
-STRANGER = """
-import os, socket, sys
-os.setgroups([]), os.setuid(12345)
-with socket.socket(socket.AF_UNIX) as sock:
-    sock.settimeout(20)
-    sock.connect("\\0tailsrv:" + sys.argv[1])
-    print(len(sock.recv(1)))
-"""
-
-
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 @pytest.mark.parametrize("which", ["", CLIENTS])
 def test_strangers_learn_nothing(server: Server, which: str) -> None:
     """Another user is told neither the status nor the clients."""
-    assert run_python(STRANGER, f"*:{server.port}{which}").stdout == "0\n"
+    assert run_program("ask_control", f"*:{server.port}{which}", "12345").stdout == ""
     assert ask(f"*:{server.port}{which}")[0]
 
 
@@ -251,5 +241,5 @@ def test_strangers_of_a_user_namespace(serve: Serve, path: Path, mapped: int) ->
     server.workers(1)
     for which in ("", CLIENTS):
         name = f"*:{server.port}{which}"
-        assert run_python(STRANGER, name).stdout == "0\n"
+        assert run_program("ask_control", name, "12345").stdout == ""
         assert bool(ask(name)[0]) is (mapped == 1000)

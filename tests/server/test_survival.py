@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import socket
-import struct
 import sys
 import time
 from contextlib import suppress
@@ -14,29 +13,21 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-import tailsrv
 from support.files import append, random_bytes
+from support.interpreter import program
 from support.load import loaded
 from support.processes import NO_CORE, forked_children, gone, open_descriptors, stop
 from support.server import HURRIED, Serve, Server
-from support.sockets import expect, expect_eof, outcome, recv_all, recv_exactly
-from support.status import await_clients, await_protected, ready_workers, status, workers
+from support.sockets import expect, expect_eof, outcome, recv_all, recv_exactly, reset_at_close
+from support.status import await_clients, await_protected, ready_workers, status, worker_pids
 from support.strace import needs_strace, strace
 from support.waiting import DEADLINE, eventually
 from tailsrv.channel import Ping, encode
 
 pytestmark = pytest.mark.slow
 
-
 DATA = random_bytes(12 << 20)
-
-
 SMALL = DATA[:1000]
-
-
-PACKAGE = Path(tailsrv.__file__).parent.parent
-
-
 NEWS = b"appended later, by somebody else"
 
 
@@ -81,7 +72,7 @@ def test_other_deaths(
     killed: set[int] = set()
 
     def kill_one() -> bool:
-        living = [pid for pid in workers(server) if pid not in killed]
+        living = [pid for pid in worker_pids(server) if pid not in killed]
         for pid in living:
             seen.setdefault(pid, time.monotonic())
         pid = min(living, key=lambda pid: seen[pid], default=0)
@@ -241,60 +232,6 @@ def is_held(pid: int) -> bool:
 
 # A client that kills
 
-POISONED = '''
-"""A tailsrv whose workers die of any client that wants to start at byte 666."""
-
-import os, signal, sys
-from tailsrv import main as cli
-from tailsrv.worker import worker
-from tailsrv.config import ExitStatus
-from tailsrv.control import Control
-from tailsrv.listeners import endpoints
-from tailsrv.log import logger, set_up
-from tailsrv.supervisor.slot import Slot
-from tailsrv.supervisor.supervisor import Supervisor
-from tailsrv.served_file import open_file
-
-
-def die():
-    match how:
-        case "raise":
-            raise RuntimeError("poison")
-        case "exit":
-            os._exit(1)
-        case _:
-            os.kill(os.getpid(), getattr(signal, how))
-
-
-class Poisoned(worker.Worker):
-    def adopt(self, entries):
-        if any(entry.start == 666 for entry in entries.values()):
-            die()
-        super().adopt(entries)
-
-    def start_stream(self, client, offset):
-        super().start_stream(client, offset)
-        if offset == 666:
-            die()
-
-
-def work(inheritance):
-    worker.Worker = Poisoned  # in this child only
-    return worker.work(inheritance, config)
-
-
-how = sys.argv.pop(1)
-config, verbosity = cli.parse(None)
-set_up(verbosity)
-file = open_file(config.path)
-listeners = cli.listen(config, config.port)
-port = listeners[0][0].getsockname()[1]
-names = endpoints(config.bind, port)
-logger.info("listening: port=%d", port)
-slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
-sys.exit(Supervisor(config, slots, names, Control.lock(names), work).run(file))
-'''
-
 
 def slot_of(server: Server, sock: socket.socket) -> int:
     """Return the slot that serves `sock`; takes a server with -v."""
@@ -316,15 +253,13 @@ def spread(server: Server, count: int) -> list[list[socket.socket]]:
 def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     """A client that kills every worker which adopts it ends with those of its slot, soon; the others and newcomers are served."""
     path.write_bytes(SMALL)
-    program = path.with_name("poisoned.py")
-    program.write_text(POISONED)
     server = serve(
         path,
         "-v",
         "-w",
         "2",
-        wrapper=("env", f"PYTHONPATH={PACKAGE}", *NO_CORE),
-        program=(sys.executable, str(program), how),
+        wrapper=NO_CORE,
+        program=(sys.executable, program("poisoned_workers"), how),
     )
     server.traceback_expected = True
     server.workers(2)
@@ -351,15 +286,8 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
 def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
     """A client that kills every worker which adopts it does not keep a drain busy until its grace is over."""
     path.write_bytes(SMALL)
-    program = path.with_name("poisoned.py")
-    program.write_text(POISONED)
     server = serve(
-        path,
-        "-v",
-        "--grace",
-        "3600",
-        wrapper=("env", f"PYTHONPATH={PACKAGE}"),
-        program=(sys.executable, str(program), "exit"),
+        path, "-v", "--grace", "3600", program=(sys.executable, program("poisoned_workers"), "exit")
     )
     (worker,) = server.workers(1)
     stop(worker)
@@ -379,7 +307,7 @@ def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
 
 def counts(server: Server) -> list[int]:
     """Return the number of descriptors of the supervisor and of each worker."""
-    return [open_descriptors(pid) for pid in [server.pid, *workers(server)]]
+    return [open_descriptors(pid) for pid in [server.pid, *worker_pids(server)]]
 
 
 def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
@@ -395,8 +323,7 @@ def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
             killed.append(ready_workers(server, besides=killed)[batch % 2])
             os.kill(killed[-1], signal.SIGKILL)
         for client in clients[::2]:
-            # close with a reset
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_at_close(client)
         for client in clients:
             client.close()
         append(path, b"x")
@@ -665,7 +592,7 @@ def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> No
     expect(stalled, DATA[:1000])
     server.signal(signal.SIGTERM)
     worker = eventually(lambda: server_draining(server))[0]
-    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset_at_close(stalled)
     stop(worker)
     stalled.close()
     os.kill(worker, signal.SIGKILL)
@@ -683,12 +610,12 @@ def test_backoff_does_not_outlast_a_drain(serve: Serve, path: Path) -> None:
     count = 1
     while not server.lines("respawning after a delay: ", "seconds=1.6"):
         server.logged("worker ready: ", count=count)
-        os.kill(workers(server)[0], signal.SIGKILL)
+        os.kill(worker_pids(server)[0], signal.SIGKILL)
         server.logged("worker was killed: ", count=count)
         count += 1
     server.logged("worker ready: ", count=count)
     server.signal(signal.SIGTERM)
     server.logged("draining: ")
-    os.kill(workers(server)[0], signal.SIGKILL)
+    os.kill(worker_pids(server)[0], signal.SIGKILL)
     expect(client, data)
     expect_eof(client)

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from support.files import append, random_bytes
-from support.interpreter import run_python
+from support.interpreter import program, run_program
 from support.processes import session
 from support.server import TAILSRV, Serve, Server
 from support.sockets import expect, recv_all
 from support.waiting import DEADLINE
 
 DATA, NEWS = random_bytes(1000), b"more"
-
 
 pytestmark = pytest.mark.slow
 
@@ -107,16 +106,9 @@ def test_hup_of_a_living_terminal(serve: Serve, path: Path, terminal: Terminal) 
     server.wait()
 
 
-NOT_OURS = """
-import os, sys
-os.dup2(os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY), 0)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
 def test_terminal_that_is_not_its_own(serve: Serve, path: Path, terminal: Terminal) -> None:
     """A server without a controlling terminal, as setsid(1) starts it, is upgraded by HUP, be the terminal at its input closed."""
-    server = serve(path, wrapper=(sys.executable, "-c", NOT_OURS, terminal.name))
+    server = serve(path, wrapper=(sys.executable, program("terminal_of_others"), terminal.name))
     following(server)
     terminal.close()
     for count in (1, 2):
@@ -146,50 +138,17 @@ def test_nohup(serve: Serve, path: Path, terminal: Terminal, nohup: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("opened", "hung_up"),
-    [
-        # its writer is closed
-        ("os.pipe()[0]", False),
-        ("os.open('/dev/null', os.O_RDONLY)", False),
-        # its peer is closed
-        ("[end.detach() for end in socket.socketpair()][0]", False),
-        # its master is closed
-        ("pty.openpty()[1]", True),
-    ],
+    ("what", "hung_up"), [("pipe", False), ("device", False), ("socket", False), ("terminal", True)]
 )
-def test_what_hangs_up(opened: str, hung_up: bool) -> None:
+def test_what_hangs_up(what: str, hung_up: bool) -> None:
     """Only a terminal that is closed counts, not a pipe or a socket whose other end is."""
-    done = run_python(f"""
-import os, pty, socket
-fd = {opened}
-os.dup2(fd, 0)
-os.closerange(3, 20)
-from tailsrv.linux.terminal import is_hung_up
-print(is_hung_up())
-""")
+    done = run_program("hung_up", what)
     assert (done.stdout.strip(), done.stderr) == (str(hung_up), "")
-
-
-BACKGROUND = """
-import os, sys, termios
-terminal = os.open(sys.argv[1], os.O_RDWR)
-attributes = termios.tcgetattr(terminal)
-attributes[3] |= termios.TOSTOP
-termios.tcsetattr(terminal, termios.TCSANOW, attributes)
-pid = os.fork()
-if pid == 0:
-    os.setpgid(0, 0)
-    for fd in range(3):
-        os.dup2(terminal, fd)
-    os.execv(sys.argv[2], sys.argv[2:])
-_, status = os.waitpid(pid, os.WUNTRACED)
-sys.exit(1 if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status))
-"""
 
 
 def test_background_server_is_not_stopped(path: Path, terminal: Terminal) -> None:
     """After `stty tostop` a server in the background writes its log to the terminal and goes on."""
-    command = [sys.executable, "-c", BACKGROUND, terminal.name, *TAILSRV, "-p", "0", str(path)]
+    command = [sys.executable, program("background"), terminal.name, *TAILSRV, "-p", "0", str(path)]
     with subprocess.Popen(command, start_new_session=True) as shell:
         try:
             log = terminal.shown("worker ready: ")

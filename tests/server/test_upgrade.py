@@ -26,13 +26,8 @@ from support.waiting import DEADLINE, eventually
 
 pytestmark = pytest.mark.slow
 
-
 DATA = random_bytes(12 << 20)
-
-
 SMALL = DATA[:1000]
-
-
 NEWS = b"appended later, by somebody else"
 
 

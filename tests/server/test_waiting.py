@@ -16,7 +16,6 @@ from support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
-
 OLD, NEW = b"the first file\n", b"the file that was awaited\n"
 
 

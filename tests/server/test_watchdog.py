@@ -2,8 +2,6 @@
 
 import os
 import signal
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,39 +9,10 @@ import pytest
 from support.files import random_bytes
 from support.processes import children, gone, stop
 from support.server import HURRIED, Serve
+from support.service_manager import ServiceManager
 from support.sockets import expect
-from support.waiting import DEADLINE
 
 DATA, MORE = random_bytes(1000), b"more"
-
-
-class Manager:
-    """The service manager's end of sd_notify(3)."""
-
-    def __init__(self, path: Path) -> None:
-        self.address = str(path)
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.sock.bind(self.address)
-        self.sock.settimeout(DEADLINE)
-
-    def until(self, word: str) -> list[str]:
-        """Wait until `word` is said, and return all that was said since the last time, it too."""
-        said: list[str] = []
-        while word not in said:
-            said += self.sock.recv(4096).decode().split("\n")
-        return said
-
-    def wrapper(self, *variables: str) -> tuple[str, ...]:
-        """Return what starts a program that tells us, with more variables in its environment."""
-        return ("env", f"NOTIFY_SOCKET={self.address}", *variables)
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    """Listen as a service manager does."""
-    manager = Manager(tmp_path / "notify")
-    yield manager
-    manager.sock.close()
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +21,7 @@ def file(path: Path) -> None:
     path.write_bytes(DATA)
 
 
-def test_alive(serve: Serve, path: Path, manager: Manager) -> None:
+def test_alive(serve: Serve, path: Path, manager: ServiceManager) -> None:
     """The service manager hears WATCHDOG=1 again and again, with the file, without it, and after an upgrade."""
     path.unlink()
     server = serve(path, "-w", "2", wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
@@ -71,7 +40,7 @@ def test_alive(serve: Serve, path: Path, manager: Manager) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_worker_that_hangs_is_replaced(
-    serve: Serve, path: Path, manager: Manager, count: int
+    serve: Serve, path: Path, manager: ServiceManager, count: int
 ) -> None:
     """Workers that do not answer are killed; their clients stay, and the service manager hears WATCHDOG=1 again."""
     server = serve(path, "-w", "2", wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
@@ -94,7 +63,7 @@ def test_a_worker_that_hangs_is_replaced(
 
 
 @pytest.mark.thorough
-def test_hung_before_it_was_ready(serve: Serve, path: Path, manager: Manager) -> None:
+def test_hung_before_it_was_ready(serve: Serve, path: Path, manager: ServiceManager) -> None:
     """A worker that never gets ready is one that does not answer."""
     server = serve(path, wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
     (worker,) = server.workers(1)
@@ -129,7 +98,7 @@ def next_child(pid: int, before: int) -> int:
     ],
 )
 def test_nobody_wants_to_know(
-    serve: Serve, path: Path, manager: Manager, variables: tuple[str, ...]
+    serve: Serve, path: Path, manager: ServiceManager, variables: tuple[str, ...]
 ) -> None:
     """Where no watchdog is asked for, or it is for another process, nobody is told, and no worker is asked."""
     server = serve(path, wrapper=manager.wrapper(*variables))
@@ -143,7 +112,7 @@ def test_nobody_wants_to_know(
 
 
 @pytest.mark.thorough
-def test_status(serve: Serve, path: Path, manager: Manager) -> None:
+def test_status(serve: Serve, path: Path, manager: ServiceManager) -> None:
     """The status follows what the server does, and READY=1 comes once clients can connect, STOPPING=1 when it ends."""
     path.unlink()
     server = serve(path, "-w", "2", wrapper=manager.wrapper(), program=HURRIED)
@@ -158,7 +127,7 @@ def test_status(serve: Serve, path: Path, manager: Manager) -> None:
     manager.until("STOPPING=1")
 
 
-def test_ended_before_it_was_ready(serve: Serve, path: Path, manager: Manager) -> None:
+def test_ended_before_it_was_ready(serve: Serve, path: Path, manager: ServiceManager) -> None:
     """A server that is told to end while it starts does not say that it is ready after that."""
     server = serve(path, "-w", "8", wrapper=manager.wrapper())
     server.logged("serving: ")

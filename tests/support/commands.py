@@ -15,8 +15,6 @@ from support.server import Serve, Server
 from support.waiting import DEADLINE, eventually
 
 TSCAT = (sys.executable, "-W", "error", "-m", "tailsrv.client.tscat")
-
-
 TSSYNC = (sys.executable, "-W", "error", "-m", "tailsrv.client.tssync")
 
 

@@ -6,6 +6,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
+from support.sockets import reset_at_close
 from support.waiting import DEADLINE
 
 
@@ -86,6 +87,6 @@ class Cutter:
             # one of them has gone
             pass
         if reset and limit is not None:
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            reset_at_close(near)
         far.close()
         near.close()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tailsrv.file_identity import FileIdentity
 
+EVERY_BYTE = bytes(range(256)) * 1024
+
 
 def random_bytes(count: int, seed: int = 1) -> bytes:
     """Return bytes in which no two places look alike: one that is lost, doubled or moved shows."""

@@ -3,10 +3,32 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from support.checkout import ROOT
+from support.checkout import PROGRAMS, ROOT
 from support.waiting import DEADLINE
+
+INTERPRETER = (sys.executable, "-W", "error")
+
+
+def environment() -> dict[str, str]:
+    """Return our environment, in which an interpreter finds our packages and `support` first."""
+    path = os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    )
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def program(name: str) -> str:
+    """Return the path of a program of tests/support/programs."""
+    return str(PROGRAMS / f"{name}.py")
+
+
+def run_program(
+    name: str, *args: str, wrapper: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of tests/support/programs as `run_python` runs code."""
+    return _run([*wrapper, *INTERPRETER, program(name), *args], env, subprocess.PIPE)
 
 
 def run_python(
@@ -15,12 +37,16 @@ def run_python(
     """Run `code` in an interpreter of its own, in which warnings are errors, with our packages and `support` to import.
 
     A fork of the test process would not do: it is the child of a process with threads (faulthandler's).
+    What has more than a few lines is a program of its own, for `run_program`.
     """
-    path = os.pathsep.join(
-        filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    )
+    return _run([*INTERPRETER, "-c", code, *args], env, stderr)
+
+
+def _run(
+    command: Sequence[str], env: Mapping[str, str] | None, stderr: int
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *args],
-        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        command,
+        env={**environment(), **(env or {})},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=DEADLINE,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from support.waiting import DEADLINE
 
 
 @dataclass
-class Stream:
+class LoadClient:
     """A client of the load, and where its stream is."""
 
     kind: str
@@ -54,20 +54,20 @@ class Load:
         self.streams = [self.join(KINDS[number % len(KINDS)]) for number in range(count)]
         await_clients(server, count)
 
-    def join(self, kind: str) -> Stream:
+    def join(self, kind: str) -> LoadClient:
         """Return a new client of that kind."""
         size, junk, dice = len(self.data), bytes(100) if "junk" in kind else b"", self.dice
         sock = self.server.connect(receive_buffer=4096 if kind == "stalled" else 0)
         match kind:
             case "from end" | "only news":
                 count = dice.randrange(1, size) if kind == "from end" else 0
-                stream = Stream(kind, sock, None, size - count, b"-%d\n" % count)
+                stream = LoadClient(kind, sock, None, size - count, b"-%d\n" % count)
             case "ahead":
                 start = size + dice.randrange(1, 50_000)
-                stream = Stream(kind, sock, start, 0, b"%d\n" % start)
+                stream = LoadClient(kind, sock, start, 0, b"%d\n" % start)
             case _:
                 start = dice.randrange(size // 4)
-                stream = Stream(kind, sock, start, 0, b"%d\n" % start + junk)
+                stream = LoadClient(kind, sock, start, 0, b"%d\n" % start + junk)
         if kind != "late":
             sock.sendall(stream.unsent)
             stream.unsent = b""
@@ -108,7 +108,7 @@ class Load:
             assert time.monotonic() < end, self.server.log
             self.turn()
 
-    def read(self, stream: Stream, count: int) -> int:
+    def read(self, stream: LoadClient, count: int) -> int:
         """Read and compare up to `count` bytes; return how many there were."""
         try:
             some = stream.sock.recv(count)

@@ -21,6 +21,7 @@ from support.tools import missing
 from support.waiting import DEADLINE, Seen
 
 TOOLS = ("ip", "nsenter")
+
 WIRE = PROGRAMS / "lossy_link.py"
 
 CLONE_NEWNET = 0x40000000

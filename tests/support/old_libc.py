@@ -1,13 +1,16 @@
 """What an interpreter lacks that was built against glibc 2.17 (Linux 3.10) or musl 1.2.2.
 
-`write_hook` takes all of it away from the interpreters of a test.
+`take_away` takes all of it away from the interpreters of a test.
 """
 
 import ast
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from support.hooks import install_hook
 
 # By module, the names that the headers of one of the two libraries do not have, as far as Python has them in any version.
 LACKING = {
@@ -30,37 +33,6 @@ LACKING = {
 # What the C library itself may lack where it is as old as the one that the interpreter was built against.
 FUNCTIONS = ("memfd_create", "preadv64v2")
 
-HOOK = """
-import ctypes, importlib, os
-
-for module, names in {names!r}.items():
-    for place in (module, "_" + module, {{"os": "posix"}}.get(module, module)):
-        try:
-            found = importlib.import_module(place)
-        except ImportError:
-            continue
-        for name in names:
-            if hasattr(found, name):
-                delattr(found, name)
-
-preadv = os.preadv
-
-def without_flags(file, buffers, offset, flags=0, /):
-    if flags:
-        raise NotImplementedError("preadv2() is not available on this platform")
-    return preadv(file, buffers, offset)
-
-os.preadv = without_flags
-
-class CDLL(ctypes.CDLL):
-    def __getitem__(self, name):
-        if name in {functions!r}:
-            raise AttributeError(name)
-        return super().__getitem__(name)
-
-ctypes.CDLL = CDLL
-"""
-
 
 def hidden() -> dict[str, list[str]]:
     """Return the names that this interpreter has and one of those would not have, by module."""
@@ -75,9 +47,10 @@ def lacks(module: str, name: str) -> bool:
     return module in LACKING and re.fullmatch(LACKING[module], name) is not None
 
 
-def write_hook(folder: Path, functions: tuple[str, ...] = ()) -> None:
+def take_away(folder: Path, functions: tuple[str, ...] = ()) -> None:
     """Write what takes them away from each interpreter that has `folder` in its PYTHONPATH, and `functions` from the C library."""
-    (folder / "sitecustomize.py").write_text(HOOK.format(names=hidden(), functions=functions))
+    install_hook(folder, "old_libc")
+    (folder / "lacking.json").write_text(json.dumps({"names": hidden(), "functions": functions}))
 
 
 def uses(source: str) -> Iterator[tuple[int, str]]:

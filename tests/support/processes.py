@@ -10,10 +10,13 @@ import psutil  # type: ignore[import-untyped]
 from support.waiting import DEADLINE, eventually
 
 NOBODY = 65534
+
 # it execs: the pid stays
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+
 # workers that die of SIGSEGV leave no files behind
 NO_CORE = ("prlimit", "--core=0:0")
+
 as_root = os.geteuid() == 0
 
 

@@ -18,8 +18,12 @@ from support.sockets import connect
 from support.waiting import DEADLINE, eventually
 
 TAILSRV = (sys.executable, "-m", "tailsrv")
+
+# the same with places where a test can hold it
+HELD = (sys.executable, str(PROGRAMS / "breakpoints.py"))
 # the same with shorter waits
 HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))
+
 ACTIVATE = PROGRAMS / "activate.py"
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from support.checkout import PROGRAMS
 from support.waiting import DEADLINE
 
 
-def build_shim(folder: Path, source: str) -> Path:
-    """Return a library made of `source`, for LD_PRELOAD; it takes gcc."""
+def build_shim(folder: Path, name: str) -> Path:
+    """Return the library that `name`.c in tests/support/programs makes, for LD_PRELOAD; it takes gcc."""
     if not shutil.which("gcc"):
         pytest.skip("takes gcc")
-    (folder / "shim.c").write_text(source)
+    shim = folder / f"{name}.so"
     subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-o", "shim.so", "shim.c", "-ldl"],
-        cwd=folder,
+        ["gcc", "-shared", "-fPIC", "-o", shim, PROGRAMS / f"{name}.c", "-ldl"],
         check=True,
         timeout=DEADLINE,
     )
-    return folder / "shim.so"
+    return shim

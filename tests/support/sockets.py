@@ -133,8 +133,13 @@ def readable(what: socket.socket | int) -> bool:
 
 def reset(sock: socket.socket) -> None:
     """Close `sock` so that the peer sees a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    reset_at_close(sock)
     sock.close()
+
+
+def reset_at_close(sock: socket.socket) -> None:
+    """Make the end of `sock` a reset: at once, and no port is left waiting."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
 def can_ipv6() -> bool:
@@ -148,3 +153,11 @@ def can_ipv6() -> bool:
 
 
 needs_ipv6 = pytest.mark.skipif(not can_ipv6(), reason="this machine has no IPv6")
+
+
+def skip_without_mptcp() -> None:
+    """Skip a test where the kernel has no MPTCP."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+    except OSError:
+        pytest.skip("no MPTCP here")

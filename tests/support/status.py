@@ -44,7 +44,7 @@ def await_protected(server: Server, count: int) -> None:
     eventually(lambda: len(json.loads(ask(f"*:{server.port}{CLIENTS}")[0])["clients"]) == count)
 
 
-def workers(server: Server) -> list[int]:
+def worker_pids(server: Server) -> list[int]:
     """Return the pids of the workers that are there, by slot, as the supervisor sees it."""
     return [worker["pid"] for worker in status(server)["workers"] if worker["pid"] is not None]
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -32,8 +33,14 @@ def can_inject() -> str:
 @contextmanager
 def strace(pid: int, *inject: str) -> Iterator[None]:
     """Have strace do to the process `pid` what `inject` says (strace(1), -e inject=)."""
-    options = [word for what in inject for word in ("-e", f"inject={what}")]
-    command = ["strace", "-o", os.devnull, *options, "-p", str(pid)]
+    with attached(pid, os.devnull, *(word for what in inject for word in ("-e", f"inject={what}"))):
+        yield
+
+
+@contextmanager
+def attached(pid: int, output: str | Path, *options: str) -> Iterator[None]:
+    """Have strace look at the process `pid`; `output` gets what it writes, line by line."""
+    command = ["strace", "-o", str(output), *options, "-p", str(pid)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as tracer:

@@ -1,4 +1,4 @@
-"""Terminals that nobody sits at."""
+"""Terminals and pipes that nobody reads."""
 
 import os
 import pty
@@ -33,3 +33,13 @@ def fill(slave: int, room: int) -> None:
     ours = os.open(os.ttyname(slave), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     pour(ours, size - room)
     os.close(ours)
+
+
+def fill_pipe(writer: int) -> None:
+    """Fill a pipe: it has no room for a byte then."""
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(writer, True)

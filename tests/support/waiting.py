@@ -7,7 +7,6 @@ from typing import TypeVar
 # seconds that an event may take on a busy machine; no test waits for it to pass
 DEADLINE = 20.0
 
-
 Seen = TypeVar("Seen")
 
 

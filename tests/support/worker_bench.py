@@ -23,7 +23,7 @@ from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.worker import Worker
 
 
-class Bench:
+class WorkerBench:
     """One worker with its file, its listener and the supervisor's end of its channel."""
 
     def __init__(self, stack: ExitStack, path: Path, header_timeout: float, grace: float) -> None:
@@ -139,7 +139,7 @@ class Bench:
 
 
 @contextmanager
-def working(path: Path, header_timeout: float = 0.0, grace: float = 5.0) -> Iterator[Bench]:
+def working(path: Path, header_timeout: float = 0.0, grace: float = 5.0) -> Iterator[WorkerBench]:
     """Give a bench with a worker on it."""
     with ExitStack() as stack:
-        yield Bench(stack, path, header_timeout, grace)
+        yield WorkerBench(stack, path, header_timeout, grace)

@@ -22,8 +22,6 @@ from tailsrv.channel import (
 )
 
 numbers = st.integers(0, 2**63 - 1)
-
-
 notices = st.builds(
     Notices,
     ready=st.booleans(),
@@ -31,8 +29,6 @@ notices = st.builds(
     truncated=st.none() | numbers,
     polling=st.none() | st.text(max_size=100),
 )
-
-
 reports = st.builds(
     WorkerReport,
     joined=st.lists(numbers, max_size=20),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.interpreter import run_python
+from support.interpreter import run_program
 from tailsrv.client_limit import ClientLimit
 
 
@@ -44,36 +44,7 @@ def test_handed_on(client_limit: ClientLimit) -> None:
     assert client_limit.claim(0, 5)
 
 
-SHARED = """
-import os, sys
-from tailsrv.client_limit import ClientLimit
-
-limit, workers, rounds = 50, 4, 20000
-client_limit = ClientLimit(limit, workers)
-pids = []
-for slot in range(workers):
-    if (pid := os.fork()) == 0:
-        have, most = 0, 0
-        for turn in range(rounds):
-            if turn % 7 == 6:
-                have = max(0, have - 3)
-                client_limit.record(slot, have)
-            elif client_limit.claim(slot, have + 1):
-                have += 1
-                most = max(most, have)
-        client_limit.record(slot, have)
-        os._exit(have)
-    pids.append(pid)
-have = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-assert sum(have) <= limit, have
-left = limit - sum(have)
-assert all(client_limit.claim(0, have[0] + count + 1) for count in range(left))
-assert not client_limit.claim(0, have[0] + left + 1)
-print("exact")
-"""
-
-
 def test_shared_by_processes() -> None:
     """However many claim at the same time, they never get more than the limit, and nothing is lost of it."""
-    done = run_python(SHARED)
+    done = run_program("claims_at_once")
     assert (done.returncode, done.stdout, done.stderr) == (0, "exact\n", "")

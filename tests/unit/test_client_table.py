@@ -8,8 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from support.interpreter import run_python
-from support.sockets import readable, recv_all, tcp_pair, wait_readable
+from support.interpreter import run_program
+from support.sockets import readable, recv_all, reset, tcp_pair, wait_readable
 from tailsrv.channel import MAX_REPORTED_SOCKETS
 from tailsrv.inheritance import Entry
 from tailsrv.supervisor.client_table import ClientTable
@@ -109,20 +109,7 @@ def test_descriptors_beyond_the_highest(client_table: ClientTable, pairs: Pairs)
 
 def test_the_kernel_leaves_out_what_does_not_fit() -> None:
     """Where descriptors run out in the middle of a message, the first clients are protected and the others are not."""
-    done = run_python("""if True:
-        import os, resource, socket
-        from tailsrv.supervisor.client_table import ClientTable
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sent = [os.dup(0) for _ in range(10)]
-        socket.send_fds(theirs, [b"ten"], sent)
-        for fd in sent:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (sent[0] + 4, sent[0] + 4))
-        _, sockets, flags, _ = socket.recv_fds(ours, 10, 253)
-        client_table = ClientTable()
-        print(client_table.add(range(10), sockets, 1000), sorted(client_table.clients), sorted(client_table.unprotected), bool(flags & socket.MSG_CTRUNC))
-        ours.close(), theirs.close()
-    """)
+    done = run_program("more_sockets_than_fit")
     assert done.stdout == "6 [0, 1, 2, 3] [4, 5, 6, 7, 8, 9] True\n", done.stderr
 
 
@@ -152,8 +139,7 @@ def test_hang_up(pairs: Pairs) -> None:
     client_table = ClientTable()
     fds = duplicates(pairs)
     client_table.add([1, 2, 3], fds, ANY)
-    pairs[2][1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    pairs[2][1].close()
+    reset(pairs[2][1])
     poll = select.poll()
     poll.register(pairs[2][0], 0)
     # the reset has come

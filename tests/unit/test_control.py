@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from support.interpreter import run_python
+from support.interpreter import run_program, run_python
 from support.processes import as_root
 from support.sockets import recv_all, wait_readable
 from support.waiting import DEADLINE
@@ -67,27 +67,6 @@ def test_process_that_has_gone() -> None:
     assert read_stat(child.pid) != stat
 
 
-MAP = """
-import ctypes, os, sys
-from tailsrv.control import overflow_uid
-print(overflow_uid(), end=" ", flush=True)
-(ready, tell), (mapped, go) = os.pipe(), os.pipe()
-if (pid := os.fork()) == 0:
-    if ctypes.CDLL(None).unshare(0x10000000) != 0:  # CLONE_NEWUSER
-        os._exit(77)
-    os.write(tell, b"!")
-    os.read(mapped, 1)
-    print(overflow_uid(), flush=True)
-    os._exit(0)
-os.close(tell)
-if os.read(ready, 1):
-    with open(f"/proc/{pid}/uid_map", "w") as file:
-        file.write(sys.argv[1])
-    os.write(go, b"!")
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-
-
 @pytest.mark.skipif(
     not as_root or overflow_uid() is not None, reason="not root where every user is known"
 )
@@ -98,66 +77,22 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 )  # fmt: skip
 def test_overflow_uid(users: str, expected: int | None) -> None:
     """Only in a user namespace that leaves users out does one number stand for many."""
-    done = run_python(MAP, users)
+    done = run_program("users_of_a_namespace", users)
     if done.returncode == 77:
         pytest.skip("no user namespaces here")
     assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
 
 
-TELL = """
-import os, socket, sys
-from contextlib import ExitStack
-from tailsrv.control import Control
-from tailsrv.linux.event_loop import EventLoop
-from tailsrv.supervisor.status_server import StatusServer
-from support.sockets import recv_all
-name, long = sys.argv[1], b"x" * 1_000_000
-control, loop = Control.lock([name]), EventLoop()
-status_server = StatusServer(loop, control, lambda: long, lambda: b"", lambda: None)
-def ask():
-    asker = socket.socket(socket.AF_UNIX)
-    asker.settimeout(20)
-    asker.connect("\\0tailsrv:" + name)
-    return asker
-"""
-
-
 def test_long_status_is_told_by_a_child(endpoint: str) -> None:
     """A status that may not fit a socket's buffer is given by a child, one at a time, also beside somebody who has left."""
-    code = """
-for _ in range(2):
-    with ask() as asker:
-        ask().close()
-        loop.turn()
-        assert recv_all(asker) == long
-    pid, status = os.wait()
-    assert status == 0
-    assert status_server.handle_exit(pid)
-    assert not status_server.handle_exit(pid)
-control.close()
-"""
-    done = run_python(TELL + code, endpoint)
+    done = run_program("long_status", "one after another", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not as_root, reason="only root can be a user who has no process")
 def test_no_child_to_tell(endpoint: str) -> None:
     """Where no child can be had, who asked gets no answer, and may ask again."""
-    code = """
-import resource
-before = resource.getrlimit(resource.RLIMIT_NPROC)
-resource.setrlimit(resource.RLIMIT_NPROC, (0, before[1]))
-os.setuid(3_000_000_000 + os.getpid())
-with ask() as asker:
-    loop.turn()
-    assert recv_all(asker) == b""
-resource.setrlimit(resource.RLIMIT_NPROC, before)
-with ask() as asker:
-    loop.turn()
-    assert recv_all(asker) == long
-control.close()
-"""
-    done = run_python(TELL + code, endpoint)
+    done = run_program("long_status", "no child", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -166,28 +101,7 @@ control.close()
 @pytest.mark.parametrize("socket", ["", "/clients"])
 def test_no_room_to_accept(endpoint: str, socket: str) -> None:
     """Without a descriptor for those who ask nothing spins; once there is one, they get their answer."""
-    code = """
-import resource
-name += sys.argv[2]
-before = resource.getrlimit(resource.RLIMIT_NOFILE)
-with ask() as asker:
-    ask().close()
-    lowest = os.dup(asker.fileno())
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
-    for _ in range(2):
-        loop.turn()
-        assert loop.wait(0) == [], "it spins"
-        loop.turn()
-        assert loop.wait(0) != [], "it has not tried again"
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    loop.turn()
-    assert recv_all(asker) == (long if name == sys.argv[1] else b"")
-    pid, _ = os.wait()
-    assert status_server.handle_exit(pid)
-control.close()
-"""
-    done = run_python(TELL + code, endpoint, socket)
+    done = run_program("long_status", "no descriptor", endpoint, socket)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
         "out of file descriptors or memory: health checks must wait, clients are not affected: "
@@ -279,18 +193,7 @@ def test_lock_dies_with_its_holder(endpoint: str) -> None:
 
 def test_closed_copy_keeps_the_lock(endpoint: str) -> None:
     """A forked child that closes its copy leaves the lock to the parent."""
-    code = """
-import os, sys
-from tailsrv.control import Control, find_supervisor
-control = Control.lock(sys.argv[1:])
-if (pid := os.fork()) == 0:
-    control.close()
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-assert find_supervisor(sys.argv[1]) == os.getpid()
-control.close()
-"""
-    done = run_python(code, endpoint)
+    done = run_program("closed_copy_of_a_lock", endpoint)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -327,33 +230,6 @@ def test_answer_to_one_that_is_gone(endpoint: str) -> None:
             assert recv_all(patient) == STATUS
 
 
-SERVE_AS_NOBODY = """
-import os, select, sys, socket
-from tailsrv.control import Control
-server, asker = int(sys.argv[2]), int(sys.argv[3])
-ready, told = os.pipe()
-if (pid := os.fork()) == 0:
-    os.read(ready, 1)
-    os.setgroups([])
-    os.setuid(asker)
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
-        sock.connect("\\0tailsrv:" + sys.argv[1])
-        print(sock.recv(1000).decode(), flush=True)
-    os._exit(0)
-os.setgroups([])
-os.setuid(server)
-control = Control.lock([sys.argv[1]])
-os.write(told, b"!")
-assert select.select(control.status, [], [], 20)[0]
-for peer in control.accept_authorized(control.status[0])[0]:
-    with peer:
-        peer.send(b"status")
-control.close()
-os.waitpid(pid, 0)
-"""
-
-
 @pytest.mark.skipif(not as_root, reason="only root can be somebody else")
 @pytest.mark.parametrize(
     ("server", "asker", "answer"),
@@ -369,5 +245,5 @@ def test_answer_only_to_the_same_user_and_root(
     endpoint: str, server: int, asker: int, answer: str
 ) -> None:
     """A stranger gets no status, only the end."""
-    done = run_python(SERVE_AS_NOBODY, endpoint, str(server), str(asker))
+    done = run_program("answer_as_other_user", endpoint, str(server), str(asker))
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{answer}\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.processes import as_root
 from tailsrv.diagnostics import cannot_bind, cannot_open, cannot_see
 
@@ -75,14 +75,8 @@ def test_closed_folder(open_folder: Path) -> None:
     """Where the file cannot even be looked at, the folder that keeps us from it is named, the outermost one."""
     (open_folder / "a" / "b" / "c").mkdir(parents=True)
     (open_folder / "a" / "b").chmod(0o700)
-    code = """
-import errno, os, sys
-from tailsrv.diagnostics import cannot_open
-os.setgroups([]), os.setgid(65534), os.setuid(65534)
-print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")))
-"""
-    done = run_python(
-        code, str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""}
+    done = run_program(
+        "closed_folder", str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""}
     )
     assert (
         f"; {open_folder}/a/b may not be entered, and tailsrv runs as user 65534 with groups 65534: "
@@ -122,15 +116,9 @@ def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_user_database_is_not_asked(tmp_path: Path) -> None:
     """Users and groups are given by number: a database that is slow or down would stop the loop."""
-    code = """
-import errno, grp, pwd, sys
-del pwd.getpwuid, pwd.getpwnam, pwd.getpwall, grp.getgrgid, grp.getgrnam, grp.getgrall
-from tailsrv.diagnostics import cannot_open, cannot_see
-print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1]))
-"""
     path = tmp_path / "log"
     path.touch(0o600)
-    done = run_python(code, str(path))
+    done = run_program("no_user_database", str(path))
     assert (
         f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and tailsrv runs as user {os.geteuid()} with"
         in done.stdout

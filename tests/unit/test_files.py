@@ -4,119 +4,106 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from support.files import append, evict, opened
-from support.interpreter import run_python
+from support.files import EVERY_BYTE, append, evict, opened
+from support.interpreter import run_program
 from support.sockets import readable, recv_exactly, reset, tcp_pair, wait_for, wait_readable
 from support.waiting import eventually
 from tailsrv.linux.files import MAX_COPY, is_cached, read_ahead, send_chunk, send_to_all
 from tailsrv.linux.sockets import Outcome
 
-DATA = bytes(range(256)) * 1024
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Give a file of 256 KiB."""
-    path = tmp_path / "log"
-    path.write_bytes(DATA)
-    return path
-
-
-@pytest.fixture
-def file(path: Path) -> Iterator[int]:
-    """Give a descriptor of that file."""
-    with opened(path) as fd:
-        yield fd
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a TCP connection."""
-    with tcp_pair() as ends:
-        yield ends
-
-
-@pytest.mark.parametrize(("offset", "count"), [(0, 1), (0, 1000), (7, 1000), (len(DATA) - 10, 10)])
+@pytest.mark.parametrize(
+    ("offset", "count"), [(0, 1), (0, 1000), (7, 1000), (len(EVERY_BYTE) - 10, 10)]
+)
 def test_send_chunk(
-    pair: tuple[socket.socket, socket.socket], file: int, offset: int, count: int
+    pair: tuple[socket.socket, socket.socket], opened_file: int, offset: int, count: int
 ) -> None:
     """The bytes that arrive are the file's from that offset, and no file position is moved."""
     near, far = pair
-    assert send_chunk(near.fileno(), file, offset, count) == count
-    assert recv_exactly(far, count) == DATA[offset : offset + count]
-    assert os.lseek(file, 0, os.SEEK_CUR) == 0
+    assert send_chunk(near.fileno(), opened_file, offset, count) == count
+    assert recv_exactly(far, count) == EVERY_BYTE[offset : offset + count]
+    assert os.lseek(opened_file, 0, os.SEEK_CUR) == 0
 
 
 def test_send_chunk_at_the_end(
-    pair: tuple[socket.socket, socket.socket], path: Path, file: int
+    pair: tuple[socket.socket, socket.socket], full_file: Path, opened_file: int
 ) -> None:
     """At and beyond the end nothing is sent, up to the end what is there, and what is appended afterwards is there then."""
     near, far = pair
-    assert send_chunk(near.fileno(), file, len(DATA), 10) == 0
-    assert send_chunk(near.fileno(), file, len(DATA) + 1000, 10) == 0
-    assert send_chunk(near.fileno(), file, len(DATA) - 3, 10) == 3
-    append(path, b"more")
-    assert send_chunk(near.fileno(), file, len(DATA), 10) == 4
-    assert recv_exactly(far, 7) == DATA[-3:] + b"more"
+    assert send_chunk(near.fileno(), opened_file, len(EVERY_BYTE), 10) == 0
+    assert send_chunk(near.fileno(), opened_file, len(EVERY_BYTE) + 1000, 10) == 0
+    assert send_chunk(near.fileno(), opened_file, len(EVERY_BYTE) - 3, 10) == 3
+    append(full_file, b"more")
+    assert send_chunk(near.fileno(), opened_file, len(EVERY_BYTE), 10) == 4
+    assert recv_exactly(far, 7) == EVERY_BYTE[-3:] + b"more"
 
 
-def test_send_chunk_to_a_full_socket(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_send_chunk_to_a_full_socket(
+    pair: tuple[socket.socket, socket.socket], opened_file: int
+) -> None:
     """A socket that takes no more would block; what it took is whole, and more goes when the peer has read."""
     near, far = pair
     sent = 0
-    while (result := send_chunk(near.fileno(), file, 0, len(DATA))) is not Outcome.WOULD_BLOCK:
+    while (
+        result := send_chunk(near.fileno(), opened_file, 0, len(EVERY_BYTE))
+    ) is not Outcome.WOULD_BLOCK:
         assert isinstance(result, int)
         assert result > 0
         sent += result
-    assert sent > len(DATA)
+    assert sent > len(EVERY_BYTE)
     assert len(recv_exactly(far, sent)) == sent
     wait_for(near, select.POLLOUT)
-    assert isinstance(send_chunk(near.fileno(), file, 0, 10), int)
+    assert isinstance(send_chunk(near.fileno(), opened_file, 0, 10), int)
 
 
-def test_send_chunk_to_a_unix_socket(file: int) -> None:
+def test_send_chunk_to_a_unix_socket(opened_file: int) -> None:
     """A full socketpair would block as well, and one whose other end is closed has hung up."""
     near, far = socket.socketpair()
     near.setblocking(False)
     with near:
         with far:
             while (
-                result := send_chunk(near.fileno(), file, 0, len(DATA))
+                result := send_chunk(near.fileno(), opened_file, 0, len(EVERY_BYTE))
             ) is not Outcome.WOULD_BLOCK:
                 assert isinstance(result, int)
-        assert send_chunk(near.fileno(), file, 0, 10) is Outcome.HUNG_UP
+        assert send_chunk(near.fileno(), opened_file, 0, 10) is Outcome.HUNG_UP
 
 
-def test_send_chunk_after_a_reset(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_send_chunk_after_a_reset(
+    pair: tuple[socket.socket, socket.socket], opened_file: int
+) -> None:
     """A peer that has reset the connection has hung up, at the first send and at every later one."""
     near, far = pair
     reset(far)
     assert wait_for(near, select.POLLIN) & select.POLLERR
-    assert [send_chunk(near.fileno(), file, 0, 10) for _ in range(3)] == [Outcome.HUNG_UP] * 3
+    assert [send_chunk(near.fileno(), opened_file, 0, 10) for _ in range(3)] == [
+        Outcome.HUNG_UP
+    ] * 3
 
 
-def test_send_chunk_after_our_own_end(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_send_chunk_after_our_own_end(
+    pair: tuple[socket.socket, socket.socket], opened_file: int
+) -> None:
     """A socket that we have shut down counts as hung up."""
     near, _ = pair
     near.shutdown(socket.SHUT_WR)
-    assert send_chunk(near.fileno(), file, 0, 10) is Outcome.HUNG_UP
+    assert send_chunk(near.fileno(), opened_file, 0, 10) is Outcome.HUNG_UP
 
 
 def test_send_chunk_to_one_that_has_only_half_closed(
-    pair: tuple[socket.socket, socket.socket], file: int
+    pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
     """A peer that has shut down its sending side goes on receiving."""
     near, far = pair
     far.shutdown(socket.SHUT_WR)
     wait_readable(near)
-    assert send_chunk(near.fileno(), file, 0, 10) == 10
-    assert recv_exactly(far, 10) == DATA[:10]
+    assert send_chunk(near.fileno(), opened_file, 0, 10) == 10
+    assert recv_exactly(far, 10) == EVERY_BYTE[:10]
 
 
 def test_send_chunk_of_what_is_no_file(
@@ -131,35 +118,39 @@ def test_send_chunk_of_what_is_no_file(
 
 
 @pytest.mark.parametrize("count", [1, MAX_COPY, MAX_COPY + 1, 100_000])
-def test_send_to_all(file: int, count: int) -> None:
+def test_send_to_all(opened_file: int, count: int) -> None:
     """Everybody gets the same bytes, whether there are few or many; who has hung up, or has no room, is told apart."""
     with ExitStack() as stack:
         pairs = [stack.enter_context(tcp_pair()) for _ in range(4)]
         near = [pair[0] for pair in pairs]
         reset(pairs[1][1])
         wait_for(near[1], select.POLLIN)
-        while send_chunk(near[2].fileno(), file, 0, len(DATA)) is not Outcome.WOULD_BLOCK:
+        while (
+            send_chunk(near[2].fileno(), opened_file, 0, len(EVERY_BYTE)) is not Outcome.WOULD_BLOCK
+        ):
             pass
-        short = send_to_all([sock.fileno() for sock in near], file, 7, count)
+        short = send_to_all([sock.fileno() for sock in near], opened_file, 7, count)
         assert short == {near[1].fileno(): Outcome.HUNG_UP, near[2].fileno(): Outcome.WOULD_BLOCK}
         for index in (0, 3):
-            assert recv_exactly(pairs[index][1], count) == DATA[7 : 7 + count]
+            assert recv_exactly(pairs[index][1], count) == EVERY_BYTE[7 : 7 + count]
 
 
-def test_send_to_all_of_what_has_gone(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_send_to_all_of_what_has_gone(
+    pair: tuple[socket.socket, socket.socket], opened_file: int
+) -> None:
     """Where the file has shrunk, a client is sent what is left of it, and none is nothing."""
     near, far = pair
-    assert send_to_all([near.fileno()], file, len(DATA) - 5, 10) == {near.fileno(): 5}
-    assert recv_exactly(far, 5) == DATA[-5:]
-    assert send_to_all([near.fileno()], file, len(DATA), 10) == {near.fileno(): 0}
+    assert send_to_all([near.fileno()], opened_file, len(EVERY_BYTE) - 5, 10) == {near.fileno(): 5}
+    assert recv_exactly(far, 5) == EVERY_BYTE[-5:]
+    assert send_to_all([near.fileno()], opened_file, len(EVERY_BYTE), 10) == {near.fileno(): 0}
 
 
 def test_send_to_all_of_what_cannot_be_read(
-    pair: tuple[socket.socket, socket.socket], path: Path
+    pair: tuple[socket.socket, socket.socket], full_file: Path
 ) -> None:
     """A file that does not let itself be read is each client's own error."""
     near, far = pair
-    file = os.open(path, os.O_WRONLY)
+    file = os.open(full_file, os.O_WRONLY)
     try:
         short = send_to_all([near.fileno()], file, 0, 10)
     finally:
@@ -184,35 +175,19 @@ def test_disk_that_cannot_be_asked() -> None:
 def test_is_cached(tmp_path: Path) -> None:
     """Bytes that have been written are in memory_file_with, until the kernel lets them go; read ahead, they soon are again."""
     path = tmp_path / "file"
-    path.write_bytes(DATA)
+    path.write_bytes(EVERY_BYTE)
     with opened(path) as file:
-        assert is_cached(file, 0, len(DATA), 4096)
+        assert is_cached(file, 0, len(EVERY_BYTE), 4096)
         # nothing is there to wait for
-        assert is_cached(file, len(DATA), 10, 10)
+        assert is_cached(file, len(EVERY_BYTE), 10, 10)
         evict(file)
-        if is_cached(file, 0, len(DATA), 4096):
+        if is_cached(file, 0, len(EVERY_BYTE), 4096):
             pytest.skip("this file system keeps its files in memory_file_with, or does not tell")
-        read_ahead(file, 0, len(DATA))
-        eventually(lambda: is_cached(file, 0, len(DATA), 4096))
+        read_ahead(file, 0, len(EVERY_BYTE))
+        eventually(lambda: is_cached(file, 0, len(EVERY_BYTE), 4096))
 
 
 def test_memory_without_room() -> None:
     """An anonymous file that does not get its data is closed again."""
-    done = run_python("""
-import errno, os, resource
-from tailsrv.linux.files import memory_file_with
-with open(memory_file_with(b"data"), "rb") as file:
-    assert file.read() == b"data"
-before = os.listdir("/proc/self/fd")
-unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10, unlimited[1]))
-try:
-    memory_file_with(b"x" * 11)
-except OSError as error:
-    assert error.errno == errno.EFBIG
-else:
-    raise AssertionError("it had room")
-resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-assert os.listdir("/proc/self/fd") == before
-""")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_program("memory_without_room")
+    assert (done.stdout, done.returncode, done.stderr) == ("EFBIG\n", 0, "")

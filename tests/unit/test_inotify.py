@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, is_gone, opened
-from support.interpreter import run_python
+from support.interpreter import environment, program, run_program
 from support.processes import as_root
 from support.sockets import readable, wait_readable
 from support.waiting import DEADLINE
@@ -399,14 +399,7 @@ def test_size_that_is_not_told(path: Path) -> None:
 
 def test_folder_that_is_gone() -> None:
     """A relative path in a folder that is gone leads through nothing."""
-    done = run_python("""
-import os, tempfile
-from tailsrv.linux.inotify import steps_to
-with tempfile.TemporaryDirectory() as folder:
-    os.chdir(folder)
-    assert list(steps_to("log"))[-1] == os.path.join(os.path.realpath(folder), "log")
-assert list(steps_to("log")) == []
-""")
+    done = run_program("folder_that_is_gone")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -426,26 +419,19 @@ def test_file_that_may_not_be_read_any_more(path: Path) -> None:
     """Where the kernel refuses to tell of appends, the reason is said, and the file is polled."""
     if not as_root:
         pytest.skip("only root can be another user")
-    code = """
-import ctypes, os, sys
-from tailsrv.linux.inotify import Watch
-file = os.open(sys.argv[1], os.O_RDONLY)
-os.setgroups([]), os.setuid(65534)
-ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: or /proc/self/fd would be closed to us, after this change of user
-watch = Watch(file, "log")
-assert watch.polling is None, watch.polling
-os.write(int(sys.argv[2]), b"ready"), sys.stdin.read()
-watch.follow(True)
-print(watch.polling, watch.size())
-watch.close()
-"""
     path.chmod(0o644)
     path.parent.chmod(0o755)
     ready, say = os.pipe()
-    command = [sys.executable, "-W", "error", "-c", code, str(path), str(say)]
+    command = [sys.executable, "-W", "error", program("watch_unreadable_file"), str(path), str(say)]
     piped = subprocess.PIPE
     with subprocess.Popen(
-        command, stdin=piped, stdout=piped, stderr=piped, text=True, pass_fds=[say]
+        command,
+        stdin=piped,
+        stdout=piped,
+        stderr=piped,
+        text=True,
+        env=environment(),
+        pass_fds=[say],
     ) as child:
         os.close(say)
         assert os.read(ready, 5) == b"ready"
@@ -469,24 +455,8 @@ def test_polling_says_why() -> None:
 
 def test_no_inotify_instances(path: Path) -> None:
     """Out of inotify instances, or of descriptors for them, the file is polled, and the reason names the setting."""
-    done = run_python(
-        """
-import os, resource, sys
-from tailsrv.linux.inotify import Watch
-file = os.open(sys.argv[1], os.O_RDONLY)
-Watch(file, sys.argv[1]).close()
-spare = os.open("/", os.O_RDONLY)
-first = os.open("/", os.O_RDONLY)
-soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))
-os.close(first)
-held = Watch(file, sys.argv[1])
-assert held.polling is None, held.polling
-watch = Watch(file, sys.argv[1])
-print(watch.polling, watch.fileno(), watch.size())
-held.close(), watch.close()
-resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
-""",
+    done = run_program(
+        "watch_without_inotify",
         str(path),
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,12 +7,11 @@ import pytest
 
 from support.checkout import ROOT
 from support.files import opened
-from support.interpreter import run_python
-from support.old_libc import FUNCTIONS, uses, write_hook
+from support.interpreter import run_program, run_python
+from support.old_libc import FUNCTIONS, take_away, uses
 from tailsrv.linux import kernel
 
 THE_ONE_PLACE = "kernel.py"
-
 
 libraries = pytest.mark.parametrize(
     "functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"]
@@ -58,7 +57,7 @@ NUMBERS = "from tailsrv.linux import kernel; print({name: value for name, value 
 
 def test_numbers(tmp_path: Path) -> None:
     """The numbers that stand in for missing names are those that this interpreter has by these names."""
-    write_hook(tmp_path)
+    take_away(tmp_path)
     here, without = (
         run_python(NUMBERS),
         run_python(NUMBERS, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}),
@@ -70,19 +69,10 @@ def test_numbers(tmp_path: Path) -> None:
 @libraries
 def test_reading_what_is_in_memory(tmp_path: Path, functions: tuple[str, ...]) -> None:
     """The page cache is asked by way of the C library where the interpreter cannot, and where that cannot either, it is said."""
-    write_hook(tmp_path, functions)
+    take_away(tmp_path, functions)
     (tmp_path / "file").write_bytes(b"0123")
-    done = run_python(
-        """
-import sys
-from tailsrv.linux.kernel import preadv_nowait
-with open(sys.argv[1], "rb") as file:
-    buffer = bytearray(2)
-    try:
-        print(preadv_nowait(file.fileno(), buffer, 1), bytes(buffer), preadv_nowait(file.fileno(), buffer, 4))
-    except OSError as error:
-        print(error.errno)
-""",
+    done = run_program(
+        "read_from_memory",
         str(tmp_path / "file"),
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )
@@ -103,15 +93,9 @@ def test_errors_of_the_library(path: Path) -> None:
 @libraries
 def test_memory_file(tmp_path: Path, functions: tuple[str, ...]) -> None:
     """An anonymous file has no name anywhere, is not inherited, and is as good as one of memfd_create(2)."""
-    write_hook(tmp_path, functions)
-    done = run_python(
-        """
-import os
-from tailsrv.linux.kernel import memory_file
-fd = memory_file("name")
-os.write(fd, b"data")
-print(os.pread(fd, 10, 0), os.get_inheritable(fd), os.fstat(fd).st_nlink, os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:name"))
-""",
+    take_away(tmp_path, functions)
+    done = run_program(
+        "anonymous_file",
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )
     assert done.stderr == ""

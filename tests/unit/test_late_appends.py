@@ -14,7 +14,7 @@ from tailsrv.supervisor.late_appends import LateAppends
 TIMING = Timing()
 
 
-class Bench:
+class LateBench:
     """A file that has been rotated away, and a clock in hand."""
 
     def __init__(self, path: Path) -> None:
@@ -41,9 +41,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(path: Path) -> Iterator[Bench]:
+def bench(path: Path) -> Iterator[LateBench]:
     """Give a file of three bytes."""
-    bench = Bench(path)
+    bench = LateBench(path)
     yield bench
     bench.late.close()
     bench.loop.epoll.close()
@@ -59,7 +59,7 @@ def bytes_said(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def test_nothing_is_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
     """What comes before the workers take the file for complete is sent; without late bytes nothing is said."""
     bench.begin()
     for _ in range(10):
@@ -70,7 +70,7 @@ def test_nothing_is_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None
     assert bench.loop.timeout() is None
 
 
-def test_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
     """The first late bytes are said soon, all of them at the end, and nothing in between."""
     bench.begin()
     bench.run(3)
@@ -86,7 +86,7 @@ def test_late(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert bench.loop.timeout() is None
 
 
-def test_streams_have_ended(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_streams_have_ended(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
     """As soon as no stream is left, all that comes is late."""
     bench.begin()
     append(bench.path, b"more")
@@ -96,7 +96,7 @@ def test_streams_have_ended(bench: Bench, caplog: pytest.LogCaptureFixture) -> N
     assert bytes_said(caplog) == ["bytes=5"]
 
 
-def test_next_rotation(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_next_rotation(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
     """The next rotation ends the count of the last one, and no descriptor is left over."""
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from support.checkout import ROOT
+from support.interpreter import environment, program
 from support.processes import runs
-from support.sockets import closing_all, needs_ipv6, wait_readable
+from support.sockets import closing_all, needs_ipv6, skip_without_mptcp, wait_readable
 from support.waiting import DEADLINE
 from tailsrv.linux.sockets import bytes_streamed
 from tailsrv.listeners import (
@@ -231,14 +231,6 @@ def test_queue_outlives_a_copy() -> None:
             assert far.recv(10) == b"hello"
 
 
-def skip_without_mptcp() -> None:
-    """Skip a test where the kernel has no MPTCP."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no MPTCP here")
-
-
 def test_position_on_an_mptcp_socket() -> None:
     """Where a stream on such a socket stands is not known, and that is what is said."""
     skip_without_mptcp()
@@ -253,36 +245,6 @@ def test_position_on_an_mptcp_socket() -> None:
             assert bytes_streamed(near) is None
 
 
-# Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us, and prints after each
-# how many connections the kernel has given out before their handshake was complete.
-FAST_OPEN = """
-import socket
-from tailsrv.listeners import open_listeners, take_listeners
-
-def count():
-    names, values = [line.split() for line in open("/proc/net/netstat") if line.startswith("TcpExt:")]
-    return int(values[names.index("TCPFastOpenPassive")])
-
-def visit(listener):
-    with socket.socket() as far:
-        far.sendto(b"0", socket.MSG_FASTOPEN, listener.getsockname())
-        listener.settimeout(20)
-        listener.accept()[0].close()
-        print(count())
-
-def plain():
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    return listener
-
-visit(plain())
-for [listener] in open_listeners(["127.0.0.1"], 0, 1):
-    visit(listener)
-visit(take_listeners([plain().detach()])[0])
-"""
-
-
 EVERYBODY_OPENS_FAST = (
     "unshare", "--net", "--map-root-user", "sh", "-c",
     'ip link set lo up && echo 0x607 >/proc/sys/net/ipv4/tcp_fastopen && exec "$@"', "sh",
@@ -293,6 +255,8 @@ def test_no_fast_open() -> None:
     """Nobody is accepted before the handshake is complete, also where the system wants that of every listener."""
     if not runs(*EVERYBODY_OPENS_FAST, "true"):
         pytest.skip("a network namespace cannot be had")
-    command = [*EVERYBODY_OPENS_FAST, sys.executable, "-c", FAST_OPEN]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=ROOT)
+    command = [*EVERYBODY_OPENS_FAST, sys.executable, program("fast_open")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE, env=environment()
+    )
     assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import tailsrv
 from support.checkout import ROOT
-from support.interpreter import run_python
+from support.interpreter import program, run_program, run_python
 from support.processes import AS_NOBODY, gone, runs, title
-from support.terminals import fill, terminal
+from support.terminals import fill, fill_pipe, terminal
 from support.waiting import DEADLINE, eventually
 from tailsrv.linux.sockets import accept_queue
 from tailsrv.log import RateLimit, describe_error, fields, printable
@@ -144,22 +144,12 @@ def test_journal_stream_of_somebody_else() -> None:
     assert "<6>" not in done.stderr
 
 
-FILL = """
-import os
-os.set_blocking(2, False)
-try:
-    while True:
-        os.write(2, bytes(4096))
-except BlockingIOError:
-    os.set_blocking(2, True)
-"""
-
-
 def test_full_pipe_does_not_block() -> None:
     """When nobody reads standard error the process goes on, and its lines are lost."""
     with pipe() as (reader, writer):
+        fill_pipe(writer)
         done = run_python(
-            LINES + FILL + "for _ in range(1000): logger.info('lost')\nprint('still here')",
+            LINES + "for _ in range(1000): logger.info('lost')\nprint('still here')",
             "0",
             stderr=writer,
         )
@@ -170,13 +160,12 @@ def test_full_pipe_does_not_block() -> None:
 
 def test_pipe_with_room_for_a_page_does_not_block() -> None:
     """A line that is longer than the room that poll(2) promises does not block either."""
-    code = (
-        LINES
-        + FILL
-        + "os.read(os.open('/proc/self/fd/2', os.O_RDONLY), 4096); logger.info('x' * 20_000); print('still here')"
-    )
-    with pipe() as (_, writer):
-        done = run_python(code, "0", stderr=writer)
+    with pipe() as (reader, writer):
+        fill_pipe(writer)
+        os.read(reader, 4096)
+        done = run_python(
+            LINES + "logger.info('x' * 20_000); print('still here')", "0", stderr=writer
+        )
         assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
@@ -301,7 +290,15 @@ def test_background_of_a_terminal_that_stops_it() -> None:
     pid, master = pty.fork()
     # the terminal's foreground; what it starts is in the background
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", TOSTOP, LINES + "logger.info('i')", "0"])
+        os.execv(
+            sys.executable,
+            [
+                sys.executable,
+                program("background_of_stopping_terminal"),
+                LINES + "logger.info('i')",
+                "0",
+            ],
+        )
     said = b""
     # EIO: all who had the terminal are gone
     with suppress(OSError):
@@ -310,18 +307,6 @@ def test_background_of_a_terminal_that_stops_it() -> None:
     os.close(master)
     assert os.waitpid(pid, 0)[1] == 0, said
     assert b"info: i" in said
-
-
-TOSTOP = """
-import os, subprocess, sys, termios
-attributes = termios.tcgetattr(0)
-attributes[3] |= termios.TOSTOP
-termios.tcsetattr(0, termios.TCSANOW, attributes)
-process = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], process_group=0)
-_, status = os.waitpid(process.pid, os.WUNTRACED)
-process.kill()
-sys.exit(os.WIFSTOPPED(status) or status != 0)
-"""
 
 
 def test_fault_of_ours_is_a_line_of_the_log() -> None:
@@ -430,14 +415,8 @@ def test_limited() -> None:
 
 def test_limited_tells_how_many_were_held_back() -> None:
     """The line after the interval says how many are missing before it."""
-    code = """
-from tailsrv import log
-now = 0.0
-log.time = type("Clock", (), {"monotonic": staticmethod(lambda: now)})
-say = RateLimited(logging.WARNING, burst=1, interval=10.0)
-for now in (0.0, 1.0, 2.0, 10.0, 20.0): say("refused", peer="x")
-"""
-    assert [line.partition("warning: ")[2] for line in log(code)] == [
+    done = run_program("limited_lines")
+    assert [line.partition("warning: ")[2] for line in done.stderr.splitlines()] == [
         "refused: peer=x",
         "refused: peer=x suppressed=2",
         "refused: peer=x",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.interpreter import run_python
+from support.interpreter import run_program
 from tailsrv.linux.process import (
     _quotas,
     count_processors,
@@ -156,14 +156,7 @@ def test_usable_processors(affinity: int, quotas: list[tuple[int, int]], process
 
 def test_raise_limit() -> None:
     """The soft limit becomes the hard one, which is returned."""
-    done = run_python("""
-import resource
-from tailsrv.linux.process import raise_descriptor_limit
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
-assert raise_descriptor_limit() == 200
-assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
-assert raise_descriptor_limit() == 200
-""")
+    done = run_program("soft_limit")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -177,14 +170,5 @@ def test_raise_limit_here() -> None:
 
 def test_occupy_standard() -> None:
     """Of the standard descriptors those that are closed are taken, and no others."""
-    done = run_python("""
-import os
-from tailsrv.linux.process import occupy_standard_descriptors
-free = os.dup(2)
-os.close(free)
-os.close(0)
-occupy_standard_descriptors()
-assert os.readlink("/proc/self/fd/0") == os.devnull
-assert os.dup(2) == free
-""")
+    done = run_program("closed_standard_input")
     assert (done.returncode, done.stderr) == (0, "")

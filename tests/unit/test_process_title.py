@@ -1,11 +1,12 @@
 """Process titles: how often they change, and the room for them."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 from setproctitle import getproctitle, setproctitle
 
-from support.interpreter import run_python
+from support.interpreter import run_program
 from tailsrv.linux.event_loop import Timers
 from tailsrv.linux.process_title import ProcessTitle
 
@@ -86,23 +87,12 @@ def test_after_a_quiet_time_at_once(process: Process) -> None:
     assert getproctitle() == "tailsrv: test two"
 
 
-ROOM = """
-import os, sys
-from setproctitle import getproctitle, setproctitle
-getproctitle()
-from tailsrv.linux.process_title import make_room
-make_room(100_000, {executable}, sys.orig_argv)
-os.system("env")
-setproctitle("y" * 100_000)
-print(len(getproctitle()))
-"""
-
-
 def test_room_is_not_handed_on() -> None:
     """Programs that are started later do not get the variable that makes the room."""
     # it changes what execve(2) gets
-    done = run_python(
-        ROOM.format(executable="sys.executable"),
+    done = run_program(
+        "room_for_title",
+        sys.executable,
         env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
     )
     assert done.returncode == 0, done.stderr
@@ -113,6 +103,6 @@ def test_room_is_not_handed_on() -> None:
 
 def test_no_room_can_be_made() -> None:
     """Where the program cannot be executed again, it goes on, and its title is cut."""
-    done = run_python(ROOM.format(executable="'/nonexistent'"))
+    done = run_program("room_for_title", "/nonexistent")
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.splitlines()[-1]) < 100_000

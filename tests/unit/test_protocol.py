@@ -10,7 +10,6 @@ from tailsrv.protocol import MAX_HEADER, PEEK, HeaderError, Start, parse_header
 
 INT64_MAX = 2**63 - 1
 
-
 GOOD = [
     (b"0\n", Start(0, False)),
     (b"1000\n", Start(1000, False)),
@@ -32,7 +31,6 @@ GOOD = [
     (b" " * (MAX_HEADER - 1) + b"4\n", Start(4, False)),
     (b"4" + b" " * (MAX_HEADER - 2) + b"\r\n", Start(4, False)),
 ]
-
 
 BAD_LINES = [
     b"", b" ", b"\r", b"abc", b"1_000", b"1e3", b"1.0", b"0x10", b"12abc", b"abc12", b"1 2", b"- 5", b"--5", b"+-5", b"-", b"+",
@@ -150,8 +148,6 @@ def feed(pieces: list[bytes]) -> Start | str | None:
 
 
 numbers = st.integers(-INT64_MAX - 1, INT64_MAX)
-
-
 lines = st.one_of(
     numbers.map(lambda number: b"%d\n" % number),
     st.from_regex(rb"[ \t+\-0-9\r\n_x]{0,40}", fullmatch=True),

@@ -72,13 +72,8 @@ def test_describe_status(status: int, words: str) -> None:
 # A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
 Life = tuple[float, bool, ExitKind, bool]
 
-
 TIMING = Timing()
-
-
 SOON, LATE = TIMING.long_life - 0.001, TIMING.long_life
-
-
 DONE, FAULT, KILLED, NO_ROOM = ExitKind.DONE, ExitKind.FAULT, ExitKind.KILLED, ExitKind.NO_ROOM
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.files import is_gone, opened
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.processes import as_root
 from tailsrv.served_file import CannotServeError, open_file
 
@@ -117,18 +117,8 @@ def test_open_file_refuses_an_unreadable_file(path: Path) -> None:
 def test_open_file_refuses_an_unreadable_file_to_others(path: Path) -> None:
     """A file that only root may read is refused to everyone else."""
     path.chmod(0o600)
-    code = """
-import os, sys
-from tailsrv.served_file import CannotServeError, open_file
-os.chdir(sys.argv[1])
-os.setgroups([]), os.setuid(65534)
-try:
-    open_file("log")
-except CannotServeError as error:
-    print(error)
-"""
     path.parent.chmod(0o755)
-    done = run_python(code, str(path.parent))
+    done = run_program("open_as_nobody", str(path.parent))
     assert done.returncode == 0
     assert done.stdout.startswith(
         "Permission denied; it has mode 0600, user 0 and group 0, and tailsrv runs as user 65534 with groups "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.sockets import readable, wait_readable
 from tailsrv.linux.signals import Wakeup, blocked
 
@@ -97,36 +97,11 @@ def test_blocked_restores_the_mask() -> None:
 
 def test_child_that_closes_does_not_wake_the_parent() -> None:
     """A forked child's signals stay its own once it has closed its copy."""
-    done = run_python("""
-import os, signal
-from tailsrv.linux.signals import Wakeup, blocked
-parent = Wakeup([signal.SIGUSR1])
-with blocked():
-    pid = os.fork()
-    if pid == 0:
-        parent.close()
-        own = Wakeup([signal.SIGUSR1])
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        signal.raise_signal(signal.SIGUSR1)
-        os._exit(0 if own.read() == [signal.SIGUSR1] else 1)
-assert os.waitpid(pid, 0)[1] == 0
-assert parent.read() == []
-signal.raise_signal(signal.SIGUSR1)
-assert parent.read() == [signal.SIGUSR1]
-""")
+    done = run_program("signals_of_a_child")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_background_job_is_not_interrupted() -> None:
     """An ignored INT, as in a background job of a shell, stays ignored while the server starts."""
-    done = run_python("""
-import signal
-from tailsrv.linux.signals import block_all, interruptible
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-block_all()
-with interruptible():
-    signal.raise_signal(signal.SIGINT)
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-""")
+    done = run_program("ignored_interrupt")
     assert (done.returncode, done.stderr) == (0, "")

@@ -5,14 +5,13 @@ import os
 import select
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.files import opened
-from support.interpreter import run_python
-from support.sockets import recv_all, reset, tcp_pair, wait_for, wait_readable
+from support.files import EVERY_BYTE
+from support.interpreter import run_program
+from support.sockets import recv_all, reset, wait_for, wait_readable
 from tailsrv.linux.files import send_chunk
 from tailsrv.linux.sockets import (
     ACCEPT_TRIES,
@@ -24,30 +23,6 @@ from tailsrv.linux.sockets import (
     unsent,
 )
 from tailsrv.protocol import PEEK
-
-DATA = bytes(range(256)) * 1024
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Give a file of 256 KiB."""
-    path = tmp_path / "log"
-    path.write_bytes(DATA)
-    return path
-
-
-@pytest.fixture
-def file(path: Path) -> Iterator[int]:
-    """Give a descriptor of that file."""
-    with opened(path) as fd:
-        yield fd
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a TCP connection."""
-    with tcp_pair() as ends:
-        yield ends
 
 
 @pytest.fixture
@@ -107,23 +82,7 @@ def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
 
 def test_accept_without_descriptors() -> None:
     """Out of descriptors is an outcome, and the connection is still there when one is free again; nobody needs none."""
-    done = run_python("""
-import os, resource, socket
-from tailsrv.linux.sockets import ACCEPT_TRIES, Outcome, accept
-with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
-    listener.setblocking(False)
-    spare = os.open("/", os.O_RDONLY)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
-    assert accept(listener) is Outcome.NO_DESCRIPTOR
-    assert accept(listener) is Outcome.NO_DESCRIPTOR
-    os.close(spare)
-    accept(listener)[0].close()
-    assert accept(listener) is Outcome.WOULD_BLOCK
-    spare = os.open("/", os.O_RDONLY)
-    assert accept(listener) is Outcome.WOULD_BLOCK
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # who measures coverage needs some at the end
-""")
+    done = run_program("accept_without_descriptors")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -238,26 +197,26 @@ def test_discard_keeps_the_stream_alive(pair: tuple[socket.socket, socket.socket
 
 
 def test_close_after_discard_loses_nothing(
-    pair: tuple[socket.socket, socket.socket], file: int
+    pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
     """Input that was discarded does not turn the close into a reset that destroys what is queued."""
     near, far = pair
     far.sendall(b"stray")
     wait_readable(near)
-    sent = send_chunk(near.fileno(), file, 0, len(DATA))
+    sent = send_chunk(near.fileno(), opened_file, 0, len(EVERY_BYTE))
     assert isinstance(sent, int)
     discard(near)
     shut_down_writing(near)
     near.close()
-    assert recv_all(far) == DATA[:sent]
+    assert recv_all(far) == EVERY_BYTE[:sent]
 
 
-def test_unsent(pair: tuple[socket.socket, socket.socket], file: int) -> None:
+def test_unsent(pair: tuple[socket.socket, socket.socket], opened_file: int) -> None:
     """What the peer has not acknowledged is counted, our FIN among it, and when it has read all it is 0."""
     near, far = pair
     assert unsent(near) == 0
     sent = 0
-    while isinstance(result := send_chunk(near.fileno(), file, 0, len(DATA)), int):
+    while isinstance(result := send_chunk(near.fileno(), opened_file, 0, len(EVERY_BYTE)), int):
         sent += result
     before = unsent(near)
     assert 0 < before <= sent

@@ -79,7 +79,7 @@ def drain(near: socket.socket, far: socket.socket) -> None:
         far.recv(1 << 20)
 
 
-class Bench:
+class DeadPeersBench:
     """Clients whose connections are real, and a loop with the clock in hand."""
 
     def __init__(self, stack: ExitStack, count: int) -> None:
@@ -113,15 +113,13 @@ class Bench:
 
 # whoever has not acknowledged everything is dead
 AT_ONCE = Limits(silence=-1.0, attempts=0)
-
-
 NEVER = Limits(attempts=1000)
 
 
 def test_nothing_is_planned_while_nothing_is_on_its_way() -> None:
     """A check comes half a minute after bytes were sent, and again until all are acknowledged."""
     with ExitStack() as stack:
-        bench = Bench(stack, 2)
+        bench = DeadPeersBench(stack, 2)
         peers = bench.check(NEVER)
         assert bench.loop.timeout() is None
         peers.expect_acks()
@@ -142,7 +140,7 @@ def test_only_who_owes_acknowledgements_is_dropped(caplog: pytest.LogCaptureFixt
     """A silent client that has everything stays, and one that has left since is passed over."""
     caplog.set_level("INFO", "tailsrv")
     with ExitStack() as stack:
-        bench = Bench(stack, 3)
+        bench = DeadPeersBench(stack, 3)
         owing, left, stays = bench.clients.values()
         for client in (owing, left):
             fill(client.sock)
@@ -159,7 +157,7 @@ def test_only_who_owes_acknowledgements_is_dropped(caplog: pytest.LogCaptureFixt
 def test_many_are_examined_in_several_turns() -> None:
     """One turn examines a batch, and the next one goes on without those who have left meanwhile."""
     with ExitStack() as stack:
-        bench = Bench(stack, BATCH + 2)
+        bench = DeadPeersBench(stack, BATCH + 2)
         for client in bench.clients.values():
             fill(client.sock)
         bench.check(AT_ONCE).expect_acks()

@@ -19,7 +19,7 @@ from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Str
 BIG = os.urandom(1 << 16) * 48
 
 
-class Bench:
+class StreamsBench:
     """Streams of one file, with its clients' ends in hand."""
 
     def __init__(self, stack: ExitStack, path: Path) -> None:
@@ -84,13 +84,13 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
+def bench(tmp_path: Path) -> Iterator[StreamsBench]:
     """Give streams of an empty file."""
     with ExitStack() as stack:
-        yield Bench(stack, tmp_path / "log")
+        yield StreamsBench(stack, tmp_path / "log")
 
 
-def test_fan_out(bench: Bench) -> None:
+def test_fan_out(bench: StreamsBench) -> None:
     """Everyone who is caught up gets each append at once and exactly, without a turn of its own."""
     clients = [bench.client(0) for _ in range(10)]
     for line in (b"one\n", b"two\n", b"three\n"):
@@ -100,7 +100,7 @@ def test_fan_out(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 5, 9, 10])
-def test_start_in_the_file(bench: Bench, offset: int) -> None:
+def test_start_in_the_file(bench: StreamsBench, offset: int) -> None:
     """A client gets the file from its offset on, then what is appended."""
     bench.grow(b"0123456789")
     client = bench.client(offset)
@@ -110,7 +110,7 @@ def test_start_in_the_file(bench: Bench, offset: int) -> None:
     assert bench.received(client) == b"0123456789more"[offset:]
 
 
-def test_append_while_behind(bench: Bench) -> None:
+def test_append_while_behind(bench: StreamsBench) -> None:
     """What is appended before a client's turn comes in its turn, once."""
     bench.grow(b"old")
     client = bench.client(0)
@@ -120,7 +120,7 @@ def test_append_while_behind(bench: Bench) -> None:
     assert bench.received(client) == b"oldnew"
 
 
-def test_ahead_of_the_file(bench: Bench) -> None:
+def test_ahead_of_the_file(bench: StreamsBench) -> None:
     """A client beyond the end gets nothing until the file is longer than its offset, then streams from there."""
     bench.grow(b"01234")
     client = bench.client(8)
@@ -134,7 +134,7 @@ def test_ahead_of_the_file(bench: Bench) -> None:
     assert bench.received(client) == b"89more"
 
 
-def test_many_ahead(bench: Bench) -> None:
+def test_many_ahead(bench: StreamsBench) -> None:
     """Those who are ahead wake in the order of their offsets, whatever the order they came in."""
     clients = {offset: bench.client(offset) for offset in (7, 3, 5, 3000, 3)}
     last = bench.client(3)
@@ -151,7 +151,7 @@ def test_many_ahead(bench: Bench) -> None:
     assert bench.received(last) == b"345678"
 
 
-def test_ahead_and_gone(bench: Bench) -> None:
+def test_ahead_and_gone(bench: StreamsBench) -> None:
     """One who has left while it was ahead is not served when the file gets there."""
     client, other = bench.client(1), bench.client(1)
     client.state = ClientState.CLOSED
@@ -163,7 +163,7 @@ def test_ahead_and_gone(bench: Bench) -> None:
     assert bench.received(other) == b"123"
 
 
-def test_full_socket(bench: Bench) -> None:
+def test_full_socket(bench: StreamsBench) -> None:
     """A client whose socket is full waits for room, is left alone by turns and appends, and loses nothing."""
     slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
     bench.grow(BIG[: 1 << 20])
@@ -180,7 +180,7 @@ def test_full_socket(bench: Bench) -> None:
     }
 
 
-def test_full_socket_at_an_append(bench: Bench) -> None:
+def test_full_socket_at_an_append(bench: StreamsBench) -> None:
     """A caught-up client that takes only a part of an append gets the rest later, and the others get theirs at once."""
     slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
     total = BIG[:10]
@@ -194,7 +194,7 @@ def test_full_socket_at_an_append(bench: Bench) -> None:
     assert bench.serve(slow, fast) == {slow: total, fast: total}
 
 
-def test_writable_without_need(bench: Bench) -> None:
+def test_writable_without_need(bench: StreamsBench) -> None:
     """Room in a socket that nobody waited for changes nothing."""
     bench.grow(b"x")
     caught_up, behind = bench.client(1), bench.client(0)
@@ -206,7 +206,7 @@ def test_writable_without_need(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("size", [SEND_CHUNK - 1, SEND_CHUNK, SEND_CHUNK + 1, 3 * SEND_CHUNK])
-def test_growth_about_a_chunk(bench: Bench, size: int) -> None:
+def test_growth_about_a_chunk(bench: StreamsBench, size: int) -> None:
     """An append of a chunk or more arrives whole at each client."""
     clients = [bench.client(0) for _ in range(3)]
     bench.grow(BIG[:size])
@@ -214,7 +214,7 @@ def test_growth_about_a_chunk(bench: Bench, size: int) -> None:
     assert [got[client] == BIG[:size] for client in clients] == [True] * 3
 
 
-def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: Bench) -> None:
+def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: StreamsBench) -> None:
     """Growth beyond one chunk moves those who were caught up to those who are behind, where nobody gets it all at once."""
     clients = [bench.client(0) for _ in range(3)]
     bench.grow(BIG[: SEND_CHUNK + 1])
@@ -222,7 +222,7 @@ def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: Bench) -> None:
     assert [client.offset for client in clients] == [0, 0, 0]
 
 
-def test_round_robin(bench: Bench) -> None:
+def test_round_robin(bench: StreamsBench) -> None:
     """Each turn serves the next, and nobody a second time while another waits."""
     bench.grow(BIG)
     clients = [bench.client(0, receive=1 << 16) for _ in range(3)]
@@ -236,7 +236,7 @@ def test_round_robin(bench: Bench) -> None:
     assert served == [[True, False, False], [False, True, False], [False, False, True]]
 
 
-def test_budget(bench: Bench) -> None:
+def test_budget(bench: StreamsBench) -> None:
     """A turn ends when its budget is spent; without one, nobody is served."""
     bench.grow(b"0123456789")
     clients = [bench.client(0) for _ in range(5)]
@@ -248,7 +248,7 @@ def test_budget(bench: Bench) -> None:
     assert [bench.received(client) for client in clients] == [b"0123456789"] * 5
 
 
-def test_sends_in_vain_have_their_share_of_a_turn(bench: Bench) -> None:
+def test_sends_in_vain_have_their_share_of_a_turn(bench: StreamsBench) -> None:
     """A crowd that has asked and left does not make one turn as long as it is numerous."""
     bench.grow(BIG)
     clients = [bench.client(0) for _ in range(TURN_BUDGET // EMPTY_SEND_COST + 3)]
@@ -261,7 +261,7 @@ def test_sends_in_vain_have_their_share_of_a_turn(bench: Bench) -> None:
     assert [client for client, _ in bench.dropped] == clients
 
 
-def test_late_comer_does_not_wait_for_a_long_replay(bench: Bench) -> None:
+def test_late_comer_does_not_wait_for_a_long_replay(bench: StreamsBench) -> None:
     """A client with little to get has it in the turn that is its own, beside one that replays the whole file."""
     bench.grow(BIG)
     bench.client(0)
@@ -271,7 +271,7 @@ def test_late_comer_does_not_wait_for_a_long_replay(bench: Bench) -> None:
     assert bench.received(follower) == BIG[-5:]
 
 
-def test_shrink(bench: Bench) -> None:
+def test_shrink(bench: StreamsBench) -> None:
     """Whoever is beyond the new end gets nothing until the file is longer than their offset again; those before it go on."""
     bench.grow(b"0123456789")
     caught_up, behind = bench.client(10), bench.client(2)
@@ -286,7 +286,7 @@ def test_shrink(bench: Bench) -> None:
     assert bench.received(behind) == b"23abcdefnew"
 
 
-def test_shrink_below_one_who_is_behind(bench: Bench) -> None:
+def test_shrink_below_one_who_is_behind(bench: StreamsBench) -> None:
     """A client that was behind and is now ahead waits like any other, without a spin."""
     bench.grow(b"0123456789")
     client = bench.client(8)
@@ -299,7 +299,7 @@ def test_shrink_below_one_who_is_behind(bench: Bench) -> None:
     assert bench.received(client) == b"efgh"
 
 
-def test_shrink_to_nothing_and_back_to_the_same_size(bench: Bench) -> None:
+def test_shrink_to_nothing_and_back_to_the_same_size(bench: StreamsBench) -> None:
     """A client at the end is at the end again when the file has its old size, and gets only what follows."""
     bench.grow(b"0123")
     client = bench.client(4)
@@ -311,7 +311,7 @@ def test_shrink_to_nothing_and_back_to_the_same_size(bench: Bench) -> None:
     assert bench.received(client) == b"e"
 
 
-def test_shrink_under_a_send(bench: Bench) -> None:
+def test_shrink_under_a_send(bench: StreamsBench) -> None:
     """A file that is shorter than we know stops the turn and asks for a look; nobody gets anything that is not there."""
     bench.grow(b"0123456789")
     first, second = bench.client(5), bench.client(2)
@@ -328,7 +328,7 @@ def test_shrink_under_a_send(bench: Bench) -> None:
     assert [bench.received(first), bench.received(second)] == [b"bcd", b"23abcd"]
 
 
-def test_shrink_under_the_fan_out(bench: Bench) -> None:
+def test_shrink_under_the_fan_out(bench: StreamsBench) -> None:
     """An append that is gone again by the time it is sent is sent to nobody, and to everybody once it is back."""
     clients = [bench.client(0) for _ in range(3)]
     # as if it had been that long
@@ -341,7 +341,7 @@ def test_shrink_under_the_fan_out(bench: Bench) -> None:
     assert [bench.received(client) for client in clients] == [b"real"] * 3
 
 
-def test_shrink_under_those_who_wait_for_the_disk(bench: Bench) -> None:
+def test_shrink_under_those_who_wait_for_the_disk(bench: StreamsBench) -> None:
     """Who waits for bytes that are gone gives the place among the disk's readers to others."""
     bench.grow(BIG)
     in_memory = False
@@ -361,7 +361,7 @@ def test_shrink_under_those_who_wait_for_the_disk(bench: Bench) -> None:
     assert not any(client.fd in bench.streams.caught_up for client in waiting)
 
 
-def test_hang_up_at_an_append(bench: Bench) -> None:
+def test_hang_up_at_an_append(bench: StreamsBench) -> None:
     """One who has hung up is dropped, and the others get the append all the same."""
     clients = [bench.client(0) for _ in range(3)]
     reset(bench.fars[clients[1]])
@@ -373,7 +373,7 @@ def test_hang_up_at_an_append(bench: Bench) -> None:
     assert len(bench.dropped) == 1
 
 
-def test_hang_up_in_a_turn(bench: Bench) -> None:
+def test_hang_up_in_a_turn(bench: StreamsBench) -> None:
     """One who has hung up while it was behind is dropped in its turn, and the next one has its own."""
     bench.grow(b"data")
     clients = [bench.client(0) for _ in range(2)]
@@ -385,7 +385,7 @@ def test_hang_up_in_a_turn(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 4])
-def test_error_of_one_client(bench: Bench, offset: int) -> None:
+def test_error_of_one_client(bench: StreamsBench, offset: int) -> None:
     """A send that fails for another reason drops that client with the error, and no other."""
     bench.grow(b"data")
     broken, healthy = bench.client(offset), bench.client(offset)
@@ -405,7 +405,7 @@ def test_error_of_one_client(bench: Bench, offset: int) -> None:
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_fault_of_ours_with_one_client(bench: Bench, behind: bool) -> None:
+def test_fault_of_ours_with_one_client(bench: StreamsBench, behind: bool) -> None:
     """Whatever goes wrong while one client is sent to, and be it no error of the kernel's, drops that client and no other."""
 
     def fail(_: Client) -> None:
@@ -432,7 +432,7 @@ def test_fault_of_ours_with_one_client(bench: Bench, behind: bool) -> None:
     assert bench.received(healthy) == b"x" * count + b"more"
 
 
-def test_remove(bench: Bench) -> None:
+def test_remove(bench: StreamsBench) -> None:
     """A client that has been removed gets nothing more, wherever it was, and its offset is what it has got to."""
     caught_up = bench.client(0)
     bench.grow(b"data")
@@ -457,7 +457,7 @@ def test_remove(bench: Bench) -> None:
     assert not bench.streams.behind
 
 
-def test_idle(bench: Bench) -> None:
+def test_idle(bench: StreamsBench) -> None:
     """Those who are caught up and those who are ahead have nothing to be sent; those who are behind or blocked have."""
     bench.grow(b"data")
     caught_up, behind, ahead = bench.client(4), bench.client(0), bench.client(9)
@@ -467,7 +467,7 @@ def test_idle(bench: Bench) -> None:
     assert bench.received(behind) == b"data"
 
 
-def test_memory_of_those_who_were_ahead(bench: Bench) -> None:
+def test_memory_of_those_who_were_ahead(bench: StreamsBench) -> None:
     """Clients that come for an offset far away and leave again do not pile up, and those who stay are not forgotten."""
     bench.grow(b"x")
     stays = bench.client(2)

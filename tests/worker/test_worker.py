@@ -13,7 +13,7 @@ import pytest
 from setproctitle import getproctitle
 
 from support.files import append, opened
-from support.interpreter import run_python
+from support.interpreter import run_program
 from support.processes import as_root
 from support.sockets import (
     readable,
@@ -25,7 +25,7 @@ from support.sockets import (
     wait_readable,
 )
 from support.waiting import DEADLINE
-from support.worker_bench import Bench, working
+from support.worker_bench import WorkerBench, working
 from tailsrv.addresses import endpoint
 from tailsrv.channel import MAX_PACKET, Drain, Ping, encode
 from tailsrv.config import ExitStatus
@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(path: Path) -> Iterator[Bench]:
+def bench(path: Path) -> Iterator[WorkerBench]:
     """Give a bench with a worker that serves that file."""
     with working(path) as bench:
         yield bench
@@ -66,14 +66,14 @@ def bench(path: Path) -> Iterator[Bench]:
         (b"-0\r\n", b""),
     ],
 )
-def test_stream(bench: Bench, said: bytes, first: bytes) -> None:
+def test_stream(bench: WorkerBench, said: bytes, first: bytes) -> None:
     """A client gets the file from where it said, and then what is appended."""
     far, _ = bench.connect(said)
     append(bench.path, b"more")
     assert bench.receive(far, len(first) + 4) == first + b"more"
 
 
-def test_header_in_pieces(bench: Bench) -> None:
+def test_header_in_pieces(bench: WorkerBench) -> None:
     """A header may come byte by byte; nothing is sent before it is whole, and it stays in the socket until then."""
     far, client = bench.connect()
     for sent in range(1, 5):
@@ -87,7 +87,7 @@ def test_header_in_pieces(bench: Bench) -> None:
     assert bench.receive(far, 3) == b"789"
 
 
-def test_junk_behind_the_newline(bench: Bench) -> None:
+def test_junk_behind_the_newline(bench: WorkerBench) -> None:
     """What comes behind the header is read and thrown away, for ever, so that its sender never blocks."""
     far, client = bench.connect(b"8\njunk\n0\n")
     far.setblocking(False)
@@ -102,7 +102,7 @@ def test_junk_behind_the_newline(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("when", ["with the header", "later", "later, with junk"])
-def test_half_close(bench: Bench, when: str) -> None:
+def test_half_close(bench: WorkerBench, when: str) -> None:
     """A client that has shut down its sending side goes on being served, and costs no turns."""
     if when == "with the header":
         far, client = bench.connect()
@@ -134,7 +134,7 @@ def test_half_close(bench: Bench, when: str) -> None:
     ],
 )
 def test_bad_header(
-    bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str
 ) -> None:
     """A bad header ends the connection cleanly and without a byte; one line tells of the peer and the reason."""
     far, client = bench.connect(said)
@@ -150,7 +150,7 @@ def test_bad_header(
 
 @pytest.mark.parametrize("said", [b"", b"5", b"-"])
 def test_end_of_input_before_the_newline(
-    bench: Bench, caplog: pytest.LogCaptureFixture, said: bytes
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, said: bytes
 ) -> None:
     """Input that ends before the newline ends the connection, even though it might have been a number."""
     far, client = bench.connect()
@@ -191,7 +191,7 @@ def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert bench.receive(streaming, 4) == b"more"
 
 
-def test_no_header_timeout(bench: Bench) -> None:
+def test_no_header_timeout(bench: WorkerBench) -> None:
     """Without a timeout a connection may be silent for years, and nothing is planned for it."""
     far, client = bench.connect()
     bench.skew = 1e8
@@ -205,33 +205,8 @@ def test_no_header_timeout(bench: Bench) -> None:
 @pytest.mark.slow
 def test_out_of_descriptors(path: Path) -> None:
     """Short of descriptors, the oldest connection without a header goes, and never one that streams."""
-    done = run_python(
-        """
-import os, resource, socket, sys
-from pathlib import Path
-from support.worker_bench import working
-from tailsrv.worker.client import ClientState
-with working(Path(sys.argv[1])) as bench:
-    streaming, client = bench.connect(b"8\\n")
-    oldest, first = bench.connect()
-    older, second = bench.connect()
-    waiting = [bench.stack.enter_context(socket.create_connection(bench.address)) for _ in range(3)]
-    spare = os.open("/", os.O_RDONLY)
-    os.close(spare)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    bench.until(lambda: second.state is ClientState.CLOSED)
-    assert first.state is ClientState.CLOSED
-    assert client.state is ClientState.STREAMING
-    bench.until(lambda: len(bench.worker.clients) == 3)
-    bench.settle()
-    for sock in (oldest, older):
-        assert sock.recv(1) == b""
-    for sock in waiting[1:]:
-        sock.settimeout(20)
-        sock.sendall(b"9\\n")
-        assert bench.receive(sock, 1) == b"9"
-    assert bench.receive(streaming, 2) == b"89"
-""",
+    done = run_program(
+        "worker_short_of_descriptors",
         str(path),
     )
     assert done.returncode == 0, done.stderr
@@ -240,32 +215,8 @@ with working(Path(sys.argv[1])) as bench:
 @pytest.mark.slow
 def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
     """If everyone streams, the worker does not spin: it stops listening for a moment, and takes the next when there is room."""
-    done = run_python(
-        """
-import os, resource, socket, sys
-from pathlib import Path
-from support.sockets import readable
-from support.worker_bench import working
-with working(Path(sys.argv[1])) as bench:
-    streaming, client = bench.connect(b"8\\n")
-    bench.receive(streaming, 2)
-    waiting = bench.stack.enter_context(socket.create_connection(bench.address))
-    spare = os.open("/", os.O_RDONLY)
-    os.close(spare)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    listener = bench.listeners[0][0].fileno()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
-    bench.until(lambda: listener not in bench.worker.loop.handlers)
-    while readable(bench.worker.loop.epoll.fileno()):
-        bench.worker.step(0)
-    assert bench.worker.acceptor.start in bench.worker.loop.timers
-    assert list(bench.worker.clients.values()) == [client]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    bench.skew = 60.0
-    bench.until(lambda: len(bench.worker.clients) == 2)
-    waiting.sendall(b"0\\n")
-    assert bench.receive(waiting, 10) == b"0123456789"
-""",
+    done = run_program(
+        "worker_full_of_streams",
         str(path),
     )
     assert done.returncode == 0, done.stderr
@@ -274,7 +225,7 @@ with working(Path(sys.argv[1])) as bench:
 # Streams
 
 
-def test_slow_reader_does_not_stall_a_fast_one(bench: Bench) -> None:
+def test_slow_reader_does_not_stall_a_fast_one(bench: WorkerBench) -> None:
     """While one client does not read at all, another gets everything, and every append at once."""
     append(bench.path, BIG)
     slow, stalled = bench.connect(b"0\n", receive=4096)
@@ -288,7 +239,7 @@ def test_slow_reader_does_not_stall_a_fast_one(bench: Bench) -> None:
     assert bench.receive(slow, 10 + len(BIG) + 50) == b"0123456789" + BIG + b"more\n" * 10
 
 
-def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> None:
+def test_header_that_looks_at_the_file_serves_the_caught_up(bench: WorkerBench) -> None:
     """When a `-N` header makes the worker look at the file, those who are caught up get what it finds, and only once."""
     follower, _ = bench.connect(b"-0\n")
     far, client = bench.connect()
@@ -306,7 +257,7 @@ def test_header_that_looks_at_the_file_serves_the_caught_up(bench: Bench) -> Non
 
 @pytest.mark.parametrize("method", ["add_client", "drop"])
 def test_caught_up_do_not_wait_for_the_end_of_a_burst(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """In a turn that takes in or sees off many, the caught-up get an append after the next of these, not after the last."""
     follower, _ = bench.connect(b"-0\n")
@@ -332,7 +283,7 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst(
 
 @pytest.mark.parametrize("what", ["start", "speak", "are closed"])
 def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """The same where input is thrown away: the header of those who start, what others say, what is left when a socket is closed."""
     follower, _ = bench.connect(b"-0\n")
@@ -361,7 +312,7 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(
     assert served == [False, True, True, True, True]
 
 
-def test_file_that_was_shorter_for_a_moment(bench: Bench) -> None:
+def test_file_that_was_shorter_for_a_moment(bench: WorkerBench) -> None:
     """A client that found nothing, because the file was empty just then, gets its bytes when it is as long as before."""
     far, client = bench.connect(b"99\n")
     bench.settle()
@@ -374,7 +325,9 @@ def test_file_that_was_shorter_for_a_moment(bench: Bench) -> None:
     assert bench.receive(far, 10) == b"9876543210"
 
 
-def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_while_the_event_is_taken(
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An append between the look at the file and the reading of the event that told of it is not left lying."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -391,7 +344,7 @@ def test_append_while_the_event_is_taken(bench: Bench, monkeypatch: pytest.Monke
     assert recv_exactly(follower, 6) == b"abcdef"
 
 
-def test_file_that_shrank_unseen(bench: Bench) -> None:
+def test_file_that_shrank_unseen(bench: WorkerBench) -> None:
     """A send that finds less than we thought makes the worker look again, and not try for ever."""
     far, client = bench.connect(b"15\n")
     bench.settle()
@@ -408,7 +361,7 @@ def test_file_that_shrank_unseen(bench: Bench) -> None:
 
 
 def test_error_with_one_client_ends_that_client_only(
-    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of ours while serving one client ends that one, with a line in the log; the others notice nothing."""
 
@@ -440,7 +393,10 @@ def poison(*_: object) -> None:
     "where", ["tailsrv.worker.worker.Client.forget_peer", "tailsrv.worker.streams.next_chunk"]
 )
 def test_error_with_one_stream_ends_that_client_only(
-    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+    bench: WorkerBench,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
     """The same for a stream that starts, and for one that is sent to."""
     other, _ = bench.connect(b"-0\n")
@@ -458,7 +414,7 @@ def test_error_with_one_stream_ends_that_client_only(
 
 
 def test_error_with_one_adopted_client_ends_that_client_only(
-    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same for one of those that a new worker takes over."""
     with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
@@ -475,7 +431,7 @@ def test_error_with_one_adopted_client_ends_that_client_only(
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOBUFS, "no buffers")])
 def test_shortage_while_adopting_ends_the_worker(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """A worker that has no memory for the clients it is to take over leaves all of them to the next."""
 
@@ -492,7 +448,7 @@ def test_shortage_while_adopting_ends_the_worker(
 
 @pytest.mark.parametrize("said", [b"x", b"-0\n"])
 def test_error_with_everybody_ends_the_worker(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, said: bytes
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
     """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
     bench.connect(b"-0\n")
@@ -520,7 +476,7 @@ def test_error_with_everybody_ends_the_worker(
         bench.worker.handle_client(client, select.EPOLLIN)
 
 
-def test_reset(bench: Bench) -> None:
+def test_reset(bench: WorkerBench) -> None:
     """A client that has reset its connection is forgotten, whatever its state, without an append."""
     waiting, first = bench.connect()
     caught_up, second = bench.connect(b"-0\n")
@@ -535,7 +491,7 @@ def test_reset(bench: Bench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
-def test_adopted_client_that_is_none(bench: Bench) -> None:
+def test_adopted_client_that_is_none(bench: WorkerBench) -> None:
     """Of clients that are handed on, one that is no connection is reported as left, and one that has gone meanwhile, too."""
     with tcp_pair() as (gone, peer), opened("/") as folder:
         reset(peer)
@@ -548,7 +504,7 @@ def test_adopted_client_that_is_none(bench: Bench) -> None:
     assert not bench.worker.clients
 
 
-def test_name_of_a_client_that_has_gone(bench: Bench) -> None:
+def test_name_of_a_client_that_has_gone(bench: WorkerBench) -> None:
     """Who is no longer known by name, and has gone, is unknown."""
     far, client = bench.connect(b"-0\n")
     assert str(client) == endpoint(*far.getsockname())
@@ -559,7 +515,7 @@ def test_name_of_a_client_that_has_gone(bench: Bench) -> None:
     assert str(client) == "unknown"
 
 
-def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
+def test_dropped_client_does_not_haunt_the_next(bench: WorkerBench) -> None:
     """A client that gets the descriptor number of a dropped one gets none of its events, though somebody holds a duplicate."""
     far, client = bench.connect()
     # made now, so that the number is free for the server's side
@@ -582,7 +538,7 @@ def test_dropped_client_does_not_haunt_the_next(bench: Bench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
-def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
+def test_appends_wake_nobody_without_clients(bench: WorkerBench) -> None:
     """A worker without clients sleeps through appends; the first one that comes finds the file as it is."""
     append(bench.path, b"a")
     assert not readable(bench.worker.loop.epoll.fileno())
@@ -604,7 +560,7 @@ def test_appends_wake_nobody_without_clients(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("when", ["it comes", "the file grows", "it is adopted"])
-def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
+def test_acknowledgements_are_waited_for(bench: WorkerBench, when: str) -> None:
     """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
     _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
     bench.until(lambda: client.state is ClientState.STREAMING)
@@ -622,7 +578,7 @@ def test_acknowledgements_are_waited_for(bench: Bench, when: str) -> None:
     assert client.state is ClientState.STREAMING
 
 
-def test_truncation_is_reported(bench: Bench) -> None:
+def test_truncation_is_reported(bench: WorkerBench) -> None:
     """A truncated file is reported with its new size; a client beyond its end waits, and goes on when the file has grown."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -634,7 +590,7 @@ def test_truncation_is_reported(bench: Bench) -> None:
     assert bench.receive(far, 3) == b"hij"
 
 
-def test_file_that_is_gone_is_reported_at_each_look(bench: Bench) -> None:
+def test_file_that_is_gone_is_reported_at_each_look(bench: WorkerBench) -> None:
     """The supervisor is told that the file is gone; what it decides is its own business, and the clients stay."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -670,7 +626,7 @@ def test_path_that_cannot_be_seen(path: Path) -> None:
         bench.until(lambda: bench.worker.file_monitor.gone)
 
 
-def test_clients_are_reported(bench: Bench) -> None:
+def test_clients_are_reported(bench: WorkerBench) -> None:
     """The supervisor learns who has joined, where each starts and who has left; the title counts them."""
     far, client = bench.connect(b"-4\n")
     bench.settle()
@@ -686,7 +642,7 @@ def test_clients_are_reported(bench: Bench) -> None:
     bench.until(lambda: [report.left for report in bench.reports()][-1:] == [[client.number]])
 
 
-def test_header_stays_in_the_socket_until_the_start_is_told(bench: Bench) -> None:
+def test_header_stays_in_the_socket_until_the_start_is_told(bench: WorkerBench) -> None:
     """While the supervisor has no room for the news nothing is consumed and nothing sent; a follower notices nothing."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -719,42 +675,16 @@ def test_no_inotify(path: Path) -> None:
     """Out of inotify instances, the worker says why it polls, and serves appends by the clock."""
     if not as_root:
         pytest.skip("only root can be a user whose inotify instances nobody else needs")
-    code = """
-import encodings.idna, os
-from contextlib import ExitStack
-from pathlib import Path
-from inotify_simple import INotify
-from support.worker_bench import working
-from support.files import append
-os.setgroups([]), os.setuid(3_000_000_000 + os.getpid())
-with ExitStack() as held:
-    try:
-        while True:
-            held.enter_context(INotify())
-    except OSError:
-        pass
-    bench = held.enter_context(working(Path("log")))
-    assert "max_user_instances" in bench.worker.watch.polling, bench.worker.watch.polling
-    bench.worker.file_monitor.poll_file()
-    far, client = bench.connect(b"-0\\n")
-    for number in range(1, 4):
-        append(Path("log"), b"more")
-        bench.skew = 10.0 * number
-        assert bench.receive(far, 4) == b"more"
-    os.rename("log", "log.1")
-    bench.skew = 50.0
-    bench.until(lambda: bench.worker.file_monitor.gone)
-"""
     path.parent.chmod(0o777)
     path.chmod(0o666)
-    done = run_python(f"import os; os.chdir({str(path.parent)!r})\n{code}")
+    done = run_program("worker_without_inotify", str(path.parent))
     assert done.returncode == 0, done.stderr
 
 
 # The end
 
 
-def test_drain(bench: Bench) -> None:
+def test_drain(bench: WorkerBench) -> None:
     """Told to drain, the worker gives everyone what is in the file now, also those who have just connected, and ends."""
     append(bench.path, BIG)
     whole = b"0123456789" + BIG
@@ -785,7 +715,7 @@ def test_drain(bench: Bench) -> None:
     assert not bench.worker.clients
 
 
-def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
+def test_drain_refuses_those_who_come_later(bench: WorkerBench) -> None:
     """After the word to drain nobody is accepted any more, and what is appended is not sent."""
     far, _ = bench.connect(b"8\n")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
@@ -796,7 +726,7 @@ def test_drain_refuses_those_who_come_later(bench: Bench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
-def test_orders_that_came_together(bench: Bench) -> None:
+def test_orders_that_came_together(bench: WorkerBench) -> None:
     """Whatever else waits in the channel, a SIGTERM that comes with the word to drain is one: no client is left behind."""
     far, _ = bench.connect(b"8\n")
     bench.settle()
@@ -808,7 +738,7 @@ def test_orders_that_came_together(bench: Bench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
-def test_ping(bench: Bench) -> None:
+def test_ping(bench: WorkerBench) -> None:
     """A ping is answered, while draining as well."""
     bench.connect(b"8\n", receive=4096)
     for order in (Ping(), Drain(bench.config.grace, rotating=True), Ping()):
@@ -820,14 +750,14 @@ def test_ping(bench: Bench) -> None:
             bench.until(lambda: bench.worker.draining)
 
 
-def test_drain_without_clients(bench: Bench) -> None:
+def test_drain_without_clients(bench: WorkerBench) -> None:
     """A worker with nobody to see off ends at once."""
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.worker.step(DEADLINE)
     assert bench.worker.ended
 
 
-def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: Bench) -> None:
+def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: WorkerBench) -> None:
     """A client that keeps its side open is done when it has got everything."""
     far, _ = bench.connect(b"0\n")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
@@ -881,7 +811,7 @@ def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert (b"0123456789" + BIG).startswith(got)
 
 
-def test_term_without_drain_is_like_a_crash(bench: Bench) -> None:
+def test_term_without_drain_is_like_a_crash(bench: WorkerBench) -> None:
     """SIGTERM alone ends the worker and touches no client: the successor has them."""
     _, client = bench.connect(b"-0\n")
     signal.raise_signal(signal.SIGTERM)
@@ -891,7 +821,7 @@ def test_term_without_drain_is_like_a_crash(bench: Bench) -> None:
     assert client.sock.fileno() == client.fd
 
 
-def test_term_after_drain(bench: Bench) -> None:
+def test_term_after_drain(bench: WorkerBench) -> None:
     """SIGTERM behind the word to drain drains, even if the signal is seen first."""
     far, _ = bench.connect(b"8\n")
     bench.settle()
@@ -903,7 +833,7 @@ def test_term_after_drain(bench: Bench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
-def test_orphan_ends(bench: Bench) -> None:
+def test_orphan_ends(bench: WorkerBench) -> None:
     """A worker whose supervisor is gone ends."""
     bench.settle()
     bench.channel.close()
@@ -911,14 +841,14 @@ def test_orphan_ends(bench: Bench) -> None:
     assert bench.worker.ended
 
 
-def test_run(bench: Bench) -> None:
+def test_run(bench: WorkerBench) -> None:
     """run() says that the worker is ready, and returns the exit status when it is told to drain."""
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     assert bench.worker.run() == ExitStatus.DONE
     assert bench.reports()[0].notices.ready is True
 
 
-def test_run_on_a_file_that_has_gone_already(bench: Bench) -> None:
+def test_run_on_a_file_that_has_gone_already(bench: WorkerBench) -> None:
     """A file that went between the supervisor's look and the worker's watch is reported with the first word."""
     bench.path.unlink()
     bench.channel.sendall(encode(Drain(bench.config.grace)))

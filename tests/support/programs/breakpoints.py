@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# as `python -m tailsrv` has it: the checkout comes before what is installed
+sys.path.insert(0, os.getcwd())
+
 from tailsrv import main as cli
 from tailsrv.config import Timing
 from tailsrv.supervisor import upgrade

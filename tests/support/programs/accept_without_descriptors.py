@@ -1,0 +1,27 @@
+"""Accepts connections where there is no descriptor for them, and again when there is."""
+
+import os
+import resource
+import socket
+
+from tailsrv.linux.sockets import Outcome, accept
+
+with (
+    socket.create_server(("127.0.0.1", 0)) as listener,
+    socket.create_connection(listener.getsockname()),
+):
+    listener.setblocking(False)
+    spare = os.open("/", os.O_RDONLY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, hard))
+    assert accept(listener) is Outcome.NO_DESCRIPTOR
+    assert accept(listener) is Outcome.NO_DESCRIPTOR
+    os.close(spare)
+    accepted = accept(listener)
+    assert isinstance(accepted, tuple)
+    accepted[0].close()
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    spare = os.open("/", os.O_RDONLY)
+    assert accept(listener) is Outcome.WOULD_BLOCK
+    # who measures coverage needs some at the end
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,0 +1,14 @@
+"""Prints what is in an anonymous file, and what the kernel says of it."""
+
+import os
+
+from tailsrv.linux.kernel import memory_file
+
+fd = memory_file("name")
+os.write(fd, b"data")
+print(
+    os.pread(fd, 10, 0),
+    os.get_inheritable(fd),
+    os.fstat(fd).st_nlink,
+    os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:name"),
+)

@@ -1,0 +1,35 @@
+"""Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us.
+
+Prints after each how many connections the kernel has given out before their handshake was complete.
+"""
+
+import socket
+
+from tailsrv.listeners import open_listeners, take_listeners
+
+
+def count() -> int:
+    with open("/proc/net/netstat") as file:
+        names, values = [line.split() for line in file if line.startswith("TcpExt:")]
+    return int(values[names.index("TCPFastOpenPassive")])
+
+
+def visit(listener: socket.socket) -> None:
+    with socket.socket() as far:
+        far.sendto(b"0", socket.MSG_FASTOPEN, listener.getsockname())
+        listener.settimeout(20)
+        listener.accept()[0].close()
+        print(count())
+
+
+def plain() -> socket.socket:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    return listener
+
+
+visit(plain())
+for [listener] in open_listeners(["127.0.0.1"], 0, 1):
+    visit(listener)
+visit(take_listeners([plain().detach()])[0])

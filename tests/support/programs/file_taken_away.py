@@ -1,0 +1,19 @@
+"""Opens the copy at argv[1], which is deleted each time just before it is locked; prints the error, and how many descriptors are open."""
+
+import os
+import sys
+
+from tailsrv.client.command import RunError
+from tailsrv.client.local_copy import LocalCopy
+
+
+def take_away(event: str, _: object) -> None:
+    if event == "fcntl.flock":
+        os.unlink(sys.argv[1])
+
+
+sys.addaudithook(take_away)
+try:
+    LocalCopy(sys.argv[1])
+except RunError as error:
+    print(error, len(os.listdir("/proc/self/fd")))

@@ -1,0 +1,11 @@
+"""Looks for the way to a file in a folder that is gone."""
+
+import os
+import tempfile
+
+from tailsrv.linux.inotify import steps_to
+
+with tempfile.TemporaryDirectory() as folder:
+    os.chdir(folder)
+    assert list(steps_to("log"))[-1] == os.path.join(os.path.realpath(folder), "log")
+assert list(steps_to("log")) == []

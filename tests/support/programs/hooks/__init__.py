@@ -1,0 +1,1 @@
+"""What an interpreter runs at its start, as sitecustomize."""

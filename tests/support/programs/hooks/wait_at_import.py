@@ -1,0 +1,19 @@
+"""The program waits at the named pipe $TAILSRV_TEST_GATE before it imports what it does."""
+
+import builtins
+import os
+from typing import Any
+
+original = builtins.__import__
+
+
+def importing(name: str, *arguments: Any, **more: Any) -> Any:
+    """Import, but wait for the test before the program itself."""
+    if name == "tailsrv.main":
+        builtins.__import__ = original
+        with open(os.environ["TAILSRV_TEST_GATE"]) as gate:
+            gate.read()
+    return original(name, *arguments, **more)
+
+
+builtins.__import__ = importing

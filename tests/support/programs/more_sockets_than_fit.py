@@ -1,0 +1,24 @@
+"""Receives ten descriptors where four fit; prints who is in the table, who is not, and whether the kernel says that some are missing."""
+
+import os
+import resource
+import socket
+
+from tailsrv.supervisor.client_table import ClientTable
+
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sent = [os.dup(0) for _ in range(10)]
+socket.send_fds(theirs, [b"ten"], sent)
+for fd in sent:
+    os.close(fd)
+resource.setrlimit(resource.RLIMIT_NOFILE, (sent[0] + 4, sent[0] + 4))
+_, sockets, flags, _ = socket.recv_fds(ours, 10, 253)
+client_table = ClientTable()
+print(
+    client_table.add(range(10), sockets, 1000),
+    sorted(client_table.clients),
+    sorted(client_table.unprotected),
+    bool(flags & socket.MSG_CTRUNC),
+)
+ours.close()
+theirs.close()

@@ -1,0 +1,63 @@
+"""A tailsrv whose workers die of any client that wants to start at byte 666."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+# as `python -m tailsrv` has it: the checkout comes before what is installed
+sys.path.insert(0, os.getcwd())
+
+from tailsrv import main as cli
+from tailsrv.control import Control
+from tailsrv.inheritance import Entry, Inheritance
+from tailsrv.listeners import endpoints
+from tailsrv.log import logger, set_up
+from tailsrv.served_file import open_file
+from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.supervisor import Supervisor
+from tailsrv.worker import worker
+from tailsrv.worker.client import Client
+
+
+def die() -> None:
+    """End as argv[1] says."""
+    match how:
+        case "raise":
+            raise RuntimeError("poison")
+        case "exit":
+            os._exit(1)
+        case _:
+            os.kill(os.getpid(), getattr(signal, how))
+
+
+class Poisoned(worker.Worker):
+    """A worker that dies of one client."""
+
+    def adopt(self, entries: Mapping[int, Entry]) -> None:
+        if any(entry.start == 666 for entry in entries.values()):
+            die()
+        super().adopt(entries)
+
+    def start_stream(self, client: Client, offset: int) -> None:
+        super().start_stream(client, offset)
+        if offset == 666:
+            die()
+
+
+def work(inheritance: Inheritance) -> int:
+    """Do the work of a worker that is poisoned."""
+    worker.Worker = Poisoned  # type: ignore[misc] # in this child only
+    return worker.work(inheritance, config)
+
+
+how = sys.argv.pop(1)
+config, verbosity = cli.parse(None)
+set_up(verbosity)
+file = open_file(config.path)
+listeners = cli.listen(config, config.port or 0)
+port = listeners[0][0].getsockname()[1]
+names = endpoints(config.bind, port)
+logger.info("listening: port=%d", port)
+slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
+sys.exit(Supervisor(config, slots, names, Control.lock(names), work).run(file))

@@ -1,0 +1,18 @@
+"""Shows progress on a terminal that is closed meanwhile; prints what was on it."""
+
+import os
+import pty
+
+from tailsrv.client.tssync import Progress
+
+near, far = pty.openpty()
+os.dup2(far, 2)
+os.close(far)
+progress = Progress("copy")
+progress.grow(0, 0.0)
+progress.grow(1000, 1.0)
+print(ascii(os.read(near, 1000)))
+os.close(near)
+progress.grow(2000, 2.0)
+progress.grow(3000, 3.0)
+progress.clear()

@@ -1,0 +1,16 @@
+"""Prints what is in memory of the file argv[1], or the error."""
+
+import sys
+
+from tailsrv.linux.kernel import preadv_nowait
+
+with open(sys.argv[1], "rb") as file:
+    buffer = bytearray(2)
+    try:
+        print(
+            preadv_nowait(file.fileno(), buffer, 1),
+            bytes(buffer),
+            preadv_nowait(file.fileno(), buffer, 4),
+        )
+    except OSError as error:
+        print(error.errno)

@@ -1,0 +1,10 @@
+"""Raises the soft limit of descriptors to the hard one."""
+
+import resource
+
+from tailsrv.linux.process import raise_descriptor_limit
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
+assert raise_descriptor_limit() == 200
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)
+assert raise_descriptor_limit() == 200

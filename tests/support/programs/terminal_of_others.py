@@ -1,0 +1,7 @@
+"""Becomes the rest of argv with the terminal argv[1], which is not its own, as standard input."""
+
+import os
+import sys
+
+os.dup2(os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY), 0)
+os.execv(sys.argv[2], sys.argv[2:])

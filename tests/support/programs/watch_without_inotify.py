@@ -1,0 +1,23 @@
+"""Watches the file argv[1] where there is room for one inotify instance; prints what the second watch makes of that."""
+
+import os
+import resource
+import sys
+
+from tailsrv.linux.inotify import Watch
+
+file = os.open(sys.argv[1], os.O_RDONLY)
+Watch(file, sys.argv[1]).close()
+spare = os.open("/", os.O_RDONLY)
+first = os.open("/", os.O_RDONLY)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (first + 1, hard))
+os.close(first)
+held = Watch(file, sys.argv[1])
+assert held.polling is None, held.polling
+watch = Watch(file, sys.argv[1])
+print(watch.polling, watch.fileno(), watch.size())
+held.close()
+watch.close()
+# who measures coverage needs some at the end
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
