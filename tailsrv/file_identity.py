@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 
-from tailsrv.linux.file_system import is_local
+from tailsrv.linux.file_system_type import is_local
 from tailsrv.linux.files import close_file
 
 # The errors of fstat(2) for a file that is lost for good: its server has forgotten it (NFS), its

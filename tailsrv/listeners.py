@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from tailsrv.addresses import endpoint
-from tailsrv.diagnostics import cannot_bind
-from tailsrv.linux import kernel
+from tailsrv.error_hints import cannot_bind
+from tailsrv.linux import libc_fallbacks
 from tailsrv.linux.sockets import KEEPALIVE_OPTIONS, protocol
 from tailsrv.log import fields, logger
 
@@ -39,7 +39,7 @@ NOTSENT_LOWAT = 128 << 10
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     *KEEPALIVE_OPTIONS,
-    (socket.IPPROTO_TCP, kernel.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
+    (socket.IPPROTO_TCP, libc_fallbacks.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
 )
 
 
@@ -271,7 +271,7 @@ def _other_protocol(sock: socket.socket) -> str | None:
     number = protocol(sock)
     if number == socket.IPPROTO_TCP:
         return None
-    return "MPTCP" if number == kernel.IPPROTO_MPTCP else f"protocol {number}"
+    return "MPTCP" if number == libc_fallbacks.IPPROTO_MPTCP else f"protocol {number}"
 
 
 def names_of(listeners: Sequence[socket.socket]) -> list[str]:
@@ -332,7 +332,7 @@ def _forbid_fast_open(sock: socket.socket) -> None:
     has the flag 0x400, listen(2) enables Fast Open, so call this after listen(2).
     """
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, kernel.TCP_FASTOPEN, 0)
+        sock.setsockopt(socket.IPPROTO_TCP, libc_fallbacks.TCP_FASTOPEN, 0)
     except OSError:
         # This kernel does not support TCP Fast Open.
         pass

@@ -12,7 +12,7 @@ import time
 import traceback
 from types import TracebackType
 
-from tailsrv.linux.standard_error import open_output
+from tailsrv.linux.stderr_writer import open_output
 
 logger = logging.getLogger("tailsrv")
 

@@ -17,7 +17,7 @@ from setproctitle import getproctitle
 from tailsrv import __version__
 from tailsrv.arguments import make_parser
 from tailsrv.config import Config, ConfigError, ExitStatus, Timing
-from tailsrv.control import AlreadyServedError, Control, describe_holder, find_supervisor
+from tailsrv.control_socket import AlreadyServedError, Control, describe_holder, find_supervisor
 from tailsrv.linux.process import occupy_standard_descriptors, raise_descriptor_limit
 from tailsrv.linux.process_title import make_room
 from tailsrv.linux.signals import block_all, ignore_io_signals, interruptible

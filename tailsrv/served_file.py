@@ -6,7 +6,7 @@ The supervisor holds one `ServedFile`. All workers inherit its descriptor.
 import os
 import stat
 
-from tailsrv.diagnostics import absolute, cannot_open
+from tailsrv.error_hints import absolute, cannot_open
 from tailsrv.file_identity import FileIdentity
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tailsrv.addresses import endpoint
-from tailsrv.client.lookup import Found, Lookup
+from tailsrv.client.name_lookup import Found, Lookup
 from tailsrv.linux.event_loop import MAX_WAIT
 from tailsrv.linux.sockets import KEEPALIVE_OPTIONS
 

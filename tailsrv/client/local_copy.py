@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Self
 
-from tailsrv.client.command import RunError
+from tailsrv.client.command_runner import RunError
 from tailsrv.client.resume import CONTEXT
 from tailsrv.client.splicing import UNABLE, splice
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from tailsrv.arguments import make_tscat_parser, split_offset
 from tailsrv.client import follow
-from tailsrv.client.command import RunError, print_message, run
+from tailsrv.client.command_runner import RunError, print_message, run
 from tailsrv.client.connector import milliseconds
 from tailsrv.linux.process import occupy_standard_descriptors
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from tailsrv.addresses import parse_endpoint
 from tailsrv.arguments import make_tssync_parser
 from tailsrv.client import OtherFileError, follow
-from tailsrv.client.command import print_message, run
+from tailsrv.client.command_runner import print_message, run
 from tailsrv.client.connector import wait
 from tailsrv.client.local_copy import LocalCopy
 from tailsrv.formatting import size

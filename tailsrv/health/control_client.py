@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.control import CLIENTS, PREFIX, credentials, overflow_uid
+from tailsrv.control_socket import CLIENTS, PREFIX, credentials, overflow_uid
 from tailsrv.health.report import STOPPED, Level, Server
-from tailsrv.health.users import user_names
+from tailsrv.health.user_names import user_names
 from tailsrv.linux.process import read_stat
 from tailsrv.status_schema import (
     AnswerError,

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Iterable
 
-from tailsrv.linux.kernel import memory_file, preadv_nowait
+from tailsrv.linux.libc_fallbacks import memory_file, preadv_nowait
 from tailsrv.linux.sockets import Outcome, outcome_of
 
 # Largest number of bytes that `send_to_all` reads once and then writes to every socket. For so few

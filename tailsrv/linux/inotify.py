@@ -13,7 +13,7 @@ from pathlib import Path
 
 from inotify_simple import INotify, flags
 
-from tailsrv.linux.file_system import why_poll
+from tailsrv.linux.file_system_type import why_poll
 
 # Events of the file itself after which its path might no longer name it. ATTRIB reports its
 # removal. DELETE_SELF does not: while the file is open, unlink(2) only lowers its link count.

@@ -1,4 +1,4 @@
-"""System calls on sockets: accept, receive, shut down, and what the kernel knows of a connection.
+"""System calls on sockets: receive, shut down, and what the kernel knows of a connection.
 
 Errors that are part of normal operation are returned as values (`Outcome`), not raised.
 """
@@ -15,7 +15,7 @@ from enum import Enum
 from socket import IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL
 from typing import NamedTuple
 
-from tailsrv.linux.kernel import SO_PROTOCOL
+from tailsrv.linux.libc_fallbacks import SO_PROTOCOL
 
 # Options that make the kernel end a connection about two minutes after its peer has vanished. The
 # times are in seconds.
@@ -34,10 +34,6 @@ NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENO
 _SHORTAGE_ERRNOS = NO_ROOM_ERRNOS | {errno.ENOSPC}
 
 
-# If accept(2) fails this many times in a row, the cause is taken to be other than the connections.
-ACCEPT_TRIES = 64
-
-
 class Outcome(Enum):
     """Why a system call transferred no data, or accepted no connection."""
 
@@ -54,19 +50,6 @@ PEER_GONE_ERRNOS = frozenset(
     {errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
 )
 
-# accept(2) passes on network errors of the new connection. They do not mean that the listener
-# fails.
-TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
-    errno.ECONNABORTED,
-    errno.EPROTO,
-    errno.ENOPROTOOPT,
-    errno.ENONET,
-    errno.EOPNOTSUPP,
-    # A firewall rule refuses the connection.
-    errno.EPERM,
-    errno.ETIMEDOUT,
-}
-
 # The buffer of `discard`. With MSG_TRUNC the kernel never writes to it, so it uses no memory. It is
 # larger than the largest receive buffer (tcp_rmem[2], 6 MiB by default), so that one call empties
 # the socket.
@@ -82,51 +65,6 @@ def outcome_of(error: OSError) -> Outcome | OSError:
     return Outcome.NO_ROOM if error.errno in NO_ROOM_ERRNOS else error
 
 
-def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome | OSError:
-    """Accept one connection.
-
-    A connection that fails before it is accepted is skipped.
-
-    Returns:
-        The new socket, which is non-blocking, and the address and port of its peer. Or an Outcome,
-        if there is no connection to accept, or no descriptor or memory for it. Or the last error,
-        if ACCEPT_TRIES calls in a row have failed: then the cause is not in the connections. For
-        instance, a security policy may refuse the call before the kernel looks into the queue.
-
-    Raises:
-        OSError: The listener itself fails.
-
-    """
-    for _ in range(ACCEPT_TRIES):
-        try:
-            sock, address = listener.accept()
-        except BlockingIOError:
-            return Outcome.WOULD_BLOCK
-        except OSError as error:
-            # The socket does not listen any more: a process that shares it has called
-            # `stop_listening`.
-            if error.errno == errno.EINVAL:
-                return Outcome.WOULD_BLOCK
-            if error.errno in NO_ROOM_ERRNOS:
-                return _without_room(listener, error)
-            if error.errno not in TRANSIENT_ACCEPT_ERRNOS:
-                raise
-            failure = error
-        else:
-            # The new socket does not inherit O_NONBLOCK (accept(2)).
-            sock.setblocking(False)
-            return sock, address[:2]
-    return failure
-
-
-def _without_room(listener: socket.socket, error: OSError) -> Outcome:
-    # The kernel allocates a descriptor before it looks into the queue, so it may report this error
-    # although there is no connection to accept.
-    if not _is_readable(listener):
-        return Outcome.WOULD_BLOCK
-    return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM
-
-
 def stop_listening(listener: socket.socket) -> None:
     """Refuse new connections from now on.
 
@@ -140,7 +78,8 @@ def stop_listening(listener: socket.socket) -> None:
         pass
 
 
-def _is_readable(sock: socket.socket) -> bool:
+def is_readable(sock: socket.socket) -> bool:
+    """Return whether `sock` has data, a connection to accept, or an end of input."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tailsrv.addresses import endpoint
-from tailsrv.inheritance import Entry
 from tailsrv.linux.sockets import bytes_streamed
+from tailsrv.worker_context import Entry
 
 Saved = list[list[int | None]]
 

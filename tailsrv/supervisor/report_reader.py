@@ -7,7 +7,10 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from tailsrv.channel import (
+from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
+from tailsrv.log import RateLimited, fields, logger
+from tailsrv.supervisor.slot import Slot
+from tailsrv.worker_channel import (
     MAX_PACKET,
     MAX_REPORTED_SOCKETS,
     NO_NOTICES,
@@ -16,9 +19,6 @@ from tailsrv.channel import (
     WorkerReport,
     decode,
 )
-from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
-from tailsrv.log import RateLimited, fields, logger
-from tailsrv.supervisor.slot import Slot
 
 # Number of descriptors that are not used to protect clients. The supervisor needs some itself: for
 # the channel of a new worker, the files of an upgrade's check, and health checks.

@@ -16,7 +16,7 @@ from functools import partial
 
 from tailsrv import __version__
 from tailsrv.config import Config
-from tailsrv.control import Control
+from tailsrv.control_socket import Control
 from tailsrv.linux import systemd
 from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
 from tailsrv.linux.process import start_ticks

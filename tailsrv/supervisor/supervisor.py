@@ -19,19 +19,17 @@ from enum import Enum
 from setproctitle import setproctitle
 
 from tailsrv import __version__
-from tailsrv.channel import Notices
 from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Config, ExitStatus
-from tailsrv.control import Control
-from tailsrv.diagnostics import cannot_see
-from tailsrv.inheritance import Inheritance
+from tailsrv.control_socket import Control
+from tailsrv.error_hints import cannot_see
 from tailsrv.linux import systemd
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.mounts import Mounts
 from tailsrv.linux.process import raise_oom_score
-from tailsrv.linux.self_check import counts_streams
 from tailsrv.linux.signals import ACTED_ON, STRAY, Wakeup, name_of, unblock_all
 from tailsrv.linux.sockets import lacks_room
+from tailsrv.linux.tcp_info_check import counts_streams
 from tailsrv.linux.terminal import is_hung_up, remember_nohup
 from tailsrv.log import describe_error, fields, logger
 from tailsrv.served_file import CannotServeError, ServedFile
@@ -45,6 +43,8 @@ from tailsrv.supervisor.upgrade_state import UpgradeState
 from tailsrv.supervisor.watchdog import Watchdog
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import status_title
+from tailsrv.worker_channel import Notices
+from tailsrv.worker_context import WorkerContext
 
 # Seconds between killing the workers and exiting without them. A worker in an uninterruptible sleep
 # must not keep the supervisor from exiting.
@@ -88,7 +88,7 @@ class Supervisor:
         slots: Sequence[Slot],
         endpoints: Sequence[str],
         control: Control,
-        work: Callable[[Inheritance], int],
+        work: Callable[[WorkerContext], int],
         handed_on: UpgradeState | None = None,
     ) -> None:
         self.config = config

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tailsrv import channel as messages
+from tailsrv import worker_channel
 
 # The format of this state. The supervisor must not exec a program that reads another format.
 FORMAT = 2
@@ -63,7 +63,9 @@ class UpgradeState:
 
 def encode(state: UpgradeState) -> bytes:
     """Return `state` as bytes for decode()."""
-    return json.dumps({"format": FORMAT, "messages": messages.VERSION, **asdict(state)}).encode()
+    return json.dumps(
+        {"format": FORMAT, "messages": worker_channel.VERSION, **asdict(state)}
+    ).encode()
 
 
 def decode(data: bytes) -> UpgradeState:
@@ -74,10 +76,10 @@ def decode(data: bytes) -> UpgradeState:
     try:
         values: dict[str, Any] = json.loads(data)
         formats = (values.pop("format"), values.pop("messages"))
-        if formats != (FORMAT, messages.VERSION):
+        if formats != (FORMAT, worker_channel.VERSION):
             raise StateError(
                 f"state and channel have format {formats}, this version reads "
-                f"{(FORMAT, messages.VERSION)}: restart the server instead (this ends all streams)"
+                f"{(FORMAT, worker_channel.VERSION)}: restart the server instead (this ends all streams)"
             )
         slots = [SlotState(**slot) for slot in values.pop("slots")]
         return UpgradeState(slots=slots, **values)

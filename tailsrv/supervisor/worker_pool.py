@@ -11,16 +11,16 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from tailsrv.channel import Drain, Notices, Ping, encode
 from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Timing
-from tailsrv.inheritance import Inheritance
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import blocked
 from tailsrv.log import fields, logger
 from tailsrv.supervisor.report_reader import ReportReader
 from tailsrv.supervisor.restart_policy import ExitKind, Failures, classify_exit, describe_exit
 from tailsrv.supervisor.slot import Slot
+from tailsrv.worker_channel import Drain, Notices, Ping, encode
+from tailsrv.worker_context import WorkerContext
 
 # Seconds between SIGTERM and SIGKILL for an outdated worker, in which it can finish its turn.
 REPLACE_PATIENCE = 1.0
@@ -220,7 +220,7 @@ class WorkerPool:
         channel: socket.socket,
         endpoints: Sequence[str],
         client_limit: ClientLimit | None,
-    ) -> Inheritance:
+    ) -> WorkerContext:
         """In a forked child, close what belongs to other slots, and return what its worker needs.
 
         Args:
@@ -244,7 +244,7 @@ class WorkerPool:
                 [],
                 {client: entry for client, entry in clients.items() if entry.start is not None},
             )
-        return Inheritance(
+        return WorkerContext(
             slot.index, file, listeners, slot.shared, channel, endpoints, client_limit, clients
         )
 

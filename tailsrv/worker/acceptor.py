@@ -1,5 +1,6 @@
 """Accepts connections from a slot's listeners, within --max-clients and --allow."""
 
+import errno
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -8,12 +9,35 @@ from ipaddress import ip_address
 
 from tailsrv.addresses import endpoint
 from tailsrv.config import Network
-from tailsrv.inheritance import Inheritance
 from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
-from tailsrv.linux.kernel import EPOLLEXCLUSIVE
-from tailsrv.linux.sockets import Outcome, accept, stop_listening
+from tailsrv.linux.libc_fallbacks import EPOLLEXCLUSIVE
+from tailsrv.linux.sockets import (
+    NO_ROOM_ERRNOS,
+    PEER_GONE_ERRNOS,
+    Outcome,
+    is_readable,
+    stop_listening,
+)
 from tailsrv.listeners import BACKLOG
 from tailsrv.log import RateLimited
+from tailsrv.worker_context import WorkerContext
+
+# If accept(2) fails this many times in a row, the cause is taken to be other than the connections.
+ACCEPT_TRIES = 64
+
+# accept(2) passes on network errors of the new connection. They do not mean that the listener
+# fails.
+TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENOPROTOOPT,
+    errno.ENONET,
+    errno.EOPNOTSUPP,
+    # A firewall rule refuses the connection.
+    errno.EPERM,
+    errno.ETIMEDOUT,
+}
+
 
 # Connections accepted from one listener in one turn, so that a burst of thousands does not delay
 # the clients that are being served.
@@ -38,7 +62,7 @@ class Acceptor:
     the loop does not spin.
 
     Args:
-        inheritance: The slot, its listeners, and the limit on clients, if any.
+        context: The slot, its listeners, and the limit on clients, if any.
         loop: The worker's event loop.
         allow: The networks that clients may come from. If empty, all clients are accepted.
         handle_accepted: Called with the socket and the address of each accepted connection.
@@ -50,7 +74,7 @@ class Acceptor:
 
     def __init__(
         self,
-        inheritance: Inheritance,
+        context: WorkerContext,
         loop: EventLoop,
         allow: Sequence[Network],
         handle_accepted: Callable[[socket.socket, Peer], None],
@@ -58,11 +82,11 @@ class Acceptor:
         free_descriptor: Callable[[], bool],
     ) -> None:
         self._slot, self._listeners, self._shared = (
-            inheritance.slot,
-            inheritance.listeners,
-            inheritance.shared,
+            context.slot,
+            context.listeners,
+            context.shared,
         )
-        self._client_limit = inheritance.client_limit
+        self._client_limit = context.client_limit
         self._loop, self._allow = loop, allow
         self._handle_accepted, self._count, self._free_descriptor = (
             handle_accepted,
@@ -198,3 +222,48 @@ def is_allowed(host: str, networks: Sequence[Network]) -> bool:
     address = ip_address(host)
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in network for network in networks)
+
+
+def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]] | Outcome | OSError:
+    """Accept one connection.
+
+    A connection that fails before it is accepted is skipped.
+
+    Returns:
+        The new socket, which is non-blocking, and the address and port of its peer. Or an Outcome,
+        if there is no connection to accept, or no descriptor or memory for it. Or the last error,
+        if ACCEPT_TRIES calls in a row have failed: then the cause is not in the connections. For
+        instance, a security policy may refuse the call before the kernel looks into the queue.
+
+    Raises:
+        OSError: The listener itself fails.
+
+    """
+    for _ in range(ACCEPT_TRIES):
+        try:
+            sock, address = listener.accept()
+        except BlockingIOError:
+            return Outcome.WOULD_BLOCK
+        except OSError as error:
+            # The socket does not listen any more: a process that shares it has called
+            # `stop_listening`.
+            if error.errno == errno.EINVAL:
+                return Outcome.WOULD_BLOCK
+            if error.errno in NO_ROOM_ERRNOS:
+                return _without_room(listener, error)
+            if error.errno not in TRANSIENT_ACCEPT_ERRNOS:
+                raise
+            failure = error
+        else:
+            # The new socket does not inherit O_NONBLOCK (accept(2)).
+            sock.setblocking(False)
+            return sock, address[:2]
+    return failure
+
+
+def _without_room(listener: socket.socket, error: OSError) -> Outcome:
+    # The kernel allocates a descriptor before it looks into the queue, so it may report this error
+    # although there is no connection to accept.
+    if not is_readable(listener):
+        return Outcome.WOULD_BLOCK
+    return Outcome.NO_DESCRIPTOR if error.errno == errno.EMFILE else Outcome.NO_ROOM

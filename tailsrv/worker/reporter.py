@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tailsrv.channel import (
+from tailsrv.linux.event_loop import EventLoop
+from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker_channel import (
     MAX_REPORTED_CLIENTS,
     MAX_REPORTED_SOCKETS,
     NO_NOTICES,
     WorkerReport,
     encode,
 )
-from tailsrv.linux.event_loop import EventLoop
-from tailsrv.worker.client import Client, ClientState
 
 # Seconds that the report of a departed client may be delayed, to be sent together with others.
 DEPARTURE_DELAY = 0.05

@@ -16,9 +16,7 @@ from itertools import count
 
 from setproctitle import setproctitle
 
-from tailsrv.channel import MAX_PACKET, Drain, Message, Ping, decode
 from tailsrv.config import Config, ExitStatus
-from tailsrv.inheritance import Entry, Inheritance
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.linux.inotify import NoFile, Watch
 from tailsrv.linux.process_title import ProcessTitle
@@ -42,6 +40,8 @@ from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.header_reader import HeaderReader
 from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import Streams
+from tailsrv.worker_channel import MAX_PACKET, Drain, Message, Ping, decode
+from tailsrv.worker_context import Entry, WorkerContext
 
 # Edge-triggered, so that one registration is enough and a socket that stays readable is reported
 # only once. EPOLLOUT is added only when a client blocks: otherwise every new socket would cause one
@@ -51,7 +51,7 @@ HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
 
-def work(inheritance: Inheritance, config: Config) -> int:
+def work(context: WorkerContext, config: Config) -> int:
     """Set up this forked process, serve one slot, and return the exit status.
 
     The worker ends after the supervisor's order to drain, when the supervisor has exited, or on
@@ -63,7 +63,7 @@ def work(inheritance: Inheritance, config: Config) -> int:
         not start for another reason.
 
     """
-    setproctitle(worker_title(inheritance.slot, inheritance.endpoints, "starting", 0))
+    setproctitle(worker_title(context.slot, context.endpoints, "starting", 0))
     # Keep the garbage collector from writing to the objects that the supervisor has made, so that
     # their memory stays shared with it.
     gc.freeze()
@@ -79,9 +79,9 @@ def work(inheritance: Inheritance, config: Config) -> int:
     try:
         wakeup = Wakeup({signal.SIGTERM} | STRAY)
         unblock_all()
-        worker = Worker(inheritance, config, wakeup)
+        worker = Worker(context, config, wakeup)
     except OSError as error:
-        logger.critical("worker cannot boot: %s", fields(slot=inheritance.slot, reason=error))
+        logger.critical("worker cannot boot: %s", fields(slot=context.slot, reason=error))
         return os.EX_TEMPFAIL if lacks_room(error) else ExitStatus.CANNOT_BOOT
     return worker.run()
 
@@ -90,7 +90,7 @@ class Worker:
     """The clients of one slot, and the loop that serves them.
 
     Args:
-        inheritance: What the supervisor has passed to this worker.
+        context: What the supervisor has passed to this worker.
         config: The server's configuration.
         wakeup: The pipe that reports signals.
         clock: The loop's clock, in seconds.
@@ -99,12 +99,12 @@ class Worker:
 
     def __init__(
         self,
-        inheritance: Inheritance,
+        context: WorkerContext,
         config: Config,
         wakeup: Wakeup,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.slot = inheritance.slot
+        self.slot = context.slot
         self.config = config
         self.loop = EventLoop(clock)
         self.clients: dict[int, Client] = {}
@@ -114,21 +114,21 @@ class Worker:
         # Clients for the worker of the next file. Their sockets stay open until this worker ends.
         self.aside: list[Client] = []
         self.ended = False
-        self.numbers = count(max(inheritance.clients, default=-1) + 1)
+        self.numbers = count(max(context.clients, default=-1) + 1)
         self.title = ProcessTitle(self.loop.timers, self.render_title)
         self.stray_signals = StraySignals(slot=self.slot)
         self.short_of_room = RateLimited(logging.WARNING, burst=1)
         self.failed = RateLimited(logging.ERROR)
 
-        self.channel = inheritance.channel
-        self.endpoints = inheritance.endpoints
+        self.channel = context.channel
+        self.endpoints = context.endpoints
         self.wakeup = wakeup
         self.loop.register(self.channel.fileno(), self.handle_channel)
         self.loop.register(wakeup.fileno(), self.handle_signal)
         # True while the server waits for the file. Clients are accepted, and their headers stay in
         # their sockets for a successor that has the file.
-        self.waiting = inheritance.file is None
-        self.watch = NoFile() if inheritance.file is None else Watch(inheritance.file, config.path)
+        self.waiting = context.file is None
+        self.watch = NoFile() if context.file is None else Watch(context.file, config.path)
         self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_writable)
         self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.end)
         self.file_monitor = FileMonitor(
@@ -150,9 +150,9 @@ class Worker:
         )
         self.drainer = Drainer(self.loop, self.streams, self.file_monitor, self.drop)
         self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)
-        self.adopt(inheritance.clients)
+        self.adopt(context.clients)
         self.acceptor = Acceptor(
-            inheritance,
+            context,
             self.loop,
             config.allow,
             self.handle_accepted,

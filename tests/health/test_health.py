@@ -32,7 +32,7 @@ from support.processes import AS_NOBODY, NOBODY, as_root, runs, stop
 from support.server import Serve, Server, run_tailsrv
 from support.sockets import expect
 from support.waiting import DEADLINE, eventually
-from tailsrv.control import credentials
+from tailsrv.control_socket import credentials
 from tailsrv.health import (
     EndedError,
     InspectError,

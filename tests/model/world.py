@@ -23,7 +23,7 @@ from support.sockets import reset
 from support.status import ask, ready_workers, status
 from support.waiting import DEADLINE, eventually
 from tailsrv.config import Timing
-from tailsrv.control import CLIENTS
+from tailsrv.control_socket import CLIENTS
 
 # linux/tcp.h: what is closed with this option set sends nothing any more
 TCP_REPAIR = 19

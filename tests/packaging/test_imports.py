@@ -42,7 +42,7 @@ def test_contracts_are_kept() -> None:
         ("protocol.py", "import socket"),
         ("linux/sockets.py", "import tailsrv.protocol"),
         ("worker/streams.py", "import tailsrv.supervisor.client_table"),
-        ("client/stream.py", "import tailsrv.channel"),
+        ("client/stream.py", "import tailsrv.worker_channel"),
         ("health/report.py", "import tailsrv.listeners"),
     ],
 )

@@ -16,7 +16,7 @@ from support.server import Serve, Server
 from support.sockets import expect
 from support.status import ask
 from support.waiting import DEADLINE, eventually
-from tailsrv.control import CLIENTS
+from tailsrv.control_socket import CLIENTS
 from tailsrv.linux.process import start_ticks
 
 DATA = random_bytes(20_000_000)

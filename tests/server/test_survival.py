@@ -22,7 +22,7 @@ from support.sockets import expect, expect_eof, outcome, recv_all, recv_exactly,
 from support.status import await_clients, await_protected, ready_workers, status, worker_pids
 from support.strace import needs_strace, strace
 from support.waiting import DEADLINE, eventually
-from tailsrv.channel import Ping, encode
+from tailsrv.worker_channel import Ping, encode
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from support.server import Serve, Server
 from support.sockets import expect, expect_eof
 from support.status import ready_workers
 from support.waiting import DEADLINE
-from tailsrv.control import CLIENTS
+from tailsrv.control_socket import CLIENTS
 
 DATA = random_bytes(100_000)
 

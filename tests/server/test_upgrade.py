@@ -329,7 +329,12 @@ BREAKS = {
         "FORMAT = 1000",
         r"format \(2, \d+\).*\(1000, \d+\)",
     ),
-    "channel": ("channel.py", "VERSION = 2", "VERSION = 100", r"format \(\d+, 2\).*\(\d+, 100\)"),
+    "channel": (
+        "worker_channel.py",
+        "VERSION = 2",
+        "VERSION = 100",
+        r"format \(\d+, 2\).*\(\d+, 100\)",
+    ),
 }
 
 

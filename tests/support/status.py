@@ -8,7 +8,7 @@ from typing import Any
 from support.server import Server
 from support.sockets import recv_all
 from support.waiting import DEADLINE, eventually
-from tailsrv.control import CLIENTS
+from tailsrv.control_socket import CLIENTS
 
 
 def ask(endpoint: str) -> tuple[bytes, int]:

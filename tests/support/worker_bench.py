@@ -14,13 +14,13 @@ from support.files import opened
 from support.sockets import closing_all, readable, recv_all
 from support.waiting import DEADLINE
 from tailsrv.addresses import endpoint
-from tailsrv.channel import MAX_PACKET, WorkerReport, decode
 from tailsrv.config import Config
-from tailsrv.inheritance import Inheritance
 from tailsrv.linux.signals import Wakeup
 from tailsrv.listeners import open_listeners
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.worker import Worker
+from tailsrv.worker_channel import MAX_PACKET, WorkerReport, decode
+from tailsrv.worker_context import WorkerContext
 
 
 class WorkerBench:
@@ -48,10 +48,10 @@ class WorkerBench:
         self.config = config = Config(
             str(path), self.address[1], grace=grace, header_timeout=header_timeout
         )
-        inheritance = Inheritance(
+        context = WorkerContext(
             0, file, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, {}
         )
-        self.worker = Worker(inheritance, config, wakeup, lambda: time.monotonic() + self.skew)
+        self.worker = Worker(context, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)
 
     def close(self) -> None:

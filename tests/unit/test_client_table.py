@@ -10,9 +10,9 @@ import pytest
 
 from support.interpreter import run_program
 from support.sockets import readable, recv_all, reset, tcp_pair, wait_readable
-from tailsrv.channel import MAX_REPORTED_SOCKETS
-from tailsrv.inheritance import Entry
 from tailsrv.supervisor.client_table import ClientTable
+from tailsrv.worker_channel import MAX_REPORTED_SOCKETS
+from tailsrv.worker_context import Entry
 
 # higher than any descriptor
 ANY = 1 << 20

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tailsrv.channel import Notices, Ping, WorkerReport, encode
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.supervisor.report_reader import CLIENTS_PER_TURN, ReportReader
 from tailsrv.supervisor.slot import Slot
+from tailsrv.worker_channel import Notices, Ping, WorkerReport, encode
 
 
 @pytest.fixture

@@ -13,16 +13,9 @@ from support.files import EVERY_BYTE
 from support.interpreter import run_program
 from support.sockets import recv_all, reset, wait_for, wait_readable
 from tailsrv.linux.files import send_chunk
-from tailsrv.linux.sockets import (
-    ACCEPT_TRIES,
-    Outcome,
-    accept,
-    discard,
-    peek,
-    shut_down_writing,
-    unsent,
-)
+from tailsrv.linux.sockets import Outcome, discard, peek, shut_down_writing, unsent
 from tailsrv.protocol import PEEK
+from tailsrv.worker.acceptor import ACCEPT_TRIES, accept
 
 
 @pytest.fixture

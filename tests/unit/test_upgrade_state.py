@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv import channel as messages
+from tailsrv import worker_channel
 from tailsrv.supervisor.upgrade_state import (
     FORMAT,
     SlotState,
@@ -59,14 +59,14 @@ def changed(**values: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "theirs", [(FORMAT + 1, messages.VERSION), (FORMAT, messages.VERSION + 1), (0, 0)]
+    "theirs", [(FORMAT + 1, worker_channel.VERSION), (FORMAT, worker_channel.VERSION + 1), (0, 0)]
 )
 def test_another_format(theirs: tuple[int, int]) -> None:
     """The state of another format, or of a version whose workers speak otherwise, is refused, with both formats as the reason."""
     with pytest.raises(StateError) as caught:
         decode(changed(format=theirs[0], messages=theirs[1]))
     assert str(theirs) in str(caught.value)
-    assert str((FORMAT, messages.VERSION)) in str(caught.value)
+    assert str((FORMAT, worker_channel.VERSION)) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_another_format(theirs: tuple[int, int]) -> None:
     [
         b"", b"junk", b"\xff\xfe", b"null", b"7", b"[]", b"{}", b'"format"',
         encode(make_state())[:-1],
-        json.dumps({"format": FORMAT, "messages": messages.VERSION}).encode(),
+        json.dumps({"format": FORMAT, "messages": worker_channel.VERSION}).encode(),
         changed(slots=None),
         changed(slots=[7]),
         changed(slots=[{"listeners": []}]),

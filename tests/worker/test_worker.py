@@ -27,12 +27,12 @@ from support.sockets import (
 from support.waiting import DEADLINE
 from support.worker_bench import WorkerBench, working
 from tailsrv.addresses import endpoint
-from tailsrv.channel import MAX_PACKET, Drain, Ping, encode
 from tailsrv.config import ExitStatus
-from tailsrv.inheritance import Entry
 from tailsrv.linux.sockets import discard
 from tailsrv.protocol import Start, parse_header
 from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker_channel import MAX_PACKET, Drain, Ping, encode
+from tailsrv.worker_context import Entry
 
 # 4 MiB: more than the buffers on loopback take
 BIG = os.urandom(1 << 16) * 64

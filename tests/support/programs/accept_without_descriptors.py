@@ -4,7 +4,8 @@ import os
 import resource
 import socket
 
-from tailsrv.linux.sockets import Outcome, accept
+from tailsrv.linux.sockets import Outcome
+from tailsrv.worker.acceptor import accept
 
 with (
     socket.create_server(("127.0.0.1", 0)) as listener,

@@ -2,7 +2,7 @@
 
 import os
 
-from tailsrv.linux.kernel import memory_file
+from tailsrv.linux.libc_fallbacks import memory_file
 
 fd = memory_file("name")
 os.write(fd, b"data")

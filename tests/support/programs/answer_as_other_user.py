@@ -5,7 +5,7 @@ import select
 import socket
 import sys
 
-from tailsrv.control import Control
+from tailsrv.control_socket import Control
 
 server, asker = int(sys.argv[2]), int(sys.argv[3])
 ready, told = os.pipe()

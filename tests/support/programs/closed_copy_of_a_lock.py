@@ -3,7 +3,7 @@
 import os
 import sys
 
-from tailsrv.control import Control, find_supervisor
+from tailsrv.control_socket import Control, find_supervisor
 
 control = Control.lock(sys.argv[1:])
 if (pid := os.fork()) == 0:

@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 
-from tailsrv.diagnostics import cannot_open
+from tailsrv.error_hints import cannot_open
 
 os.setgroups([])
 os.setgid(65534)

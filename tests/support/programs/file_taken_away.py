@@ -3,7 +3,7 @@
 import os
 import sys
 
-from tailsrv.client.command import RunError
+from tailsrv.client.command_runner import RunError
 from tailsrv.client.local_copy import LocalCopy
 
 

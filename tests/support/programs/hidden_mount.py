@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tailsrv.linux.file_system import why_poll
+from tailsrv.linux.file_system_type import why_poll
 
 odd, local = (os.open(path, os.O_RDONLY) for path in sys.argv[1:3])
 print(why_poll(odd), why_poll(local), sep="\n")

@@ -6,7 +6,7 @@ import socket
 import sys
 
 from support.sockets import recv_all
-from tailsrv.control import Control
+from tailsrv.control_socket import Control
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.supervisor.status_server import StatusServer
 

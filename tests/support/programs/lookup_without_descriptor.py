@@ -2,7 +2,7 @@
 
 import resource
 
-from tailsrv.client.lookup import Lookup
+from tailsrv.client.name_lookup import Lookup
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 lookup = Lookup("localhost", 1)

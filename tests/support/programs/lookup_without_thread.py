@@ -2,7 +2,7 @@
 
 import threading
 
-from tailsrv.client.lookup import Lookup
+from tailsrv.client.name_lookup import Lookup
 
 threading.stack_size(1 << 50)
 lookup = Lookup("localhost", 1)

@@ -12,6 +12,6 @@ for module, names in (
     for name in names:
         delattr(module, name)
 
-from tailsrv.diagnostics import cannot_open, cannot_see  # noqa: E402
+from tailsrv.error_hints import cannot_open, cannot_see  # noqa: E402
 
 print(cannot_open(sys.argv[1], OSError(errno.EACCES, "")), cannot_see(sys.argv[1]))

@@ -11,21 +11,21 @@ from collections.abc import Callable
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
-from tailsrv.channel import Notices, WorkerReport, encode
 from tailsrv.config import Config, Timing
-from tailsrv.inheritance import Inheritance
 from tailsrv.worker import worker
+from tailsrv.worker_channel import Notices, WorkerReport, encode
+from tailsrv.worker_context import WorkerContext
 
 
-def one_is_ready(inheritance: Inheritance, config: Config) -> int:  # noqa: ARG001
+def one_is_ready(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
     """Be ready in slot 0, and nothing in the others."""
-    if inheritance.slot == 0:
-        say_ready(inheritance)
+    if context.slot == 0:
+        say_ready(context)
     signal.pause()
     return 0
 
 
-def no_descriptors(inheritance: Inheritance, config: Config) -> int:
+def no_descriptors(context: WorkerContext, config: Config) -> int:
     """Work with two descriptors left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
@@ -37,60 +37,60 @@ def no_descriptors(inheritance: Inheritance, config: Config) -> int:
         pass
     for fd in taken[-2:]:
         os.close(fd)
-    status = worker.work(inheritance, config)
+    status = worker.work(context, config)
     # who measures coverage needs some at the end
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return status
 
 
-def six_find(error: Exception) -> Callable[[Inheritance, Config], int]:
+def six_find(error: Exception) -> Callable[[WorkerContext, Config], int]:
     """Return the work of workers of which the second to the seventh meet `error`."""
 
-    def work(inheritance: Inheritance, config: Config) -> int:
+    def work(context: WorkerContext, config: Config) -> int:
         with open(config.path + ".lives", "ab", buffering=0) as lives:
             lives.write(b".")
             if 1 < lives.tell() <= 7:
                 raise error
         signal.set_wakeup_fd(-1)
-        return worker.work(inheritance, config)
+        return worker.work(context, config)
 
     return work
 
 
-def one_cannot_boot(inheritance: Inheritance, config: Config) -> int:  # noqa: ARG001
+def one_cannot_boot(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
     """End in slot 1 as a worker does that cannot boot."""
-    if inheritance.slot != 1:
+    if context.slot != 1:
         signal.pause()
     return 3
 
 
-def fails(inheritance: Inheritance, config: Config) -> int:  # noqa: ARG001
+def fails(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
     """End before being ready."""
     return 1
 
 
-def crashes(inheritance: Inheritance, config: Config) -> int:  # noqa: ARG001
+def crashes(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
     """Die before being ready."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGSEGV])
     os.kill(os.getpid(), signal.SIGSEGV)
     return 0
 
 
-def ready_and_fails(inheritance: Inheritance, config: Config) -> int:  # noqa: ARG001
+def ready_and_fails(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
     """Be ready, and end."""
-    say_ready(inheritance)
+    say_ready(context)
     return 1
 
 
-def ready_and_raises(inheritance: Inheritance, config: Config) -> int:  # noqa: ARG001
+def ready_and_raises(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
     """Be ready, and end by an exception."""
-    say_ready(inheritance)
+    say_ready(context)
     return list[int]()[0]
 
 
-def say_ready(inheritance: Inheritance) -> None:
+def say_ready(context: WorkerContext) -> None:
     """Tell the supervisor that this worker is ready."""
-    inheritance.channel.send(encode(WorkerReport(notices=Notices(ready=True))))
+    context.channel.send(encode(WorkerReport(notices=Notices(ready=True))))
 
 
 WORK = {

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
-from tailsrv.control import Control
-from tailsrv.inheritance import Entry, Inheritance
+from tailsrv.control_socket import Control
 from tailsrv.listeners import endpoints
 from tailsrv.log import logger, set_up
 from tailsrv.served_file import open_file
@@ -18,6 +17,7 @@ from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.supervisor import Supervisor
 from tailsrv.worker import worker
 from tailsrv.worker.client import Client
+from tailsrv.worker_context import Entry, WorkerContext
 
 
 def die() -> None:
@@ -45,10 +45,10 @@ class Poisoned(worker.Worker):
             die()
 
 
-def work(inheritance: Inheritance) -> int:
+def work(context: WorkerContext) -> int:
     """Do the work of a worker that is poisoned."""
     worker.Worker = Poisoned  # type: ignore[misc] # in this child only
-    return worker.work(inheritance, config)
+    return worker.work(context, config)
 
 
 how = sys.argv.pop(1)

@@ -2,7 +2,7 @@
 
 import sys
 
-from tailsrv.linux.kernel import preadv_nowait
+from tailsrv.linux.libc_fallbacks import preadv_nowait
 
 with open(sys.argv[1], "rb") as file:
     buffer = bytearray(2)

@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-from tailsrv.control import overflow_uid
+from tailsrv.control_socket import overflow_uid
 
 print(overflow_uid(), end=" ", flush=True)
 (ready, tell), (mapped, go) = os.pipe(), os.pipe()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.channel import (
+from tailsrv.worker_channel import (
     MAX_PACKET,
     MAX_REPORTED_CLIENTS,
     MAX_REPORTED_SOCKETS,

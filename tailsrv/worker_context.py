@@ -20,7 +20,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Inheritance:
+class WorkerContext:
     """Everything that a worker gets from the supervisor, and all that it needs to serve."""
 
     slot: int

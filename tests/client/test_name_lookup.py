@@ -14,7 +14,7 @@ from support.server import Serve
 from support.shims import build_shim
 from support.waiting import DEADLINE, eventually
 from tailsrv.client.connector import NAME_SERVICE_SILENT
-from tailsrv.client.lookup import Lookup
+from tailsrv.client.name_lookup import Lookup
 
 DATA = random_bytes(10_000)
 

@@ -13,7 +13,7 @@ from support.interpreter import run_program, run_python
 from support.processes import as_root
 from support.sockets import recv_all, wait_readable
 from support.waiting import DEADLINE
-from tailsrv.control import (
+from tailsrv.control_socket import (
     AlreadyServedError,
     Control,
     describe_holder,
@@ -158,7 +158,7 @@ def test_find_supervisor_in_another_process(endpoint: str) -> None:
     """The pid is that of the process that holds the lock, not that of the one that asks."""
     with held(endpoint):
         done = run_python(
-            "import sys; from tailsrv.control import find_supervisor; print(find_supervisor(sys.argv[1]))",
+            "import sys; from tailsrv.control_socket import find_supervisor; print(find_supervisor(sys.argv[1]))",
             endpoint,
         )
     assert done.stdout == f"{os.getpid()}\n"
@@ -185,7 +185,7 @@ def test_lock_is_all_or_nothing(endpoint: str) -> None:
 
 def test_lock_dies_with_its_holder(endpoint: str) -> None:
     """A server that was killed leaves nothing behind."""
-    code = "import os, sys; from tailsrv.control import Control; control = Control.lock(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    code = "import os, sys; from tailsrv.control_socket import Control; control = Control.lock(sys.argv[1:]); os.kill(os.getpid(), 9)"
     assert run_python(code, endpoint).returncode == -9
     with held(endpoint):
         assert find_supervisor(endpoint) == os.getpid()

@@ -8,7 +8,7 @@ import pytest
 
 from support.interpreter import run_program
 from support.processes import as_root
-from tailsrv.diagnostics import cannot_bind, cannot_open, cannot_see
+from tailsrv.error_hints import cannot_bind, cannot_open, cannot_see
 
 
 def error(number: int) -> OSError:

@@ -9,9 +9,9 @@ from support.checkout import ROOT
 from support.files import opened
 from support.interpreter import run_program, run_python
 from support.old_libc import FUNCTIONS, take_away, uses
-from tailsrv.linux import kernel
+from tailsrv.linux import libc_fallbacks
 
-THE_ONE_PLACE = "kernel.py"
+THE_ONE_PLACE = "libc_fallbacks.py"
 
 libraries = pytest.mark.parametrize(
     "functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"]
@@ -52,7 +52,7 @@ def test_use_is_found(line: str) -> None:
     )
 
 
-NUMBERS = "from tailsrv.linux import kernel; print({name: value for name, value in vars(kernel).items() if name.isupper()})"
+NUMBERS = "from tailsrv.linux import libc_fallbacks; print({name: value for name, value in vars(libc_fallbacks).items() if name.isupper()})"
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_errors_of_the_library(path: Path) -> None:
     with opened(path) as file:
         pass
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        kernel._preadv2(file, bytearray(1), 0)
+        libc_fallbacks._preadv2(file, bytearray(1), 0)
     assert caught.value.errno == errno.EBADF
 
 

@@ -13,8 +13,8 @@ from support.hooks import install_hook
 from support.interpreter import run_python
 from support.processes import runs
 from support.sockets import tcp_pair
-from tailsrv.linux.self_check import counts_streams
 from tailsrv.linux.sockets import accept_queue, bytes_streamed
+from tailsrv.linux.tcp_info_check import counts_streams
 
 DATA = random_bytes(100_000)
 
@@ -40,7 +40,7 @@ def test_this_system() -> None:
 def test_another_system(tmp_path: Path, system: str) -> None:
     """One that does not count, or cannot be asked, is found out."""
     install_hook(tmp_path, "other_system")
-    code = "from tailsrv.linux.self_check import counts_streams; print(counts_streams())"
+    code = "from tailsrv.linux.tcp_info_check import counts_streams; print(counts_streams())"
     done = run_python(code, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "TAILSRV_TEST_SYSTEM": system})
     assert (done.stdout, done.stderr) == ("False\n", "")
 
@@ -49,7 +49,7 @@ def test_no_loopback() -> None:
     """Where it cannot be tried, nothing speaks against it."""
     if not runs(*NO_LOOPBACK, "true"):
         pytest.skip("a network namespace cannot be had")
-    code = "from tailsrv.linux.self_check import counts_streams; import sys; sys.exit(counts_streams() is not True)"
+    code = "from tailsrv.linux.tcp_info_check import counts_streams; import sys; sys.exit(counts_streams() is not True)"
     assert runs(*NO_LOOPBACK, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
 
 
