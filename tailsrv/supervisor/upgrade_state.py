@@ -79,7 +79,8 @@ def decode(data: bytes) -> UpgradeState:
         if formats != (FORMAT, worker_channel.VERSION):
             raise StateError(
                 f"state and channel have format {formats}, this version reads "
-                f"{(FORMAT, worker_channel.VERSION)}: restart the server instead (this ends all streams)"
+                f"{(FORMAT, worker_channel.VERSION)}: "
+                "restart the server instead (this ends all streams)"
             )
         slots = [SlotState(**slot) for slot in values.pop("slots")]
         return UpgradeState(slots=slots, **values)
