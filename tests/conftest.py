@@ -1,4 +1,4 @@
-"""The fixtures that several files of tests use, and what a plain run of pytest leaves out."""
+"""Fixtures that several test files use, and the plugin that selects the tests of a plain run."""
 
 import atexit
 import os
@@ -21,34 +21,36 @@ from support.sockets import tcp_pair
 
 pytest_plugins = ["support.selection"]
 
-# Tests that are started in the background or by nohup may inherit that these are ignored, and so would all that they start.
+# A shell that starts pytest in the background, and nohup, may ignore these signals. Processes
+# inherit that, so every server that the tests start would ignore them as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
-# The tests start more than a thousand Pythons. If those may not leave compiled modules beside the sources, they share
-# a folder for them while the tests run: to compile the program anew takes each of them longer than most tests.
+# The tests start more than a thousand Python processes. If these may not write compiled modules
+# next to the sources, they share a temporary folder for them, because compiling the program again
+# in each process would take longer than most tests.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(
         prefix="tailsrv-compiled-"
     )
     sys.dont_write_bytecode = False
-    # some of them run as another user
+    # Some of these processes run as another user.
     os.chmod(sys.pycache_prefix, 0o755)
     atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return where the served file is to be; it does not exist yet."""
+    """Return the path of the file to serve; the file does not exist yet."""
     return tmp_path / "file.log"
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Start real servers, and at the end assert that each ended as expected and left nothing behind."""
+    """Start real servers; afterwards assert that each exited as expected and left nothing."""
     with ExitStack() as stack:
         started: list[Server] = []
 
@@ -70,7 +72,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """Return a folder that every user may enter, unlike tmp_path."""
+    """Return a folder that every user may enter, which tmp_path is not."""
     folder = Path(tempfile.mkdtemp(prefix="tailsrv-"))
     try:
         folder.chmod(0o755)
@@ -81,7 +83,7 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def descriptors() -> Iterator[int]:
-    """Raise the limit of this process, and of what it starts, as far as that goes; return how many may be had."""
+    """Raise the descriptor limit of this process and its children to the hard limit; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield hard
@@ -90,7 +92,7 @@ def descriptors() -> Iterator[int]:
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[ServiceManager]:
-    """Listen as a service manager does; what is started by way of its wrapper tells it."""
+    """Return a service manager that hears from programs started with its wrapper."""
     manager = ServiceManager(tmp_path / "notify")
     yield manager
     manager.sock.close()
@@ -98,7 +100,7 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
 
 @pytest.fixture
 def full_file(tmp_path: Path) -> Path:
-    """Give a file of 256 KiB."""
+    """Return the path of a file of 256 KiB."""
     path = tmp_path / "log"
     path.write_bytes(EVERY_BYTE)
     return path
@@ -106,13 +108,13 @@ def full_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened_file(full_file: Path) -> Iterator[int]:
-    """Give a descriptor of that file."""
+    """Return a descriptor of `full_file`."""
     with opened(full_file) as fd:
         yield fd
 
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a TCP connection."""
+    """Return both ends of a TCP connection."""
     with tcp_pair() as ends:
         yield ends

@@ -1,4 +1,4 @@
-"""Connections that cannot be accepted wait, and keep nobody else waiting."""
+"""Connections that accept(2) fails for stay in the queue and delay no other client."""
 
 import signal
 from pathlib import Path
@@ -15,7 +15,7 @@ DATA = b"0123456789"
 
 @pytest.mark.slow
 def test_accept_that_always_fails(serve: Serve, path: Path) -> None:
-    """While a policy refuses accept(2), streams go on, and the log says why; then all who waited are served."""
+    """While accept(2) fails, streams continue; once it works, waiting connections are served."""
     if reason := can_inject():
         pytest.skip(reason)
     path.write_bytes(DATA)
@@ -34,7 +34,7 @@ def test_accept_that_always_fails(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_drain_while_accept_fails(serve: Serve, path: Path) -> None:
-    """A drain ends as soon as the streams have ended, and does not try for ever to empty the queue."""
+    """A drain ends with its last stream, even if accept(2) never empties the accept queue."""
     if reason := can_inject():
         pytest.skip(reason)
     path.write_bytes(DATA)

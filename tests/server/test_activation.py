@@ -1,4 +1,4 @@
-"""Sockets from a service manager, as sd_listen_fds(3) has it."""
+"""Listening sockets passed by a service manager: see sd_listen_fds(3)."""
 
 import json
 import os
@@ -27,12 +27,12 @@ NO_PORT = "tailsrv: error: the following arguments are required: -p/--port"
 
 @pytest.fixture(autouse=True)
 def file(path: Path) -> None:
-    """Put the data where it is served from."""
+    """Write the data to the served file."""
     path.write_bytes(DATA)
 
 
-def test_one_for_all(serve: Serve, path: Path) -> None:
-    """One socket is shared by all workers, and each of them gets its share of the clients."""
+def test_one_socket_is_shared(serve: Serve, path: Path) -> None:
+    """All workers share a single socket, and each of them gets a share of the clients."""
     server = serve(path, "-p", "", "-w", "3", wrapper=activated("tcp4"))
     server.workers(3)
     for _ in range(60):
@@ -50,8 +50,8 @@ def status_of(server: Server) -> dict[str, Any]:
     return answer
 
 
-def test_one_each(serve: Serve, path: Path) -> None:
-    """As many sockets as there are workers are used one each."""
+def test_one_socket_for_each_worker(serve: Serve, path: Path) -> None:
+    """If there are as many sockets as workers, each worker gets one."""
     server = serve(path, "-p", "", "-w", "2", "-v", wrapper=activated("tcp4", "again"))
     server.workers(2)
     assert [listener["slot"] for listener in status_of(server)["listeners"]] == [0, 1]
@@ -64,7 +64,7 @@ def test_one_each(serve: Serve, path: Path) -> None:
 
 
 def test_several_for_one_worker(serve: Serve, path: Path) -> None:
-    """One worker serves all sockets; a wildcard address is written as it is without activation."""
+    """A single worker serves all sockets, and a wildcard address is logged as `*`."""
     server = serve(path, "-p", "", wrapper=activated("tcp6", "tcp4"))
     server.workers(1)
     names = server.logged("listening: ").partition(" endpoints=")[2].split()[0].split(",")
@@ -83,14 +83,14 @@ def connect_to(server: Server, name: str) -> socket.socket:
 
 
 def test_different_addresses_are_shared(serve: Serve, path: Path) -> None:
-    """Sockets of different addresses belong to all workers, however many: no address depends on a single one."""
+    """Sockets of different addresses are shared, so that no address depends on one worker."""
     server = serve(path, "-p", "", "-w", "2", wrapper=activated("tcp4", "tcp4"))
     server.workers(2)
     assert [listener["slot"] for listener in status_of(server)["listeners"]] == [None, None]
 
 
-def test_all_share_what_does_not_come_out_even(serve: Serve, path: Path) -> None:
-    """With another number of sockets than workers, every worker serves all of them."""
+def test_sockets_are_shared_if_their_number_differs(serve: Serve, path: Path) -> None:
+    """If there are not as many sockets as workers, every worker serves all sockets."""
     server = serve(path, "-p", "", "-w", "3", wrapper=activated("tcp4", "again"))
     server.workers(3)
     for _ in range(30):
@@ -100,7 +100,7 @@ def test_all_share_what_does_not_come_out_even(serve: Serve, path: Path) -> None
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("kinds", [["tcp4"], ["tcp4", "again"]])
 def test_survives(serve: Serve, path: Path, kinds: list[str]) -> None:
-    """Killed workers, an upgrade, and a drain: with sockets from outside all is as with our own."""
+    """With passed sockets, clients survive killed workers and an upgrade, and a drain ends."""
     server = serve(path, "-p", "", "-w", "2", wrapper=activated(*kinds))
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
@@ -119,21 +119,21 @@ def test_survives(serve: Serve, path: Path, kinds: list[str]) -> None:
 
 
 def test_title_is_set(serve: Serve, path: Path) -> None:
-    """Process titles work although the variables go out of the environment."""
+    """Process titles are set although activation removes variables from the environment."""
     server = serve(path, "-p", "", wrapper=activated("tcp4"))
     (worker,) = server.workers(1)
     assert title(server.pid).startswith(f"tailsrv: supervisor 127.0.0.1:{server.port} {path} [")
     assert title(worker).startswith(f"tailsrv: worker 0 127.0.0.1:{server.port} [")
 
 
-# What is wrong
+# Usage errors and unusable descriptors
 
 
 @pytest.mark.parametrize(
     "option", [("-p", "0"), ("--bind", "127.0.0.1"), ("-p", "0", "--bind", "127.0.0.1")]
 )
-def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
-    """A port or an address together with sockets is a usage error: one of them is a mistake."""
+def test_port_with_passed_sockets(path: Path, option: tuple[str, ...]) -> None:
+    """A port or an address together with passed sockets is a usage error."""
     ended = run_tailsrv(*option, path, wrapper=activated("tcp4"))
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(
@@ -147,7 +147,8 @@ def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     [
         (
             "file",
-            "descriptor 3, passed by the service manager, is not a socket: Socket operation on non-socket",
+            "descriptor 3, passed by the service manager, is not a socket: "
+            "Socket operation on non-socket",
         ),
         (
             "none",
@@ -160,7 +161,7 @@ def test_no_port_of_our_own(path: Path, option: tuple[str, ...]) -> None:
     ],
 )
 def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:
-    """Anything but a listening TCP socket ends with status 1 and one line that says which it is."""
+    """A passed descriptor that is no listening TCP socket is named in one line: status 1."""
     ended = run_tailsrv(path, wrapper=activated(kind))
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
@@ -184,8 +185,8 @@ def test_not_a_listening_socket(path: Path, kind: str, reason: str) -> None:
         {"TAILSRV_UPGRADE": ""},
     ],
 )
-def test_not_for_us(path: Path, variables: dict[str, str]) -> None:
-    """Variables that are for another process, or make no sense, are none: then a port is required."""
+def test_variables_for_another_process(path: Path, variables: dict[str, str]) -> None:
+    """Variables that name another process, or are invalid, are ignored: a port is required."""
     exports = " ".join(f"{name}={value}" for name, value in variables.items())
     ended = run_tailsrv(path, wrapper=("sh", "-c", f'export {exports}; exec "$@"', "sh"))
     assert ended.returncode == 2
@@ -194,7 +195,7 @@ def test_not_for_us(path: Path, variables: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(("started", "hint"), [("", False), ("1", False), ("$$", True)])
 def test_hint_for_the_service_file(path: Path, started: str, hint: bool) -> None:
-    """A process that the service manager started itself, without a socket for it, is told where the port may be set."""
+    """A service that systemd started without a socket gets a hint where to set the port."""
     ended = run_tailsrv(
         path,
         wrapper=(
@@ -210,8 +211,8 @@ def test_hint_for_the_service_file(path: Path, started: str, hint: bool) -> None
 
 
 @pytest.mark.slow
-def test_passed_sockets_listen_on(path: Path) -> None:
-    """A server that drains leaves the service manager's sockets as they are: whoever connects then is for the next start."""
+def test_passed_sockets_keep_listening(path: Path) -> None:
+    """A drain leaves the passed sockets listening, so that later connections wait in them."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [
             sys.executable,

@@ -1,4 +1,4 @@
-"""Very many clients at once."""
+"""Thousands of clients at the same time."""
 
 import json
 import socket
@@ -12,21 +12,21 @@ from support.sockets import reset_at_close
 from support.status import ask
 from support.waiting import DEADLINE, eventually
 
-CROWD = 20_000
-# descriptors that this process, a worker or the supervisor has beside the clients'
+CLIENTS = 20_000
+# Descriptors that this process, a worker or the supervisor needs besides those of clients.
 SPARE = 200
-# connections that wait at a time: fewer than a worker's backlog
+# Connections that wait for accept(2) at a time: fewer than a worker's backlog.
 WINDOW = 1000
-# clients from one loopback address, whose ports end at some 28,000
+# Clients per loopback address, which has about 28,000 ephemeral ports.
 PER_ADDRESS = 10_000
 
 
-def join(port: int, number: int) -> socket.socket:
-    """Return client `number`, who has asked for the whole file."""
+def connect_client(port: int, number: int) -> socket.socket:
+    """Return the socket of client `number`, which has requested the whole file."""
     sock = socket.socket()
     sock.settimeout(DEADLINE)
     reset_at_close(sock)
-    # IP_BIND_ADDRESS_NO_PORT, which socket does not name
+    # 24 is IP_BIND_ADDRESS_NO_PORT: the socket module of Python 3.11 has no name for it.
     sock.setsockopt(socket.IPPROTO_IP, 24, 1)
     sock.bind((f"127.0.0.{2 + number // PER_ADDRESS}", 0))
     sock.connect(("127.0.0.1", port))
@@ -36,30 +36,31 @@ def join(port: int, number: int) -> socket.socket:
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_one_append_reaches_a_crowd(
+def test_one_append_reaches_thousands_of_clients(
     serve: Serve, path: Path, descriptors: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """20,000 clients, or as many as there are descriptors for, are all protected and all get what is appended."""
-    count = min(CROWD, descriptors - SPARE)
-    if count < CROWD:
+    """20,000 clients, or as many as descriptors allow, are protected and get each append."""
+    count = min(CLIENTS, descriptors - SPARE)
+    if count < CLIENTS:
         with capsys.disabled():
             print(
-                f"\n{count:,} clients, not {CROWD:,}: a process may have {descriptors:,} descriptors"
+                f"\ntesting with {count:,} clients, not {CLIENTS:,}: "
+                f"a process may open only {descriptors:,} descriptors"
             )
     before, after = random_bytes(100, 1), random_bytes(100, 2)
     append(path, before)
     server = serve(path, "-w", "2")
     clients, port = server.clients, server.port
     for first in range(0, count, WINDOW):
-        joined = [join(port, number) for number in range(first, min(first + WINDOW, count))]
-        clients += joined
-        assert all(sock.recv(1000) == before for sock in joined)
+        added = [connect_client(port, i) for i in range(first, min(first + WINDOW, count))]
+        clients += added
+        assert all(sock.recv(1000) == before for sock in added)
 
-    def known() -> bool:
+    def all_are_known() -> bool:
         status = json.loads(ask(f"*:{port}")[0])
         assert status["unprotected"] == 0
         return bool(status["clients"] == count)
 
-    eventually(known)
+    eventually(all_are_known)
     append(path, after)
     assert all(sock.recv(1000) == after for sock in clients)

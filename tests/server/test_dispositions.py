@@ -1,4 +1,4 @@
-"""What each signal does to the server's processes: none ends them but those that are to."""
+"""What each signal does to the supervisor and its workers, and which signals end them."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ from support.waiting import DEADLINE, eventually
 from tailsrv.linux.signals import STRAY, name_of
 from tailsrv.stray_signals import StraySignals
 
-DATA, NEWS = random_bytes(1000), b"more"
+DATA, MORE = random_bytes(1000), b"more"
 
 
-# Without core files: some of these signals leave one.
+# Starts a program without core files, which some of these signals would leave.
 NO_CORES = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
 
-# What supervisor and worker have installed for each signal: signal(7) says what `default` does.
+# The disposition of each signal in supervisor and worker. See signal(7) for `default`.
 INSTALLED = {
     "SIGHUP": ("caught", "ignored"),
     "SIGINT": ("caught", "ignored"),
@@ -61,7 +61,7 @@ INSTALLED = {
     "SIGPWR": ("caught", "ignored"),
     "SIGSYS": ("default", "default"),
 }
-DEADLY = (
+FATAL = (
     "SIGILL",
     "SIGTRAP",
     "SIGABRT",
@@ -72,16 +72,16 @@ DEADLY = (
     "SIGXCPU",
     "SIGSYS",
 )
-SILENT = ("SIGPIPE", "SIGCHLD", "SIGCONT", "SIGTTOU", "SIGURG", "SIGXFSZ", "SIGWINCH")
+NOT_LOGGED = ("SIGPIPE", "SIGCHLD", "SIGCONT", "SIGTTOU", "SIGURG", "SIGXFSZ", "SIGWINCH")
 
 
 def installed(number: int) -> tuple[str, str]:
-    """Return the line of the table for a signal; all real-time signals are alike."""
+    """Return a signal's entry of the table; all real-time signals have the same."""
     return ("caught", "caught") if number >= signal.SIGRTMIN else INSTALLED[name_of(number)]
 
 
 def disposition(pid: int, number: int) -> str:
-    """Return what the process `pid` has installed for a signal: proc_pid_status(5)."""
+    """Return the disposition of a signal in the process `pid`: see proc_pid_status(5)."""
     text = Path(f"/proc/{pid}/status").read_text()
     for key, word in (("SigCgt", "caught"), ("SigIgn", "ignored")):
         if int(text.partition(f"{key}:")[2].split()[0], 16) >> number - 1 & 1:
@@ -91,43 +91,43 @@ def disposition(pid: int, number: int) -> str:
 
 @pytest.fixture(autouse=True)
 def file(path: Path) -> None:
-    """Put the data where it is served from."""
+    """Write the data to the served file."""
     path.write_bytes(DATA)
 
 
 @pytest.fixture
 def server(serve: Serve, path: Path) -> Server:
-    """Start a server of one worker."""
+    """Start a server with one worker."""
     return serve(path)
 
 
 @pytest.fixture
 def client(server: Server) -> socket.socket:
-    """Return a client that has read all there is."""
+    """Return a client that is caught up."""
     client = server.connect(b"0\n")
     expect(client, DATA)
     return client
 
 
 def send(pids: Iterable[int], numbers: Iterable[int]) -> None:
-    """Send each of the processes each of the signals, as far as they are there."""
+    """Send each of the signals to each of the processes that still exist."""
     for pid, number in product(pids, numbers):
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def test_every_signal_is_in_the_table(server: Server) -> None:
-    """For each signal of this system, supervisor and worker have installed what the table says."""
+    """For each signal of this system, supervisor and worker have the table's disposition."""
     pids = (server.pid, *server.workers(1))
     numbers = signal.valid_signals()
     seen = {name_of(number): tuple(disposition(pid, number) for pid in pids) for number in numbers}
     assert seen == {name_of(number): installed(number) for number in numbers}
 
 
-def test_the_server_survives_what_has_no_meaning(
+def test_stray_signals_are_ignored_and_logged(
     server: Server, client: socket.socket, path: Path
 ) -> None:
-    """Supervisor and worker ignore signals that mean nothing, and the log says what to send."""
+    """Supervisor and worker ignore stray signals, and log which signals to use instead."""
     (worker,) = server.workers(1)
     send((server.pid, worker), STRAY)
     for number in STRAY:
@@ -135,28 +135,28 @@ def test_the_server_survives_what_has_no_meaning(
             "warning: ignored a signal ", f" signal={name_of(number)} hint=", "HUP upgrades"
         )
         server.logged("warning: ignored a signal ", f" signal={name_of(number)} slot=0 hint=")
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, MORE)
+    expect(client, MORE)
     assert server.workers(1) == [worker]
 
 
-def test_the_server_survives_what_is_not_worth_a_line(
+def test_signals_of_the_kernel_are_ignored_and_not_logged(
     server: Server, client: socket.socket, path: Path
 ) -> None:
-    """What the kernel sends for reasons of its own is ignored without a word."""
+    """Signals that the kernel sends on its own are ignored and not logged."""
     (worker,) = server.workers(1)
-    send((server.pid, worker), [signal.Signals[name] for name in SILENT])
+    send((server.pid, worker), [signal.Signals[name] for name in NOT_LOGGED])
     send((server.pid, worker), [signal.SIGUSR1])
     server.logged(" signal=SIGUSR1 hint=")
     server.logged(" signal=SIGUSR1 slot=0 ")
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, MORE)
+    expect(client, MORE)
     assert server.workers(1) == [worker]
     assert len(server.lines("warning")) == 2
 
 
 def test_only_some_of_a_flood_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Each signal has one line in ten seconds, however often it comes."""
+    """Each signal is logged once in ten seconds, however often it arrives."""
     stray = StraySignals(slot=3)
     for number in (
         signal.SIGUSR1,
@@ -174,9 +174,9 @@ def test_only_some_of_a_flood_is_logged(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.sample(2)
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEADLY)
-def test_what_ends_the_supervisor(serve: Serve, path: Path, name: str) -> None:
-    """A fault, a limit on CPU time, ABRT and KILL end the supervisor and its workers."""
+@pytest.mark.parametrize("name", FATAL)
+def test_signals_that_end_the_supervisor(serve: Serve, path: Path, name: str) -> None:
+    """A fault, the limit on CPU time, ABRT and KILL end the supervisor and its workers."""
     server = serve(path, status=-signal.Signals[name], wrapper=NO_CORES)
     server.workers(1)
     server.signal(signal.Signals[name])
@@ -184,9 +184,9 @@ def test_what_ends_the_supervisor(serve: Serve, path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_ends_a_worker(serve: Serve, path: Path) -> None:
-    """The same signals, TERM and QUIT end a worker, which is replaced, and its clients stay."""
-    names = (*DEADLY, "SIGTERM", "SIGQUIT")
+def test_signals_that_end_a_worker(serve: Serve, path: Path) -> None:
+    """The same signals, TERM and QUIT end a worker; it is respawned and keeps its clients."""
+    names = (*FATAL, "SIGTERM", "SIGQUIT")
     server = serve(path, "-w", str(len(names)), wrapper=NO_CORES)
     workers = server.workers(len(names))
     clients = [server.connect(b"0\n") for _ in range(3 * len(names))]
@@ -196,32 +196,32 @@ def test_what_ends_a_worker(serve: Serve, path: Path) -> None:
         os.kill(worker, signal.Signals[name])
         server.logged("warning: worker ", f" pid={worker} ")
     server.logged("worker ready: ", count=2 * len(names))
-    append(path, NEWS)
+    append(path, MORE)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, MORE)
     assert not set(workers) & set(server.workers(len(names)))
 
 
-def test_power_fails(server: Server, client: socket.socket, path: Path) -> None:
-    """PWR, which lxc-stop(1) sends to a container, drains; TERM with it does not hurry that."""
-    append(path, NEWS)
+def test_power_failure_drains(server: Server, client: socket.socket, path: Path) -> None:
+    """PWR, which lxc-stop(1) sends, starts a drain, and TERM after it does not shorten that."""
+    append(path, MORE)
     server.signal(signal.SIGPWR)
     server.logged("draining: signal=SIGPWR grace=5 reason=")
     server.signal(signal.SIGPWR)
     server.signal(signal.SIGTERM)
-    assert recv_all(client) == NEWS
+    assert recv_all(client) == MORE
     server.wait()
     assert len(server.lines("draining: signal=SIGPWR grace=5 reason=")) == 1
 
 
-# Processes that come and go
+# Signals to short-lived children
 
 
 @pytest.mark.slow
-def test_a_group_is_signalled_while_an_upgrade_is_checked(
+def test_signals_to_the_group_during_the_check_of_an_upgrade(
     serve: Serve, path: Path, tmp_path: Path
 ) -> None:
-    """A signal for all processes of the service does not fail the check of an upgrade."""
+    """A signal to all processes of the service does not make the check of an upgrade fail."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     server = serve(
@@ -241,42 +241,42 @@ def test_a_group_is_signalled_while_an_upgrade_is_checked(
 
 
 def open_gate(path: Path) -> int | None:
-    """Return a descriptor that writes to a named pipe, None while no process reads from it."""
+    """Return a descriptor that writes to a named pipe, or None while the pipe has no reader."""
     try:
         return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
 
 
-def test_clients_are_told_all_the_same(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """A child that tells about the clients survives what means nothing, and answers."""
+def test_stray_signals_to_the_child_that_lists_clients(
+    serve: Serve, path: Path, tmp_path: Path
+) -> None:
+    """The child that answers a request for the list of clients survives stray signals."""
     hold = tmp_path / "hold"
     hold.mkdir()
     server = serve(path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=HELD)
     server.workers(1)
     (hold / "status").touch()
-    with socket.socket(socket.AF_UNIX) as asker:
-        asker.settimeout(DEADLINE)
-        asker.connect(f"\0tailsrv:*:{server.port}/clients")
+    with socket.socket(socket.AF_UNIX) as control:
+        control.settimeout(DEADLINE)
+        control.connect(f"\0tailsrv:*:{server.port}/clients")
         (child,) = eventually(lambda: stopped(server.pid))
-        # this one ends it if the asker does not read
+        # SIGALRM is meant to end the child, in case its reader stalls.
         send([child], STRAY - {signal.SIGALRM})
         os.kill(child, signal.SIGCONT)
-        assert recv_all(asker).endswith(b"\n")
+        assert recv_all(control).endswith(b"\n")
 
 
 def stopped(pid: int) -> list[int]:
-    """Return the stopped children of the process `pid`."""
+    """Return the pids of the stopped children of the process `pid`."""
     found = [
         child for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_STOPPED
     ]
     return [child.pid for child in found]
 
 
-def test_stray_signals_come_through_an_upgrade(
-    server: Server, client: socket.socket, path: Path
-) -> None:
-    """USR1 for all processes at each moment of an upgrade ends none of them."""
+def test_stray_signals_during_an_upgrade(server: Server, client: socket.socket, path: Path) -> None:
+    """USR1 to all processes, sent throughout an upgrade, ends none of them."""
     server.workers(1)
     server.signal(signal.SIGHUP)
 
@@ -285,7 +285,7 @@ def test_stray_signals_come_through_an_upgrade(
         return server.lines("upgraded: ")
 
     eventually(upgraded)
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, MORE)
+    expect(client, MORE)
     assert not server.lines("upgrade failed")
     assert not server.lines("worker was killed")

@@ -1,4 +1,4 @@
-"""How a server ends: every client gets the file up to its end, as far as the grace allows, and nobody is let in any more."""
+"""How a server drains: within the grace period clients get the rest, new ones are refused."""
 
 import os
 import signal
@@ -17,34 +17,34 @@ from support.strace import needs_strace, strace
 from support.waiting import eventually
 
 DATA = random_bytes(1000)
-# more than the kernel takes for a client that does not read
+# More than the kernel buffers for a client that does not read.
 BIG = random_bytes(16 << 20)
 
 Ending = Callable[[Server, Path], None]
 
 
-def terminate(server: Server, path: Path) -> None:
+def terminate(server: Server, _path: Path) -> None:
     server.signal(signal.SIGTERM)
 
 
-def interrupt(server: Server, path: Path) -> None:
+def interrupt(server: Server, _path: Path) -> None:
     server.signal(signal.SIGINT)
 
 
-def delete_file(server: Server, path: Path) -> None:
+def delete_file(_server: Server, path: Path) -> None:
     path.unlink()
 
 
 @pytest.fixture(params=[terminate, interrupt, delete_file], ids=lambda ending: ending.__name__)
 def end(request: pytest.FixtureRequest) -> Ending:
-    """Return each thing that makes a server drain."""
+    """Return a function that makes a server drain, one for each reason to drain."""
     ending: Ending = request.param
     return ending
 
 
 @pytest.mark.slow
-def test_everyone_gets_everything(serve: Serve, path: Path, end: Ending) -> None:
-    """Every client gets the file up to its end and then EOF, wherever it is."""
+def test_every_client_gets_the_whole_file(serve: Serve, path: Path, end: Ending) -> None:
+    """Every client gets the file up to its end and then EOF, whatever its offset."""
     path.write_bytes(BIG)
     server = serve(path, "-w", "2", "-v", "--grace", "60")
     starts = [0, 1, 5 << 20, len(BIG) - 1, len(BIG), len(BIG) + 1, 1 << 40]
@@ -62,7 +62,7 @@ def test_everyone_gets_everything(serve: Serve, path: Path, end: Ending) -> None
 @pytest.mark.sample(1)
 @pytest.mark.slow
 def test_slow_reader(serve: Serve, path: Path, end: Ending) -> None:
-    """A client that was stalled when the draining began gets all within the grace."""
+    """A client that was blocked when the drain began gets the rest within the grace period."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "60")
     slow = server.connect(b"0\n", receive_buffer=4096)
@@ -77,7 +77,7 @@ def test_slow_reader(serve: Serve, path: Path, end: Ending) -> None:
 
 @pytest.mark.slow
 def test_stray_input(serve: Serve, path: Path) -> None:
-    """Bytes that a client has sent after its header, and nobody has read, do not cost it what is queued for it."""
+    """Unread bytes that a client sent after its header do not make it lose what is queued."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "60")
     (worker,) = server.workers(1)
@@ -98,8 +98,8 @@ def test_stray_input(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
-    """A client that has all from us but not from the kernel, and goes on talking, is not reset: we wait for its acknowledgement."""
+def test_stray_input_until_the_last_byte(serve: Serve, path: Path) -> None:
+    """A client that keeps sending is not reset while the kernel still holds bytes for it."""
     path.write_bytes(data := BIG[:100_000])
     server = serve(path, "-v", "--grace", "60")
     client = server.connect(b"0\n", receive_buffer=4096)
@@ -107,10 +107,10 @@ def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
     (worker,) = server.workers(1)
     server.signal(signal.SIGTERM)
     eventually(lambda: "[draining, 1 client]" in title(worker))
-    for place in range(0, 50_000, 10_000):
+    for position in range(0, 50_000, 10_000):
         client.sendall(b"stray while the kernel holds the rest")
         assert server.lines("client left") == []
-        expect(client, data[place : place + 10_000])
+        expect(client, data[position : position + 10_000])
     expect(client, data[50_000:])
     expect_eof(client)
     server.wait()
@@ -118,8 +118,8 @@ def test_stray_input_to_the_very_end(serve: Serve, path: Path) -> None:
 
 @pytest.mark.sample(1)
 @pytest.mark.slow
-def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
-    """A client that does not read cannot keep the server from ending; what the kernel has for it is a part of the file."""
+def test_the_grace_period_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
+    """A client that does not read delays the end by no more than the grace period."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "0.3", program=HURRIED)
     stalled = server.connect(b"0\n", receive_buffer=4096)
@@ -137,8 +137,8 @@ def test_grace_is_a_bound(serve: Serve, path: Path, end: Ending) -> None:
 
 
 @pytest.mark.slow
-def test_grace_of_nothing(serve: Serve, path: Path) -> None:
-    """With --grace 0 the server ends without waiting for anybody."""
+def test_without_a_grace_period(serve: Serve, path: Path) -> None:
+    """With --grace 0 the server ends without waiting for any client."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "0")
     stalled = server.connect(b"0\n", receive_buffer=4096)
@@ -149,7 +149,7 @@ def test_grace_of_nothing(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_worker_that_does_not_drain(serve: Serve, path: Path) -> None:
-    """A worker that does not react is killed after the grace, and the server still ends as asked."""
+    """A hung worker is killed after the grace period, and the server still ends with status 0."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2", "--grace", "0.1")
     stop(server.workers(2)[0])
@@ -159,12 +159,12 @@ def test_worker_that_does_not_drain(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_accept_queue(serve: Serve, path: Path, end: Ending) -> None:
-    """Connections that nobody had accepted when the draining began are served like the others."""
+    """Connections that were still in the accept queue when the drain began are served."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
     workers = server.workers(2)
     stop(workers[0])
-    # somebody has to see it
+    # One worker must keep running to notice that the file is gone.
     if end is not delete_file:
         stop(workers[1])
     clients = [server.connect(b"%d\n" % start) for start in range(200)]
@@ -181,7 +181,7 @@ def test_accept_queue(serve: Serve, path: Path, end: Ending) -> None:
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("header", [b"", b"12", b"  -"])
 def test_without_a_header(serve: Serve, path: Path, end: Ending, header: bytes) -> None:
-    """A connection that has not said what it wants gets a clean EOF."""
+    """A client that has not sent a complete header gets EOF, not a reset."""
     path.write_bytes(DATA)
     server = serve(path)
     silent = server.connect(header)
@@ -192,7 +192,7 @@ def test_without_a_header(serve: Serve, path: Path, end: Ending, header: bytes) 
 
 
 def test_before_there_is_a_file(serve: Serve, path: Path) -> None:
-    """A server that ends while it waits for its file leaves nobody waiting."""
+    """A server that ends while it waits for its file closes the waiting connections."""
     server = serve(path)
     client = server.connect(b"0\n")
     server.logged("waiting for file")
@@ -202,8 +202,8 @@ def test_before_there_is_a_file(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_end_is_where_it_was(serve: Serve, path: Path) -> None:
-    """What is appended while the server drains is not its business any more."""
+def test_appends_during_a_drain_are_not_sent(serve: Serve, path: Path) -> None:
+    """Streams end where the file ended when the drain began, not after later appends."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "60")
     slow = server.connect(b"0\n", receive_buffer=4096)
@@ -220,8 +220,8 @@ def test_the_end_is_where_it_was(serve: Serve, path: Path) -> None:
 
 @pytest.mark.sample(1)
 @pytest.mark.slow
-def test_nobody_is_let_in_while_draining(serve: Serve, path: Path, end: Ending) -> None:
-    """The port is closed as soon as the draining has begun, while streams go on."""
+def test_connections_are_refused_while_draining(serve: Serve, path: Path, end: Ending) -> None:
+    """The port is closed as soon as the drain has begun, while streams continue."""
     path.write_bytes(BIG)
     server = serve(path, "-w", "2", "--grace", "60")
     server.workers(2)
@@ -244,7 +244,7 @@ def test_nobody_is_let_in_while_draining(serve: Serve, path: Path, end: Ending) 
 def test_first_signal_after_the_file_has_gone(
     serve: Serve, path: Path, number: signal.Signals
 ) -> None:
-    """Who is being served to the end of a file that is gone is so still when the server is told to end; a second signal ends it at once."""
+    """A first signal continues the drain of a file that is gone; a second one ends it at once."""
     path.write_bytes(BIG)
     server = serve(path, "--grace", "60")
     slow = server.connect(b"0\n", receive_buffer=4096)
@@ -263,7 +263,7 @@ def test_first_signal_after_the_file_has_gone(
 
 @pytest.mark.slow
 def test_accept_queue_of_a_worker_that_has_just_died(serve: Serve, path: Path) -> None:
-    """Who waits in the queue of a worker whose end is noticed with the signal is served like the others."""
+    """If a worker's death and SIGTERM are noticed together, its accept queue is still served."""
     path.write_bytes(DATA)
     server = serve(path)
     [worker] = server.workers(1)
@@ -278,11 +278,11 @@ def test_accept_queue_of_a_worker_that_has_just_died(serve: Serve, path: Path) -
     server.wait()
 
 
-# A worker that dies around the start of a drain: its accept queue is served by its successor.
+# A worker that dies when a drain begins: its successor serves the accept queue.
 
 
-def served_in_the_end(server: Server, clients: list[socket.socket]) -> None:
-    """Assert that each of `clients`, which have asked for everything, gets it and then the end of the stream."""
+def assert_served_and_ended(server: Server, clients: list[socket.socket]) -> None:
+    """Assert that each client gets the whole file and EOF, and that the server ends."""
     for client in clients:
         expect(client, DATA)
         expect_eof(client)
@@ -290,8 +290,8 @@ def served_in_the_end(server: Server, clients: list[socket.socket]) -> None:
 
 
 @pytest.mark.slow
-def test_accept_queue_of_a_worker_that_is_killed_with_its_order(serve: Serve, path: Path) -> None:
-    """A worker that is killed before it obeys the order to drain leaves its queue to its successor."""
+def test_accept_queue_of_a_worker_that_is_killed_before_it_drains(serve: Serve, path: Path) -> None:
+    """If a worker is killed before it obeys the order to drain, its successor serves its queue."""
     path.write_bytes(DATA)
     server = serve(path)
     [worker] = server.workers(1)
@@ -300,12 +300,12 @@ def test_accept_queue_of_a_worker_that_is_killed_with_its_order(serve: Serve, pa
     server.signal(signal.SIGTERM)
     server.logged("draining")
     os.kill(worker, signal.SIGKILL)
-    served_in_the_end(server, clients)
+    assert_served_and_ended(server, clients)
 
 
 @pytest.mark.slow
-def test_accept_queue_of_a_worker_that_dies_with_its_notice(serve: Serve, path: Path) -> None:
-    """A worker that has reported that the file is gone, and dies before the supervisor acts, leaves its queue to its successor."""
+def test_accept_queue_of_a_worker_that_dies_after_its_report(serve: Serve, path: Path) -> None:
+    """If a worker dies right after it reports a file gone, its successor serves its queue."""
     path.write_bytes(DATA)
     server = serve(path)
     [worker] = server.workers(1)
@@ -321,33 +321,34 @@ def test_accept_queue_of_a_worker_that_dies_with_its_notice(serve: Serve, path: 
     eventually(lambda: gone(worker))
     clients = [server.connect(b"0\n") for _ in range(100)]
     server.signal(signal.SIGCONT)
-    served_in_the_end(server, clients)
+    assert_served_and_ended(server, clients)
 
 
 @needs_strace
 @pytest.mark.slow
 def test_accept_queue_of_a_worker_that_ends_before_its_order(serve: Serve, path: Path) -> None:
-    """Where TERM reaches a worker before the supervisor's order, as one to the whole group may, its queue is served all the same."""
+    """If TERM reaches a worker before the supervisor's order does, its queue is still served."""
     path.write_bytes(DATA)
     server = serve(path)
     [worker] = server.workers(1)
     with strace(worker, "exit_group:delay_enter=300000"):
-        # without an order it ends as in a crash: for longer than the supervisor takes to send one
+        # Without an order the worker exits as in a crash. strace delays this exit for longer than
+        # the supervisor needs to send an order.
         os.kill(worker, signal.SIGTERM)
         eventually(lambda: psutil.Process(worker).status() == psutil.STATUS_TRACING_STOP)
         clients = [server.connect(b"0\n") for _ in range(100)]
         server.signal(signal.SIGTERM)
-        served_in_the_end(server, clients)
+        assert_served_and_ended(server, clients)
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_signal_to_the_whole_group(serve: Serve, path: Path) -> None:
-    """TERM to supervisor and workers at once, with more connections in the queues than a turn accepts, costs none of them its bytes."""
+    """TERM to the whole process group loses no connection of queues longer than a turn accepts."""
     for _ in range(10):
         path.write_bytes(DATA)
         server = serve(path, "-w", "2")
         server.workers(2)
         clients = [server.connect(b"0\n") for _ in range(100)]
         os.killpg(server.pid, signal.SIGTERM)
-        served_in_the_end(server, clients)
+        assert_served_and_ended(server, clients)

@@ -1,4 +1,4 @@
-"""Signals that come while the server starts are not lost, and do not wait for a name server."""
+"""Signals that arrive during the start are not lost and do not wait for a name server."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 class Gate:
-    """A place at which a program waits until the test lets it go on."""
+    """A breakpoint at which a program waits until the test releases it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "gate"
@@ -28,23 +28,23 @@ class Gate:
         self.opened = -1
 
     def wrapper(self, hook: str) -> tuple[str, ...]:
-        """Return what starts a program that waits where that hook says."""
+        """Return a wrapper for a program that waits at the gate in `hook`."""
         install_hook(self.folder, hook)
         return ("env", f"PYTHONPATH={self.folder}", f"TAILSRV_TEST_GATE={self.path}")
 
     def reached(self) -> None:
-        """Wait until the program waits."""
+        """Wait until the program has reached the gate."""
         self.opened = eventually(self._open) or -1
 
     def _open(self) -> int | None:
         try:
             return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
-            # the program has not opened it yet
+            # The program has not opened the named pipe yet.
             return None
 
-    def go_on(self) -> None:
-        """Let the program go on."""
+    def release(self) -> None:
+        """Release the program."""
         if self.opened >= 0:
             os.close(self.opened)
             self.opened = -1
@@ -52,15 +52,15 @@ class Gate:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
-    """Give a gate that is open in the end."""
+    """Return a gate that is released at the end of the test."""
     (tmp_path / "site").mkdir()
     gate = Gate(tmp_path / "site")
     yield gate
-    gate.go_on()
+    gate.release()
 
 
 def blocked(pid: int) -> set[int]:
-    """Return the signals that the process `pid` holds back: proc_pid_status(5)."""
+    """Return the signals that the process `pid` blocks: see proc_pid_status(5)."""
     line = next(
         line
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -71,42 +71,40 @@ def blocked(pid: int) -> set[int]:
 
 
 @pytest.mark.parametrize("program", [SCRIPT, TAILSRV], ids=["command", "module"])
-def test_signals_are_held_back_before_the_program_is_imported(
+def test_signals_are_blocked_before_the_program_is_imported(
     serve: Serve, path: Path, gate: Gate, program: Sequence[str]
 ) -> None:
-    """Before the imports, which take longest, signals wait: all that can."""
+    """Every signal that can be blocked is blocked before the imports, the slowest step."""
     server = serve(
         path, status=-signal.SIGTERM, wrapper=gate.wrapper("wait_at_import"), program=program
     )
     gate.reached()
     assert blocked(server.pid) == set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
     server.signal(signal.SIGTERM)
-    gate.go_on()
+    gate.release()
     server.wait()
 
 
-@pytest.mark.parametrize("place", ["wait_at_import", "wait_at_lookup"], ids=["import", "lookup"])
-def test_init_of_a_container_is_ended_while_it_starts(
-    serve: Serve, path: Path, gate: Gate, place: str
-) -> None:
-    """TERM for PID 1, which the kernel discards if there is no handler, drains the server."""
+@pytest.mark.parametrize("hook", ["wait_at_import", "wait_at_lookup"], ids=["import", "lookup"])
+def test_sigterm_to_pid_1_during_the_start(serve: Serve, path: Path, gate: Gate, hook: str) -> None:
+    """TERM to a starting PID 1 drains it, though the kernel discards it without a handler."""
     if not runs(*NEW_PID_NAMESPACE, "true"):
-        pytest.skip("no new PID namespace can be had")
+        pytest.skip("cannot create a PID namespace")
     path.write_bytes(b"data")
-    server = serve(path, "--bind", "localhost", wrapper=(*NEW_PID_NAMESPACE, *gate.wrapper(place)))
+    server = serve(path, "--bind", "localhost", wrapper=(*NEW_PID_NAMESPACE, *gate.wrapper(hook)))
     gate.reached()
     (init,) = children(server.pid)
     os.kill(init, signal.SIGTERM)
-    gate.go_on()
+    gate.release()
     server.logged("draining: signal=SIGTERM")
     server.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-def test_a_name_server_does_not_answer(
+def test_signals_during_the_lookup_of_a_name(
     serve: Serve, path: Path, gate: Gate, number: signal.Signals
 ) -> None:
-    """A server that looks up a name ends at once and without a traceback; USR1 does not end it."""
+    """A signal ends a server during a name lookup at once, with no traceback; USR1 does not."""
     no_cores = ("sh", "-c", 'ulimit -c 0; exec "$@"', "sh")
     server = serve(
         path,

@@ -1,4 +1,4 @@
-"""What happens to the file (appended to, cut, moved, deleted, replaced), and what the server and its clients make of it."""
+"""Changes of the served file (append, truncate, move, delete, replace) and their effect."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from support.status import ask
 from support.waiting import DEADLINE
 
 DATA = random_bytes(1000)
-NEWS = b"appended in the end"
+APPENDED = b"appended at the end"
 
 NO_INOTIFY = (
     "unshare",
@@ -35,17 +35,17 @@ NO_INOTIFY = (
 
 
 def refused(port: int) -> bool:
-    """Tell whether nobody listens on `port`."""
+    """Return whether connections to `port` are refused."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
-# It does not exist at start
+# It does not exist at the start
 
 
 @pytest.mark.slow
 def test_appears_later(serve: Serve, path: Path) -> None:
-    """Clients that connect before there is a file wait, and are served once there is."""
+    """Clients that connect before the file exists wait, and are served when it exists."""
     server = serve(path, "-w", "2", program=HURRIED)
     server.logged("info: waiting for file: ", f"path={path}")
     clients = [server.connect(b"%d\n" % start) for start in range(0, 1000, 100)]
@@ -54,15 +54,15 @@ def test_appears_later(serve: Serve, path: Path) -> None:
     for start, client in zip(range(0, 1000, 100), clients, strict=True):
         expect(client, DATA[start:])
     silent.sendall(b"-0\n")
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
     assert len(server.lines("waiting for file")) == 1
 
 
 @pytest.mark.slow
-def test_appears_later_by_another_way(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """A dangling link, in a folder that is not there yet, is a file that does not exist yet."""
+def test_appears_later_as_the_target_of_a_link(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A dangling link to a folder that does not exist is a file that does not exist yet."""
     target = tmp_path / "folder" / "target"
     path.symlink_to(target)
     server = serve(path, program=HURRIED)
@@ -73,11 +73,11 @@ def test_appears_later_by_another_way(serve: Serve, path: Path, tmp_path: Path) 
     expect(client, DATA)
 
 
-# It is not a regular file, or may not be read
+# It is not a regular file, or not readable
 
 
 def make_odd(path: Path, kind: str) -> None:
-    """Make something at `path` that is not a regular file."""
+    """Create something at `path` that is not a regular file."""
     match kind:
         case "folder":
             path.mkdir()
@@ -95,7 +95,7 @@ ODD_KINDS = ["folder", "fifo", "device", "socket"]
 
 @pytest.mark.parametrize("kind", ODD_KINDS)
 def test_not_a_regular_file(path: Path, kind: str) -> None:
-    """What is not a regular file is refused in one line, with status 1."""
+    """If the path is not a regular file, the server exits with status 1 and one line."""
     make_odd(path, kind)
     ended = run_tailsrv("-p", "0", path)
     (line,) = ended.stderr.splitlines()
@@ -107,7 +107,7 @@ def test_not_a_regular_file(path: Path, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ODD_KINDS)
 def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind: str) -> None:
-    """What turns out not to be a regular file ends the waiting server in the same way."""
+    """If what appears at the path is not a regular file, the waiting server exits: status 1."""
     server = serve(path, status=1, program=HURRIED)
     client = server.connect(b"0\n")
     server.logged("waiting for file")
@@ -116,7 +116,7 @@ def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind:
     assert (
         len(server.lines(f"critical: cannot serve: path={path} reason='not a regular file'")) == 1
     )
-    # it has waited in the accept queue
+    # The client was still in the accept queue, so the kernel resets it.
     with pytest.raises(ConnectionResetError):
         client.recv(1)
 
@@ -124,15 +124,15 @@ def test_appears_later_and_is_not_a_regular_file(serve: Serve, path: Path, kind:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_unreadable(open_folder: Path) -> None:
-    """A file that may not be read is refused in one line, with status 1."""
+    """If the file is not readable, the server exits with status 1 and one line."""
     wrapper, path = wrapper_without_rights(), open_folder / "file.log"
     path.write_bytes(DATA)
     path.chmod(0)
     ended = run_tailsrv("-p", "0", path, wrapper=wrapper)
     (line,) = ended.stderr.splitlines()
     assert (
-        f"critical: cannot serve: path={path} reason='Permission denied; it has mode 0000, user 0 and group 0, and tailsrv runs as "
-        in line
+        f"critical: cannot serve: path={path} reason='Permission denied; "
+        "it has mode 0000, user 0 and group 0, and tailsrv runs as " in line
     )
     assert (ended.returncode, ended.stdout) == (1, "")
 
@@ -140,7 +140,7 @@ def test_unreadable(open_folder: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> None:
-    """A file that turns out not to be readable ends the waiting server in the same way."""
+    """If the file that appears is not readable, the waiting server exits with status 1."""
     path, hidden = open_folder / "file.log", open_folder / "hidden"
     server = serve(path, status=1, wrapper=wrapper_without_rights(), program=HURRIED)
     server.logged("waiting for file")
@@ -163,8 +163,8 @@ def test_appears_later_and_is_unreadable(serve: Serve, open_folder: Path) -> Non
 
 @contextmanager
 def leased(path: Path) -> Iterator[None]:
-    """Hold a lease on a file, as Samba does: whoever opens it is told to come again."""
-    # the kernel's request to give it up
+    """Hold a lease on a file, as Samba does: open(2) then fails with EWOULDBLOCK."""
+    # The kernel asks with SIGIO to give up the lease.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with path.open("rb+") as file:
@@ -178,7 +178,7 @@ def leased(path: Path) -> Iterator[None]:
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
 def test_lease_at_start(serve: Serve, path: Path, options: tuple[str, ...]) -> None:
-    """A file that is leased at the start is waited for, and the log says so once."""
+    """A server waits for a file that is leased at the start, and logs that once."""
     path.write_bytes(DATA)
     with leased(path):
         server = serve(path, *options, program=HURRIED)
@@ -190,17 +190,17 @@ def test_lease_at_start(serve: Serve, path: Path, options: tuple[str, ...]) -> N
 
 
 def test_lease_on_the_next_file(serve: Serve, path: Path) -> None:
-    """The same at a rotation, which is no error."""
+    """A server waits for a leased next file as well, without an error in the status."""
     path.write_bytes(DATA)
     server = serve(path, "--follow-name", program=HURRIED)
     expect(client := server.connect(b"0\n"), DATA)
-    (fresh := path.with_suffix(".new")).write_bytes(NEWS)
+    (fresh := path.with_suffix(".new")).write_bytes(APPENDED)
     with leased(fresh):
         fresh.rename(path)
         expect_eof(client)
         server.logged("warning: another program has a lease on the file")
         assert json.loads(ask(f"*:{server.port}")[0])["file"]["error"] is None
-    expect(server.connect(b"0\n"), NEWS)
+    expect(server.connect(b"0\n"), APPENDED)
     assert not server.lines("cannot serve")
 
 
@@ -208,20 +208,20 @@ def test_lease_on_the_next_file(serve: Serve, path: Path) -> None:
 
 
 def test_grows(serve: Serve, path: Path) -> None:
-    """Every caught-up client gets what is appended, in whatever portions it comes."""
+    """Every caught-up client gets each append, whatever its size."""
     path.touch()
     server = serve(path, "-w", "2")
     clients = [server.connect(b"0\n") for _ in range(20)]
     for turn, size in enumerate(
         [1, 10, 100, 4095, 4096, 4097, 65536, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20, 1]
     ):
-        append(path, reporter := random_bytes(size, turn))
+        append(path, data := random_bytes(size, turn))
         for client in clients:
-            expect(client, reporter)
+            expect(client, data)
 
 
 def test_written_in_other_ways(serve: Serve, path: Path) -> None:
-    """Growth by truncate(2), by a write behind the end and by fallocate(2) is growth as well; a hole reads as zeros."""
+    """Growth by truncate(2), a write beyond the end or fallocate(2) is sent; holes are zeros."""
     path.write_bytes(DATA)
     server = serve(path)
     client = server.connect(b"0\n")
@@ -229,14 +229,14 @@ def test_written_in_other_ways(serve: Serve, path: Path) -> None:
     os.truncate(path, 1500)
     expect(client, bytes(500))
     with path.open("r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), b"behind the end", 2000)
-        expect(client, bytes(500) + b"behind the end")
+        os.pwrite(file.fileno(), b"beyond the end", 2000)
+        expect(client, bytes(500) + b"beyond the end")
         os.posix_fallocate(file.fileno(), 2014, 86)
         expect(client, bytes(86))
 
 
 def test_changed_in_the_middle(serve: Serve, path: Path) -> None:
-    """A change before the client's offset sends nothing; the next append is what comes next."""
+    """A change before a client's position sends nothing; the client gets the next append."""
     path.write_bytes(DATA)
     server = serve(path)
     client = server.connect(b"0\n")
@@ -244,8 +244,8 @@ def test_changed_in_the_middle(serve: Serve, path: Path) -> None:
     with path.open("r+b", buffering=0) as file:
         file.write(b"changed")
         expect(server.connect(b"0\n"), b"changed" + DATA[7:])
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
 
 
 # It is gone
@@ -264,7 +264,7 @@ def replace(path: Path) -> None:
     new.rename(path)
 
 
-def move_away_and_make_anew(path: Path) -> None:
+def move_away_and_create(path: Path) -> None:
     move_away(path)
     path.write_bytes(b"another file")
 
@@ -294,30 +294,30 @@ def move_folder(path: Path) -> None:
 
 
 Action = Callable[[Path], None]
-WAYS_TO_GO: list[Action] = [
+REMOVALS: list[Action] = [
     delete,
     move_away,
     replace,
-    move_away_and_make_anew,
+    move_away_and_create,
     keep_a_hard_link_and_delete,
     move_folder,
 ]
-WAYS_OF_A_LINK_TO_GO: list[Action] = [retarget_link, delete_link, move_target]
+LINK_REMOVALS: list[Action] = [retarget_link, delete_link, move_target]
 
 
-@pytest.fixture(params=[*WAYS_TO_GO, *WAYS_OF_A_LINK_TO_GO], ids=lambda way: way.__name__)
-def way_to_go(request: pytest.FixtureRequest) -> Action:
-    """Return what makes the file go."""
-    way: Action = request.param
-    return way
+@pytest.fixture(params=[*REMOVALS, *LINK_REMOVALS], ids=lambda action: action.__name__)
+def remove(request: pytest.FixtureRequest) -> Action:
+    """Return a function after which the path does not name the served file."""
+    action: Action = request.param
+    return action
 
 
 @pytest.fixture
-def served(tmp_path: Path, way_to_go: Action) -> Path:
-    """Return the path of a file for `way_to_go`."""
+def served(tmp_path: Path, remove: Action) -> Path:
+    """Return a path to serve that suits `remove`."""
     (folder := tmp_path / "folder").mkdir()
     path = folder / "file.log"
-    if way_to_go in WAYS_OF_A_LINK_TO_GO:
+    if remove in LINK_REMOVALS:
         (folder / "target").touch()
         path.symlink_to("target")
     return path
@@ -325,8 +325,8 @@ def served(tmp_path: Path, way_to_go: Action) -> Path:
 
 @pytest.mark.sample(2)
 @pytest.mark.slow
-def test_gone(serve: Serve, served: Path, way_to_go: Action) -> None:
-    """A file that is gone ends the server with status 0, after every client has got what is left of it."""
+def test_gone(serve: Serve, served: Path, remove: Action) -> None:
+    """If the file is gone, every client gets the rest of it, and the server ends: status 0."""
     data = random_bytes(8 << 20)
     served.write_bytes(data)
     server = serve(served, "-w", "2", "--grace", "60")
@@ -337,12 +337,12 @@ def test_gone(serve: Serve, served: Path, way_to_go: Action) -> None:
     headerless = server.connect()
     expect(caught_up, data[-10:])
     expect(behind, data[:10])
-    append(served, NEWS)
-    way_to_go(served)
-    expect(caught_up, NEWS)
+    append(served, APPENDED)
+    remove(served)
+    expect(caught_up, APPENDED)
     expect_eof(caught_up)
     expect_eof(headerless)
-    expect(behind, data[10:] + NEWS)
+    expect(behind, data[10:] + APPENDED)
     expect_eof(behind)
     server.wait()
     assert len(server.lines("warning: file is gone, draining: ")) == 1
@@ -350,32 +350,32 @@ def test_gone(serve: Serve, served: Path, way_to_go: Action) -> None:
 
 
 @pytest.mark.sample(3)
-def test_gone_with_nobody_connected(serve: Serve, served: Path, way_to_go: Action) -> None:
-    """The end of a file that nobody follows is noticed as well."""
+def test_gone_without_clients(serve: Serve, served: Path, remove: Action) -> None:
+    """A server without clients also notices that its file is gone, and ends."""
     served.write_bytes(DATA)
     server = serve(served)
     server.workers(1)
-    way_to_go(served)
+    remove(served)
     server.wait()
 
 
 @pytest.mark.sample(3)
 @pytest.mark.slow
-def test_linger(serve: Serve, served: Path, way_to_go: Action) -> None:
-    """With --linger-after-file-is-gone the server goes on with the file that it holds, also for new clients."""
+def test_linger(serve: Serve, served: Path, remove: Action) -> None:
+    """With --linger-after-file-is-gone, old and new clients are served from the open file."""
     served.write_bytes(DATA)
     server = serve(served, "-w", "2", "--linger-after-file-is-gone")
     server.workers(2)
     client = server.connect(b"0\n")
     expect(client, DATA)
     with served.open("ab", buffering=0) as writer:
-        way_to_go(served)
+        remove(served)
         server.logged("warning: file is gone, continuing to serve the open file: ")
         late = server.connect(b"0\n")
         expect(late, DATA)
-        writer.write(NEWS)
-        expect(client, NEWS)
-        expect(late, NEWS)
+        writer.write(APPENDED)
+        expect(client, APPENDED)
+        expect(late, APPENDED)
     server.process.terminate()
     expect_eof(client)
     expect_eof(late)
@@ -406,7 +406,7 @@ def make_other_files(path: Path) -> None:
     path.with_suffix(".moved").unlink()
 
 
-def replace_by_link_to_the_same(path: Path) -> None:
+def replace_by_link_to_same_inode(path: Path) -> None:
     (kept := path.with_suffix(".kept")).hardlink_to(path)
     (link := path.with_suffix(".link")).symlink_to(kept)
     link.rename(path)
@@ -418,7 +418,7 @@ HARMLESS: list[Action] = [
     change_mode,
     touch,
     make_other_files,
-    replace_by_link_to_the_same,
+    replace_by_link_to_same_inode,
 ]
 
 
@@ -426,25 +426,25 @@ HARMLESS: list[Action] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("action", HARMLESS, ids=lambda action: str(action.__name__))
 def test_not_gone(serve: Serve, path: Path, action: Action) -> None:
-    """What leaves the path naming the same inode changes nothing; later its end is noticed all the same."""
+    """A change after which the path names the same inode does not make the file gone."""
     path.write_bytes(DATA)
     server = serve(path)
     (worker,) = server.workers(1)
     client = server.connect(b"0\n")
     expect(client, DATA)
     action(path)
-    append(path, NEWS)
-    expect(client, NEWS)
-    late = server.connect(b"-%d\n" % len(NEWS))
-    expect(late, NEWS)
-    append(path, NEWS)
-    expect(late, NEWS)
-    # by now the worker has said what it had to say
+    append(path, APPENDED)
+    expect(client, APPENDED)
+    late = server.connect(b"-%d\n" % len(APPENDED))
+    expect(late, APPENDED)
+    append(path, APPENDED)
+    expect(late, APPENDED)
+    # By now the worker would have reported that the file is gone.
     assert json.loads(ask(f"*:{server.port}")[0])["file"]["gone"] is False
     assert server.lines("file is gone") == []
     assert server.workers(1) == [worker]
     path.resolve().unlink()
-    expect(client, NEWS)
+    expect(client, APPENDED)
     expect_eof(client)
     server.wait()
 
@@ -454,7 +454,7 @@ def test_not_gone(serve: Serve, path: Path, action: Action) -> None:
 
 @pytest.mark.slow
 def test_truncated(serve: Serve, path: Path) -> None:
-    """A client beyond the new end gets nothing until the file is longer than its offset again; one before it is served as usual."""
+    """A client beyond the new end waits until the file is longer than its position again."""
     path.write_bytes(DATA)
     server = serve(path)
     beyond, far_beyond = server.connect(b"0\n"), server.connect(b"1400\n")
@@ -465,19 +465,19 @@ def test_truncated(serve: Serve, path: Path) -> None:
     expect(before, DATA[300:400])
     grown = DATA[:400] + random_bytes(1600, 7)
     for end in (500, 999, 1000, 1001, 1500, 2000):
-        append(path, reporter := grown[path.stat().st_size : end])
-        expect(before, reporter)
+        append(path, data := grown[path.stat().st_size : end])
+        expect(before, data)
     expect(beyond, grown[1000:])
     expect(far_beyond, grown[1400:])
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in (beyond, far_beyond, before):
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_truncated_under_a_client_that_is_behind(serve: Serve, path: Path) -> None:
-    """A file that shrinks while it is being sent costs neither a crash nor a spin, and the stream goes on where it was."""
+    """If a file shrinks while it is sent, the worker neither dies nor spins; the stream resumes."""
     old, new = random_bytes(16 << 20, 1), random_bytes(16 << 20, 2)
     path.write_bytes(old)
     server = serve(path)
@@ -487,7 +487,7 @@ def test_truncated_under_a_client_that_is_behind(serve: Serve, path: Path) -> No
     os.truncate(path, 0)
     server.logged("file was truncated, ", "size=0")
     received, busy = bytearray(old[:10]), cpu_seconds(worker)
-    # the kernel has more for the client, and then nothing comes: that is the point
+    # The client gets what the kernel has buffered, and then nothing until the timeout.
     with suppress(TimeoutError):
         behind.settimeout(1)
         while some := behind.recv(1 << 20):
@@ -498,46 +498,46 @@ def test_truncated_under_a_client_that_is_behind(serve: Serve, path: Path) -> No
     expect(before, new)
     behind.settimeout(DEADLINE)
     received += recv_exactly(behind, len(new) - len(received))
-    place = bisect_left(range(len(old)), True, key=lambda end: received[:end] != old[:end]) - 1
-    assert received[place:] == new[place:]
+    switch = bisect_left(range(len(old)), True, key=lambda end: received[:end] != old[:end]) - 1
+    assert received[switch:] == new[switch:]
     assert server.workers(1) == [worker]
 
 
 @pytest.mark.slow
 def test_truncated_and_refilled(serve: Serve, path: Path) -> None:
-    """`> file` and a write in one breath, as logrotate's copytruncate makes them, leave every client with its offset."""
+    """A truncation and a write at once, as by copytruncate, leave every client's position."""
     path.write_bytes(DATA)
     server = serve(path)
     client = server.connect(b"0\n")
     expect(client, DATA)
     with path.open("wb", buffering=0) as file:
-        file.write(NEWS)
+        file.write(APPENDED)
     late = server.connect(b"0\n")
-    expect(late, NEWS)
+    expect(late, APPENDED)
     append(path, DATA)
     append(path, DATA)
-    expect(client, (NEWS + DATA + DATA)[1000:])
+    expect(client, (APPENDED + DATA + DATA)[1000:])
     expect(late, DATA + DATA)
 
 
-# inotify cannot help
+# It is polled, or not
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) -> None:
-    """Without inotify the file is looked at by the clock, and the log names the setting that helps, once."""
+    """Without inotify the file is polled, and the log names the setting to raise, once."""
     if not runs(*NO_INOTIFY, sys.executable, "-c", ""):
-        pytest.skip("a user namespace without inotify instances cannot be had")
+        pytest.skip("cannot create a user namespace without inotify instances")
     path.write_bytes(DATA)
     server = serve(path, "-w", "3", wrapper=NO_INOTIFY, program=HURRIED)
     server.workers(3)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, DATA)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
     assert (
         len(
             server.lines(
@@ -556,7 +556,7 @@ def test_polls_where_inotify_instances_have_run_out(serve: Serve, path: Path) ->
 
 
 def test_polls_where_inotify_does_not_report(serve: Serve) -> None:
-    """On a file system that others can write to, the log says once that the file is looked at by the clock."""
+    """On a file system for which inotify is incomplete, the log says once that it is polled."""
     if not (path := Path("/sys/class/net/lo/mtu")).is_file():
         pytest.skip("no sysfs")
     server = serve(path, "-w", "2")
@@ -573,7 +573,7 @@ def test_polls_where_inotify_does_not_report(serve: Serve) -> None:
 
 
 def test_does_not_poll_without_need(serve: Serve, path: Path) -> None:
-    """On an ordinary file there is nothing to say about polling."""
+    """An ordinary file is not polled."""
     path.write_bytes(DATA)
     server = serve(path)
     expect(server.connect(b"0\n"), DATA)

@@ -1,4 +1,4 @@
-"""File systems that fail, die, make up inode numbers, or are mounted over the file or out of sight."""
+"""File systems that fail, invent inode numbers, hide the file, or have no visible mount."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ OLD, NEW, MORE = random_bytes(5000, 1), random_bytes(9000, 2), random_bytes(3000
 
 @pytest.fixture
 def hurried(tmp_path: Path) -> Iterator[tuple[str, ...]]:
-    """Give a program to serve with that looks at the file twenty times as often."""
+    """Return a server program that polls the file twenty times as often."""
     (hold := tmp_path / "hold").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAILSRV_TEST_HOLD", str(hold))
@@ -34,7 +34,7 @@ def hurried(tmp_path: Path) -> Iterator[tuple[str, ...]]:
 
 @pytest.fixture
 def fuse(tmp_path: Path) -> Fuse:
-    """Give a file system of one file, which holds OLD, that behaves as ordered."""
+    """Return a file system with one file, which contains OLD, that follows the test's orders."""
     fuse = Fuse(tmp_path / "fuse")
     fuse.write(OLD)
     if not runs(*fuse.wrapper, "true"):
@@ -43,7 +43,7 @@ def fuse(tmp_path: Path) -> Fuse:
 
 
 def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
-    """Have the name lead to another file; the streams of the old one end, and this one is served."""
+    """Put another file at the path; its predecessor's streams end, and it is served."""
     old = server.connect(b"-0\n")
     server.streaming(old)
     node = int(fuse.orders["node"]) + 1
@@ -59,14 +59,14 @@ def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
 def run_in(
     fuse: Fuse, folder: Path, name: str, *arguments: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a program of ours in `folder`, in a mount namespace with the file system."""
+    """Run a program of the test suite in `folder`, in a mount namespace with the file system."""
     return run_program(name, *arguments, wrapper=(*fuse.wrapper, "env", "-C", str(folder)))
 
 
 # Calls that fail
 
 CALLS = [
-    # of close(2)
+    # FLUSH is the request that close(2) causes.
     ("FLUSH", 0, 100),
     ("OPEN", 0, 1),
     ("GETATTR AFTER OPEN", 0, 1),
@@ -78,7 +78,7 @@ CALLS = [
 
 @pytest.mark.thorough
 def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> None:
-    """Whichever call on the file fails during a rotation, the server goes on with the next file."""
+    """Whichever call on the file fails during a rotation, the server serves the next file."""
     server = serve(fuse.path, "--follow-name", "-v", wrapper=fuse.wrapper, program=hurried)
     server.workers(1)
     for operation, skip, times in CALLS:
@@ -91,10 +91,10 @@ def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
-def test_held_file_is_dead(
+def test_file_system_of_the_open_file_dies(
     serve: Serve, fuse: Fuse, hurried: tuple[str, ...], path: Path, options: tuple[str, ...]
 ) -> None:
-    """A file that will never answer again is gone once the path names another one, and not before."""
+    """A file whose file system has died is gone when the path names another, and not before."""
     path.symlink_to(fuse.path)
     server = serve(path, *options, wrapper=fuse.wrapper, program=hurried)
     expect(old := server.connect(b"0\n"), OLD)
@@ -118,7 +118,7 @@ def test_held_file_is_dead(
 def test_inode_numbers_that_change(
     serve: Serve, fuse: Fuse, hurried: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    """A file whose number changes from look to look is still the same file, until another has its name."""
+    """A file whose inode number changes at each stat is the same until another has its path."""
     fuse.order(unstable=True)
     server = serve(fuse.path, *options, "-v", wrapper=fuse.wrapper, program=hurried)
     expect(client := server.connect(b"0\n"), OLD)
@@ -136,14 +136,14 @@ def test_inode_numbers_that_change(
         server.wait()
 
 
-def test_another_number(fuse: Fuse, tmp_path: Path) -> None:
-    """Without reliable numbers, beginning, end and growth tell whether it is another file."""
+def test_other_signs_of_another_file(fuse: Fuse, tmp_path: Path) -> None:
+    """Without reliable inode numbers, first bytes, last bytes and growth identify a file."""
     done = run_in(fuse, tmp_path, "other_number", str(fuse.folder))
     assert done.returncode == 0, done.stderr
 
 
 def test_rotations_without_end(serve: Serve, path: Path) -> None:
-    """A file that is replaced all the time is rotated less and less often, and the last one is served."""
+    """If a file is replaced again and again, rotations slow down, and the last file is served."""
     path.write_bytes(OLD)
     server = serve(path, "--follow-name")
     server.workers(1)
@@ -160,7 +160,7 @@ def test_rotations_without_end(serve: Serve, path: Path) -> None:
     expect(server.connect(b"0\n"), MORE)
 
 
-# A mount that is out of sight
+# A mount that is not listed in /proc
 
 
 HIDDEN_REASON = (
@@ -170,7 +170,7 @@ HIDDEN_REASON = (
 
 
 def test_hidden_mount(fuse: Fuse, tmp_path: Path) -> None:
-    """In a chroot, and without /proc, the kernel itself is asked whether a file system is local."""
+    """In a chroot and without /proc, statfs(2) tells whether a file system is local."""
     (local := tmp_path / "local").touch()
     done = run_in(fuse, tmp_path, "hidden_mount", str(fuse.path), str(local))
     if "mount failed" in done.stderr:
@@ -198,9 +198,9 @@ def mount(server: Server, command: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a folder whose file holds OLD, for a server in a mount namespace of its own."""
+    """Return a folder whose file contains OLD, for a server in a separate mount namespace."""
     if not runs(*IN_NAMESPACE, "mount", "-t", "tmpfs", "none", str(tmp_path)) or os.geteuid() != 0:
-        pytest.skip("takes root, and a mount namespace")
+        pytest.skip("requires root and a mount namespace")
     (folder := tmp_path / "folder").mkdir()
     (folder / "file.log").write_bytes(OLD)
     (tmp_path / "new").write_bytes(NEW)
@@ -217,7 +217,7 @@ WAYS = {
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
-    """What is mounted over the file, or taken away from under it, is noticed at once."""
+    """A mount that covers the file, or an unmount that uncovers another, is noticed."""
     setup = (
         f"mount -t tmpfs none {folder}; cp {folder}/../old {folder}/file.log"
         if way == "unmounted"
@@ -230,14 +230,14 @@ def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
     )
     expect(old := server.connect(b"0\n"), OLD)
     (other := folder.parent / "other").mkdir()
-    # one is looked at soon after another
+    # Make two changes in quick succession, because the supervisor pauses after it has noticed one.
     mount(server, f"mount -t tmpfs none {other}; {WAYS[way].format(folder=folder)}")
     expect_eof(old)
     expect(server.connect(b"0\n"), NEW)
 
 
 def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:
-    """A host that mounts all the time wakes the supervisor about once a second, and no worker."""
+    """Continual mounts elsewhere wake the supervisor about once a second, and no worker."""
     server = serve(folder / "file.log", wrapper=IN_NAMESPACE)
     (worker,) = server.workers(1)
     expect(client := server.connect(b"0\n"), OLD)
@@ -255,7 +255,7 @@ def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:
 
 
 def test_without_proc(serve: Serve, folder: Path) -> None:
-    """Without /proc the server serves; it is only that mounts go unnoticed."""
+    """A server without /proc serves appends, although it cannot notice mounts."""
     server = serve(
         folder / "file.log",
         wrapper=(*IN_NAMESPACE, "sh", "-ec", 'mount -t tmpfs none /proc; exec "$@"', "sh"),
@@ -271,13 +271,14 @@ LAYERS = """
 mount -t tmpfs none {folder}
 mkdir {folder}/lower {folder}/upper {folder}/work {folder}/merged
 cp {folder}/../new {folder}/lower/file.log
-mount -t overlay -o lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work none {folder}/merged
+layers=lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work
+mount -t overlay -o $layers none {folder}/merged
 exec "$@"
 """
 
 
 def test_overlay_copy_up(serve: Serve, folder: Path) -> None:
-    """The append that copies a file up from the lower layer is served at once, and the file is not gone by it."""
+    """An append that copies a file up from the lower layer is served; the file is not gone."""
     layers = (*IN_NAMESPACE, "sh", "-ec", LAYERS.format(folder=folder), "sh")
     if not runs(*layers, "true"):
         pytest.skip("overlay cannot be mounted here")

@@ -1,4 +1,4 @@
-"""--follow-name: the streams of a file that is gone end at its end, and the next file of its name is served."""
+"""--follow-name: the streams of a file that is gone end, and the next file is served."""
 
 import os
 import select
@@ -30,7 +30,7 @@ OLD, LATE, NEW, MORE = (
 
 @pytest.fixture
 def server(serve: Serve, path: Path, request: pytest.FixtureRequest) -> Server:
-    """Start a server that follows the name of a file that is there; unless a test asks for another program, one that soon goes over."""
+    """Start a server of an existing file with --follow-name; HURRIED unless a test sets another."""
     path.write_bytes(OLD)
     server = serve(
         path, "--follow-name", "-w", "2", "-v", program=getattr(request, "param", HURRIED)
@@ -39,12 +39,12 @@ def server(serve: Serve, path: Path, request: pytest.FixtureRequest) -> Server:
     return server
 
 
-# For tests that do something while the server waits for the old file to be complete.
-usual_pace = pytest.mark.parametrize("server", [TAILSRV], indirect=True, ids=["usual pace"])
+# For tests that act while the server waits for the old file to settle.
+without_hurry = pytest.mark.parametrize("server", [TAILSRV], indirect=True, ids=["without hurry"])
 
 
 def rotate(path: Path, data: bytes = b"") -> Path:
-    """Move the file away as logrotate does, make the next one, and return where the old one is."""
+    """Rename the file as logrotate does, create the next one, and return the old one's path."""
     old = path.with_suffix(".1")
     path.rename(old)
     path.write_bytes(data)
@@ -52,7 +52,7 @@ def rotate(path: Path, data: bytes = b"") -> Path:
 
 
 def test_rotation(server: Server, path: Path) -> None:
-    """Streams get the old file to its end and then end; who connects afterwards gets the next one, at the same port, to the end."""
+    """Streams get the rest of the old file and EOF; later clients get the next file."""
     streams = [server.connect(b"0\n") for _ in range(10)]
     for stream in streams:
         expect(stream, OLD)
@@ -67,9 +67,9 @@ def test_rotation(server: Server, path: Path) -> None:
     assert not set(before) & set(children(server.pid))
 
 
-@usual_pace
+@without_hurry
 def test_late_appends(server: Server, path: Path) -> None:
-    """What the writer appends to the old file before it has gone over to the next is part of the old file's streams."""
+    """Streams include what is appended to the old file until its writer opens the next one."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     old = rotate(path)
@@ -82,8 +82,8 @@ def test_late_appends(server: Server, path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_who_connects_in_between_waits(server: Server, path: Path) -> None:
-    """Between two files nobody is refused: not with a header, not without, not before the rotation and not after."""
+def test_clients_wait_between_two_files(server: Server, path: Path) -> None:
+    """Clients wait for the next file, with or without a header, before and after the rotation."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     early = [server.connect() for _ in range(8)]
@@ -105,8 +105,8 @@ def test_who_connects_in_between_waits(server: Server, path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [5])
-def test_again_and_again(server: Server, path: Path, times: int) -> None:
-    """Each of several files is streamed to its very end, and no descriptor is left over from the ones before."""
+def test_several_rotations(server: Server, path: Path, times: int) -> None:
+    """Each of several files is streamed to its end, and no descriptor of older ones is left."""
     held = 0
     for number in range(times):
         data = random_bytes(100_000, number)
@@ -115,7 +115,7 @@ def test_again_and_again(server: Server, path: Path, times: int) -> None:
         stream = server.connect(b"0\n")
         expect(stream, data)
         eventually(lambda: status(server)["clients"] == 1)
-        # from now on the supervisor holds the file before this one, for a minute
+        # From now on the supervisor keeps the previous file open, for a minute.
         if number == 1:
             held = open_descriptors(server.pid)
         append(path, LATE)
@@ -124,7 +124,7 @@ def test_again_and_again(server: Server, path: Path, times: int) -> None:
 
 
 def test_replaced_by_a_move(server: Server, path: Path) -> None:
-    """A file that is moved over ours is the next one."""
+    """A file that is renamed to the served path is the next file."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     other = path.with_suffix(".new")
@@ -135,15 +135,17 @@ def test_replaced_by_a_move(server: Server, path: Path) -> None:
 
 
 def test_moved_away_and_back(server: Server, path: Path) -> None:
-    """The same file under its old name is a next file like any other."""
+    """If the same file is moved away and back, it is served as the next file."""
     away = path.rename(path.with_suffix(".away"))
     server.logged("waiting for file")
     away.rename(path)
     expect(server.connect(b"0\n"), OLD)
 
 
-def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: Path) -> None:
-    """One that stalls keeps the others from the next file for as long as the grace, and no longer."""
+def test_a_client_that_does_not_read_is_closed_after_the_grace_period(
+    serve: Serve, path: Path
+) -> None:
+    """A blocked client delays the next file for no longer than the grace period."""
     path.write_bytes(BIG)
     server = serve(path, "--follow-name", "--grace", "0.5", "-v")
     stalled = server.connect(b"0\n", receive_buffer=4096)
@@ -154,12 +156,12 @@ def test_a_client_that_does_not_read_is_cut_after_the_grace(serve: Serve, path: 
 
 
 @pytest.mark.thorough
-def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path) -> None:
-    """A worker that does not end its streams keeps nobody from the next file for much longer than the grace."""
+def test_a_hung_worker_is_killed_after_the_grace_period(serve: Serve, path: Path) -> None:
+    """A hung worker delays the next file only slightly longer than the grace period."""
     path.write_bytes(BIG)
     server = serve(path, "--follow-name", "--grace", "2", "-v", program=HURRIED)
     (worker,) = server.workers(1)
-    # keeps the worker at it for all of the grace
+    # This client keeps the worker draining for the whole grace period.
     stalled = server.connect(b"0\n", receive_buffer=4096)
     server.streaming(stalled)
     rotate(path, NEW)
@@ -169,9 +171,9 @@ def test_a_worker_that_hangs_is_killed_after_the_grace(serve: Serve, path: Path)
     server.logged("worker was killed: ", f"pid={worker} ")
 
 
-@usual_pace
-def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
-    """A worker that dies while its streams are being ended has a successor that ends them, to the byte."""
+@without_hurry
+def test_a_worker_is_killed_during_a_rotation(server: Server, path: Path) -> None:
+    """If a worker dies in a rotation, its successor ends the streams at the exact byte."""
     streams = [server.connect(b"0\n") for _ in range(10)]
     for stream in streams:
         expect(stream, OLD)
@@ -179,19 +181,19 @@ def test_a_worker_is_killed_meanwhile(server: Server, path: Path) -> None:
     old = rotate(path, NEW)
     server.logged("switching to the next file")
     for worker in workers:
-        # one without clients has nothing to wait for
+        # A worker without clients may have exited.
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     append(old, LATE)
     for stream in streams:
-        # the successor looks at once: it may be done before the append
+        # The successor checks the file at once: it may finish before the append.
         assert recv_all(stream) in (LATE, b"")
     expect(server.connect(b"0\n"), NEW)
 
 
 @pytest.mark.thorough
-def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
-    """A worker that takes over in the middle of a rotation leaves those who wait for the next file alone."""
+def test_waiting_clients_are_not_served_the_old_file(serve: Serve, path: Path) -> None:
+    """A worker respawned in a rotation does not serve the old file to waiting clients."""
     path.write_bytes(BIG)
     server = serve(path, "--follow-name", "--grace", "10", "-v")
     (worker,) = server.workers(1)
@@ -208,8 +210,8 @@ def test_who_waits_is_not_served_the_old_file(serve: Serve, path: Path) -> None:
     expect(early, NEW)
 
 
-def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
-    """Those who wait for the next file count for --max-clients: nobody else gets their places."""
+def test_waiting_clients_count_for_the_client_limit(serve: Serve, path: Path) -> None:
+    """Clients that wait for the next file count for --max-clients."""
     path.write_bytes(OLD)
     server = serve(path, "--follow-name", "--max-clients", "10", "-w", "4", program=HURRIED)
     server.workers(4)
@@ -227,8 +229,8 @@ def test_who_waits_keeps_a_place(serve: Serve, path: Path) -> None:
     assert not select.select(later, [], [], 0)[0]
 
 
-def test_the_folder_goes(serve: Serve, path: Path) -> None:
-    """A folder that is gone with the file, and that we work in, is waited for like the file."""
+def test_the_folder_is_removed(serve: Serve, path: Path) -> None:
+    """If the working directory is removed with the file in it, the server waits for the file."""
     folder = path.parent / "folder"
     folder.mkdir()
     (folder / "log").write_bytes(OLD)
@@ -242,7 +244,7 @@ def test_the_folder_goes(serve: Serve, path: Path) -> None:
 
 @pytest.mark.thorough
 def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
-    """A next file that may not be read is looked at again until it may, and the log says so once."""
+    """A next file that is not readable is polled until it is, and the log says so once."""
     path = open_folder / "file.log"
     path.write_bytes(OLD)
     path.chmod(0o644)
@@ -262,10 +264,10 @@ def test_next_file_cannot_be_read_yet(serve: Serve, open_folder: Path) -> None:
     assert len(server.lines("cannot serve the new file yet")) == 1
 
 
-@usual_pace
+@without_hurry
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
-def test_end_while_going_over(server: Server, path: Path, number: signal.Signals) -> None:
-    """A server that is told to end between two files ends, with status 0."""
+def test_end_during_a_rotation(server: Server, path: Path, number: signal.Signals) -> None:
+    """A signal to end during a rotation ends the server with status 0."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     rotate(path, NEW)
@@ -275,7 +277,7 @@ def test_end_while_going_over(server: Server, path: Path, number: signal.Signals
 
 
 def test_end_while_waiting_for_the_next(server: Server, path: Path) -> None:
-    """So does one that waits for the next file, whoever waits with it."""
+    """A server that waits for the next file ends with status 0 and closes waiting clients."""
     path.unlink()
     server.logged("waiting for file")
     waiting = server.connect(b"0\n")
@@ -285,9 +287,9 @@ def test_end_while_waiting_for_the_next(server: Server, path: Path) -> None:
 
 
 @pytest.mark.thorough
-@usual_pace
-def test_upgrade_while_going_over(server: Server, path: Path) -> None:
-    """A HUP between two files is acted on when the next one is served, or waited for."""
+@without_hurry
+def test_upgrade_during_a_rotation(server: Server, path: Path) -> None:
+    """A HUP during a rotation takes effect after the rotation."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     rotate(path, NEW)
@@ -304,7 +306,7 @@ def test_upgrade_while_going_over(server: Server, path: Path) -> None:
 
 @pytest.mark.thorough
 def test_rotation_while_upgrading(server: Server, path: Path) -> None:
-    """A file that goes while an upgrade is under way delays it, and loses nobody."""
+    """A rotation during an upgrade delays the upgrade, and every client is served."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     server.signal(signal.SIGHUP)
@@ -316,7 +318,7 @@ def test_rotation_while_upgrading(server: Server, path: Path) -> None:
 
 @pytest.mark.thorough
 def test_upgrade_while_waiting_for_the_next(server: Server, path: Path) -> None:
-    """An upgrade between two files keeps who waits, with a header or without."""
+    """An upgrade between two files keeps the waiting clients, with or without a header."""
     early = server.connect()
     eventually(lambda: "1 client]" in server.title())
     path.unlink()
@@ -330,9 +332,9 @@ def test_upgrade_while_waiting_for_the_next(server: Server, path: Path) -> None:
     expect(waiting, NEW)
 
 
-@usual_pace
-def test_title_says_so(server: Server, path: Path) -> None:
-    """While streams of the old file are being ended, the supervisor's title says that it is rotating."""
+@without_hurry
+def test_title_during_a_rotation(server: Server, path: Path) -> None:
+    """While streams of the old file are ending, the supervisor's title contains `rotating`."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     eventually(lambda: "1 client]" in title(server.pid))
@@ -340,8 +342,8 @@ def test_title_says_so(server: Server, path: Path) -> None:
     eventually(lambda: "[rotating, " in title(server.pid))
 
 
-def follow_link(path: Path, number: int) -> None:
-    """Point the link `path` at a new file."""
+def point_to_new_file(path: Path, number: int) -> None:
+    """Make `path` a symbolic link to a new file."""
     target = path.with_name(f"target-{number}")
     target.write_bytes(random_bytes(1000, number))
     link = path.with_name("link")
@@ -350,35 +352,35 @@ def follow_link(path: Path, number: int) -> None:
 
 
 def test_links(serve: Serve, path: Path) -> None:
-    """A name that is a link leads to the next file when it is pointed there."""
-    follow_link(path, 1)
+    """If the served path is a link, pointing it to another file is a rotation."""
+    point_to_new_file(path, 1)
     server = serve(path, "--follow-name", program=HURRIED)
     stream = server.connect(b"0\n")
     expect(stream, random_bytes(1000, 1))
-    follow_link(path, 2)
+    point_to_new_file(path, 2)
     expect_eof(stream)
     expect(server.connect(b"0\n"), random_bytes(1000, 2))
 
 
-# It is there again, and goes once more
+# It is gone, restored, and gone again
 
 
-def heard(path: Path, stream: socket.socket) -> None:
-    """Wait until the worker has acted on what has happened to the file so far: each append takes a turn."""
+def await_reaction(path: Path, stream: socket.socket) -> None:
+    """Wait until the worker has handled all changes so far: each append requires a turn."""
     for _ in range(5):
         append(path, LATE)
         expect(stream, LATE)
 
 
-def test_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
-    """A file that is back when the supervisor looks, and goes again while the worker does not, is missed by neither."""
+def test_gone_restored_and_gone(serve: Serve, path: Path) -> None:
+    """A file that is restored before the supervisor checks, and gone again, counts as gone."""
     path.write_bytes(OLD)
     server = serve(path, "--follow-name", program=HURRIED)
     (worker,) = server.workers(1)
     expect(stream := server.connect(b"0\n"), OLD)
     stop(server.pid)
     away = path.rename(path.with_suffix(".away"))
-    heard(away, stream)
+    await_reaction(away, stream)
     stop(worker)
     away.rename(path)
     server.signal(signal.SIGCONT)
@@ -388,8 +390,8 @@ def test_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
     server.logged("file is gone")
 
 
-def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
-    """So it is with a link: the one that comes back is watched like the first."""
+def test_link_gone_restored_and_gone(serve: Serve, path: Path) -> None:
+    """A link that is removed, restored and removed again counts as gone."""
     path.write_bytes(OLD)
     (link := path.with_name("link")).symlink_to(path)
     server = serve(link, "--follow-name", program=HURRIED)
@@ -397,7 +399,7 @@ def test_link_goes_comes_back_and_goes(serve: Serve, path: Path) -> None:
     expect(stream := server.connect(b"0\n"), OLD)
     stop(server.pid)
     link.unlink()
-    heard(path, stream)
+    await_reaction(path, stream)
     link.symlink_to(path)
     server.signal(signal.SIGCONT)
     assert status(server)["file"]["gone"] is False
@@ -441,7 +443,7 @@ def logrotate(path: Path, *directives: str) -> None:
 @pytest.mark.thorough
 @needs_logrotate
 def test_logrotate_create(server: Server, path: Path) -> None:
-    """Rotated with `create`, every byte of every file arrives, and the file that logrotate makes is served."""
+    """With `create`, every byte of every file arrives, also of the files that logrotate creates."""
     data = OLD
     for number in range(3):
         stream: socket.socket = server.connect(b"0\n")
@@ -454,7 +456,7 @@ def test_logrotate_create(server: Server, path: Path) -> None:
 
 @needs_logrotate
 def test_logrotate_nocreate(server: Server, path: Path) -> None:
-    """Rotated with `nocreate`, clients wait until the writer has made the next file."""
+    """With `nocreate`, clients wait until the writer has created the next file."""
     logrotate(path, "nocreate")
     server.logged("waiting for file")
     waiting = server.connect(b"0\n")
@@ -464,7 +466,7 @@ def test_logrotate_nocreate(server: Server, path: Path) -> None:
 
 @needs_logrotate
 def test_logrotate_copytruncate(server: Server, path: Path) -> None:
-    """Rotated with `copytruncate` it stays the same file: its clients get nothing until it is longer than what they have."""
+    """With `copytruncate`, clients get nothing until the file is longer than their position."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     logrotate(path, "copytruncate")

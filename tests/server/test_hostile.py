@@ -1,4 +1,4 @@
-"""Hostile peers: whatever strangers do to the port, honest clients get their bytes, and nothing of it remains or grows."""
+"""Attacks by untrusted clients: honest clients get every byte, and no resource leaks."""
 
 import random
 import socket
@@ -20,24 +20,24 @@ from support.status import await_clients, await_protected, ready_workers, status
 from support.waiting import eventually
 from tailsrv.protocol import HeaderError, Start, parse_header
 
-# clients
+# Number of honest clients.
 HONEST = 5
-# bytes in the file at the start
+# Bytes in the file at the start.
 BEGIN = 4 << 20
 RECORD = 3000
-# bytes that the server may hold more after an attack than before: Python keeps some of what it had
+# Bytes by which an attack may increase the server's memory: Python keeps some freed memory.
 MEMORY = 3 << 20
-# bytes that it may hold more after the same once again, and more of it: that is reused
+# Bytes by which a longer attack of the same kind may increase it again: freed memory is reused.
 GROWTH = 1 << 20
-# bytes that it may hold more for each connection while that lasts
+# Bytes that each open connection may cost.
 FOR_EACH = 2 << 10
 WORKERS = 2
-# in the log, of a kind, from a worker, every 10 seconds: of what strangers do there are two kinds
+# Log lines of one kind per worker in 10 seconds. Untrusted clients can cause two kinds.
 LINES = 10
 
 
 class Honest:
-    """Clients that are caught up, and the writer that they wait for."""
+    """Clients that are caught up, and the writer of their file."""
 
     def __init__(self, server: Server, path: Path) -> None:
         self.file = GrowingFile(path, Content(1))
@@ -47,7 +47,7 @@ class Honest:
         self.turn()
 
     def turn(self) -> bool:
-        """Append, and have each of them get that and nothing else."""
+        """Append, and assert that each client gets exactly that."""
         start = self.file.size
         self.file.append(RECORD)
         for sock in self.socks:
@@ -55,29 +55,29 @@ class Honest:
         return True
 
     def alone(self) -> bool:
-        """Tell whether nobody else is left; some are found to have left by what is sent to them."""
+        """Append, so that the server notices closed connections; return whether none remain."""
         return self.turn() and status(self.server)["clients"] == HONEST
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self.file.close()
 
 
-def look(server: Server) -> Sample:
-    """Return what the server holds now."""
+def take_sample(server: Server) -> Sample:
+    """Return the resources that the server uses now."""
     return samples.take([server.pid, *worker_pids(server)])
 
 
 def settled(honest: Honest, descriptors: int) -> Sample:
-    """Wait until nobody but the honest is left, and return what the server holds then: of descriptors what it held before."""
+    """Wait until only honest clients and `descriptors` are left; return the resources then."""
     eventually(honest.alone)
-    eventually(lambda: look(honest.server).descriptors == descriptors)
-    return look(honest.server)
+    eventually(lambda: take_sample(honest.server).descriptors == descriptors)
+    return take_sample(honest.server)
 
 
 @contextmanager
 def unharmed(serve: Serve, path: Path, kept: int = 0) -> Iterator[Honest]:
-    """Give honest clients of a server that is to be attacked; in the end all is as it was, but for `kept` bytes."""
+    """Give honest clients of a server; afterwards assert that it leaks at most `kept` bytes."""
     path.touch()
     server, start = serve(path, "-w", str(WORKERS)), time.monotonic()
     with closing(Honest(server, path)) as honest:
@@ -85,7 +85,7 @@ def unharmed(serve: Serve, path: Path, kept: int = 0) -> Iterator[Honest]:
             honest.turn()
         ready_workers(server)
         await_protected(server, HONEST)
-        before = look(server)
+        before = take_sample(server)
         yield honest
         after = settled(honest, before.descriptors)
         assert after.threads == before.threads
@@ -93,14 +93,14 @@ def unharmed(serve: Serve, path: Path, kept: int = 0) -> Iterator[Honest]:
             f"{before.pss:,} before, {after.pss:,} after"
         )
         lines = server.log.splitlines()
-        # the first and the last are no whole ones
+        # The first and the last period are incomplete.
         periods = (time.monotonic() - start) // 10 + 2
         assert len(lines) <= 10 + periods * WORKERS * 2 * LINES, server.log
         assert all(line.isprintable() for line in lines)
         assert not server.lines("worker died")
 
 
-# of most others 40 do
+# Number of steps of these attacks. The other attacks do 40 steps.
 STEPS = {"deaf": 4, "junk": 16}
 
 
@@ -118,9 +118,9 @@ def attacks() -> Iterator[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(attacks()))
 def test_attack(serve: Serve, path: Path, name: str) -> None:
-    """Floods, scans and other people's protocols: every honest client gets each append in between, and no more memory is kept for more."""
+    """During an attack honest clients get each append; a longer one does not use more memory."""
     with unharmed(serve, path) as honest:
-        before, held = look(honest.server), []
+        before, held = take_sample(honest.server), []
         for times in (1, 3):
             with closing(ATTACKS[name](honest.server.port, random.Random(1))) as attack:
                 for _ in range(times * STEPS.get(name, 40)):
@@ -133,11 +133,11 @@ def test_attack(serve: Serve, path: Path, name: str) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_slowloris(serve: Serve, path: Path, descriptors: int) -> None:
-    """Ten thousand who connect and do not send their line cost a bounded memory, of which the next ten thousand take no more."""
-    # the supervisor has one for each of them, and so do we
+    """10,000 clients that send no complete header use bounded memory, and 10,000 more reuse it."""
+    # The supervisor needs one descriptor per connection, and so does this process.
     count = min(SLOW, descriptors - 500) // STEP * STEP
     with unharmed(serve, path, kept=count * FOR_EACH) as honest:
-        before = look(honest.server)
+        before = take_sample(honest.server)
         held = []
         for _ in range(2):
             with closing(ATTACKS["slowloris"](honest.server.port, random.Random(1))) as attack:
@@ -145,13 +145,13 @@ def test_slowloris(serve: Serve, path: Path, descriptors: int) -> None:
                     next(attack)
                     honest.turn()
                 await_clients(honest.server, count + HONEST)
-                held.append(look(honest.server).pss)
+                held.append(take_sample(honest.server).pss)
             settled(honest, before.descriptors)
         assert held[0] <= before.pss + MEMORY + count * FOR_EACH
         assert held[1] <= held[0] + MEMORY
 
 
-# Any bytes for a header
+# Random bytes as a header
 
 LETTERS = [b"%c" % byte for byte in b"0123456789"] * 3 + [
     b"+",
@@ -170,8 +170,8 @@ LETTERS = [b"%c" % byte for byte in b"0123456789"] * 3 + [
 BATCH = 100
 
 
-def a_header(dice: random.Random) -> bytes:
-    """Return what may be a header, or begins like one, or does not."""
+def random_header(dice: random.Random) -> bytes:
+    """Return random bytes: a header, a part of one, or junk."""
     body = b"".join(dice.choices(LETTERS, k=dice.choice([0, 1, 3, 8, 31, 32, 33, 34, 200])))
     number = b"%s%d" % (
         dice.choice([b"", b"-", b"+", b" "]),
@@ -183,7 +183,7 @@ def a_header(dice: random.Random) -> bytes:
 
 
 def expectation(header: bytes) -> Start | None:
-    """Return where the stream is to start if nothing follows, None if there is to be no stream."""
+    """Return where a stream with this header starts, or None if the header is invalid."""
     try:
         return parse_header(header, ended=True)
     except HeaderError:
@@ -191,12 +191,12 @@ def expectation(header: bytes) -> Start | None:
 
 
 def send_in_pieces(socks: list[socket.socket], headers: list[bytes], dice: random.Random) -> None:
-    """Send each its header in a few pieces, those of all mixed, and then end the input."""
+    """Send each socket its header in a few pieces, in random order; then half-close it."""
     rests = dict(zip(socks, headers, strict=True))
     while rests:
         sock = dice.choice(list(rests))
         count = dice.choice([1, 2, 16, 300])
-        # it was refused already
+        # The server may have refused the beginning of the header already.
         with suppress(OSError):
             sock.send(rests[sock][:count])
         rests[sock] = rests[sock][count:]
@@ -208,7 +208,7 @@ def send_in_pieces(socks: list[socket.socket], headers: list[bytes], dice: rando
 
 @contextmanager
 def reset_all(socks: list[socket.socket]) -> Iterator[None]:
-    """Reset them at the end: a mere close of one that waits for a longer file is found by keepalive only."""
+    """Reset `socks` at the end: the server would notice a mere close only by keepalive."""
     try:
         yield
     finally:
@@ -219,12 +219,12 @@ def reset_all(socks: list[socket.socket]) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [10, pytest.param(60, marks=pytest.mark.thorough)])
 def test_any_header_in_any_pieces(serve: Serve, path: Path, batches: int) -> None:
-    """Whatever is sent for a header, and however it is cut: a stream from the right byte, or nothing but an end."""
+    """Any bytes as a header, in any pieces, cause a stream from the right byte, or only EOF."""
     dice, streams, refused = random.Random(1), 0, 0
     with unharmed(serve, path) as honest:
         size = honest.file.size
         for _ in range(batches):
-            headers = [a_header(dice) for _ in range(BATCH)]
+            headers = [random_header(dice) for _ in range(BATCH)]
             socks = [honest.server.connect() for _ in headers]
             with reset_all(socks):
                 send_in_pieces(socks, headers, dice)

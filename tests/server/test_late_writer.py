@@ -1,4 +1,4 @@
-"""A writer that goes on in a file that has been rotated away."""
+"""A writer that still appends to the old file after a rotation."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from support.sockets import expect, expect_eof
 
 @pytest.mark.slow
 def test_late_writer(serve: Serve, path: Path) -> None:
-    """A writer that reopens its log too late is said to lose bytes; its old file is held by the supervisor alone."""
+    """Late appends to the old file are logged; only the supervisor keeps that file open."""
     path.write_bytes(b"old")
     server = serve(path, "--follow-name", program=HURRIED)
     expect(stream := server.connect(b"0\n"), b"old")

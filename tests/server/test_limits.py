@@ -1,4 +1,4 @@
-"""Limits: --max-clients, --allow, and the warnings about limits of the system."""
+"""Limits: --max-clients, --allow, and warnings about limits of the system."""
 
 import os
 import select
@@ -17,25 +17,25 @@ from support.sockets import connect, expect, expect_eof, needs_ipv6, reset
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
-# seconds in which a server that admits somebody every 0.2 seconds would have done so
+# Seconds. Within this time a server that polls every 0.2 seconds would accept another client.
 QUIET = 1.0
 
 
 @pytest.fixture(autouse=True)
 def file(path: Path) -> None:
-    """Put the data where it is served from."""
+    """Write the data to the served file."""
     path.write_bytes(DATA)
 
 
 def all_readable(socks: Iterable[socket.socket], seconds: float = 0) -> list[socket.socket]:
-    """Return those that something has come for, after `seconds` at the latest."""
+    """Return the sockets that have data to read, after `seconds` at the latest."""
     return select.select(list(socks), [], [], seconds)[0]
 
 
 def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
-    """Wait until `count` of them are served, assert that no more are, and return those."""
+    """Wait until `count` of `socks` are served, assert that no more are, and return these."""
     eventually(lambda: len(all_readable(socks)) >= count)
-    # no event to wait for: the point is that there is none
+    # There is no event to wait for: this asserts that nothing happens.
     time.sleep(QUIET)
     found = all_readable(socks)
     assert len(found) == count
@@ -48,7 +48,7 @@ def served(socks: list[socket.socket], count: int) -> list[socket.socket]:
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("workers", [1, 4])
 def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
-    """Exactly so many are served at a time, on however many workers; the others wait, and one that leaves lets one in."""
+    """Exactly --max-clients are served at a time, by all workers together; the others wait."""
     server = serve(path, "-w", str(workers), "--max-clients", "5")
     socks = [server.connect(b"0\n") for _ in range(12)]
     found = served(socks, 5)
@@ -62,13 +62,13 @@ def test_max_clients(serve: Serve, path: Path, workers: int) -> None:
 
 
 def append_something(path: Path) -> bool:
-    """Append a byte: while the file is quiet, a server does not see who has left."""
+    """Append a byte: a server notices a closed connection only when it sends to it."""
     append(path, b"x")
     return True
 
 
 def test_max_clients_without_a_header(serve: Serve, path: Path) -> None:
-    """A connection counts before it has sent its header, too; --header-timeout makes room."""
+    """A client counts before it sends its header, and --header-timeout makes room for others."""
     server = serve(path, "--max-clients", "2", "--header-timeout", "1")
     silent = [server.connect() for _ in range(2)]
     eventually(lambda: "2 clients" in server.title())
@@ -78,8 +78,8 @@ def test_max_clients_without_a_header(serve: Serve, path: Path) -> None:
     expect(waiting, DATA)
 
 
-def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
-    """While clients wait for room, their worker looks a few times a second, and does not spin."""
+def test_waiting_clients_cost_little(serve: Serve, path: Path) -> None:
+    """While clients wait for room, the worker polls a few times a second and does not spin."""
     server = serve(path, "--max-clients", "1")
     (worker,) = server.workers(1)
     client = server.connect(b"0\n")
@@ -87,7 +87,7 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
     waiting = [server.connect(b"0\n") for _ in range(20)]
     server.logged("new clients have to wait")
     before = switches(worker)
-    # no event to wait for
+    # There is no event to wait for.
     time.sleep(QUIET)
     assert switches(worker) - before < 50
     assert not all_readable(waiting)
@@ -96,12 +96,12 @@ def test_who_waits_costs_nearly_nothing(serve: Serve, path: Path) -> None:
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
 def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
-    """The limit is kept when workers die and when the server is upgraded: nobody is let in too much, and no place is lost."""
+    """Respawns and upgrades keep the client limit exactly: no client too many, none too few."""
     server = serve(path, "-w", "2", "--max-clients", "6")
     workers = server.workers(2)
     socks = [server.connect(b"0\n") for _ in range(10)]
-    inside = served(socks, 6)
-    for sock in inside:
+    admitted = served(socks, 6)
+    for sock in admitted:
         expect(sock, DATA)
     if how is signal.SIGHUP:
         server.signal(how)
@@ -110,11 +110,11 @@ def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
         for worker in workers:
             os.kill(worker, how)
         server.logged("worker ready: ", count=4)
-    waiting = [sock for sock in socks if sock not in inside]
-    # no event to wait for
+    waiting = [sock for sock in socks if sock not in admitted]
+    # There is no event to wait for.
     time.sleep(QUIET)
     assert not all_readable(waiting)
-    for sock in inside:
+    for sock in admitted:
         sock.close()
     for sock in waiting:
         eventually(lambda sock=sock: append_something(path) and all_readable([sock]))  # type: ignore[misc]
@@ -124,38 +124,38 @@ def test_limit_survives(serve: Serve, path: Path, how: signal.Signals) -> None:
 
 
 def test_allow(serve: Serve, path: Path) -> None:
-    """Who comes from an allowed network is served, everybody else is closed at once; the log says so in one line."""
+    """Clients from allowed networks are served; others are closed at once and logged once."""
     server = serve(path, "--allow", "127.0.0.1", "--allow", "127.9.0.0/16")
     expect(server.connect(b"0\n"), DATA)
-    for source in ("127.9.1.2", "127.9.255.255"):
-        expect(connect_from(server, source), DATA)
-    for source in ("127.0.0.2", "127.8.0.1", "127.0.0.2"):
-        with connect_from(server, source) as sock:
+    for address in ("127.9.1.2", "127.9.255.255"):
+        expect(connect_from(server, address), DATA)
+    for address in ("127.0.0.2", "127.8.0.1", "127.0.0.2"):
+        with connect_from(server, address) as sock:
             assert closed(sock)
     assert server.logged("client is not in an allowed network: ").count("peer=127.0.0.2:") == 1
     assert len(server.lines("not in an allowed network")) == 1
 
 
-def connect_from(server: Server, source: str) -> socket.socket:
-    """Return a connection from the address `source`."""
-    sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE, (source, 0))
+def connect_from(server: Server, address: str) -> socket.socket:
+    """Return a connection from `address`."""
+    sock = socket.create_connection(("127.0.0.1", server.port), DEADLINE, (address, 0))
     server.clients.append(sock)
     sock.sendall(b"0\n")
     return sock
 
 
 def closed(sock: socket.socket) -> bool:
-    """Tell whether the connection ends without a byte."""
+    """Return whether the connection ends without a byte."""
     try:
         return sock.recv(1) == b""
     except ConnectionResetError:
-        # our header was not read
+        # The server has closed the socket without reading the header.
         return True
 
 
 @needs_ipv6
 def test_allow_ipv6(serve: Serve, path: Path) -> None:
-    """IPv6 networks are for IPv6 addresses."""
+    """An IPv6 network allows IPv6 clients only."""
     server = serve(path, "--allow", "::1")
     expect(server.connect(b"0\n", host="::1"), DATA)
     assert closed(server.connect(b"0\n"))
@@ -163,7 +163,7 @@ def test_allow_ipv6(serve: Serve, path: Path) -> None:
 
 @needs_ipv6
 def test_allow_mapped(serve: Serve, path: Path) -> None:
-    """An IPv4 client of a dual-stack socket matches the rules for IPv4."""
+    """An IPv4 client of a dual-stack socket is matched with the IPv4 networks."""
     server = serve(path, "-p", "", "--allow", "127.0.0.0/8", wrapper=activated("tcp6"))
     expect(server.connect(b"0\n"), DATA)
     assert closed(server.connect(b"0\n", host="::1"))
@@ -173,7 +173,7 @@ def test_allow_mapped(serve: Serve, path: Path) -> None:
 
 
 def test_descriptors_do_not_suffice(serve: Serve, path: Path) -> None:
-    """A limit of descriptors below what --max-clients takes is warned of at the start, and does not keep the server from serving."""
+    """A descriptor limit too low for --max-clients causes a warning, and the server serves."""
     server = serve(path, "--max-clients", "1000", wrapper=("prlimit", "--nofile=200"))
     line = server.logged("warning: file descriptor limit is too low for --max-clients")
     assert " max_clients=1000 " in line
@@ -182,7 +182,7 @@ def test_descriptors_do_not_suffice(serve: Serve, path: Path) -> None:
 
 
 def test_descriptors_suffice(serve: Serve, path: Path) -> None:
-    """No warning where the limit is high enough, or where there is no --max-clients."""
+    """If the descriptor limit suffices, or without --max-clients, there is no warning."""
     for options in ((), ("--max-clients", "100")):
         server = serve(path, *options, wrapper=("prlimit", "--nofile=200"))
         server.workers(1)
@@ -201,9 +201,9 @@ SMALL_QUEUES = (
 
 
 def test_backlog_is_cut(serve: Serve, path: Path) -> None:
-    """Where the kernel cuts the accept queues, the log says how short they are and what to change."""
+    """If the kernel shortens the accept queues, the log says how short they are, with a hint."""
     if not runs(*SMALL_QUEUES, "true"):
-        pytest.skip("a network namespace cannot be had")
+        pytest.skip("cannot create a network namespace")
     os.truncate(path, 0)
     server = serve(path, wrapper=SMALL_QUEUES)
     line = server.logged(
@@ -212,14 +212,14 @@ def test_backlog_is_cut(serve: Serve, path: Path) -> None:
     assert server.lines("warning") == [line]
 
 
-def test_connections_are_counted_by_the_kernel_too(serve: Serve, path: Path) -> None:
-    """Who waits for room waits in the kernel's queue: connected, and with a header that is kept."""
+def test_waiting_clients_keep_their_header(serve: Serve, path: Path) -> None:
+    """A client that waits for room stays connected in the accept queue and keeps its header."""
     server = serve(path, "--max-clients", "1")
     first = server.connect(b"0\n")
     expect(first, DATA)
     second = connect(server.port, b"0\n")
     server.clients.append(second)
     server.logged("new clients have to wait")
-    # which is noticed at once
+    # The server notices a reset at once.
     reset(first)
     expect(second, DATA)

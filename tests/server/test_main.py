@@ -1,4 +1,4 @@
-"""The command line, and what the log and the titles make of odd names."""
+"""The command line, the addresses, the log, and file names with unusual characters."""
 
 import os
 import re
@@ -18,7 +18,8 @@ from tailsrv.linux.process import count_processors
 DATA = random_bytes(100)
 
 LINE = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} tailsrv\[\d+\] (debug|info|warning|error|critical): [ -~]+"
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} tailsrv\[\d+\] "
+    r"(debug|info|warning|error|critical): [ -~]+"
 )
 
 USAGE_ERRORS = [
@@ -103,7 +104,7 @@ USAGE_ERRORS = [
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(("arguments", "reason"), USAGE_ERRORS)
 def test_usage_errors(arguments: list[str], reason: str) -> None:
-    """A wrong command line ends with status 2, the usage and one line that says what is wrong."""
+    """An invalid command line causes status 2, the usage, and one line with the reason."""
     ended = run_tailsrv(*arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
     *usage, line = ended.stderr.splitlines()
@@ -112,13 +113,13 @@ def test_usage_errors(arguments: list[str], reason: str) -> None:
 
 
 def test_version() -> None:
-    """--version prints name and version, and that is all."""
+    """--version prints the program's name and version, and nothing else."""
     ended = run_tailsrv("--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"tailsrv {__version__}\n", "")
 
 
 def test_help() -> None:
-    """--help names every option, the protocol, the signals and each exit status."""
+    """--help describes every option, the signals and each exit status."""
     ended = run_tailsrv("--help")
     assert (ended.returncode, ended.stderr) == (0, "")
     words = " ".join(ended.stdout.split())
@@ -149,7 +150,7 @@ def test_help() -> None:
 
 
 def test_bind(serve: Serve, path: Path) -> None:
-    """--bind may be repeated: all named addresses share one port, and no other address is listened on."""
+    """With --bind, which may be repeated, the server listens on those addresses with one port."""
     path.write_bytes(DATA)
     server = serve(
         path, "--bind", "127.0.0.1", "--bind", "::1", "--bind", "127.0.0.1", "--bind", "[::1]"
@@ -165,7 +166,7 @@ def test_bind(serve: Serve, path: Path) -> None:
 def test_two_colons_are_ipv6_only(
     serve: Serve, path: Path, more: tuple[str, ...], served: bool
 ) -> None:
-    """--bind :: leaves IPv4 out, as --help says, unless an IPv4 address is named as well."""
+    """--bind :: excludes IPv4, as --help says, unless an IPv4 address is given as well."""
     path.write_bytes(DATA)
     server = serve(path, "--bind", "::", *more)
     expect(server.connect(b"0\n", "::1"), DATA)
@@ -178,7 +179,7 @@ def test_two_colons_are_ipv6_only(
 
 
 def test_default_is_every_address(serve: Serve, path: Path) -> None:
-    """Without --bind, all addresses of both families are listened on."""
+    """Without --bind, the server listens on all addresses of IPv4 and IPv6."""
     path.write_bytes(DATA)
     server = serve(path)
     for host in ("127.0.0.1", "127.0.0.2", "::1"):
@@ -195,7 +196,7 @@ def test_default_is_every_address(serve: Serve, path: Path) -> None:
     ],
 )
 def test_bad_address(path: Path, address: str, reason: str) -> None:
-    """An address that is not ours, or is none at all, ends with status 1 and one line."""
+    """An invalid address, or one of another host, causes status 1 and one line."""
     path.write_bytes(DATA)
     ended = run_tailsrv("-p", "0", "--bind", address, path)
     (line,) = ended.stderr.splitlines()
@@ -205,11 +206,11 @@ def test_bad_address(path: Path, address: str, reason: str) -> None:
 
 
 def test_privileged_port(path: Path) -> None:
-    """A port that needs a right we lack ends with status 1 and one line."""
-    # keeps the network, whose ports its root is not allowed to take
+    """A privileged port without the privilege causes status 1 and one line with a hint."""
+    # A user namespace keeps the host's network, in which its root has no privileges.
     no_right = ("unshare", "--user")
     if not runs(*no_right, "true"):
-        pytest.skip("a user namespace cannot be had")
+        pytest.skip("cannot create a user namespace")
     if int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) <= 1:
         pytest.skip("no port is privileged here")
     path.write_bytes(DATA)
@@ -234,14 +235,14 @@ def test_workers_default(serve: Serve, path: Path) -> None:
 
 
 def test_workers_auto(serve: Serve, path: Path) -> None:
-    """-w auto makes one worker for each processor that the process may use."""
+    """-w auto starts one worker for each processor that the process may use."""
     path.touch()
     server = serve(path, "-w", "auto")
     assert len(server.workers(count_processors())) == count_processors()
 
 
 def test_workers_auto_on_one_processor(serve: Serve, path: Path) -> None:
-    """-w auto goes by the processors that are allowed, not by those that exist."""
+    """-w auto counts the processors that the process may use, not all that exist."""
     path.touch()
     server = serve(
         path, "-w", "auto", wrapper=("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
@@ -254,7 +255,7 @@ def test_workers_auto_on_one_processor(serve: Serve, path: Path) -> None:
 
 
 def test_default_log(serve: Serve, path: Path) -> None:
-    """By default the log tells of the server's life and not of each client's."""
+    """By default the log has the events of the server and not those of clients."""
     path.write_bytes(DATA)
     server = serve(path)
     client = server.connect(b"0\n")
@@ -276,7 +277,7 @@ def test_default_log(serve: Serve, path: Path) -> None:
 
 
 def test_verbose_log(serve: Serve, path: Path) -> None:
-    """-v tells of each client's coming and going, too."""
+    """With -v, each client's start and end are logged as well."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
     with connect(server.port, b"5\n") as client:
@@ -289,7 +290,7 @@ def test_verbose_log(serve: Serve, path: Path) -> None:
 
 
 def test_quiet_log(serve: Serve, path: Path) -> None:
-    """-q leaves warnings and errors only."""
+    """With -q, only warnings and errors are logged."""
     path.write_bytes(DATA)
     server = serve(path, "-q")
 
@@ -329,7 +330,7 @@ def test_quiet_log(serve: Serve, path: Path) -> None:
     ],
 )
 def test_odd_names(serve: Serve, tmp_path: Path, name: bytes) -> None:
-    """A file of any name is served, on log lines and titles of one printable line each."""
+    """A file of any name is served, and each log line and title is one printable line."""
     path = os.fsencode(tmp_path) + b"/" + name
     Path(os.fsdecode(path)).write_bytes(DATA)
     server = serve(path)
@@ -348,7 +349,7 @@ def test_odd_names(serve: Serve, tmp_path: Path, name: bytes) -> None:
 
 
 def test_relative_name_and_two_dashes(serve: Serve, path: Path) -> None:
-    """A relative path is taken from the working directory; after `--` a name may start with a dash."""
+    """A relative path starts at the working directory, and `--` may precede it."""
     path.write_bytes(DATA)
     server = serve(os.path.relpath(path), "--")
     expect(server.connect(b"0\n"), DATA)

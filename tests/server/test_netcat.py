@@ -1,4 +1,4 @@
-"""No client library is needed: the clients that people have at hand."""
+"""Common tools, such as netcat, are complete clients."""
 
 import subprocess
 from pathlib import Path
@@ -11,9 +11,9 @@ from support.tools import missing
 from support.waiting import DEADLINE
 
 DATA = random_bytes(3000)
-NEWS = b"appended while connected\n"
+APPENDED = b"appended while connected\n"
 
-# Each gets HOST and PORT from its environment, as docs/clients.md writes them.
+# Each command is written as in docs/clients.md, and gets HOST and PORT from its environment.
 CLIENTS = {
     "nc.openbsd": "echo 1000 | nc.openbsd $HOST $PORT",
     "nc.openbsd -N": "echo 1000 | nc.openbsd -N $HOST $PORT",
@@ -29,12 +29,12 @@ CLIENTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("client", CLIENTS)
-def test_clients_at_hand(serve: Serve, path: Path, client: str, host: str) -> None:
-    """What the client prints is the file from byte 1000 on, with what is appended while it is connected, to the end."""
+def test_common_tools(serve: Serve, path: Path, client: str, host: str) -> None:
+    """The tool prints the file from byte 1000 to its end, including what is appended meanwhile."""
     if reason := missing(client.split()[0]):
         pytest.skip(reason)
     if client == "nc.traditional" and ":" in host:
-        pytest.skip("nc.traditional knows no IPv6")
+        pytest.skip("nc.traditional does not support IPv6")
     path.write_bytes(DATA)
     server = serve(path)
     environment = {
@@ -49,8 +49,8 @@ def test_clients_at_hand(serve: Serve, path: Path, client: str, host: str) -> No
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(2000) == DATA[1000:]
-        append(path, NEWS)
-        assert process.stdout.read(len(NEWS)) == NEWS
+        append(path, APPENDED)
+        assert process.stdout.read(len(APPENDED)) == APPENDED
         append(path, DATA)
         server.process.terminate()
         assert process.stdout.read() == DATA

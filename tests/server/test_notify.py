@@ -1,4 +1,4 @@
-"""READY=1 and its like reach a service manager whose socket is full at first: sd_notify(3)."""
+"""sd_notify(3): READY=1 and the like reach a service manager whose socket is full at first."""
 
 import signal
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from tailsrv.linux.systemd import Lifecycle, notify
 
 
 @pytest.fixture(autouse=True)
-def told(manager: ServiceManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have all that we start tell the service manager, and tell it ourselves."""
+def notify_socket(manager: ServiceManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set NOTIFY_SOCKET for this process and the programs that it starts."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
 
 
@@ -23,55 +23,55 @@ Plans = list[tuple[Callable[[], object], float]]
 
 @pytest.fixture
 def plans() -> Plans:
-    """Return what is planned, for the test to do."""
+    """Return the list of scheduled calls, which the test executes."""
     return []
 
 
 @pytest.fixture
 def lifecycle(plans: Plans) -> Lifecycle:
-    """Return a lifecycle that plans for the test."""
+    """Return a Lifecycle that schedules its calls in `plans`."""
     return Lifecycle(lambda action, when: plans.append((action, when)))
 
 
-def again(manager: ServiceManager, plans: Plans) -> list[str]:
-    """Make room, do what is planned, and return what comes of it, without the times."""
+def retry(manager: ServiceManager, plans: Plans) -> list[str]:
+    """Make room in the socket, execute the planned call, and return the messages it sends."""
     manager.unread()
     plans.pop()[0]()
     return [message.partition("\n")[0] for message in manager.unread()]
 
 
-def test_taken_at_once(manager: ServiceManager, lifecycle: Lifecycle, plans: Plans) -> None:
-    """What is taken is not sent again."""
+def test_accepted_at_once(manager: ServiceManager, lifecycle: Lifecycle, plans: Plans) -> None:
+    """A message that the socket accepts is not sent again."""
     lifecycle.ready()
     lifecycle.reloading()
     lifecycle.ready()
     lifecycle.stopping()
-    said = manager.unread()
-    assert [message.partition("\n")[0] for message in said] == [
+    sent = manager.unread()
+    assert [message.partition("\n")[0] for message in sent] == [
         "READY=1",
         "RELOADING=1",
         "READY=1",
         "STOPPING=1",
     ]
-    assert said[1].partition("MONOTONIC_USEC=")[2].isdigit()
+    assert sent[1].partition("MONOTONIC_USEC=")[2].isdigit()
     assert plans == []
 
 
-def test_tried_several_times(manager: ServiceManager, lifecycle: Lifecycle, plans: Plans) -> None:
-    """A message is sent again until there is room for it."""
+def test_retried_several_times(manager: ServiceManager, lifecycle: Lifecycle, plans: Plans) -> None:
+    """A message is retried until the socket accepts it."""
     manager.stuff()
     lifecycle.ready()
     for _ in range(3):
         plans.pop()[0]()
-    assert again(manager, plans) == ["READY=1"]
+    assert retry(manager, plans) == ["READY=1"]
     assert plans == []
 
 
 @pytest.mark.parametrize(
-    ("calls", "said"),
+    ("calls", "sent"),
     [
         (("reloading", "ready"), ["RELOADING=1", "READY=1"]),
-        # READY=1 will come when that is over
+        # Another READY=1 follows when the reload is done.
         (("ready", "reloading"), ["RELOADING=1"]),
         (("ready", "reloading", "ready"), ["RELOADING=1", "READY=1"]),
         (("reloading", "ready", "reloading"), ["RELOADING=1"]),
@@ -86,16 +86,18 @@ def test_order(
     lifecycle: Lifecycle,
     plans: Plans,
     calls: tuple[str, ...],
-    said: list[str],
+    sent: list[str],
 ) -> None:
-    """Unsent messages come in order, without those that a later one replaces."""
+    """Unsent messages are sent in order, without those that a later one replaces."""
     manager.stuff()
     for call in calls:
         getattr(lifecycle, call)()
-    assert again(manager, plans) == said
+    assert retry(manager, plans) == sent
 
 
-def test_order_when_room_comes_between(manager: ServiceManager, lifecycle: Lifecycle) -> None:
+def test_order_when_the_socket_has_room_again(
+    manager: ServiceManager, lifecycle: Lifecycle
+) -> None:
     """A later message does not overtake an unsent one."""
     manager.stuff()
     lifecycle.reloading()
@@ -123,7 +125,7 @@ def test_order_when_room_comes_between(manager: ServiceManager, lifecycle: Lifec
 def test_no_such_address(
     monkeypatch: pytest.MonkeyPatch, lifecycle: Lifecycle, plans: Plans, address: str
 ) -> None:
-    """An address at which there is no service manager, or of another family, is not tried again."""
+    """An address without a service manager, or of another family, is not retried."""
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     lifecycle.ready()
     assert plans == []
@@ -138,11 +140,13 @@ def serving(serve: Serve, path: Path) -> Server:
     return server
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_busy_at_the_start(serve: Serve, path: Path, manager: ServiceManager, there: bool) -> None:
-    """READY=1 comes as soon as there is room, with the file and without it."""
+@pytest.mark.parametrize("exists", [True, False])
+def test_full_socket_at_the_start(
+    serve: Serve, path: Path, manager: ServiceManager, exists: bool
+) -> None:
+    """READY=1 is sent as soon as the socket has room, with or without the served file."""
     manager.stuff()
-    if there:
+    if exists:
         serving(serve, path)
     else:
         serve(path).logged("waiting for file")
@@ -151,10 +155,10 @@ def test_busy_at_the_start(serve: Serve, path: Path, manager: ServiceManager, th
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
-def test_busy_during_an_upgrade(
+def test_full_socket_during_an_upgrade(
     serve: Serve, path: Path, manager: ServiceManager, before: bool
 ) -> None:
-    """RELOADING=1 and then READY=1 come as soon as there is room, whichever of them found none."""
+    """RELOADING=1 and READY=1 are sent in order, if the socket is full before either of them."""
     server = serving(serve, path)
     assert manager.phases(1) == ["READY=1"]
     if before:
@@ -168,8 +172,8 @@ def test_busy_during_an_upgrade(
 
 
 @pytest.mark.slow
-def test_busy_until_the_end(serve: Serve, path: Path, manager: ServiceManager) -> None:
-    """A server that must end before READY=1 could be sent sends STOPPING=1 instead."""
+def test_full_socket_until_the_end(serve: Serve, path: Path, manager: ServiceManager) -> None:
+    """A server that ends before READY=1 could be sent sends STOPPING=1 instead."""
     manager.stuff()
     path.write_bytes(random_bytes(16 << 20))
     server = serve(path)
