@@ -1,4 +1,4 @@
-"""Listening sockets: one for each slot and address, and together they are one port."""
+"""Tests of the listeners: one socket for each slot and address, all on one port."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ LOOPBACK = ["127.0.0.1"]
 
 @contextmanager
 def listening(bind: list[str], port: int, slots: int) -> Iterator[list[list[socket.socket]]]:
-    """Give the listeners of each slot, and close them."""
+    """Give the listeners of each slot, and close them after the test."""
     seats = open_listeners(bind, port, slots)
     with closing_all([sock for seat in seats for sock in seat]):
         yield seats
@@ -47,12 +47,12 @@ def listening(bind: list[str], port: int, slots: int) -> Iterator[list[list[sock
     ],
 )
 def test_endpoints(bind: list[str], words: list[str]) -> None:
-    """Each address that is listened on is named once, and all of them with a star."""
+    """Each address is named once, and `*` stands for all addresses."""
     assert endpoints(bind, 7) == words
 
 
 def test_resolve() -> None:
-    """Names and numbers become addresses, each once, and none means every address."""
+    """Names and numbers are resolved without duplicates, and no address means all addresses."""
     assert resolve([]) == list(EVERY_ADDRESS)
     assert resolve(["127.0.0.1", "127.0.0.1"]) == [Address(socket.AF_INET, "127.0.0.1")]
     assert resolve(["::1", "[::1]", "127.0.0.1"]) == [
@@ -65,7 +65,7 @@ def test_resolve() -> None:
     "host", ["300.0.0.1", "", "no such host", "a..b", "1.2.3.4:80", "x" * 300, "\udcff"]
 )
 def test_bad_address(host: str) -> None:
-    """What is no address is a ListenError that names it, on one line."""
+    """A name that is no address causes a ListenError of one line that names it."""
     with pytest.raises(ListenError) as caught:
         open_listeners([host], 0, 1)
     assert host in str(caught.value)
@@ -73,7 +73,7 @@ def test_bad_address(host: str) -> None:
 
 
 def test_address_of_another_machine() -> None:
-    """An address that this machine does not have is refused by name and with the reason."""
+    """An address of another machine is refused, with the address and the reason."""
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0") as caught:
         open_listeners(["192.0.2.1"], 0, 1)
     assert os.strerror(errno.EADDRNOTAVAIL) in str(caught.value)
@@ -81,7 +81,7 @@ def test_address_of_another_machine() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_each_slot_has_its_own_queue(slots: int) -> None:
-    """Each slot has a listening socket of its own on the one port, non-blocking."""
+    """Each slot has its own non-blocking listening socket on the shared port."""
     with listening(LOOPBACK, 0, slots) as seats:
         assert [len(seat) for seat in seats] == [1] * slots
         socks = [seat[0] for seat in seats]
@@ -94,7 +94,7 @@ def test_each_slot_has_its_own_queue(slots: int) -> None:
 
 
 def take_all(listener: socket.socket) -> list[socket.socket]:
-    """Return every connection that waits at `listener`."""
+    """Accept and return every connection in the queue of `listener`."""
     taken = []
     try:
         while True:
@@ -104,7 +104,7 @@ def take_all(listener: socket.socket) -> list[socket.socket]:
 
 
 def test_connections_reach_every_slot() -> None:
-    """The kernel spreads connections over the slots, and every one of them waits in exactly one queue."""
+    """The kernel spreads connections over all slots, and each is in exactly one queue."""
     slots, connects = 3, 300
     with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
         address = seats[0][0].getsockname()
@@ -113,13 +113,14 @@ def test_connections_reach_every_slot() -> None:
         assert sorted(sock.getpeername() for queue in queues for sock in queue) == sorted(
             far.getsockname() for far in fars
         )
-        # by the kernel's hash of ports: that one of three gets fewer than 30 of 300 is beyond 8 standard deviations
+        # The kernel distributes by a hash of the ports: fewer than 30 of 300 in one of three queues
+        # is more than 8 standard deviations from the mean.
         assert min(len(queue) for queue in queues) >= 30
 
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_second_server_is_refused(slots: int) -> None:
-    """A second server on the port is refused by address and reason, and disturbs nothing."""
+    """A second server on the port is refused with address and reason, and takes no connection."""
     with listening(LOOPBACK, 0, slots) as seats:
         port = seats[0][0].getsockname()[1]
         with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{port}") as caught:
@@ -130,7 +131,7 @@ def test_second_server_is_refused(slots: int) -> None:
 
 
 def take_and_close(listener: socket.socket) -> list[socket.socket]:
-    """Return the connections that waited at `listener`, closed."""
+    """Accept and close every connection in the queue of `listener`, and return them."""
     taken = take_all(listener)
     for sock in taken:
         sock.close()
@@ -138,19 +139,19 @@ def take_and_close(listener: socket.socket) -> list[socket.socket]:
 
 
 def test_port_is_free_again_at_once() -> None:
-    """A server that has just ended, with a connection that it closed itself, does not keep the next from its port."""
+    """A connection in TIME_WAIT does not keep the next server from the port."""
     with listening(LOOPBACK, 0, 2) as seats:
         port = seats[0][0].getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as far:
             assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
-            # the server closed first: its side waits in TIME_WAIT
+            # The server closed first, so its side is in TIME_WAIT.
             assert far.recv(1) == b""
     with listening(LOOPBACK, port, 2) as seats:
         assert seats[0][0].getsockname()[1] == port
 
 
 def test_port_0_is_one_port_for_all_addresses() -> None:
-    """The port that the kernel chooses for the first address is the port of the others."""
+    """The port that the kernel chooses for the first address is used for the others too."""
     with listening(["127.0.0.1", "127.0.0.2", "127.0.0.3"], 0, 2) as seats:
         names = [[sock.getsockname() for sock in seat] for seat in seats]
         assert names[0] == names[1]
@@ -160,14 +161,14 @@ def test_port_0_is_one_port_for_all_addresses() -> None:
 
 
 def test_overlapping_addresses_have_no_port() -> None:
-    """No port is free at an address that another one covers, which is said after some tries."""
+    """If one address covers another, no port is found, and the error says so after some tries."""
     with pytest.raises(ListenError, match=r"127\.0\.0\.1:\d+: " + os.strerror(errno.EADDRINUSE)):
         open_listeners(["0.0.0.0", "127.0.0.1"], 0, 1)
 
 
 @needs_ipv6
 def test_every_address_is_both_families() -> None:
-    """Without an address, IPv4 and IPv6 are served, on one port and by sockets of their own."""
+    """Without an address, IPv4 and IPv6 are served on one port by separate sockets."""
     with listening([], 0, 2) as seats:
         assert [sock.family for seat in seats for sock in seat] == [
             socket.AF_INET,
@@ -182,7 +183,7 @@ def test_every_address_is_both_families() -> None:
 
 @needs_ipv6
 def test_ipv6() -> None:
-    """An IPv6 address is served, and a second server on it is refused in people's notation."""
+    """An IPv6 address is served, and the error of a second server writes it in brackets."""
     with listening(["::1"], 0, 2) as seats:
         port = seats[0][0].getsockname()[1]
         with socket.create_connection(("::1", port)):
@@ -193,7 +194,7 @@ def test_ipv6() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_accepted_sockets_inherit_their_options(slots: int) -> None:
-    """Every slot's connections have what the listener was given, so that nobody sets it again."""
+    """Accepted sockets inherit the options of their listener in every slot."""
     wanted = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -205,7 +206,7 @@ def test_accepted_sockets_inherit_their_options(slots: int) -> None:
     ]
     with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
         served = set[int]()
-        # the kernel chooses: go on until each slot has had one
+        # The kernel chooses the slot: connect until each slot has had a connection.
         while len(served) < slots:
             stack.enter_context(socket.create_connection(seats[0][0].getsockname()))
             for index, seat in enumerate(seats):
@@ -219,7 +220,7 @@ def test_accepted_sockets_inherit_their_options(slots: int) -> None:
 
 
 def test_queue_outlives_a_copy() -> None:
-    """While one holder of a listener is left, its queue waits: closing a worker's copy resets nobody."""
+    """Closing a worker's copy of a listener resets no connection in its queue."""
     with listening(LOOPBACK, 0, 1) as [[listener]]:
         copy = listener.dup()
         with socket.create_connection(listener.getsockname()) as far:
@@ -232,7 +233,7 @@ def test_queue_outlives_a_copy() -> None:
 
 
 def test_position_on_an_mptcp_socket() -> None:
-    """Where a stream on such a socket stands is not known, and that is what is said."""
+    """The position of a stream on an MPTCP socket is unknown, and reported as None."""
     skip_without_mptcp()
     kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
     with socket.socket(*kind) as listener, socket.socket(*kind) as far:
@@ -252,7 +253,7 @@ EVERYBODY_OPENS_FAST = (
 
 
 def test_no_fast_open() -> None:
-    """Nobody is accepted before the handshake is complete, also where the system wants that of every listener."""
+    """A connection is accepted only after the handshake, even if the system forces Fast Open."""
     if not runs(*EVERYBODY_OPENS_FAST, "true"):
         pytest.skip("a network namespace cannot be had")
     command = [*EVERYBODY_OPENS_FAST, sys.executable, program("fast_open")]

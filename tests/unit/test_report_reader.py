@@ -1,4 +1,4 @@
-"""What the supervisor takes in from its workers."""
+"""Tests of the supervisor's report reader."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from tailsrv.worker_channel import Notices, Ping, WorkerReport, encode
 
 @pytest.fixture
 def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give the supervisor's end of a channel, and the worker's."""
+    """Give the supervisor's end of a channel, and the worker's end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.setblocking(False)
@@ -23,7 +23,7 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_a_flood_of_reports_does_not_keep_the_supervisor(
     channel: tuple[socket.socket, socket.socket],
 ) -> None:
-    """One turn takes in so much and no more; a worker's last words are all that it has said."""
+    """A turn reads a bounded number of clients, and the reports of a dead worker are all read."""
     heard: list[Notices] = []
     loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
@@ -49,7 +49,10 @@ def test_a_flood_of_reports_does_not_keep_the_supervisor(
 def test_last_words_of_one_who_had_not_listened(
     channel: tuple[socket.socket, socket.socket], take: Callable[[ReportReader, Slot], None]
 ) -> None:
-    """A worker that ends with a message of ours unread has its reports heard to the end, though the kernel speaks of a reset first."""
+    """All reports of a worker are read, even if it exited with a message unread.
+
+    The kernel reports that once, as a reset, before the data that the worker had sent.
+    """
     loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
     report_reader = ReportReader([slot], loop, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Where a stream stands: tables, and a simulated server whose connections break anywhere."""
+"""Tests of resuming a stream: tables, and a simulated server whose connections break anywhere."""
 
 import random
 
@@ -34,7 +34,10 @@ def serve(header: bytes, file: bytes) -> bytes:
 
 
 def connect(place: FromStart | FromEnd, file: bytes, limit: int | None = None) -> bytes:
-    """Return what is new on one more connection, which breaks after `limit` bytes, or is quiet in the end."""
+    """Return the new bytes of one more connection.
+
+    The connection breaks after `limit` bytes, or stays silent at the end of the file.
+    """
     new = b""
     while True:
         sent = serve(place.header(), file)[:limit]
@@ -51,7 +54,7 @@ def connect(place: FromStart | FromEnd, file: bytes, limit: int | None = None) -
 
 
 def quiet(place: FromEnd, file: bytes) -> bytes:
-    """Return what is new when nothing more comes, and somebody has asked for the file's end."""
+    """Return the new bytes after a silence, for which the end of the file is requested."""
     if place.searching:
         return place.reach(file[-CONTEXT:])
     place.settle()
@@ -79,14 +82,14 @@ def test_first_header(offset: int | str, header: bytes) -> None:
     "offset", ["", "-", "+-1", "abc", "1_000", "1e3", " 1", "\u0663", 2**63, -(2**64), "9" * 5000]
 )
 def test_no_offset(offset: int | str) -> None:
-    """What no header could say is no offset."""
+    """A value that no header can express is refused as an offset."""
     with pytest.raises(OffsetError, match="offset"):
         position_at(offset)
 
 
 @pytest.mark.parametrize("received", [0, 1, 100, CONTEXT, CONTEXT + 1, 100_000])
 def test_known_offset_asks_for_context(received: int) -> None:
-    """Who knows its offset asks again for what came last, compares it, and goes on behind it."""
+    """With a known offset the last bytes are requested again, compared, and left out."""
     place = FromStart(10)
     assert place.take(DATA[10 : 10 + received]) == DATA[10 : 10 + received]
     assert place.offset == 10 + received
@@ -97,7 +100,7 @@ def test_known_offset_asks_for_context(received: int) -> None:
 
 @pytest.mark.parametrize("wrong", [0, 1, CONTEXT - 1])
 def test_other_file_is_seen(wrong: int) -> None:
-    """One byte that is another one before the offset is enough, wherever it is, before anything new is given."""
+    """One different byte before the offset is an error before any new byte is returned."""
     place = FromStart(CONTEXT, recall=lambda offset: DATA[offset - CONTEXT : offset])
     other = bytearray(DATA[: 2 * CONTEXT])
     other[wrong] ^= 1
@@ -109,7 +112,7 @@ def test_other_file_is_seen(wrong: int) -> None:
 @pytest.mark.parametrize("appended", [0, 1, 5000, WINDOWS[0] - 10, WINDOWS[0] + 5])
 @pytest.mark.parametrize("before", [0, 10, 200_000])
 def test_end_is_found_again(before: int, received: int, appended: int) -> None:
-    """Who began from the end goes on behind what came last, however much was appended meanwhile."""
+    """A stream from the end resumes after its last bytes, however much was appended meanwhile."""
     place = FromEnd(received)
     assert connect(place, DATA[: before + received]) == DATA[before : before + received]
     size = before + received + appended
@@ -122,7 +125,7 @@ def test_end_is_found_again(before: int, received: int, appended: int) -> None:
     [b"tick\n" * 2000, b"A" * 100 + b"B" * 100 + b"A" * 100, b"tick\n" * (WINDOWS[0] // 5 + 2000)],
 )
 def test_place_that_could_be_another_is_no_place(file: bytes) -> None:
-    """Where what came last is more than once, nothing is given, rather than too much or too little."""
+    """If the last bytes occur more than once in the file, resuming fails."""
     place = FromEnd(100)
     place.take(file[-100:])
     with pytest.raises(LostPlaceError, match="more than once"):
@@ -130,7 +133,7 @@ def test_place_that_could_be_another_is_no_place(file: bytes) -> None:
 
 
 def test_place_that_is_not_there() -> None:
-    """What is not in the widest window will not be found."""
+    """If the last bytes are not in the widest window, resuming fails."""
     place = FromEnd(10)
     place.take(b"abcdefghij")
     with pytest.raises(LostPlaceError, match="are not in"):
@@ -138,14 +141,14 @@ def test_place_that_is_not_there() -> None:
 
 
 def test_first_window_is_the_narrow_one() -> None:
-    """Who has seen much asks for a MiB first, though nothing had been seen at the first connection."""
+    """After many bytes the first window is the smallest one, 1 MiB."""
     place = FromEnd(100_000)
     connect(place, DATA[:200_000])
     assert place.header() == b"-%d\n" % WINDOWS[0]
 
 
 def test_window_that_is_not_complete_is_not_searched() -> None:
-    """What came last may come again behind a stall: as long as the window does not reach the file's end, silence says nothing."""
+    """A window is searched only when it reaches the end, as the bytes may occur again later."""
     once, between = DATA[:5000], DATA[5000:8000]
     place = FromEnd(5000)
     place.take(once)
@@ -160,7 +163,7 @@ def test_window_that_is_not_complete_is_not_searched() -> None:
 
 
 def test_window_is_searched_though_the_file_grows() -> None:
-    """It reaches far enough when it holds what was the file's end, whatever has come behind that."""
+    """A window is searched when it reaches the end as it was, whatever was appended since."""
     place = FromEnd(5000)
     place.take(DATA[:5000])
     place.header()
@@ -171,7 +174,7 @@ def test_window_is_searched_though_the_file_grows() -> None:
 
 
 def test_server_that_is_behind_is_waited_for() -> None:
-    """A file that is short and does not hold what came last may get it."""
+    """If a short file does not contain the last bytes yet, the stream waits for them."""
     place = FromEnd(10)
     place.take(DATA[90:100])
     assert connect(place, DATA[:50]) == b""
@@ -182,7 +185,7 @@ def test_server_that_is_behind_is_waited_for() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, CONTEXT, ANCHOR - 1])
 def test_short_file_gives_its_offset(size: int) -> None:
-    """Who has seen the whole of a short file knows the offset, whatever is in the file."""
+    """If the whole of a short file was seen, the offset is known, whatever the file contains."""
     place = FromEnd(0)
     place.header()
     place.offer(bytes(size))
@@ -194,7 +197,7 @@ def test_short_file_gives_its_offset(size: int) -> None:
 
 
 def test_line_is_left_out_though_the_offset_is_known() -> None:
-    """A file that is short, and ends within the line that is to be left out, changes nothing about that."""
+    """The first partial line is left out also if a short file makes the offset known."""
     place = FromEnd(1, line=True)
     assert place.take(b"n") == b""
     place.offer(b"whole\nbegun")
@@ -203,7 +206,7 @@ def test_line_is_left_out_though_the_offset_is_known() -> None:
 
 
 def test_end_of_a_long_file_is_looked_for() -> None:
-    """What was before the place serves to find it again where nothing has come yet."""
+    """If nothing was received yet, the bytes before the start are used to find it again."""
     place = FromEnd(0)
     place.header()
     place.offer(DATA[1_000_000 - ANCHOR : 1_000_000])
@@ -214,7 +217,7 @@ def test_end_of_a_long_file_is_looked_for() -> None:
 
 @pytest.mark.parametrize("end", [b"other", b"", b"abcd"])
 def test_end_that_does_not_fit_is_not_taken(end: bytes) -> None:
-    """An end of the file that is not what came last was seen at another moment."""
+    """An end of the file that differs from the last bytes received is ignored."""
     place = FromEnd(3)
     place.take(b"abc")
     place.offer(end)
@@ -223,7 +226,7 @@ def test_end_that_does_not_fit_is_not_taken(end: bytes) -> None:
 
 
 def test_end_is_not_taken_when_something_came() -> None:
-    """What came after the question may be in the answer, or not."""
+    """An end of the file is ignored if bytes arrived after it was requested."""
     place = FromEnd(0)
     place.offer(b"abc")
     place.take(b"c")
@@ -243,7 +246,7 @@ def test_end_is_not_taken_when_something_came() -> None:
     ],
 )
 def test_line_begins_behind_the_first_newline(sent: bytes, given: bytes, pieces: int) -> None:
-    """What is before the first newline is left out, in however many pieces it comes."""
+    """The bytes up to the first newline are left out, in however many pieces they arrive."""
     place = FromEnd(100, line=True)
     assert (
         b"".join(place.take(sent[i : i + pieces]) or b"" for i in range(0, len(sent), pieces))
@@ -252,7 +255,7 @@ def test_line_begins_behind_the_first_newline(sent: bytes, given: bytes, pieces:
 
 
 def test_line_is_left_out_across_connections() -> None:
-    """A connection that breaks within the first line does not make its rest a line."""
+    """If a connection breaks within the first line, the rest of that line is left out as well."""
     place = FromEnd(20, line=True)
     file = b"x" * 30 + b"0123456789abcdefghij"
     assert place.take(file[-20:]) == b""
@@ -261,7 +264,7 @@ def test_line_is_left_out_across_connections() -> None:
 
 @given(st.data())
 def test_any_cuts(data: st.DataObject) -> None:
-    """Whatever the file holds, and wherever connections break, a stream is exact or ends with an error that says so."""
+    """For any file and any breaks, a stream is exact, or ends with an error."""
     draw = data.draw
     size = draw(st.integers(0, 300))
     file = draw(st.sampled_from([DATA, b"ab" * 2000, b"\n" * 4000]))
@@ -275,7 +278,7 @@ def test_any_cuts(data: st.DataObject) -> None:
         for _ in range(draw(st.integers(1, 6))):
             limit = draw(st.none() | st.integers(0, 4000))
             if isinstance(place, FromEnd) and not received:
-                # it begins again
+                # Nothing has been received, so the stream starts at the end as it is now.
                 start = max(0, size - place.count)
             received += connect(place, file[:size], limit)
             place = place.known() if isinstance(place, FromEnd) else place
