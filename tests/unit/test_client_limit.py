@@ -35,12 +35,12 @@ def test_a_refused_claim_leaves_no_trace(client_limit: ClientLimit) -> None:
     assert client_limit.claim(2, 1)
 
 
-def test_handed_on(client_limit: ClientLimit) -> None:
+def test_counts_survive_an_upgrade(client_limit: ClientLimit) -> None:
     """After an upgrade, a second object on the same memory sees the same counts."""
     client_limit.record(1, 5)
-    heir = ClientLimit(5, 3, client_limit.fd)
-    assert not heir.claim(0, 1)
-    heir.record(1, 0)
+    successor = ClientLimit(5, 3, client_limit.fd)
+    assert not successor.claim(0, 1)
+    successor.record(1, 0)
     assert client_limit.claim(0, 5)
 
 

@@ -64,7 +64,7 @@ def test_join_start_leave(client_table: ClientTable, pairs: Pairs) -> None:
     assert len(client_table) == 1
 
 
-def test_what_nobody_knows(client_table: ClientTable, pairs: Pairs) -> None:
+def test_unknown_client(client_table: ClientTable, pairs: Pairs) -> None:
     """A start or a departure of a client that is not in the table changes nothing."""
     fds = duplicates(pairs[:1])
     client_table.add([1], fds, ANY)
@@ -134,7 +134,7 @@ def test_a_shutdown_is_seen_at_once(client_table: ClientTable, pairs: Pairs) -> 
     assert recv_all(far) == b"last words"
 
 
-def test_hang_up(pairs: Pairs) -> None:
+def test_close_connections(pairs: Pairs) -> None:
     """close_connections() ends all connections, even if a worker holds them or a peer has gone."""
     client_table = ClientTable()
     fds = duplicates(pairs)
@@ -151,7 +151,7 @@ def test_hang_up(pairs: Pairs) -> None:
         assert recv_all(far) == b""
 
 
-def test_hang_up_leaves_the_unprotected(pairs: Pairs) -> None:
+def test_close_connections_keeps_the_unprotected(pairs: Pairs) -> None:
     """close_connections() closes only protected clients, and keeps the list of unprotected ones."""
     client_table = ClientTable()
     client_table.add([1, 2], duplicates(pairs[:1]), ANY)

@@ -38,5 +38,5 @@ def test_fetch_of_a_slow_drip() -> None:
         with pytest.raises(TimeoutError):
             fetch(near, b"0\n", 1 << 30, drip, limit=0.01)
         assert fetch(near, b"0\n", 1, drip, limit=0) == b"x", (
-            "what is complete at once is never late"
+            "an answer that is complete at once is never late"
         )

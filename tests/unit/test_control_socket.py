@@ -68,7 +68,8 @@ def test_process_that_has_gone() -> None:
 
 
 @pytest.mark.skipif(
-    not as_root or overflow_uid() is not None, reason="not root where every user is known"
+    not as_root or overflow_uid() is not None,
+    reason="requires root in a user namespace that maps every user",
 )
 @pytest.mark.parametrize(
     ("users", "expected"),
@@ -84,18 +85,18 @@ def test_overflow_uid(users: str, expected: int | None) -> None:
     """The overflow uid is ambiguous only in a user namespace that does not map all users."""
     done = run_program("users_of_a_namespace", users)
     if done.returncode == 77:
-        pytest.skip("no user namespaces here")
+        pytest.skip("this machine has no user namespaces")
     assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
 
 
-def test_long_status_is_told_by_a_child(endpoint: str) -> None:
+def test_long_status_is_sent_by_a_child(endpoint: str) -> None:
     """A status that may exceed the socket buffer is sent by a child, one child at a time."""
     done = run_program("long_status", "one after another", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be a user who has no process")
-def test_no_child_to_tell(endpoint: str) -> None:
+@pytest.mark.skipif(not as_root, reason="only root can become a user without processes")
+def test_long_status_without_a_child(endpoint: str) -> None:
     """If no child can be forked, the peer gets no answer, and may connect again."""
     done = run_program("long_status", "no child", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
@@ -104,7 +105,7 @@ def test_no_child_to_tell(endpoint: str) -> None:
 @pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("socket", ["", "/clients"])
-def test_no_room_to_accept(endpoint: str, socket: str) -> None:
+def test_no_descriptor_to_accept(endpoint: str, socket: str) -> None:
     """Without a free descriptor the loop does not spin; with one, waiting peers get answers."""
     done = run_program("long_status", "no descriptor", endpoint, socket)
     assert done.returncode == 0, done.stderr
@@ -115,7 +116,7 @@ def test_no_room_to_accept(endpoint: str, socket: str) -> None:
     ]
 
 
-def test_name_that_is_none(endpoint: str) -> None:
+def test_name_too_long_for_a_socket(endpoint: str) -> None:
     """A name that is too long for a socket raises OSError, and no socket stays open."""
     with pytest.raises(OSError, match="path too long") as caught:
         Control.lock([endpoint, "x" * 200])
@@ -146,7 +147,7 @@ def test_long_name(letter: str, port: int) -> None:
             Control.lock(names[:1])
 
 
-def test_nobody_serves(endpoint: str) -> None:
+def test_no_server(endpoint: str) -> None:
     """Without a server no supervisor is found."""
     assert find_supervisor(endpoint) is None
 
@@ -230,7 +231,7 @@ def test_answer(endpoint: str) -> None:
             assert json.loads(recv_all(three)) == {}
 
 
-def test_answer_to_one_that_is_gone(endpoint: str) -> None:
+def test_answer_after_a_peer_that_left(endpoint: str) -> None:
     """A peer that left without waiting does not keep the next one from its answer."""
     with held(endpoint) as control:
         connect(endpoint).close()
@@ -239,9 +240,9 @@ def test_answer_to_one_that_is_gone(endpoint: str) -> None:
             assert recv_all(patient) == STATUS
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 @pytest.mark.parametrize(
-    ("server", "asker", "answer"),
+    ("server", "peer", "answer"),
     [
         (0, 0, "status"),
         (12345, 12345, "status"),
@@ -251,8 +252,8 @@ def test_answer_to_one_that_is_gone(endpoint: str) -> None:
     ],
 )
 def test_answer_only_to_the_same_user_and_root(
-    endpoint: str, server: int, asker: int, answer: str
+    endpoint: str, server: int, peer: int, answer: str
 ) -> None:
     """Only the same user and root get the status; any other user's stream is empty."""
-    done = run_program("answer_as_other_user", endpoint, str(server), str(asker))
+    done = run_program("answer_as_other_user", endpoint, str(server), str(peer))
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{answer}\n")

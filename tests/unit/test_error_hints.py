@@ -76,7 +76,7 @@ def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "and tailsrv runs as user " in hint
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 def test_closed_folder(open_folder: Path) -> None:
     """If a folder cannot be entered, the message names the outermost such folder."""
     (open_folder / "a" / "b" / "c").mkdir(parents=True)

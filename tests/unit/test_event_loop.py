@@ -80,7 +80,7 @@ def test_bound_methods_are_one_action() -> None:
     assert timers.timeout(0.0) is None
 
 
-def test_action_that_plans_itself_anew() -> None:
+def test_action_that_sets_itself_again() -> None:
     """A timer that an action sets runs in the next call, due or not, so that every call ends."""
     timers, done = Timers(), list[str]()
 
@@ -110,7 +110,7 @@ def test_action_that_cancels_another() -> None:
     assert done == ["first"]
 
 
-def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
+def test_stalled_descriptor_is_not_reported() -> None:
     """A readable descriptor is not reported while it is stalled, and is reported afterwards."""
     now = 0.0
     loop = EventLoop(lambda: now)
@@ -132,7 +132,7 @@ def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
         assert loop.timeout() is None
 
 
-def test_stalled_descriptors_may_go() -> None:
+def test_stalled_descriptor_is_unregistered() -> None:
     """A descriptor that is unregistered while it is stalled is not registered again afterwards."""
     now = 0.0
     loop = EventLoop(lambda: now)

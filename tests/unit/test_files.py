@@ -86,7 +86,7 @@ def test_send_chunk_after_a_reset(
     ] * 3
 
 
-def test_send_chunk_after_our_own_end(
+def test_send_chunk_after_shutdown(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
     """A socket that this process has shut down counts as hung up."""
@@ -95,7 +95,7 @@ def test_send_chunk_after_our_own_end(
     assert send_chunk(near.fileno(), opened_file, 0, 10) is Outcome.HUNG_UP
 
 
-def test_send_chunk_to_one_that_has_only_half_closed(
+def test_send_chunk_to_a_half_closed_peer(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
     """A peer that has half-closed its connection still receives."""
@@ -106,9 +106,7 @@ def test_send_chunk_to_one_that_has_only_half_closed(
     assert recv_exactly(far, 10) == EVERY_BYTE[:10]
 
 
-def test_send_chunk_of_what_is_no_file(
-    pair: tuple[socket.socket, socket.socket], tmp_path: Path
-) -> None:
+def test_send_chunk_of_a_folder(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
     """An error that is not about the peer is returned as it is."""
     near, _ = pair
     with opened(tmp_path) as folder:
@@ -135,7 +133,7 @@ def test_send_to_all(opened_file: int, count: int) -> None:
             assert recv_exactly(pairs[index][1], count) == EVERY_BYTE[7 : 7 + count]
 
 
-def test_send_to_all_of_what_has_gone(
+def test_send_to_all_after_truncation(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
     """If the file has shrunk, a client gets the bytes that are left, or none."""
@@ -145,7 +143,7 @@ def test_send_to_all_of_what_has_gone(
     assert send_to_all([near.fileno()], opened_file, len(EVERY_BYTE), 10) == {near.fileno(): 0}
 
 
-def test_send_to_all_of_what_cannot_be_read(
+def test_send_to_all_of_an_unreadable_file(
     pair: tuple[socket.socket, socket.socket], full_file: Path
 ) -> None:
     """If the file cannot be read, each client's result is that error."""
@@ -161,7 +159,7 @@ def test_send_to_all_of_what_cannot_be_read(
     assert not readable(far)
 
 
-def test_disk_that_cannot_be_asked() -> None:
+def test_cache_that_cannot_be_queried() -> None:
     """If the page cache cannot be queried, the bytes count as cached, and sendfile(2) tries."""
     reader, writer = os.pipe()
     try:
@@ -182,12 +180,12 @@ def test_is_cached(tmp_path: Path) -> None:
         assert is_cached(file, len(EVERY_BYTE), 10, 10)
         evict(file)
         if is_cached(file, 0, len(EVERY_BYTE), 4096):
-            pytest.skip("this file system keeps its files in memory_file_with, or does not tell")
+            pytest.skip("this file system keeps its files in memory, or does not report the cache")
         read_ahead(file, 0, len(EVERY_BYTE))
         eventually(lambda: is_cached(file, 0, len(EVERY_BYTE), 4096))
 
 
-def test_memory_without_room() -> None:
+def test_memory_file_without_space() -> None:
     """An anonymous file is closed again if its data cannot be written."""
     done = run_program("memory_without_room")
     assert (done.stdout, done.returncode, done.stderr) == ("EFBIG\n", 0, "")

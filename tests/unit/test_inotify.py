@@ -88,7 +88,7 @@ def test_many_appends_are_one_event(path: Path) -> None:
         assert watch.size() == 1004
 
 
-def test_append_between_two_ways_to_write(path: Path) -> None:
+def test_append_through_a_hard_link(path: Path) -> None:
     """An append through another hard link of the file is noticed."""
     other = path.with_name("other")
     other.hardlink_to(path)
@@ -126,7 +126,7 @@ def test_append_while_not_following(path: Path, times: int) -> None:
             watch.follow(True)
 
 
-def test_path_is_looked_at_again_without_losing_appends(path: Path) -> None:
+def test_event_about_the_path_keeps_the_watch(path: Path) -> None:
     """An event about the path changes neither the watch nor whether it follows."""
     with watching(path) as watch:
         path.chmod(0o600)
@@ -247,7 +247,7 @@ def test_moved_away_and_back(path: Path) -> None:
         assert gone(watch)
 
 
-def test_other_files_do_not_wake(path: Path) -> None:
+def test_other_files_do_not_wake_the_watch(path: Path) -> None:
     """Changes to other files in the same folder do not wake the watch."""
     with watching(path) as watch:
         neighbour = path.with_name("neighbour")
@@ -289,7 +289,7 @@ def test_symlink_replaced_by_one_to_the_same_file(path: Path) -> None:
         assert gone(watch)
 
 
-def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
+def test_symlink_replaced_by_one_that_cannot_be_followed(path: Path) -> None:
     """If the path cannot be checked, the file's state is unknown, and it is still watched."""
     link, fresh = path.with_name("link"), path.with_name("fresh")
     link.symlink_to(path)
@@ -387,7 +387,7 @@ def test_steps_to_a_loop(tmp_path: Path) -> None:
     assert list(steps_to(str(tmp_path / "no" / "log")))[-1] == str(tmp_path / "no" / "log")
 
 
-def test_size_that_is_not_told(path: Path) -> None:
+def test_unreadable_size(path: Path) -> None:
     """If the size cannot be read, the last known size holds."""
     reader, writer = os.pipe()
     with watching(path) as watch:
@@ -421,11 +421,18 @@ def test_file_of_no_mount() -> None:
 def test_file_that_may_not_be_read_any_more(path: Path) -> None:
     """If the kernel refuses the watch, the file is polled, and the reason is given."""
     if not as_root:
-        pytest.skip("only root can be another user")
+        pytest.skip("only root can run the program as another user")
     path.chmod(0o644)
     path.parent.chmod(0o755)
-    ready, say = os.pipe()
-    command = [sys.executable, "-W", "error", program("watch_unreadable_file"), str(path), str(say)]
+    ready_reader, ready_writer = os.pipe()
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        program("watch_unreadable_file"),
+        str(path),
+        str(ready_writer),
+    ]
     piped = subprocess.PIPE
     with subprocess.Popen(
         command,
@@ -434,17 +441,17 @@ def test_file_that_may_not_be_read_any_more(path: Path) -> None:
         stderr=piped,
         text=True,
         env=environment(),
-        pass_fds=[say],
+        pass_fds=[ready_writer],
     ) as child:
-        os.close(say)
-        assert os.read(ready, 5) == b"ready"
-        os.close(ready)
+        os.close(ready_writer)
+        assert os.read(ready_reader, 5) == b"ready"
+        os.close(ready_reader)
         path.chmod(0)
         reason = "inotify cannot be used: Permission denied"
         assert child.communicate(timeout=DEADLINE) == (f"{reason} 4\n", "")
 
 
-def test_polling_says_why() -> None:
+def test_polling_gives_the_reason() -> None:
     """On a file system without events the file is polled, and the reason names the file system."""
     with opened("/proc/self/mountinfo") as file:
         watch = Watch(file, "/proc/self/mountinfo")
@@ -467,7 +474,7 @@ def test_no_inotify_instances(path: Path) -> None:
     assert done.stdout.endswith(" None 4\n")
 
 
-def test_close_gives_the_instance_back(path: Path) -> None:
+def test_close_frees_the_instance(path: Path) -> None:
     """close() frees the inotify instance, and may be called twice."""
     with watching(path) as watch:
         fd = fd_of(watch)

@@ -49,7 +49,7 @@ def bench(path: Path) -> Iterator[LateBench]:
     bench.loop.epoll.close()
 
 
-def bytes_said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged_bytes(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the numbers of bytes in the log."""
     return [
         word
@@ -66,7 +66,7 @@ def test_nothing_is_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> 
         bench.run(0.9)
         append(bench.path, b"more")
     bench.run(2 * TIMING.late_patience)
-    assert bytes_said(caplog) == []
+    assert logged_bytes(caplog) == []
     assert bench.loop.timeout() is None
 
 
@@ -76,13 +76,13 @@ def test_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
     bench.run(3)
     append(bench.path, b"late\n")
     bench.run(TIMING.late_interval)
-    assert bytes_said(caplog) == ["bytes=5"]
+    assert logged_bytes(caplog) == ["bytes=5"]
     for _ in range(3):
         append(bench.path, b"later\n")
         bench.run(TIMING.late_interval)
-    assert bytes_said(caplog) == ["bytes=5"]
+    assert logged_bytes(caplog) == ["bytes=5"]
     bench.run(TIMING.late_patience)
-    assert bytes_said(caplog) == ["bytes=5", "bytes=23"]
+    assert logged_bytes(caplog) == ["bytes=5", "bytes=23"]
     assert bench.loop.timeout() is None
 
 
@@ -93,7 +93,7 @@ def test_streams_have_ended(bench: LateBench, caplog: pytest.LogCaptureFixture) 
     bench.late.seal()
     append(bench.path, b"late\n")
     bench.run(TIMING.late_interval)
-    assert bytes_said(caplog) == ["bytes=5"]
+    assert logged_bytes(caplog) == ["bytes=5"]
 
 
 def test_next_rotation(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,5 +104,5 @@ def test_next_rotation(bench: LateBench, caplog: pytest.LogCaptureFixture) -> No
         bench.run(3)
         append(bench.path, b"late\n")
     bench.late.end()
-    assert bytes_said(caplog) == ["bytes=5"] * 3
+    assert logged_bytes(caplog) == ["bytes=5"] * 3
     assert len(os.listdir("/proc/self/fd")) == before

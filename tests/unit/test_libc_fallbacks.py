@@ -26,7 +26,7 @@ def test_names_are_in_one_place() -> None:
         if module.name != FALLBACKS_MODULE
         for line, name in uses(module.read_text())
     }
-    assert found == {}, f"take them from {FALLBACKS_MODULE}"
+    assert found == {}, f"import these names from {FALLBACKS_MODULE}"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_numbers(tmp_path: Path) -> None:
 
 
 @libraries
-def test_reading_what_is_in_memory(tmp_path: Path, functions: tuple[str, ...]) -> None:
+def test_reading_from_the_page_cache(tmp_path: Path, functions: tuple[str, ...]) -> None:
     """If `os` lacks preadv2(), the C library's is called; if both lack it, the error is ENOSYS."""
     take_away(tmp_path, functions)
     (tmp_path / "file").write_bytes(b"0123")

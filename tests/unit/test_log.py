@@ -88,7 +88,7 @@ def test_verbosity(verbosity: int, words: list[str]) -> None:
     assert words == [line.split()[-1] for line in log(ALL_LEVELS, verbosity)]
 
 
-def test_line_for_people() -> None:
+def test_line_for_a_terminal_or_file() -> None:
     """On a terminal or in a file, a line has the time, the process and the level in lower case."""
     [line] = log("logger.warning('file %s', 'gone')")
     assert " warning: file gone" in line
@@ -129,7 +129,7 @@ def test_journal_gets_priorities() -> None:
         ]
 
 
-def test_journal_gets_one_line_an_event() -> None:
+def test_journal_gets_one_line_per_event() -> None:
     """A traceback is one line for the journal, which makes an event of each line."""
     code = LINES + "try: 1 / 0\nexcept ZeroDivisionError: logger.exception('a fault')"
     with pipe() as (reader, writer):
@@ -140,7 +140,7 @@ def test_journal_gets_one_line_an_event() -> None:
     assert line.count("\n") == 1
 
 
-def test_journal_stream_of_somebody_else() -> None:
+def test_foreign_journal_stream_is_ignored() -> None:
     """$JOURNAL_STREAM is ignored if it does not name standard error."""
     done = run_python(LINES + "logger.info('i')", "0", env={"JOURNAL_STREAM": "1:1"})
     assert "info: i" in done.stderr
@@ -202,7 +202,7 @@ def test_terminal_that_is_stopped() -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 100, 200])
-def test_terminal_that_nobody_reads(room: int) -> None:
+def test_terminal_that_is_not_read(room: int) -> None:
     """A full terminal that is not read does not block, whatever part of a line still fits."""
     with terminal() as (_, slave):
         fill(slave, room)
@@ -225,7 +225,7 @@ def test_terminal_that_is_read() -> None:
 def of_another_user(kind: str) -> Iterator[tuple[int, int]]:
     """Give both ends of a terminal or pipe that only root may open, as after su(1)."""
     if os.geteuid() != 0 or not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv.log"):
-        pytest.skip("there must be two users, both of whom can run this")
+        pytest.skip("requires root, and a second user that can run tailsrv")
     with terminal() if kind == "terminal" else pipe() as (reader, writer):
         os.fchmod(writer, 0o600)
         yield reader, writer
@@ -233,25 +233,25 @@ def of_another_user(kind: str) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_what_may_not_be_opened_again(kind: str) -> None:
+def test_stderr_that_cannot_be_reopened(kind: str) -> None:
     """A terminal or pipe of another user gets every line, and does not block."""
     with of_another_user(kind) as (reader, writer):
         log_to(writer, "for _ in range(2): logger.info('read')\nprint('still here')", AS_NOBODY)
         os.set_blocking(reader, False)
         lines = b""
 
-        def look() -> bool:
+        def both_lines_arrived() -> bool:
             nonlocal lines
             with suppress(BlockingIOError):
                 lines += os.read(reader, 4096)
             return lines.count(b"info: read") == 2
 
-        eventually(look)
+        eventually(both_lines_arrived)
         log_to(writer, HUNDRED.replace("100)", "2000)"), AS_NOBODY)
 
 
 @pytest.mark.thorough
-def test_relay_ends_with_those_who_write() -> None:
+def test_relay_ends_with_its_writers() -> None:
     """The relay for another user's terminal holds nothing else open, and ends with its writers."""
     code = "import psutil; print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
     with of_another_user("terminal") as (_, slave):
@@ -304,17 +304,17 @@ def test_background_of_a_terminal_that_stops_it() -> None:
                 "0",
             ],
         )
-    said = b""
+    output = b""
     # EIO: every process of this terminal has ended.
     with suppress(OSError):
-        while some := os.read(master, 4096):
-            said += some
+        while chunk := os.read(master, 4096):
+            output += chunk
     os.close(master)
-    assert os.waitpid(pid, 0)[1] == 0, said
-    assert b"info: i" in said
+    assert os.waitpid(pid, 0)[1] == 0, output
+    assert b"info: i" in output
 
 
-def test_fault_of_ours_is_a_line_of_the_log() -> None:
+def test_uncaught_exception_is_logged() -> None:
     """An uncaught exception is logged with its traceback, and the exit status is Python's."""
     done = run_python(LINES + "1 / 0", "0")
     assert done.returncode == 1
@@ -326,7 +326,7 @@ def test_fault_of_ours_is_a_line_of_the_log() -> None:
     assert last == "ZeroDivisionError: division by zero"
 
 
-def test_fault_in_a_destructor_is_a_line_of_the_log() -> None:
+def test_exception_in_a_destructor_is_logged() -> None:
     """An exception in a destructor is logged as one line."""
     [line] = log("class Odd:\n    def __del__(self): 1 / 0\nOdd()")
     assert "error: internal error while an object was destroyed: " in line
@@ -369,7 +369,7 @@ NO_PROC = (
 def test_pipe_without_proc() -> None:
     """Without /proc, through which a pipe is opened again, lines are still written to it."""
     if not runs(*NO_PROC, sys.executable, "-c", ""):
-        pytest.skip("a mount namespace cannot be had")
+        pytest.skip("a mount namespace cannot be created")
     code = (
         "from tailsrv.log import logger, set_up; set_up(0); "
         "logger.info('first'); logger.info('second')"
@@ -381,8 +381,8 @@ def test_pipe_without_proc() -> None:
     assert [line.rpartition(" ")[2] for line in done.stderr.splitlines()] == ["first", "second"]
 
 
-def test_trouble_says_where() -> None:
-    """An error from the kernel is described with the place in tailsrv's code, if there is one."""
+def test_error_names_its_line() -> None:
+    """An error from the kernel is described with the line of tailsrv's code, if there is one."""
     with socket.socket() as sock:
         pass
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
@@ -394,16 +394,16 @@ def test_trouble_says_where() -> None:
     assert describe_error(MemoryError()) == "reason='out of memory'"
 
 
-def test_trouble_says_where_in_a_package() -> None:
-    """The place may be in a subpackage of tailsrv, but not in a folder beside it."""
+def test_error_names_its_line_in_a_subpackage() -> None:
+    """The line may be in a subpackage of tailsrv, but not in a folder beside tailsrv."""
     folder = os.path.dirname(tailsrv.__file__)
-    for filename, said in (
-        (f"{folder}/room/module.py", " at=room/module.py:1"),
+    for filename, location in (
+        (f"{folder}/package/module.py", " at=package/module.py:1"),
         (f"{folder}-more/module.py", ""),
     ):
         with pytest.raises(OSError, match="refused") as caught:
             exec(compile("raise OSError('refused')", filename, "exec"))
-        assert describe_error(caught.value) == f"reason=refused{said}"
+        assert describe_error(caught.value) == f"reason=refused{location}"
 
 
 def test_undecodable_bytes() -> None:
@@ -412,8 +412,8 @@ def test_undecodable_bytes() -> None:
     assert line.endswith("path a\\udcff")
 
 
-def test_limited() -> None:
-    """Lines that untrusted clients cause are limited, and those below the level not counted."""
+def test_rate_limited() -> None:
+    """Lines that untrusted clients cause are limited, and lines below the level are not counted."""
     code = (
         "warn = RateLimited(logging.WARNING, burst=2, interval=3600)\n"
         "for _ in range(5): warn('refused', reason='not a number', peer=None)"
@@ -424,7 +424,7 @@ def test_limited() -> None:
     assert log("RateLimited(logging.DEBUG)('refused')") == []
 
 
-def test_limited_tells_how_many_were_held_back() -> None:
+def test_rate_limited_counts_suppressed_lines() -> None:
     """The first line of the next interval tells how many lines were suppressed."""
     done = run_program("limited_lines")
     assert [line.partition("warning: ")[2] for line in done.stderr.splitlines()] == [
@@ -434,27 +434,27 @@ def test_limited_tells_how_many_were_held_back() -> None:
     ]
 
 
-def test_allowance() -> None:
+def test_rate_limit() -> None:
     """Each interval allows a burst; its first line gets the number suppressed before it."""
-    allowance = RateLimit(burst=2, interval=10.0)
-    assert [allowance.ask(now) for now in (100.0, 101.0, 102.0, 109.9)] == [0, 0, None, None]
-    assert [allowance.ask(now) for now in (110.0, 110.0, 110.0)] == [2, 0, None]
-    assert [allowance.ask(now) for now in (500.0, 600.0)] == [1, 0]
+    limit = RateLimit(burst=2, interval=10.0)
+    assert [limit.ask(now) for now in (100.0, 101.0, 102.0, 109.9)] == [0, 0, None, None]
+    assert [limit.ask(now) for now in (110.0, 110.0, 110.0)] == [2, 0, None]
+    assert [limit.ask(now) for now in (500.0, 600.0)] == [1, 0]
 
 
 @given(st.integers(1, 5), st.lists(st.floats(0, 30), max_size=50))
-def test_allowance_counts_everything(burst: int, pauses: list[float]) -> None:
+def test_rate_limit_counts_everything(burst: int, pauses: list[float]) -> None:
     """Every line passes or is counted as suppressed, with at most two bursts in an interval."""
-    allowance, now = RateLimit(burst, 10.0), 0.0
-    passed, told, held = list[float](), 0, 0
+    limit, now = RateLimit(burst, 10.0), 0.0
+    passed, reported, suppressed = list[float](), 0, 0
     for pause in pauses:
         now += pause
-        answer = allowance.ask(now)
+        answer = limit.ask(now)
         if answer is None:
-            held += 1
+            suppressed += 1
         else:
             passed.append(now)
-            told += answer
-            assert held == told
-    assert len(pauses) == len(passed) + held
+            reported += answer
+            assert suppressed == reported
+    assert len(pauses) == len(passed) + suppressed
     assert all(sum(then <= time < then + 10.0 for time in passed) <= 2 * burst for then in passed)

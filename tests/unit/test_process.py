@@ -164,7 +164,7 @@ def test_raise_limit_here() -> None:
     """If both limits are equal, nothing is changed."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[0] != before[1]:
-        pytest.skip("the limits of this process differ, and are not ours to change")
+        pytest.skip("the limits of this process differ, and this test must not change them")
     assert raise_descriptor_limit() == before[1]
 
 

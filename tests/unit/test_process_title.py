@@ -70,12 +70,12 @@ def test_the_interval_counts_from_the_last_one_shown(process: Process) -> None:
     assert getproctitle() == "tailsrv: test three"
 
 
-def test_nothing_new_is_not_set(process: Process) -> None:
+def test_unchanged_title_is_not_set(process: Process) -> None:
     """An unchanged title is not set again, and sets no timer."""
     process.change("one", 100.0)
-    setproctitle("tailsrv: set by somebody else")
+    setproctitle("tailsrv: set by another program")
     process.change("one", 200.0)
-    assert getproctitle() == "tailsrv: set by somebody else"
+    assert getproctitle() == "tailsrv: set by another program"
     process.change("one", 200.5)
     assert process.timers.timeout(200.5) is None
 
@@ -87,7 +87,7 @@ def test_after_a_quiet_time_at_once(process: Process) -> None:
     assert getproctitle() == "tailsrv: test two"
 
 
-def test_room_is_not_handed_on() -> None:
+def test_title_space_is_not_inherited() -> None:
     """Programs that are started later do not get the variable that makes space for the title."""
     # coverage.py's variables would change what execve(2) gets.
     done = run_program(
@@ -101,7 +101,7 @@ def test_room_is_not_handed_on() -> None:
     assert int(done.stdout.splitlines()[-1]) == 100_000
 
 
-def test_no_room_can_be_made() -> None:
+def test_no_space_for_the_title() -> None:
     """If the program cannot be executed again, it runs with a shortened title."""
     done = run_program("room_for_title", "/nonexistent")
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("raw", "start"), GOOD)
-def test_header_at_once(raw: bytes, start: Start) -> None:
+def test_complete_header(raw: bytes, start: Start) -> None:
     """A complete header gives its start."""
     assert start == parse_header(raw)
 
@@ -56,7 +56,7 @@ def test_header_byte_by_byte(raw: bytes, start: Start) -> None:
 
 @pytest.mark.parametrize("junk", [b"\n", b"junk", b"7\n", b"\x00\xff", b"x" * 1000])
 @pytest.mark.parametrize(("raw", "start"), GOOD)
-def test_header_with_junk_behind(raw: bytes, start: Start, junk: bytes) -> None:
+def test_header_with_junk_after_it(raw: bytes, start: Start, junk: bytes) -> None:
     """Bytes after the newline are ignored, complete or cut off by the peek."""
     assert start == parse_header(raw + junk)
     assert start == parse_header((raw + junk)[:PEEK])
@@ -78,7 +78,7 @@ def test_bad_line(line: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_bad_line_comes_to_an_end(line: bytes) -> None:
+def test_incomplete_bad_line(line: bytes) -> None:
     """An incomplete line is not refused, whatever it contains, while it is short enough."""
     assert [None] * len(line) == [parse_header(line[:length]) for length in range(len(line))]
 

@@ -24,7 +24,7 @@ class Disk:
     def __init__(self) -> None:
         self.ahead = ReadAhead(self.is_cached, self.read)
         self.cached_to = 0
-        self.asked: list[tuple[int, int]] = []
+        self.requested: list[tuple[int, int]] = []
 
     def is_cached(self, offset: int, count: int, _stride: int) -> bool:
         """Tell whether these bytes are cached."""
@@ -32,7 +32,7 @@ class Disk:
 
     def read(self, offset: int, count: int) -> None:
         """Record that these bytes were requested."""
-        self.asked.append((offset, count))
+        self.requested.append((offset, count))
 
 
 @pytest.fixture
@@ -49,15 +49,15 @@ def clients() -> Iterator[list[Client]]:
         yield [Client(number, near, far.getsockname()) for number, (near, far) in enumerate(ends)]
 
 
-def test_what_is_in_memory(disk: Disk, clients: list[Client]) -> None:
+def test_cached_bytes(disk: Disk, clients: list[Client]) -> None:
     """A client whose next bytes are cached may send them at once, and nothing is read ahead."""
     disk.cached_to = SEND_CHUNK
     assert disk.ahead.admit(clients[0], SEND_CHUNK) == SEND_CHUNK
     assert not disk.ahead
-    assert disk.asked == []
+    assert disk.requested == []
 
 
-def test_what_is_on_the_disk(disk: Disk, clients: list[Client]) -> None:
+def test_bytes_on_the_disk(disk: Disk, clients: list[Client]) -> None:
     """A client waits while its next bytes are read from disk, and then the bytes after them are."""
     disk.cached_to = READ_AHEAD - 1
     for _ in range(3):
@@ -65,28 +65,28 @@ def test_what_is_on_the_disk(disk: Disk, clients: list[Client]) -> None:
         assert disk.ahead
         assert disk.ahead.take_due() == clients[:1]
         assert not disk.ahead
-    assert disk.asked == [(0, READ_AHEAD)]
+    assert disk.requested == [(0, READ_AHEAD)]
     disk.cached_to = READ_AHEAD
     assert disk.ahead.admit(clients[0], SEND_CHUNK) == READ_AHEAD
     assert not disk.ahead
-    assert disk.asked == [(0, READ_AHEAD), (READ_AHEAD, READ_AHEAD)]
+    assert disk.requested == [(0, READ_AHEAD), (READ_AHEAD, READ_AHEAD)]
     disk.cached_to = SEND_CHUNK
     # The bytes are cached, and the client is treated as if it had never waited.
     assert disk.ahead.admit(clients[0], SEND_CHUNK) == SEND_CHUNK
-    assert len(disk.asked) == 2
+    assert len(disk.requested) == 2
 
 
-def test_those_whom_the_disk_works_for_are_few(disk: Disk, clients: list[Client]) -> None:
+def test_readers_are_limited(disk: Disk, clients: list[Client]) -> None:
     """MAX_READERS clients read ahead at once; others follow when one has its bytes or leaves."""
-    few, others = clients[:MAX_READERS], clients[MAX_READERS:]
+    readers, others = clients[:MAX_READERS], clients[MAX_READERS:]
     assert not any(disk.ahead.admit(client, 1000) for client in clients)
-    assert disk.ahead.take_due() == few
-    assert len(disk.asked) == MAX_READERS
-    assert not any(disk.ahead.admit(client, 1000) for client in few[2:])
+    assert disk.ahead.take_due() == readers
+    assert len(disk.requested) == MAX_READERS
+    assert not any(disk.ahead.admit(client, 1000) for client in readers[2:])
     disk.cached_to = 1000
-    assert disk.ahead.admit(few[0], 1000)
-    disk.ahead.forget(few[1])
-    assert disk.ahead.take_due() == [*few[2:], *others]
+    assert disk.ahead.admit(readers[0], 1000)
+    disk.ahead.forget(readers[1])
+    assert disk.ahead.take_due() == [*readers[2:], *others]
     assert not disk.ahead
 
 

@@ -20,14 +20,14 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_a_flood_of_reports_does_not_keep_the_supervisor(
+def test_turn_reads_a_bounded_number_of_reports(
     channel: tuple[socket.socket, socket.socket],
 ) -> None:
     """A turn reads a bounded number of clients, and the reports of a dead worker are all read."""
-    heard: list[Notices] = []
+    received: list[Notices] = []
     loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
-    report_reader = ReportReader([slot], loop, lambda _, notices: heard.append(notices))
+    report_reader = ReportReader([slot], loop, lambda _, notices: received.append(notices))
     for size in range(10):
         channel[1].send(
             encode(
@@ -37,17 +37,17 @@ def test_a_flood_of_reports_does_not_keep_the_supervisor(
             )
         )
     report_reader.read_reports(slot)
-    assert [notices.truncated for notices in heard] == [0, 1]
+    assert [notices.truncated for notices in received] == [0, 1]
     report_reader.read_reports(slot)
-    assert [notices.truncated for notices in heard] == [0, 1, 2, 3]
+    assert [notices.truncated for notices in received] == [0, 1, 2, 3]
     report_reader.read_remaining(slot)
-    assert [notices.truncated for notices in heard] == list(range(10))
+    assert [notices.truncated for notices in received] == list(range(10))
     loop.epoll.close()
 
 
-@pytest.mark.parametrize("take", [ReportReader.read_reports, ReportReader.read_remaining])
-def test_last_words_of_one_who_had_not_listened(
-    channel: tuple[socket.socket, socket.socket], take: Callable[[ReportReader, Slot], None]
+@pytest.mark.parametrize("read", [ReportReader.read_reports, ReportReader.read_remaining])
+def test_reports_of_a_worker_that_left_a_message_unread(
+    channel: tuple[socket.socket, socket.socket], read: Callable[[ReportReader, Slot], None]
 ) -> None:
     """All reports of a worker are read, even if it exited with a message unread.
 
@@ -61,7 +61,7 @@ def test_last_words_of_one_who_had_not_listened(
     channel[1].send(encode(WorkerReport(started=[(7, 5)])))
     channel[0].send(encode(Ping()))
     channel[1].close()
-    take(report_reader, slot)
+    read(report_reader, slot)
     assert slot.client_table.clients[7].start == 5
     slot.client_table.close_in_child()
     loop.epoll.close()

@@ -49,7 +49,7 @@ def killed(number: int, core: bool = False) -> int:
         (killed(signal.SIGRTMIN + 3), ExitKind.KILLED),
     ],
 )
-def test_verdict(status: int, expected: ExitKind) -> None:
+def test_classify_exit(status: int, expected: ExitKind) -> None:
     """An exit is classified as requested, a fault, a kill, a shortage, or a failed boot."""
     assert expected is classify_exit(status)
 
@@ -64,7 +64,7 @@ def test_verdict(status: int, expected: ExitKind) -> None:
         (killed(40), "signal=40"),
     ],
 )
-def test_describe_status(status: int, words: str) -> None:
+def test_describe_exit(status: int, words: str) -> None:
     """A wait status is described with its exit status or the name of its signal."""
     assert words == describe_exit(status)
 
@@ -134,14 +134,14 @@ def test_poisoned() -> None:
         True,
     ]
     assert after((SOON, False, FAULT, True), suspect).poisoned()
-    for innocent in [
+    for other_death in [
         (LATE, True, FAULT, True),
         (SOON, True, KILLED, True),
         (SOON, True, DONE, True),
         (SOON, True, FAULT, False),
     ]:
-        assert not after(suspect, innocent, suspect).poisoned()
-        assert not after(*[innocent] * 100).poisoned()
+        assert not after(suspect, other_death, suspect).poisoned()
+        assert not after(*[other_death] * 100).poisoned()
 
 
 def test_hopeless() -> None:
@@ -155,7 +155,7 @@ def test_hopeless() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.booleans(), st.just(KILLED), st.booleans())))
-def test_somebody_who_kills_costs_no_client(lives: list[Life]) -> None:
+def test_kills_from_outside_are_not_suspect(lives: list[Life]) -> None:
     """Kills from outside, however soon and frequent, make no slot poisoned or hopeless."""
     assert not after(*lives).poisoned()
     assert not after(*lives).hopeless()

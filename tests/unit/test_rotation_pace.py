@@ -6,7 +6,7 @@ from tailsrv.supervisor.rotation_pace import RotationPace
 TIMING = Timing()
 
 
-def test_first_rotations_wait_for_nothing() -> None:
+def test_first_rotations_do_not_wait() -> None:
     """The first two rotations do not wait."""
     pace = RotationPace(TIMING)
     for now in (100.0, 100.1):
@@ -27,7 +27,7 @@ def test_rotations_in_quick_succession() -> None:
     assert now > 400
 
 
-def test_rotations_at_leisure() -> None:
+def test_rotations_far_apart() -> None:
     """A file that was served long enough resets the pause."""
     pace, now = RotationPace(TIMING), 100.0
     for _ in range(10):
@@ -38,7 +38,7 @@ def test_rotations_at_leisure() -> None:
     assert pace.pause(now) == 0
 
 
-def test_time_that_a_rotation_takes_is_not_life() -> None:
+def test_duration_of_a_rotation_does_not_count() -> None:
     """The duration of a rotation does not count as time for which the file was served."""
     pace, now = RotationPace(TIMING), 100.0
     for _ in range(10):

@@ -42,7 +42,7 @@ def test_is_gone_compares_device_and_inode(path: Path) -> None:
         assert is_gone(file, str(copy))
 
 
-def test_is_gone_where_nobody_can_see(path: Path) -> None:
+def test_is_gone_for_paths_that_cannot_be_followed(path: Path) -> None:
     """A link loop counts as gone, and for a path that cannot be checked the result is None."""
     path.with_name("loop").symlink_to("loop")
     with opened(path) as file:
@@ -87,7 +87,7 @@ def refusal(path: Path | str) -> str:
     return str(caught.value)
 
 
-def test_open_file_refuses_what_is_no_regular_file(tmp_path: Path) -> None:
+def test_open_file_refuses_special_files(tmp_path: Path) -> None:
     """A folder, a FIFO, a socket and a device are refused without waiting."""
     os.mkfifo(tmp_path / "fifo")
     os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
@@ -113,7 +113,7 @@ def test_open_file_refuses_an_unreadable_file(path: Path) -> None:
     assert refusal(path).startswith("Permission denied; it has mode 0000, ")
 
 
-@pytest.mark.skipif(not as_root, reason="only root can become somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 def test_open_file_refuses_an_unreadable_file_to_others(path: Path) -> None:
     """A file that only root may read is refused for other users."""
     path.chmod(0o600)

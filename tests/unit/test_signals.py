@@ -73,7 +73,7 @@ def test_close_gives_everything_back() -> None:
         os.close(writer)
 
 
-def test_blocked_holds_signals_back(wakeup: Wakeup) -> None:
+def test_blocked_delays_signals(wakeup: Wakeup) -> None:
     """Within blocked() a signal stays pending, and is delivered when the block ends."""
     with blocked():
         # kill(2) might choose another thread, which has not blocked the signal.

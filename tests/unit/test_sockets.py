@@ -59,7 +59,7 @@ def test_accept_over_ipv6() -> None:
             assert accepted[1] == ("::1", far.getsockname()[1])
 
 
-def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
+def test_accept_after_a_reset(listener: socket.socket) -> None:
     """A connection that was reset while queued is accepted or left out, but is no error."""
     with socket.create_connection(listener.getsockname()) as far:
         wait_readable(listener)
@@ -111,7 +111,7 @@ def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> Non
             assert isinstance(accepted, PermissionError)
 
 
-def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_peek_consumes_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
     """peek() consumes nothing, and returns no more than the given number of bytes."""
     near, far = pair
     assert peek(near, PEEK) is Outcome.WOULD_BLOCK
@@ -125,7 +125,7 @@ def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) 
     assert near.recv(1000) == b"12" + b"x" * 100
 
 
-def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_peek_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
     """At the end of input peek() returns no bytes, after all earlier bytes were read."""
     near, far = pair
     far.sendall(b"12")
@@ -136,7 +136,7 @@ def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socke
     assert peek(near, PEEK) == b""
 
 
-def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_peek_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
     """After a reset peek() returns a hang-up."""
     near, far = pair
     reset(far)
@@ -221,7 +221,7 @@ def test_unsent(pair: tuple[socket.socket, socket.socket], opened_file: int) -> 
     assert unsent(near) == 0
 
 
-def test_finish_sending_reaches_the_peer_past_a_duplicate(
+def test_shut_down_writing_despite_a_duplicate(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     """The peer sees the end although a duplicate is open; repeating the call is no error."""

@@ -48,7 +48,7 @@ def test_another_system(tmp_path: Path, system: str) -> None:
 def test_no_loopback() -> None:
     """Without a loopback interface for the check, the system is assumed to count."""
     if not runs(*NO_LOOPBACK, "true"):
-        pytest.skip("a network namespace cannot be had")
+        pytest.skip("a network namespace cannot be created")
     code = (
         "from tailsrv.linux.tcp_info_check import counts_streams; import sys; "
         "sys.exit(counts_streams() is not True)"

@@ -1,4 +1,4 @@
-"""Tests of the texts of process titles."""
+"""Tests of the text of process titles."""
 
 import pytest
 

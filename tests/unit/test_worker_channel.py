@@ -111,7 +111,7 @@ def test_junk(packet: bytes) -> None:
     "message",
     [Drain(1.0), WorkerReport([1], [(1, 2)], [3]), WorkerReport([1], [], [], Notices(ready=True))],
 )
-def test_cut_short(message: Message) -> None:
+def test_truncated_packet(message: Message) -> None:
     """A truncated packet raises MessageError, unless exactly its notices are missing."""
     packet = encode(message)
     whole = packet.find(b"{") if b"{" in packet else len(packet)
@@ -137,7 +137,7 @@ def test_any_bytes_at_all(packet: bytes) -> None:
 
 
 @given(st.binary(max_size=100), st.sampled_from([b"rept", b"drai"]))
-def test_any_bytes_behind_a_good_start(rest: bytes, kind: bytes) -> None:
+def test_any_bytes_after_a_valid_start(rest: bytes, kind: bytes) -> None:
     """Random bytes after a valid version and kind are a message, or raise MessageError."""
     try:
         message = decode(bytes([VERSION]) + kind + rest)

@@ -58,7 +58,7 @@ def test_unacknowledged() -> None:
         eventually(lambda: unacknowledged(near) is None)
 
 
-def test_unacknowledged_where_that_cannot_be_asked() -> None:
+def test_unacknowledged_of_a_unix_socket() -> None:
     """For a socket without acknowledgements unacknowledged() returns None."""
     one, other = socket.socketpair()
     with one, other:
@@ -117,7 +117,7 @@ AT_ONCE = Limits(silence=-1.0, attempts=0)
 NEVER = Limits(attempts=1000)
 
 
-def test_nothing_is_planned_while_nothing_is_on_its_way() -> None:
+def test_no_check_without_bytes_in_flight() -> None:
     """A check runs 30 s after bytes were sent, and again until all are acknowledged."""
     with ExitStack() as stack:
         bench = DeadPeersBench(stack, 2)
@@ -137,25 +137,25 @@ def test_nothing_is_planned_while_nothing_is_on_its_way() -> None:
         assert not bench.dropped
 
 
-def test_only_who_owes_acknowledgements_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_unacknowledged_clients_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     """Only a client with unacknowledged bytes is dropped, and one that has left is skipped."""
     caplog.set_level("INFO", "tailsrv")
     with ExitStack() as stack:
         bench = DeadPeersBench(stack, 3)
-        owing, left, stays = bench.clients.values()
-        for client in (owing, left):
+        unacked, left, stays = bench.clients.values()
+        for client in (unacked, left):
             fill(client.sock)
         bench.check(AT_ONCE).expect_acks()
         bench.drop(left)
         bench.turn(30)
-        assert bench.dropped == [left, owing]
+        assert bench.dropped == [left, unacked]
         assert list(bench.clients.values()) == [stays]
         [message] = caplog.messages
         assert "stopped acknowledging" in message
         assert "which makes room for another" in message
 
 
-def test_many_are_examined_in_several_turns() -> None:
+def test_many_clients_are_checked_in_several_turns() -> None:
     """A turn examines one batch, and the next turn continues without clients that have left."""
     with ExitStack() as stack:
         bench = DeadPeersBench(stack, BATCH + 2)

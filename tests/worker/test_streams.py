@@ -28,9 +28,9 @@ class StreamsBench:
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
         self.dropped: list[tuple[Client, Exception | None]] = []
-        # Clients whose wait for room in the socket was reported.
-        self.told_to_wait: list[Client] = []
-        self.streams = Streams(self.file, 0, self.drop, self.told_to_wait.append)
+        # Clients whose socket was reported as full.
+        self.awaiting_room: list[Client] = []
+        self.streams = Streams(self.file, 0, self.drop, self.awaiting_room.append)
         self.fars: dict[Client, socket.socket] = {}
 
     def drop(self, client: Client, error: Exception | None) -> None:
@@ -50,14 +50,14 @@ class StreamsBench:
     def grow(self, data: bytes) -> None:
         """Append `data`, and update the size of the streams."""
         append(self.path, data)
-        self.look()
+        self.update_size()
 
     def shrink(self, size: int) -> None:
         """Truncate the file, and update the size of the streams."""
         os.truncate(self.path, size)
-        self.look()
+        self.update_size()
 
-    def look(self) -> None:
+    def update_size(self) -> None:
         """Set the size of the streams to that of the file."""
         self.streams.shrunk = False
         self.streams.set_size(os.fstat(self.file).st_size)
@@ -151,7 +151,7 @@ def test_many_ahead(bench: StreamsBench) -> None:
     assert bench.received(last) == b"345678"
 
 
-def test_ahead_and_gone(bench: StreamsBench) -> None:
+def test_client_that_leaves_while_ahead(bench: StreamsBench) -> None:
     """A client that left while ahead of the file is not served later."""
     client, other = bench.client(1), bench.client(1)
     client.state = ClientState.CLOSED
@@ -194,7 +194,7 @@ def test_full_socket_at_an_append(bench: StreamsBench) -> None:
     assert bench.serve(slow, fast) == {slow: total, fast: total}
 
 
-def test_writable_without_need(bench: StreamsBench) -> None:
+def test_writable_client_that_is_not_blocked(bench: StreamsBench) -> None:
     """A writable event for a client that was not blocked changes nothing."""
     bench.grow(b"x")
     caught_up, behind = bench.client(1), bench.client(0)
@@ -237,7 +237,7 @@ def test_round_robin(bench: StreamsBench) -> None:
 
 
 def test_budget(bench: StreamsBench) -> None:
-    """A turn ends when its budget is spent, and serves no client without one."""
+    """A turn ends when its budget is spent, and without a budget no client is served."""
     bench.grow(b"0123456789")
     clients = [bench.client(0) for _ in range(5)]
     bench.streams.pump(budget=0)
@@ -248,7 +248,7 @@ def test_budget(bench: StreamsBench) -> None:
     assert [bench.received(client) for client in clients] == [b"0123456789"] * 5
 
 
-def test_sends_in_vain_have_their_share_of_a_turn(bench: StreamsBench) -> None:
+def test_failed_sends_cost_budget(bench: StreamsBench) -> None:
     """A send to a client that has gone also costs budget, so that many of them end a turn."""
     bench.grow(BIG)
     clients = [bench.client(0) for _ in range(TURN_BUDGET // EMPTY_SEND_COST + 3)]
@@ -261,7 +261,7 @@ def test_sends_in_vain_have_their_share_of_a_turn(bench: StreamsBench) -> None:
     assert [client for client, _ in bench.dropped] == clients
 
 
-def test_late_comer_does_not_wait_for_a_long_replay(bench: StreamsBench) -> None:
+def test_new_client_does_not_wait_for_a_long_replay(bench: StreamsBench) -> None:
     """A client with few bytes to get does not wait for one that replays the whole file."""
     bench.grow(BIG)
     bench.client(0)
@@ -286,8 +286,8 @@ def test_shrink(bench: StreamsBench) -> None:
     assert bench.received(behind) == b"23abcdefnew"
 
 
-def test_shrink_below_one_who_is_behind(bench: StreamsBench) -> None:
-    """A truncation moves a client that was behind to those ahead, and the loop does not spin."""
+def test_shrink_below_a_client_that_is_behind(bench: StreamsBench) -> None:
+    """A client that was behind is ahead after a truncation, and the loop does not spin."""
     bench.grow(b"0123456789")
     client = bench.client(8)
     bench.shrink(4)
@@ -319,7 +319,7 @@ def test_shrink_under_a_send(bench: StreamsBench) -> None:
     bench.streams.pump()
     assert bench.streams.shrunk
     assert second.offset == 2
-    bench.look()
+    bench.update_size()
     bench.streams.pump()
     assert not bench.streams.shrunk
     assert not bench.streams.behind
@@ -335,13 +335,13 @@ def test_shrink_under_the_fan_out(bench: StreamsBench) -> None:
     bench.streams.set_size(4)
     bench.streams.pump()
     assert bench.streams.shrunk
-    bench.look()
+    bench.update_size()
     bench.grow(b"real")
     bench.streams.pump()
     assert [bench.received(client) for client in clients] == [b"real"] * 3
 
 
-def test_shrink_under_those_who_wait_for_the_disk(bench: StreamsBench) -> None:
+def test_shrink_under_clients_that_wait_for_the_disk(bench: StreamsBench) -> None:
     """After a truncation, clients that waited for the disk free their read-ahead slots."""
     bench.grow(BIG)
     in_memory = False
@@ -405,7 +405,7 @@ def test_error_of_one_client(bench: StreamsBench, offset: int) -> None:
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_fault_of_ours_with_one_client(bench: StreamsBench, behind: bool) -> None:
+def test_exception_with_one_client(bench: StreamsBench, behind: bool) -> None:
     """Any exception while one client is served drops that client and no other."""
 
     def fail(_: Client) -> None:
@@ -457,7 +457,7 @@ def test_remove(bench: StreamsBench) -> None:
     assert not bench.streams.behind
 
 
-def test_idle(bench: StreamsBench) -> None:
+def test_without_work(bench: StreamsBench) -> None:
     """Only caught-up clients and clients ahead of the file are without work."""
     bench.grow(b"data")
     caught_up, behind, ahead = bench.client(4), bench.client(0), bench.client(9)
@@ -467,7 +467,7 @@ def test_idle(bench: StreamsBench) -> None:
     assert bench.received(behind) == b"data"
 
 
-def test_memory_of_those_who_were_ahead(bench: StreamsBench) -> None:
+def test_memory_of_clients_that_were_ahead(bench: StreamsBench) -> None:
     """Clients that leave while ahead of the file free their memory, and others are served."""
     bench.grow(b"x")
     stays = bench.client(2)

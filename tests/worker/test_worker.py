@@ -57,7 +57,7 @@ def bench(path: Path) -> Iterator[WorkerBench]:
 
 
 @pytest.mark.parametrize(
-    ("said", "first"),
+    ("sent", "first"),
     [
         (b"0\n", b"0123456789"),
         (b"7\n", b"789"),
@@ -66,9 +66,9 @@ def bench(path: Path) -> Iterator[WorkerBench]:
         (b"-0\r\n", b""),
     ],
 )
-def test_stream(bench: WorkerBench, said: bytes, first: bytes) -> None:
+def test_stream(bench: WorkerBench, sent: bytes, first: bytes) -> None:
     """A client gets the file from the offset in its header, and then appends."""
-    far, _ = bench.connect(said)
+    far, _ = bench.connect(sent)
     append(bench.path, b"more")
     assert bench.receive(far, len(first) + 4) == first + b"more"
 
@@ -87,7 +87,7 @@ def test_header_in_pieces(bench: WorkerBench) -> None:
     assert bench.receive(far, 3) == b"789"
 
 
-def test_junk_behind_the_newline(bench: WorkerBench) -> None:
+def test_junk_after_the_newline(bench: WorkerBench) -> None:
     """Bytes after the header are read and discarded, so that the sender never blocks."""
     far, client = bench.connect(b"8\njunk\n0\n")
     far.setblocking(False)
@@ -124,7 +124,7 @@ def test_half_close(bench: WorkerBench, when: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("sent", "reason"),
     [
         (b"abc\n", "not a number"),
         (b"\n", "not a number"),
@@ -134,10 +134,10 @@ def test_half_close(bench: WorkerBench, when: str) -> None:
     ],
 )
 def test_bad_header(
-    bench: WorkerBench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, sent: bytes, reason: str
 ) -> None:
     """A bad header ends the connection without a byte, and the log gives peer and reason."""
-    far, client = bench.connect(said)
+    far, client = bench.connect(sent)
     bench.settle()
     assert recv_all(far) == b""
     assert client.state is ClientState.CLOSED
@@ -148,13 +148,13 @@ def test_bad_header(
     assert reason in record.getMessage()
 
 
-@pytest.mark.parametrize("said", [b"", b"5", b"-"])
+@pytest.mark.parametrize("sent", [b"", b"5", b"-"])
 def test_end_of_input_before_the_newline(
-    bench: WorkerBench, caplog: pytest.LogCaptureFixture, said: bytes
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, sent: bytes
 ) -> None:
     """Input that ends before the newline ends the connection, even if it could be a number."""
     far, client = bench.connect()
-    far.sendall(said)
+    far.sendall(sent)
     far.shutdown(socket.SHUT_WR)
     bench.until(lambda: client.state is ClientState.CLOSED)
     bench.settle()
@@ -213,7 +213,7 @@ def test_out_of_descriptors(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
+def test_out_of_descriptors_with_streams_only(path: Path) -> None:
     """Out of descriptors with streams only, the worker pauses accepting, and does not spin."""
     done = run_program(
         "worker_full_of_streams",
@@ -239,7 +239,7 @@ def test_slow_reader_does_not_stall_a_fast_one(bench: WorkerBench) -> None:
     assert bench.receive(slow, 10 + len(BIG) + 50) == b"0123456789" + BIG + b"more\n" * 10
 
 
-def test_header_that_looks_at_the_file_serves_the_caught_up(bench: WorkerBench) -> None:
+def test_header_that_reads_the_size_serves_the_caught_up(bench: WorkerBench) -> None:
     """If a `-N` header makes the worker read the size, caught-up clients get the append once."""
     follower, _ = bench.connect(b"-0\n")
     far, client = bench.connect()
@@ -282,7 +282,7 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst(
 
 
 @pytest.mark.parametrize("what", ["start", "speak", "are closed"])
-def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(
+def test_caught_up_do_not_wait_for_discarded_input(
     bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """An append in a turn that discards input of many clients is sent after the next of them."""
@@ -446,18 +446,18 @@ def test_shortage_while_adopting_ends_the_worker(
         assert not bench.worker.reporter.left
 
 
-@pytest.mark.parametrize("said", [b"x", b"-0\n"])
-def test_error_with_everybody_ends_the_worker(
-    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, said: bytes
+@pytest.mark.parametrize("sent", [b"x", b"-0\n"])
+def test_error_with_all_clients_ends_the_worker(
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     """If memory runs out for all clients, the worker ends, and its successor resumes them."""
     bench.connect(b"-0\n")
-    far, client = bench.connect(b"" if said.endswith(b"\n") else b"-0\n")
+    far, client = bench.connect(b"" if sent.endswith(b"\n") else b"-0\n")
     bench.settle()
-    far.sendall(said)
+    far.sendall(sent)
     wait_readable(client.sock)
     # Append when the worker has read the size, but not the header.
-    if said.endswith(b"\n"):
+    if sent.endswith(b"\n"):
         parse = parse_header
 
         def parse_later(received: bytes, ended: bool) -> Start | None:
@@ -491,7 +491,7 @@ def test_reset(bench: WorkerBench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
-def test_adopted_client_that_is_none(bench: WorkerBench) -> None:
+def test_adopted_client_that_has_gone(bench: WorkerBench) -> None:
     """An adopted client that is no connection, or has gone, is reported as left."""
     with tcp_pair() as (gone, peer), opened("/") as folder:
         reset(peer)
@@ -515,7 +515,7 @@ def test_name_of_a_client_that_has_gone(bench: WorkerBench) -> None:
     assert str(client) == "unknown"
 
 
-def test_dropped_client_does_not_haunt_the_next(bench: WorkerBench) -> None:
+def test_dropped_client_causes_no_events_for_the_next(bench: WorkerBench) -> None:
     """A client that gets a dropped client's descriptor number gets none of its events.
 
     That holds although a duplicate keeps the dropped client's connection open.
@@ -541,7 +541,7 @@ def test_dropped_client_does_not_haunt_the_next(bench: WorkerBench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
-def test_appends_wake_nobody_without_clients(bench: WorkerBench) -> None:
+def test_appends_do_not_wake_a_worker_without_clients(bench: WorkerBench) -> None:
     """A worker without clients is not woken by appends, and the next client gets the whole file."""
     append(bench.path, b"a")
     assert not readable(bench.worker.loop.epoll.fileno())
@@ -562,10 +562,10 @@ def test_appends_wake_nobody_without_clients(bench: WorkerBench) -> None:
     assert bench.receive(again, 4) == b"abcd"
 
 
-@pytest.mark.parametrize("when", ["it comes", "the file grows", "it is adopted"])
+@pytest.mark.parametrize("when", ["it connects", "the file grows", "it is adopted"])
 def test_acknowledgements_are_waited_for(bench: WorkerBench, when: str) -> None:
     """30 s after bytes were sent to a client, the worker checks it once."""
-    _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
+    _, client = bench.connect(b"8\n" if when == "it connects" else b"-0\n")
     bench.until(lambda: client.state is ClientState.STREAMING)
     # Run the timer of the title first.
     bench.skew += 2.0
@@ -593,7 +593,7 @@ def test_truncation_is_reported(bench: WorkerBench) -> None:
     assert bench.receive(far, 3) == b"hij"
 
 
-def test_file_that_is_gone_is_reported_at_each_look(bench: WorkerBench) -> None:
+def test_file_that_is_gone_is_reported_at_each_check(bench: WorkerBench) -> None:
     """The supervisor is told at each check that the file is gone, and the clients are kept."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -610,7 +610,7 @@ def test_file_that_is_gone_is_reported_at_each_look(bench: WorkerBench) -> None:
     assert [report.notices.gone for report in bench.reports()] == [True]
 
 
-def test_path_that_cannot_be_seen(path: Path) -> None:
+def test_path_that_cannot_be_checked(path: Path) -> None:
     """A path that cannot be checked is polled, and the file is not gone until that is certain."""
     link, fresh = path.with_name("link"), path.with_name("fresh")
     link.symlink_to(path)
@@ -645,7 +645,7 @@ def test_clients_are_reported(bench: WorkerBench) -> None:
     bench.until(lambda: [report.left for report in bench.reports()][-1:] == [[client.number]])
 
 
-def test_header_stays_in_the_socket_until_the_start_is_told(bench: WorkerBench) -> None:
+def test_header_stays_in_the_socket_until_the_start_is_reported(bench: WorkerBench) -> None:
     """Without room for its report a stream does not start, and its header stays in the socket."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
@@ -677,7 +677,7 @@ def test_header_stays_in_the_socket_until_the_start_is_told(bench: WorkerBench) 
 def test_no_inotify(path: Path) -> None:
     """Without inotify instances the worker gives the reason, and polls for appends."""
     if not as_root:
-        pytest.skip("only root can be a user whose inotify instances nobody else needs")
+        pytest.skip("only root can use the inotify instances of another user")
     path.parent.chmod(0o777)
     path.chmod(0o666)
     done = run_program("worker_without_inotify", str(path.parent))
@@ -718,7 +718,7 @@ def test_drain(bench: WorkerBench) -> None:
     assert not bench.worker.clients
 
 
-def test_drain_refuses_those_who_come_later(bench: WorkerBench) -> None:
+def test_drain_refuses_later_connections(bench: WorkerBench) -> None:
     """After the order to drain no connection is accepted, and no append is sent."""
     far, _ = bench.connect(b"8\n")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
@@ -729,7 +729,7 @@ def test_drain_refuses_those_who_come_later(bench: WorkerBench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
-def test_orders_that_came_together(bench: WorkerBench) -> None:
+def test_orders_that_arrive_together(bench: WorkerBench) -> None:
     """A SIGTERM that arrives with an order to drain does not end the worker before its clients."""
     far, _ = bench.connect(b"8\n")
     bench.settle()
@@ -768,7 +768,7 @@ def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: WorkerBe
     assert recv_all(far) == b"0123456789"
 
 
-def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
+def test_drain_waits_until_clients_have_everything(path: Path) -> None:
     """A draining client stays until it has all bytes, and what it sends does not cost it any."""
     path.write_bytes(BIG[: 1 << 16])
     with working(path) as bench:
@@ -781,7 +781,7 @@ def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
         assert bench.receive_to_the_end(far) == [BIG[: 1 << 16]]
 
 
-def test_grace_leaves_what_is_queued(path: Path) -> None:
+def test_queued_bytes_survive_the_grace_period(path: Path) -> None:
     """After the grace period a client still gets its queued bytes, even if it sent unread input."""
     append(path, BIG)
     with working(path) as bench:
@@ -851,7 +851,7 @@ def test_run(bench: WorkerBench) -> None:
     assert bench.reports()[0].notices.ready is True
 
 
-def test_run_on_a_file_that_has_gone_already(bench: WorkerBench) -> None:
+def test_run_on_a_file_that_has_gone(bench: WorkerBench) -> None:
     """A file that was deleted before the worker's watch existed is reported at once."""
     bench.path.unlink()
     bench.channel.sendall(encode(Drain(bench.config.grace)))
