@@ -18,7 +18,7 @@ def client_limit() -> Iterator[ClientLimit]:
 
 
 def test_claim(client_limit: ClientLimit) -> None:
-    """Claims succeed until all slots together reach the limit, and again when a slot has fewer."""
+    """Claims succeed until all slots together reach the limit, and again after clients leave."""
     assert [client_limit.claim(0, count) for count in (1, 2, 3)] == [True, True, True]
     assert [client_limit.claim(1, count) for count in (1, 2)] == [True, True]
     assert not client_limit.claim(2, 1)

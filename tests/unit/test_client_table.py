@@ -162,13 +162,13 @@ def test_close_connections_keeps_the_unprotected(pairs: Pairs) -> None:
 def test_close(pairs: Pairs) -> None:
     """A forked child that closes another slot's sockets ends no connection."""
     (near, far), *_ = pairs
-    ours, theirs = ClientTable(), ClientTable()
-    ours.add([1], duplicates(pairs[:1]), ANY)
-    theirs.add([1], duplicates(pairs[:1]), ANY)
+    this_slot, other_slot = ClientTable(), ClientTable()
+    this_slot.add([1], duplicates(pairs[:1]), ANY)
+    other_slot.add([1], duplicates(pairs[:1]), ANY)
     near.close()
-    theirs.close_in_child()
+    other_slot.close_in_child()
     assert not readable(far)
-    ours.close_in_child()
+    this_slot.close_in_child()
     assert recv_all(far) == b""
 
 

@@ -90,7 +90,7 @@ def test_overflow_uid(users: str, expected: int | None) -> None:
 
 
 def test_long_status_is_sent_by_a_child(endpoint: str) -> None:
-    """A status that may exceed the socket buffer is sent by a child, one child at a time."""
+    """A child sends a status that may exceed the socket buffer, with one child at a time."""
     done = run_program("long_status", "one after another", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -106,7 +106,7 @@ def test_long_status_without_a_child(endpoint: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("socket", ["", "/clients"])
 def test_no_descriptor_to_accept(endpoint: str, socket: str) -> None:
-    """Without a free descriptor the loop does not spin; with one, waiting peers get answers."""
+    """Without a free descriptor the loop does not spin, and peers are answered once one is free."""
     done = run_program("long_status", "no descriptor", endpoint, socket)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [

@@ -65,7 +65,7 @@ def test_port_of_a_connection() -> None:
 
 
 def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only for an unreadable file the message gives mode, owner, and the user of the process."""
+    """The message for an unreadable file gives its mode, its owner and the process's user."""
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     path = tmp_path / "log"
     path.touch()
@@ -105,7 +105,7 @@ def test_closed_folder(open_folder: Path) -> None:
     ],
 )
 def test_cannot_see(path: str, setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that a systemd sandbox hides gets a hint with the setting, only under systemd."""
+    """Under systemd, the hint for a path that the sandbox hides names the setting to change."""
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     assert "set " not in (cannot_see(path) or "")
     monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))

@@ -315,7 +315,7 @@ def test_background_of_a_terminal_that_stops_it() -> None:
 
 
 def test_uncaught_exception_is_logged() -> None:
-    """An uncaught exception is logged with its traceback, and the exit status is Python's."""
+    """An uncaught exception is logged with its traceback, and the exit status is 1."""
     done = run_python(LINES + "1 / 0", "0")
     assert done.returncode == 1
     first, *_, last = done.stderr.splitlines()

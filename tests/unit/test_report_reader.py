@@ -14,10 +14,10 @@ from tailsrv.worker_channel import Notices, Ping, WorkerReport, encode
 @pytest.fixture
 def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
     """Give the supervisor's end of a channel, and the worker's end."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        ours.setblocking(False)
-        yield ours, theirs
+    supervisor_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with supervisor_end, worker_end:
+        supervisor_end.setblocking(False)
+        yield supervisor_end, worker_end
 
 
 def test_turn_reads_a_bounded_number_of_reports(

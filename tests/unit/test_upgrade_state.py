@@ -93,13 +93,13 @@ def without(name: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "theirs", [(FORMAT + 1, worker_channel.VERSION), (FORMAT, worker_channel.VERSION + 1), (0, 0)]
+    "versions", [(FORMAT + 1, worker_channel.VERSION), (FORMAT, worker_channel.VERSION + 1), (0, 0)]
 )
-def test_another_format(theirs: tuple[int, int]) -> None:
+def test_another_format(versions: tuple[int, int]) -> None:
     """A state with another format or message version is refused, and the error gives both."""
     with pytest.raises(StateError) as caught:
-        decode(changed(format=theirs[0], messages=theirs[1]))
-    assert str(theirs) in str(caught.value)
+        decode(changed(format=versions[0], messages=versions[1]))
+    assert str(versions) in str(caught.value)
     assert str((FORMAT, worker_channel.VERSION)) in str(caught.value)
 
 

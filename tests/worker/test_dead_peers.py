@@ -1,4 +1,4 @@
-"""Tests of dead peers: clients whose machine is unreachable, and clients that only look so."""
+"""Tests of dead peers: clients whose machine has vanished, and clients that are only silent."""
 
 import socket
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Tests of a worker's turns in this process: real connections and files, and a set clock."""
+"""Tests of a worker's turns in this process: real connections and files, and a test clock."""
 
 import errno
 import os
@@ -450,13 +450,13 @@ def test_shortage_while_adopting_ends_the_worker(
 def test_error_with_all_clients_ends_the_worker(
     bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
-    """If memory runs out for all clients, the worker ends, and its successor resumes them."""
+    """If memory runs out for all clients, the worker ends, and its successor adopts them."""
     bench.connect(b"-0\n")
     far, client = bench.connect(b"" if sent.endswith(b"\n") else b"-0\n")
     bench.settle()
     far.sendall(sent)
     wait_readable(client.sock)
-    # Append when the worker has read the size, but not the header.
+    # The file grows after the worker has read its size, and before it has read the header.
     if sent.endswith(b"\n"):
         parse = parse_header
 
