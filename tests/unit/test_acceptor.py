@@ -1,4 +1,4 @@
-"""Which clients may come in."""
+"""Tests of the networks from which clients are allowed."""
 
 from ipaddress import ip_network
 
@@ -22,7 +22,7 @@ V4, V6, MAPPED = (
         ("10.2.0.1", [V6, V4, ip_network("10.2.0.1")], True),
         ("::ffff:10.1.2.3", [V4], True),
         ("::ffff:10.2.0.1", [V4], False),
-        # an IPv4 address is an IPv4 address, however it is written
+        # A mapped client is treated as IPv4, so a network in IPv6 notation does not match it.
         ("::ffff:10.1.2.3", [MAPPED], False),
         ("2001:db8::1", [V4], False),
         ("2001:db8::1", [V4, V6], True),
@@ -35,5 +35,5 @@ V4, V6, MAPPED = (
     ],
 )
 def test_is_allowed(host: str, networks: list[Network], allowed: bool) -> None:
-    """A client may come from any of the networks; IPv4 rules are for IPv4 addresses, also for those mapped into IPv6."""
+    """A client is allowed from each listed network; mapped IPv4 addresses follow the IPv4 rules."""
     assert is_allowed(host, networks) is allowed

@@ -1,4 +1,4 @@
-"""HOST:PORT, as people write it."""
+"""Tests of parsing and writing HOST:PORT."""
 
 import pytest
 
@@ -15,8 +15,8 @@ from tailsrv.addresses import EndpointError, endpoint, parse_endpoint
         ("a:04321", "a", 4321),
     ],
 )
-def test_endpoint_is_read(text: str, host: str, port: int) -> None:
-    """A name, an IPv4 address, or an IPv6 address in brackets, and a port."""
+def test_parse_endpoint(text: str, host: str, port: int) -> None:
+    """An endpoint is a name, an IPv4 address or a bracketed IPv6 address, and a port."""
     assert parse_endpoint(text) == (host, port)
 
 
@@ -40,15 +40,15 @@ def test_endpoint_is_read(text: str, host: str, port: int) -> None:
         ("a:" + "9" * 5000, "from 1 to 65535"),
     ],
 )
-def test_what_is_no_endpoint(text: str, reason: str) -> None:
-    """Anything else is refused, with the reason."""
+def test_bad_endpoint(text: str, reason: str) -> None:
+    """Any other text is refused, and the error gives the reason."""
     with pytest.raises(EndpointError, match=reason):
         parse_endpoint(text)
 
 
 @pytest.mark.parametrize("text", ["logserver:4321", "[::1]:4321", "127.0.0.1:1"])
-def test_endpoint_is_written_as_it_is_read(text: str) -> None:
-    """Writing is the inverse of reading."""
+def test_endpoint_round_trip(text: str) -> None:
+    """endpoint() writes what parse_endpoint() read."""
     assert endpoint(*parse_endpoint(text)) == text
 
 
@@ -62,5 +62,5 @@ def test_endpoint_is_written_as_it_is_read(text: str) -> None:
     ],
 )
 def test_endpoint(host: str, port: int, words: str) -> None:
-    """An address and a port are written as people write them."""
+    """An address and a port are written as HOST:PORT, with IPv6 addresses in brackets."""
     assert endpoint(host, port) == words

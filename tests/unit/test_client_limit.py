@@ -1,4 +1,4 @@
-"""The count of clients that all workers share."""
+"""Tests of the client limit, which all workers share."""
 
 import os
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from tailsrv.client_limit import ClientLimit
 
 @pytest.fixture
 def client_limit() -> Iterator[ClientLimit]:
-    """Give a client_limit of 5 for three slots."""
+    """Give a client limit of 5 for three slots."""
     client_limit = ClientLimit(5, 3)
     yield client_limit
     os.close(client_limit.fd)
 
 
 def test_claim(client_limit: ClientLimit) -> None:
-    """Room is given until all slots together have as many as there may be, and again when one has fewer."""
+    """Claims succeed until all slots together reach the limit, and again after clients leave."""
     assert [client_limit.claim(0, count) for count in (1, 2, 3)] == [True, True, True]
     assert [client_limit.claim(1, count) for count in (1, 2)] == [True, True]
     assert not client_limit.claim(2, 1)
@@ -29,22 +29,22 @@ def test_claim(client_limit: ClientLimit) -> None:
 
 
 def test_a_refused_claim_leaves_no_trace(client_limit: ClientLimit) -> None:
-    """Who is refused takes nothing from the others."""
+    """A refused claim does not reduce what other slots may claim."""
     client_limit.record(0, 4)
     assert not any(client_limit.claim(1, 2) for _ in range(3))
     assert client_limit.claim(2, 1)
 
 
-def test_handed_on(client_limit: ClientLimit) -> None:
-    """Another object of the same memory has the same counts: those of the version before us, after an upgrade."""
+def test_counts_survive_an_upgrade(client_limit: ClientLimit) -> None:
+    """After an upgrade, a second object on the same memory sees the same counts."""
     client_limit.record(1, 5)
-    heir = ClientLimit(5, 3, client_limit.fd)
-    assert not heir.claim(0, 1)
-    heir.record(1, 0)
+    successor = ClientLimit(5, 3, client_limit.fd)
+    assert not successor.claim(0, 1)
+    successor.record(1, 0)
     assert client_limit.claim(0, 5)
 
 
 def test_shared_by_processes() -> None:
-    """However many claim at the same time, they never get more than the limit, and nothing is lost of it."""
+    """Concurrent claims never exceed the limit, and the limit can be used up completely."""
     done = run_program("claims_at_once")
     assert (done.returncode, done.stdout, done.stderr) == (0, "exact\n", "")

@@ -1,4 +1,4 @@
-"""Who is connected: the supervisor's duplicates of the clients' sockets, with real descriptors."""
+"""Tests of the client table with real descriptors and connections."""
 
 import os
 import select
@@ -14,12 +14,12 @@ from tailsrv.supervisor.client_table import ClientTable
 from tailsrv.worker_channel import MAX_REPORTED_SOCKETS
 from tailsrv.worker_context import Entry
 
-# higher than any descriptor
+# A bound above every descriptor number.
 ANY = 1 << 20
 
 
 def is_open(fd: int) -> bool:
-    """Tell whether `fd` is a descriptor."""
+    """Tell whether `fd` is an open descriptor."""
     try:
         os.fstat(fd)
     except OSError:
@@ -29,21 +29,21 @@ def is_open(fd: int) -> bool:
 
 @pytest.fixture
 def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
-    """Give three connections: the worker's end and the client's."""
+    """Give three connections: the worker's end and the client's end of each."""
     with ExitStack() as stack:
         yield [stack.enter_context(tcp_pair()) for _ in range(3)]
 
 
 @pytest.fixture
 def client_table() -> Iterator[ClientTable]:
-    """Give an empty client_table, whose descriptors are closed at the end."""
+    """Give an empty client table, and close its descriptors after the test."""
     client_table = ClientTable()
     yield client_table
     client_table.close_in_child()
 
 
 def duplicates(pairs: list[tuple[socket.socket, socket.socket]]) -> list[int]:
-    """Return descriptors of the worker's ends, such as the supervisor gets."""
+    """Return duplicates of the worker's ends, such as the supervisor receives."""
     return [os.dup(near.fileno()) for near, _ in pairs]
 
 
@@ -51,7 +51,7 @@ Pairs = list[tuple[socket.socket, socket.socket]]
 
 
 def test_join_start_leave(client_table: ClientTable, pairs: Pairs) -> None:
-    """A client joins without an offset, starts at one, and takes its descriptor with it when it leaves."""
+    """A client joins without a start, gets one later, and leaves with its descriptor closed."""
     fds = duplicates(pairs)
     assert client_table.add([4, 5, 6], fds, ANY) == 0
     assert client_table.clients == {4: Entry(fds[0]), 5: Entry(fds[1]), 6: Entry(fds[2])}
@@ -64,8 +64,8 @@ def test_join_start_leave(client_table: ClientTable, pairs: Pairs) -> None:
     assert len(client_table) == 1
 
 
-def test_what_nobody_knows(client_table: ClientTable, pairs: Pairs) -> None:
-    """A client that is not in the client_table starts and leaves without a trace."""
+def test_unknown_client(client_table: ClientTable, pairs: Pairs) -> None:
+    """A start or a departure of a client that is not in the table changes nothing."""
     fds = duplicates(pairs[:1])
     client_table.add([1], fds, ANY)
     client_table.set_start(2, 7)
@@ -75,7 +75,7 @@ def test_what_nobody_knows(client_table: ClientTable, pairs: Pairs) -> None:
 
 
 def test_too_few_sockets(client_table: ClientTable, pairs: Pairs) -> None:
-    """Clients whose sockets the kernel left out, the last ones, are unprotected: they count, start and leave."""
+    """The last clients, whose sockets the kernel left out, are unprotected, but are counted."""
     fds = duplicates(pairs[:1])
     assert client_table.add([1, 2, 3], fds, ANY) == 2
     assert (set(client_table.clients), client_table.unprotected, len(client_table)) == (
@@ -92,7 +92,7 @@ def test_too_few_sockets(client_table: ClientTable, pairs: Pairs) -> None:
 
 
 def test_too_many_sockets(client_table: ClientTable, pairs: Pairs) -> None:
-    """A socket that comes with no client is closed."""
+    """A socket that belongs to no client is closed."""
     fds = duplicates(pairs[:2])
     assert client_table.add([1], fds, ANY) == 0
     assert set(client_table.clients) == {1}
@@ -100,7 +100,7 @@ def test_too_many_sockets(client_table: ClientTable, pairs: Pairs) -> None:
 
 
 def test_descriptors_beyond_the_highest(client_table: ClientTable, pairs: Pairs) -> None:
-    """A socket with a number above the bound is closed at once, and its client unprotected."""
+    """A socket with a number above the bound is closed at once, and its client is unprotected."""
     fds = sorted(duplicates(pairs))
     assert client_table.add([1, 2, 3], fds, highest=fds[1]) == 1
     assert (set(client_table.clients), client_table.unprotected) == ({1, 2}, {3})
@@ -108,13 +108,13 @@ def test_descriptors_beyond_the_highest(client_table: ClientTable, pairs: Pairs)
 
 
 def test_the_kernel_leaves_out_what_does_not_fit() -> None:
-    """Where descriptors run out in the middle of a message, the first clients are protected and the others are not."""
+    """If descriptors run out within a message, the first clients are protected, the rest not."""
     done = run_program("more_sockets_than_fit")
     assert done.stdout == "6 [0, 1, 2, 3] [4, 5, 6, 7, 8, 9] True\n", done.stderr
 
 
 def test_a_close_is_seen_once_both_have_closed(client_table: ClientTable, pairs: Pairs) -> None:
-    """The client sees the end of its stream when worker and client_table have both let go, and not before."""
+    """A client sees the end of its stream only after worker and client table have closed."""
     (near, far), *_ = pairs
     client_table.add([1], duplicates(pairs[:1]), ANY)
     near.close()
@@ -125,7 +125,7 @@ def test_a_close_is_seen_once_both_have_closed(client_table: ClientTable, pairs:
 
 
 def test_a_shutdown_is_seen_at_once(client_table: ClientTable, pairs: Pairs) -> None:
-    """A worker that shuts down before it closes need not wait for the client_table."""
+    """If the worker shuts the socket down, the client sees the end before the table closes."""
     (near, far), *_ = pairs
     client_table.add([1], duplicates(pairs[:1]), ANY)
     near.sendall(b"last words")
@@ -134,15 +134,15 @@ def test_a_shutdown_is_seen_at_once(client_table: ClientTable, pairs: Pairs) -> 
     assert recv_all(far) == b"last words"
 
 
-def test_hang_up(pairs: Pairs) -> None:
-    """Hanging up ends every connection for good, also where the worker's descriptor lives on or the peer has gone."""
+def test_close_connections(pairs: Pairs) -> None:
+    """close_connections() ends all connections, even if a worker holds them or a peer has gone."""
     client_table = ClientTable()
     fds = duplicates(pairs)
     client_table.add([1, 2, 3], fds, ANY)
     reset(pairs[2][1])
     poll = select.poll()
     poll.register(pairs[2][0], 0)
-    # the reset has come
+    # Wait until the reset has arrived.
     assert poll.poll(20_000)
     assert client_table.close_connections() == 3
     assert client_table.clients == {}
@@ -151,8 +151,8 @@ def test_hang_up(pairs: Pairs) -> None:
         assert recv_all(far) == b""
 
 
-def test_hang_up_leaves_the_unprotected(pairs: Pairs) -> None:
-    """Hanging up is about the connections that a worker can adopt; there is nothing to close of the others."""
+def test_close_connections_keeps_the_unprotected(pairs: Pairs) -> None:
+    """close_connections() closes only protected clients, and keeps the list of unprotected ones."""
     client_table = ClientTable()
     client_table.add([1, 2], duplicates(pairs[:1]), ANY)
     assert client_table.close_connections() == 1
@@ -162,18 +162,18 @@ def test_hang_up_leaves_the_unprotected(pairs: Pairs) -> None:
 def test_close(pairs: Pairs) -> None:
     """A forked child that closes another slot's sockets ends no connection."""
     (near, far), *_ = pairs
-    ours, theirs = ClientTable(), ClientTable()
-    ours.add([1], duplicates(pairs[:1]), ANY)
-    theirs.add([1], duplicates(pairs[:1]), ANY)
+    this_slot, other_slot = ClientTable(), ClientTable()
+    this_slot.add([1], duplicates(pairs[:1]), ANY)
+    other_slot.add([1], duplicates(pairs[:1]), ANY)
     near.close()
-    theirs.close_in_child()
+    other_slot.close_in_child()
     assert not readable(far)
-    ours.close_in_child()
+    this_slot.close_in_child()
     assert recv_all(far) == b""
 
 
 def test_save_and_load(pairs: Pairs) -> None:
-    """A client_table comes back as it was, descriptors by their numbers."""
+    """load() restores the client table that save() returned, with the same descriptors."""
     client_table = ClientTable()
     fds = duplicates(pairs)
     client_table.add([1, 5, 9, 10], fds, ANY)

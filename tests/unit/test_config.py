@@ -1,4 +1,4 @@
-"""Config: defaults, and what it refuses."""
+"""Tests of Config: defaults and refused values."""
 
 from dataclasses import FrozenInstanceError
 from math import inf, nan
@@ -9,7 +9,7 @@ from tailsrv.config import MAX_WORKERS, Config, ConfigError, ExitStatus
 
 
 def test_defaults() -> None:
-    """One worker on all addresses, five seconds of grace, no header timeout, and no lingering."""
+    """The defaults are one worker, all addresses, 5 s of grace, no header timeout, no lingering."""
     expected = Config(
         path="log", port=4321, workers=1, bind=(), grace=5.0, header_timeout=0.0, linger=False
     )
@@ -17,7 +17,7 @@ def test_defaults() -> None:
 
 
 def test_edges() -> None:
-    """Values at the edges are taken as they are."""
+    """The smallest and the largest allowed values are accepted unchanged."""
     config = Config(
         "a b\n\udcff",
         65535,
@@ -44,34 +44,34 @@ def bad(
     grace: float = 5.0,
     header_timeout: float = 0.0,
 ) -> str:
-    """Return what Config says about values that it must refuse."""
+    """Return the error message of Config for values that it must refuse."""
     with pytest.raises(ConfigError) as caught:
         Config(path, port, workers, grace=grace, header_timeout=header_timeout)
     return str(caught.value)
 
 
 def test_bad_path() -> None:
-    """A path is neither empty nor has it a NUL, which no system call takes."""
+    """A path must not be empty, and must not contain NUL, which no system call accepts."""
     assert ["FILE" in bad(path=path) for path in ("", "a\0b")] == [True, True]
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 10**20])
 def test_bad_port(port: int) -> None:
-    """A port is a TCP port; the message names the setting and the value."""
+    """A port outside TCP's range is refused, and the message names the setting and the value."""
     message = bad(port=port)
     assert "port" in message
     assert str(port) in message
 
 
 def test_bind_without_a_port() -> None:
-    """Addresses are for a port of our own."""
+    """--bind requires a port."""
     with pytest.raises(ConfigError, match="argument --bind: needs -p/--port"):
         Config("log", None, bind=("127.0.0.1",))
 
 
 @pytest.mark.parametrize("workers", [0, -1, MAX_WORKERS + 1])
 def test_bad_workers(workers: int) -> None:
-    """There is at least one worker, and no fork bomb."""
+    """Fewer than one worker or too many are refused, and the message names setting and value."""
     message = bad(workers=workers)
     assert "workers" in message
     assert str(workers) in message
@@ -79,20 +79,20 @@ def test_bad_workers(workers: int) -> None:
 
 @pytest.mark.parametrize("seconds", [-0.1, inf, -inf, nan])
 def test_bad_seconds(seconds: float) -> None:
-    """Times are finite and not negative; the message calls them by the options' names."""
+    """Times must be finite and not negative, and the message names the option."""
     assert "grace" in bad(grace=seconds)
     assert "header-timeout" in bad(header_timeout=seconds)
 
 
 def test_frozen() -> None:
-    """Nobody changes a configuration."""
+    """A Config cannot be changed."""
     config = Config("log", 1)
     with pytest.raises(FrozenInstanceError):
         config.port = 2  # type: ignore[misc]
 
 
 def test_exit_statuses() -> None:
-    """The exit statuses are a contract."""
+    """The exit statuses do not change, because scripts depend on them."""
     assert {status.name: int(status) for status in ExitStatus} == {
         "DONE": 0,
         "CANNOT_SERVE": 1,

@@ -1,4 +1,4 @@
-"""Waiting for a connection's bytes."""
+"""Tests of waiting for a connection's bytes."""
 
 import select
 import socket
@@ -12,12 +12,12 @@ from tailsrv.client.connector import fetch, milliseconds, wait
     ("seconds", "expected"), [(None, None), (-1.0, 0.0), (0.5, 500.0), (3e6, 86_400_000.0)]
 )
 def test_milliseconds(seconds: float | None, expected: float | None) -> None:
-    """A wait is as long as poll(2) can count, and no shorter than none."""
+    """A wait is never negative, and never longer than poll(2) can count."""
     assert milliseconds(seconds) == expected
 
 
 def test_wait() -> None:
-    """A wait of a year ends with the first byte, and one of no time without any."""
+    """A wait of a year ends with the first byte, and a wait of 0 s ends at once without any."""
     near, far = socket.socketpair()
     with near, far:
         assert not wait(near.fileno(), select.POLLIN, 0)
@@ -26,7 +26,7 @@ def test_wait() -> None:
 
 
 def test_fetch_of_a_slow_drip() -> None:
-    """A server that sends a little, and again a little, does not hold up anybody for ever."""
+    """A server that sends one byte at a time cannot delay the end of fetch() beyond the limit."""
     near, far = socket.socketpair()
 
     def drip(fd: int, events: int, seconds: float | None) -> bool:
@@ -38,5 +38,5 @@ def test_fetch_of_a_slow_drip() -> None:
         with pytest.raises(TimeoutError):
             fetch(near, b"0\n", 1 << 30, drip, limit=0.01)
         assert fetch(near, b"0\n", 1, drip, limit=0) == b"x", (
-            "what is complete at once is never late"
+            "an answer that is complete at once is never late"
         )

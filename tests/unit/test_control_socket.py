@@ -1,4 +1,4 @@
-"""The control socket: lock, discovery and status in one."""
+"""Tests of the control socket: lock, discovery and status."""
 
 import json
 import os
@@ -28,7 +28,7 @@ STATUS = b'{"clients": 3}\n'
 
 @pytest.fixture
 def endpoint() -> str:
-    """Give a name that no server and no other test run has."""
+    """Give an endpoint that no server and no other test run uses."""
     return f"test-{os.getpid()}-{os.urandom(4).hex()}:0"
 
 
@@ -43,7 +43,7 @@ def held(*names: str) -> Iterator[Control]:
 
 
 def connect(endpoint: str) -> socket.socket:
-    """Connect as a client of the status does."""
+    """Connect as a program that asks for the status does."""
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(DEADLINE)
     sock.connect(f"\0tailsrv:{endpoint}")
@@ -51,14 +51,14 @@ def connect(endpoint: str) -> socket.socket:
 
 
 def answer(control: Control, sock: socket.socket, status: bytes) -> None:
-    """Give `status` to everyone who may have it."""
+    """Send `status` to every peer that is authorized to have it."""
     for peer in control.accept_authorized(sock)[0]:
         with peer, suppress(OSError):
             peer.send(status)
 
 
 def test_process_that_has_gone() -> None:
-    """A process is known by its parent and its start as long as it is there."""
+    """Parent and start time identify a process as long as it exists."""
     with subprocess.Popen(["sleep", "60"]) as child:
         stat = read_stat(child.pid)
         child.kill()
@@ -68,30 +68,36 @@ def test_process_that_has_gone() -> None:
 
 
 @pytest.mark.skipif(
-    not as_root or overflow_uid() is not None, reason="not root where every user is known"
+    not as_root or overflow_uid() is not None,
+    reason="requires root in a user namespace that maps every user",
 )
 @pytest.mark.parametrize(
     ("users", "expected"),
-    [("0 0 4294967295", None), ("0 0 4294967294", 65534), ("1000 0 1", 65534), ("0 5 5\n5 10 4294967285", 65534),
-     ("0 0 5\n5 5 4294967290", None)],
-)  # fmt: skip
+    [
+        ("0 0 4294967295", None),
+        ("0 0 4294967294", 65534),
+        ("1000 0 1", 65534),
+        ("0 5 5\n5 10 4294967285", 65534),
+        ("0 0 5\n5 5 4294967290", None),
+    ],
+)
 def test_overflow_uid(users: str, expected: int | None) -> None:
-    """Only in a user namespace that leaves users out does one number stand for many."""
+    """The overflow uid is ambiguous only in a user namespace that does not map all users."""
     done = run_program("users_of_a_namespace", users)
     if done.returncode == 77:
-        pytest.skip("no user namespaces here")
+        pytest.skip("this machine has no user namespaces")
     assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
 
 
-def test_long_status_is_told_by_a_child(endpoint: str) -> None:
-    """A status that may not fit a socket's buffer is given by a child, one at a time, also beside somebody who has left."""
+def test_long_status_is_sent_by_a_child(endpoint: str) -> None:
+    """A child sends a status that may exceed the socket buffer, with one child at a time."""
     done = run_program("long_status", "one after another", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be a user who has no process")
-def test_no_child_to_tell(endpoint: str) -> None:
-    """Where no child can be had, who asked gets no answer, and may ask again."""
+@pytest.mark.skipif(not as_root, reason="only root can become a user without processes")
+def test_long_status_without_a_child(endpoint: str) -> None:
+    """If no child can be forked, the peer gets no answer, and may connect again."""
     done = run_program("long_status", "no child", endpoint, "")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -99,8 +105,8 @@ def test_no_child_to_tell(endpoint: str) -> None:
 @pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("socket", ["", "/clients"])
-def test_no_room_to_accept(endpoint: str, socket: str) -> None:
-    """Without a descriptor for those who ask nothing spins; once there is one, they get their answer."""
+def test_no_descriptor_to_accept(endpoint: str, socket: str) -> None:
+    """Without a free descriptor the loop does not spin, and peers are answered once one is free."""
     done = run_program("long_status", "no descriptor", endpoint, socket)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
@@ -110,8 +116,8 @@ def test_no_room_to_accept(endpoint: str, socket: str) -> None:
     ]
 
 
-def test_name_that_is_none(endpoint: str) -> None:
-    """A name that no socket can have is an error of its own, and nothing stays open."""
+def test_name_too_long_for_a_socket(endpoint: str) -> None:
+    """A name that is too long for a socket raises OSError, and no socket stays open."""
     with pytest.raises(OSError, match="path too long") as caught:
         Control.lock([endpoint, "x" * 200])
     assert not isinstance(caught.value, AlreadyServedError)
@@ -120,14 +126,14 @@ def test_name_that_is_none(endpoint: str) -> None:
 
 @pytest.mark.parametrize("host", ["*", "[::1]", "h" * 89, "\u00fc" * 44])
 def test_name_that_fits(host: str) -> None:
-    """A name for which there is room is the endpoint itself."""
+    """The socket name of an endpoint that is short enough is the endpoint itself."""
     assert socket_name(f"{host}:1") == f"{host}:1"
 
 
 @pytest.mark.parametrize("letter", ["h", "\u00fc", "\U0001f4dc"])
 @pytest.mark.parametrize("port", [1, 65535])
 def test_long_name(letter: str, port: int) -> None:
-    """A name for which there is no room is shortened, differs from others, and keeps its port."""
+    """A name that is too long is shortened to a unique one that keeps the port."""
     first = os.urandom(4).hex()
     hosts = [first + letter * count for count in (84, 85, 250)] + [first + letter * 84 + "x"]
     names = [f"{host}:{port}" for host in hosts]
@@ -141,13 +147,13 @@ def test_long_name(letter: str, port: int) -> None:
             Control.lock(names[:1])
 
 
-def test_nobody_serves(endpoint: str) -> None:
-    """Where no server is there is no supervisor to find."""
+def test_no_server(endpoint: str) -> None:
+    """Without a server no supervisor is found."""
     assert find_supervisor(endpoint) is None
 
 
 def test_find_supervisor(endpoint: str) -> None:
-    """The supervisor's pid is found by each of its names as long as it lives, without its doing anything."""
+    """The supervisor's pid is found under each of its names while it lives, without its help."""
     with held(endpoint, endpoint + "1"):
         assert [find_supervisor(endpoint), find_supervisor(endpoint + "1")] == [os.getpid()] * 2
         assert find_supervisor(endpoint + "2") is None
@@ -155,17 +161,18 @@ def test_find_supervisor(endpoint: str) -> None:
 
 
 def test_find_supervisor_in_another_process(endpoint: str) -> None:
-    """The pid is that of the process that holds the lock, not that of the one that asks."""
+    """The pid is that of the process that holds the lock, also if another process asks."""
     with held(endpoint):
         done = run_python(
-            "import sys; from tailsrv.control_socket import find_supervisor; print(find_supervisor(sys.argv[1]))",
+            "import sys; from tailsrv.control_socket import find_supervisor; "
+            "print(find_supervisor(sys.argv[1]))",
             endpoint,
         )
     assert done.stdout == f"{os.getpid()}\n"
 
 
 def test_lock(endpoint: str) -> None:
-    """A second server for the same endpoint is refused and told who is there; afterwards the name is free."""
+    """A second server for an endpoint is refused with the first one's pid, until that one ends."""
     with held(endpoint):
         with pytest.raises(AlreadyServedError) as caught:
             Control.lock([endpoint])
@@ -184,21 +191,24 @@ def test_lock_is_all_or_nothing(endpoint: str) -> None:
 
 
 def test_lock_dies_with_its_holder(endpoint: str) -> None:
-    """A server that was killed leaves nothing behind."""
-    code = "import os, sys; from tailsrv.control_socket import Control; control = Control.lock(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    """The kernel releases the lock of a server that was killed."""
+    code = (
+        "import os, sys; from tailsrv.control_socket import Control; "
+        "control = Control.lock(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    )
     assert run_python(code, endpoint).returncode == -9
     with held(endpoint):
         assert find_supervisor(endpoint) == os.getpid()
 
 
 def test_closed_copy_keeps_the_lock(endpoint: str) -> None:
-    """A forked child that closes its copy leaves the lock to the parent."""
+    """A forked child that closes its copy of the lock leaves it to the parent."""
     done = run_program("closed_copy_of_a_lock", endpoint)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_describe_holder(endpoint: str) -> None:
-    """The holder is described with its pid, as far as it can be found."""
+    """The holder of the lock is described with its pid if that can be found."""
     assert describe_holder(endpoint) == f"{endpoint} is served by another tailsrv"
     with held(endpoint):
         assert (
@@ -208,7 +218,7 @@ def test_describe_holder(endpoint: str) -> None:
 
 
 def test_answer(endpoint: str) -> None:
-    """Everyone who waits gets the status, once, and the end; with nobody waiting nothing happens."""
+    """Each waiting peer gets the status once and then the end of the stream."""
     with held(endpoint) as control:
         [listener] = control.status
         answer(control, listener, STATUS)
@@ -221,8 +231,8 @@ def test_answer(endpoint: str) -> None:
             assert json.loads(recv_all(three)) == {}
 
 
-def test_answer_to_one_that_is_gone(endpoint: str) -> None:
-    """Somebody who does not wait for the answer does not keep the next from getting it."""
+def test_answer_after_a_peer_that_left(endpoint: str) -> None:
+    """A peer that left without waiting does not keep the next one from its answer."""
     with held(endpoint) as control:
         connect(endpoint).close()
         with connect(endpoint) as patient:
@@ -230,9 +240,9 @@ def test_answer_to_one_that_is_gone(endpoint: str) -> None:
             assert recv_all(patient) == STATUS
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 @pytest.mark.parametrize(
-    ("server", "asker", "answer"),
+    ("server", "peer", "answer"),
     [
         (0, 0, "status"),
         (12345, 12345, "status"),
@@ -242,8 +252,8 @@ def test_answer_to_one_that_is_gone(endpoint: str) -> None:
     ],
 )
 def test_answer_only_to_the_same_user_and_root(
-    endpoint: str, server: int, asker: int, answer: str
+    endpoint: str, server: int, peer: int, answer: str
 ) -> None:
-    """A stranger gets no status, only the end."""
-    done = run_program("answer_as_other_user", endpoint, str(server), str(asker))
+    """Only the same user and root get the status; any other user's stream is empty."""
+    done = run_program("answer_as_other_user", endpoint, str(server), str(peer))
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{answer}\n")

@@ -1,4 +1,4 @@
-"""What an operator is told to change."""
+"""Tests of the hints that errors give to operators."""
 
 import errno
 import os
@@ -22,7 +22,8 @@ def error(number: int) -> OSError:
         (
             errno.EADDRINUSE,
             99,
-            "Address already in use; choose another port, or find the process that uses this one: sudo ss -tanp sport = :99",
+            "Address already in use; choose another port, or find the process that uses this one: "
+            "sudo ss -tanp sport = :99",
         ),
         (
             errno.EADDRINUSE,
@@ -32,26 +33,31 @@ def error(number: int) -> OSError:
         (
             errno.EACCES,
             80,
-            "Permission denied; choose a port above 1023, or let systemd listen for the service (tailsrv@.socket)",
+            "Permission denied; choose a port above 1023, or let systemd listen for the service "
+            "(tailsrv@.socket)",
         ),
         (errno.EACCES, 8080, "Permission denied"),
         (
             errno.EADDRNOTAVAIL,
             1,
-            "Cannot assign requested address; no interface of this machine has this address (see: ip addr)",
+            "Cannot assign requested address; no interface of this machine has this address "
+            "(see: ip addr)",
         ),
         (errno.EMFILE, 1, "Too many open files"),
     ],
 )
 def test_cannot_bind(number: int, port: int, hint: str) -> None:
-    """The kernel's words come first, and what to do where that is known."""
+    """The message starts with the kernel's words, and ends with a hint where one is known."""
     assert cannot_bind(error(number), port) == hint
 
 
 def test_port_of_a_connection() -> None:
-    """A port that lies where the kernel takes those of connections from may be one's, which has no listener."""
+    """For a port of the ephemeral range the hint says that an outgoing connection may use it."""
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    end = f"; an outgoing connection may use it, as the port is in net.ipv4.ip_local_port_range ({first} to {last})"
+    end = (
+        "; an outgoing connection may use it, as the port is in net.ipv4.ip_local_port_range "
+        f"({first} to {last})"
+    )
     for port in (first, last):
         assert cannot_bind(error(errno.EADDRINUSE), port).endswith(f"ss -tanp sport = :{port}{end}")
     for port in (first - 1, last + 1):
@@ -59,7 +65,7 @@ def test_port_of_a_connection() -> None:
 
 
 def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that may not be read is described with its mode and owner, beside who we are; other errors speak for themselves."""
+    """The message for an unreadable file gives its mode, its owner and the process's user."""
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     path = tmp_path / "log"
     path.touch()
@@ -70,17 +76,17 @@ def test_cannot_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "and tailsrv runs as user " in hint
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 def test_closed_folder(open_folder: Path) -> None:
-    """Where the file cannot even be looked at, the folder that keeps us from it is named, the outermost one."""
+    """If a folder cannot be entered, the message names the outermost such folder."""
     (open_folder / "a" / "b" / "c").mkdir(parents=True)
     (open_folder / "a" / "b").chmod(0o700)
     done = run_program(
         "closed_folder", str(open_folder / "a" / "b" / "c" / "log"), env={"SYSTEMD_EXEC_PID": ""}
     )
     assert (
-        f"; {open_folder}/a/b may not be entered, and tailsrv runs as user 65534 with groups 65534: "
-        in done.stdout
+        f"; {open_folder}/a/b may not be entered, "
+        "and tailsrv runs as user 65534 with groups 65534: " in done.stdout
     )
 
 
@@ -99,7 +105,7 @@ def test_closed_folder(open_folder: Path) -> None:
     ],
 )
 def test_cannot_see(path: str, setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a sandbox of systemd's hides is named, with the setting; a program that systemd did not start has no such hint."""
+    """Under systemd, the hint for a path that the sandbox hides names the setting to change."""
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     assert "set " not in (cannot_see(path) or "")
     monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
@@ -108,18 +114,18 @@ def test_cannot_see(path: str, setting: str | None, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is not there either is more likely a slip than a file that is yet to come."""
+    """If the folder is missing as well, the message says so, as the path may be mistyped."""
     monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     assert cannot_see(str(tmp_path / "log")) is None
     assert cannot_see(str(tmp_path / "lost" / "log")) == f"there is no folder {tmp_path}/lost"
 
 
 def test_user_database_is_not_asked(tmp_path: Path) -> None:
-    """Users and groups are given by number: a database that is slow or down would stop the loop."""
+    """Users and groups are printed as numbers, as a slow user database would block the loop."""
     path = tmp_path / "log"
     path.touch(0o600)
     done = run_program("no_user_database", str(path))
     assert (
-        f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, and tailsrv runs as user {os.geteuid()} with"
-        in done.stdout
+        f"mode 0600, user {os.geteuid()} and group {path.stat().st_gid}, "
+        f"and tailsrv runs as user {os.geteuid()} with" in done.stdout
     ), done.stderr

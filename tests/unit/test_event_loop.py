@@ -1,4 +1,4 @@
-"""The event loop and its timers: what is planned, when, and in what order it is done. The clock is a number."""
+"""Tests of the event loop and its timers, with a number as the clock."""
 
 import socket
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from tailsrv.linux.event_loop import EventLoop, Timers
 
 
 def recorder(done: list[str], name: str) -> Callable[[], None]:
-    """Return an action that notes that it was done."""
+    """Return an action that records that it ran."""
     return lambda: done.append(name)
 
 
 def test_nothing_planned() -> None:
-    """Without a plan there is no timeout, so that a loop can sleep for ever."""
+    """Without a timer there is no timeout, and the loop can sleep without limit."""
     timers = Timers()
     assert timers.timeout(0.0) is None
     timers.run(1e9)
@@ -20,7 +20,7 @@ def test_nothing_planned() -> None:
 
 
 def test_timeout_is_to_the_next() -> None:
-    """The timeout leads to the earliest action, and is 0 and not less for one that is overdue."""
+    """The timeout is the time to the earliest timer, and 0 if that is overdue."""
     timers = Timers()
     timers.set(recorder([], "late"), 20.0)
     timers.set(recorder([], "early"), 10.0)
@@ -28,7 +28,7 @@ def test_timeout_is_to_the_next() -> None:
 
 
 def test_run_does_what_is_due_once() -> None:
-    """An action is done when its time has come, and then no more."""
+    """An action runs once, when it is due."""
     timers, done = Timers(), list[str]()
     timers.set(recorder(done, "a"), 10.0)
     timers.set(recorder(done, "b"), 20.0)
@@ -44,7 +44,7 @@ def test_run_does_what_is_due_once() -> None:
 
 
 def test_set_replaces() -> None:
-    """An action has one plan, the last that was made."""
+    """Setting a timer again for the same action replaces its time."""
     timers, done = Timers(), list[str]()
     action = recorder(done, "a")
     timers.set(action, 10.0)
@@ -59,7 +59,7 @@ def test_set_replaces() -> None:
 
 
 def test_cancel() -> None:
-    """A cancelled action is not done, and cancelling what is not planned is fine."""
+    """A cancelled action does not run, and cancelling an action without a timer is no error."""
     timers, done = Timers(), list[str]()
     action = recorder(done, "a")
     timers.cancel(action)
@@ -80,8 +80,8 @@ def test_bound_methods_are_one_action() -> None:
     assert timers.timeout(0.0) is None
 
 
-def test_action_that_plans_itself_anew() -> None:
-    """What an action plans is for the next call, due already or not, so that no call lasts for ever."""
+def test_action_that_sets_itself_again() -> None:
+    """A timer that an action sets runs in the next call, due or not, so that every call ends."""
     timers, done = Timers(), list[str]()
 
     def again() -> None:
@@ -96,7 +96,7 @@ def test_action_that_plans_itself_anew() -> None:
 
 
 def test_action_that_cancels_another() -> None:
-    """An action that another one has cancelled in the same call is not done any more."""
+    """An action that an earlier action of the same call has cancelled does not run."""
     timers, done = Timers(), list[str]()
     second = recorder(done, "second")
 
@@ -110,8 +110,8 @@ def test_action_that_cancels_another() -> None:
     assert done == ["first"]
 
 
-def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
-    """A descriptor that stays readable is not reported while it is stalled, and is again when that is over."""
+def test_stalled_descriptor_is_not_reported() -> None:
+    """A readable descriptor is not reported while it is stalled, and is reported afterwards."""
     now = 0.0
     loop = EventLoop(lambda: now)
     near, far = socket.socketpair()
@@ -125,15 +125,15 @@ def test_stalled_descriptors_are_left_alone_for_a_while() -> None:
         loop.wait(0)
         assert seen == [0.0]
         now = 5.0
-        # ends the stall
+        # This turn ends the stall; the next one reports the descriptor.
         loop.turn()
         loop.turn()
         assert seen == [0.0, 5.0]
         assert loop.timeout() is None
 
 
-def test_stalled_descriptors_may_go() -> None:
-    """A descriptor that is unregistered while it is stalled is not touched when that is over."""
+def test_stalled_descriptor_is_unregistered() -> None:
+    """A descriptor that is unregistered while it is stalled is not registered again afterwards."""
     now = 0.0
     loop = EventLoop(lambda: now)
     near, far = socket.socketpair()

@@ -1,4 +1,4 @@
-"""System calls on files, tried on real sockets and files."""
+"""Tests of the system calls on files, with real sockets and files."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ from tailsrv.linux.sockets import Outcome
 def test_send_chunk(
     pair: tuple[socket.socket, socket.socket], opened_file: int, offset: int, count: int
 ) -> None:
-    """The bytes that arrive are the file's from that offset, and no file position is moved."""
+    """The file's bytes at that offset arrive, and the file position does not move."""
     near, far = pair
     assert send_chunk(near.fileno(), opened_file, offset, count) == count
     assert recv_exactly(far, count) == EVERY_BYTE[offset : offset + count]
@@ -33,7 +33,7 @@ def test_send_chunk(
 def test_send_chunk_at_the_end(
     pair: tuple[socket.socket, socket.socket], full_file: Path, opened_file: int
 ) -> None:
-    """At and beyond the end nothing is sent, up to the end what is there, and what is appended afterwards is there then."""
+    """A send stops at the end of the file, and bytes appended later can be sent then."""
     near, far = pair
     assert send_chunk(near.fileno(), opened_file, len(EVERY_BYTE), 10) == 0
     assert send_chunk(near.fileno(), opened_file, len(EVERY_BYTE) + 1000, 10) == 0
@@ -46,7 +46,7 @@ def test_send_chunk_at_the_end(
 def test_send_chunk_to_a_full_socket(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
-    """A socket that takes no more would block; what it took is whole, and more goes when the peer has read."""
+    """A full socket would block, and accepts bytes again when the peer has read everything."""
     near, far = pair
     sent = 0
     while (
@@ -62,7 +62,7 @@ def test_send_chunk_to_a_full_socket(
 
 
 def test_send_chunk_to_a_unix_socket(opened_file: int) -> None:
-    """A full socketpair would block as well, and one whose other end is closed has hung up."""
+    """A full Unix socket would block, and one whose other end is closed has hung up."""
     near, far = socket.socketpair()
     near.setblocking(False)
     with near:
@@ -77,7 +77,7 @@ def test_send_chunk_to_a_unix_socket(opened_file: int) -> None:
 def test_send_chunk_after_a_reset(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
-    """A peer that has reset the connection has hung up, at the first send and at every later one."""
+    """After a reset the first send and every later one report a hang-up."""
     near, far = pair
     reset(far)
     assert wait_for(near, select.POLLIN) & select.POLLERR
@@ -86,19 +86,19 @@ def test_send_chunk_after_a_reset(
     ] * 3
 
 
-def test_send_chunk_after_our_own_end(
+def test_send_chunk_after_shutdown(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
-    """A socket that we have shut down counts as hung up."""
+    """A socket that this process has shut down counts as hung up."""
     near, _ = pair
     near.shutdown(socket.SHUT_WR)
     assert send_chunk(near.fileno(), opened_file, 0, 10) is Outcome.HUNG_UP
 
 
-def test_send_chunk_to_one_that_has_only_half_closed(
+def test_send_chunk_to_a_half_closed_peer(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
-    """A peer that has shut down its sending side goes on receiving."""
+    """A peer that has half-closed its connection still receives."""
     near, far = pair
     far.shutdown(socket.SHUT_WR)
     wait_readable(near)
@@ -106,10 +106,8 @@ def test_send_chunk_to_one_that_has_only_half_closed(
     assert recv_exactly(far, 10) == EVERY_BYTE[:10]
 
 
-def test_send_chunk_of_what_is_no_file(
-    pair: tuple[socket.socket, socket.socket], tmp_path: Path
-) -> None:
-    """An error that is not about the peer is handed on."""
+def test_send_chunk_of_a_folder(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+    """An error that is not about the peer is returned as it is."""
     near, _ = pair
     with opened(tmp_path) as folder:
         sent = send_chunk(near.fileno(), folder, 0, 10)
@@ -119,7 +117,7 @@ def test_send_chunk_of_what_is_no_file(
 
 @pytest.mark.parametrize("count", [1, MAX_COPY, MAX_COPY + 1, 100_000])
 def test_send_to_all(opened_file: int, count: int) -> None:
-    """Everybody gets the same bytes, whether there are few or many; who has hung up, or has no room, is told apart."""
+    """All clients get the same bytes, and hung-up or full sockets are reported individually."""
     with ExitStack() as stack:
         pairs = [stack.enter_context(tcp_pair()) for _ in range(4)]
         near = [pair[0] for pair in pairs]
@@ -135,20 +133,20 @@ def test_send_to_all(opened_file: int, count: int) -> None:
             assert recv_exactly(pairs[index][1], count) == EVERY_BYTE[7 : 7 + count]
 
 
-def test_send_to_all_of_what_has_gone(
+def test_send_to_all_after_truncation(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
-    """Where the file has shrunk, a client is sent what is left of it, and none is nothing."""
+    """If the file has shrunk, a client gets the bytes that are left, or none."""
     near, far = pair
     assert send_to_all([near.fileno()], opened_file, len(EVERY_BYTE) - 5, 10) == {near.fileno(): 5}
     assert recv_exactly(far, 5) == EVERY_BYTE[-5:]
     assert send_to_all([near.fileno()], opened_file, len(EVERY_BYTE), 10) == {near.fileno(): 0}
 
 
-def test_send_to_all_of_what_cannot_be_read(
+def test_send_to_all_of_an_unreadable_file(
     pair: tuple[socket.socket, socket.socket], full_file: Path
 ) -> None:
-    """A file that does not let itself be read is each client's own error."""
+    """If the file cannot be read, each client's result is that error."""
     near, far = pair
     file = os.open(full_file, os.O_WRONLY)
     try:
@@ -161,8 +159,8 @@ def test_send_to_all_of_what_cannot_be_read(
     assert not readable(far)
 
 
-def test_disk_that_cannot_be_asked() -> None:
-    """What does not tell what it has in memory_file_with, or cannot read ahead, is for sendfile(2) to try."""
+def test_cache_that_cannot_be_queried() -> None:
+    """If the page cache cannot be queried, the bytes count as cached, and sendfile(2) tries."""
     reader, writer = os.pipe()
     try:
         assert is_cached(reader, 0, 10, 10)
@@ -173,21 +171,21 @@ def test_disk_that_cannot_be_asked() -> None:
 
 
 def test_is_cached(tmp_path: Path) -> None:
-    """Bytes that have been written are in memory_file_with, until the kernel lets them go; read ahead, they soon are again."""
+    """Written bytes are cached until the kernel evicts them, and again after a read-ahead."""
     path = tmp_path / "file"
     path.write_bytes(EVERY_BYTE)
     with opened(path) as file:
         assert is_cached(file, 0, len(EVERY_BYTE), 4096)
-        # nothing is there to wait for
+        # Beyond the end of the file there is nothing to read from the disk.
         assert is_cached(file, len(EVERY_BYTE), 10, 10)
         evict(file)
         if is_cached(file, 0, len(EVERY_BYTE), 4096):
-            pytest.skip("this file system keeps its files in memory_file_with, or does not tell")
+            pytest.skip("this file system keeps its files in memory, or does not report the cache")
         read_ahead(file, 0, len(EVERY_BYTE))
         eventually(lambda: is_cached(file, 0, len(EVERY_BYTE), 4096))
 
 
-def test_memory_without_room() -> None:
-    """An anonymous file that does not get its data is closed again."""
+def test_memory_file_without_space() -> None:
+    """An anonymous file is closed again if its data cannot be written."""
     done = run_program("memory_without_room")
     assert (done.stdout, done.returncode, done.stderr) == ("EFBIG\n", 0, "")

@@ -1,4 +1,4 @@
-"""Counts in words."""
+"""Tests of formatting numbers with their nouns."""
 
 import pytest
 
@@ -10,5 +10,5 @@ from tailsrv.formatting import counted
     [(0, "0 clients"), (1, "1 client"), (2, "2 clients"), (1000, "1000 clients")],
 )
 def test_counted(number: int, words: str) -> None:
-    """One is singular, and nothing else is."""
+    """Only 1 is followed by the singular."""
     assert words == counted(number, "client")

@@ -1,4 +1,4 @@
-"""The watch on one file: real inotify, real files, and no waiting for what must not come."""
+"""Tests of the inotify watch on one file, with real inotify and real files."""
 
 import os
 import subprocess
@@ -48,12 +48,15 @@ def fd_of(watch: Watch) -> int:
 
 
 def quiet(watch: Watch) -> bool:
-    """Tell whether the watch has nothing to say: inotify(7) queues an event before the call that causes it returns."""
+    """Tell whether the watch has no event.
+
+    inotify(7) queues an event before the call that causes it returns, so no wait is needed.
+    """
     return not readable(fd_of(watch))
 
 
 def gone(watch: Watch) -> bool:
-    """Take what the watch says, as a worker does, until it says no more; tell whether the file is gone."""
+    """Read all events, as a worker does, and tell whether the file is gone."""
     assert not quiet(watch)
     suspicious = False
     while not quiet(watch):
@@ -61,11 +64,11 @@ def gone(watch: Watch) -> bool:
     return suspicious and bool(is_gone(watch.file, watch.path))
 
 
-# Appends
+# Appends.
 
 
 def test_append(path: Path) -> None:
-    """An append wakes whoever follows, says the new size, and is no reason to look at the path."""
+    """An append wakes a watch that follows, and is no reason to check the path."""
     with watching(path) as watch:
         assert quiet(watch)
         append(path, b"more")
@@ -76,7 +79,7 @@ def test_append(path: Path) -> None:
 
 
 def test_many_appends_are_one_event(path: Path) -> None:
-    """However many appends there were, one read takes them all."""
+    """One read consumes the events of any number of appends."""
     with watching(path) as watch:
         for _ in range(1000):
             append(path, b"x")
@@ -85,8 +88,8 @@ def test_many_appends_are_one_event(path: Path) -> None:
         assert watch.size() == 1004
 
 
-def test_append_between_two_ways_to_write(path: Path) -> None:
-    """An append through another hard link of the file is one of this file."""
+def test_append_through_a_hard_link(path: Path) -> None:
+    """An append through another hard link of the file is noticed."""
     other = path.with_name("other")
     other.hardlink_to(path)
     with watching(path) as watch:
@@ -96,7 +99,7 @@ def test_append_between_two_ways_to_write(path: Path) -> None:
 
 
 def test_append_before_following(path: Path) -> None:
-    """What was appended while nobody followed has no event of its own any more; the size says it."""
+    """An append before follow(True) causes no event, but is included in the size."""
     with watching(path, following=False) as watch:
         append(path, b"more")
         watch.follow(True)
@@ -109,7 +112,7 @@ def test_append_before_following(path: Path) -> None:
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_append_while_not_following(path: Path, times: int) -> None:
-    """Nobody is woken by appends that nobody follows; only the chmod behind them is told of."""
+    """Without following, appends cause no event, and a later chmod still does."""
     with watching(path) as watch:
         for _ in range(times):
             append(path, b"heard")
@@ -123,8 +126,8 @@ def test_append_while_not_following(path: Path, times: int) -> None:
             watch.follow(True)
 
 
-def test_path_is_looked_at_again_without_losing_appends(path: Path) -> None:
-    """Taking in an event about the path leaves the watch on the file as it was."""
+def test_event_about_the_path_keeps_the_watch(path: Path) -> None:
+    """An event about the path changes neither the watch nor whether it follows."""
     with watching(path) as watch:
         path.chmod(0o600)
         assert not gone(watch)
@@ -138,7 +141,7 @@ def test_path_is_looked_at_again_without_losing_appends(path: Path) -> None:
 
 
 def test_truncation(path: Path) -> None:
-    """A truncated file wakes like an append, is smaller, and is not gone."""
+    """A truncation wakes the watch, shows in the size, and does not make the file gone."""
     with watching(path) as watch:
         os.truncate(path, 1)
         wait_readable(fd_of(watch))
@@ -147,13 +150,13 @@ def test_truncation(path: Path) -> None:
 
 
 def test_read_without_events(path: Path) -> None:
-    """A read with nothing to take does not wait, and says that all is well."""
+    """A read without events returns at once and reports nothing suspicious."""
     with watching(path) as watch:
         assert watch.read() is False
 
 
 def test_more_events_than_one_read_takes(path: Path) -> None:
-    """A long queue is read to its end in pieces, and the file's end is found in it."""
+    """A queue longer than one read is read in pieces, and the deletion at its end is noticed."""
     with watching(path) as watch:
         for number in range(100):
             append(path, b"x")
@@ -163,12 +166,12 @@ def test_more_events_than_one_read_takes(path: Path) -> None:
         assert watch.size() == 104
 
 
-# The end of the file
+# Deletion and replacement of the file.
 
 
 @pytest.mark.parametrize("following", [True, False])
 def test_unlink(path: Path, following: bool) -> None:
-    """A deleted file is gone; what we hold of it is still there to be read."""
+    """A deleted file is gone, and the open file keeps its size."""
     with watching(path, following) as watch:
         path.unlink()
         assert gone(watch)
@@ -177,7 +180,7 @@ def test_unlink(path: Path, following: bool) -> None:
 
 @pytest.mark.parametrize("following", [True, False])
 def test_rename_away(path: Path, following: bool) -> None:
-    """A file that has moved away is gone, as far as its path is concerned; appends to it are still seen."""
+    """A file that was renamed is gone, and appends to it are still noticed."""
     moved = path.with_name("log.1")
     with watching(path, following) as watch:
         path.rename(moved)
@@ -189,7 +192,7 @@ def test_rename_away(path: Path, following: bool) -> None:
 
 
 def test_replaced_by_rename(path: Path) -> None:
-    """A file over which another has been moved is gone, though its path names a file."""
+    """A file that was replaced by a rename is gone, although its path names a file."""
     other = path.with_name("new")
     other.write_bytes(b"another")
     with watching(path) as watch:
@@ -199,7 +202,7 @@ def test_replaced_by_rename(path: Path) -> None:
 
 
 def test_replaced_while_a_hard_link_remains(path: Path) -> None:
-    """The path is what counts: that the file lives on under another name does not help."""
+    """A file that was replaced at its path is gone, although another hard link keeps it."""
     path.with_name("kept").hardlink_to(path)
     with watching(path) as watch:
         path.unlink()
@@ -208,7 +211,7 @@ def test_replaced_while_a_hard_link_remains(path: Path) -> None:
 
 
 def test_rotation(path: Path) -> None:
-    """The file is gone when it was moved away and a new one created in its place."""
+    """A file that was renamed, with a new one created at its path, is gone."""
     with watching(path) as watch:
         path.rename(path.with_name("log.1"))
         path.write_bytes(b"")
@@ -216,7 +219,7 @@ def test_rotation(path: Path) -> None:
 
 
 def test_hard_link_elsewhere(path: Path) -> None:
-    """A second name changes nothing, coming or going."""
+    """Adding and removing another hard link does not make the file gone."""
     other = path.with_name("other")
     with watching(path) as watch:
         other.hardlink_to(path)
@@ -226,7 +229,7 @@ def test_hard_link_elsewhere(path: Path) -> None:
 
 
 def test_chmod(path: Path) -> None:
-    """Other permissions or times do not end a file, not even if it could not be opened any more."""
+    """New permissions or times do not make the file gone, even if it could not be opened again."""
     with watching(path) as watch:
         path.chmod(0)
         assert not gone(watch)
@@ -235,7 +238,7 @@ def test_chmod(path: Path) -> None:
 
 
 def test_moved_away_and_back(path: Path) -> None:
-    """A file that is at its place again by the time that somebody looks is not gone."""
+    """A file that is back at its path when the path is checked is not gone."""
     with watching(path) as watch:
         path.rename(path.with_name("elsewhere"))
         path.with_name("elsewhere").rename(path)
@@ -244,8 +247,8 @@ def test_moved_away_and_back(path: Path) -> None:
         assert gone(watch)
 
 
-def test_other_files_do_not_wake(path: Path) -> None:
-    """What happens to the neighbours in its folder is not told of."""
+def test_other_files_do_not_wake_the_watch(path: Path) -> None:
+    """Changes to other files in the same folder do not wake the watch."""
     with watching(path) as watch:
         neighbour = path.with_name("neighbour")
         neighbour.write_bytes(b"x")
@@ -254,11 +257,11 @@ def test_other_files_do_not_wake(path: Path) -> None:
         assert quiet(watch)
 
 
-# The way to the file
+# Links and folders on the path.
 
 
 def test_symlink_retargeted(path: Path) -> None:
-    """A link that leads to another file takes the name from the first, replaced atomically or not."""
+    """A symbolic link to another file makes the file gone, replaced atomically or not."""
     other, link, fresh = path.with_name("other"), path.with_name("link"), path.with_name("fresh")
     other.write_bytes(b"another")
     link.symlink_to(path)
@@ -275,7 +278,7 @@ def test_symlink_retargeted(path: Path) -> None:
 
 
 def test_symlink_replaced_by_one_to_the_same_file(path: Path) -> None:
-    """A new link to the same file changes nothing, and is watched in the old one's place."""
+    """A new symbolic link to the same file does not make it gone, and is watched from then on."""
     link, fresh = path.with_name("link"), path.with_name("fresh")
     link.symlink_to(path)
     with watching(link) as watch:
@@ -286,8 +289,8 @@ def test_symlink_replaced_by_one_to_the_same_file(path: Path) -> None:
         assert gone(watch)
 
 
-def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
-    """A link to a name that no file can have is gone as far as anybody sees, and what is held goes on being watched."""
+def test_symlink_replaced_by_one_that_cannot_be_followed(path: Path) -> None:
+    """If the path cannot be checked, the file's state is unknown, and it is still watched."""
     link, fresh = path.with_name("link"), path.with_name("fresh")
     link.symlink_to(path)
     with watching(link) as watch:
@@ -301,7 +304,7 @@ def test_symlink_replaced_by_one_that_leads_nowhere(path: Path) -> None:
 
 
 def test_symlink_in_the_middle(tmp_path: Path) -> None:
-    """A folder on the way may be a link, a relative one too, and retargeting it is seen."""
+    """A path may go through a relative symbolic link, and a new target of it is noticed."""
     for day in ("monday", "tuesday"):
         (tmp_path / day).mkdir()
         (tmp_path / day / "log").write_bytes(day.encode())
@@ -314,7 +317,7 @@ def test_symlink_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_parent_folder_renamed(tmp_path: Path) -> None:
-    """A folder that moves away takes the file's name with it, however far up it is."""
+    """Renaming a folder at any level above the file makes the file gone."""
     folder = tmp_path / "a" / "b" / "c"
     folder.mkdir(parents=True)
     (folder / "log").write_bytes(b"x")
@@ -324,7 +327,7 @@ def test_parent_folder_renamed(tmp_path: Path) -> None:
 
 
 def test_parent_folder_renamed_and_replaced(tmp_path: Path) -> None:
-    """A folder that was replaced by one that leads to the same file is watched in its place."""
+    """A folder that is replaced by a link to it does not make the file gone, and is watched."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log").write_bytes(b"x")
     with watching(tmp_path / "a" / "log") as watch:
@@ -346,7 +349,7 @@ def test_relative_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gone_before_the_watch(path: Path) -> None:
-    """A file that has gone before it is watched is watched all the same, and is found to be gone by looking."""
+    """A file that was deleted before it is watched can be watched, and is found to be gone."""
     with opened(path) as file:
         path.unlink()
         watch = Watch(file, str(path))
@@ -358,7 +361,7 @@ def test_gone_before_the_watch(path: Path) -> None:
 
 
 def test_steps_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every name on the way is a step, links and what they lead to, the file last."""
+    """steps_to() lists each name on the path, the links, what they lead to, and the file last."""
     base = tmp_path.resolve()
     (base / "real").mkdir()
     (base / "real" / "log").write_bytes(b"")
@@ -377,15 +380,15 @@ def test_steps_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_to_a_loop(tmp_path: Path) -> None:
-    """Links that lead in a circle come to an end, and so does a path to nothing."""
+    """steps_to() ends for links in a circle, and for a path that does not exist."""
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert len(list(steps_to(str(tmp_path / "a" / "log")))) < 100
     assert list(steps_to(str(tmp_path / "no" / "log")))[-1] == str(tmp_path / "no" / "log")
 
 
-def test_size_that_is_not_told(path: Path) -> None:
-    """A file that does not say how long it is counts as long as it was."""
+def test_unreadable_size(path: Path) -> None:
+    """If the size cannot be read, the last known size holds."""
     reader, writer = os.pipe()
     with watching(path) as watch:
         assert (watch.size(), size_of(watch.file)) == (4, 4)
@@ -398,16 +401,16 @@ def test_size_that_is_not_told(path: Path) -> None:
 
 
 def test_folder_that_is_gone() -> None:
-    """A relative path in a folder that is gone leads through nothing."""
+    """A relative path in a deleted folder has no steps."""
     done = run_program("folder_that_is_gone")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# Where inotify does not help
+# Where inotify cannot be used.
 
 
 def test_file_of_no_mount() -> None:
-    """An anonymous file is on no file system that /proc names, and is watched like a local one."""
+    """An anonymous file, which has no mount in /proc, is watched like a local one."""
     with open(memory_file_with(b"data"), "rb") as file:
         watch = Watch(file.fileno(), f"/proc/self/fd/{file.fileno()}")
         assert watch.polling is None
@@ -416,13 +419,20 @@ def test_file_of_no_mount() -> None:
 
 
 def test_file_that_may_not_be_read_any_more(path: Path) -> None:
-    """Where the kernel refuses to tell of appends, the reason is said, and the file is polled."""
+    """If the kernel refuses the watch, the file is polled, and the reason is given."""
     if not as_root:
-        pytest.skip("only root can be another user")
+        pytest.skip("only root can run the program as another user")
     path.chmod(0o644)
     path.parent.chmod(0o755)
-    ready, say = os.pipe()
-    command = [sys.executable, "-W", "error", program("watch_unreadable_file"), str(path), str(say)]
+    ready_reader, ready_writer = os.pipe()
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        program("watch_unreadable_file"),
+        str(path),
+        str(ready_writer),
+    ]
     piped = subprocess.PIPE
     with subprocess.Popen(
         command,
@@ -431,18 +441,18 @@ def test_file_that_may_not_be_read_any_more(path: Path) -> None:
         stderr=piped,
         text=True,
         env=environment(),
-        pass_fds=[say],
+        pass_fds=[ready_writer],
     ) as child:
-        os.close(say)
-        assert os.read(ready, 5) == b"ready"
-        os.close(ready)
+        os.close(ready_writer)
+        assert os.read(ready_reader, 5) == b"ready"
+        os.close(ready_reader)
         path.chmod(0)
         reason = "inotify cannot be used: Permission denied"
         assert child.communicate(timeout=DEADLINE) == (f"{reason} 4\n", "")
 
 
-def test_polling_says_why() -> None:
-    """A file system whose files change unseen is polled, by name; there is nothing to wait for then, and all else works."""
+def test_polling_gives_the_reason() -> None:
+    """On a file system without events the file is polled, and the reason names the file system."""
     with opened("/proc/self/mountinfo") as file:
         watch = Watch(file, "/proc/self/mountinfo")
         assert watch.polling is not None
@@ -454,7 +464,7 @@ def test_polling_says_why() -> None:
 
 
 def test_no_inotify_instances(path: Path) -> None:
-    """Out of inotify instances, or of descriptors for them, the file is polled, and the reason names the setting."""
+    """Without inotify instances or descriptors the file is polled; the reason names the setting."""
     done = run_program(
         "watch_without_inotify",
         str(path),
@@ -464,8 +474,8 @@ def test_no_inotify_instances(path: Path) -> None:
     assert done.stdout.endswith(" None 4\n")
 
 
-def test_close_gives_the_instance_back(path: Path) -> None:
-    """After close() there is nothing to wait for, and closing twice is fine."""
+def test_close_frees_the_instance(path: Path) -> None:
+    """close() frees the inotify instance, and may be called twice."""
     with watching(path) as watch:
         fd = fd_of(watch)
         watch.close()

@@ -1,4 +1,4 @@
-"""What is appended to a file too late for its streams is counted, and said."""
+"""Tests of the count of bytes that are appended too late for the streams of a file."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ TIMING = Timing()
 
 
 class LateBench:
-    """A file that has been rotated away, and a clock in hand."""
+    """A file that has been rotated away, and a clock that the test sets."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class LateBench:
         os.close(file)
 
     def run(self, seconds: float) -> None:
-        """Let time pass, and do what is due meanwhile."""
+        """Advance the clock, and run the timers that are due."""
         end = self.time + seconds
         while (left := self.loop.timeout()) is not None and self.time + left <= end:
             self.time += left
@@ -42,14 +42,14 @@ class LateBench:
 
 @pytest.fixture
 def bench(path: Path) -> Iterator[LateBench]:
-    """Give a file of three bytes."""
+    """Give a bench with a file of three bytes."""
     bench = LateBench(path)
     yield bench
     bench.late.close()
     bench.loop.epoll.close()
 
 
-def bytes_said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged_bytes(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the numbers of bytes in the log."""
     return [
         word
@@ -60,49 +60,49 @@ def bytes_said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_nothing_is_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """What comes before the workers take the file for complete is sent; without late bytes nothing is said."""
+    """Bytes that are appended before the workers stop sending are not late, and not logged."""
     bench.begin()
     for _ in range(10):
         bench.run(0.9)
         append(bench.path, b"more")
     bench.run(2 * TIMING.late_patience)
-    assert bytes_said(caplog) == []
+    assert logged_bytes(caplog) == []
     assert bench.loop.timeout() is None
 
 
 def test_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """The first late bytes are said soon, all of them at the end, and nothing in between."""
+    """The first late bytes are logged soon, and the total at the end."""
     bench.begin()
     bench.run(3)
     append(bench.path, b"late\n")
     bench.run(TIMING.late_interval)
-    assert bytes_said(caplog) == ["bytes=5"]
+    assert logged_bytes(caplog) == ["bytes=5"]
     for _ in range(3):
         append(bench.path, b"later\n")
         bench.run(TIMING.late_interval)
-    assert bytes_said(caplog) == ["bytes=5"]
+    assert logged_bytes(caplog) == ["bytes=5"]
     bench.run(TIMING.late_patience)
-    assert bytes_said(caplog) == ["bytes=5", "bytes=23"]
+    assert logged_bytes(caplog) == ["bytes=5", "bytes=23"]
     assert bench.loop.timeout() is None
 
 
 def test_streams_have_ended(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """As soon as no stream is left, all that comes is late."""
+    """After the last stream has ended, all appended bytes are late."""
     bench.begin()
     append(bench.path, b"more")
     bench.late.seal()
     append(bench.path, b"late\n")
     bench.run(TIMING.late_interval)
-    assert bytes_said(caplog) == ["bytes=5"]
+    assert logged_bytes(caplog) == ["bytes=5"]
 
 
 def test_next_rotation(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """The next rotation ends the count of the last one, and no descriptor is left over."""
+    """The next rotation ends the count of the previous one, and leaves no descriptor open."""
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         bench.begin()
         bench.run(3)
         append(bench.path, b"late\n")
     bench.late.end()
-    assert bytes_said(caplog) == ["bytes=5"] * 3
+    assert logged_bytes(caplog) == ["bytes=5"] * 3
     assert len(os.listdir("/proc/self/fd")) == before

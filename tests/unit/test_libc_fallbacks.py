@@ -1,4 +1,4 @@
-"""An interpreter that was built against an old C library: what it lacks is there all the same, or is done without."""
+"""Tests of the replacements for what an interpreter built against an old C library lacks."""
 
 import errno
 from pathlib import Path
@@ -11,7 +11,7 @@ from support.interpreter import run_program, run_python
 from support.old_libc import FUNCTIONS, take_away, uses
 from tailsrv.linux import libc_fallbacks
 
-THE_ONE_PLACE = "libc_fallbacks.py"
+FALLBACKS_MODULE = "libc_fallbacks.py"
 
 libraries = pytest.mark.parametrize(
     "functions", [(), FUNCTIONS], ids=["old interpreter", "old library too"]
@@ -19,14 +19,14 @@ libraries = pytest.mark.parametrize(
 
 
 def test_names_are_in_one_place() -> None:
-    """No module but that one uses a name that an interpreter may be without."""
+    """Only libc_fallbacks.py uses names that an interpreter may lack."""
     found = {
         f"{module.name}:{line}": name
         for module in (ROOT / "tailsrv").rglob("*.py")
-        if module.name != THE_ONE_PLACE
+        if module.name != FALLBACKS_MODULE
         for line, name in uses(module.read_text())
     }
-    assert found == {}, f"take them from {THE_ONE_PLACE}"
+    assert found == {}, f"import these names from {FALLBACKS_MODULE}"
 
 
 @pytest.mark.parametrize(
@@ -43,20 +43,24 @@ def test_names_are_in_one_place() -> None:
     ],
 )
 def test_use_is_found(line: str) -> None:
-    """A use of such a name is found, however it is written, and what every interpreter has is not taken for one."""
+    """Each use of a name that may be missing is found, and no name that is always there."""
     assert len(list(uses(line))) == 1
     assert not list(
         uses(
-            "import os, socket, select; os.preadv(1, [], 0); socket.TCP_INFO; select.EPOLLRDHUP; from os import read"
+            "import os, socket, select; os.preadv(1, [], 0); socket.TCP_INFO; "
+            "select.EPOLLRDHUP; from os import read"
         )
     )
 
 
-NUMBERS = "from tailsrv.linux import libc_fallbacks; print({name: value for name, value in vars(libc_fallbacks).items() if name.isupper()})"
+NUMBERS = (
+    "from tailsrv.linux import libc_fallbacks; "
+    "print({name: value for name, value in vars(libc_fallbacks).items() if name.isupper()})"
+)
 
 
 def test_numbers(tmp_path: Path) -> None:
-    """The numbers that stand in for missing names are those that this interpreter has by these names."""
+    """The numbers that replace missing names equal those of this interpreter."""
     take_away(tmp_path)
     here, without = (
         run_python(NUMBERS),
@@ -67,8 +71,8 @@ def test_numbers(tmp_path: Path) -> None:
 
 
 @libraries
-def test_reading_what_is_in_memory(tmp_path: Path, functions: tuple[str, ...]) -> None:
-    """The page cache is asked by way of the C library where the interpreter cannot, and where that cannot either, it is said."""
+def test_reading_from_the_page_cache(tmp_path: Path, functions: tuple[str, ...]) -> None:
+    """If `os` lacks preadv2(), the C library's is called; if both lack it, the error is ENOSYS."""
     take_away(tmp_path, functions)
     (tmp_path / "file").write_bytes(b"0123")
     done = run_program(
@@ -81,7 +85,7 @@ def test_reading_what_is_in_memory(tmp_path: Path, functions: tuple[str, ...]) -
 
 
 def test_errors_of_the_library(path: Path) -> None:
-    """What a call of the C library's fails with is the error that it says."""
+    """An error of a C library function becomes an OSError with its errno."""
     path.write_bytes(b"")
     with opened(path) as file:
         pass
@@ -92,7 +96,7 @@ def test_errors_of_the_library(path: Path) -> None:
 
 @libraries
 def test_memory_file(tmp_path: Path, functions: tuple[str, ...]) -> None:
-    """An anonymous file has no name anywhere, is not inherited, and is as good as one of memfd_create(2)."""
+    """An anonymous file has no name and is not inherited, with or without memfd_create(2)."""
     take_away(tmp_path, functions)
     done = run_program(
         "anonymous_file",

@@ -1,4 +1,4 @@
-"""Listening sockets: one for each slot and address, and together they are one port."""
+"""Tests of the listeners: one socket for each slot and address, all on one port."""
 
 import errno
 import os
@@ -30,10 +30,10 @@ LOOPBACK = ["127.0.0.1"]
 
 @contextmanager
 def listening(bind: list[str], port: int, slots: int) -> Iterator[list[list[socket.socket]]]:
-    """Give the listeners of each slot, and close them."""
-    seats = open_listeners(bind, port, slots)
-    with closing_all([sock for seat in seats for sock in seat]):
-        yield seats
+    """Give the listeners of each slot, and close them after the test."""
+    by_slot = open_listeners(bind, port, slots)
+    with closing_all([sock for listeners in by_slot for sock in listeners]):
+        yield by_slot
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def listening(bind: list[str], port: int, slots: int) -> Iterator[list[list[sock
     ],
 )
 def test_endpoints(bind: list[str], words: list[str]) -> None:
-    """Each address that is listened on is named once, and all of them with a star."""
+    """Each address is named once, and `*` stands for all addresses."""
     assert endpoints(bind, 7) == words
 
 
 def test_resolve() -> None:
-    """Names and numbers become addresses, each once, and none means every address."""
+    """Names and numbers are resolved without duplicates, and no address means all addresses."""
     assert resolve([]) == list(EVERY_ADDRESS)
     assert resolve(["127.0.0.1", "127.0.0.1"]) == [Address(socket.AF_INET, "127.0.0.1")]
     assert resolve(["::1", "[::1]", "127.0.0.1"]) == [
@@ -65,7 +65,7 @@ def test_resolve() -> None:
     "host", ["300.0.0.1", "", "no such host", "a..b", "1.2.3.4:80", "x" * 300, "\udcff"]
 )
 def test_bad_address(host: str) -> None:
-    """What is no address is a ListenError that names it, on one line."""
+    """A name that is no address causes a ListenError of one line that names it."""
     with pytest.raises(ListenError) as caught:
         open_listeners([host], 0, 1)
     assert host in str(caught.value)
@@ -73,7 +73,7 @@ def test_bad_address(host: str) -> None:
 
 
 def test_address_of_another_machine() -> None:
-    """An address that this machine does not have is refused by name and with the reason."""
+    """An address of another machine is refused, with the address and the reason."""
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0") as caught:
         open_listeners(["192.0.2.1"], 0, 1)
     assert os.strerror(errno.EADDRNOTAVAIL) in str(caught.value)
@@ -81,10 +81,10 @@ def test_address_of_another_machine() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_each_slot_has_its_own_queue(slots: int) -> None:
-    """Each slot has a listening socket of its own on the one port, non-blocking."""
-    with listening(LOOPBACK, 0, slots) as seats:
-        assert [len(seat) for seat in seats] == [1] * slots
-        socks = [seat[0] for seat in seats]
+    """Each slot has its own non-blocking listening socket on the shared port."""
+    with listening(LOOPBACK, 0, slots) as by_slot:
+        assert [len(listeners) for listeners in by_slot] == [1] * slots
+        socks = [listeners[0] for listeners in by_slot]
         assert len({os.fstat(sock.fileno()).st_ino for sock in socks}) == slots
         assert len({sock.getsockname() for sock in socks}) == 1
         assert [sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in socks] == [
@@ -93,66 +93,70 @@ def test_each_slot_has_its_own_queue(slots: int) -> None:
         assert [sock.getblocking() for sock in socks] == [False] * slots
 
 
-def take_all(listener: socket.socket) -> list[socket.socket]:
-    """Return every connection that waits at `listener`."""
-    taken = []
+def accept_all(listener: socket.socket) -> list[socket.socket]:
+    """Accept and return every connection in the queue of `listener`."""
+    accepted = []
     try:
         while True:
-            taken.append(listener.accept()[0])
+            accepted.append(listener.accept()[0])
     except BlockingIOError:
-        return taken
+        return accepted
 
 
 def test_connections_reach_every_slot() -> None:
-    """The kernel spreads connections over the slots, and every one of them waits in exactly one queue."""
+    """The kernel spreads connections over all slots, and each is in exactly one queue."""
     slots, connects = 3, 300
-    with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
-        address = seats[0][0].getsockname()
+    with listening(LOOPBACK, 0, slots) as by_slot, ExitStack() as stack:
+        address = by_slot[0][0].getsockname()
         fars = [stack.enter_context(socket.create_connection(address)) for _ in range(connects)]
-        queues = [[stack.enter_context(sock) for sock in take_all(seat[0])] for seat in seats]
+        queues = [
+            [stack.enter_context(sock) for sock in accept_all(listeners[0])]
+            for listeners in by_slot
+        ]
         assert sorted(sock.getpeername() for queue in queues for sock in queue) == sorted(
             far.getsockname() for far in fars
         )
-        # by the kernel's hash of ports: that one of three gets fewer than 30 of 300 is beyond 8 standard deviations
+        # The kernel distributes by a hash of the ports: fewer than 30 of 300 in one of three queues
+        # is more than 8 standard deviations from the mean.
         assert min(len(queue) for queue in queues) >= 30
 
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_second_server_is_refused(slots: int) -> None:
-    """A second server on the port is refused by address and reason, and disturbs nothing."""
-    with listening(LOOPBACK, 0, slots) as seats:
-        port = seats[0][0].getsockname()[1]
+    """A second server on the port is refused with address and reason, and takes no connection."""
+    with listening(LOOPBACK, 0, slots) as by_slot:
+        port = by_slot[0][0].getsockname()[1]
         with pytest.raises(ListenError, match=rf"127\.0\.0\.1:{port}") as caught:
             open_listeners(LOOPBACK, port, slots)
         assert os.strerror(errno.EADDRINUSE) in str(caught.value)
-        with socket.create_connection(seats[0][0].getsockname()):
-            assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
+        with socket.create_connection(by_slot[0][0].getsockname()):
+            assert sum(len(accept_and_close(listeners[0])) for listeners in by_slot) == 1
 
 
-def take_and_close(listener: socket.socket) -> list[socket.socket]:
-    """Return the connections that waited at `listener`, closed."""
-    taken = take_all(listener)
-    for sock in taken:
+def accept_and_close(listener: socket.socket) -> list[socket.socket]:
+    """Accept and close every connection in the queue of `listener`, and return them."""
+    accepted = accept_all(listener)
+    for sock in accepted:
         sock.close()
-    return taken
+    return accepted
 
 
 def test_port_is_free_again_at_once() -> None:
-    """A server that has just ended, with a connection that it closed itself, does not keep the next from its port."""
-    with listening(LOOPBACK, 0, 2) as seats:
-        port = seats[0][0].getsockname()[1]
+    """A connection in TIME_WAIT does not keep the next server from the port."""
+    with listening(LOOPBACK, 0, 2) as by_slot:
+        port = by_slot[0][0].getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as far:
-            assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
-            # the server closed first: its side waits in TIME_WAIT
+            assert sum(len(accept_and_close(listeners[0])) for listeners in by_slot) == 1
+            # The server closed first, so its side is in TIME_WAIT.
             assert far.recv(1) == b""
-    with listening(LOOPBACK, port, 2) as seats:
-        assert seats[0][0].getsockname()[1] == port
+    with listening(LOOPBACK, port, 2) as by_slot:
+        assert by_slot[0][0].getsockname()[1] == port
 
 
 def test_port_0_is_one_port_for_all_addresses() -> None:
-    """The port that the kernel chooses for the first address is the port of the others."""
-    with listening(["127.0.0.1", "127.0.0.2", "127.0.0.3"], 0, 2) as seats:
-        names = [[sock.getsockname() for sock in seat] for seat in seats]
+    """The port that the kernel chooses for the first address is used for the others too."""
+    with listening(["127.0.0.1", "127.0.0.2", "127.0.0.3"], 0, 2) as by_slot:
+        names = [[sock.getsockname() for sock in listeners] for listeners in by_slot]
         assert names[0] == names[1]
         assert [host for host, _ in names[0]] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
         assert len({port for _, port in names[0]}) == 1
@@ -160,40 +164,40 @@ def test_port_0_is_one_port_for_all_addresses() -> None:
 
 
 def test_overlapping_addresses_have_no_port() -> None:
-    """No port is free at an address that another one covers, which is said after some tries."""
+    """If one address covers another, no port is found, and the error says so after some tries."""
     with pytest.raises(ListenError, match=r"127\.0\.0\.1:\d+: " + os.strerror(errno.EADDRINUSE)):
         open_listeners(["0.0.0.0", "127.0.0.1"], 0, 1)
 
 
 @needs_ipv6
 def test_every_address_is_both_families() -> None:
-    """Without an address, IPv4 and IPv6 are served, on one port and by sockets of their own."""
-    with listening([], 0, 2) as seats:
-        assert [sock.family for seat in seats for sock in seat] == [
+    """Without an address, IPv4 and IPv6 are served on one port by separate sockets."""
+    with listening([], 0, 2) as by_slot:
+        assert [sock.family for listeners in by_slot for sock in listeners] == [
             socket.AF_INET,
             socket.AF_INET6,
         ] * 2
-        assert len({sock.getsockname()[1] for seat in seats for sock in seat}) == 1
-        port = seats[0][0].getsockname()[1]
+        assert len({sock.getsockname()[1] for listeners in by_slot for sock in listeners}) == 1
+        port = by_slot[0][0].getsockname()[1]
         for host, which in (("127.0.0.1", 0), ("::1", 1)):
             with socket.create_connection((host, port)):
-                assert sum(len(take_and_close(seat[which])) for seat in seats) == 1
+                assert sum(len(accept_and_close(listeners[which])) for listeners in by_slot) == 1
 
 
 @needs_ipv6
 def test_ipv6() -> None:
-    """An IPv6 address is served, and a second server on it is refused in people's notation."""
-    with listening(["::1"], 0, 2) as seats:
-        port = seats[0][0].getsockname()[1]
+    """An IPv6 address is served, and the error of a second server writes it in brackets."""
+    with listening(["::1"], 0, 2) as by_slot:
+        port = by_slot[0][0].getsockname()[1]
         with socket.create_connection(("::1", port)):
-            assert sum(len(take_and_close(seat[0])) for seat in seats) == 1
+            assert sum(len(accept_and_close(listeners[0])) for listeners in by_slot) == 1
         with pytest.raises(ListenError, match=rf"\[::1\]:{port}"):
             open_listeners(["::1"], port, 1)
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_accepted_sockets_inherit_their_options(slots: int) -> None:
-    """Every slot's connections have what the listener was given, so that nobody sets it again."""
+    """Accepted sockets inherit the options of their listener in every slot."""
     wanted = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -203,13 +207,13 @@ def test_accepted_sockets_inherit_their_options(slots: int) -> None:
         (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0),
     ]
-    with listening(LOOPBACK, 0, slots) as seats, ExitStack() as stack:
+    with listening(LOOPBACK, 0, slots) as by_slot, ExitStack() as stack:
         served = set[int]()
-        # the kernel chooses: go on until each slot has had one
+        # The kernel chooses the slot: connect until each slot has had a connection.
         while len(served) < slots:
-            stack.enter_context(socket.create_connection(seats[0][0].getsockname()))
-            for index, seat in enumerate(seats):
-                for sock in take_all(seat[0]):
+            stack.enter_context(socket.create_connection(by_slot[0][0].getsockname()))
+            for index, listeners in enumerate(by_slot):
+                for sock in accept_all(listeners[0]):
                     with sock:
                         assert [
                             (level, option, sock.getsockopt(level, option))
@@ -219,20 +223,20 @@ def test_accepted_sockets_inherit_their_options(slots: int) -> None:
 
 
 def test_queue_outlives_a_copy() -> None:
-    """While one holder of a listener is left, its queue waits: closing a worker's copy resets nobody."""
+    """Closing a worker's copy of a listener resets no connection in its queue."""
     with listening(LOOPBACK, 0, 1) as [[listener]]:
         copy = listener.dup()
         with socket.create_connection(listener.getsockname()) as far:
             wait_readable(copy)
             copy.close()
-            [near] = take_all(listener)
+            [near] = accept_all(listener)
             with near:
                 near.sendall(b"hello")
             assert far.recv(10) == b"hello"
 
 
 def test_position_on_an_mptcp_socket() -> None:
-    """Where a stream on such a socket stands is not known, and that is what is said."""
+    """The position of a stream on an MPTCP socket is unknown, and reported as None."""
     skip_without_mptcp()
     kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
     with socket.socket(*kind) as listener, socket.socket(*kind) as far:
@@ -245,17 +249,17 @@ def test_position_on_an_mptcp_socket() -> None:
             assert bytes_streamed(near) is None
 
 
-EVERYBODY_OPENS_FAST = (
+FORCED_FAST_OPEN = (
     "unshare", "--net", "--map-root-user", "sh", "-c",
     'ip link set lo up && echo 0x607 >/proc/sys/net/ipv4/tcp_fastopen && exec "$@"', "sh",
 )  # fmt: skip
 
 
 def test_no_fast_open() -> None:
-    """Nobody is accepted before the handshake is complete, also where the system wants that of every listener."""
-    if not runs(*EVERYBODY_OPENS_FAST, "true"):
-        pytest.skip("a network namespace cannot be had")
-    command = [*EVERYBODY_OPENS_FAST, sys.executable, program("fast_open")]
+    """A connection is accepted only after the handshake, even if the system forces Fast Open."""
+    if not runs(*FORCED_FAST_OPEN, "true"):
+        pytest.skip("a network namespace cannot be created")
+    command = [*FORCED_FAST_OPEN, sys.executable, program("fast_open")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=DEADLINE, env=environment()
     )

@@ -1,4 +1,4 @@
-"""The log: one line an event, in a form that the journal and people can read, and never a reason to wait."""
+"""Tests of the log: one line for each event, readable, and written without blocking."""
 
 import fcntl
 import os
@@ -50,7 +50,7 @@ def test_printable(text: str, printed: str) -> None:
 
 
 def test_fields() -> None:
-    """Fields are told in the order given, and those that are None not at all."""
+    """Fields are written in the order given, and those that are None are left out."""
     assert (
         fields(slot=2, peer=None, reason="not a number", size=0)
         == "slot=2 reason='not a number' size=0"
@@ -66,14 +66,17 @@ set_up(int(sys.argv[1]))
 
 
 def log(code: str, verbosity: int = 0) -> list[str]:
-    """Return the lines on standard error of a process that logs as `code` says."""
+    """Return the lines on standard error of a process that runs `code`."""
     done = run_python(LINES + code, str(verbosity))
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     return done.stderr.splitlines()
 
 
-ALL_LEVELS = "logger.debug('d'); logger.info('i'); logger.warning('w'); logger.error('e'); logger.critical('c')"
+ALL_LEVELS = (
+    "logger.debug('d'); logger.info('i'); logger.warning('w'); logger.error('e'); "
+    "logger.critical('c')"
+)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +84,12 @@ ALL_LEVELS = "logger.debug('d'); logger.info('i'); logger.warning('w'); logger.e
     [(-1, ["w", "e", "c"]), (0, ["i", "w", "e", "c"]), (1, ["d", "i", "w", "e", "c"])],
 )
 def test_verbosity(verbosity: int, words: list[str]) -> None:
-    """Quiet shows warnings and worse, and verbose shows everything."""
+    """Quiet shows warnings and errors only, and verbose shows everything."""
     assert words == [line.split()[-1] for line in log(ALL_LEVELS, verbosity)]
 
 
-def test_line_for_people() -> None:
-    """On a terminal or in a file, a line has time, process and level, in lower case."""
+def test_line_for_a_terminal_or_file() -> None:
+    """On a terminal or in a file, a line has the time, the process and the level in lower case."""
     [line] = log("logger.warning('file %s', 'gone')")
     assert " warning: file gone" in line
     assert "tailsrv[" in line
@@ -105,13 +108,13 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def journal_of(writer: int) -> dict[str, str]:
-    """Return the environment in which `writer` is the journal's socket, as far as systemd.exec(5) says how to tell."""
+    """Return an environment that declares `writer` the journal's socket, as in systemd.exec(5)."""
     status = os.fstat(writer)
     return {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
 
 
 def test_journal_gets_priorities() -> None:
-    """The journal gets each line with its priority in front, and adds time and process itself."""
+    """For the journal a line starts with its priority, and has neither time nor process."""
     with pipe() as (reader, writer):
         assert (
             run_python(LINES + ALL_LEVELS, "1", env=journal_of(writer), stderr=writer).returncode
@@ -126,8 +129,8 @@ def test_journal_gets_priorities() -> None:
         ]
 
 
-def test_journal_gets_one_line_an_event() -> None:
-    """A traceback is one line for the journal, which would make an event of each of its own."""
+def test_journal_gets_one_line_per_event() -> None:
+    """A traceback is one line for the journal, which makes an event of each line."""
     code = LINES + "try: 1 / 0\nexcept ZeroDivisionError: logger.exception('a fault')"
     with pipe() as (reader, writer):
         assert run_python(code, "0", env=journal_of(writer), stderr=writer).returncode == 0
@@ -137,15 +140,15 @@ def test_journal_gets_one_line_an_event() -> None:
     assert line.count("\n") == 1
 
 
-def test_journal_stream_of_somebody_else() -> None:
-    """An inherited $JOURNAL_STREAM that is not our standard error does not count."""
+def test_foreign_journal_stream_is_ignored() -> None:
+    """$JOURNAL_STREAM is ignored if it does not name standard error."""
     done = run_python(LINES + "logger.info('i')", "0", env={"JOURNAL_STREAM": "1:1"})
     assert "info: i" in done.stderr
     assert "<6>" not in done.stderr
 
 
 def test_full_pipe_does_not_block() -> None:
-    """When nobody reads standard error the process goes on, and its lines are lost."""
+    """A full pipe that is not read does not block the process, and its lines are lost."""
     with pipe() as (reader, writer):
         fill_pipe(writer)
         done = run_python(
@@ -159,7 +162,7 @@ def test_full_pipe_does_not_block() -> None:
 
 
 def test_pipe_with_room_for_a_page_does_not_block() -> None:
-    """A line that is longer than the room that poll(2) promises does not block either."""
+    """A line longer than the space that poll(2) guarantees does not block."""
     with pipe() as (reader, writer):
         fill_pipe(writer)
         os.read(reader, 4096)
@@ -169,13 +172,13 @@ def test_pipe_with_room_for_a_page_does_not_block() -> None:
         assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-# Where nobody reads what is written, it may never be waited for, whatever it is.
+# A process must not wait for its standard error to be read, whatever kind of file that is.
 
 HUNDRED = "for _ in range(100): logger.info('line ' + 100 * 'x')\nprint('still here')"
 
 
 def log_to(stderr: int, code: str = HUNDRED, wrapper: Sequence[str] = ()) -> None:
-    """Assert that a process logs as `code` says, and goes on, and that it leaves the flags of `stderr` as they are."""
+    """Assert that a process logs without blocking, and leaves the flags of `stderr` unchanged."""
     flags = fcntl.fcntl(stderr, fcntl.F_GETFL)
     command = [*wrapper, sys.executable, "-W", "error", "-c", LINES + code, "0"]
     done = subprocess.run(
@@ -192,22 +195,22 @@ def log_to(stderr: int, code: str = HUNDRED, wrapper: Sequence[str] = ()) -> Non
 
 
 def test_terminal_that_is_stopped() -> None:
-    """Ctrl-S stops the output, not the process."""
+    """A terminal stopped with Ctrl-S does not block the process."""
     with terminal() as (_, slave):
         termios.tcflow(slave, termios.TCOOFF)
         log_to(slave)
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 100, 200])
-def test_terminal_that_nobody_reads(room: int) -> None:
-    """A terminal with room for a part of a line takes what it has room for."""
+def test_terminal_that_is_not_read(room: int) -> None:
+    """A full terminal that is not read does not block, whatever part of a line still fits."""
     with terminal() as (_, slave):
         fill(slave, room)
         log_to(slave)
 
 
 def test_terminal_that_is_read() -> None:
-    """A terminal gets every line, each whole."""
+    """A terminal that is read gets every line complete."""
     with terminal() as (master, slave):
         log_to(
             slave, "for number in range(10): logger.info('line %d', number)\nprint('still here')"
@@ -220,9 +223,9 @@ def test_terminal_that_is_read() -> None:
 
 @contextmanager
 def of_another_user(kind: str) -> Iterator[tuple[int, int]]:
-    """Give both ends of a terminal or pipe of root's, which nobody else may open, as after su(1)."""
+    """Give both ends of a terminal or pipe that only root may open, as after su(1)."""
     if os.geteuid() != 0 or not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv.log"):
-        pytest.skip("there must be two users, both of whom can run this")
+        pytest.skip("requires root, and a second user that can run tailsrv")
     with terminal() if kind == "terminal" else pipe() as (reader, writer):
         os.fchmod(writer, 0o600)
         yield reader, writer
@@ -230,26 +233,26 @@ def of_another_user(kind: str) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_what_may_not_be_opened_again(kind: str) -> None:
-    """A terminal or pipe of another user gets every line as well, and is not waited for."""
+def test_stderr_that_cannot_be_reopened(kind: str) -> None:
+    """A terminal or pipe of another user gets every line, and does not block."""
     with of_another_user(kind) as (reader, writer):
         log_to(writer, "for _ in range(2): logger.info('read')\nprint('still here')", AS_NOBODY)
         os.set_blocking(reader, False)
         lines = b""
 
-        def look() -> bool:
+        def both_lines_arrived() -> bool:
             nonlocal lines
             with suppress(BlockingIOError):
                 lines += os.read(reader, 4096)
             return lines.count(b"info: read") == 2
 
-        eventually(look)
+        eventually(both_lines_arrived)
         log_to(writer, HUNDRED.replace("100)", "2000)"), AS_NOBODY)
 
 
 @pytest.mark.thorough
-def test_relay_ends_with_those_who_write() -> None:
-    """The process that waits for another user's terminal holds nothing else open, and goes when all is written."""
+def test_relay_ends_with_its_writers() -> None:
+    """The relay for another user's terminal holds nothing else open, and ends with its writers."""
     code = "import psutil; print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
     with of_another_user("terminal") as (_, slave):
         command = [*AS_NOBODY, sys.executable, "-c", LINES + code, "0"]
@@ -266,7 +269,7 @@ def test_relay_ends_with_those_who_write() -> None:
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 def test_full_socket_does_not_block(kind: socket.SocketKind) -> None:
-    """A socket, such as the journal's, is written to until it is full."""
+    """A socket, such as the journal's, is written to until it is full, and does not block."""
     reader, writer = socket.socketpair(socket.AF_UNIX, kind)
     with reader, writer:
         log_to(writer.fileno(), HUNDRED.replace("100)", "2000)"))
@@ -274,21 +277,23 @@ def test_full_socket_does_not_block(kind: socket.SocketKind) -> None:
 
 
 def test_pipe_that_others_fill() -> None:
-    """Several processes that write to one full pipe do not wait either."""
+    """Several processes that write to one full pipe do not block."""
     code = "import os\nfor _ in range(4): os.fork()\n" + HUNDRED.replace(
         "print('still here')", "os._exit(0)"
     )
     with pipe() as (_, writer):
         log_to(
             writer,
-            f"import os\nif os.fork() == 0:\n{textwrap.indent(code, ' ')}\nos.wait()\nprint('still here')",
+            f"import os\nif os.fork() == 0:\n{textwrap.indent(code, ' ')}\n"
+            "os.wait()\nprint('still here')",
         )
 
 
 def test_background_of_a_terminal_that_stops_it() -> None:
-    """With `stty tostop`, a line from the background comes, and does not stop the process."""
+    """With `stty tostop`, a background process writes its line and is not stopped."""
     pid, master = pty.fork()
-    # the terminal's foreground; what it starts is in the background
+    # This process is in the foreground of the terminal; the program that it starts is in the
+    # background.
     if pid == 0:
         os.execv(
             sys.executable,
@@ -299,42 +304,42 @@ def test_background_of_a_terminal_that_stops_it() -> None:
                 "0",
             ],
         )
-    said = b""
-    # EIO: all who had the terminal are gone
+    output = b""
+    # EIO: every process of this terminal has ended.
     with suppress(OSError):
-        while some := os.read(master, 4096):
-            said += some
+        while chunk := os.read(master, 4096):
+            output += chunk
     os.close(master)
-    assert os.waitpid(pid, 0)[1] == 0, said
-    assert b"info: i" in said
+    assert os.waitpid(pid, 0)[1] == 0, output
+    assert b"info: i" in output
 
 
-def test_fault_of_ours_is_a_line_of_the_log() -> None:
-    """An exception that nobody catches goes the way of all lines, with its traceback, and the status is as ever."""
+def test_uncaught_exception_is_logged() -> None:
+    """An uncaught exception is logged with its traceback, and the exit status is 1."""
     done = run_python(LINES + "1 / 0", "0")
     assert done.returncode == 1
     first, *_, last = done.stderr.splitlines()
     assert (
-        "critical: internal error, the process exits: reason=\"ZeroDivisionError('division by zero')\""
-        in first
+        "critical: internal error, the process exits: "
+        "reason=\"ZeroDivisionError('division by zero')\"" in first
     )
     assert last == "ZeroDivisionError: division by zero"
 
 
-def test_fault_in_a_destructor_is_a_line_of_the_log() -> None:
-    """The same for an exception in a destructor, which nobody can catch."""
+def test_exception_in_a_destructor_is_logged() -> None:
+    """An exception in a destructor is logged as one line."""
     [line] = log("class Odd:\n    def __del__(self): 1 / 0\nOdd()")
     assert "error: internal error while an object was destroyed: " in line
 
 
 def test_long_line_is_whole() -> None:
-    """A line of many pages comes as it is where there is room for it."""
+    """A line of many pages is written complete if there is space for it."""
     [line] = log("logger.info('x' * 20_000 + 'end')")
     assert line.endswith(": " + "x" * 20_000 + "end")
 
 
 def test_closed_standard_error() -> None:
-    """Without a standard error, or with nobody at its other end, logging does nothing."""
+    """Logging does nothing if standard error is closed, or if its pipe has no reader."""
     done = run_python(
         LINES + "import os; os.close(2); logger.info('i'); print('still here')",
         "0",
@@ -362,10 +367,13 @@ NO_PROC = (
 
 
 def test_pipe_without_proc() -> None:
-    """Where there is no /proc, through which a pipe could be opened again, lines are written to it all the same."""
+    """Without /proc, through which a pipe is opened again, lines are still written to it."""
     if not runs(*NO_PROC, sys.executable, "-c", ""):
-        pytest.skip("a mount namespace cannot be had")
-    code = "from tailsrv.log import logger, set_up; set_up(0); logger.info('first'); logger.info('second')"
+        pytest.skip("a mount namespace cannot be created")
+    code = (
+        "from tailsrv.log import logger, set_up; set_up(0); "
+        "logger.info('first'); logger.info('second')"
+    )
     command = [*NO_PROC, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE
@@ -373,8 +381,8 @@ def test_pipe_without_proc() -> None:
     assert [line.rpartition(" ")[2] for line in done.stderr.splitlines()] == ["first", "second"]
 
 
-def test_trouble_says_where() -> None:
-    """What the kernel has refused is told with the place in our code, if there is one."""
+def test_error_names_its_line() -> None:
+    """An error from the kernel is described with the line of tailsrv's code, if there is one."""
     with socket.socket() as sock:
         pass
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
@@ -386,35 +394,38 @@ def test_trouble_says_where() -> None:
     assert describe_error(MemoryError()) == "reason='out of memory'"
 
 
-def test_trouble_says_where_in_a_package() -> None:
-    """A place in a folder below that of our modules is one of ours, too; one beside it is not."""
+def test_error_names_its_line_in_a_subpackage() -> None:
+    """The line may be in a subpackage of tailsrv, but not in a folder beside tailsrv."""
     folder = os.path.dirname(tailsrv.__file__)
-    for filename, said in (
-        (f"{folder}/room/module.py", " at=room/module.py:1"),
+    for filename, location in (
+        (f"{folder}/package/module.py", " at=package/module.py:1"),
         (f"{folder}-more/module.py", ""),
     ):
         with pytest.raises(OSError, match="refused") as caught:
             exec(compile("raise OSError('refused')", filename, "exec"))
-        assert describe_error(caught.value) == f"reason=refused{said}"
+        assert describe_error(caught.value) == f"reason=refused{location}"
 
 
 def test_undecodable_bytes() -> None:
-    """A path that is not UTF-8 does not keep its line from being written."""
+    """A path that is not UTF-8 is logged with escapes."""
     [line] = log("logger.info('path %s', 'a\\udcff')")
     assert line.endswith("path a\\udcff")
 
 
-def test_limited() -> None:
-    """What strangers cause is logged so many times an interval, below the level not even counted."""
-    code = "say = RateLimited(logging.WARNING, burst=2, interval=3600)\nfor _ in range(5): say('refused', reason='not a number', peer=None)"
+def test_rate_limited() -> None:
+    """Lines that untrusted clients cause are limited, and lines below the level are not counted."""
+    code = (
+        "warn = RateLimited(logging.WARNING, burst=2, interval=3600)\n"
+        "for _ in range(5): warn('refused', reason='not a number', peer=None)"
+    )
     assert [line.partition("warning: ")[2] for line in log(code)] == [
         "refused: reason='not a number'"
     ] * 2
     assert log("RateLimited(logging.DEBUG)('refused')") == []
 
 
-def test_limited_tells_how_many_were_held_back() -> None:
-    """The line after the interval says how many are missing before it."""
+def test_rate_limited_counts_suppressed_lines() -> None:
+    """The first line of the next interval tells how many lines were suppressed."""
     done = run_program("limited_lines")
     assert [line.partition("warning: ")[2] for line in done.stderr.splitlines()] == [
         "refused: peer=x",
@@ -423,27 +434,27 @@ def test_limited_tells_how_many_were_held_back() -> None:
     ]
 
 
-def test_allowance() -> None:
-    """So many pass in an interval; the first that passes in a later one learns how many were held back."""
-    allowance = RateLimit(burst=2, interval=10.0)
-    assert [allowance.ask(now) for now in (100.0, 101.0, 102.0, 109.9)] == [0, 0, None, None]
-    assert [allowance.ask(now) for now in (110.0, 110.0, 110.0)] == [2, 0, None]
-    assert [allowance.ask(now) for now in (500.0, 600.0)] == [1, 0]
+def test_rate_limit() -> None:
+    """Each interval allows a burst; its first line gets the number suppressed before it."""
+    limit = RateLimit(burst=2, interval=10.0)
+    assert [limit.ask(now) for now in (100.0, 101.0, 102.0, 109.9)] == [0, 0, None, None]
+    assert [limit.ask(now) for now in (110.0, 110.0, 110.0)] == [2, 0, None]
+    assert [limit.ask(now) for now in (500.0, 600.0)] == [1, 0]
 
 
 @given(st.integers(1, 5), st.lists(st.floats(0, 30), max_size=50))
-def test_allowance_counts_everything(burst: int, pauses: list[float]) -> None:
-    """Each is let through or told of as held back later, and never more than twice the burst pass in one interval."""
-    allowance, now = RateLimit(burst, 10.0), 0.0
-    passed, told, held = list[float](), 0, 0
+def test_rate_limit_counts_everything(burst: int, pauses: list[float]) -> None:
+    """Every line passes or is counted as suppressed, with at most two bursts in an interval."""
+    limit, now = RateLimit(burst, 10.0), 0.0
+    passed, reported, suppressed = list[float](), 0, 0
     for pause in pauses:
         now += pause
-        answer = allowance.ask(now)
+        answer = limit.ask(now)
         if answer is None:
-            held += 1
+            suppressed += 1
         else:
             passed.append(now)
-            told += answer
-            assert held == told
-    assert len(pauses) == len(passed) + held
+            reported += answer
+            assert suppressed == reported
+    assert len(pauses) == len(passed) + suppressed
     assert all(sum(then <= time < then + 10.0 for time in passed) <= 2 * burst for then in passed)

@@ -1,4 +1,4 @@
-"""This process's own descriptors, and how many processors it may use: trees of files as cgroups(7) describes them, in a folder."""
+"""Tests of the descriptor limit, and of the processor count from cgroups(7) trees in a folder."""
 
 import os
 import resource
@@ -44,21 +44,21 @@ def tree(tmp_path: Path) -> Tree:
 
 @pytest.mark.parametrize("membership", ["", "0::/\n", "0::/a\n4:cpu:/a\n"])
 def test_no_cgroups(tree: Tree, membership: str) -> None:
-    """Files that are not there set no limit, and the affinity is what counts."""
+    """Without cgroup files only the affinity counts."""
     assert count_processors(tree.membership, tree.cgroups) == AFFINITY
     assert tree.quotas(membership) == []
     assert count_processors(tree.membership, tree.cgroups) == AFFINITY
 
 
 def test_quota_is_taken_into_account(tree: Tree) -> None:
-    """A quota of half a processor makes one worker."""
+    """A quota of half a processor results in one worker."""
     tree.write("a/cpu.max", "50000 100000\n")
     assert tree.quotas("0::/a\n") == [500]
     assert count_processors(tree.membership, tree.cgroups) == 1
 
 
 def test_this_machine() -> None:
-    """Whatever this machine has, the answer is from 1 to what the affinity allows."""
+    """On any machine the answer is between 1 and the number of processors in the affinity."""
     assert 1 <= count_processors() <= AFFINITY
 
 
@@ -74,13 +74,13 @@ def test_this_machine() -> None:
     ],
 )
 def test_version_2(tree: Tree, words: str, quotas: list[int]) -> None:
-    """Version 2 has quota and period in one file, `max` for none."""
+    """Version 2 has quota and period in one file, and `max` means no quota."""
     tree.write("a/b/cpu.max", words)
     assert tree.quotas("0::/a/b\n") == quotas
 
 
 def test_version_2_outer_groups_count(tree: Tree) -> None:
-    """A group's own quota is found, and those above it up to the root as a container sees it."""
+    """The quotas of a group and of all groups above it are found."""
     tree.write("a/b/c/cpu.max", "400000 100000\n")
     tree.write("a/b/cpu.max", "max 100000\n")
     tree.write("a/cpu.max", "300000 100000\n")
@@ -89,7 +89,7 @@ def test_version_2_outer_groups_count(tree: Tree) -> None:
 
 
 def test_version_2_other_groups_do_not_count(tree: Tree) -> None:
-    """A sibling's quota is not ours, nor is that of a group below."""
+    """The quotas of sibling groups and of groups below are ignored."""
     for group in ("b", "a/below"):
         tree.write(f"{group}/cpu.max", "100000 100000\n")
     assert tree.quotas("0::/a\n") == []
@@ -97,7 +97,7 @@ def test_version_2_other_groups_do_not_count(tree: Tree) -> None:
 
 @pytest.mark.parametrize("group", ["/docker/0123456789", "/../../elsewhere", "/..", "/"])
 def test_group_that_is_not_in_the_tree(tree: Tree, group: str) -> None:
-    """In a container the group's path may lead nowhere, or upwards; the root is all there is then."""
+    """If the group's path leads nowhere, as in a container, the root's quota is used."""
     tree.write("cpu.max", "500000 100000\n")
     assert tree.quotas(f"0::{group}\n") == [5000]
 
@@ -113,14 +113,14 @@ def test_group_that_is_not_in_the_tree(tree: Tree, group: str) -> None:
     ],
 )
 def test_version_1(tree: Tree, quota: str, period: str, quotas: list[int]) -> None:
-    """Version 1 has a file for the quota, -1 for none, and one for the period."""
+    """Version 1 has one file for the quota, where -1 means none, and one for the period."""
     tree.write("cpu,cpuacct/a/cpu.cfs_quota_us", quota)
     tree.write("cpu,cpuacct/a/cpu.cfs_period_us", period)
     assert tree.quotas("12:memory:/m\n4:cpu,cpuacct:/a\n1:name=systemd:/s\n0::/\n") == quotas
 
 
 def test_version_1_other_controllers_do_not_count(tree: Tree) -> None:
-    """`cpuset` is not `cpu`."""
+    """Only the controller `cpu` counts, not `cpuset`."""
     for controller in ("cpuset", "cpuacct", "cpu"):
         tree.write(f"{controller}/a/cpu.cfs_quota_us", "100000\n")
         tree.write(f"{controller}/a/cpu.cfs_period_us", "100000\n")
@@ -128,7 +128,7 @@ def test_version_1_other_controllers_do_not_count(tree: Tree) -> None:
 
 
 def test_both_versions(tree: Tree) -> None:
-    """On a machine with both, both count, and a group's name may hold colons."""
+    """If both versions are mounted, both count, and a group's name may contain colons."""
     tree.write("cpu/a:b/cpu.cfs_quota_us", "300000\n")
     tree.write("cpu/a:b/cpu.cfs_period_us", "100000\n")
     tree.write("x:y/cpu.max", "200000 100000\n")
@@ -150,25 +150,25 @@ def test_both_versions(tree: Tree) -> None:
     ],
 )
 def test_usable_processors(affinity: int, quotas: list[tuple[int, int]], processors: int) -> None:
-    """The smallest share counts, rounded up, at least 1; what is not a quota sets no limit."""
+    """The smallest quota counts, rounded up and at least 1; invalid quotas are ignored."""
     assert processors == usable_processors(affinity, quotas)
 
 
 def test_raise_limit() -> None:
-    """The soft limit becomes the hard one, which is returned."""
+    """The soft limit is raised to the hard limit, which is returned."""
     done = run_program("soft_limit")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_raise_limit_here() -> None:
-    """Where both limits are the same nothing is changed."""
+    """If both limits are equal, nothing is changed."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[0] != before[1]:
-        pytest.skip("the limits of this process differ, and are not ours to change")
+        pytest.skip("the limits of this process differ, and this test must not change them")
     assert raise_descriptor_limit() == before[1]
 
 
 def test_occupy_standard() -> None:
-    """Of the standard descriptors those that are closed are taken, and no others."""
+    """occupy_standard() opens the standard descriptors that are closed, and no others."""
     done = run_program("closed_standard_input")
     assert (done.returncode, done.stderr) == (0, "")

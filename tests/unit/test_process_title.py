@@ -1,4 +1,4 @@
-"""Process titles: how often they change, and the room for them."""
+"""Tests of process titles: how often they change, and the space for them."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tailsrv.linux.process_title import ProcessTitle
 
 
 class Process:
-    """What a Title shows: the state is set by the test."""
+    """A process with a title, whose text is set by the test."""
 
     def __init__(self) -> None:
         self.timers = Timers()
@@ -23,7 +23,7 @@ class Process:
         return f"tailsrv: test {self.text}"
 
     def change(self, text: str, now: float) -> None:
-        """Have something new to show at that time, as a loop does that runs its timers afterwards."""
+        """Change the text at this time, and run the timers as a loop does."""
         self.text = text
         self.title.changed(now)
         self.timers.run(now)
@@ -31,21 +31,21 @@ class Process:
 
 @pytest.fixture
 def process() -> Iterator[Process]:
-    """Give a process with a title, and have the title of this one back afterwards."""
+    """Give a process with a title, and restore the title of this process afterwards."""
     before = getproctitle()
     yield Process()
     setproctitle(before)
 
 
 def test_first_title_at_once(process: Process) -> None:
-    """The first title is there at once, and nothing is planned while nothing changes."""
+    """The first title is set at once, and no timer runs while nothing changes."""
     process.change("one", 100.0)
     assert getproctitle() == "tailsrv: test one"
     assert process.timers.timeout(100.0) is None
 
 
 def test_at_most_one_a_second(process: Process) -> None:
-    """Changes within a second show once, when it is over, and as they are by then."""
+    """Changes within a second are shown once at its end, with the latest text."""
     process.change("one", 100.0)
     for number in range(50):
         process.change(f"number {number}", 100.1 + number / 100)
@@ -59,7 +59,7 @@ def test_at_most_one_a_second(process: Process) -> None:
 
 
 def test_the_interval_counts_from_the_last_one_shown(process: Process) -> None:
-    """A change just after a delayed title waits for a second of its own."""
+    """The next second starts when a delayed title is shown."""
     process.change("one", 100.0)
     process.change("two", 100.5)
     process.timers.run(101.0)
@@ -70,26 +70,26 @@ def test_the_interval_counts_from_the_last_one_shown(process: Process) -> None:
     assert getproctitle() == "tailsrv: test three"
 
 
-def test_nothing_new_is_not_set(process: Process) -> None:
-    """A title that would be the same again is not set, and no later look at it is planned."""
+def test_unchanged_title_is_not_set(process: Process) -> None:
+    """An unchanged title is not set again, and sets no timer."""
     process.change("one", 100.0)
-    setproctitle("tailsrv: set by somebody else")
+    setproctitle("tailsrv: set by another program")
     process.change("one", 200.0)
-    assert getproctitle() == "tailsrv: set by somebody else"
+    assert getproctitle() == "tailsrv: set by another program"
     process.change("one", 200.5)
     assert process.timers.timeout(200.5) is None
 
 
 def test_after_a_quiet_time_at_once(process: Process) -> None:
-    """A change after more than a second of quiet shows at once."""
+    """A change after more than a second without one is shown at once."""
     process.change("one", 100.0)
     process.change("two", 105.0)
     assert getproctitle() == "tailsrv: test two"
 
 
-def test_room_is_not_handed_on() -> None:
-    """Programs that are started later do not get the variable that makes the room."""
-    # it changes what execve(2) gets
+def test_title_space_is_not_inherited() -> None:
+    """Programs that are started later do not get the variable that makes space for the title."""
+    # coverage.py's variables would change what execve(2) gets.
     done = run_program(
         "room_for_title",
         sys.executable,
@@ -101,8 +101,8 @@ def test_room_is_not_handed_on() -> None:
     assert int(done.stdout.splitlines()[-1]) == 100_000
 
 
-def test_no_room_can_be_made() -> None:
-    """Where the program cannot be executed again, it goes on, and its title is cut."""
+def test_no_space_for_the_title() -> None:
+    """If the program cannot be executed again, it runs with a shortened title."""
     done = run_program("room_for_title", "/nonexistent")
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.splitlines()[-1]) < 100_000

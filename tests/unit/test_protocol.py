@@ -1,4 +1,4 @@
-"""The header and where it starts a stream: tables, each read three ways, and properties."""
+"""Tests of the header and the start of a stream: tables, each read three ways, and properties."""
 
 from itertools import pairwise
 
@@ -33,43 +33,44 @@ GOOD = [
 ]
 
 BAD_LINES = [
-    b"", b" ", b"\r", b"abc", b"1_000", b"1e3", b"1.0", b"0x10", b"12abc", b"abc12", b"1 2", b"- 5", b"--5", b"+-5", b"-", b"+",
-    b"5-", b"1,000", b"12\r\r", b"1\r2", b"12\r ", b"\r12", b"\x0012", b"12\x00", b"\x0b12", b"\x0c12", b"GET / HTTP/1.1\r",
-    "٣".encode(), "\uff11\uff12".encode(), "\u22125".encode(), "\u00a05".encode(), b"\xff\xfe", b"\xef\xbb\xbf12",
-    b"%d" % (INT64_MAX + 1), b"-%d" % (INT64_MAX + 2), b"+%d" % (INT64_MAX + 1), b"9" * MAX_HEADER,
+    b"", b" ", b"\r", b"abc", b"1_000", b"1e3", b"1.0", b"0x10", b"12abc", b"abc12", b"1 2", b"- 5",
+    b"--5", b"+-5", b"-", b"+", b"5-", b"1,000", b"12\r\r", b"1\r2", b"12\r ", b"\r12", b"\x0012",
+    b"12\x00", b"\x0b12", b"\x0c12", b"GET / HTTP/1.1\r", "٣".encode(), "\uff11\uff12".encode(),
+    "\u22125".encode(), "\u00a05".encode(), b"\xff\xfe", b"\xef\xbb\xbf12", b"%d" % (INT64_MAX + 1),
+    b"-%d" % (INT64_MAX + 2), b"+%d" % (INT64_MAX + 1), b"9" * MAX_HEADER,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("raw", "start"), GOOD)
-def test_header_at_once(raw: bytes, start: Start) -> None:
-    """A header that has come whole gives its start, and its length with the newline."""
+def test_complete_header(raw: bytes, start: Start) -> None:
+    """A complete header gives its start."""
     assert start == parse_header(raw)
 
 
 @pytest.mark.parametrize(("raw", "start"), GOOD)
 def test_header_byte_by_byte(raw: bytes, start: Start) -> None:
-    """A header that comes byte by byte asks for more until its newline is there."""
+    """A header that arrives byte by byte is incomplete until its newline."""
     assert [None] * len(raw) == [parse_header(raw[:length]) for length in range(len(raw))]
     assert start == parse_header(raw)
 
 
 @pytest.mark.parametrize("junk", [b"\n", b"junk", b"7\n", b"\x00\xff", b"x" * 1000])
 @pytest.mark.parametrize(("raw", "start"), GOOD)
-def test_header_with_junk_behind(raw: bytes, start: Start, junk: bytes) -> None:
-    """What is behind the newline is not looked at, cut off by the peek or not."""
+def test_header_with_junk_after_it(raw: bytes, start: Start, junk: bytes) -> None:
+    """Bytes after the newline are ignored, complete or cut off by the peek."""
     assert start == parse_header(raw + junk)
     assert start == parse_header((raw + junk)[:PEEK])
 
 
 @pytest.mark.parametrize(("raw", "start"), GOOD)
 def test_header_then_end_of_input(raw: bytes, start: Start) -> None:
-    """A half-close behind the newline does not matter."""
+    """A half-close after the newline does not matter."""
     assert start == parse_header(raw, ended=True)
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_bad_line(line: bytes) -> None:
-    """Anything but a number is refused, with junk behind it or not, and in one printable line."""
+    """A line that is no number is refused with one printable line, whatever follows it."""
     for raw in (line + b"\n", line + b"\njunk", line + b"\n5\n"):
         with pytest.raises(HeaderError) as caught:
             parse_header(raw)
@@ -77,14 +78,14 @@ def test_bad_line(line: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_bad_line_comes_to_an_end(line: bytes) -> None:
-    """A line that is not whole yet only asks for more, however bad it looks, as long as it is short enough."""
+def test_incomplete_bad_line(line: bytes) -> None:
+    """An incomplete line is not refused, whatever it contains, while it is short enough."""
     assert [None] * len(line) == [parse_header(line[:length]) for length in range(len(line))]
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_end_of_input_before_the_newline(line: bytes) -> None:
-    """Input that ends before a newline is refused, and so is a good number without one."""
+    """Input that ends before a newline is refused, even if it is a valid number."""
     for raw in (line, b"5", b"-5\r"):
         with pytest.raises(HeaderError, match="ended"):
             parse_header(raw, ended=True)
@@ -92,7 +93,7 @@ def test_end_of_input_before_the_newline(line: bytes) -> None:
 
 @pytest.mark.parametrize("byte", [b"0", b" ", b"x", b"\x00"])
 def test_header_length_limit(byte: bytes) -> None:
-    """32 bytes may still become a header; a 33rd that is not the newline may not."""
+    """32 bytes may still become a header, and a 33rd byte that is no newline may not."""
     assert parse_header(byte * MAX_HEADER) is None
     for length in (MAX_HEADER + 1, MAX_HEADER + 2, 1000):
         with pytest.raises(HeaderError, match="too long"):
@@ -102,7 +103,7 @@ def test_header_length_limit(byte: bytes) -> None:
 
 
 def test_limits_are_as_documented() -> None:
-    """The protocol says 32 bytes without a newline, and the peek sees one more."""
+    """The header limit is 32 bytes without the newline, and the peek reads one more."""
     assert (MAX_HEADER, PEEK) == (32, 33)
 
 
@@ -125,12 +126,12 @@ def test_limits_are_as_documented() -> None:
     ],
 )
 def test_offset(start: Start, size: int, offset: int) -> None:
-    """A start is an absolute offset: from the end not below 0, from the beginning wherever it says."""
+    """A start from the end is not below 0, and a start from the beginning may be beyond the end."""
     assert offset == start.offset(size)
 
 
 def outcome(received: bytes, ended: bool = False) -> Start | str | None:
-    """Return what parse_header() says of `received`, a refusal in words."""
+    """Return what parse_header() returns for `received`, or its error message."""
     try:
         return parse_header(received, ended)
     except HeaderError as error:
@@ -138,7 +139,7 @@ def outcome(received: bytes, ended: bool = False) -> Start | str | None:
 
 
 def feed(pieces: list[bytes]) -> Start | str | None:
-    """Return what a reader gets who peeks after each piece, until that is something."""
+    """Return the first result for a reader that peeks after each piece."""
     received = b""
     for piece in pieces:
         received += piece
@@ -157,14 +158,14 @@ lines = st.one_of(
 
 @given(lines, st.lists(st.integers(0, 80)))
 def test_split_anywhere(raw: bytes, cuts: list[int]) -> None:
-    """However the network cuts it, what has come is read as if it had come at once."""
+    """The result does not depend on how the network splits the header."""
     edges = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
     assert outcome(raw[:PEEK]) == feed([raw[start:end] for start, end in pairwise(edges)])
 
 
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_at_all(raw: bytes, ended: bool) -> None:
-    """Whatever a stranger sends is a start within the limits, a refusal, or too little, and never too little at the end."""
+    """Any bytes are a start within the limits, a refusal, or incomplete, but not at their end."""
     try:
         result = parse_header(raw, ended)
     except HeaderError:
@@ -179,7 +180,7 @@ def test_any_bytes_at_all(raw: bytes, ended: bool) -> None:
 
 @given(lines, st.binary(max_size=100))
 def test_junk_changes_nothing(line: bytes, junk: bytes) -> None:
-    """What follows the first newline has no say in what the header is."""
+    """Bytes after the first newline do not change the result."""
     raw = line.partition(b"\n")[0] + b"\n"
     assert outcome(raw) == outcome(raw + junk) == outcome(raw + junk, ended=True)
 
@@ -193,14 +194,14 @@ def test_junk_changes_nothing(line: bytes, junk: bytes) -> None:
 def test_numbers_round_trip(
     number: int, before: bytes, after: bytes, carriage_return: bytes
 ) -> None:
-    """Every number that fits 64 bits is understood, with blanks around it."""
+    """Every number of 64 bits is parsed, with blanks around it."""
     raw = before + b"%d" % number + after + carriage_return + b"\n"
     assert Start(abs(number), number < 0) == parse_header(raw)
 
 
 @given(st.integers(0, INT64_MAX), st.integers(0, INT64_MAX))
 def test_offset_from_the_end_is_in_the_file(count: int, size: int) -> None:
-    """The last N bytes of a file start where N bytes are left, or at 0 where there are fewer."""
+    """The last N bytes of a file start N bytes before its end, or at 0 if the file is shorter."""
     offset = Start(count, from_end=True).offset(size)
     assert 0 <= offset <= size
     assert min(count, size) == size - offset

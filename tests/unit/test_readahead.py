@@ -1,4 +1,4 @@
-"""Clients whose next bytes are on the disk wait for them, and hold nobody up. The disk is one whose pace is in hand."""
+"""Tests of clients that wait for the disk without delaying others, with a simulated disk."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,79 +19,79 @@ from tailsrv.worker.streams import SEND_CHUNK
 
 
 class Disk:
-    """What is in memory of a file, and what has been asked for."""
+    """A disk that records the reads that are requested, and whose cache the test fills."""
 
     def __init__(self) -> None:
         self.ahead = ReadAhead(self.is_cached, self.read)
         self.cached_to = 0
-        self.asked: list[tuple[int, int]] = []
+        self.requested: list[tuple[int, int]] = []
 
     def is_cached(self, offset: int, count: int, _stride: int) -> bool:
-        """Tell whether these bytes are in memory."""
+        """Tell whether these bytes are cached."""
         return offset + count <= self.cached_to
 
     def read(self, offset: int, count: int) -> None:
-        """Note that these bytes are wanted."""
-        self.asked.append((offset, count))
+        """Record that these bytes were requested."""
+        self.requested.append((offset, count))
 
 
 @pytest.fixture
 def disk() -> Disk:
-    """Give a disk that has read nothing yet."""
+    """Give a disk of which nothing is cached yet."""
     return Disk()
 
 
 @pytest.fixture
 def clients() -> Iterator[list[Client]]:
-    """Give more clients, at offset 0, than the disk works for."""
+    """Give two clients more than may read ahead at once, all at offset 0."""
     with ExitStack() as stack:
         ends = [stack.enter_context(tcp_pair()) for _ in range(MAX_READERS + 2)]
         yield [Client(number, near, far.getsockname()) for number, (near, far) in enumerate(ends)]
 
 
-def test_what_is_in_memory(disk: Disk, clients: list[Client]) -> None:
-    """A client whose next bytes are in memory gets them at once, and the disk is left alone."""
+def test_cached_bytes(disk: Disk, clients: list[Client]) -> None:
+    """A client whose next bytes are cached may send them at once, and nothing is read ahead."""
     disk.cached_to = SEND_CHUNK
     assert disk.ahead.admit(clients[0], SEND_CHUNK) == SEND_CHUNK
     assert not disk.ahead
-    assert disk.asked == []
+    assert disk.requested == []
 
 
-def test_what_is_on_the_disk(disk: Disk, clients: list[Client]) -> None:
-    """A client whose next bytes are not has them read, and looks again until they are there; meanwhile what follows is read, too."""
+def test_bytes_on_the_disk(disk: Disk, clients: list[Client]) -> None:
+    """A client waits while its next bytes are read from disk, and then the bytes after them are."""
     disk.cached_to = READ_AHEAD - 1
     for _ in range(3):
         assert disk.ahead.admit(clients[0], SEND_CHUNK) == 0
         assert disk.ahead
         assert disk.ahead.take_due() == clients[:1]
         assert not disk.ahead
-    assert disk.asked == [(0, READ_AHEAD)]
+    assert disk.requested == [(0, READ_AHEAD)]
     disk.cached_to = READ_AHEAD
     assert disk.ahead.admit(clients[0], SEND_CHUNK) == READ_AHEAD
     assert not disk.ahead
-    assert disk.asked == [(0, READ_AHEAD), (READ_AHEAD, READ_AHEAD)]
+    assert disk.requested == [(0, READ_AHEAD), (READ_AHEAD, READ_AHEAD)]
     disk.cached_to = SEND_CHUNK
-    # from memory, as if it had never been otherwise
+    # The bytes are cached, and the client is treated as if it had never waited.
     assert disk.ahead.admit(clients[0], SEND_CHUNK) == SEND_CHUNK
-    assert len(disk.asked) == 2
+    assert len(disk.requested) == 2
 
 
-def test_those_whom_the_disk_works_for_are_few(disk: Disk, clients: list[Client]) -> None:
-    """READERS clients have bytes read for them at a time; when one has got its own, or leaves, another has its turn."""
-    few, others = clients[:MAX_READERS], clients[MAX_READERS:]
+def test_readers_are_limited(disk: Disk, clients: list[Client]) -> None:
+    """MAX_READERS clients read ahead at once; others follow when one has its bytes or leaves."""
+    readers, others = clients[:MAX_READERS], clients[MAX_READERS:]
     assert not any(disk.ahead.admit(client, 1000) for client in clients)
-    assert disk.ahead.take_due() == few
-    assert len(disk.asked) == MAX_READERS
-    assert not any(disk.ahead.admit(client, 1000) for client in few[2:])
+    assert disk.ahead.take_due() == readers
+    assert len(disk.requested) == MAX_READERS
+    assert not any(disk.ahead.admit(client, 1000) for client in readers[2:])
     disk.cached_to = 1000
-    assert disk.ahead.admit(few[0], 1000)
-    disk.ahead.forget(few[1])
-    assert disk.ahead.take_due() == [*few[2:], *others]
+    assert disk.ahead.admit(readers[0], 1000)
+    disk.ahead.forget(readers[1])
+    assert disk.ahead.take_due() == [*readers[2:], *others]
     assert not disk.ahead
 
 
 def test_pauses(disk: Disk, clients: list[Client]) -> None:
-    """Who has looked in vain looks less and less often, and the more do so, the longer all of them wait."""
+    """The pause grows with the number of misses, and with the number of waiting clients."""
     assert not disk.ahead.admit(clients[0], 1000)
     pauses = [disk.ahead.pause()]
     for _ in range(20):
@@ -104,7 +104,7 @@ def test_pauses(disk: Disk, clients: list[Client]) -> None:
 
 
 def test_a_disk_that_cannot_read(disk: Disk, clients: list[Client]) -> None:
-    """Where bytes do not come for a long time, sendfile(2) is to find out why."""
+    """After MAX_MISSES misses the client may send, so that sendfile(2) reports the disk's error."""
     for _ in range(MAX_MISSES):
         assert not disk.ahead.admit(clients[0], 1000)
         disk.ahead.take_due()

@@ -1,4 +1,4 @@
-"""What the supervisor takes in from its workers."""
+"""Tests of the supervisor's report reader."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -13,21 +13,21 @@ from tailsrv.worker_channel import Notices, Ping, WorkerReport, encode
 
 @pytest.fixture
 def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give the supervisor's end of a channel, and the worker's."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        ours.setblocking(False)
-        yield ours, theirs
+    """Give the supervisor's end of a channel, and the worker's end."""
+    supervisor_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with supervisor_end, worker_end:
+        supervisor_end.setblocking(False)
+        yield supervisor_end, worker_end
 
 
-def test_a_flood_of_reports_does_not_keep_the_supervisor(
+def test_turn_reads_a_bounded_number_of_reports(
     channel: tuple[socket.socket, socket.socket],
 ) -> None:
-    """One turn takes in so much and no more; a worker's last words are all that it has said."""
-    heard: list[Notices] = []
+    """A turn reads a bounded number of clients, and the reports of a dead worker are all read."""
+    received: list[Notices] = []
     loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
-    report_reader = ReportReader([slot], loop, lambda _, notices: heard.append(notices))
+    report_reader = ReportReader([slot], loop, lambda _, notices: received.append(notices))
     for size in range(10):
         channel[1].send(
             encode(
@@ -37,19 +37,22 @@ def test_a_flood_of_reports_does_not_keep_the_supervisor(
             )
         )
     report_reader.read_reports(slot)
-    assert [notices.truncated for notices in heard] == [0, 1]
+    assert [notices.truncated for notices in received] == [0, 1]
     report_reader.read_reports(slot)
-    assert [notices.truncated for notices in heard] == [0, 1, 2, 3]
+    assert [notices.truncated for notices in received] == [0, 1, 2, 3]
     report_reader.read_remaining(slot)
-    assert [notices.truncated for notices in heard] == list(range(10))
+    assert [notices.truncated for notices in received] == list(range(10))
     loop.epoll.close()
 
 
-@pytest.mark.parametrize("take", [ReportReader.read_reports, ReportReader.read_remaining])
-def test_last_words_of_one_who_had_not_listened(
-    channel: tuple[socket.socket, socket.socket], take: Callable[[ReportReader, Slot], None]
+@pytest.mark.parametrize("read", [ReportReader.read_reports, ReportReader.read_remaining])
+def test_reports_of_a_worker_that_left_a_message_unread(
+    channel: tuple[socket.socket, socket.socket], read: Callable[[ReportReader, Slot], None]
 ) -> None:
-    """A worker that ends with a message of ours unread has its reports heard to the end, though the kernel speaks of a reset first."""
+    """All reports of a worker are read, even if it exited with a message unread.
+
+    The kernel reports that once, as a reset, before the data that the worker had sent.
+    """
     loop = EventLoop()
     slot = Slot(0, [], channel=channel[0])
     report_reader = ReportReader([slot], loop, lambda *_: None)
@@ -58,7 +61,7 @@ def test_last_words_of_one_who_had_not_listened(
     channel[1].send(encode(WorkerReport(started=[(7, 5)])))
     channel[0].send(encode(Ping()))
     channel[1].close()
-    take(report_reader, slot)
+    read(report_reader, slot)
     assert slot.client_table.clients[7].start == 5
     slot.client_table.close_in_child()
     loop.epoll.close()

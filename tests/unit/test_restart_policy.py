@@ -1,4 +1,4 @@
-"""What follows from the deaths of workers, each as a table; time is a number."""
+"""Tests of what follows from the deaths of workers: tables with times as numbers."""
 
 import os
 import signal
@@ -18,12 +18,12 @@ from tailsrv.supervisor.restart_policy import (
 
 
 def ended(status: int) -> int:
-    """Return the wait status of a process that ended with `status`, as wait(2) composes it."""
+    """Return the wait status of a process that exited with `status`, as in wait(2)."""
     return status << 8
 
 
 def killed(number: int, core: bool = False) -> int:
-    """Return the wait status of a process that a signal has ended."""
+    """Return the wait status of a process that a signal ended."""
     return number | (0x80 if core else 0)
 
 
@@ -49,8 +49,8 @@ def killed(number: int, core: bool = False) -> int:
         (killed(signal.SIGRTMIN + 3), ExitKind.KILLED),
     ],
 )
-def test_verdict(status: int, expected: ExitKind) -> None:
-    """A worker's end is as asked, its own fault, somebody else's doing, or says that there is no use in another."""
+def test_classify_exit(status: int, expected: ExitKind) -> None:
+    """An exit is classified as requested, a fault, a kill, a shortage, or a failed boot."""
     assert expected is classify_exit(status)
 
 
@@ -64,12 +64,13 @@ def test_verdict(status: int, expected: ExitKind) -> None:
         (killed(40), "signal=40"),
     ],
 )
-def test_describe_status(status: int, words: str) -> None:
-    """A wait status is told in the words that an operator knows."""
+def test_describe_exit(status: int, words: str) -> None:
+    """A wait status is described with its exit status or the name of its signal."""
     assert words == describe_exit(status)
 
 
-# A life: seconds, whether the worker was ready, how it ended, whether it had adopted clients.
+# A life is its length in seconds, whether the worker became ready, how it ended, and whether it had
+# adopted clients.
 Life = tuple[float, bool, ExitKind, bool]
 
 TIMING = Timing()
@@ -87,7 +88,7 @@ def after(*lives: Life) -> Failures:
 
 @pytest.mark.parametrize(
     ("life", "record"),
-    # short, unready, suspect, each after a record of 3, 3 and 1
+    # The record counts short, unready and suspect lives, and was 3, 3 and 1 before this one.
     [
         ((SOON, True, FAULT, True), Failures(4, 0, 2)),
         ((SOON, False, FAULT, True), Failures(4, 4, 2)),
@@ -107,24 +108,24 @@ def after(*lives: Life) -> Failures:
     ],
 )
 def test_after_life(life: Life, record: Failures) -> None:
-    """What one more death adds to the record of a slot, and what it wipes out."""
+    """Each life increases or resets the three counts of a slot's record."""
     assert record == Failures(short=3, unready=3, suspect=1).after_life(*life, TIMING)
 
 
 def test_delays() -> None:
-    """The first short life costs no delay; from the second on it doubles from 0.1 to 5 seconds; a long life starts anew."""
+    """The delay is 0 after one short life, doubles from 0.1 to 5 s, and is reset by a long life."""
     short = (SOON, True, KILLED, True)
     delays = [after(*[short] * deaths).delay(TIMING) for deaths in range(11)]
     assert delays == pytest.approx([0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5])
     assert max(delays) == TIMING.max_delay
-    # no overflow
+    # A large count causes no overflow.
     assert Failures(short=100_000).delay(TIMING) == TIMING.max_delay
     assert after(short, short, short, (LATE, True, KILLED, True)).delay(TIMING) == 0
     assert after(short, short, short, (LATE, True, KILLED, True), short).delay(TIMING) == 0
 
 
 def test_poisoned() -> None:
-    """Two deaths in a row by their own fault soon after adopting are enough; any other death between them starts the count anew."""
+    """Two faults in a row soon after adopting poison a slot, and other deaths reset the count."""
     suspect = (SOON, True, FAULT, True)
     assert [after(*[suspect] * deaths).poisoned() for deaths in range(4)] == [
         False,
@@ -133,18 +134,18 @@ def test_poisoned() -> None:
         True,
     ]
     assert after((SOON, False, FAULT, True), suspect).poisoned()
-    for innocent in [
+    for other_death in [
         (LATE, True, FAULT, True),
         (SOON, True, KILLED, True),
         (SOON, True, DONE, True),
         (SOON, True, FAULT, False),
     ]:
-        assert not after(suspect, innocent, suspect).poisoned()
-        assert not after(*[innocent] * 100).poisoned()
+        assert not after(suspect, other_death, suspect).poisoned()
+        assert not after(*[other_death] * 100).poisoned()
 
 
 def test_hopeless() -> None:
-    """Five deaths in a row before ready are enough, long lives or short; one that was ready starts the count anew."""
+    """Five deaths in a row before ready make a slot hopeless; a ready worker resets the count."""
     unready, ready = (SOON, False, FAULT, False), (SOON, True, FAULT, False)
     assert [after(*[unready] * deaths).hopeless() for deaths in range(1, 6)] == [False] * 4 + [True]
     assert after(*[(60.0, False, FAULT, False)] * MAX_UNREADY).hopeless()
@@ -154,7 +155,7 @@ def test_hopeless() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.booleans(), st.just(KILLED), st.booleans())))
-def test_somebody_who_kills_costs_no_client(lives: list[Life]) -> None:
-    """Whoever kills workers, however soon and often, makes no client suspect and no slot hopeless."""
+def test_kills_from_outside_are_not_suspect(lives: list[Life]) -> None:
+    """Kills from outside, however soon and frequent, make no slot poisoned or hopeless."""
     assert not after(*lives).poisoned()
     assert not after(*lives).hopeless()

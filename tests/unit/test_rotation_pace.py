@@ -1,4 +1,4 @@
-"""The least time between two rotations."""
+"""Tests of the minimum time between two rotations."""
 
 from tailsrv.config import Timing
 from tailsrv.supervisor.rotation_pace import RotationPace
@@ -6,8 +6,8 @@ from tailsrv.supervisor.rotation_pace import RotationPace
 TIMING = Timing()
 
 
-def test_first_rotations_wait_for_nothing() -> None:
-    """One rotation may come at any time, and a second one soon after it."""
+def test_first_rotations_do_not_wait() -> None:
+    """The first two rotations do not wait."""
     pace = RotationPace(TIMING)
     for now in (100.0, 100.1):
         assert pace.pause(now) == 0
@@ -15,7 +15,7 @@ def test_first_rotations_wait_for_nothing() -> None:
 
 
 def test_rotations_in_quick_succession() -> None:
-    """Where one follows another at once, the pause doubles up to its maximum: 100 of them take minutes."""
+    """If rotations follow each other at once, the pause doubles up to its maximum."""
     pace, now, pauses = RotationPace(TIMING), 100.0, []
     for _ in range(100):
         pauses.append(round(pace.pause(now), 6))
@@ -27,8 +27,8 @@ def test_rotations_in_quick_succession() -> None:
     assert now > 400
 
 
-def test_rotations_at_leisure() -> None:
-    """A file that lived long enough ends the row, whatever pause there was before it."""
+def test_rotations_far_apart() -> None:
+    """A file that was served long enough resets the pause."""
     pace, now = RotationPace(TIMING), 100.0
     for _ in range(10):
         now += pace.pause(now)
@@ -38,8 +38,8 @@ def test_rotations_at_leisure() -> None:
     assert pace.pause(now) == 0
 
 
-def test_time_that_a_rotation_takes_is_not_life() -> None:
-    """Files that are replaced as soon as they are served have a pause between them, however long each rotation takes."""
+def test_duration_of_a_rotation_does_not_count() -> None:
+    """The duration of a rotation does not count as time for which the file was served."""
     pace, now = RotationPace(TIMING), 100.0
     for _ in range(10):
         now += pace.pause(now)

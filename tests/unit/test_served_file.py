@@ -1,4 +1,4 @@
-"""The file that is served: what is opened, what is refused, and whether a path still names it."""
+"""Tests of the served file: opening, refusals, and whether a path still names it."""
 
 import os
 import stat
@@ -20,11 +20,11 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-# is_gone
+# Deletion and replacement.
 
 
 def test_is_gone(path: Path) -> None:
-    """A path is gone when it names nothing, or something else than what we hold."""
+    """A file is gone if its path names nothing, or another file."""
     with opened(path) as file:
         assert not is_gone(file, str(path))
         assert not is_gone(file, f"{path.parent}/./{path.name}")
@@ -42,19 +42,19 @@ def test_is_gone_compares_device_and_inode(path: Path) -> None:
         assert is_gone(file, str(copy))
 
 
-def test_is_gone_where_nobody_can_see(path: Path) -> None:
-    """A loop of links names nothing; a name that cannot be looked at says nothing."""
+def test_is_gone_for_paths_that_cannot_be_followed(path: Path) -> None:
+    """A link loop counts as gone, and for a path that cannot be checked the result is None."""
     path.with_name("loop").symlink_to("loop")
     with opened(path) as file:
         assert is_gone(file, str(path.with_name("loop"))) is True
         assert is_gone(file, str(path.with_name("x" * 300))) is None
 
 
-# Opening
+# Opening.
 
 
 def test_open_file(path: Path) -> None:
-    """A regular file is opened, an empty one too, and programs that are started do not get it."""
+    """A regular file is opened, even if empty, and is not inherited by other programs."""
     for data in (b"four", b""):
         path.write_bytes(data)
         file = open_file(str(path))
@@ -68,7 +68,7 @@ def test_open_file(path: Path) -> None:
 
 
 def test_open_file_that_does_not_exist(tmp_path: Path) -> None:
-    """A file that may yet come into being is no error: not even its folder has to exist, and a link may lead to nothing."""
+    """A missing file, a missing folder and a dangling link are no error, and give None."""
     (tmp_path / "link").symlink_to("nothing")
     assert [open_file(str(tmp_path / name)) for name in ("log", "no/log", "link")] == [
         None,
@@ -78,7 +78,7 @@ def test_open_file_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def refusal(path: Path | str) -> str:
-    """Return why `path` cannot be served, after seeing that no descriptor is left open."""
+    """Return why `path` cannot be served, and check that no descriptor stays open."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CannotServeError) as caught:
         open_file(str(path))
@@ -87,8 +87,8 @@ def refusal(path: Path | str) -> str:
     return str(caught.value)
 
 
-def test_open_file_refuses_what_is_no_regular_file(tmp_path: Path) -> None:
-    """A folder, a FIFO without a writer, a socket and a device are refused without waiting."""
+def test_open_file_refuses_special_files(tmp_path: Path) -> None:
+    """A folder, a FIFO, a socket and a device are refused without waiting."""
     os.mkfifo(tmp_path / "fifo")
     os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
     for path in (tmp_path, tmp_path / "fifo", tmp_path / "socket", Path("/dev/null")):
@@ -96,35 +96,36 @@ def test_open_file_refuses_what_is_no_regular_file(tmp_path: Path) -> None:
 
 
 def test_open_file_refuses_a_path_through_a_file(path: Path) -> None:
-    """A path through what is no folder is refused with the kernel's reason."""
+    """A path through a file that is no folder is refused with the kernel's reason."""
     assert refusal(path / "below") == "Not a directory"
 
 
 def test_open_file_refuses_a_loop(tmp_path: Path) -> None:
-    """A link to itself is refused."""
+    """A symbolic link to itself is refused."""
     (tmp_path / "loop").symlink_to("loop")
     assert "symbolic links" in refusal(tmp_path / "loop")
 
 
 @pytest.mark.skipif(as_root, reason="root may read everything")
 def test_open_file_refuses_an_unreadable_file(path: Path) -> None:
-    """A file that we may not read is refused."""
+    """A file without read permission is refused."""
     path.chmod(0)
     assert refusal(path).startswith("Permission denied; it has mode 0000, ")
 
 
-@pytest.mark.skipif(not as_root, reason="only root can become somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 def test_open_file_refuses_an_unreadable_file_to_others(path: Path) -> None:
-    """A file that only root may read is refused to everyone else."""
+    """A file that only root may read is refused for other users."""
     path.chmod(0o600)
     path.parent.chmod(0o755)
     done = run_program("open_as_nobody", str(path.parent))
     assert done.returncode == 0
     assert done.stdout.startswith(
-        "Permission denied; it has mode 0600, user 0 and group 0, and tailsrv runs as user 65534 with groups "
+        "Permission denied; it has mode 0600, user 0 and group 0, "
+        "and tailsrv runs as user 65534 with groups "
     )
 
 
 def test_open_file_refuses_what_cannot_be_sent() -> None:
-    """A file in /proc looks regular, but its contents cannot be sent as a file's can."""
+    """A file in /proc, whose contents sendfile(2) cannot send, is refused."""
     assert "sendfile(2)" in refusal("/proc/self/mem")

@@ -1,4 +1,4 @@
-"""Signals: a byte wakes the loop, and none falls into the gap around a fork."""
+"""Tests of signals: a byte wakes the loop, and none is lost around a fork."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ CAUGHT = [signal.SIGUSR1, signal.SIGUSR2]
 
 @pytest.fixture
 def wakeup() -> Iterator[Wakeup]:
-    """Give a wakeup for two signals that nobody else uses, and have their handlers back afterwards."""
+    """Give a wakeup for two unused signals, and restore their handlers afterwards."""
     before = {number: signal.getsignal(number) for number in CAUGHT}
     woken = Wakeup(CAUGHT)
     yield woken
@@ -26,13 +26,13 @@ def wakeup() -> Iterator[Wakeup]:
 
 
 def test_quiet(wakeup: Wakeup) -> None:
-    """Without a signal there is nothing to read, and reading does not wait."""
+    """Without a signal there is nothing to read, and read() does not wait."""
     assert not readable(wakeup.fileno())
     assert wakeup.read() == []
 
 
 def test_signals_are_read_in_order(wakeup: Wakeup) -> None:
-    """Each signal is a byte that makes the descriptor readable, until it is read."""
+    """Each signal makes the descriptor readable, and signals are read in their order."""
     signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGUSR2)
     signal.raise_signal(signal.SIGUSR1)
@@ -42,7 +42,7 @@ def test_signals_are_read_in_order(wakeup: Wakeup) -> None:
 
 
 def test_storm_neither_blocks_nor_warns(wakeup: Wakeup) -> None:
-    """More signals than the pipe holds are dropped without a word; those that fit still wake."""
+    """More signals than the pipe holds are dropped without a warning, and the rest still wake."""
     fcntl.fcntl(wakeup.fileno(), fcntl.F_SETPIPE_SZ, 4096)
     for _ in range(5000):
         signal.raise_signal(signal.SIGUSR1)
@@ -51,12 +51,12 @@ def test_storm_neither_blocks_nor_warns(wakeup: Wakeup) -> None:
 
 
 def test_descriptors_are_not_inherited(wakeup: Wakeup) -> None:
-    """Programs that are started do not get the pipe."""
+    """Programs that are started do not inherit the pipe."""
     assert not os.get_inheritable(wakeup.fileno())
 
 
 def test_close_gives_everything_back() -> None:
-    """After close() no signal writes to the descriptor, whoever has its number by then."""
+    """After close() no signal writes to the descriptor's number, which may have a new owner."""
     before = signal.getsignal(signal.SIGUSR1)
     woken = Wakeup([signal.SIGUSR1])
     fds = woken.fileno()
@@ -73,10 +73,10 @@ def test_close_gives_everything_back() -> None:
         os.close(writer)
 
 
-def test_blocked_holds_signals_back(wakeup: Wakeup) -> None:
-    """Within blocked() a signal stays pending, and comes when it ends."""
+def test_blocked_delays_signals(wakeup: Wakeup) -> None:
+    """Within blocked() a signal stays pending, and is delivered when the block ends."""
     with blocked():
-        # kill(2) might choose another thread, which has not blocked it
+        # kill(2) might choose another thread, which has not blocked the signal.
         signal.raise_signal(signal.SIGUSR1)
         assert signal.SIGUSR1 in signal.sigpending()
         assert wakeup.read() == []
@@ -85,7 +85,7 @@ def test_blocked_holds_signals_back(wakeup: Wakeup) -> None:
 
 
 def test_blocked_restores_the_mask() -> None:
-    """The mask is as it was before, after an exception too."""
+    """The signal mask is restored, also after an exception."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     try:
         with pytest.raises(ZeroDivisionError), blocked():
@@ -96,12 +96,12 @@ def test_blocked_restores_the_mask() -> None:
 
 
 def test_child_that_closes_does_not_wake_the_parent() -> None:
-    """A forked child's signals stay its own once it has closed its copy."""
+    """The signals of a forked child that has closed its copy do not wake the parent."""
     done = run_program("signals_of_a_child")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_background_job_is_not_interrupted() -> None:
-    """An ignored INT, as in a background job of a shell, stays ignored while the server starts."""
+    """An ignored SIGINT, as in a shell's background job, stays ignored while the server starts."""
     done = run_program("ignored_interrupt")
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""System calls on sockets, tried on real ones."""
+"""Tests of the system calls on sockets, with real sockets."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def test_accept(listener: socket.socket) -> None:
-    """A connection comes non-blocking, not inheritable, and with the peer's address and port; without one it would block."""
+    """An accepted socket is non-blocking, not inheritable, and comes with its peer's address."""
     assert accept(listener) is Outcome.WOULD_BLOCK
     with socket.create_connection(listener.getsockname()) as far:
         wait_readable(listener)
@@ -45,7 +45,7 @@ def test_accept(listener: socket.socket) -> None:
 
 
 def test_accept_over_ipv6() -> None:
-    """An IPv6 peer is an address and a port, too."""
+    """The address of an IPv6 peer is host and port as well."""
     with socket.socket(socket.AF_INET6) as listener:
         try:
             listener.bind(("::1", 0))
@@ -59,8 +59,8 @@ def test_accept_over_ipv6() -> None:
             assert accepted[1] == ("::1", far.getsockname()[1])
 
 
-def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
-    """A connection that was reset while it waited is accepted, or left out, but is no error."""
+def test_accept_after_a_reset(listener: socket.socket) -> None:
+    """A connection that was reset while queued is accepted or left out, but is no error."""
     with socket.create_connection(listener.getsockname()) as far:
         wait_readable(listener)
         reset(far)
@@ -74,13 +74,13 @@ def test_accept_of_one_that_is_gone_already(listener: socket.socket) -> None:
 
 
 def test_accept_without_descriptors() -> None:
-    """Out of descriptors is an outcome, and the connection is still there when one is free again; nobody needs none."""
+    """Without descriptors accept() returns an outcome, and the connection stays in the queue."""
     done = run_program("accept_without_descriptors")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 class Refusing(socket.socket):
-    """A listener from which no connection can be taken, until it has been tried `refusals` times."""
+    """A listener whose accept() fails `refusals` times before it succeeds."""
 
     refusals = 0
     tries = 0
@@ -94,7 +94,7 @@ class Refusing(socket.socket):
 
 @pytest.mark.parametrize("refusals", [ACCEPT_TRIES - 1, ACCEPT_TRIES, 10 * ACCEPT_TRIES])
 def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> None:
-    """An error that says nothing about the listener is passed over, but not for ever: then it does say something."""
+    """An error of one connection is retried, and is returned after ACCEPT_TRIES attempts."""
     with (
         Refusing(fileno=os.dup(listener.fileno())) as refusing,
         socket.create_connection(listener.getsockname()) as far,
@@ -111,8 +111,8 @@ def test_accept_that_always_fails(listener: socket.socket, refusals: int) -> Non
             assert isinstance(accepted, PermissionError)
 
 
-def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) -> None:
-    """What has come can be seen again and again, and no more of it than a header can be."""
+def test_peek_consumes_nothing(pair: tuple[socket.socket, socket.socket]) -> None:
+    """peek() consumes nothing, and returns no more than the given number of bytes."""
     near, far = pair
     assert peek(near, PEEK) is Outcome.WOULD_BLOCK
     far.sendall(b"12")
@@ -125,8 +125,8 @@ def test_peek_header_leaves_it_there(pair: tuple[socket.socket, socket.socket]) 
     assert near.recv(1000) == b"12" + b"x" * 100
 
 
-def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
-    """The end of input is no bytes, behind what has come before it."""
+def test_peek_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
+    """At the end of input peek() returns no bytes, after all earlier bytes were read."""
     near, far = pair
     far.sendall(b"12")
     far.shutdown(socket.SHUT_WR)
@@ -136,8 +136,8 @@ def test_peek_header_at_the_end_of_input(pair: tuple[socket.socket, socket.socke
     assert peek(near, PEEK) == b""
 
 
-def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
-    """A reset is a hang-up."""
+def test_peek_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+    """After a reset peek() returns a hang-up."""
     near, far = pair
     reset(far)
     wait_for(near, select.POLLERR)
@@ -145,7 +145,7 @@ def test_peek_header_after_a_reset(pair: tuple[socket.socket, socket.socket]) ->
 
 
 def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:
-    """All that has come is thrown away, and that is no end; then nothing is there, and that is none either."""
+    """discard() consumes all input, and returns False while there may be more."""
     near, far = pair
     total = far.send(bytes(20_000))
     while len(near.recv(total, socket.MSG_PEEK)) < total:
@@ -159,7 +159,7 @@ def test_discard(pair: tuple[socket.socket, socket.socket]) -> None:
 
 
 def test_discard_at_the_end_of_input(pair: tuple[socket.socket, socket.socket]) -> None:
-    """The end of input is told of behind the last bytes, as often as it is asked for."""
+    """After the last bytes, each discard() reports the end of input."""
     near, far = pair
     far.sendall(b"last")
     far.shutdown(socket.SHUT_WR)
@@ -176,7 +176,7 @@ def test_discard_after_a_reset(pair: tuple[socket.socket, socket.socket]) -> Non
 
 
 def test_discard_keeps_the_stream_alive(pair: tuple[socket.socket, socket.socket]) -> None:
-    """A peer that sends more than the buffers hold never blocks as long as we discard."""
+    """A peer that sends more than the buffers hold is never blocked while input is discarded."""
     near, far = pair
     far.setblocking(False)
     left = 32 << 20
@@ -192,7 +192,7 @@ def test_discard_keeps_the_stream_alive(pair: tuple[socket.socket, socket.socket
 def test_close_after_discard_loses_nothing(
     pair: tuple[socket.socket, socket.socket], opened_file: int
 ) -> None:
-    """Input that was discarded does not turn the close into a reset that destroys what is queued."""
+    """After discarded input a close is no reset, which would destroy the queued bytes."""
     near, far = pair
     far.sendall(b"stray")
     wait_readable(near)
@@ -205,7 +205,7 @@ def test_close_after_discard_loses_nothing(
 
 
 def test_unsent(pair: tuple[socket.socket, socket.socket], opened_file: int) -> None:
-    """What the peer has not acknowledged is counted, our FIN among it, and when it has read all it is 0."""
+    """unsent() counts unacknowledged bytes and the FIN, and is 0 when the peer has read all."""
     near, far = pair
     assert unsent(near) == 0
     sent = 0
@@ -221,10 +221,10 @@ def test_unsent(pair: tuple[socket.socket, socket.socket], opened_file: int) -> 
     assert unsent(near) == 0
 
 
-def test_finish_sending_reaches_the_peer_past_a_duplicate(
+def test_shut_down_writing_despite_a_duplicate(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    """The peer sees the end although somebody else holds the socket, and it may be said twice or too late."""
+    """The peer sees the end although a duplicate is open; repeating the call is no error."""
     near, far = pair
     with near.dup():
         shut_down_writing(near)

@@ -1,4 +1,4 @@
-"""A system that resembles Linux, but does not tell how much of a stream has been sent: its clients are not continued wrongly."""
+"""Tests of the check for a system whose TCP_INFO does not count the bytes of a stream."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ NO_LOOPBACK = ("unshare", "--net", "--map-root-user")
 
 
 class Short(socket.socket):
-    """A socket whose TCP_INFO has only its first byte."""
+    """A socket whose TCP_INFO is only one byte long."""
 
     def getsockopt(self, *arguments: int) -> bytes | int:  # type: ignore[override]
         found: bytes | int = super().getsockopt(*arguments)
@@ -30,7 +30,7 @@ class Short(socket.socket):
 
 
 def test_this_system() -> None:
-    """Linux counts what is sent, and finding that out leaves nothing open."""
+    """Linux counts the bytes of a stream, and the check leaves no descriptor open."""
     before = os.listdir("/proc/self/fd")
     assert counts_streams()
     assert os.listdir("/proc/self/fd") == before
@@ -38,7 +38,7 @@ def test_this_system() -> None:
 
 @pytest.mark.parametrize("system", ["none", "empty", "short", "not counted", "counted otherwise"])
 def test_another_system(tmp_path: Path, system: str) -> None:
-    """One that does not count, or cannot be asked, is found out."""
+    """A system that does not count, or that cannot be queried, is detected."""
     install_hook(tmp_path, "other_system")
     code = "from tailsrv.linux.tcp_info_check import counts_streams; print(counts_streams())"
     done = run_python(code, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "TAILSRV_TEST_SYSTEM": system})
@@ -46,15 +46,18 @@ def test_another_system(tmp_path: Path, system: str) -> None:
 
 
 def test_no_loopback() -> None:
-    """Where it cannot be tried, nothing speaks against it."""
+    """Without a loopback interface for the check, the system is assumed to count."""
     if not runs(*NO_LOOPBACK, "true"):
-        pytest.skip("a network namespace cannot be had")
-    code = "from tailsrv.linux.tcp_info_check import counts_streams; import sys; sys.exit(counts_streams() is not True)"
+        pytest.skip("a network namespace cannot be created")
+    code = (
+        "from tailsrv.linux.tcp_info_check import counts_streams; import sys; "
+        "sys.exit(counts_streams() is not True)"
+    )
     assert runs(*NO_LOOPBACK, "env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
 
 
 def test_short_answer() -> None:
-    """A position that is not known is none, and so is the length of a queue."""
+    """With a short TCP_INFO the position is unknown, and the accept queue is reported as 0 of 0."""
     with tcp_pair() as (near, _), Short(fileno=os.dup(near.fileno())) as short:
         near.send(b"data")
         assert bytes_streamed(near) == 4

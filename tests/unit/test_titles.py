@@ -1,4 +1,4 @@
-"""Process titles: their words."""
+"""Tests of the text of process titles."""
 
 import pytest
 
@@ -52,7 +52,7 @@ from tailsrv.titles import longest_title, service_status, supervisor_title, work
 def test_supervisor_title(
     endpoints: list[str], path: str, state: str, workers: int, clients: int, title: str
 ) -> None:
-    """The supervisor's title says where, what and how it does, on one line that can be encoded."""
+    """The supervisor's title gives endpoints, path and state on one line that can be encoded."""
     assert title == supervisor_title(endpoints, path, state, workers, clients)
     assert title.encode().decode().isprintable()
 
@@ -67,7 +67,7 @@ def test_supervisor_title(
     ],
 )
 def test_worker_title(slot: int, state: str, clients: int, title: str) -> None:
-    """A worker's title names its slot and its clients."""
+    """A worker's title gives its slot and its clients."""
     assert title == worker_title(slot, ["*:4321"], state, clients)
 
 
@@ -87,7 +87,7 @@ def test_service_status(state: str, workers: int, clients: int, status: str) -> 
 @pytest.mark.parametrize("state", ["", "starting", "waiting for file", "rotating", "draining"])
 @pytest.mark.parametrize("path", ["/log", "/l\xf6g", "a\nb", "a\udcff"])
 def test_longest_title(state: str, path: str) -> None:
-    """No title of a server, and of its workers, takes more bytes than there is room made for."""
+    """No title is longer than the space that is reserved for it."""
     endpoints = ["127.0.0.1:65535", "[::1]:65535"]
     supervisor = supervisor_title(endpoints, path, state, MAX_WORKERS, MAX_CLIENTS)
     worker = worker_title(MAX_WORKERS - 1, endpoints, state, MAX_CLIENTS)

@@ -1,4 +1,4 @@
-"""What one supervisor hands to the next: all of it, and only to a version that understands."""
+"""Tests of the state that a supervisor passes to its successor in an upgrade."""
 
 import json
 
@@ -18,38 +18,65 @@ from tailsrv.supervisor.upgrade_state import (
 
 SLOTS = [
     SlotState(
-        listeners=[10, 11], shared=False, pid=4711, channel=12, spawned=17.25, ready=True, adopted=True, restarts=3, restarted=18.5,
-        failures=[1, 0, 1], clients=[[0, 20, None], [5, 21, 0], [7, 22, 2**62]], unprotected=[6, 9],
+        listeners=[10, 11],
+        shared=False,
+        pid=4711,
+        channel=12,
+        spawned=17.25,
+        ready=True,
+        adopted=True,
+        restarts=3,
+        restarted=18.5,
+        failures=[1, 0, 1],
+        clients=[[0, 20, None], [5, 21, 0], [7, 22, 2**62]],
+        unprotected=[6, 9],
     ),
     SlotState(
-        listeners=[13], shared=True, pid=None, channel=None, spawned=0.0, ready=False, adopted=False, restarts=0, restarted=None,
-        failures=[0, 0, 0], clients=[], unprotected=[],
+        listeners=[13],
+        shared=True,
+        pid=None,
+        channel=None,
+        spawned=0.0,
+        ready=False,
+        adopted=False,
+        restarts=0,
+        restarted=None,
+        failures=[0, 0, 0],
+        clients=[],
+        unprotected=[],
     ),
-]  # fmt: skip
+]
 
 
 def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'") -> UpgradeState:
-    """Return a state with everything in it."""
+    """Return a state in which every field has a value."""
     return UpgradeState(
-        version="1.0.0", endpoints=["*:4321", "[::1]:4321"], started=1.5, file=file, file_gone=True, polling=polling,
-        control=[31, 32], quota=[33], slots=SLOTS,
-    )  # fmt: skip
+        version="1.0.0",
+        endpoints=["*:4321", "[::1]:4321"],
+        started=1.5,
+        file=file,
+        file_gone=True,
+        polling=polling,
+        control=[31, 32],
+        quota=[33],
+        slots=SLOTS,
+    )
 
 
 @pytest.mark.parametrize("state", [make_state(), make_state(file=None, polling=None)])
 def test_round_trip(state: UpgradeState) -> None:
-    """A state comes out as it went in."""
+    """decode() returns the state that encode() was given."""
     assert state == decode(encode(state))
 
 
 def test_descriptors() -> None:
-    """Every descriptor that the next version needs is in the list, each once."""
+    """Each descriptor that the successor needs is listed once."""
     found = make_state().descriptors()
     assert sorted(found) == [10, 11, 12, 13, 20, 21, 22, 30, 31, 32, 33]
 
 
 def test_descriptors_while_waiting_for_the_file() -> None:
-    """Without a file there is no descriptor of it; no None is in the list."""
+    """Without an open file, its descriptor is not in the list."""
     assert sorted(make_state(file=None).descriptors()) == [10, 11, 12, 13, 20, 21, 22, 31, 32, 33]
 
 
@@ -58,14 +85,21 @@ def changed(**values: object) -> bytes:
     return json.dumps({**json.loads(encode(make_state())), **values}).encode()
 
 
+def without(name: str) -> bytes:
+    """Return the encoded state without the field `name`."""
+    fields = json.loads(encode(make_state()))
+    del fields[name]
+    return json.dumps(fields).encode()
+
+
 @pytest.mark.parametrize(
-    "theirs", [(FORMAT + 1, worker_channel.VERSION), (FORMAT, worker_channel.VERSION + 1), (0, 0)]
+    "versions", [(FORMAT + 1, worker_channel.VERSION), (FORMAT, worker_channel.VERSION + 1), (0, 0)]
 )
-def test_another_format(theirs: tuple[int, int]) -> None:
-    """The state of another format, or of a version whose workers speak otherwise, is refused, with both formats as the reason."""
+def test_another_format(versions: tuple[int, int]) -> None:
+    """A state with another format or message version is refused, and the error gives both."""
     with pytest.raises(StateError) as caught:
-        decode(changed(format=theirs[0], messages=theirs[1]))
-    assert str(theirs) in str(caught.value)
+        decode(changed(format=versions[0], messages=versions[1]))
+    assert str(versions) in str(caught.value)
     assert str((FORMAT, worker_channel.VERSION)) in str(caught.value)
 
 
@@ -79,17 +113,17 @@ def test_another_format(theirs: tuple[int, int]) -> None:
         changed(slots=[7]),
         changed(slots=[{"listeners": []}]),
         changed(dance=True),
-        json.dumps({name: value for name, value in json.loads(encode(make_state())).items() if name != "control"}).encode(),
+        without("control"),
     ],
 )  # fmt: skip
 def test_junk(data: bytes) -> None:
-    """What is no state is a StateError, and no other."""
+    """Anything that is no state raises StateError."""
     with pytest.raises(StateError):
         decode(data)
 
 
 @given(st.binary(max_size=100))
 def test_any_bytes_at_all(data: bytes) -> None:
-    """Bytes that are no state never raise anything but StateError."""
+    """Random bytes raise StateError and nothing else."""
     with pytest.raises(StateError):
         decode(data)

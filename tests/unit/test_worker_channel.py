@@ -1,4 +1,4 @@
-"""The channel's words: what one side says the other understands, and nothing else passes for it."""
+"""Tests of the messages between worker and supervisor."""
 
 import struct
 
@@ -52,7 +52,7 @@ reports = st.builds(
     ],
 )
 def test_round_trip(message: Message) -> None:
-    """A message comes out as it went in, and what has not happened costs no JSON."""
+    """decode() returns the message that was encoded, and JSON is used only for notices."""
     packet = encode(message)
     assert message == decode(packet)
     assert (b"{" in packet) == (isinstance(message, WorkerReport) and message.notices != Notices())
@@ -61,12 +61,12 @@ def test_round_trip(message: Message) -> None:
 @pytest.mark.thorough
 @given(reports)
 def test_any_report(report: WorkerReport) -> None:
-    """Every report comes out as it went in."""
+    """decode() returns every report that encode() was given."""
     assert report == decode(encode(report))
 
 
 def test_the_largest_report_fits() -> None:
-    """A packet holds as many clients of each kind as it may speak of, and notices."""
+    """A packet has room for the largest number of clients of each kind, and for notices."""
     report = WorkerReport(
         joined=list(range(MAX_REPORTED_SOCKETS)),
         started=[(client, 2**62) for client in range(MAX_REPORTED_CLIENTS)],
@@ -102,7 +102,7 @@ HEAD = struct.Struct("=B4sHHH")
     ],
 )  # fmt: skip
 def test_junk(packet: bytes) -> None:
-    """What encode() cannot have made is a MessageError and no other."""
+    """A packet that encode() cannot produce raises MessageError."""
     with pytest.raises(MessageError):
         decode(packet)
 
@@ -111,8 +111,8 @@ def test_junk(packet: bytes) -> None:
     "message",
     [Drain(1.0), WorkerReport([1], [(1, 2)], [3]), WorkerReport([1], [], [], Notices(ready=True))],
 )
-def test_cut_short(message: Message) -> None:
-    """A packet of which the end is missing is a MessageError wherever it was cut, unless only the notices are gone."""
+def test_truncated_packet(message: Message) -> None:
+    """A truncated packet raises MessageError, unless exactly its notices are missing."""
     packet = encode(message)
     whole = packet.find(b"{") if b"{" in packet else len(packet)
     for length in range(len(packet)):
@@ -123,7 +123,7 @@ def test_cut_short(message: Message) -> None:
 
 @pytest.mark.parametrize("message", [Drain(1.0), WorkerReport([1], [(1, 2)], [3])])
 def test_another_version(message: Message) -> None:
-    """Words of another version are not understood, and the reason names ours."""
+    """A packet of another version is refused, and the error names the expected version."""
     packet = encode(message)
     with pytest.raises(MessageError, match=f"version {VERSION}"):
         decode(bytes([VERSION + 1]) + packet[1:])
@@ -131,14 +131,14 @@ def test_another_version(message: Message) -> None:
 
 @given(st.binary(max_size=100))
 def test_any_bytes_at_all(packet: bytes) -> None:
-    """Bytes that are no message never raise anything but MessageError."""
+    """Random bytes raise MessageError and nothing else."""
     with pytest.raises(MessageError):
         decode(packet)
 
 
 @given(st.binary(max_size=100), st.sampled_from([b"rept", b"drai"]))
-def test_any_bytes_behind_a_good_start(rest: bytes, kind: bytes) -> None:
-    """Whatever comes behind a version and a kind is a message, or a MessageError."""
+def test_any_bytes_after_a_valid_start(rest: bytes, kind: bytes) -> None:
+    """Random bytes after a valid version and kind are a message, or raise MessageError."""
     try:
         message = decode(bytes([VERSION]) + kind + rest)
     except MessageError:

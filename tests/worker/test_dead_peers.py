@@ -1,4 +1,4 @@
-"""Clients whose machine has vanished, as far as the kernel tells, and others that only seem to have."""
+"""Tests of dead peers: clients whose machine has vanished, and clients that are only silent."""
 
 import socket
 from contextlib import ExitStack
@@ -16,34 +16,35 @@ from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
 @pytest.mark.parametrize(
     ("retransmits", "probes", "silence", "dead"),
     [
-        # Measured two minutes after it vanished: with bytes in flight, and with a closed window.
+        # Measured two minutes after the machine vanished: with bytes in flight, and with a closed
+        # window.
         (9, 0, 121.0, True),
         (0, 6, 122.5, True),
-        # pauses: the kernel's probe has just been answered, or is due
+        # The client pauses, and the kernel's probe has just been answered, or is due.
         (0, 0, 120.1, False),
-        # pauses: the probe after two minutes is on its way
+        # The client pauses, and the probe after two minutes is on its way.
         (0, 1, 121.0, False),
-        # pauses behind a network that loses much: one more is sent
+        # The client pauses on a network that loses many packets: one more probe is sent.
         (0, 3, 480.0, False),
-        # so slow a network that the kernel has not asked often
+        # The network is so slow that the kernel has made few attempts.
         (3, 0, 150.0, False),
-        # it has, but not for long enough
+        # There were enough attempts, but the silence is too short.
         (4, 0, 120.0, False),
         (8, 0, 90.0, False),
         (4, 0, 120.1, True),
         (0, 4, 120.1, True),
         (0, 0, 0.0, False),
-        # the machine that serves has slept itself
+        # The serving machine itself was suspended.
         (0, 0, 1e6, False),
     ],
 )
 def test_is_dead(retransmits: int, probes: int, silence: float, dead: bool) -> None:
-    """A peer is dead if it was silent for long and did not answer often, not for one alone."""
+    """A peer is dead only if it was silent for long enough and left enough attempts unanswered."""
     assert is_dead(Unacknowledged(retransmits, probes, silence), Limits()) == dead
 
 
 def test_unacknowledged() -> None:
-    """The kernel has bytes for a peer that does not read, and for none that has got everything."""
+    """Bytes for a peer that does not read are unacknowledged, until the peer has them all."""
     with tcp_pair(receive=4096, send=4096) as (near, far):
         assert unacknowledged(near) is None
         near.send(b"a")
@@ -57,15 +58,15 @@ def test_unacknowledged() -> None:
         eventually(lambda: unacknowledged(near) is None)
 
 
-def test_unacknowledged_where_that_cannot_be_asked() -> None:
-    """A socket of a kind that acknowledges nothing is not a dead peer, and no error."""
+def test_unacknowledged_of_a_unix_socket() -> None:
+    """For a socket without acknowledgements unacknowledged() returns None."""
     one, other = socket.socketpair()
     with one, other:
         assert unacknowledged(one) is None
 
 
 def fill(sock: socket.socket) -> None:
-    """Send until `sock` takes no more."""
+    """Send until `sock` is full."""
     try:
         while True:
             sock.send(bytes(4096))
@@ -74,13 +75,13 @@ def fill(sock: socket.socket) -> None:
 
 
 def drain(near: socket.socket, far: socket.socket) -> None:
-    """Read from `far` until `near` has room for all that it has taken."""
+    """Read from `far` until all bytes of `near` are acknowledged."""
     while unacknowledged(near) is not None:
         far.recv(1 << 20)
 
 
 class DeadPeersBench:
-    """Clients whose connections are real, and a loop with the clock in hand."""
+    """Clients with real connections, and a loop with a clock that the test sets."""
 
     def __init__(self, stack: ExitStack, count: int) -> None:
         self.now = 1000.0
@@ -95,29 +96,29 @@ class DeadPeersBench:
         self.dropped: list[Client] = []
 
     def check(self, limits: Limits) -> DeadPeers:
-        """Return what checks them, for limits that make every silence too long."""
+        """Return a DeadPeers for these clients and limits."""
         return DeadPeers(0, self.clients, self.loop, self.drop, limits)
 
     def drop(self, client: Client) -> None:
-        """Do as a worker does."""
+        """Drop a client, as a worker does."""
         client.state = ClientState.CLOSED
         del self.clients[client.fd]
         self.dropped.append(client)
 
     def turn(self, seconds: float = 0.0) -> None:
-        """Run one turn, so much later."""
+        """Advance the clock by `seconds`, and run one turn."""
         self.now += seconds
         self.loop.wait(0)
         self.loop.timers.run(self.loop.now)
 
 
-# whoever has not acknowledged everything is dead
+# Any client with unacknowledged bytes is dead.
 AT_ONCE = Limits(silence=-1.0, attempts=0)
 NEVER = Limits(attempts=1000)
 
 
-def test_nothing_is_planned_while_nothing_is_on_its_way() -> None:
-    """A check comes half a minute after bytes were sent, and again until all are acknowledged."""
+def test_no_check_without_bytes_in_flight() -> None:
+    """A check runs 30 s after bytes were sent, and again until all are acknowledged."""
     with ExitStack() as stack:
         bench = DeadPeersBench(stack, 2)
         peers = bench.check(NEVER)
@@ -136,26 +137,26 @@ def test_nothing_is_planned_while_nothing_is_on_its_way() -> None:
         assert not bench.dropped
 
 
-def test_only_who_owes_acknowledgements_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    """A silent client that has everything stays, and one that has left since is passed over."""
+def test_only_unacknowledged_clients_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """Only a client with unacknowledged bytes is dropped, and one that has left is skipped."""
     caplog.set_level("INFO", "tailsrv")
     with ExitStack() as stack:
         bench = DeadPeersBench(stack, 3)
-        owing, left, stays = bench.clients.values()
-        for client in (owing, left):
+        unacked, left, stays = bench.clients.values()
+        for client in (unacked, left):
             fill(client.sock)
         bench.check(AT_ONCE).expect_acks()
         bench.drop(left)
         bench.turn(30)
-        assert bench.dropped == [left, owing]
+        assert bench.dropped == [left, unacked]
         assert list(bench.clients.values()) == [stays]
         [message] = caplog.messages
         assert "stopped acknowledging" in message
         assert "which makes room for another" in message
 
 
-def test_many_are_examined_in_several_turns() -> None:
-    """One turn examines a batch, and the next one goes on without those who have left meanwhile."""
+def test_many_clients_are_checked_in_several_turns() -> None:
+    """A turn examines one batch, and the next turn continues without clients that have left."""
     with ExitStack() as stack:
         bench = DeadPeersBench(stack, BATCH + 2)
         for client in bench.clients.values():

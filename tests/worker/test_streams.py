@@ -1,4 +1,4 @@
-"""Streams over real TCP connections: everyone gets the file, nobody twice, and nobody waits for another."""
+"""Tests of streams over TCP: each client gets the exact bytes, and delays no other client."""
 
 import os
 import select
@@ -15,12 +15,12 @@ from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import MAX_READERS, ReadAhead
 from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Streams, next_chunk
 
-# 3 MiB, and no two chunks are the same from any offset that matters
+# 3 MiB, in which chunks at the offsets used here differ.
 BIG = os.urandom(1 << 16) * 48
 
 
 class StreamsBench:
-    """Streams of one file, with its clients' ends in hand."""
+    """Streams of one file, with the remote ends of the clients."""
 
     def __init__(self, stack: ExitStack, path: Path) -> None:
         self.stack = stack
@@ -28,13 +28,13 @@ class StreamsBench:
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
         self.dropped: list[tuple[Client, Exception | None]] = []
-        # until they have room
-        self.told_to_wait: list[Client] = []
-        self.streams = Streams(self.file, 0, self.drop, self.told_to_wait.append)
+        # Clients whose socket was reported as full.
+        self.awaiting_room: list[Client] = []
+        self.streams = Streams(self.file, 0, self.drop, self.awaiting_room.append)
         self.fars: dict[Client, socket.socket] = {}
 
     def drop(self, client: Client, error: Exception | None) -> None:
-        """Do as the worker does."""
+        """Drop a client, as a worker does."""
         self.dropped.append((client, error))
         client.state = ClientState.CLOSED
         self.streams.remove(client)
@@ -48,27 +48,27 @@ class StreamsBench:
         return client
 
     def grow(self, data: bytes) -> None:
-        """Append `data`, and tell the streams."""
+        """Append `data`, and update the size of the streams."""
         append(self.path, data)
-        self.look()
+        self.update_size()
 
     def shrink(self, size: int) -> None:
-        """Truncate the file, and tell the streams."""
+        """Truncate the file, and update the size of the streams."""
         os.truncate(self.path, size)
-        self.look()
+        self.update_size()
 
-    def look(self) -> None:
-        """Tell the streams how large the file is."""
+    def update_size(self) -> None:
+        """Set the size of the streams to that of the file."""
         self.streams.shrunk = False
         self.streams.set_size(os.fstat(self.file).st_size)
 
     def received(self, client: Client) -> bytes:
-        """Return what `client` has got and not yet read, after ending its stream."""
+        """End the stream of `client`, and return the bytes that it has not read yet."""
         client.sock.shutdown(socket.SHUT_WR)
         return recv_all(self.fars[client])
 
     def serve(self, *clients: Client) -> dict[Client, bytes]:
-        """Pump, and read at the other end, until these clients have all that is in the file."""
+        """Pump, and read at the remote ends, until these clients are caught up."""
         got = dict.fromkeys(clients, b"")
         while not all(client.fd in self.streams.caught_up for client in clients):
             self.streams.pump()
@@ -91,7 +91,7 @@ def bench(tmp_path: Path) -> Iterator[StreamsBench]:
 
 
 def test_fan_out(bench: StreamsBench) -> None:
-    """Everyone who is caught up gets each append at once and exactly, without a turn of its own."""
+    """Each caught-up client gets each append at once, exactly and without a turn."""
     clients = [bench.client(0) for _ in range(10)]
     for line in (b"one\n", b"two\n", b"three\n"):
         bench.grow(line)
@@ -101,7 +101,7 @@ def test_fan_out(bench: StreamsBench) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 5, 9, 10])
 def test_start_in_the_file(bench: StreamsBench, offset: int) -> None:
-    """A client gets the file from its offset on, then what is appended."""
+    """A client gets the file from its offset on, and then appends."""
     bench.grow(b"0123456789")
     client = bench.client(offset)
     bench.streams.pump()
@@ -111,7 +111,7 @@ def test_start_in_the_file(bench: StreamsBench, offset: int) -> None:
 
 
 def test_append_while_behind(bench: StreamsBench) -> None:
-    """What is appended before a client's turn comes in its turn, once."""
+    """Bytes appended before a client's turn are sent once, in that turn."""
     bench.grow(b"old")
     client = bench.client(0)
     bench.grow(b"new")
@@ -121,7 +121,7 @@ def test_append_while_behind(bench: StreamsBench) -> None:
 
 
 def test_ahead_of_the_file(bench: StreamsBench) -> None:
-    """A client beyond the end gets nothing until the file is longer than its offset, then streams from there."""
+    """A client ahead of the file gets nothing until the file grows beyond its offset."""
     bench.grow(b"01234")
     client = bench.client(8)
     for data in (b"5", b"67"):
@@ -135,7 +135,7 @@ def test_ahead_of_the_file(bench: StreamsBench) -> None:
 
 
 def test_many_ahead(bench: StreamsBench) -> None:
-    """Those who are ahead wake in the order of their offsets, whatever the order they came in."""
+    """Clients ahead of the file start in the order of their offsets."""
     clients = {offset: bench.client(offset) for offset in (7, 3, 5, 3000, 3)}
     last = bench.client(3)
     bench.grow(b"01234")
@@ -151,8 +151,8 @@ def test_many_ahead(bench: StreamsBench) -> None:
     assert bench.received(last) == b"345678"
 
 
-def test_ahead_and_gone(bench: StreamsBench) -> None:
-    """One who has left while it was ahead is not served when the file gets there."""
+def test_client_that_leaves_while_ahead(bench: StreamsBench) -> None:
+    """A client that left while ahead of the file is not served later."""
     client, other = bench.client(1), bench.client(1)
     client.state = ClientState.CLOSED
     bench.streams.remove(client)
@@ -164,7 +164,7 @@ def test_ahead_and_gone(bench: StreamsBench) -> None:
 
 
 def test_full_socket(bench: StreamsBench) -> None:
-    """A client whose socket is full waits for room, is left alone by turns and appends, and loses nothing."""
+    """A client with a full socket is skipped by turns and appends, and loses no byte."""
     slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
     bench.grow(BIG[: 1 << 20])
     while slow.fd not in bench.streams.blocked:
@@ -181,7 +181,7 @@ def test_full_socket(bench: StreamsBench) -> None:
 
 
 def test_full_socket_at_an_append(bench: StreamsBench) -> None:
-    """A caught-up client that takes only a part of an append gets the rest later, and the others get theirs at once."""
+    """A client that accepts part of an append gets the rest later, and delays no other."""
     slow, fast = bench.client(0, receive=4096, send=4096), bench.client(0)
     total = BIG[:10]
     bench.grow(total[:5])
@@ -194,8 +194,8 @@ def test_full_socket_at_an_append(bench: StreamsBench) -> None:
     assert bench.serve(slow, fast) == {slow: total, fast: total}
 
 
-def test_writable_without_need(bench: StreamsBench) -> None:
-    """Room in a socket that nobody waited for changes nothing."""
+def test_writable_client_that_is_not_blocked(bench: StreamsBench) -> None:
+    """A writable event for a client that was not blocked changes nothing."""
     bench.grow(b"x")
     caught_up, behind = bench.client(1), bench.client(0)
     bench.streams.writable(caught_up)
@@ -207,7 +207,7 @@ def test_writable_without_need(bench: StreamsBench) -> None:
 
 @pytest.mark.parametrize("size", [SEND_CHUNK - 1, SEND_CHUNK, SEND_CHUNK + 1, 3 * SEND_CHUNK])
 def test_growth_about_a_chunk(bench: StreamsBench, size: int) -> None:
-    """An append of a chunk or more arrives whole at each client."""
+    """An append of about a chunk or more arrives complete at each client."""
     clients = [bench.client(0) for _ in range(3)]
     bench.grow(BIG[:size])
     got = bench.serve(*clients)
@@ -215,7 +215,7 @@ def test_growth_about_a_chunk(bench: StreamsBench, size: int) -> None:
 
 
 def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: StreamsBench) -> None:
-    """Growth beyond one chunk moves those who were caught up to those who are behind, where nobody gets it all at once."""
+    """After an append longer than a chunk all clients are behind, and are served in turns."""
     clients = [bench.client(0) for _ in range(3)]
     bench.grow(BIG[: SEND_CHUNK + 1])
     assert list(bench.streams.behind) == clients
@@ -223,7 +223,7 @@ def test_growth_by_more_than_a_chunk_is_taken_in_turns(bench: StreamsBench) -> N
 
 
 def test_round_robin(bench: StreamsBench) -> None:
-    """Each turn serves the next, and nobody a second time while another waits."""
+    """Each turn serves the next client, and no client twice while another waits."""
     bench.grow(BIG)
     clients = [bench.client(0, receive=1 << 16) for _ in range(3)]
     served = []
@@ -237,7 +237,7 @@ def test_round_robin(bench: StreamsBench) -> None:
 
 
 def test_budget(bench: StreamsBench) -> None:
-    """A turn ends when its budget is spent; without one, nobody is served."""
+    """A turn ends when its budget is spent, and without a budget no client is served."""
     bench.grow(b"0123456789")
     clients = [bench.client(0) for _ in range(5)]
     bench.streams.pump(budget=0)
@@ -248,8 +248,8 @@ def test_budget(bench: StreamsBench) -> None:
     assert [bench.received(client) for client in clients] == [b"0123456789"] * 5
 
 
-def test_sends_in_vain_have_their_share_of_a_turn(bench: StreamsBench) -> None:
-    """A crowd that has asked and left does not make one turn as long as it is numerous."""
+def test_failed_sends_cost_budget(bench: StreamsBench) -> None:
+    """A send to a client that has gone also costs budget, so that many of them end a turn."""
     bench.grow(BIG)
     clients = [bench.client(0) for _ in range(TURN_BUDGET // EMPTY_SEND_COST + 3)]
     for client in clients:
@@ -261,8 +261,8 @@ def test_sends_in_vain_have_their_share_of_a_turn(bench: StreamsBench) -> None:
     assert [client for client, _ in bench.dropped] == clients
 
 
-def test_late_comer_does_not_wait_for_a_long_replay(bench: StreamsBench) -> None:
-    """A client with little to get has it in the turn that is its own, beside one that replays the whole file."""
+def test_new_client_does_not_wait_for_a_long_replay(bench: StreamsBench) -> None:
+    """A client with few bytes to get does not wait for one that replays the whole file."""
     bench.grow(BIG)
     bench.client(0)
     follower = bench.client(len(BIG) - 5)
@@ -272,7 +272,7 @@ def test_late_comer_does_not_wait_for_a_long_replay(bench: StreamsBench) -> None
 
 
 def test_shrink(bench: StreamsBench) -> None:
-    """Whoever is beyond the new end gets nothing until the file is longer than their offset again; those before it go on."""
+    """After a truncation, clients beyond the end wait for their offset, and the others continue."""
     bench.grow(b"0123456789")
     caught_up, behind = bench.client(10), bench.client(2)
     bench.shrink(4)
@@ -286,8 +286,8 @@ def test_shrink(bench: StreamsBench) -> None:
     assert bench.received(behind) == b"23abcdefnew"
 
 
-def test_shrink_below_one_who_is_behind(bench: StreamsBench) -> None:
-    """A client that was behind and is now ahead waits like any other, without a spin."""
+def test_shrink_below_a_client_that_is_behind(bench: StreamsBench) -> None:
+    """A client that was behind is ahead after a truncation, and the loop does not spin."""
     bench.grow(b"0123456789")
     client = bench.client(8)
     bench.shrink(4)
@@ -300,7 +300,7 @@ def test_shrink_below_one_who_is_behind(bench: StreamsBench) -> None:
 
 
 def test_shrink_to_nothing_and_back_to_the_same_size(bench: StreamsBench) -> None:
-    """A client at the end is at the end again when the file has its old size, and gets only what follows."""
+    """A client at the end is there again when the file has its old size, and gets what follows."""
     bench.grow(b"0123")
     client = bench.client(4)
     bench.shrink(0)
@@ -312,14 +312,14 @@ def test_shrink_to_nothing_and_back_to_the_same_size(bench: StreamsBench) -> Non
 
 
 def test_shrink_under_a_send(bench: StreamsBench) -> None:
-    """A file that is shorter than we know stops the turn and asks for a look; nobody gets anything that is not there."""
+    """A send that finds the file too short ends the turn, and sends no wrong bytes."""
     bench.grow(b"0123456789")
     first, second = bench.client(5), bench.client(2)
     os.truncate(bench.path, 4)
     bench.streams.pump()
     assert bench.streams.shrunk
     assert second.offset == 2
-    bench.look()
+    bench.update_size()
     bench.streams.pump()
     assert not bench.streams.shrunk
     assert not bench.streams.behind
@@ -329,20 +329,20 @@ def test_shrink_under_a_send(bench: StreamsBench) -> None:
 
 
 def test_shrink_under_the_fan_out(bench: StreamsBench) -> None:
-    """An append that is gone again by the time it is sent is sent to nobody, and to everybody once it is back."""
+    """An append that is truncated before it is sent is sent only when it is written again."""
     clients = [bench.client(0) for _ in range(3)]
-    # as if it had been that long
+    # Simulate a file that was four bytes long when its size was read.
     bench.streams.set_size(4)
     bench.streams.pump()
     assert bench.streams.shrunk
-    bench.look()
+    bench.update_size()
     bench.grow(b"real")
     bench.streams.pump()
     assert [bench.received(client) for client in clients] == [b"real"] * 3
 
 
-def test_shrink_under_those_who_wait_for_the_disk(bench: StreamsBench) -> None:
-    """Who waits for bytes that are gone gives the place among the disk's readers to others."""
+def test_shrink_under_clients_that_wait_for_the_disk(bench: StreamsBench) -> None:
+    """After a truncation, clients that waited for the disk free their read-ahead slots."""
     bench.grow(BIG)
     in_memory = False
     bench.streams.read_ahead = ReadAhead(lambda *_: in_memory, lambda *_: None)
@@ -362,7 +362,7 @@ def test_shrink_under_those_who_wait_for_the_disk(bench: StreamsBench) -> None:
 
 
 def test_hang_up_at_an_append(bench: StreamsBench) -> None:
-    """One who has hung up is dropped, and the others get the append all the same."""
+    """A hung-up client is dropped at an append, and the other clients get the append."""
     clients = [bench.client(0) for _ in range(3)]
     reset(bench.fars[clients[1]])
     wait_for(clients[1].sock, select.POLLERR)
@@ -374,7 +374,7 @@ def test_hang_up_at_an_append(bench: StreamsBench) -> None:
 
 
 def test_hang_up_in_a_turn(bench: StreamsBench) -> None:
-    """One who has hung up while it was behind is dropped in its turn, and the next one has its own."""
+    """A client that hung up while behind is dropped in its turn, and the next client is served."""
     bench.grow(b"data")
     clients = [bench.client(0) for _ in range(2)]
     reset(bench.fars[clients[0]])
@@ -386,10 +386,10 @@ def test_hang_up_in_a_turn(bench: StreamsBench) -> None:
 
 @pytest.mark.parametrize("offset", [0, 4])
 def test_error_of_one_client(bench: StreamsBench, offset: int) -> None:
-    """A send that fails for another reason drops that client with the error, and no other."""
+    """A send error of another kind drops that client with the error, and no other client."""
     bench.grow(b"data")
     broken, healthy = bench.client(offset), bench.client(offset)
-    # its descriptor will be one that nothing can be sent to
+    # Replace the client's descriptor by a folder, to which nothing can be sent.
     was = broken.sock.detach()
     folder = os.open(bench.path.parent, os.O_RDONLY)
     os.dup2(folder, was)
@@ -405,8 +405,8 @@ def test_error_of_one_client(bench: StreamsBench, offset: int) -> None:
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_fault_of_ours_with_one_client(bench: StreamsBench, behind: bool) -> None:
-    """Whatever goes wrong while one client is sent to, and be it no error of the kernel's, drops that client and no other."""
+def test_exception_with_one_client(bench: StreamsBench, behind: bool) -> None:
+    """Any exception while one client is served drops that client and no other."""
 
     def fail(_: Client) -> None:
         raise ZeroDivisionError("poison")
@@ -433,7 +433,7 @@ def test_fault_of_ours_with_one_client(bench: StreamsBench, behind: bool) -> Non
 
 
 def test_remove(bench: StreamsBench) -> None:
-    """A client that has been removed gets nothing more, wherever it was, and its offset is what it has got to."""
+    """A removed client gets nothing more from any queue, and keeps its offset."""
     caught_up = bench.client(0)
     bench.grow(b"data")
     behind, blocked = bench.client(1), bench.client(2)
@@ -457,8 +457,8 @@ def test_remove(bench: StreamsBench) -> None:
     assert not bench.streams.behind
 
 
-def test_idle(bench: StreamsBench) -> None:
-    """Those who are caught up and those who are ahead have nothing to be sent; those who are behind or blocked have."""
+def test_without_work(bench: StreamsBench) -> None:
+    """Only caught-up clients and clients ahead of the file are without work."""
     bench.grow(b"data")
     caught_up, behind, ahead = bench.client(4), bench.client(0), bench.client(9)
     assert set(bench.streams.without_work()) == {caught_up, ahead}
@@ -467,8 +467,8 @@ def test_idle(bench: StreamsBench) -> None:
     assert bench.received(behind) == b"data"
 
 
-def test_memory_of_those_who_were_ahead(bench: StreamsBench) -> None:
-    """Clients that come for an offset far away and leave again do not pile up, and those who stay are not forgotten."""
+def test_memory_of_clients_that_were_ahead(bench: StreamsBench) -> None:
+    """Clients that leave while ahead of the file free their memory, and others are served."""
     bench.grow(b"x")
     stays = bench.client(2)
     near, far = bench.stack.enter_context(tcp_pair())
@@ -499,5 +499,5 @@ def test_memory_of_those_who_were_ahead(bench: StreamsBench) -> None:
     ],
 )
 def test_next_chunk(offset: int, size: int, count: int) -> None:
-    """A turn sends what is in the file beyond the offset, at most a chunk, and nothing to one who is ahead."""
+    """A chunk has at most SEND_CHUNK bytes, ends with the file, and is empty beyond its end."""
     assert count == next_chunk(offset, size)

@@ -1,4 +1,4 @@
-"""A worker's turns, run in this process: real connections, a real file, and the clock in hand."""
+"""Tests of a worker's turns in this process: real connections and files, and a test clock."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker_channel import MAX_PACKET, Drain, Ping, encode
 from tailsrv.worker_context import Entry
 
-# 4 MiB: more than the buffers on loopback take
+# 4 MiB are more than the buffers on loopback can hold.
 BIG = os.urandom(1 << 16) * 64
 
 
@@ -53,11 +53,11 @@ def bench(path: Path) -> Iterator[WorkerBench]:
         yield bench
 
 
-# Headers
+# Headers.
 
 
 @pytest.mark.parametrize(
-    ("said", "first"),
+    ("sent", "first"),
     [
         (b"0\n", b"0123456789"),
         (b"7\n", b"789"),
@@ -66,15 +66,15 @@ def bench(path: Path) -> Iterator[WorkerBench]:
         (b"-0\r\n", b""),
     ],
 )
-def test_stream(bench: WorkerBench, said: bytes, first: bytes) -> None:
-    """A client gets the file from where it said, and then what is appended."""
-    far, _ = bench.connect(said)
+def test_stream(bench: WorkerBench, sent: bytes, first: bytes) -> None:
+    """A client gets the file from the offset in its header, and then appends."""
+    far, _ = bench.connect(sent)
     append(bench.path, b"more")
     assert bench.receive(far, len(first) + 4) == first + b"more"
 
 
 def test_header_in_pieces(bench: WorkerBench) -> None:
-    """A header may come byte by byte; nothing is sent before it is whole, and it stays in the socket until then."""
+    """A header may arrive byte by byte, and stays in the socket until it is complete."""
     far, client = bench.connect()
     for sent in range(1, 5):
         far.sendall(b" -3\n"[sent - 1 : sent])
@@ -87,8 +87,8 @@ def test_header_in_pieces(bench: WorkerBench) -> None:
     assert bench.receive(far, 3) == b"789"
 
 
-def test_junk_behind_the_newline(bench: WorkerBench) -> None:
-    """What comes behind the header is read and thrown away, for ever, so that its sender never blocks."""
+def test_junk_after_the_newline(bench: WorkerBench) -> None:
+    """Bytes after the header are read and discarded, so that the sender never blocks."""
     far, client = bench.connect(b"8\njunk\n0\n")
     far.setblocking(False)
     left = 16 << 20
@@ -103,7 +103,7 @@ def test_junk_behind_the_newline(bench: WorkerBench) -> None:
 
 @pytest.mark.parametrize("when", ["with the header", "later", "later, with junk"])
 def test_half_close(bench: WorkerBench, when: str) -> None:
-    """A client that has shut down its sending side goes on being served, and costs no turns."""
+    """A client that half-closes its connection is still served, and causes no further events."""
     if when == "with the header":
         far, client = bench.connect()
         far.sendall(b"8\n")
@@ -124,7 +124,7 @@ def test_half_close(bench: WorkerBench, when: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("sent", "reason"),
     [
         (b"abc\n", "not a number"),
         (b"\n", "not a number"),
@@ -134,10 +134,10 @@ def test_half_close(bench: WorkerBench, when: str) -> None:
     ],
 )
 def test_bad_header(
-    bench: WorkerBench, caplog: pytest.LogCaptureFixture, said: bytes, reason: str
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, sent: bytes, reason: str
 ) -> None:
-    """A bad header ends the connection cleanly and without a byte; one line tells of the peer and the reason."""
-    far, client = bench.connect(said)
+    """A bad header ends the connection without a byte, and the log gives peer and reason."""
+    far, client = bench.connect(sent)
     bench.settle()
     assert recv_all(far) == b""
     assert client.state is ClientState.CLOSED
@@ -148,13 +148,13 @@ def test_bad_header(
     assert reason in record.getMessage()
 
 
-@pytest.mark.parametrize("said", [b"", b"5", b"-"])
+@pytest.mark.parametrize("sent", [b"", b"5", b"-"])
 def test_end_of_input_before_the_newline(
-    bench: WorkerBench, caplog: pytest.LogCaptureFixture, said: bytes
+    bench: WorkerBench, caplog: pytest.LogCaptureFixture, sent: bytes
 ) -> None:
-    """Input that ends before the newline ends the connection, even though it might have been a number."""
+    """Input that ends before the newline ends the connection, even if it could be a number."""
     far, client = bench.connect()
-    far.sendall(said)
+    far.sendall(sent)
     far.shutdown(socket.SHUT_WR)
     bench.until(lambda: client.state is ClientState.CLOSED)
     bench.settle()
@@ -163,7 +163,7 @@ def test_end_of_input_before_the_newline(
 
 
 def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Connections without a header end when their own time is over; those that stream have all the time they like."""
+    """A connection without a header ends after its own timeout, and a stream never does."""
     with working(path, header_timeout=1000.0) as bench:
         streaming, _ = bench.connect(b"-0\n")
         early, first = bench.connect()
@@ -192,7 +192,7 @@ def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_no_header_timeout(bench: WorkerBench) -> None:
-    """Without a timeout a connection may be silent for years, and nothing is planned for it."""
+    """Without a header timeout a connection may be silent without limit, and no timer is set."""
     far, client = bench.connect()
     bench.skew = 1e8
     bench.worker.step(0)
@@ -204,7 +204,7 @@ def test_no_header_timeout(bench: WorkerBench) -> None:
 
 @pytest.mark.slow
 def test_out_of_descriptors(path: Path) -> None:
-    """Short of descriptors, the oldest connection without a header goes, and never one that streams."""
+    """Out of descriptors, the oldest connection without a header is closed, and no stream."""
     done = run_program(
         "worker_short_of_descriptors",
         str(path),
@@ -213,8 +213,8 @@ def test_out_of_descriptors(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
-    """If everyone streams, the worker does not spin: it stops listening for a moment, and takes the next when there is room."""
+def test_out_of_descriptors_with_streams_only(path: Path) -> None:
+    """Out of descriptors with streams only, the worker pauses accepting, and does not spin."""
     done = run_program(
         "worker_full_of_streams",
         str(path),
@@ -222,11 +222,11 @@ def test_out_of_descriptors_without_anyone_to_drop(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Streams
+# Streams.
 
 
 def test_slow_reader_does_not_stall_a_fast_one(bench: WorkerBench) -> None:
-    """While one client does not read at all, another gets everything, and every append at once."""
+    """A client that does not read does not delay another client."""
     append(bench.path, BIG)
     slow, stalled = bench.connect(b"0\n", receive=4096)
     fast, _ = bench.connect(b"0\n")
@@ -239,8 +239,8 @@ def test_slow_reader_does_not_stall_a_fast_one(bench: WorkerBench) -> None:
     assert bench.receive(slow, 10 + len(BIG) + 50) == b"0123456789" + BIG + b"more\n" * 10
 
 
-def test_header_that_looks_at_the_file_serves_the_caught_up(bench: WorkerBench) -> None:
-    """When a `-N` header makes the worker look at the file, those who are caught up get what it finds, and only once."""
+def test_header_that_reads_the_size_serves_the_caught_up(bench: WorkerBench) -> None:
+    """If a `-N` header makes the worker read the size, caught-up clients get the append once."""
     follower, _ = bench.connect(b"-0\n")
     far, client = bench.connect()
     bench.settle()
@@ -259,7 +259,7 @@ def test_header_that_looks_at_the_file_serves_the_caught_up(bench: WorkerBench) 
 def test_caught_up_do_not_wait_for_the_end_of_a_burst(
     bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """In a turn that takes in or sees off many, the caught-up get an append after the next of these, not after the last."""
+    """An append in a turn that adds or drops many clients is sent after the next of them."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
     served: list[bool] = []
@@ -282,10 +282,10 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst(
 
 
 @pytest.mark.parametrize("what", ["start", "speak", "are closed"])
-def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(
+def test_caught_up_do_not_wait_for_discarded_input(
     bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """The same where input is thrown away: the header of those who start, what others say, what is left when a socket is closed."""
+    """An append in a turn that discards input of many clients is sent after the next of them."""
     follower, _ = bench.connect(b"-0\n")
     if what == "start":
         fars = [
@@ -313,7 +313,7 @@ def test_caught_up_do_not_wait_for_the_end_of_a_burst_of_those_who(
 
 
 def test_file_that_was_shorter_for_a_moment(bench: WorkerBench) -> None:
-    """A client that found nothing, because the file was empty just then, gets its bytes when it is as long as before."""
+    """A client that found the file empty gets its bytes when the file has its old size again."""
     far, client = bench.connect(b"99\n")
     bench.settle()
     os.truncate(bench.path, 0)
@@ -328,7 +328,7 @@ def test_file_that_was_shorter_for_a_moment(bench: WorkerBench) -> None:
 def test_append_while_the_event_is_taken(
     bench: WorkerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An append between the look at the file and the reading of the event that told of it is not left lying."""
+    """An append between reading the size and reading its event is sent."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
     read = bench.worker.watch.read
@@ -345,11 +345,11 @@ def test_append_while_the_event_is_taken(
 
 
 def test_file_that_shrank_unseen(bench: WorkerBench) -> None:
-    """A send that finds less than we thought makes the worker look again, and not try for ever."""
+    """A send that finds the file shorter makes the worker read the size, and does not spin."""
     far, client = bench.connect(b"15\n")
     bench.settle()
     bench.reports()
-    # as if it had been that long
+    # Simulate a file that was 20 bytes long when its size was read.
     bench.worker.streams.set_size(20)
     assert client in bench.worker.streams.behind
     bench.worker.step(0)
@@ -363,7 +363,7 @@ def test_file_that_shrank_unseen(bench: WorkerBench) -> None:
 def test_error_with_one_client_ends_that_client_only(
     bench: WorkerBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault of ours while serving one client ends that one, with a line in the log; the others notice nothing."""
+    """An exception in one client's header ends that client with a log line, and no other."""
 
     def parse(received: bytes, ended: bool) -> Start | None:
         if received.startswith(b"7"):
@@ -385,7 +385,7 @@ def test_error_with_one_client_ends_that_client_only(
 
 
 def poison(*_: object) -> None:
-    """Fail as only a fault of ours does."""
+    """Fail as only a bug can."""
     raise ZeroDivisionError("poison")
 
 
@@ -398,7 +398,7 @@ def test_error_with_one_stream_ends_that_client_only(
     monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
-    """The same for a stream that starts, and for one that is sent to."""
+    """An exception when a stream starts or is sent to ends that client, and no other."""
     other, _ = bench.connect(b"-0\n")
     bench.settle()
     with monkeypatch.context() as patch:
@@ -416,7 +416,7 @@ def test_error_with_one_stream_ends_that_client_only(
 def test_error_with_one_adopted_client_ends_that_client_only(
     bench: WorkerBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same for one of those that a new worker takes over."""
+    """An exception for one adopted client ends that client, and no other."""
     with tcp_pair() as (near, far), tcp_pair() as (healthy, its_far):
         with monkeypatch.context() as patch:
             patch.setattr("tailsrv.worker.worker.bytes_streamed", poison)
@@ -433,7 +433,7 @@ def test_error_with_one_adopted_client_ends_that_client_only(
 def test_shortage_while_adopting_ends_the_worker(
     bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """A worker that has no memory for the clients it is to take over leaves all of them to the next."""
+    """A shortage of memory while adopting ends the worker, and its successor adopts the clients."""
 
     def refuse(_: object) -> int:
         raise error
@@ -446,18 +446,18 @@ def test_shortage_while_adopting_ends_the_worker(
         assert not bench.worker.reporter.left
 
 
-@pytest.mark.parametrize("said", [b"x", b"-0\n"])
-def test_error_with_everybody_ends_the_worker(
-    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, said: bytes
+@pytest.mark.parametrize("sent", [b"x", b"-0\n"])
+def test_error_with_all_clients_ends_the_worker(
+    bench: WorkerBench, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
-    """No memory for the others, when what one says makes the worker look at the file: its successor knows who has got what."""
+    """If memory runs out for all clients, the worker ends, and its successor adopts them."""
     bench.connect(b"-0\n")
-    far, client = bench.connect(b"" if said.endswith(b"\n") else b"-0\n")
+    far, client = bench.connect(b"" if sent.endswith(b"\n") else b"-0\n")
     bench.settle()
-    far.sendall(said)
+    far.sendall(sent)
     wait_readable(client.sock)
-    # the file grows when the worker has looked, but has not read the header yet
-    if said.endswith(b"\n"):
+    # The file grows after the worker has read its size, and before it has read the header.
+    if sent.endswith(b"\n"):
         parse = parse_header
 
         def parse_later(received: bytes, ended: bool) -> Start | None:
@@ -477,7 +477,7 @@ def test_error_with_everybody_ends_the_worker(
 
 
 def test_reset(bench: WorkerBench) -> None:
-    """A client that has reset its connection is forgotten, whatever its state, without an append."""
+    """A client that resets its connection is dropped in every state, without an append."""
     waiting, first = bench.connect()
     caught_up, second = bench.connect(b"-0\n")
     ahead, third = bench.connect(b"1000\n")
@@ -491,8 +491,8 @@ def test_reset(bench: WorkerBench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
-def test_adopted_client_that_is_none(bench: WorkerBench) -> None:
-    """Of clients that are handed on, one that is no connection is reported as left, and one that has gone meanwhile, too."""
+def test_adopted_client_that_has_gone(bench: WorkerBench) -> None:
+    """An adopted client that is no connection, or has gone, is reported as left."""
     with tcp_pair() as (gone, peer), opened("/") as folder:
         reset(peer)
         wait_for(gone, select.POLLERR)
@@ -505,7 +505,7 @@ def test_adopted_client_that_is_none(bench: WorkerBench) -> None:
 
 
 def test_name_of_a_client_that_has_gone(bench: WorkerBench) -> None:
-    """Who is no longer known by name, and has gone, is unknown."""
+    """A client whose address is not stored and whose connection was reset is named `unknown`."""
     far, client = bench.connect(b"-0\n")
     assert str(client) == endpoint(*far.getsockname())
     reset(far)
@@ -515,10 +515,13 @@ def test_name_of_a_client_that_has_gone(bench: WorkerBench) -> None:
     assert str(client) == "unknown"
 
 
-def test_dropped_client_does_not_haunt_the_next(bench: WorkerBench) -> None:
-    """A client that gets the descriptor number of a dropped one gets none of its events, though somebody holds a duplicate."""
+def test_dropped_client_causes_no_events_for_the_next(bench: WorkerBench) -> None:
+    """A client that gets a dropped client's descriptor number gets none of its events.
+
+    That holds although a duplicate keeps the dropped client's connection open.
+    """
     far, client = bench.connect()
-    # made now, so that the number is free for the server's side
+    # Create this socket now, so that the server's side gets the number that becomes free.
     other = bench.stack.enter_context(socket.socket())
     with client.sock.dup() as duplicate:
         bench.worker.drop(client)
@@ -538,8 +541,8 @@ def test_dropped_client_does_not_haunt_the_next(bench: WorkerBench) -> None:
     assert bench.receive(other, 4) == b"more"
 
 
-def test_appends_wake_nobody_without_clients(bench: WorkerBench) -> None:
-    """A worker without clients sleeps through appends; the first one that comes finds the file as it is."""
+def test_appends_do_not_wake_a_worker_without_clients(bench: WorkerBench) -> None:
+    """A worker without clients is not woken by appends, and the next client gets the whole file."""
     append(bench.path, b"a")
     assert not readable(bench.worker.loop.epoll.fileno())
     far, _ = bench.connect(b"-3\n")
@@ -549,7 +552,7 @@ def test_appends_wake_nobody_without_clients(bench: WorkerBench) -> None:
     bench.until(
         lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.size == 12
     )
-    # its answer is a reset, as the client has closed
+    # The answer to this append is a reset, as the client has closed.
     append(bench.path, b"c")
     bench.until(lambda: not bench.worker.clients)
     bench.settle()
@@ -559,12 +562,12 @@ def test_appends_wake_nobody_without_clients(bench: WorkerBench) -> None:
     assert bench.receive(again, 4) == b"abcd"
 
 
-@pytest.mark.parametrize("when", ["it comes", "the file grows", "it is adopted"])
+@pytest.mark.parametrize("when", ["it connects", "the file grows", "it is adopted"])
 def test_acknowledgements_are_waited_for(bench: WorkerBench, when: str) -> None:
-    """Bytes sent to a client wake its worker half a minute later to examine it, and then no more."""
-    _, client = bench.connect(b"8\n" if when == "it comes" else b"-0\n")
+    """30 s after bytes were sent to a client, the worker checks it once."""
+    _, client = bench.connect(b"8\n" if when == "it connects" else b"-0\n")
     bench.until(lambda: client.state is ClientState.STREAMING)
-    # for the title
+    # Run the timer of the title first.
     bench.skew += 2.0
     if when == "the file grows":
         bench.until(lambda: bench.worker.loop.timeout() is None)
@@ -579,7 +582,7 @@ def test_acknowledgements_are_waited_for(bench: WorkerBench, when: str) -> None:
 
 
 def test_truncation_is_reported(bench: WorkerBench) -> None:
-    """A truncated file is reported with its new size; a client beyond its end waits, and goes on when the file has grown."""
+    """A truncation is reported with the new size, and clients beyond it wait for their offset."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
     bench.reports()
@@ -590,8 +593,8 @@ def test_truncation_is_reported(bench: WorkerBench) -> None:
     assert bench.receive(far, 3) == b"hij"
 
 
-def test_file_that_is_gone_is_reported_at_each_look(bench: WorkerBench) -> None:
-    """The supervisor is told that the file is gone; what it decides is its own business, and the clients stay."""
+def test_file_that_is_gone_is_reported_at_each_check(bench: WorkerBench) -> None:
+    """The supervisor is told at each check that the file is gone, and the clients are kept."""
     far, _ = bench.connect(b"-0\n")
     bench.settle()
     bench.reports()
@@ -607,8 +610,8 @@ def test_file_that_is_gone_is_reported_at_each_look(bench: WorkerBench) -> None:
     assert [report.notices.gone for report in bench.reports()] == [True]
 
 
-def test_path_that_cannot_be_seen(path: Path) -> None:
-    """What a path names that cannot be looked at is asked again by the clock, and is not gone before that is clear."""
+def test_path_that_cannot_be_checked(path: Path) -> None:
+    """A path that cannot be checked is polled, and the file is not gone until that is certain."""
     link, fresh = path.with_name("link"), path.with_name("fresh")
     link.symlink_to(path)
     with working(link) as bench:
@@ -627,7 +630,7 @@ def test_path_that_cannot_be_seen(path: Path) -> None:
 
 
 def test_clients_are_reported(bench: WorkerBench) -> None:
-    """The supervisor learns who has joined, where each starts and who has left; the title counts them."""
+    """The supervisor is told which clients joined, started and left, and the title counts them."""
     far, client = bench.connect(b"-4\n")
     bench.settle()
     reports = bench.reports()
@@ -642,13 +645,13 @@ def test_clients_are_reported(bench: WorkerBench) -> None:
     bench.until(lambda: [report.left for report in bench.reports()][-1:] == [[client.number]])
 
 
-def test_header_stays_in_the_socket_until_the_start_is_told(bench: WorkerBench) -> None:
-    """While the supervisor has no room for the news nothing is consumed and nothing sent; a follower notices nothing."""
+def test_header_stays_in_the_socket_until_the_start_is_reported(bench: WorkerBench) -> None:
+    """Without room for its report a stream does not start, and its header stays in the socket."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
     bench.reports()
     packets = 0
-    # until there is not even room for a byte
+    # Fill the channel until there is no room for one byte.
     for size in (4096, 1):
         with suppress(BlockingIOError):
             while bench.worker.channel.send(bytes(size), socket.MSG_DONTWAIT):
@@ -672,20 +675,20 @@ def test_header_stays_in_the_socket_until_the_start_is_told(bench: WorkerBench) 
 
 @pytest.mark.slow
 def test_no_inotify(path: Path) -> None:
-    """Out of inotify instances, the worker says why it polls, and serves appends by the clock."""
+    """Without inotify instances the worker gives the reason, and polls for appends."""
     if not as_root:
-        pytest.skip("only root can be a user whose inotify instances nobody else needs")
+        pytest.skip("only root can use the inotify instances of another user")
     path.parent.chmod(0o777)
     path.chmod(0o666)
     done = run_program("worker_without_inotify", str(path.parent))
     assert done.returncode == 0, done.stderr
 
 
-# The end
+# Drain and exit.
 
 
 def test_drain(bench: WorkerBench) -> None:
-    """Told to drain, the worker gives everyone what is in the file now, also those who have just connected, and ends."""
+    """A draining worker sends each client, queued ones too, the file up to its end, and exits."""
     append(bench.path, BIG)
     whole = b"0123456789" + BIG
     replaying, _ = bench.connect(b"0\n")
@@ -704,7 +707,7 @@ def test_drain(bench: WorkerBench) -> None:
     wait_readable(bench.listeners[0][0])
     append(bench.path, b"last")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
-    # before the turn that would have taken in the others
+    # Handle the order before the turn that would accept and read the others.
     bench.worker.handle_channel()
     fars = (replaying, caught_up, chatty, silent, ahead, half_closed, unread, queued)
     whole += b"last"
@@ -715,8 +718,8 @@ def test_drain(bench: WorkerBench) -> None:
     assert not bench.worker.clients
 
 
-def test_drain_refuses_those_who_come_later(bench: WorkerBench) -> None:
-    """After the word to drain nobody is accepted any more, and what is appended is not sent."""
+def test_drain_refuses_later_connections(bench: WorkerBench) -> None:
+    """After the order to drain no connection is accepted, and no append is sent."""
     far, _ = bench.connect(b"8\n")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.until(lambda: bench.worker.draining)
@@ -726,8 +729,8 @@ def test_drain_refuses_those_who_come_later(bench: WorkerBench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
-def test_orders_that_came_together(bench: WorkerBench) -> None:
-    """Whatever else waits in the channel, a SIGTERM that comes with the word to drain is one: no client is left behind."""
+def test_orders_that_arrive_together(bench: WorkerBench) -> None:
+    """A SIGTERM that arrives with an order to drain does not end the worker before its clients."""
     far, _ = bench.connect(b"8\n")
     bench.settle()
     bench.channel.sendall(encode(Ping()))
@@ -739,7 +742,7 @@ def test_orders_that_came_together(bench: WorkerBench) -> None:
 
 
 def test_ping(bench: WorkerBench) -> None:
-    """A ping is answered, while draining as well."""
+    """A ping is answered, also while draining."""
     bench.connect(b"8\n", receive=4096)
     for order in (Ping(), Drain(bench.config.grace, rotating=True), Ping()):
         bench.reports()
@@ -751,22 +754,22 @@ def test_ping(bench: WorkerBench) -> None:
 
 
 def test_drain_without_clients(bench: WorkerBench) -> None:
-    """A worker with nobody to see off ends at once."""
+    """A draining worker without clients ends at once."""
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.worker.step(DEADLINE)
     assert bench.worker.ended
 
 
 def test_drain_waits_for_the_acknowledgement_and_not_for_a_close(bench: WorkerBench) -> None:
-    """A client that keeps its side open is done when it has got everything."""
+    """A draining client that does not close is done when it has acknowledged everything."""
     far, _ = bench.connect(b"0\n")
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.until(lambda: bench.worker.ended)
     assert recv_all(far) == b"0123456789"
 
 
-def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
-    """A client whose bytes are still on the way stays until it has them, and what it says meanwhile does not cost it any."""
+def test_drain_waits_until_clients_have_everything(path: Path) -> None:
+    """A draining client stays until it has all bytes, and what it sends does not cost it any."""
     path.write_bytes(BIG[: 1 << 16])
     with working(path) as bench:
         far, client = bench.connect(b"0\n", receive=4096)
@@ -778,8 +781,8 @@ def test_drain_sees_clients_off_until_they_have_everything(path: Path) -> None:
         assert bench.receive_to_the_end(far) == [BIG[: 1 << 16]]
 
 
-def test_grace_leaves_what_is_queued(path: Path) -> None:
-    """A client that is let go still gets what was sent to it, though it has said something that nobody has read."""
+def test_queued_bytes_survive_the_grace_period(path: Path) -> None:
+    """After the grace period a client still gets its queued bytes, even if it sent unread input."""
     append(path, BIG)
     with working(path) as bench:
         far, client = bench.connect(b"0\n", receive=4096)
@@ -792,7 +795,7 @@ def test_grace_leaves_what_is_queued(path: Path) -> None:
 
 
 def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A client that does not read has until the end of the grace, and not a moment longer; the log says so."""
+    """A client that does not read is dropped at the end of the grace period, and that is logged."""
     append(path, BIG)
     with working(path, grace=100.0) as bench:
         far, client = bench.connect(b"0\n", receive=4096)
@@ -812,7 +815,7 @@ def test_grace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_term_without_drain_is_like_a_crash(bench: WorkerBench) -> None:
-    """SIGTERM alone ends the worker and touches no client: the successor has them."""
+    """SIGTERM alone ends the worker and leaves its clients to the successor."""
     _, client = bench.connect(b"-0\n")
     signal.raise_signal(signal.SIGTERM)
     bench.worker.step(DEADLINE)
@@ -822,7 +825,7 @@ def test_term_without_drain_is_like_a_crash(bench: WorkerBench) -> None:
 
 
 def test_term_after_drain(bench: WorkerBench) -> None:
-    """SIGTERM behind the word to drain drains, even if the signal is seen first."""
+    """SIGTERM after an order to drain drains, even if the signal is handled first."""
     far, _ = bench.connect(b"8\n")
     bench.settle()
     bench.channel.sendall(encode(Drain(bench.config.grace)))
@@ -834,7 +837,7 @@ def test_term_after_drain(bench: WorkerBench) -> None:
 
 
 def test_orphan_ends(bench: WorkerBench) -> None:
-    """A worker whose supervisor is gone ends."""
+    """A worker whose supervisor has gone ends."""
     bench.settle()
     bench.channel.close()
     bench.worker.step(DEADLINE)
@@ -842,14 +845,14 @@ def test_orphan_ends(bench: WorkerBench) -> None:
 
 
 def test_run(bench: WorkerBench) -> None:
-    """run() says that the worker is ready, and returns the exit status when it is told to drain."""
+    """run() reports that the worker is ready, and returns the exit status after a drain."""
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     assert bench.worker.run() == ExitStatus.DONE
     assert bench.reports()[0].notices.ready is True
 
 
-def test_run_on_a_file_that_has_gone_already(bench: WorkerBench) -> None:
-    """A file that went between the supervisor's look and the worker's watch is reported with the first word."""
+def test_run_on_a_file_that_has_gone(bench: WorkerBench) -> None:
+    """A file that was deleted before the worker's watch existed is reported at once."""
     bench.path.unlink()
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     assert bench.worker.run() == ExitStatus.DONE
