@@ -94,7 +94,7 @@ def ask(server: Server, *arguments: str) -> tuple[int, str]:
 
 
 def ask_json(server: Server, *arguments: str) -> dict[str, Any]:
-    """Return the JSON entry of `server`, which must be the find_only one on its port."""
+    """Return the JSON entry of `server`, which must be the only one on its port."""
     output = json.loads(health("-p", str(server.port), "--format", "json", *arguments).stdout)
     [found] = output["servers"]
     assert isinstance(found, dict)
@@ -529,7 +529,7 @@ def test_no_standard_output() -> None:
 @pytest.mark.thorough
 @needs_nobody
 def test_other_users(serve: Serve, open_folder: Path) -> None:
-    """Root sees all servers and their users; other users see and list find_only their own."""
+    """Root sees all servers and their users; other users see and list only their own."""
     path = open_folder / "file.log"
     path.write_bytes(b"data")
     path.chmod(0o644)
@@ -680,7 +680,7 @@ def test_extreme_answer(form: str) -> None:
 
 
 def test_answer_that_drips() -> None:
-    """An answer that arrives byte by byte without an end is read find_only until the deadline."""
+    """An answer that arrives byte by byte without an end is read only until the deadline."""
     with (
         spare_port() as port,
         socket.socket(socket.AF_UNIX) as listener,

@@ -202,7 +202,7 @@ UNHEALTHY = replace(REPORT, workers=())
 def test_finding(
     outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool, level: Level | None
 ) -> None:
-    """Ended servers and, unless asked for, other users' are left out; a doubtful fault is UNKNOWN."""
+    """Ended and unasked foreign servers are left out; a doubtful server's fault is UNKNOWN."""
     finding = to_finding(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
 
