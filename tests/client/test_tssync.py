@@ -333,7 +333,7 @@ def test_fsync(
 def test_signals_leave_a_synced_copy(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]
 ) -> None:
-    """Any signal, or several at once, end tssync only after the received data is synced."""
+    """One or several signals end tssync only after the received data is synced."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
     traced = (

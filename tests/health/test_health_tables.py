@@ -202,7 +202,7 @@ UNHEALTHY = replace(REPORT, workers=())
 def test_finding(
     outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool, level: Level | None
 ) -> None:
-    """Ended and unasked foreign servers are left out; a doubtful server's fault is UNKNOWN."""
+    """Ended servers, and other users' unless asked for, are left out; doubt means UNKNOWN."""
     finding = to_finding(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
 
