@@ -1,4 +1,4 @@
-"""`follow` against real servers that are killed, replaced and cut off: every byte once, or an error that says why not."""
+"""`follow` against servers that are killed, replaced or cut off: each byte once, or an error."""
 
 import os
 import select
@@ -36,10 +36,10 @@ from tailsrv.client.resume import WINDOWS, FromEnd
 from tailsrv.client.stream import ANCHOR_TRIES
 
 DATA = random_bytes(300_000)
-HASTE = Backoff(0.01, 0.02)
+SHORT_BACKOFF = Backoff(0.01, 0.02)
 
 
-def here(server: Server) -> str:
+def endpoint_of(server: Server) -> str:
     return f"127.0.0.1:{server.port}"
 
 
@@ -53,11 +53,11 @@ def take(stream: Follow, count: int) -> bytes:
 
 
 class EndOfTestError(Exception):
-    """What our `wait` raises."""
+    """Raised by the reader's `wait` to end the stream."""
 
 
 class Reader:
-    """Follows on another thread until the end of its block, which ends it by its `wait`."""
+    """Follow on another thread; leaving the block makes `wait` end the stream."""
 
     def __init__(self, addresses: str | Sequence[str], offset: int | str, **options: Any) -> None:
         self.received = bytearray()
@@ -65,7 +65,12 @@ class Reader:
         self.error: Exception | None = None
         self._end = os.eventfd(0)
         self.stream = follow(
-            addresses, offset, backoff=HASTE, report=self.reports.append, wait=self._wait, **options
+            addresses,
+            offset,
+            backoff=SHORT_BACKOFF,
+            report=self.reports.append,
+            wait=self._wait,
+            **options,
         )
         self._thread = threading.Thread(target=self._read)
 
@@ -84,14 +89,14 @@ class Reader:
         os.close(self._end)
 
     def got(self, data: bytes) -> None:
-        """Wait until exactly `data` has come."""
+        """Wait until exactly `data` has been received."""
         eventually(lambda: len(self.received) >= len(data) or self.error)
         assert self.received == data
 
     def anchored(self) -> None:
-        """Wait until the stream could come back, though it began from the end and nothing came."""
+        """Wait until a stream that started from the end of the file can resume."""
         eventually(
-            lambda: not isinstance(place := self.stream._position, FromEnd) or place.anchored
+            lambda: not isinstance(position := self.stream._position, FromEnd) or position.anchored
         )
 
     def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
@@ -115,7 +120,7 @@ class Reader:
 
 @contextmanager
 def slow_server(file: bytes, delay: float) -> Iterator[tuple[str, int]]:
-    """Serve `file`, each connection after a delay, and give the address."""
+    """Serve `file`, with a delay on each connection, and yield the address."""
     ended = threading.Event()
 
     def answer(sock: socket.socket) -> None:
@@ -148,9 +153,9 @@ def slow_server(file: bytes, delay: float) -> Iterator[tuple[str, int]]:
     ("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)]
 )
 def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start: int) -> None:
-    """The bytes are the file's from the offset on, then what is appended; an offset from the start is known at any time."""
+    """A stream is the file from its start plus appends; a start of -N has no known offset."""
     path.write_bytes(DATA)
-    with follow(here(serve(path)), offset) as stream:
+    with follow(endpoint_of(serve(path)), offset) as stream:
         assert take(stream, len(DATA[start:])) == DATA[start:]
         append(path, b"new")
         assert next(stream) == b"new"
@@ -158,10 +163,10 @@ def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start:
 
 
 def test_only_what_is_new(serve: Serve, path: Path) -> None:
-    """From -0 on there is nothing but what is appended after the server has read the header."""
+    """An offset of -0 yields only the data appended after the server has read the header."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
-    with Reader(here(server), "-0") as reader:
+    with Reader(endpoint_of(server), "-0") as reader:
         server.logged("client streams: ")
         append(path, b"new")
         reader.got(b"new")
@@ -169,12 +174,12 @@ def test_only_what_is_new(serve: Serve, path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0, 12345, -200_000])
 def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
-    """However often the connection breaks, at whatever byte, in good order or by a reset, every byte comes once."""
+    """Every byte arrives once however often the connection is closed or reset, at any byte."""
     path.write_bytes(DATA[:250_000])
     start = offset if offset >= 0 else 250_000 + offset
     cutter = Cutter(serve(path).port, cuts=30 if offset >= 0 else 0, longest=60_000)
-    with cutter, follow(cutter.endpoints(5), offset, backoff=HASTE) as stream:
-        # until the first byte has come, -N begins again
+    with cutter, follow(cutter.endpoints(5), offset, backoff=SHORT_BACKOFF) as stream:
+        # Until the first byte has arrived, a stream from -N starts anew after each cut.
         received = next(stream)
         cutter.left = 30
         received += take(stream, 250_000 - start - len(received))
@@ -185,22 +190,22 @@ def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
-    """What is appended while no server is there comes as well, and once; also where nothing had come before."""
+def test_server_is_killed_and_restarted(serve: Serve, tmp_path: Path) -> None:
+    """Data appended while the server is down arrives once, even on a stream without data so far."""
     starts: dict[str, tuple[int | str, bytes]] = {
         "known": (0, DATA),
         "end": (-1000, DATA),
         "nothing yet": ("-0", DATA),
         "periodic": (-1000, b"tick\n" * 1000),
     }
-    # all at once: each takes seconds, of waiting
+    # The cases run together because each of them waits for seconds.
     with ExitStack() as stack:
         cases = []
         for name, (offset, before) in starts.items():
             path = tmp_path / name
             path.write_bytes(before)
             server = serve(path, "-v", status=-signal.SIGKILL)
-            reader = stack.enter_context(Reader(here(server), offset))
+            reader = stack.enter_context(Reader(endpoint_of(server), offset))
             server.logged("client streams: ")
             cases.append((path, server, reader, b"" if offset == "-0" else before[int(offset) :]))
         for path, server, reader, expected in cases:
@@ -215,27 +220,29 @@ def test_server_is_killed_and_comes_back(serve: Serve, tmp_path: Path) -> None:
             reader.got(expected + b"onetwo")
             append(path, b"three")
             reader.got(expected + b"onetwothree")
-            assert len(reader.reports) <= 4, "one for each reason, and one when all is well again"
-            assert reader.reports[-1] == f"connected to {here(server)}"
+            assert len(reader.reports) <= 4, (
+                "one report for each reason, and one for the new connection"
+            )
+            assert reader.reports[-1] == f"connected to {endpoint_of(server)}"
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_no_answer_is_no_empty_file(serve: Serve, path: Path) -> None:
-    """A server that has no room for the question after the file's end does not say that there is nothing before the place."""
+def test_unanswered_probe_is_not_an_empty_file(serve: Serve, path: Path) -> None:
+    """A probe that a full server leaves unanswered does not count as an empty file."""
     path.write_bytes(DATA)
-    with Reader(here(serve(path, "--max-clients", "1")), "-0") as reader:
-        # it asks again: it has not believed the first answer
+    with Reader(endpoint_of(serve(path, "--max-clients", "1")), "-0") as reader:
+        # The number of tries left shows that the client repeats its probe.
         eventually(lambda: reader.stream._anchors < ANCHOR_TRIES - 1)
         assert reader.stream.offset is None
 
 
 @pytest.mark.slow
 def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
-    """Where more was appended than the file's end that is searched first, a wider one is searched."""
+    """A search for the last bytes widens if the appended data exceeds the first window."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with Reader(here(server), -10_000) as reader:
+    with Reader(endpoint_of(server), -10_000) as reader:
         reader.got(DATA[-10_000:])
         kill(server)
         more = random_bytes(WINDOWS[0] + 5000, seed=2)
@@ -245,7 +252,7 @@ def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
 
 
 def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
-    """A connection that ends with the question whether the file is longer is tried again like any other."""
+    """With `whole_lines`, the probe for the start of a line is retried after a lost connection."""
     path.write_bytes(b"a line that is cut\n" * 100)
     with (
         Cutter(serve(path).port, cuts=4, longest=1) as cutter,
@@ -259,11 +266,11 @@ def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
 
 
 def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
-    """A `wait` that says that something has come when nothing has costs a turn, no byte."""
+    """A `wait` that reports data too early costs one more turn and loses no byte."""
     path.write_bytes(DATA)
     turns = 0
 
-    def hasty(fd: int, events: int, _: float | None) -> bool:
+    def wait_too_short(fd: int, events: int, _: float | None) -> bool:
         nonlocal turns
         if not wait(fd, events, 0.001):
             turns += 1
@@ -271,14 +278,16 @@ def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
                 append(path, b"more")
         return True
 
-    with follow(here(serve(path)), wait=hasty) as stream:
+    with follow(endpoint_of(serve(path)), wait=wait_too_short) as stream:
         assert take(stream, len(DATA) + 4) == DATA + b"more"
     assert turns >= 10
     turns, (out, into) = 0, os.pipe()
     with (
         open(out, "rb") as reader,
         open(into, "wb"),
-        follow(here(serve(path)), len(DATA), recall=lambda _: b"", wait=hasty) as stream,
+        follow(
+            endpoint_of(serve(path)), len(DATA), recall=lambda _: b"", wait=wait_too_short
+        ) as stream,
     ):
         received = b""
         while len(received) < 8:
@@ -287,7 +296,7 @@ def test_wait_that_returns_too_early(serve: Serve, path: Path) -> None:
 
 
 def test_address_that_cannot_be_reached() -> None:
-    """What the kernel refuses at once is said like what it refuses later."""
+    """An error that connect(2) returns at once is reported like one that arrives later."""
     with pytest.raises(
         ConnectError, match=r"^255.255.255.255:1: (Network is unreachable|Permission denied)$"
     ):
@@ -296,10 +305,10 @@ def test_address_that_cannot_be_reached() -> None:
 
 @pytest.mark.slow
 def test_end_is_found_again_though_the_file_grows(serve: Serve, path: Path) -> None:
-    """Who began from the end of a small file that is never quiet comes back to it while it grows."""
+    """A stream from the end of a small file resumes while that file grows all the time."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with Reader(here(server), -1000) as reader:
+    with Reader(endpoint_of(server), -1000) as reader:
         reader.got(DATA[-1000:])
         kill(server)
         restart(serve, server, path)
@@ -315,10 +324,10 @@ def test_end_is_found_again_though_the_file_grows(serve: Serve, path: Path) -> N
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
-    """The first line that is written to an empty file is a whole one."""
+    """The first line that is written to an empty file is delivered from its first byte."""
     path.write_bytes(b"")
     server = serve(path, "-v")
-    with Reader(here(server), "-0", whole_lines=True) as reader:
+    with Reader(endpoint_of(server), "-0", whole_lines=True) as reader:
         server.logged("client streams: ", count=3)
         append(path, b"first\n")
         reader.got(b"first\n")
@@ -327,14 +336,14 @@ def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_whole_lines_from_a_slow_server() -> None:
-    """A server that is silent for a second has not said that the file is shorter."""
+    """A server that is silent for a second is not taken for one with a shorter file."""
     lines = b"a line that is cut\n" * 100
     with slow_server(lines, 1.3) as address, follow(address, -50, whole_lines=True) as stream:
         assert next(stream) == lines[-38:]
 
 
 def test_slow_servers_get_more_time() -> None:
-    """Each that is given up for its silence makes the next wait longer, up to a limit."""
+    """Each server given up on for its silence doubles the next wait, up to a limit."""
     stream = follow("127.0.0.1:1")
 
     def seconds(given_up: int) -> float:
@@ -344,11 +353,11 @@ def test_slow_servers_get_more_time() -> None:
     assert [seconds(given_up) for given_up in (0, 1, 2, 3, 4, 10_000)] == [2, 4, 8, 16, 30, 30]
 
 
-def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
-    """Who began from the end of a file that says the same again and again cannot come back, and says so."""
+def test_position_that_cannot_be_found_is_an_error(serve: Serve, path: Path) -> None:
+    """A stream from the end of a repetitive file is an error if it cannot resume exactly."""
     path.write_bytes(b"tick\n" * 20_000)
     server = serve(path, "-v", status=-signal.SIGKILL)
-    with Reader(here(server), -1000) as reader:
+    with Reader(endpoint_of(server), -1000) as reader:
         reader.got(path.read_bytes()[-1000:])
         kill(server)
         restart(serve, server, path)
@@ -358,10 +367,10 @@ def test_place_that_cannot_be_found_is_said(serve: Serve, path: Path) -> None:
 
 @pytest.mark.parametrize("size", [len(DATA), len(DATA) - 1000])
 def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
-    """A file that is another one behind the same port gives not one byte; the iteration has ended."""
+    """A different file at the same address is an error, yields no byte and ends the iteration."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with follow(here(server), backoff=HASTE) as stream:
+    with follow(endpoint_of(server), backoff=SHORT_BACKOFF) as stream:
         assert take(stream, len(DATA)) == DATA
         kill(server)
         path.write_bytes(bytes(size))
@@ -375,11 +384,11 @@ def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
-    """A server that does not have what we have may get it: a replica that is behind."""
+def test_shorter_file_is_reported_and_retried(serve: Serve, path: Path) -> None:
+    """A server with a shorter file is reported and retried until its file has grown."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with Reader(here(server), 0) as reader:
+    with Reader(endpoint_of(server), 0) as reader:
         reader.got(DATA)
         kill(server)
         path.write_bytes(DATA[:1000])
@@ -389,12 +398,12 @@ def test_shorter_file_is_said_and_waited_for(serve: Serve, path: Path) -> None:
         reader.got(DATA + b"new")
 
 
-def test_next_address_is_taken(serve: Serve, path: Path) -> None:
-    """A dead replica is passed over without a pause, at the start and when the one in use dies; a server comes back at its turn."""
+def test_next_address_is_tried(serve: Serve, path: Path) -> None:
+    """A dead replica is skipped without a pause, at the start and after a lost connection."""
     path.write_bytes(DATA)
     first, second = serve(path, status=-signal.SIGKILL), serve(path)
     dead = f"127.0.0.1:{closed_port()}"
-    with follow([dead, here(first), here(second)], backoff=Backoff(60, 60)) as stream:
+    with follow([dead, endpoint_of(first), endpoint_of(second)], backoff=Backoff(60, 60)) as stream:
         assert take(stream, len(DATA)) == DATA
         kill(first)
         append(path, b"new")
@@ -405,7 +414,7 @@ def test_next_address_is_taken(serve: Serve, path: Path) -> None:
     "header", ["127.0.0.1:{}", ("127.0.0.1", 0), [("127.0.0.1", 0)], ["127.0.0.1:{}"]]
 )
 def test_ways_to_name_a_server(serve: Serve, path: Path, header: Any) -> None:
-    """One string, one pair, or several of either."""
+    """A server is named by a string or by a pair, and several by a list of either."""
     path.write_bytes(b"line\n")
     port = serve(path).port
 
@@ -422,19 +431,19 @@ def test_ways_to_name_a_server(serve: Serve, path: Path, header: Any) -> None:
     "addresses", ["localhost", "a:0", [], ["a:1", "b"], ("a", 65536), [("a", -1)]]
 )
 def test_bad_address(addresses: Any) -> None:
-    """What cannot be connected to is an error at once."""
+    """A malformed address is an error before anything is connected."""
     with pytest.raises(EndpointError):
         follow(addresses)
 
 
 def test_bad_offset() -> None:
-    """So is what is no offset."""
+    """A malformed offset is an error before anything is connected."""
     with pytest.raises(OffsetError):
         follow("localhost:1", "1e3")
 
 
 def test_unknown_host() -> None:
-    """A name that has no address at the start is an error; beside one that has, it is not."""
+    """A host name without an address is an error only if no other server is named."""
     with (
         follow("nosuch.invalid:1") as stream,
         pytest.raises(UnknownHostError, match=r"^nosuch\.invalid:1: "),
@@ -448,7 +457,7 @@ def test_unknown_host() -> None:
 
 
 def test_once_without_a_server() -> None:
-    """With `once`, each address is tried once, and then it is an error."""
+    """With `once`, each address is tried once, and then the iteration fails."""
     ports = closed_port(), closed_port()
     with (
         follow([f"127.0.0.1:{port}" for port in ports], once=True) as stream,
@@ -458,17 +467,17 @@ def test_once_without_a_server() -> None:
 
 
 def test_once_ends_with_the_connection(serve: Serve, path: Path) -> None:
-    """With `once`, the first connection's end is the iteration's."""
+    """With `once`, the iteration ends with the first connection."""
     path.write_bytes(DATA)
     server = serve(path)
-    with follow(here(server), once=True) as stream:
+    with follow(endpoint_of(server), once=True) as stream:
         assert take(stream, len(DATA)) == DATA
         server.signal(signal.SIGTERM)
         assert list(stream) == []
 
 
-def test_once_says_what_broke_the_connection(serve: Serve, path: Path) -> None:
-    """With `once`, a connection that ends in no good order is an error."""
+def test_once_fails_if_the_connection_is_reset(serve: Serve, path: Path) -> None:
+    """With `once`, a connection that is reset is an error."""
     path.write_bytes(DATA)
     with (
         Cutter(serve(path).port, cuts=1, longest=1, resets=True) as cutter,
@@ -479,40 +488,42 @@ def test_once_says_what_broke_the_connection(serve: Serve, path: Path) -> None:
 
 
 def test_idle_ends_the_iteration(serve: Serve, path: Path) -> None:
-    """So long without a byte is the end."""
+    """The iteration ends when no byte has arrived for `idle` seconds."""
     path.write_bytes(DATA)
-    with follow(here(serve(path)), idle=0.2) as stream:
+    with follow(endpoint_of(serve(path)), idle=0.2) as stream:
         assert b"".join(stream) == DATA
         assert list(stream) == []
 
 
 def test_idle_without_a_server() -> None:
-    """So long without a server is an error, for nobody knows what there would be."""
+    """Without a server, the end of the idle time is an error: there may be unread data."""
     with (
-        follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=HASTE) as stream,
+        follow(f"127.0.0.1:{closed_port()}", idle=0.2, backoff=SHORT_BACKOFF) as stream,
         pytest.raises(ConnectError, match="refused"),
     ):
         list(stream)
 
 
 def test_idle_before_a_shorter_file(serve: Serve, path: Path) -> None:
-    """A server that does not have what we have is no end, either."""
+    """The end of the idle time is an error while the server's file is too short."""
     path.write_bytes(DATA[:100])
     with (
-        follow(here(serve(path)), 1000, idle=0.2, recall=lambda offset: DATA[:offset]) as stream,
+        follow(
+            endpoint_of(serve(path)), 1000, idle=0.2, recall=lambda offset: DATA[:offset]
+        ) as stream,
         pytest.raises(ConnectError, match="shorter"),
     ):
         list(stream)
 
 
 @pytest.mark.thorough
-def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """Where one replica does not have what we have, another may."""
+def test_replica_that_is_behind_is_skipped(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """If one replica's file is too short, the next replica is used."""
     path.write_bytes(DATA)
     behind = tmp_path / "behind"
     behind.write_bytes(DATA[:100])
     with follow(
-        [here(serve(behind)), here(serve(path))],
+        [endpoint_of(serve(behind)), endpoint_of(serve(path))],
         1000,
         recall=lambda offset: DATA[:offset],
         backoff=Backoff(60, 60),
@@ -521,10 +532,10 @@ def test_replica_that_is_behind_is_passed_over(serve: Serve, path: Path, tmp_pat
 
 
 def test_close_ends_the_iteration(serve: Serve, path: Path) -> None:
-    """A closed stream gives nothing more, and the server has lost a client."""
+    """A closed stream yields nothing more, and the server drops the client."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
-    stream = follow(here(server))
+    stream = follow(endpoint_of(server))
     next(stream)
     stream.close()
     assert list(stream) == []
@@ -533,9 +544,9 @@ def test_close_ends_the_iteration(serve: Serve, path: Path) -> None:
 
 
 def test_keepalive_is_on(serve: Serve, path: Path) -> None:
-    """A server whose machine has vanished is noticed."""
+    """TCP keepalive is set, so that the loss of the server's machine is noticed."""
     path.write_bytes(DATA)
-    with follow(here(serve(path))) as stream:
+    with follow(endpoint_of(serve(path))) as stream:
         next(stream)
         assert stream._sock is not None
         assert stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
@@ -552,18 +563,18 @@ def test_keepalive_is_on(serve: Serve, path: Path) -> None:
     [(1, 0.25, 0.5), (2, 0.5, 1), (3, 1, 2), (6, 5, 10), (10_000, 5, 10)],
 )
 def test_backoff(failures: int, least: float, most: float) -> None:
-    """Pauses double up to a limit, and chance takes up to half off."""
+    """Pauses double up to a limit, and a random factor shortens each by up to a half."""
     assert (Backoff().pause(failures, 1), Backoff().pause(failures, 0)) == (least, most)
 
 
 def loaded_by(module: str) -> set[str]:
-    """Return the names of all modules that an interpreter has after it has imported `module`."""
+    """Return the names of all modules that an interpreter has loaded after `import module`."""
     return set(run_python(f"import sys; import {module}; print(*sys.modules)").stdout.split())
 
 
 @pytest.mark.parametrize("module", ["tailsrv.client.tscat", "tailsrv.client.tssync"])
 def test_commands_do_not_import_the_server(module: str) -> None:
-    """A client starts without what only the server needs."""
+    """A client starts without the modules that only the server needs."""
     loaded = loaded_by(module)
     for unwanted in (
         "psutil",
@@ -574,13 +585,13 @@ def test_commands_do_not_import_the_server(module: str) -> None:
         "tailsrv.worker",
         "tailsrv.listeners",
     ):
-        assert find_spec(unwanted), "a module that is not there is never imported"
+        assert find_spec(unwanted), "a module that does not exist is never imported"
         assert unwanted not in loaded
 
 
 def test_server_does_not_import_the_clients() -> None:
-    """The server starts without what only clients need."""
+    """The server starts without the modules that only clients need."""
     loaded = loaded_by("tailsrv.main")
     for unwanted in ("tailsrv.client", "tailsrv.health"):
-        assert find_spec(unwanted), "a module that is not there is never imported"
+        assert find_spec(unwanted), "a module that does not exist is never imported"
         assert unwanted not in loaded

@@ -1,4 +1,4 @@
-"""The copy on file systems and disks that are not as one would wish."""
+"""The local copy of `tssync` on file systems and disks that lack features or fail."""
 
 import errno
 import os
@@ -16,16 +16,16 @@ from tailsrv.client.local_copy import LocalCopy
 
 DATA = random_bytes(300_000)
 
-# coverage.py renames files, too
+# Runs a command without coverage.py, which renames files itself.
 UNMEASURED = ("env", "-u", "COVERAGE_PROCESS_START", "-u", "COVERAGE_PROCESS_CONFIG")
 
 
-def here(server: Server) -> str:
+def endpoint_of(server: Server) -> str:
     return f"127.0.0.1:{server.port}"
 
 
 def failing(*injections: str) -> tuple[str, ...]:
-    """Return what starts a command whose system calls fail."""
+    """Return the prefix of a command that makes some of its system calls fail."""
     return (
         "strace",
         "-f",
@@ -37,7 +37,7 @@ def failing(*injections: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Return where the copy is to be."""
+    """Return the path of the local copy."""
     return tmp_path / "copy"
 
 
@@ -45,37 +45,44 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize("error", ["EPERM", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV"])
-def test_begins_again_without_hard_links(
+def test_restart_without_hard_links(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, error: str
 ) -> None:
-    """The old copy gets a name that was free also where there are no hard links; no other file is touched."""
+    """Without hard links, the old copy still gets an unused name and no other file is touched."""
     path.write_bytes(DATA)
     copy.write_bytes(b"old")
-    (tmp_path / "copy.1").write_bytes(b"somebody else's")
+    (tmp_path / "copy.1").write_bytes(b"another file")
     (tmp_path / "copy.2").symlink_to("nowhere")
     (tmp_path / "copy.3").mkdir()
     traced = failing(f"link,linkat:error={error}", "renameat2:error=EINVAL")
     done = run_client(
-        *traced, *TSSYNC, here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2"
+        *traced,
+        *TSSYNC,
+        endpoint_of(serve(path)),
+        copy,
+        "--on-mismatch=restart",
+        "--until-idle",
+        "0.2",
     )
     assert done.returncode == 0, done.stderr
-    assert {found.name: found.read_bytes() for found in tmp_path.glob("copy*") if found.is_file()} == {
-        "copy": DATA, "copy.1": b"somebody else's", "copy.4": b"old",
-    }  # fmt: skip
+    files = [found for found in tmp_path.glob("copy*") if found.is_file()]
+    assert {found.name: found.read_bytes() for found in files} == {
+        "copy": DATA,
+        "copy.1": b"another file",
+        "copy.4": b"old",
+    }
 
 
 @needs_strace
-def test_copy_that_cannot_be_set_aside(
-    serve: Serve, path: Path, copy: Path, tmp_path: Path
-) -> None:
-    """A file that may not be renamed (a mount point, for instance) is an error, and leaves nothing behind."""
+def test_copy_that_cannot_be_renamed(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A copy that cannot be renamed, such as a mount point, is an error and leaves no new file."""
     path.write_bytes(DATA)
     copy.write_bytes(b"old")
     done = run_client(
         *UNMEASURED,
         *failing("rename,renameat,renameat2:error=EBUSY"),
         *TSSYNC,
-        here(serve(path)),
+        endpoint_of(serve(path)),
         copy,
         "--on-mismatch=restart",
     )
@@ -84,7 +91,7 @@ def test_copy_that_cannot_be_set_aside(
 
 
 def test_copy_by_a_symbolic_link(tmp_path: Path) -> None:
-    """A symbolic link is followed once: the old copy and the new one are where it leads, and the link stays as it is."""
+    """With a symbolic link, the old and the new copy are in its target's folder; the link stays."""
     (tmp_path / "disk").mkdir()
     link, file = tmp_path / "link", tmp_path / "disk" / "file"
     link.symlink_to("disk/file")
@@ -102,27 +109,27 @@ def test_copy_by_a_symbolic_link(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unstable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have what is started meet file systems that make up inode numbers."""
+    """Let the started programs see file systems that report random inode numbers."""
     shim = build_shim(tmp_path, "unstable_inodes")
     monkeypatch.setenv("LD_PRELOAD", str(shim))
     if (
         run_python("import os; print(os.stat('.').st_ino == os.stat('.').st_ino)").stdout
         != "False\n"
     ):
-        pytest.skip("this C library has other names for its functions")
+        pytest.skip("the C library names its stat functions differently")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unstable")
-def test_inode_numbers_that_are_made_up(
+def test_inode_numbers_that_change(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy whose inode has another number at each look is kept like any other, and that another file has its name is still noticed."""
+    """With changing inode numbers, the copy is kept, and its replacement is still noticed."""
     path.write_bytes(DATA)
     with monkeypatch.context() as stable:
         stable.delenv("LD_PRELOAD")
         server = serve(path)
-    with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(server), copy) as command:
         holds(copy, DATA)
         append(path, b"more")
         holds(copy, DATA + b"more")
@@ -134,8 +141,8 @@ def test_inode_numbers_that_are_made_up(
 
 
 @pytest.mark.slow
-def test_file_that_is_another_one_each_time(copy: Path) -> None:
-    """Whatever takes the file away between opening and locking it, each time, there is an end to it."""
+def test_file_that_is_replaced_at_each_attempt(copy: Path) -> None:
+    """Opening the copy fails after ten attempts if the file is replaced during each of them."""
     done = run_program(
         "file_taken_away",
         str(copy),
@@ -155,10 +162,10 @@ def test_file_that_is_another_one_each_time(copy: Path) -> None:
 def test_splice_that_does_not_work(
     serve: Serve, path: Path, copy: Path, error: int, when: int
 ) -> None:
-    """Where splice(2) is not to be had, for sockets, for this file system or by a sandbox, the copy is made without."""
+    """If splice(2) fails for a socket or a file, or is forbidden, data is copied by other calls."""
     path.write_bytes(DATA)
     traced = failing(f"splice:error={errno.errorcode[error]}:when={when}+2")
-    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--until-idle", "0.2")
+    done = run_client(*traced, *TSSYNC, endpoint_of(serve(path)), copy, "--until-idle", "0.2")
     assert (done.returncode, done.stderr) == (0, "")
     assert copy.read_bytes() == DATA
 
@@ -167,7 +174,7 @@ def test_splice_that_does_not_work(
 def test_interpreter_without_splice(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interpreter that was built without os.splice and F_SETPIPE_SZ makes the copy in another way."""
+    """An interpreter without os.splice and F_SETPIPE_SZ makes the same copy by other calls."""
     path.write_bytes(DATA)
     server = serve(path)
     (tmp_path / "sitecustomize.py").write_text(
@@ -175,7 +182,7 @@ def test_interpreter_without_splice(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run_python("import os; print(hasattr(os, 'splice'))").stdout == "False\n"
-    done = run_client(*TSSYNC, here(server), copy, "--until-idle", "0.2")
+    done = run_client(*TSSYNC, endpoint_of(server), copy, "--until-idle", "0.2")
     assert (done.returncode, done.stderr) == (0, "")
     assert copy.read_bytes() == DATA
 
@@ -183,10 +190,10 @@ def test_interpreter_without_splice(
 @pytest.mark.slow
 @needs_strace
 def test_full_disk_without_splice(serve: Serve, path: Path, copy: Path) -> None:
-    """What was read from the pipe and finds no room is not lost."""
+    """Data that was read from the pipe before the disk was full is not lost."""
     path.write_bytes(DATA)
     traced = failing("splice:error=EINVAL", "pwrite64:error=ENOSPC:when=1")
-    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--until-idle", "0.2")
+    done = run_client(*traced, *TSSYNC, endpoint_of(serve(path)), copy, "--until-idle", "0.2")
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         f"tssync: cannot append to {copy}: No space left on device; waiting for free space",
@@ -200,7 +207,7 @@ def test_full_disk_without_splice(serve: Serve, path: Path, copy: Path) -> None:
 @needs_strace
 @pytest.mark.parametrize("held", [0, 10_000])
 def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> None:
-    """What the disk may not have is taken away, to the whole block, and the next run gets it anew."""
+    """Bytes that a failed sync may have lost are cut off in whole blocks and fetched again."""
     path.write_bytes(DATA)
     copy.write_bytes(DATA[:held])
     kept = held - held % copy.stat().st_blksize
@@ -208,29 +215,33 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> Non
     done = run_client(
         *failing("fdatasync:error=EIO:when=2"),
         *TSSYNC,
-        here(server),
+        endpoint_of(server),
         copy,
         "--fsync",
         "0",
         "--until-idle",
         "20",
     )
-    assert (done.returncode, done.stderr) == (1, f"tssync: cannot sync {copy}: Input/output error; it was cut to the {kept} bytes "
-        "that are on the disk: start tssync again to fetch the rest\n")  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"tssync: cannot sync {copy}: Input/output error; it was cut to the {kept} bytes "
+        "that are on the disk: start tssync again to fetch the rest\n",
+    )
     assert copy.read_bytes() == DATA[:kept]
-    done = run_client(*TSSYNC, here(server), copy, "--fsync", "0", "--until-idle", "0.2")
+    done = run_client(*TSSYNC, endpoint_of(server), copy, "--fsync", "0", "--until-idle", "0.2")
     assert (done.returncode, copy.read_bytes()) == (0, DATA)
 
 
 @pytest.mark.slow
 @needs_strace
 @pytest.mark.parametrize(
-    ("injection", "said"),
+    ("injection", "message"),
     [
         ("fdatasync:error=EIO", "some of its bytes may not be on the disk: move it away"),
         (
             "fdatasync:error=EIO:when=2+",
-            "cannot be cut to the 8192 bytes that are on the disk (Input/output error): move it away",
+            "cannot be cut to the 8192 bytes that are on the disk (Input/output error): "
+            "move it away",
         ),
         (
             "fdatasync:error=EIO:when=2 ftruncate:error=EROFS",
@@ -240,17 +251,17 @@ def test_disk_that_fails(serve: Serve, path: Path, copy: Path, held: int) -> Non
     ids=["from the start", "still", "read-only"],
 )
 def test_disk_that_fails_for_good(
-    serve: Serve, path: Path, copy: Path, injection: str, said: str
+    serve: Serve, path: Path, copy: Path, injection: str, message: str
 ) -> None:
-    """Where nobody knows what the disk has, or the rest cannot be taken away, that is said."""
+    """If the unsynced bytes are unknown or cannot be cut off, the error message says so."""
     path.write_bytes(DATA)
     copy.write_bytes(DATA[:10_000])
     if copy.stat().st_blksize != 4096:
-        pytest.skip("blocks of another size here")
+        pytest.skip("the file system's block size is not 4096")
     done = run_client(
         *failing(*injection.split()),
         *TSSYNC,
-        here(serve(path)),
+        endpoint_of(serve(path)),
         copy,
         "--fsync",
         "0",
@@ -258,4 +269,4 @@ def test_disk_that_fails_for_good(
         "20",
     )
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr

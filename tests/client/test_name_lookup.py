@@ -1,4 +1,4 @@
-"""A name service that does not answer: it must hold up nothing but the connections to those names."""
+"""A silent name service delays only the connections to the names that are being looked up."""
 
 import signal
 import socket
@@ -29,7 +29,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def silence(tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have the clients that are started ask a name service of ours; return the folder that tells it what to do."""
+    """Give clients a simulated name service; return the folder whose files control it."""
     folder = tmp_path / "silence"
     folder.mkdir()
     monkeypatch.setenv("LD_PRELOAD", str(shim))
@@ -51,7 +51,7 @@ def named(server: str) -> str:
 def test_sync_and_signals_do_not_wait_for_names(
     silence: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """What has come is on the disk in time, and a signal ends it, while a name is looked up anew."""
+    """While a name is looked up again, received data is synced and a signal ends the client."""
     before = 0
 
     def answer(sock: socket.socket) -> None:
@@ -74,7 +74,7 @@ def test_sync_and_signals_do_not_wait_for_names(
 
 @pytest.mark.slow
 def test_idle_time_does_not_wait_for_names(silence: Path) -> None:
-    """With --until-idle, silence of the name service is none of a server's, and no longer than any other."""
+    """A silent name service does not extend --until-idle, and its silence is the error."""
     (silence / "silent").touch()
     done = run_client(*TSCAT, f"{NAME}:1", "--until-idle", "0.2")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
@@ -84,8 +84,8 @@ def test_idle_time_does_not_wait_for_names(silence: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reader_that_goes_does_not_wait_for_names(silence: Path) -> None:
-    """When nobody reads any more, it ends at once, also while a name is looked up."""
+def test_closed_output_does_not_wait_for_names(silence: Path) -> None:
+    """If the output's reader exits while a name is looked up, the client exits at once."""
     (silence / "silent").touch()
     with started(*TSCAT, f"{NAME}:1", stdout=subprocess.PIPE) as process:
         eventually((silence / "asked").exists)
@@ -96,7 +96,7 @@ def test_reader_that_goes_does_not_wait_for_names(silence: Path) -> None:
 
 @pytest.mark.slow
 def test_name_that_is_found_late(serve: Serve, path: Path, silence: Path, tmp_path: Path) -> None:
-    """A look-up that takes its time is used when it has its result."""
+    """The result of a slow lookup is used when it arrives."""
     (silence / "silent").touch()
     path.write_bytes(DATA)
     with Command(tmp_path, *TSCAT, f"{NAME}:{serve(path).port}") as command:
@@ -109,27 +109,27 @@ def test_name_that_is_found_late(serve: Serve, path: Path, silence: Path, tmp_pa
 
 @pytest.mark.slow
 def test_other_names_are_tried_meanwhile(silence: Path) -> None:
-    """A name that is still looked up costs one thread and one wait; the other servers get their turns in each round."""
+    """A pending lookup needs one thread and one wait; each round still tries other servers."""
     (silence / "silent").touch()
-    here = f"127.0.0.1:{closed_port()}"
-    done = run_program("one_name_of_several", f"{NAME}:1", here)
+    endpoint = f"127.0.0.1:{closed_port()}"
+    done = run_program("one_name_of_several", f"{NAME}:1", endpoint)
     assert (done.stdout, done.stderr) == (
-        f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {here}: Connection refused; retrying\n",
+        f"2\n{NAME}:1: {NAME_SERVICE_SILENT}, {endpoint}: Connection refused; retrying\n",
         "",
     )
     assert size(silence / "asked") == 1
 
 
 @pytest.mark.slow
-def test_no_room_for_a_thread() -> None:
-    """Where a thread cannot be had, names are looked up all the same."""
+def test_lookup_without_a_thread() -> None:
+    """If no thread can be started, names are looked up without one."""
     done = run_program("lookup_without_thread")
     assert (done.stdout, done.stderr) == ("True 1\n", "")
 
 
-def test_no_room_for_a_descriptor() -> None:
-    """Where a descriptor cannot be had, that is what is said of the name."""
-    # it could not write its data
+def test_lookup_without_a_descriptor() -> None:
+    """If no descriptor is left, the lookup reports that as its error."""
+    # Without coverage.py, which could not write its data without a descriptor.
     done = run_program(
         "lookup_without_descriptor",
         env={"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""},
@@ -138,6 +138,6 @@ def test_no_room_for_a_descriptor() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "a" * 64])
-def test_look_up_of_what_is_no_name(host: str) -> None:
-    """Numbers, and what cannot be a name, are known at once."""
+def test_addresses_and_impossible_names_need_no_lookup(host: str) -> None:
+    """Numeric addresses and impossible names need no lookup."""
     assert Lookup(host, 1).fileno() is None

@@ -1,4 +1,4 @@
-"""Bytes that splice(2) does not move, though poll(2) says that they are there."""
+"""Urgent bytes, which splice(2) does not move although poll(2) reports them as readable."""
 
 import os
 import socket
@@ -15,8 +15,8 @@ from tailsrv.client.splicing import move
 from tailsrv.client.tssync import pipe
 
 
-def said(*parts: bytes, end: bool = False) -> Callable[[socket.socket], None]:
-    """Return an answer that sends every other one of `parts`, from the second on, with its last byte urgent."""
+def send_parts(*parts: bytes, end: bool = False) -> Callable[[socket.socket], None]:
+    """Return a function that sends `parts`; the last byte of every second part is urgent."""
 
     def answer(sock: socket.socket) -> None:
         for number, part in enumerate(parts):
@@ -43,10 +43,10 @@ def said(*parts: bytes, end: bool = False) -> Callable[[socket.socket], None]:
 def test_urgent_bytes_are_bytes_like_others(
     parts: tuple[bytes, ...], options: dict[str, Any]
 ) -> None:
-    """A byte that is marked as urgent stops nothing, is in its place, and is not the end."""
+    """An urgent byte is delivered in its position and neither blocks nor ends the stream."""
     received = bytearray()
     with (
-        answering(said(*parts, end="once" in options)) as server,
+        answering(send_parts(*parts, end="once" in options)) as server,
         pipe() as (out, into),
         follow(server, recall=lambda _: b"", **options) as stream,
     ):
@@ -58,9 +58,9 @@ def test_urgent_bytes_are_bytes_like_others(
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [TSCAT, TSSYNC], ids=["tscat", "tssync"])
 def test_commands_pass_urgent_bytes(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """Neither command spins at a byte that is marked as urgent: it takes what is behind, and has an end."""
+    """Both commands pass on an urgent byte and the data after it, and do not loop at it."""
     copy = tmp_path / "copy"
-    with answering(said(b"abc", b"d", b"efg")) as server:
+    with answering(send_parts(b"abc", b"d", b"efg")) as server:
         done = run_client(
             *command, server, *([copy] if command == TSSYNC else []), "--until-idle=0.3"
         )
@@ -69,7 +69,7 @@ def test_commands_pass_urgent_bytes(tmp_path: Path, command: tuple[str, ...]) ->
 
 
 def test_nothing_is_not_the_end() -> None:
-    """What is not there yet is told from the end of the stream."""
+    """A socket without data is distinguished from the end of the stream."""
     with tcp_pair() as (near, far), pipe() as (out, into):
         assert move(near, into, 10) is None
         far.send(b"abc")

@@ -1,4 +1,4 @@
-"""The command tscat: what it writes, with what it ends, and what it says."""
+"""The command `tscat`: its output, its exit statuses and its messages."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ OTHER = random_bytes(300_000, seed=2)
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
 
 
-def here(server: Server) -> str:
+def endpoint_of(server: Server) -> str:
     return f"127.0.0.1:{server.port}"
 
 
@@ -48,24 +48,24 @@ def tscat(*arguments: str) -> "subprocess.CompletedProcess[str]":
     ],
 )
 def test_offset(serve: Serve, path: Path, arguments: str, expected: bytes) -> None:
-    """The offset is the protocol's, before or behind the options; --lines leaves out a part of a line, and nothing else."""
+    """The offset is allowed before or after options; --lines drops only a partial first line."""
     path.write_bytes(LINES)
-    done = tscat(here(serve(path)), *arguments.split(), "--until-idle", "0.2")
+    done = tscat(endpoint_of(serve(path)), *arguments.split(), "--until-idle", "0.2")
     assert (done.stdout.encode(), done.stderr, done.returncode) == (expected, "", 0)
 
 
 def test_line_that_is_not_finished_is_left_out(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """With --lines and -0, the rest of a line that has begun before is left out, however late it comes."""
+    """With --lines and -0, the rest of a line that is already begun is left out, however late."""
     path.write_bytes(b"whole\nbegun")
     server = serve(path, "-v")
-    with Command(tmp_path, *TSCAT, here(server), "--lines", "-0") as command:
+    with Command(tmp_path, *TSCAT, endpoint_of(server), "--lines", "-0") as command:
         server.logged("client streams: ", count=2)
         append(path, b" and finished\nnew\n")
         command.wrote(b"new\n")
         assert command.end(signal.SIGINT) == 0
 
 
-@pytest.mark.skipif(not can_ipv6(), reason="no IPv6 here")
+@pytest.mark.skipif(not can_ipv6(), reason="IPv6 is not available")
 def test_ipv6_literal(serve: Serve, path: Path) -> None:
     """An IPv6 address is written in brackets."""
     path.write_bytes(LINES)
@@ -76,7 +76,7 @@ def test_ipv6_literal(serve: Serve, path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("offset", ["0", "-200000"])
 def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offset: str) -> None:
-    """Through cuts at random bytes, and a server that is killed and comes back, every byte is written once."""
+    """Each byte is written once despite lost connections and a server that is restarted."""
     path.write_bytes(DATA)
     start = int(offset)
     server = serve(path, "-v", status=-signal.SIGKILL)
@@ -95,11 +95,11 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offs
         assert command.end(signal.SIGINT) == 0
 
 
-def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """A refused connection is one line, and tried again until a server is there."""
+def test_server_that_starts_later(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """A refused connection is reported in one line and retried until a server is running."""
     path.write_bytes(LINES)
     server = serve(path, status=-signal.SIGKILL)
-    endpoint = here(server)
+    endpoint = endpoint_of(server)
     kill(server)
     with Command(tmp_path, *TSCAT, endpoint) as command:
         command.says("refused")
@@ -115,10 +115,10 @@ def test_server_that_is_not_there_yet(serve: Serve, path: Path, tmp_path: Path) 
 @pytest.mark.thorough
 @pytest.mark.skipif(
     not (as_root and runs("unshare", "-m", "true")),
-    reason="takes root, for an /etc/hosts of its own",
+    reason="needs root, for an /etc/hosts of its own",
 )
 def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """A name's second address is tried where nobody listens at the first."""
+    """If the first address of a name refuses the connection, the second one is tried."""
     path.write_bytes(LINES)
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.2 replicas\n127.0.0.3 replicas\n")
@@ -143,11 +143,12 @@ def test_each_address_of_a_name(serve: Serve, path: Path, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(
     not (as_root and runs("unshare", "-n", "ip", "link")),
-    reason="takes root, for a network of its own",
+    reason="needs root, for a network of its own",
 )
-def test_connection_to_itself_is_none() -> None:
-    """A port that the kernel gives to our own end, so that TCP connects it to itself, is one where nobody listens."""
-    script = 'ip link set lo up && echo "40000 40000" > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
+def test_connection_to_itself_is_refused() -> None:
+    """A TCP connection of a port to itself is reported as refused."""
+    ports = "/proc/sys/net/ipv4/ip_local_port_range"
+    script = f'ip link set lo up && echo "40000 40000" > {ports} && exec "$@"'
     done = run_client(
         "unshare", "-n", "sh", "-c", script, "sh", *TSCAT, "--once", "127.0.0.1:40000"
     )
@@ -160,10 +161,10 @@ def test_connection_to_itself_is_none() -> None:
 
 @pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "no server"])
 def test_closed_pipe_ends_it(serve: Serve, path: Path, quiet: bool) -> None:
-    """When nobody reads any more, it ends at once, also while nothing comes and while no server is there."""
+    """If the output's reader exits, the client exits at once, even without data or a server."""
     path.write_bytes(b"line\n")
     server = serve(path)
-    with started(*TSCAT, here(server), stdout=subprocess.PIPE) as process:
+    with started(*TSCAT, endpoint_of(server), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(5) == b"line\n"
@@ -176,11 +177,11 @@ def test_closed_pipe_ends_it(serve: Serve, path: Path, quiet: bool) -> None:
 
 
 def test_head_ends_it(serve: Serve, path: Path) -> None:
-    """A reader that has seen enough is no error."""
+    """A reader that closes the pipe early is not an error."""
     path.write_bytes(DATA * 10)
     script = '"$@" | head -c 5; echo ${PIPESTATUS[0]}'
     done = subprocess.run(
-        ["bash", "-c", script, "bash", *TSCAT, here(serve(path))],
+        ["bash", "-c", script, "bash", *TSCAT, endpoint_of(serve(path))],
         capture_output=True,
         timeout=DEADLINE,
     )
@@ -189,9 +190,9 @@ def test_head_ends_it(serve: Serve, path: Path) -> None:
 
 @pytest.mark.parametrize("served", [True, False], ids=["following", "no server"])
 def test_interrupt_ends_it(serve: Serve, path: Path, tmp_path: Path, served: bool) -> None:
-    """SIGINT is the way to end it: status 0, and not a word."""
+    """SIGINT ends the client with status 0 and without a message."""
     path.write_bytes(LINES)
-    endpoint = here(serve(path)) if served else f"127.0.0.1:{closed_port()}"
+    endpoint = endpoint_of(serve(path)) if served else f"127.0.0.1:{closed_port()}"
     with Command(tmp_path, *TSCAT, endpoint) as command:
         command.wrote(LINES) if served else command.says("refused")
         before = command.errors
@@ -200,11 +201,11 @@ def test_interrupt_ends_it(serve: Serve, path: Path, tmp_path: Path, served: boo
 
 
 def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
-    """A pipe that takes no more for now, and says so, gets the rest later."""
+    """Data that a full non-blocking pipe does not accept yet is written later."""
     path.write_bytes(DATA * 5)
     out, into = os.pipe()
     os.set_blocking(into, False)
-    with started(*TSCAT, here(serve(path)), "--until-idle", "0.2", stdout=into) as process:
+    with started(*TSCAT, endpoint_of(serve(path)), "--until-idle", "0.2", stdout=into) as process:
         os.close(into)
         with open(out, "rb") as reader:
             assert reader.read() == DATA * 5
@@ -220,10 +221,12 @@ def test_output_that_does_not_block(serve: Serve, path: Path) -> None:
     ],
 )
 def test_odd_descriptors(serve: Serve, path: Path, redirection: str, message: str) -> None:
-    """An output that takes nothing is one line; a closed standard error or input is nobody's business."""
+    """An output that cannot be written is one line; a closed stderr and stdin do no harm."""
     path.write_bytes(LINES)
     script = f'exec "$@" {redirection}'
-    done = run_client("sh", "-c", script, "sh", *TSCAT, here(serve(path)), "--until-idle", "0.2")
+    done = run_client(
+        "sh", "-c", script, "sh", *TSCAT, endpoint_of(serve(path)), "--until-idle", "0.2"
+    )
     assert (done.stderr, done.returncode) == (message, 1 if message else 0)
     assert done.stdout.encode() == (b"" if message else LINES)
 
@@ -237,8 +240,8 @@ def test_odd_descriptors(serve: Serve, path: Path, redirection: str, message: st
         ("localhost", "2>&-", 2),
     ],
 )
-def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
-    """A help or a complaint that nobody can take is lost, and the exit status is what it would be."""
+def test_messages_that_cannot_be_written(arguments: str, redirection: str, status: int) -> None:
+    """A help text or error message that cannot be written does not change the exit status."""
     done = run_client("sh", "-c", f'exec "$@" {redirection}', "sh", *TSCAT, arguments)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", status)
 
@@ -263,7 +266,7 @@ def test_nobody_listens(arguments: str, redirection: str, status: int) -> None:
     ],
 )
 def test_error_is_one_line(arguments: list[str], status: int, message: str) -> None:
-    """What cannot be done is said in one line, with the command's name in front."""
+    """Each error is one line that starts with the command's name."""
     port = str(closed_port())
     done = tscat(*(argument.replace("CLOSED", port) for argument in arguments))
     assert done.returncode == status
@@ -278,17 +281,17 @@ def test_error_is_one_line(arguments: list[str], status: int, message: str) -> N
     [[], ["--nonsense", "a:1"], ["a:1", "--until-idle", "soon"], ["a:1", "--until-idle", "-1"]],
 )
 def test_usage_error(arguments: list[str]) -> None:
-    """A wrong command line is status 2, and says how to use it."""
+    """A wrong command line has status 2 and prints the usage."""
     done = tscat(*arguments)
     assert done.returncode == 2
     assert "usage: tscat" in done.stderr
 
 
 def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """A file that is another one after a lost connection is status 3."""
+    """A different file after a lost connection has status 3."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with Command(tmp_path, *TSCAT, here(server)) as command:
+    with Command(tmp_path, *TSCAT, endpoint_of(server)) as command:
         command.wrote(DATA)
         kill(server)
         path.write_bytes(DATA[1:] + DATA)
@@ -299,10 +302,10 @@ def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> 
 
 
 def test_once_ends_with_the_server(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """With --once, the end of the connection is the end, status 0."""
+    """With --once, the end of the connection ends the client with status 0."""
     path.write_bytes(DATA)
     server = serve(path)
-    with Command(tmp_path, *TSCAT, "--once", here(server)) as command:
+    with Command(tmp_path, *TSCAT, "--once", endpoint_of(server)) as command:
         command.wrote(DATA)
         server.signal(signal.SIGTERM)
         assert command.end() == 0
@@ -310,14 +313,14 @@ def test_once_ends_with_the_server(serve: Serve, path: Path, tmp_path: Path) -> 
 
 
 def test_idle_without_a_server_is_an_error() -> None:
-    """With --until-idle, a server that is not there is status 1: nobody knows what there would be."""
+    """With --until-idle, a missing server has status 1, because there may be unread data."""
     done = tscat(f"127.0.0.1:{closed_port()}", "--until-idle", "0.1")
     assert (done.stdout, done.returncode) == ("", 1)
     assert done.stderr.splitlines()[-1].endswith(": Connection refused")
 
 
 def test_version_and_help() -> None:
-    """It says which version it is, and its help shows examples; a reader of the help may leave."""
+    """--version and --help print to a pipe, which the reader of the help may close early."""
     assert tscat("--version").stdout == f"tscat {__version__}\n"
     assert "examples:" in tscat("--help").stdout
     done = subprocess.run(

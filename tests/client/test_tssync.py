@@ -1,4 +1,4 @@
-"""The command tssync: a copy that is always a beginning of the remote file, whatever happens to it."""
+"""The command `tssync`: the copy is always a prefix of the remote file, whatever fails."""
 
 import os
 import pty
@@ -28,11 +28,11 @@ DATA = random_bytes(300_000)
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Return where the copy is to be."""
+    """Return the path of the local copy."""
     return tmp_path / "copy"
 
 
-def here(server: Server) -> str:
+def endpoint_of(server: Server) -> str:
     return f"127.0.0.1:{server.port}"
 
 
@@ -42,14 +42,14 @@ def tssync(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, len(DATA)])
-def test_copy_goes_on_where_it_ends(
+def test_copy_is_extended(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, length: int
 ) -> None:
-    """It appends to what is there, and goes on with what is appended to the remote file."""
+    """An existing copy is extended in place and receives what is appended to the remote file."""
     path.write_bytes(DATA)
     copy.write_bytes(DATA[:length])
     inode = copy.stat().st_ino
-    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(serve(path)), copy) as command:
         holds(copy, DATA)
         append(path, b"new")
         holds(copy, DATA + b"new")
@@ -59,11 +59,11 @@ def test_copy_goes_on_where_it_ends(
 
 
 def test_copy_is_made(serve: Serve, path: Path, copy: Path) -> None:
-    """A copy that is not there is made, with the mode that the umask leaves."""
+    """A missing copy is created with the mode that the umask allows."""
     path.write_bytes(DATA)
     before = os.umask(0o027)
     try:
-        assert tssync(here(serve(path)), copy, "--until-idle", "0.2").returncode == 0
+        assert tssync(endpoint_of(serve(path)), copy, "--until-idle", "0.2").returncode == 0
     finally:
         os.umask(before)
     assert copy.read_bytes() == DATA
@@ -72,7 +72,7 @@ def test_copy_is_made(serve: Serve, path: Path, copy: Path) -> None:
 
 @pytest.mark.slow
 def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """Through cuts at random bytes, and a server that is killed and comes back, the copy is exact."""
+    """The copy is exact despite lost connections and a server that is restarted."""
     path.write_bytes(DATA)
     server = serve(path, "-v", status=-signal.SIGKILL)
     with (
@@ -93,29 +93,29 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path
 def test_kill_at_random_moments(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, kills: int
 ) -> None:
-    """Killed at any moment while the file grows, it leaves a beginning of it, and the next run makes the rest."""
-    # it grows for longer than all the starts take
-    data, chance, unfinished = kills * random_bytes(22 << 20), random.Random(1), 0
+    """Killed at any moment, tssync leaves a prefix of the file, which the next run completes."""
+    # The file grows for longer than all runs need to start.
+    data, rng, unfinished = kills * random_bytes(22 << 20), random.Random(1), 0
     path.write_bytes(data[: 8 << 20])
     server = serve(path)
     with growing(path, data):
         for _ in range(kills):
             before = copy.stat().st_size if copy.exists() else 0
-            with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+            with Command(tmp_path, *TSSYNC, endpoint_of(server), copy) as command:
                 eventually(lambda before=before: copy.exists() and copy.stat().st_size > before)  # type: ignore[misc]
-                # any moment
-                time.sleep(chance.random() * 0.05)
+                # Kill it at a random moment.
+                time.sleep(rng.random() * 0.05)
                 command.end(signal.SIGKILL)
                 unfinished += copy.stat().st_size < path.stat().st_size
             assert data.startswith(copy.read_bytes())
-    assert unfinished > 1, "it was killed when all was done"
-    assert tssync(here(server), copy, "--until-idle", "0.3").returncode == 0
+    assert unfinished > 1, "each kill came after the copy was complete"
+    assert tssync(endpoint_of(server), copy, "--until-idle", "0.3").returncode == 0
     assert copy.read_bytes() == path.read_bytes()
 
 
 @contextmanager
 def growing(path: Path, data: bytes) -> Iterator[None]:
-    """Append to `path` what it lacks of `data`, in small pieces, until the end of the block."""
+    """Append the rest of `data` to `path` in small pieces until the end of the block."""
     end = threading.Event()
 
     def grow() -> None:
@@ -135,12 +135,12 @@ def growing(path: Path, data: bytes) -> Iterator[None]:
 
 @pytest.mark.parametrize("wrong", [1, 4096])
 def test_mismatch_stops(serve: Serve, path: Path, copy: Path, wrong: int) -> None:
-    """One wrong byte among the last 4 KiB is another file: status 3, and the copy is as it was."""
+    """One wrong byte in the last 4 KiB ends tssync with status 3 and leaves the copy unchanged."""
     path.write_bytes(DATA)
     held = bytearray(DATA[:10_000])
     held[-wrong] ^= 1
     copy.write_bytes(held)
-    done = tssync(here(serve(path)), copy)
+    done = tssync(endpoint_of(serve(path)), copy)
     assert done.returncode == 3
     assert (
         done.stderr == f"tssync: {copy} is not the beginning of the remote file (was it rotated?);"
@@ -149,12 +149,12 @@ def test_mismatch_stops(serve: Serve, path: Path, copy: Path, wrong: int) -> Non
     assert copy.read_bytes() == held
 
 
-def test_mismatch_begins_again(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """With --on-mismatch=restart the old copy gets a name that was free, and a new one begins."""
+def test_mismatch_starts_a_new_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """With --on-mismatch=restart, the old copy gets an unused name and a new copy is started."""
     path.write_bytes(DATA)
     copy.write_bytes(b"old")
     (tmp_path / "copy.1").write_bytes(b"older")
-    done = tssync(here(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2")
+    done = tssync(endpoint_of(serve(path)), copy, "--on-mismatch=restart", "--until-idle", "0.2")
     assert done.returncode == 0
     assert f"renamed it to {copy}.2" in done.stderr
     assert (
@@ -164,11 +164,13 @@ def test_mismatch_begins_again(serve: Serve, path: Path, copy: Path, tmp_path: P
     ) == (DATA, b"older", b"old")
 
 
-def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """A remote file that is another one after a lost connection begins a new copy."""
+def test_rotation_starts_a_new_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A different remote file after a lost connection starts a new copy."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with Command(tmp_path, *TSSYNC, "--on-mismatch", "restart", here(server), copy) as command:
+    with Command(
+        tmp_path, *TSSYNC, "--on-mismatch", "restart", endpoint_of(server), copy
+    ) as command:
         holds(copy, DATA)
         kill(server)
         other = DATA[::-1]
@@ -181,11 +183,13 @@ def test_rotation_is_seen_on_the_way(serve: Serve, path: Path, copy: Path, tmp_p
 
 
 @pytest.mark.thorough
-def test_shorter_remote_file_is_said(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """A remote file that is shorter than the copy is waited for, and that is said, once."""
+def test_shorter_remote_file_is_reported(
+    serve: Serve, path: Path, copy: Path, tmp_path: Path
+) -> None:
+    """If the remote file is shorter than the copy, tssync reports that once and waits."""
     path.write_bytes(DATA[:1000])
     copy.write_bytes(DATA[:100_000])
-    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(serve(path)), copy) as command:
         command.says("shorter")
         append(path, DATA[1000:])
         holds(copy, DATA)
@@ -194,15 +198,16 @@ def test_shorter_remote_file_is_said(serve: Serve, path: Path, copy: Path, tmp_p
 
 
 def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """A second one on the same file ends with status 1 and one line, and changes nothing."""
+    """A second tssync on the same copy exits with status 1 and one line, and changes nothing."""
     path.write_bytes(DATA)
     server = serve(path)
-    with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(server), copy) as command:
         holds(copy, DATA)
-        done = tssync(here(server), copy)
+        done = tssync(endpoint_of(server), copy)
         assert (done.returncode, done.stderr) == (
             1,
-            f"tssync: another program has locked {copy}, perhaps another tssync; stop it, or choose another FILE\n",
+            f"tssync: another program has locked {copy}, perhaps another tssync; "
+            "stop it, or choose another FILE\n",
         )
         assert command.end(signal.SIGINT) == 0
 
@@ -223,7 +228,7 @@ def test_one_at_a_time(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> 
         ),
     ],
 )
-def test_copy_that_somebody_changes(
+def test_copy_that_is_changed_while_it_is_kept(
     serve: Serve,
     path: Path,
     copy: Path,
@@ -231,9 +236,9 @@ def test_copy_that_somebody_changes(
     change: Callable[[Path], object],
     complaint: str,
 ) -> None:
-    """A copy that is changed or taken away while it is kept ends it with the next bytes, which are not written anywhere."""
+    """A copy that another program changes or moves gets no more data, and tssync exits."""
     path.write_bytes(DATA)
-    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(serve(path)), copy) as command:
         holds(copy, DATA)
         change(copy)
         append(path, b"more")
@@ -243,11 +248,11 @@ def test_copy_that_somebody_changes(
 
 
 @pytest.mark.thorough
-def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """A copy that has another length than what was written makes it end, rather than a hole."""
+def test_copy_of_unexpected_length(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """A copy of unexpected length makes tssync exit when it reconnects, and gets no hole."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
-    with Command(tmp_path, *TSSYNC, here(server), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(server), copy) as command:
         holds(copy, DATA)
         os.truncate(copy, 10)
         kill(server)
@@ -259,13 +264,13 @@ def test_copy_that_somebody_changed(serve: Serve, path: Path, copy: Path, tmp_pa
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for 256 KiB."""
+    """Mount a file system of 256 KiB."""
     if not as_root:
-        pytest.skip("takes root, to mount a file system")
+        pytest.skip("needs root, to mount a file system")
     folder = tmp_path / "disk"
     folder.mkdir()
     if not runs("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)):
-        pytest.skip("cannot mount a tmpfs here")
+        pytest.skip("cannot mount a tmpfs")
     try:
         yield folder
     finally:
@@ -275,11 +280,11 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_full_disk_is_waited_for(serve: Serve, path: Path, tiny_disk: Path, tmp_path: Path) -> None:
-    """It says once that there is no room, goes on when there is, and says that, too."""
+    """A full disk is reported once; when there is space, tssync continues and reports that."""
     path.write_bytes(DATA[:200_000])
     copy, ballast = tiny_disk / "copy", tiny_disk / "ballast"
     ballast.write_bytes(bytes(100 << 10))
-    with Command(tmp_path, *TSSYNC, here(serve(path)), copy) as command:
+    with Command(tmp_path, *TSSYNC, endpoint_of(serve(path)), copy) as command:
         command.says("No space left on device; waiting for free space")
         assert DATA.startswith(copy.read_bytes())
         ballast.unlink()
@@ -290,9 +295,11 @@ def test_full_disk_is_waited_for(serve: Serve, path: Path, tiny_disk: Path, tmp_
 
 
 def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
-    """What the kernel refuses for another reason than room is the end, and said."""
+    """A write that fails for a reason other than disk space ends tssync with an error."""
     path.write_bytes(DATA * 10)
-    done = run_client("prlimit", f"--fsize={len(DATA) * 5}", *TSSYNC, here(serve(path)), copy)
+    done = run_client(
+        "prlimit", f"--fsize={len(DATA) * 5}", *TSSYNC, endpoint_of(serve(path)), copy
+    )
     assert (done.stderr, done.returncode) == (
         f"tssync: cannot append to {copy}: File too large\n",
         1,
@@ -305,14 +312,16 @@ def test_copy_that_may_not_grow(serve: Serve, path: Path, copy: Path) -> None:
 def test_fsync(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, options: list[str], synced: bool
 ) -> None:
-    """With --fsync the disk has the copy soon after, without it when the kernel likes."""
+    """With --fsync, the copy is synced soon after a write; without it, the kernel decides."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
     traced = ("strace", "-f", "-o", trace, "-e", "trace=fdatasync,fsync")
-    done = run_client(*traced, *TSSYNC, here(serve(path)), copy, "--until-idle", "0.5", *options)
+    done = run_client(
+        *traced, *TSSYNC, endpoint_of(serve(path)), copy, "--until-idle", "0.5", *options
+    )
     assert done.returncode == 0
     calls = [line for line in trace.read_text().splitlines() if "sync(" in line]
-    assert (len(calls) >= 2) == synced, "once while it waits, and once at the end"
+    assert (len(calls) >= 2) == synced, "one sync while it waits, and one at the end"
 
 
 @pytest.mark.sample(1)
@@ -324,7 +333,7 @@ def test_fsync(
 def test_signals_leave_a_synced_copy(
     serve: Serve, path: Path, copy: Path, tmp_path: Path, numbers: tuple[str, ...]
 ) -> None:
-    """What has come is synced before it ends, whichever signal ends it and whatever comes along."""
+    """One or several signals end tssync only after the received data is synced."""
     path.write_bytes(DATA)
     trace = tmp_path / "trace"
     traced = (
@@ -337,9 +346,11 @@ def test_signals_leave_a_synced_copy(
         "-e",
         "inject=fdatasync:delay_enter=100000",
     )
-    with Command(tmp_path, *traced, *TSSYNC, here(serve(path)), copy, "--fsync", "1000") as command:
+    with Command(
+        tmp_path, *traced, *TSSYNC, endpoint_of(serve(path)), copy, "--fsync", "1000"
+    ) as command:
         holds(copy, DATA)
-        # of the sync at its start
+        # The first line of the trace is the sync at the start of tssync.
         pid = int(trace.read_text().split()[0])
         for number in numbers:
             os.kill(pid, signal.Signals[f"SIG{number}"])
@@ -350,10 +361,17 @@ def test_signals_leave_a_synced_copy(
 
 @pytest.mark.thorough
 def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
-    """A SIGHUP that was to be ignored is."""
+    """An ignored SIGHUP stays ignored."""
     path.write_bytes(DATA)
     with Command(
-        tmp_path, "sh", "-c", 'trap "" HUP; exec "$@"', "sh", *TSSYNC, here(serve(path)), copy
+        tmp_path,
+        "sh",
+        "-c",
+        'trap "" HUP; exec "$@"',
+        "sh",
+        *TSSYNC,
+        endpoint_of(serve(path)),
+        copy,
     ) as command:
         holds(copy, DATA)
         command.process.send_signal(signal.SIGHUP)
@@ -364,14 +382,14 @@ def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
-    """On a terminal, a line says how much there is and how fast it grows, and is taken away when that ends."""
+    """On a terminal, a line shows the size and the rate, and is erased when the copy is idle."""
     path.write_bytes(DATA)
     near, far = pty.openpty()
     server = serve(path)
-    with started(*TSSYNC, here(server), copy, stdout=far, stderr=far) as process:
+    with started(*TSSYNC, endpoint_of(server), copy, stdout=far, stderr=far) as process:
         os.close(far)
         shown = b""
-        # it takes half a second of growth
+        # The rate is shown after half a second of growth.
         while b"iB/s" not in shown:
             append(path, DATA)
             shown += _read_now(near)
@@ -384,8 +402,8 @@ def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
     assert str(copy).encode() in shown
 
 
-def test_terminal_that_goes() -> None:
-    """A terminal that is closed while a line is on it takes no other, and is no error."""
+def test_terminal_that_is_closed() -> None:
+    """After the terminal is closed, no more progress is written, and that is not an error."""
     done = run_program("progress_on_closed_terminal")
     assert (done.stdout, done.returncode) == (r"b'\r\x1b[Kcopy: 1000 B, 1000 B/s'" + "\n", 0)
 
@@ -415,7 +433,7 @@ def _read_now(fd: int) -> bytes:
     ],
 )
 def test_error_is_one_line(tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
-    """What cannot be done is said in one line, with the command's name in front."""
+    """Each error is one line that starts with the command's name."""
     port = str(closed_port())
     script = 'cd "$1" && shift && exec "$@"'
     done = run_client(
@@ -438,13 +456,13 @@ def test_error_is_one_line(tmp_path: Path, arguments: list[str], status: int, me
     [[], ["a:1"], ["a:1", "f", "--on-mismatch=panic"], ["a:1", "f", "--fsync", "never"]],
 )
 def test_usage_error(arguments: list[str]) -> None:
-    """A wrong command line is status 2, and says how to use it."""
+    """A wrong command line has status 2 and prints the usage."""
     done = tssync(*arguments)
     assert done.returncode == 2
     assert "usage: tssync" in done.stderr
 
 
 def test_version_and_help() -> None:
-    """It says which version it is, and its help shows examples."""
+    """--version prints the version, and --help shows examples."""
     assert tssync("--version").stdout == f"tssync {__version__}\n"
     assert "examples:" in tssync("--help").stdout

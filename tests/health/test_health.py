@@ -1,4 +1,4 @@
-"""tailsrv-health and its library face, against real servers, and against impostors."""
+"""`tailsrv-health` and its library, with real servers and with impostors."""
 
 import ctypes
 import dataclasses
@@ -49,7 +49,7 @@ from tailsrv.linux.process import start_ticks
 
 HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
 
-# runs what follows so
+# The prefix of a command that sees only processes in /proc.
 HIDDEN = (
     "unshare",
     "--mount",
@@ -72,11 +72,16 @@ def health(
     env: Mapping[str, str] | None = None,
     stdout: int = subprocess.PIPE,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run tailsrv-health to its end; whatever it is asked, it ends in good order."""
+    """Run tailsrv-health to its end, and require that it prints no traceback."""
     done = subprocess.run(
         [*wrapper, *HEALTH, *arguments],
-        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **(env or {})},
+        text=True,
+        timeout=DEADLINE,
+    )
     assert "Traceback" not in done.stderr
     return done
 
@@ -89,35 +94,35 @@ def ask(server: Server, *arguments: str) -> tuple[int, str]:
 
 
 def ask_json(server: Server, *arguments: str) -> dict[str, Any]:
-    """Return what the JSON form says of `server`, which must be the only one on its port."""
-    said = json.loads(health("-p", str(server.port), "--format", "json", *arguments).stdout)
-    [found] = said["servers"]
+    """Return the JSON entry of `server`, which must be the only one on its port."""
+    output = json.loads(health("-p", str(server.port), "--format", "json", *arguments).stdout)
+    [found] = output["servers"]
     assert isinstance(found, dict)
     return found
 
 
-def look(server: Server, *, clients: bool = False) -> Report:
-    """Return what the library says of `server`."""
+def inspect_server(server: Server, *, clients: bool = False) -> Report:
+    """Return the library's report on `server`."""
     [found] = find(port=server.port)
     return inspect(found, clients=clients)
 
 
-def holds(server: Server, count: int) -> None:
+def wait_for_clients(server: Server, count: int) -> None:
     """Wait until the supervisor knows of `count` clients."""
-    eventually(lambda: look(server).totals.clients == count)
+    eventually(lambda: inspect_server(server).totals.clients == count)
 
 
-# A server that is well
+# Healthy servers
 
 
 @pytest.mark.slow
 def test_healthy(serve: Serve, path: Path) -> None:
-    """A healthy server is OK: one sentence, tables that fit 100 columns, and a row for each process, listener and fact."""
+    """A healthy server is OK, with a summary and a row for each process, listener and fact."""
     path.write_bytes(random_bytes(3 << 19))
     server = serve(path, "-w", "2", "--max-clients", "500")
     supervisor, workers = server.pid, server.workers(2)
     expect(server.connect(b"0\n"), path.read_bytes())
-    holds(server, 1)
+    wait_for_clients(server, 1)
     done = health("-p", str(server.port))
     first, *lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
@@ -134,13 +139,13 @@ def test_healthy(serve: Serve, path: Path) -> None:
 
 
 def test_json_is_exact(serve: Serve, path: Path) -> None:
-    """The JSON form gives pids, sizes and limits as they are."""
+    """The JSON output has the exact pids, sizes and limits."""
     path.write_bytes(b"x" * 12345)
     server = serve(path, "-w", "2")
     workers = server.workers(2)
-    said = ask_json(server)
-    report = said["report"]
-    assert (said["level"], said["reasons"], said["pid"], said["uid"]) == (
+    entry = ask_json(server)
+    report = entry["report"]
+    assert (entry["level"], entry["reasons"], entry["pid"], entry["uid"]) == (
         "OK",
         [],
         server.pid,
@@ -161,7 +166,7 @@ def test_json_is_exact(serve: Serve, path: Path) -> None:
 
 
 def test_no_client(serve: Serve, path: Path) -> None:
-    """A check does not connect to the service port: the server has nothing to say about it, even with -v."""
+    """A check does not connect to the service port: the server logs nothing, even with -v."""
     path.write_bytes(b"data")
     server = serve(path, "-v")
     server.workers()
@@ -171,7 +176,7 @@ def test_no_client(serve: Serve, path: Path) -> None:
 
 
 def test_waiting_for_file(serve: Serve, path: Path) -> None:
-    """A server that waits for its file is well, and says that it waits."""
+    """A server that waits for its file is OK, and the output says that it waits."""
     server = serve(path, "-w", "2")
     server.logged("waiting for file")
     done = health("-p", str(server.port))
@@ -181,12 +186,12 @@ def test_waiting_for_file(serve: Serve, path: Path) -> None:
 
 
 def test_draining(serve: Serve, path: Path) -> None:
-    """A server that drains is well, and says that it drains."""
+    """A server that drains is OK, and the output says that it drains."""
     path.write_bytes(bytes(32 << 20))
     server = serve(path, "--grace", "60")
     server.workers()
     server.connect(b"0\n", receive_buffer=4096)
-    holds(server, 1)
+    wait_for_clients(server, 1)
     server.signal(signal.SIGTERM)
     server.logged("draining")
     status, first = ask(server)
@@ -200,18 +205,20 @@ def test_draining(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
-    """Each client is listed with its start, its position and how many bytes it is behind, the furthest behind first."""
+    """Each client is listed with its start, position and lag, in the order of their lag."""
     path.write_bytes(bytes(1000))
     server = serve(path, "-v")
     [worker] = server.workers()
     ahead, reader, silent = server.connect(b"5000\n"), server.connect(b"-100\n"), server.connect()
     server.streaming(ahead)
     expect(reader, bytes(100))
-    holds(server, 3)
+    wait_for_clients(server, 3)
     stop(worker)
     append(path, bytes(234))
     try:
-        clients = {client.peer: client for client in look(server, clients=True).clients or ()}
+        clients = {
+            client.peer: client for client in inspect_server(server, clients=True).clients or ()
+        }
         table = (
             health("-p", str(server.port), "--clients")
             .stdout.partition("\nclient ")[2]
@@ -234,23 +241,23 @@ def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
 
 @pytest.mark.thorough
 def test_clients_only_if_asked_for(serve: Serve, path: Path) -> None:
-    """Without being asked for, no client is listed, in no form."""
+    """No output format lists clients without --clients."""
     path.write_bytes(b"data")
     server = serve(path)
     peer = "{}:{}".format(*server.connect(b"0\n").getsockname())
-    holds(server, 1)
+    wait_for_clients(server, 1)
     for form in ("text", "json", "prometheus"):
         arguments = ("-p", str(server.port), "--format", form)
         assert peer not in health(*arguments).stdout
         assert peer in health(*arguments, "--clients").stdout
 
 
-# Servers that are not well
+# Unhealthy servers
 
 
 @pytest.mark.thorough
 def test_restarted_worker(serve: Serve, path: Path) -> None:
-    """A worker that was killed and replaced is a WARNING for a minute, and counted."""
+    """A worker that was killed and replaced is a WARNING for a minute, and is counted."""
     path.write_bytes(b"data")
     server = serve(path, "-w", "2")
     os.kill(server.workers(2)[1], signal.SIGKILL)
@@ -265,7 +272,7 @@ def test_restarted_worker(serve: Serve, path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_stopped_worker(serve: Serve, path: Path) -> None:
-    """A worker that a signal has stopped is CRITICAL as long as it is stopped; connections that wait for it are seen."""
+    """A stopped worker is CRITICAL until it continues, and its queued connections are counted."""
     path.write_bytes(b"data")
     server = serve(path)
     [worker] = server.workers()
@@ -276,22 +283,22 @@ def test_stopped_worker(serve: Serve, path: Path) -> None:
         Level.CRITICAL,
         f"CRITICAL: tailsrv *:{server.port}: worker 0 is stopped",
     )
-    assert look(server).totals.queued == 3
+    assert inspect_server(server).totals.queued == 3
     os.kill(worker, signal.SIGCONT)
-    holds(server, 3)
+    wait_for_clients(server, 3)
     assert ask(server)[0] == Level.OK
 
 
 @contextmanager
 def traced(pid: int) -> Iterator[None]:
-    """Keep the process `pid` from running without stopping it, as ptrace(2) does."""
-    # PTRACE_ATTACH, PTRACE_DETACH
+    """Keep the process `pid` from running by ptrace(2), without a stop signal."""
+    # The numbers of PTRACE_ATTACH and PTRACE_DETACH.
     attach, detach = 16, 17
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     if libc.ptrace(attach, pid, None, None) != 0:
-        pytest.skip(f"no ptrace(2) here: {os.strerror(ctypes.get_errno())}")
-    # __WALL
+        pytest.skip(f"no ptrace(2): {os.strerror(ctypes.get_errno())}")
+    # The option is __WALL: wait for a child of any kind, and for a traced process.
     os.waitpid(pid, 0x40000000)
     try:
         yield
@@ -301,7 +308,7 @@ def traced(pid: int) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_hung_worker(serve: Serve, path: Path) -> None:
-    """A worker that is not stopped, but does not answer its supervisor, hangs: CRITICAL."""
+    """A worker that is not stopped but does not answer pings is CRITICAL."""
     path.write_bytes(b"data")
     server = serve(path, "-w", "2")
     with traced(server.workers(2)[1]):
@@ -314,7 +321,7 @@ def test_hung_worker(serve: Serve, path: Path) -> None:
 
 
 def test_few_descriptors(serve: Serve, path: Path) -> None:
-    """A process that has used more than nine tenths of its descriptors is a WARNING."""
+    """A process that uses more than nine tenths of its descriptors is a WARNING."""
     path.write_bytes(b"data")
     server = serve(path)
     [worker] = server.workers()
@@ -332,7 +339,7 @@ def test_few_descriptors(serve: Serve, path: Path) -> None:
 
 
 def test_gone_file(serve: Serve, path: Path) -> None:
-    """A file that is gone while it is served on is CRITICAL."""
+    """A served file that is gone is CRITICAL."""
     path.write_bytes(b"data")
     server = serve(path, "--linger-after-file-is-gone")
     server.workers()
@@ -349,7 +356,7 @@ def test_gone_file(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_stopped_supervisor(serve: Serve, path: Path) -> None:
-    """A supervisor that does not answer is CRITICAL, and it is said why; in every form something is said of it."""
+    """A supervisor that does not answer is CRITICAL, with the reason, in each output format."""
     path.write_bytes(b"data")
     server = serve(path)
     server.workers()
@@ -376,7 +383,7 @@ def test_stopped_supervisor(serve: Serve, path: Path) -> None:
 
 @contextmanager
 def spare_port() -> Iterator[int]:
-    """Give a port on which there is no server, and which no server of another test gets meanwhile."""
+    """Reserve a port without a server, and keep servers of other tests from it."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
@@ -384,7 +391,7 @@ def spare_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("form", ["text", "json", "prometheus"])
 def test_no_server(form: str) -> None:
-    """Where no server is found, that is CRITICAL."""
+    """A server that is not found is CRITICAL."""
     with spare_port() as port:
         done = health("-p", str(port), "--format", form)
     assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
@@ -400,12 +407,12 @@ def test_no_server(form: str) -> None:
     )
 
 
-# Which servers
+# Which servers are found
 
 
 @pytest.mark.thorough
 def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
-    """A server that listens on two addresses is one, by its port and by its pid; another on the same port is another."""
+    """A server on two addresses counts once; a second server on the same port is separate."""
     path.write_bytes(b"data")
     one = serve(path, "--bind", "127.0.0.2", "--bind", "127.0.0.3")
     one.workers()
@@ -427,15 +434,15 @@ def test_several_addresses_are_one_server(serve: Serve, path: Path) -> None:
 
 
 def test_long_host_name(serve: Serve, path: Path) -> None:
-    """A server whose host's name is too long for a socket's is found, inspected, and the only one there."""
+    """A server is found and inspected if its host name is too long for a socket's name."""
     path.write_bytes(b"data")
-    # of the numbers and dots of inet_aton(3): no name service is needed
+    # Digits and dots in the format of inet_aton(3), which need no name service.
     host = f"0x7f.{'0' * 50}.{'0' * 50}.1"
     server = serve(path, "--bind", host)
     server.workers()
     expect(server.connect(b"0\n"), b"data")
-    holds(server, 1)
-    assert len(look(server, clients=True).clients or ()) == 1
+    wait_for_clients(server, 1)
+    assert len(inspect_server(server, clients=True).clients or ()) == 1
     status, first = ask(server, "--clients")
     assert status == Level.OK
     assert first.startswith(f"OK: tailsrv 0x7f.{'0' * 50}.")
@@ -446,10 +453,10 @@ def test_long_host_name(serve: Serve, path: Path) -> None:
 
 
 @root_only
-@pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces here")
+@pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces")
 @pytest.mark.slow
-def test_all_servers_and_the_worst_of_them(serve: Serve, path: Path) -> None:
-    """Without -p all servers are listed, the worst decides, and its reason comes first."""
+def test_all_servers_are_listed_and_the_worst_decides(serve: Serve, path: Path) -> None:
+    """Without -p, all servers are listed, and the reasons of the worst come first."""
     path.write_bytes(b"data")
     well = serve(path, wrapper=("unshare", "--net"))
     inside = ("nsenter", "--net", "--target", str(well.pid))
@@ -470,9 +477,9 @@ def test_all_servers_and_the_worst_of_them(serve: Serve, path: Path) -> None:
 
 
 @root_only
-@pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces here")
+@pytest.mark.skipif(not runs("unshare", "--net", "true"), reason="no network namespaces")
 def test_no_server_at_all() -> None:
-    """Where no server runs, that is CRITICAL without -p, too."""
+    """Without -p, it is CRITICAL that no server is running."""
     done = health(wrapper=("unshare", "--net"))
     assert (done.returncode, done.stdout) == (
         Level.CRITICAL,
@@ -481,7 +488,7 @@ def test_no_server_at_all() -> None:
 
 
 def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
-    """A server that follows the name and cannot open what is there now is CRITICAL, with the reason, although it waits."""
+    """A server that waits because the next file cannot be opened is CRITICAL, with the reason."""
     path.write_bytes(b"data")
     server = serve(path, "--follow-name")
     server.workers(1)
@@ -490,13 +497,14 @@ def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
     server.logged("cannot serve the new file yet")
     assert ask(server) == (
         Level.CRITICAL,
-        f"CRITICAL: tailsrv *:{server.port} (waiting for file): cannot open the file: not a regular file",
+        f"CRITICAL: tailsrv *:{server.port} (waiting for file): "
+        "cannot open the file: not a regular file",
     )
     path.rmdir()
 
 
-def test_full_and_others_wait(serve: Serve, path: Path) -> None:
-    """Clients that --max-clients keeps waiting are a WARNING; being full is not."""
+def test_connections_that_wait_for_the_client_limit(serve: Serve, path: Path) -> None:
+    """Connections that wait because of --max-clients are a WARNING; the reached limit is not."""
     path.write_bytes(b"data")
     server = serve(path, "--max-clients", "1")
     expect(server.connect(b"0\n"), b"data")
@@ -510,7 +518,7 @@ def test_full_and_others_wait(serve: Serve, path: Path) -> None:
 
 
 def test_no_standard_output() -> None:
-    """Where there is nothing to write to, that is UNKNOWN, without a word."""
+    """A closed standard output is UNKNOWN, without a message."""
     command = f"exec {shlex.quote(sys.executable)} -m tailsrv.health -p 1 >&-"
     done = subprocess.run(
         ["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=DEADLINE
@@ -521,7 +529,7 @@ def test_no_standard_output() -> None:
 @pytest.mark.thorough
 @needs_nobody
 def test_other_users(serve: Serve, open_folder: Path) -> None:
-    """Root sees everybody's servers and whose they are; others are refused what is not theirs, and do not list it."""
+    """Root sees all servers and their users; other users see and list only their own."""
     path = open_folder / "file.log"
     path.write_bytes(b"data")
     path.chmod(0o644)
@@ -548,21 +556,21 @@ def test_other_users(serve: Serve, open_folder: Path) -> None:
 
 
 @contextmanager
-def pretending(answer: bytes, backlog: int = 16, name: str = "") -> Iterator[int]:
-    """Answer for a server that is not there, under a `name` of its port or another; give the port that it is not on."""
+def impostor(answer: bytes, backlog: int = 16, name: str = "") -> Iterator[int]:
+    """Run an impostor that sends `answer`; yield the port that it claims to serve."""
     with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
         listener.bind(f"\0tailsrv:{name or f'127.9.9.9:{port}'}")
         listener.listen(backlog)
         if backlog:
-            thread = threading.Thread(target=give, args=(listener, answer))
+            thread = threading.Thread(target=answer_all, args=(listener, answer))
             stack.callback(thread.join)
             stack.callback(listener.shutdown, socket.SHUT_RDWR)
             thread.start()
         yield port
 
 
-def give(listener: socket.socket, answer: bytes) -> None:
-    """Answer until the listener is shut down."""
+def answer_all(listener: socket.socket, answer: bytes) -> None:
+    """Send `answer` to each connection until the listener is shut down."""
     while True:
         try:
             peer, _ = listener.accept()
@@ -579,12 +587,13 @@ FILE = {"path": "/log", "gone": False, "size": 1, "error": None}
 
 
 def status_of(pid: int, **changes: object) -> bytes:
-    """Return a status as the process `pid` might give it."""
-    said = {
-        "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving", "started": 1767225600.0, "endpoints": ["*:1"],
-        "file": FILE, "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
+    """Return a status as the process `pid` could send it."""
+    status = {
+        "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving",
+        "started": 1767225600.0, "endpoints": ["*:1"], "file": FILE, "clients": 0,
+        "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
     }  # fmt: skip
-    return json.dumps(said | changes).encode()
+    return json.dumps(status | changes).encode()
 
 
 def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
@@ -605,18 +614,23 @@ def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
     "answer",
     [
         b"hello", b"null", b"[]", b"{}", b'{"pid": NaN}', b"\xff\n", b"[" * 100_000, b"",
-        status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"), status_of(os.getpid(), workers=None),
-        status_of(os.getpid(), state=1), status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
-        status_of(os.getpid(), clients=1 << 63), status_of(os.getpid(), started=1 << 2000), b'{"pid": ' + b"9" * 5000 + b"}",
-        status_of(1 << 40), status_of(0), status_of(os.getpid(), version="x" * 20_000), status_of(os.getpid(), state=["\x1b" * 99_999]),
-        status_of(os.getpid(), workers=[worker_of(1 << 40, 1)]), status_of(os.getpid(), workers=[worker_of(1, 1 << 2000)]),
-        status_of(os.getpid(), workers=[worker_of(1, 1)] * 1025), status_of(os.getpid(), state="x" * (1 << 22)),
-        status_of(os.getpid(), clients=True), status_of(os.getpid(), clients=-1), status_of(os.getpid(), started=float("inf")),
+        status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"),
+        status_of(os.getpid(), workers=None), status_of(os.getpid(), state=1),
+        status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
+        status_of(os.getpid(), clients=1 << 63), status_of(os.getpid(), started=1 << 2000),
+        b'{"pid": ' + b"9" * 5000 + b"}", status_of(1 << 40), status_of(0),
+        status_of(os.getpid(), version="x" * 20_000),
+        status_of(os.getpid(), state=["\x1b" * 99_999]),
+        status_of(os.getpid(), workers=[worker_of(1 << 40, 1)]),
+        status_of(os.getpid(), workers=[worker_of(1, 1 << 2000)]),
+        status_of(os.getpid(), workers=[worker_of(1, 1)] * 1025),
+        status_of(os.getpid(), state="x" * (1 << 22)), status_of(os.getpid(), clients=True),
+        status_of(os.getpid(), clients=-1), status_of(os.getpid(), started=float("inf")),
     ],
 )  # fmt: skip
-def test_answer_that_is_not_to_be_understood(answer: bytes) -> None:
-    """Rubbish, or a process that is not what it says, is UNKNOWN, in one sentence."""
-    with pretending(answer) as port:
+def test_invalid_status(answer: bytes) -> None:
+    """An invalid status, or one of another process, is UNKNOWN, in one sentence."""
+    with impostor(answer) as port:
         done = health("-p", str(port))
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (Level.UNKNOWN, "", 1)
     assert done.stdout.startswith(f"UNKNOWN: tailsrv 127.9.9.9:{port}: ")
@@ -624,15 +638,28 @@ def test_answer_that_is_not_to_be_understood(answer: bytes) -> None:
     assert done.stdout.rstrip("\n").isprintable()
 
 
-# What an impostor may say without being refused; the largest of everything.
+# A status with the largest values that the check accepts from an impostor.
+LARGEST = (1 << 63) - 1
 EXTREME = {
-    "pid": os.getpid(), "ticks": start_ticks(os.getpid()), "clients": (1 << 63) - 1, "unprotected": (1 << 63) - 1, "started": 1e18,
-    "max_clients": 1, "version": "\x1b" * 16_384, "state": "\n" * 16_384, "workers": [
-        {"slot": (1 << 63) - 1, "pid": pid, "ticks": (1 << 63) - 1, "ready": True, "clients": (1 << 63) - 1, "restarts": (1 << 63) - 1,
-         "unprotected": (1 << 63) - 1, "restarted": -1e18, "silent": 1e18} for pid in (1, 1 << 22, None) * 300
+    "pid": os.getpid(),
+    "ticks": start_ticks(os.getpid()),
+    "clients": LARGEST,
+    "unprotected": LARGEST,
+    "started": 1e18,
+    "max_clients": 1,
+    "version": "\x1b" * 16_384,
+    "state": "\n" * 16_384,
+    "workers": [
+        {
+            "slot": LARGEST, "pid": pid, "ticks": LARGEST, "ready": True, "clients": LARGEST,
+            "restarts": LARGEST, "unprotected": LARGEST, "restarted": -1e18, "silent": 1e18,
+        }
+        for pid in (1, 1 << 22, None) * 300
     ],
-    "listeners": [{"slot": None, "endpoint": "\ud800\n", "queued": (1 << 63) - 1, "backlog": (1 << 63) - 1}] * 2000,
-    "file": {"path": "\0" * 16_384, "size": (1 << 63) - 1, "gone": True, "error": "\x1b[2J\n" * 3000},
+    "listeners": [
+        {"slot": None, "endpoint": "\ud800\n", "queued": LARGEST, "backlog": LARGEST}
+    ] * 2000,
+    "file": {"path": "\0" * 16_384, "size": LARGEST, "gone": True, "error": "\x1b[2J\n" * 3000},
 }  # fmt: skip
 
 
@@ -640,8 +667,8 @@ EXTREME = {
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "json", "prometheus"])
 def test_extreme_answer(form: str) -> None:
-    """Whatever figures and texts an answer holds, a check ends in good order."""
-    with pretending(json.dumps(EXTREME).encode()) as port:
+    """The largest figures and texts that are accepted do not make a check fail."""
+    with impostor(json.dumps(EXTREME).encode()) as port:
         done = health("-p", str(port), "--format", form)
     assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
     if form == "text":
@@ -653,7 +680,7 @@ def test_extreme_answer(form: str) -> None:
 
 
 def test_answer_that_drips() -> None:
-    """An answer that comes byte by byte for ever is waited for until the deadline only."""
+    """An answer that arrives byte by byte without an end is read only until the deadline."""
     with (
         spare_port() as port,
         socket.socket(socket.AF_UNIX) as listener,
@@ -661,7 +688,7 @@ def test_answer_that_drips() -> None:
     ):
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen()
-        found = only(port)
+        found = find_only(port)
         listener.accept()[0].close()
         asked = pool.submit(ask_status, found, time.monotonic() + 0.2)
         with listener.accept()[0] as peer:
@@ -676,8 +703,8 @@ def test_answer_that_drips() -> None:
 
 @root_only
 def test_no_threads() -> None:
-    """Where no thread can be had, servers are looked at one after another."""
-    with pretending(b"") as port:
+    """If no thread can be started, servers are inspected one after another."""
+    with impostor(b"") as port:
         done = run_program("health_without_threads", "-p", str(port))
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
     assert (
@@ -686,23 +713,23 @@ def test_no_threads() -> None:
     )
 
 
-def only(port: int) -> Found:
+def find_only(port: int) -> Found:
     """Return the server that is found on `port`."""
     [found] = find(port=port)
     return found
 
 
-def test_another_has_taken_its_place() -> None:
-    """Who answers for a server that was of another pid is not that server."""
+def test_server_that_was_replaced() -> None:
+    """An answer from another pid than the found one means that the server was replaced."""
     with (
-        pretending(status_of(os.getpid())) as port,
+        impostor(status_of(os.getpid())) as port,
         pytest.raises(EndedError, match="another server has replaced it"),
     ):
-        inspect(dataclasses.replace(only(port), pid=1))
+        inspect(dataclasses.replace(find_only(port), pid=1))
 
 
-def test_ends_while_it_is_asked() -> None:
-    """A server that ends with our question in its queue has ended, whatever it was."""
+def test_server_that_exits_with_an_unread_request() -> None:
+    """A server that exits with an unread request in its queue is reported as ended."""
     with (
         spare_port() as port,
         socket.socket(socket.AF_UNIX) as listener,
@@ -710,8 +737,8 @@ def test_ends_while_it_is_asked() -> None:
     ):
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
         listener.listen()
-        found = only(port)
-        # it was found by connecting to it
+        found = find_only(port)
+        # Drop the connection by which it was found.
         listener.accept()[0].close()
         asked = pool.submit(inspect, found)
         assert select.select([listener], [], [], DEADLINE)[0]
@@ -727,20 +754,20 @@ def test_ends_while_it_is_asked() -> None:
         (b'{"pid": 1, "size": 1, "clients": []}', "list of clients reports pid 1, but here"),
     ],
 )
-def test_list_of_clients_that_is_not_to_be_understood(answer: bytes, reason: str) -> None:
-    """A list of clients that is rubbish, or somebody else's, is not believed."""
+def test_invalid_client_list(answer: bytes, reason: str) -> None:
+    """A client list that is invalid, or from another process, is an error."""
     with (
-        pretending(status_of(os.getpid())) as port,
-        pretending(answer, name=f"127.9.9.9:{port}/clients"),
+        impostor(status_of(os.getpid())) as port,
+        impostor(answer, name=f"127.9.9.9:{port}/clients"),
     ):
-        inspect(only(port))
+        inspect(find_only(port))
         with pytest.raises(InspectError, match=reason):
-            inspect(only(port), clients=True)
+            inspect(find_only(port), clients=True)
 
 
 @contextmanager
-def being(user: int) -> Iterator[None]:
-    """Act as `user`, as far as the kernel asks who we are."""
+def acting_as(user: int) -> Iterator[None]:
+    """Run the block with the effective user id `user`."""
     os.seteuid(user)
     try:
         yield
@@ -748,13 +775,13 @@ def being(user: int) -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_file_system_that_has_gone() -> None:
-    """A server that cannot tell the size of the file that it serves is CRITICAL."""
+def test_file_system_that_does_not_answer() -> None:
+    """A server that cannot read the size of its file is CRITICAL."""
     worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         workers = [worker_of(worker.pid, start_ticks(worker.pid))]
         status = status_of(os.getpid(), workers=workers, file=FILE | {"size": None})
-        with pretending(status) as port:
+        with impostor(status) as port:
             done = health("-p", str(port))
     finally:
         worker.communicate()
@@ -766,7 +793,7 @@ def test_file_system_that_has_gone() -> None:
 
 @root_only
 def test_no_proc() -> None:
-    """Where there is no /proc to find servers in, that is UNKNOWN."""
+    """An empty /proc is UNKNOWN, because no server can be found."""
     without = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
     done = health(wrapper=without)
     assert (done.returncode, done.stderr) == (Level.UNKNOWN, "")
@@ -777,15 +804,15 @@ def test_no_proc() -> None:
 
 @root_only
 def test_user_without_a_name() -> None:
-    """A user that has no name is told by number, and gets an answer from root only by asking as root."""
-    with being(3_000_000_001):
-        held = pretending(b"")
+    """A user without a name is shown as a number, and its server is refused to other users."""
+    with acting_as(3_000_000_001):
+        held = impostor(b"")
         port = held.__enter__()
     try:
-        found = only(port)
+        found = find_only(port)
         assert (found.uid, found.user, found.ours) == (3_000_000_001, "3000000001", False)
         with (
-            being(3_000_000_002),
+            acting_as(3_000_000_002),
             pytest.raises(NotOursError, match="belongs to user 3000000001: "),
         ):
             inspect(found)
@@ -797,7 +824,7 @@ def test_user_without_a_name() -> None:
 @root_only
 @pytest.mark.parametrize("beside", [False, True])
 def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> None:
-    """Another user's name makes root's check CRITICAL, but UNKNOWN beside a server on that port."""
+    """An impostor is CRITICAL for root, but UNKNOWN if a real server has the same port."""
     path.write_bytes(b"data")
     with ExitStack() as stack:
         port = stack.enter_context(spare_port())
@@ -805,8 +832,8 @@ def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> Non
             server = serve(path)
             server.workers()
             port = server.port
-        with being(3_000_000_001):
-            stack.enter_context(pretending(status_of(os.getpid()), name=f"a-name:{port}"))
+        with acting_as(3_000_000_001):
+            stack.enter_context(impostor(status_of(os.getpid()), name=f"a-name:{port}"))
         done = health("-p", str(port))
         metrics = health("-p", str(port), "--format", "prometheus").stdout
     assert done.returncode == (Level.UNKNOWN if beside else Level.CRITICAL)
@@ -818,12 +845,12 @@ def test_impostor_beside_a_server(serve: Serve, path: Path, beside: bool) -> Non
 
 
 @root_only
-def test_pid_that_was_an_impostors() -> None:
-    """A name that a process took as another user is not listed with the names of its pid."""
+def test_names_of_one_pid_under_two_users() -> None:
+    """Names that one process bound as different users are listed as different servers."""
     with spare_port() as port, ExitStack() as stack:
         for user, host in ((3_000_000_001, "127.9.9.8"), (0, "127.9.9.9")):
-            with being(user):
-                stack.enter_context(pretending(b"", name=f"{host}:{port}"))
+            with acting_as(user):
+                stack.enter_context(impostor(b"", name=f"{host}:{port}"))
         found = find(port=port)
     assert [(server.uid, server.endpoints) for server in found] == [
         (3_000_000_001, (f"127.9.9.8:{port}",)),
@@ -833,10 +860,10 @@ def test_pid_that_was_an_impostors() -> None:
 
 @root_only
 def test_silence_of_another_user() -> None:
-    """A supervisor of root's that says nothing to us is none of ours; one that says nothing to root is broken."""
-    with pretending(b"") as port:
-        found = only(port)
-        with being(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
+    """Silence of root's supervisor is NotOursError for other users and an error for root."""
+    with impostor(b"") as port:
+        found = find_only(port)
+        with acting_as(3_000_000_002), pytest.raises(NotOursError, match="belongs to user root: "):
             inspect(found)
         with pytest.raises(
             InspectError,
@@ -847,7 +874,7 @@ def test_silence_of_another_user() -> None:
 
 needs_user_namespace = pytest.mark.skipif(
     not as_root or not runs("unshare", "--user", "--map-user=1000", "true"),
-    reason="no user namespaces here",
+    reason="no user namespaces",
 )
 
 
@@ -859,7 +886,7 @@ ROOTLESS = (*AS_NOBODY, "unshare", "--user", "--map-user=1000")
     reason="no user namespaces, or Python cannot be read",
 )
 def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> None:
-    """Of a server that cannot know root, root learns that it may be in another user namespace."""
+    """If a server cannot map root, the report says that its user namespace may differ."""
     path = open_folder / "file.log"
     path.write_bytes(b"data")
     path.chmod(0o644)
@@ -874,11 +901,11 @@ def test_server_in_another_user_namespace(serve: Serve, open_folder: Path) -> No
 
 
 @needs_user_namespace
-def test_stranger_of_a_user_namespace_is_not_believed() -> None:
-    """A user who only looks like ours in our user namespace is not believed."""
+def test_user_of_another_user_namespace_is_not_trusted() -> None:
+    """A user that merely has the same id through a user namespace is not trusted."""
     with ExitStack() as stack:
-        with being(3_000_000_001):
-            port = stack.enter_context(pretending(status_of(os.getpid())))
+        with acting_as(3_000_000_001):
+            port = stack.enter_context(impostor(status_of(os.getpid())))
         done = health("-p", str(port), wrapper=("unshare", "--user", "--map-user=65534"))
     assert done.returncode == Level.UNKNOWN
     assert "belongs to a user that this user namespace does not map: " in done.stdout
@@ -887,12 +914,12 @@ def test_stranger_of_a_user_namespace_is_not_believed() -> None:
 @root_only
 @pytest.mark.slow
 def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
-    """Users whose names cannot be had in time are told by number; each is looked up once."""
+    """Users whose names cannot be looked up in time are shown as numbers; each is tried once."""
     install_hook(tmp_path, "slow_users")
     with spare_port() as port, ExitStack() as stack:
-        for place, user in enumerate([0, 0, 3_000_000_001, 3_000_000_001, 3_000_000_002]):
-            with being(user):
-                stack.enter_context(pretending(b"", name=f"127.9.9.{place}:{port}"))
+        for number, user in enumerate([0, 0, 3_000_000_001, 3_000_000_001, 3_000_000_002]):
+            with acting_as(user):
+                stack.enter_context(impostor(b"", name=f"127.9.9.{number}:{port}"))
         done = health("-p", str(port), "--format", "json", env={"PYTHONPATH": str(tmp_path)})
     assert done.stderr == ""
     users = {server["user"] for server in json.loads(done.stdout)["servers"]}
@@ -901,30 +928,30 @@ def test_user_database_that_does_not_answer(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_worker_that_is_another_process() -> None:
-    """A worker's pid that is now another's, of another start or another parent, is not taken for the worker."""
+    """A worker's pid is ignored if its start time or its parent differs."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     own = start_ticks(child.pid)
     assert own is not None
-    stranger = os.getppid()
+    other = os.getppid()
     cases = [
         (child.pid, own, Level.OK),
         (child.pid, own - 1, Level.CRITICAL),
-        (stranger, start_ticks(stranger), Level.CRITICAL),
+        (other, start_ticks(other), Level.CRITICAL),
     ]
     try:
         for pid, ticks, level in cases:
-            with pretending(status_of(os.getpid(), workers=[worker_of(pid, ticks)])) as port:
+            with impostor(status_of(os.getpid(), workers=[worker_of(pid, ticks)])) as port:
                 assert health("-p", str(port)).returncode == level
     finally:
         child.communicate()
 
 
-def test_text_that_a_terminal_would_obey() -> None:
-    """What a terminal would act on reaches none, whoever says it."""
+def test_escape_sequences_are_escaped() -> None:
+    """Escape sequences in a status are printed in escaped form."""
     evil = "\x1b[2J\n"
     file = {"path": f"/log{evil}", "gone": False, "size": 1, "error": None}
     listeners = [{"slot": 0, "endpoint": evil, "queued": 0, "backlog": 1}]
-    with pretending(
+    with impostor(
         status_of(os.getpid(), state=evil, version=evil, file=file, listeners=listeners)
     ) as port:
         done = health("-p", str(port))
@@ -934,7 +961,7 @@ def test_text_that_a_terminal_would_obey() -> None:
 
 
 def test_queue_that_has_room_in_time() -> None:
-    """A question waits for room in a full queue, and is answered then."""
+    """A request waits for space in a full queue, and is answered then."""
     status = status_of(os.getpid())
     with spare_port() as port, socket.socket(socket.AF_UNIX) as listener, ExitStack() as stack:
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
@@ -942,29 +969,29 @@ def test_queue_that_has_room_in_time() -> None:
         first = stack.enter_context(socket.socket(socket.AF_UNIX))
         first.connect(f"\0tailsrv:127.9.9.9:{port}")
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        asked = pool.submit(inspect, only(port))
+        asked = pool.submit(inspect, find_only(port))
         listener.accept()[0].close()
         while not asked.done():
             if select.select([listener], [], [], 0.01)[0]:
-                # another check finds us, too
+                # A check of a concurrent test may connect too, and close at once.
                 with listener.accept()[0] as peer, suppress(OSError):
                     peer.sendall(status)
         assert asked.result().state == "serving"
 
 
-HIDE = """
+WITHOUT_SOCKET_TIMEOUTS = """
 import socket
 del socket.SO_SNDTIMEO, socket.SO_RCVTIMEO
 """
 
 
 @pytest.mark.thorough
-def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """The options whose format depends on the libc's time_t, on machines of 32 bits, are not used."""
+def test_socket_timeouts_are_not_used(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """SO_SNDTIMEO and SO_RCVTIMEO are not used: their format differs on 32-bit machines."""
     path.write_bytes(b"data")
     server = serve(path)
     server.workers()
-    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_SOCKET_TIMEOUTS)
     done = health("-p", str(server.port), "--clients", env={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (Level.OK, "")
 
@@ -972,8 +999,8 @@ def test_no_socket_times(serve: Serve, path: Path, tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_full_queue() -> None:
-    """A supervisor that has left so many questions waiting that there is room for no more does not answer."""
-    with pretending(b"", backlog=0) as port, socket.socket(socket.AF_UNIX) as first:
+    """A supervisor whose control socket's queue stays full is CRITICAL."""
+    with impostor(b"", backlog=0) as port, socket.socket(socket.AF_UNIX) as first:
         first.connect(f"\0tailsrv:127.9.9.9:{port}")
         done = health("-p", str(port))
     assert done.returncode == Level.CRITICAL
@@ -983,20 +1010,21 @@ def test_full_queue() -> None:
     )
 
 
-NO_HOSTS = (
+INVALID_HOSTS = (
     "a:1,b", "a,b", "a/b", 'a"b', "a\\b", "a=b", "a\u00a0b", "a\x1bb", "a\u202eb", "**", "\udcff",
     "::1", "a:b", "[]", "[::1", "[::1%]", "[::1%a,b]", "[::1%a b]", "[x]",
 )  # fmt: skip
 
 
 def test_forged_list_of_sockets(tmp_path: Path) -> None:
-    """A name that forges lines of the kernel's list of sockets, or looks like ours, is passed over."""
+    """Names that forge lines of /proc/net/unix, or resemble a server's name, are ignored."""
     with spare_port() as port, ExitStack() as stack:
         names = [
-            f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}", f"\0b\n@tailsrv:127.9.9.9:{port}",
-            f"\0tailsrv:127.9.9.9:{port}/clients", f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0",
+            f"\0a\n0: 0 0 zzzzzzzz 0 0 1 @tailsrv:127.9.9.9:{port}",
+            f"\0b\n@tailsrv:127.9.9.9:{port}", f"\0tailsrv:127.9.9.9:{port}/clients",
+            f"\0tailsrv:a b:{port}", f"\0tailsrv::{port}", "\0tailsrv:127.9.9.9:0",
             f"\0c\n0: 0 0 10000 0 0 1 @tailsrv:127.9.9.9:{port}",
-            *(f"\0tailsrv:{host}:{port}" for host in NO_HOSTS), "\0tailsrv:127.9.9.9:65536",
+            *(f"\0tailsrv:{host}:{port}" for host in INVALID_HOSTS), "\0tailsrv:127.9.9.9:65536",
         ]  # fmt: skip
         for name in names:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -1024,7 +1052,7 @@ def test_forged_list_of_sockets(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_servers(host: str) -> None:
-    """Whatever `--bind` may be given, a server's name is found."""
+    """A server is found by its name for every kind of host that `--bind` accepts."""
     with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0tailsrv:{host}:{port}")
         listener.listen()
@@ -1034,7 +1062,7 @@ def test_names_of_servers(host: str) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_many_sockets_come_and_go() -> None:
-    """However many sockets others make and close meanwhile, a server's is found."""
+    """Servers are found while other processes bind and close many sockets."""
     with spare_port() as port, ExitStack() as stack:
         names = {f"127.9.9.{number}:{port}" for number in range(100)}
         for name in names:
@@ -1052,14 +1080,14 @@ def test_many_sockets_come_and_go() -> None:
 
 
 @root_only
-@pytest.mark.skipif(not runs(*HIDDEN, "true"), reason="no mount namespaces here")
+@pytest.mark.skipif(not runs(*HIDDEN, "true"), reason="no mount namespaces")
 def test_hidden_proc(serve: Serve, path: Path) -> None:
-    """Where /proc shows nothing but processes (systemd's ProcSubset=pid), what can be seen is reported, and is well."""
+    """With ProcSubset=pid, a check reports the processes that it can see, and is OK."""
     path.write_bytes(b"data")
     server = serve(path)
     [worker] = server.workers()
     command = [*HIDDEN, *HEALTH, "-p", str(server.port), "--format", "json"]
-    # psutil 5 tells standard error what it misses
+    # Standard error is not checked: psutil 5 warns there about files that it cannot read.
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     [found] = json.loads(done.stdout)["servers"]
     assert (done.returncode, found["level"], found["pid"]) == (Level.OK, "OK", server.pid)
@@ -1067,7 +1095,7 @@ def test_hidden_proc(serve: Serve, path: Path) -> None:
 
 
 def accept_from(pid: int, listener: socket.socket) -> socket.socket:
-    """Return the next connection that the process `pid` makes; checks of other tests may find the same name."""
+    """Accept the next connection of process `pid`; drop those of concurrent tests' checks."""
     while True:
         sock, _ = listener.accept()
         if credentials(sock)[0] == pid:
@@ -1076,7 +1104,7 @@ def accept_from(pid: int, listener: socket.socket) -> socket.socket:
 
 
 def test_interrupt(tmp_path: Path) -> None:
-    """Ctrl-C ends a check that waits, without a word."""
+    """SIGINT ends a waiting check without a message."""
     with spare_port() as port, socket.socket(socket.AF_UNIX) as listener:
         listener.settimeout(DEADLINE)
         listener.bind(f"\0tailsrv:127.9.9.9:{port}")
@@ -1085,11 +1113,11 @@ def test_interrupt(tmp_path: Path) -> None:
             process = subprocess.Popen(
                 [*HEALTH, "-p", str(port)], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
             )
-        # it finds us
+        # The first connection only finds out the server's user and pid.
         accept_from(process.pid, listener).close()
         asked = accept_from(process.pid, listener)
         process.send_signal(signal.SIGINT)
-        # which a shell makes 130
+        # A shell reports this as status 130.
         assert process.wait(DEADLINE) == -signal.SIGINT
         asked.close()
     assert (tmp_path / "stderr").read_text() == ""
@@ -1097,16 +1125,18 @@ def test_interrupt(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @needs_nobody
-def test_stranger_is_not_believed() -> None:
-    """A name that another user has taken says nothing: it is not even waited for."""
-    stranger = ("setpriv", f"--reuid={NOBODY - 1}", f"--regid={NOBODY - 1}", "--clear-groups")
+def test_other_user_is_not_trusted() -> None:
+    """A check does not wait for an answer from another user's process."""
+    as_other_user = ("setpriv", f"--reuid={NOBODY - 1}", f"--regid={NOBODY - 1}", "--clear-groups")
     with spare_port() as port:
-        command = [*stranger, sys.executable, program("take_name"), f"127.9.9.9:{port}"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
-            assert squatter.stdout is not None
-            squatter.stdout.readline()
+        command = [*as_other_user, sys.executable, program("take_name"), f"127.9.9.9:{port}"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as impostor_process:
+            assert impostor_process.stdout is not None
+            impostor_process.stdout.readline()
             done = health("-p", str(port), wrapper=AS_NOBODY)
-            squatter.communicate(b"\n")
+            impostor_process.communicate(b"\n")
     assert done.returncode == Level.UNKNOWN
     assert f"belongs to user {NOBODY - 1}: " in done.stdout
 
@@ -1115,14 +1145,14 @@ def test_stranger_is_not_believed() -> None:
 
 
 def test_prometheus_is_parsed(serve: Serve, open_folder: Path) -> None:
-    """A real parser reads the metrics back, with a path that needs every escape, and each name has its help and type."""
+    """A Prometheus parser reads all metrics, each with help and type, and an escaped path."""
     path = open_folder / 'a"b\\c\nd é'
     path.write_bytes(bytes(1000))
     server = serve(path, "-w", "2")
     server.workers(2)
     reader = server.connect(b"900\n")
     expect(reader, bytes(100))
-    holds(server, 1)
+    wait_for_clients(server, 1)
     done = health(
         "-p",
         str(server.port),
@@ -1162,18 +1192,20 @@ def test_prometheus_is_parsed(serve: Serve, open_folder: Path) -> None:
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "arguments",
-    [("-p", "x"), ("-p", "0"), ("-p", "65536"), ("--pid", "0"), ("--pid", "-1"), ("--format", "xml"), ("-p", "1", "--pid", "1"),
-     ("--nonsense",), ("what",)],
+    [
+        ("-p", "x"), ("-p", "0"), ("-p", "65536"), ("--pid", "0"), ("--pid", "-1"),
+        ("--format", "xml"), ("-p", "1", "--pid", "1"), ("--nonsense",), ("what",),
+    ],
 )  # fmt: skip
 def test_usage_errors(arguments: tuple[str, ...]) -> None:
-    """A wrong command line is UNKNOWN, not CRITICAL as argparse's own status would be."""
+    """A wrong command line is UNKNOWN; argparse's own exit status would be CRITICAL."""
     done = health(*arguments)
     assert (done.returncode, done.stdout) == (Level.UNKNOWN, "")
     assert "tailsrv-health: error: " in done.stderr
 
 
 def test_installed_command() -> None:
-    """The package brings the command."""
+    """The installed package has the command tailsrv-health."""
     command = Path(sysconfig.get_path("scripts")) / "tailsrv-health"
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=DEADLINE)
     assert (done.returncode, done.stdout.split()[0]) == (0, "tailsrv-health")
@@ -1182,7 +1214,7 @@ def test_installed_command() -> None:
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_closed_pipe(arguments: tuple[str, ...], serve: Serve, path: Path) -> None:
-    """A reader that has seen enough changes neither the status nor what is on standard error."""
+    """A closed output pipe changes neither the exit status nor standard error."""
     path.write_bytes(b"data")
     server = serve(path)
     server.workers()
@@ -1197,7 +1229,7 @@ def test_closed_pipe(arguments: tuple[str, ...], serve: Serve, path: Path) -> No
 
 @pytest.mark.parametrize("arguments", [("-p", "1"), ("--help",)])
 def test_full_disk(arguments: tuple[str, ...]) -> None:
-    """What cannot be written is UNKNOWN, with the reason on one line."""
+    """Output that cannot be written is UNKNOWN, with the reason on one line."""
     full = os.open("/dev/full", os.O_WRONLY)
     try:
         done = health(*arguments, stdout=full)
@@ -1217,7 +1249,7 @@ def test_full_disk(arguments: tuple[str, ...]) -> None:
     ],
 )
 def test_colour_only_on_a_terminal_that_wants_it(env: dict[str, str], coloured: bool) -> None:
-    """On a terminal the level has a colour, unless NO_COLOR or TERM say that it must not."""
+    """On a terminal the level is coloured, unless NO_COLOR or TERM forbids it."""
     ours, theirs = pty.openpty()
     try:
         plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
@@ -1225,12 +1257,12 @@ def test_colour_only_on_a_terminal_that_wants_it(env: dict[str, str], coloured: 
             done = subprocess.run(
                 [*HEALTH, "-p", str(port)], stdout=theirs, env=plain | env, timeout=DEADLINE
             )
-        said = os.read(ours, 1000)
+        output = os.read(ours, 1000)
     finally:
         os.close(theirs)
         os.close(ours)
     assert done.returncode == Level.CRITICAL
-    assert said.startswith(
+    assert output.startswith(
         b"\x1b[31mCRITICAL\x1b[0m: no tailsrv" if coloured else b"CRITICAL: no tailsrv"
     )
 
@@ -1239,7 +1271,7 @@ def test_colour_only_on_a_terminal_that_wants_it(env: dict[str, str], coloured: 
 
 
 def test_library(serve: Serve, path: Path) -> None:
-    """What the command says, the library returns: found, inspected, judged; nothing of it can be changed."""
+    """The library finds, inspects and judges as the command does; its results are immutable."""
     path.write_bytes(b"data")
     server = serve(path)
     [worker] = server.workers()
@@ -1252,8 +1284,8 @@ def test_library(serve: Serve, path: Path) -> None:
         report.state = "rich"  # type: ignore[misc]
 
 
-def test_library_says_that_a_server_has_ended(serve: Serve, path: Path) -> None:
-    """A server that ended after it was found is told from one that cannot be understood."""
+def test_library_reports_that_a_server_has_ended(serve: Serve, path: Path) -> None:
+    """A server that exited after it was found raises EndedError."""
     path.write_bytes(b"data")
     server = serve(path)
     server.workers()

@@ -1,4 +1,4 @@
-"""What tailsrv-health decides and how it says so, without a server: tables."""
+"""What `tailsrv-health` decides and prints, tested on tables without a server."""
 
 from dataclasses import replace
 
@@ -46,19 +46,19 @@ REPORT = HealthReport(
 
 
 def with_worker(**changes: object) -> HealthReport:
-    """Return a report whose second worker differs."""
+    """Return a report whose second worker has these changes."""
     return replace(REPORT, workers=(WORKER, replace(WORKER, slot=1, **changes)))  # type: ignore[arg-type]
 
 
 def with_process(**changes: object) -> HealthReport:
-    """Return a report in which the second worker's process differs."""
+    """Return a report whose second worker's process has these changes."""
     return with_worker(process=replace(PROCESS, **changes))  # type: ignore[arg-type]
 
 
 EMPTY = (replace(WORKER, process=None, ready=False),)
 FULL = "the accept queue of slot 0 at 0.0.0.0:4321 holds 91 of 100 connections"
 GONE = FileStatus("/log", 1, gone=True, error=None)
-DEAD = FileStatus("/log", None, gone=False, error=None)
+WITHOUT_SIZE = FileStatus("/log", None, gone=False, error=None)
 UNREADABLE = "the file cannot be read: its file system does not answer"
 
 
@@ -89,7 +89,7 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (
             replace(REPORT, listeners=(replace(LISTENER, queued=91),)),
             Level.WARNING,
-            ("the accept queue of slot 0 at 0.0.0.0:4321 holds 91 of 100 connections",),
+            (FULL,),
         ),
         (
             replace(REPORT, listeners=(ListenerStatus(None, "[::]:1", 95, 100),)),
@@ -104,11 +104,11 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (replace(REPORT, workers=EMPTY, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE), Level.CRITICAL, ("the file is gone",)),
         (replace(REPORT, file=replace(GONE, size=None)), Level.CRITICAL, ("the file is gone",)),
-        (replace(REPORT, file=DEAD), Level.CRITICAL, (UNREADABLE,)),
-        (replace(REPORT, file=DEAD, state="starting"), Level.CRITICAL, (UNREADABLE,)),
-        (replace(REPORT, file=DEAD, state="waiting for file"), Level.OK, ()),
-        (replace(REPORT, file=DEAD, state="draining"), Level.OK, ()),
-        (replace(REPORT, file=DEAD, state="rotating"), Level.OK, ()),
+        (replace(REPORT, file=WITHOUT_SIZE), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=WITHOUT_SIZE, state="starting"), Level.CRITICAL, (UNREADABLE,)),
+        (replace(REPORT, file=WITHOUT_SIZE, state="waiting for file"), Level.OK, ()),
+        (replace(REPORT, file=WITHOUT_SIZE, state="draining"), Level.OK, ()),
+        (replace(REPORT, file=WITHOUT_SIZE, state="rotating"), Level.OK, ()),
         (
             replace(
                 REPORT,
@@ -162,7 +162,7 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
     ],
 )
 def test_judge(report: HealthReport, level: Level, reasons: tuple[str, ...]) -> None:
-    """Each fault has its level and its words, and the gravest come first."""
+    """Each fault has its level and its text, and the gravest come first."""
     assert judge(report) == HealthVerdict(level, reasons)
 
 
@@ -176,11 +176,11 @@ def test_judge(report: HealthReport, level: Level, reasons: tuple[str, ...]) -> 
     ],
 )
 def test_worst(levels: list[Level], expected: Level) -> None:
-    """What is known to be bad is worse than what is not known."""
+    """A known fault is worse than UNKNOWN, and UNKNOWN is worse than OK."""
     assert worst(levels) is expected
 
 
-ILL = replace(REPORT, workers=())
+UNHEALTHY = replace(REPORT, workers=())
 
 
 @pytest.mark.parametrize(
@@ -188,28 +188,28 @@ ILL = replace(REPORT, workers=())
     [
         (REPORT, False, False, Level.OK),
         (REPORT, True, True, Level.OK),
-        (ILL, True, False, Level.CRITICAL),
-        (ILL, True, True, Level.UNKNOWN),
+        (UNHEALTHY, True, False, Level.CRITICAL),
+        (UNHEALTHY, True, True, Level.UNKNOWN),
         (with_worker(restarted=1.0), True, True, Level.UNKNOWN),
         (EndedError("ended", Level.CRITICAL), True, False, None),
-        (NotOursError("a stranger's"), False, False, None),
-        (NotOursError("a stranger's"), True, False, Level.UNKNOWN),
+        (NotOursError("another user's"), False, False, None),
+        (NotOursError("another user's"), True, False, Level.UNKNOWN),
         (InspectError("no answer", Level.CRITICAL), False, False, Level.CRITICAL),
         (InspectError("no answer", Level.CRITICAL), True, False, Level.CRITICAL),
         (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
     ],
 )
-def test_weigh(
+def test_finding(
     outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool, level: Level | None
 ) -> None:
-    """Neither a server that has ended nor a stranger's is spoken of; an impostor raises no alarm."""
+    """Ended servers, and other users' unless asked for, are left out; doubt means UNKNOWN."""
     finding = to_finding(SERVER, outcome, asked_for, doubtful)
     assert (finding.verdict.level if finding else None) == level
 
 
 @pytest.mark.parametrize(("asked_for", "level"), [(True, Level.CRITICAL), (False, Level.UNKNOWN)])
-def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
-    """A server whose queue was too full to see its user is an alarm only if it was asked for."""
+def test_finding_of_an_unknown_user(asked_for: bool, level: Level) -> None:
+    """A full server whose user is unknown is CRITICAL only if it was asked for by port or pid."""
     finding = to_finding(
         replace(SERVER, pid=None, uid=None), InspectError("too many", Level.CRITICAL), asked_for
     )
@@ -218,7 +218,7 @@ def test_weigh_unknown_user(asked_for: bool, level: Level) -> None:
 
 
 def server_of(uid: int | None, *endpoints: str) -> Server:
-    """Return a server of another user's."""
+    """Return a server that belongs to the user `uid`."""
     return Server(endpoints, 4711, uid, None, ours=False)
 
 
@@ -238,13 +238,13 @@ def server_of(uid: int | None, *endpoints: str) -> Server:
         (server_of(7, "a:1"), [server_of(None, "b:1")], True),
     ],
 )
-def test_doubtful_ones(server: Server, others: list[Server], doubtful: bool) -> None:
-    """Beside another user's server on its port a server is doubtful, unless it is root's or ours."""
+def test_doubtful_servers(server: Server, others: list[Server], doubtful: bool) -> None:
+    """A server is doubtful beside another user's on its port, unless it is ours or root's."""
     assert (server in doubtful_servers([server, *others])) is doubtful
 
 
 def test_in_turns() -> None:
-    """However many servers somebody has, the first of everybody else comes before the second."""
+    """The first server of each user comes before the second server of any user."""
     many, few = (
         [server_of(7, f"{number}:1") for number in range(100)],
         [server_of(8, "x:1"), server_of(None, "y:1")],
@@ -253,14 +253,14 @@ def test_in_turns() -> None:
 
 
 def test_no_time_left() -> None:
-    """A server for which there is no time left is UNKNOWN, and said to be not asked."""
+    """A server for which there is no time left is UNKNOWN, with the reason "not asked"."""
     outcome = examine(SERVER, clients=False, until=0.0)
     assert isinstance(outcome, InspectError)
     assert (outcome.level, str(outcome).partition(":")[0]) == (Level.UNKNOWN, "not asked")
 
 
 def test_total() -> None:
-    """A sum of which a part is unknown is unknown."""
+    """A sum is unknown if one of its parts is unknown."""
     assert total([1, 2]) == 3
     assert total([1, None]) is None
 
@@ -334,7 +334,7 @@ BAD = Finding(
     ],
 )
 def test_summary(findings: list[Finding], level: Level, sentence: str) -> None:
-    """One sentence says what is served to how many, or else why not."""
+    """One sentence states what is served to how many clients, or the reasons against it."""
     assert summarize(findings, "nothing here") == (level, sentence)
 
 
@@ -351,7 +351,7 @@ def test_summary(findings: list[Finding], level: Level, sentence: str) -> None:
     ],
 )
 def test_size(count: int | None, text: str) -> None:
-    """Bytes are given in the largest unit of which there is one."""
+    """A size is shown in the largest unit that is not larger than the size itself."""
     assert size(count) == text
 
 
@@ -367,8 +367,8 @@ def test_size(count: int | None, text: str) -> None:
         (400 * 86400, "400d 0h"),
     ],
 )
-def test_span(seconds: float | None, text: str) -> None:
-    """A time is given by its two largest parts."""
+def test_duration(seconds: float | None, text: str) -> None:
+    """A duration is shown by its two largest units."""
     assert duration_text(seconds) == text
 
 
@@ -383,8 +383,8 @@ def test_span(seconds: float | None, text: str) -> None:
     ],
 )
 def test_size_that_is_not_known(state: str, error: str | None, words: str) -> None:
-    """A file whose size is not known is not there, cannot be opened, or cannot be read."""
-    report = replace(REPORT, state=state, file=replace(DEAD, error=error))
+    """A file without a known size is missing, cannot be opened, or cannot be read."""
+    report = replace(REPORT, state=state, file=replace(WITHOUT_SIZE, error=error))
     assert (
         f"file     /log, {words}"
         in render_text([judged(report)], Level.OK, "", colour=False).splitlines()
@@ -392,7 +392,7 @@ def test_size_that_is_not_known(state: str, error: str | None, words: str) -> No
 
 
 def test_table_fits() -> None:
-    """However large the figures and however long the path, the tables have at most 100 columns, and the whole path."""
+    """Tables fit 100 columns and show the whole path, however large figures and path are."""
     process = Process(
         4194304, "tracing-stop", 999 * 86400.0 + 86399, 100.0, 1e9, 1023 << 20, 524288, 1048576
     )
@@ -418,7 +418,7 @@ def test_table_fits() -> None:
 
 
 def test_table_shows_what_is_not_known() -> None:
-    """A figure that may not be had is a dash, and an empty slot says so."""
+    """An unknown figure is shown as a dash, and an empty slot as missing."""
     unknown = Process(7, None, None, None, None, None, None, None)
     workers = (replace(WORKER, process=unknown), replace(WORKER, slot=1, process=None))
     report = replace(
@@ -434,7 +434,7 @@ def test_table_shows_what_is_not_known() -> None:
 
 
 def test_fullest_queue() -> None:
-    """Of the queues at one address the fullest is shown, with its slot."""
+    """Of the queues at one address, the fullest is shown with its slot."""
     listeners = (
         LISTENER,
         ListenerStatus(1, LISTENER.endpoint, 50, 100),
@@ -446,8 +446,8 @@ def test_fullest_queue() -> None:
     ]
 
 
-def test_colour_marks_what_is_bad() -> None:
-    """The rows of workers that do not work stand out, and the columns are where they are without colour."""
+def test_colour_marks_faulty_workers() -> None:
+    """Rows of faulty workers are coloured, and colours do not shift the columns."""
     findings = [judged(with_process(state="stopped"))]
     plain, coloured = (
         render_text(findings, Level.CRITICAL, "", colour=colour) for colour in (False, True)
@@ -458,7 +458,7 @@ def test_colour_marks_what_is_bad() -> None:
 
 
 def test_metrics_leave_out_what_is_not_known() -> None:
-    """An unknown figure is no sample, and a family without samples is not named."""
+    """An unknown figure has no sample, and a family without samples is left out."""
     unknown = Process(7, None, None, None, None, None, None, None)
     text = render_metrics([judged(replace(REPORT, workers=(), supervisor=unknown))])
     names = {family.name for family in text_string_to_metric_families(text)}
@@ -467,7 +467,7 @@ def test_metrics_leave_out_what_is_not_known() -> None:
 
 
 def test_metrics_name_each_peer_once() -> None:
-    """Clients without a peer are left out, and of two with the same peer the one that is further behind is shown."""
+    """Clients without a peer are left out; of two with one peer, the larger lag is shown."""
     peer = "192.0.2.7:41234"
     clients = (
         ClientStatus(0, peer, 0, 90, 10),
@@ -488,7 +488,7 @@ def test_metrics_name_each_peer_once() -> None:
 
 
 def test_metrics_have_each_label_set_once() -> None:
-    """Whatever an impostor repeats, no two samples have the same labels, and the first counts."""
+    """If an impostor repeats entries, each set of labels is printed once, with the first value."""
     worker, client = replace(WORKER, clients=1), ClientStatus(0, "192.0.2.7:1", 0, 1, 1)
     report = replace(
         REPORT,
@@ -508,14 +508,14 @@ def test_metrics_have_each_label_set_once() -> None:
 
 @pytest.mark.parametrize("path", ["/a b", '/"', "/\\", "/\\n", "/\n", "/é", "/\x1b"])
 def test_metrics_escape(path: str) -> None:
-    """A path comes through the format as it is."""
+    """A path with special characters is read back unchanged by a parser."""
     text = render_metrics([judged(replace(REPORT, file=replace(REPORT.file, path=path)))])
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert families["tailsrv_info"].samples[0].labels["path"] == path
 
 
 def test_metrics_of_a_path_that_is_not_text() -> None:
-    """Bytes of a path that are not UTF-8 do not spoil the output, which must be."""
+    """Bytes of a path that are not UTF-8 are escaped, so that the output is valid UTF-8."""
     text = render_metrics([judged(replace(REPORT, file=replace(REPORT.file, path="/\udcff")))])
     families = {
         family.name: family for family in text_string_to_metric_families(text.encode().decode())

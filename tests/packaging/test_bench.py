@@ -1,4 +1,4 @@
-"""The benchmark in contrib/bench: it leaves what it promises, and does not count what is wrong."""
+"""The benchmark in contrib/bench leaves the promised files and refuses wrong results."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
-    """A quick run of some scenarios leaves plausible figures, tables with ratios before figures, and four charts."""
+    """A quick run leaves plausible figures, a table with the ratios first, and four charts."""
     only = ("replay-64", "fanout-10", "mixed-20", "connect-500", "idle-10", "death-1000")
     done = run_bench(
         "--quick", "--workers", 1, "--no-socat", "--only", ",".join(only), "--output", tmp_path
@@ -89,25 +89,25 @@ def test_leaves_figures_tables_and_charts(tmp_path: Path) -> None:
         ("ends", "a stream ended after 4096 bytes"),
     ],
 )
-def test_server_that_lies_is_caught(tmp_path: Path, kind: str, reason: str) -> None:
-    """A server that sends a wrong byte, or one too many, or ends its stream, has no figures but a reason."""
-    command = f"liar={sys.executable} {program('lying_server')} {kind} {{port}} {{file}}"
+def test_wrong_stream_has_no_figures(tmp_path: Path, kind: str, reason: str) -> None:
+    """A server that sends a wrong or extra byte, or ends its stream, gets a reason, no figures."""
+    command = f"faulty={sys.executable} {program('lying_server')} {kind} {{port}} {{file}}"
     alone = ("--workers", 0, "--no-socat", "--no-bare")
     done = run_bench(
         "--quick", *alone, "--server", command, "--only", "fanout-10", "--output", tmp_path
     )
     assert done.returncode == 1
     assert reason in done.stderr.splitlines()[-1]
-    cell = results(tmp_path)["results"]["fanout-10"]["liar"]
+    cell = results(tmp_path)["results"]["fanout-10"]["faulty"]
     assert reason in cell["failed"]
     assert cell["medians"] == {}
-    assert f"fanout-10: liar: **failed**, {reason}" in (tmp_path / "results.md").read_text()
+    assert f"fanout-10: faulty: **failed**, {reason}" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.thorough
 @needs_compiler
-def test_server_that_does_not_start_is_a_finding(tmp_path: Path) -> None:
-    """A server that ends at once is reported with its last words."""
+def test_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
+    """A server that exits at its start is reported with its last output."""
     command = """broken=sh -c 'echo no luck with {port} {file}; exit 7'"""
     alone = ("--workers", 0, "--no-socat", "--no-bare")
     done = run_bench(
@@ -121,8 +121,8 @@ def test_server_that_does_not_start_is_a_finding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--rounds", "x"), ("--rounds", "0"), ("--only", "nonsense"), ("--server", "name"), ("--server", "name=no place"),
-        ("--workers", "-1"), ("--clients", "0"), ("--what",),
+        ("--rounds", "x"), ("--rounds", "0"), ("--only", "nonsense"), ("--server", "name"),
+        ("--server", "name=no place"), ("--workers", "-1"), ("--clients", "0"), ("--what",),
     ],
 )  # fmt: skip
 def test_wrong_command_line_is_one_line(arguments: tuple[str, ...]) -> None:
@@ -133,8 +133,8 @@ def test_wrong_command_line_is_one_line(arguments: tuple[str, ...]) -> None:
     assert done.stderr.startswith("bench: ")
 
 
-def test_without_compiler_it_says_so(tmp_path: Path) -> None:
-    """Without a C compiler there is one line, and status 1."""
+def test_missing_compiler_is_one_line(tmp_path: Path) -> None:
+    """A missing C compiler ends the run with one line and status 1."""
     done = run_bench("--quick", "--output", tmp_path, CC=str(tmp_path / "cc"))
     assert done.returncode == 1
     assert (

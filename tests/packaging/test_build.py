@@ -1,4 +1,4 @@
-"""What a build makes of the parsers: manual pages and completions, in a wheel that comes from a source distribution."""
+"""The manual pages and completions that a build makes from the parsers, in an sdist's wheel."""
 
 import os
 import re
@@ -20,8 +20,8 @@ from tailsrv.arguments import make_health_parser, make_parser, make_tscat_parser
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PARSERS = [make_parser(), make_health_parser(), make_tscat_parser(), make_tssync_parser()]
 
-# A day on which it is the next day already in the time zone, and a terminal too narrow for anything.
-SURROUNDINGS = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
+# A time at which the local date is a day ahead of UTC, and a very narrow terminal.
+ENVIRONMENT = {"SOURCE_DATE_EPOCH": "1700000000", "TZ": "XXX-9", "COLUMNS": "20"}
 DATE = "2023-11-14"
 
 pytestmark = [pytest.mark.build, pytest.mark.slow]
@@ -37,7 +37,7 @@ def run(*command: str | Path, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def requirements(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the build requires, in a folder."""
+    """Return a folder in which the build's requirements are installed."""
     folder = tmp_path_factory.mktemp("requirements")
     command = [
         sys.executable,
@@ -51,13 +51,13 @@ def requirements(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if result.returncode:
-        pytest.skip(f"what a build requires cannot be had here: {result.stderr.strip()[-300:]}")
+        pytest.skip(f"the build's requirements cannot be installed: {result.stderr.strip()[-300:]}")
     return folder
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: a build leaves its traces."""
+    """Return a copy of the checkout, because a build writes files into it."""
     copy = tmp_path_factory.mktemp("sources") / "tailsrv"
     shutil.copytree(
         ROOT,
@@ -68,9 +68,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call_backend(hook: str, sources: Path, requirements: Path) -> Path:
-    """Let the build backend make what `hook` makes, and return it."""
+    """Call `hook` of the build backend, and return the path of the file that it made."""
     out = sources.parent / hook
-    script = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+    script = (
+        "import sys; from setuptools import build_meta; "
+        "print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+    )
     command = f'cd "$1" && exec "$2" -c "{script}" "$3" "$4"'
     printed = run(
         "sh",
@@ -82,18 +85,18 @@ def call_backend(hook: str, sources: Path, requirements: Path) -> Path:
         hook,
         out,
         PYTHONPATH=str(requirements),
-        **SURROUNDINGS,
+        **ENVIRONMENT,
     )
     return out / printed.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def share(sources: Path, requirements: Path) -> Path:
-    """The folder PREFIX/share as a user gets it who installs the source distribution."""
+    """Return the folder PREFIX/share of an installation from the source distribution."""
     sdist = call_backend("build_sdist", sources, requirements)
     out = sources.parent / "wheel"
-    # isolated: only what is declared
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, sdist, **SURROUNDINGS)
+    # pip builds in isolation, with only the declared requirements installed.
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, sdist, **ENVIRONMENT)
     (wheel,) = out.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(out)
     return out / f"tailsrv-{tailsrv.__version__}.data/data/share"
@@ -115,7 +118,7 @@ def options(parser: ArgumentParser) -> set[str]:
 
 
 def texts(parser: ArgumentParser) -> list[str]:
-    """Return what the parser's author wrote for its user."""
+    """Return the description, epilog and help texts of the parser."""
     helps = [
         (action.help or "") % {**vars(action), "prog": parser.prog}
         for action in parser._actions
@@ -136,7 +139,7 @@ def read_page(page: Path) -> str:
 
 
 def test_parsers_need_only_the_standard_library() -> None:
-    """The parsers can be made where no dependency of the server is installed."""
+    """The parsers can be imported without the server's dependencies."""
     run(
         sys.executable,
         "-I",
@@ -147,22 +150,22 @@ def test_parsers_need_only_the_standard_library() -> None:
 
 
 def test_every_command_has_its_files(share: Path) -> None:
-    """The wheel brings a manual page and completions for each command that it installs, and nothing else."""
+    """The wheel has a manual page and completions for each command, and no other files."""
     commands = {*PROJECT["project"]["scripts"], *(parser.prog for parser in PARSERS)}
     files = {str(path.relative_to(share)) for path in share.rglob("*") if path.is_file()}
-    places = ["man/man1/{}.1", "bash-completion/completions/{}", "zsh/site-functions/_{}"]
-    assert files == {place.format(command) for place in places for command in commands}
+    patterns = ["man/man1/{}.1", "bash-completion/completions/{}", "zsh/site-functions/_{}"]
+    assert files == {pattern.format(command) for pattern in patterns for command in commands}
 
 
 def test_every_module_is_installed(share: Path) -> None:
-    """The wheel has each module of the checkout, also those in packages below the first, and nothing else that can be imported."""
+    """The wheel has each module of the checkout, subpackages included, and no other module."""
     installed = share.parent.parent.parent
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tailsrv").rglob("*.py")}
     assert {str(path.relative_to(installed)) for path in installed.rglob("*.py")} == modules
 
 
-def test_packages_below_the_first_are_installed(tmp_path: Path, requirements: Path) -> None:
-    """A package that is added within ours needs no list to be found by a build."""
+def test_new_subpackage_is_installed(tmp_path: Path, requirements: Path) -> None:
+    """A new subpackage is installed without an entry in a list."""
     copy = tmp_path / "sources" / "tailsrv"
     shutil.copytree(
         ROOT,
@@ -171,16 +174,16 @@ def test_packages_below_the_first_are_installed(tmp_path: Path, requirements: Pa
             ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "contrib", "docs"
         ),
     )
-    (copy / "tailsrv" / "room").mkdir()
-    (copy / "tailsrv" / "room" / "__init__.py").touch()
+    (copy / "tailsrv" / "subpackage").mkdir()
+    (copy / "tailsrv" / "subpackage" / "__init__.py").touch()
     wheel = call_backend("build_wheel", copy, requirements)
-    assert "tailsrv/room/__init__.py" in zipfile.ZipFile(wheel).namelist()
+    assert "tailsrv/subpackage/__init__.py" in zipfile.ZipFile(wheel).namelist()
 
 
-def test_build_of_a_checkout_keeps_to_its_folder(
+def test_build_in_a_checkout_writes_only_ignored_files(
     share: Path, sources: Path, requirements: Path
 ) -> None:
-    """A wheel made in a checkout has the same files, and making it writes nothing outside what git ignores."""
+    """A wheel built in a checkout has the same files, and only ignored folders are written."""
     before = {path.name for path in sources.iterdir()}
     wheel = call_backend("build_wheel", sources, requirements)
     names = [
@@ -199,20 +202,20 @@ def test_build_of_a_checkout_keeps_to_its_folder(
 
 
 def test_editable_install_needs_no_files(sources: Path, requirements: Path) -> None:
-    """An editable wheel can be made; it brings the commands only."""
+    """An editable wheel is built without manual pages and completions."""
     wheel = call_backend("build_editable", sources, requirements)
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "/share/" in name]
 
 
 def test_page_explains_every_option(share: Path, parser: ArgumentParser) -> None:
-    """Each option but --help, which the page is, has its paragraph."""
+    """The manual page has a paragraph for each option except --help."""
     page = (share / f"man/man1/{parser.prog}.1").read_text()
     described = set(re.findall(r"\\fB(-.*?)\\fR", page.replace(r"\-", "-")))
     assert described == options(parser) - {"-h", "--help"}
 
 
 def test_page_has_its_sections(share: Path, parser: ArgumentParser) -> None:
-    """The page has the sections that one looks for, and what the epilog says is among them."""
+    """The manual page has the usual sections, and its first line has date and version."""
     page = (share / f"man/man1/{parser.prog}.1").read_text()
     sections = re.findall(r"^\.SH (.*)", page, re.MULTILINE)
     assert [name for name in sections if name not in ("SIGNALS", "EXAMPLES")] == [
@@ -226,8 +229,8 @@ def test_page_has_its_sections(share: Path, parser: ArgumentParser) -> None:
     assert f'"{DATE}" "tailsrv {tailsrv.__version__}"' in page.splitlines()[0]
 
 
-def test_page_is_sound(share: Path, parser: ArgumentParser) -> None:
-    """The page keeps the rules of man(7), and says in a terminal what the parser says, with minus signs that can be copied."""
+def test_page_is_valid(share: Path, parser: ArgumentParser) -> None:
+    """The manual page passes mandoc's lint, fits 80 columns and has the words of the parser."""
     page = share / f"man/man1/{parser.prog}.1"
     text = read_page(page)
     run("mandoc", "-T", "lint", "-W", "warning", page)
@@ -236,7 +239,7 @@ def test_page_is_sound(share: Path, parser: ArgumentParser) -> None:
 
 
 def complete_in_bash(share: Path, command: str, *typed: str, folder: Path) -> list[str]:
-    """Return what bash offers for the last of the words."""
+    """Return the completions that bash offers for the last of the words."""
     script = """
         source "$1"; shift; COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
         function=$(complete -p "$1" | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
@@ -271,7 +274,7 @@ def complete_in_bash(share: Path, command: str, *typed: str, folder: Path) -> li
 def test_bash_completes(
     share: Path, tmp_path: Path, command: str, typed: list[str], offered: list[str]
 ) -> None:
-    """Bash completes options, choices, and the file's name where a file is meant."""
+    """Bash completes options, choices, and file names where a file is expected."""
     (tmp_path / "app.log").touch()
     assert complete_in_bash(share, command, *typed, folder=tmp_path) == offered
 
@@ -296,7 +299,7 @@ zpty -r shell out "*$3*" && print completed
     ],
 )
 def test_zsh_completes(share: Path, tmp_path: Path, typed: str, shown: str) -> None:
-    """Zsh, at a terminal, finds the functions in its fpath and completes with them."""
+    """An interactive zsh finds the functions in its fpath and completes with them."""
     if reason := missing("zsh"):
         pytest.skip(reason)
     (tmp_path / "app.log").touch()

@@ -1,4 +1,4 @@
-"""The direction of imports is a contract, in pyproject.toml; here it is kept, and seen to break."""
+"""The contracts on imports in pyproject.toml hold, and a wrong import breaks them."""
 
 import re
 import shutil
@@ -11,7 +11,10 @@ import pytest
 from support.checkout import ROOT
 from support.waiting import DEADLINE
 
-CHECK = "import sys; sys.path.insert(0, ''); from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+CHECK = (
+    "import sys; sys.path.insert(0, ''); from importlinter.cli import lint_imports; "
+    "sys.exit(lint_imports(no_cache=True))"
+)
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -28,7 +31,7 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_contracts_are_kept() -> None:
-    """No package imports what it is not to know of, and the pure modules make no system call."""
+    """All contracts on imports hold."""
     done = lint_imports(ROOT)
     assert done.returncode == 0, done.stdout
     assert " 0 broken" in done.stdout
@@ -47,28 +50,28 @@ def test_contracts_are_kept() -> None:
     ],
 )
 def test_wrong_import_is_found(tmp_path: Path, module: str, line: str) -> None:
-    """An import of what a package is not to know of, or of a system call into a pure module, breaks a contract."""
+    """A forbidden import, or a system module in a pure module, breaks a contract."""
     shutil.copytree(
         ROOT / "tailsrv", tmp_path / "tailsrv", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    source = tmp_path / "tailsrv" / module
-    source.write_text(f"{source.read_text()}\n{line}\n")
+    file = tmp_path / "tailsrv" / module
+    file.write_text(f"{file.read_text()}\n{line}\n")
     done = lint_imports(tmp_path)
     assert done.returncode == 1, done.stdout
     assert "BROKEN" in done.stdout
 
 
-def test_contracts_are_about_modules_that_are_there() -> None:
-    """A contract that names a module which has moved would be kept by everybody."""
+def test_contracts_name_existing_modules() -> None:
+    """Each module that a contract names exists: a contract on a missing module always holds."""
     listed = (ROOT / "pyproject.toml").read_text().partition("[tool.importlinter]")[2]
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "tailsrv").rglob("*.py")]
     modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
     assert set(re.findall(r"\"(tailsrv\.[.\w]+)", listed)) - modules == set()
 
 
-def test_everything_of_the_first_level_is_in_a_contract() -> None:
-    """Packages and the modules beside them are forbidden to the operating system's package, but for what starts the program."""
+def test_every_top_level_module_is_in_a_contract() -> None:
+    """Each top-level module and package but __init__ and __main__ is named in a contract."""
     listed = (ROOT / "pyproject.toml").read_text().partition("[tool.importlinter]")[2]
     modules, packages = (ROOT / "tailsrv").glob("*.py"), (ROOT / "tailsrv").glob("*/__init__.py")
     names = {path.stem for path in modules} | {path.parent.name for path in packages}

@@ -1,4 +1,4 @@
-"""What a plain run of pytest leaves out, how to run that, and what is said about it; tried on a project of three small files."""
+"""The tests that a plain run of pytest leaves out and reports, tried on a small project."""
 
 import os
 import re
@@ -39,9 +39,10 @@ FILES = {
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Return a folder with a small project that has our rules."""
+    """Return the folder of a small project with the same rules."""
     (tmp_path / "pytest.ini").write_text(
-        "[pytest]\ntestpaths = tests\naddopts = --strict-markers -p no:cacheprovider -p xdist.plugin\n"
+        "[pytest]\ntestpaths = tests\n"
+        "addopts = --strict-markers -p no:cacheprovider -p xdist.plugin\n"
     )
     (tests := tmp_path / "tests").mkdir()
     (tests / "conftest.py").write_text('pytest_plugins = ["support.selection"]\n')
@@ -70,7 +71,7 @@ def run(project: Path, *arguments: str) -> str:
 
 
 def passed(output: str) -> set[str]:
-    """Return the tests that have passed, as pytest -v prints them, of one process or of several."""
+    """Return the names of passed tests in the output of `pytest -v`, with or without xdist."""
     return {
         name
         for line in output.splitlines()
@@ -81,7 +82,7 @@ def passed(output: str) -> set[str]:
 
 @pytest.mark.slow
 def test_plain_run(project: Path) -> None:
-    """A plain run leaves out the tests that have such a marker, and its last lines have the command that runs just those."""
+    """A plain run leaves out marked tests, and prints the command that runs only those."""
     output = run(project)
     assert passed(output) == {"test_plain", "test_there", "test_cases[a]", "test_cases[b]"}
     assert f"left out: 3 thorough: they {LEFT_OUT['thorough']}\n" in output
@@ -103,7 +104,7 @@ def test_plain_run(project: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_named_file_in_several_processes(project: Path) -> None:
-    """In a file that is named on the command line nothing is left out, and what several processes left out is counted once."""
+    """Tests of a named file all run, and several processes count a left-out test once."""
     output = run(project, "-n", "2", "tests/test_booted.py::test_two", "tests")
     assert passed(output) == {
         "test_plain",
@@ -127,19 +128,19 @@ def test_named_file_in_several_processes(project: Path) -> None:
     ],
 )
 def test_first_reason(markers: list[str], expected: str | None) -> None:
-    """A test with several such markers is counted for what it needs, not for being one of many."""
+    """A test with several markers is counted under what it needs, not under `thorough`."""
     assert first_reason(markers) == expected
 
 
 def test_ci_runs_everything() -> None:
-    """What a plain run leaves out, .ci/run runs by its markers."""
+    """`.ci/run` runs each marker that a plain run leaves out."""
     script = (ROOT / ".ci/run").read_text()
     expressions = re.findall(r'(?:pytest.* -m |\bmarkers=")([^"\n]*)', script)
     assert set(LEFT_OUT) <= set(re.findall(r"\w+", " ".join(expressions)))
 
 
 def test_skipped_lines() -> None:
-    """Reasons are counted, the most frequent first, and of tools we say what to install."""
+    """Reasons are counted, the most frequent first; for a missing tool, its package is named."""
     reasons = [
         "needs root, to mount",
         "no IPv6",
@@ -175,7 +176,7 @@ def test_parallel_processes(
     processors: int,
     expected: int,
 ) -> None:
-    """All tests run in more processes than there are processors, and those of a single file here, where a debugger can be."""
+    """A full run uses more processes than processors; a single file runs without xdist."""
     (tmp_path / "tests").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parallel_processes(arguments, processors) == expected

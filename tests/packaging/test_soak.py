@@ -1,4 +1,4 @@
-"""The long run of contrib/soak, for some seconds: it goes through with a server that is well, and catches one that is not."""
+"""A short run of contrib/soak passes with a correct server and finds a faulty one."""
 
 import json
 import random
@@ -27,7 +27,7 @@ SOAK = ROOT / "contrib" / "soak" / "soak.py"
 
 
 def soak(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
-    """Run a soak of seconds, and return its exit status and its summary."""
+    """Run a soak of a few seconds, and return its exit status and its summary."""
     command = [
         sys.executable,
         str(SOAK),
@@ -52,7 +52,7 @@ def soak(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
-    """A server that is well survives everything: every byte is right, and nothing of the faults remains."""
+    """A correct server passes all faults: every byte is right, and no descriptor is left open."""
     status, summary = soak(tmp_path, "--faults", "kill,upgrade,reset,flood")
     assert (status, summary["reasons"]) == (0, [])
     assert summary["tally"]["checked"] > 1 << 20
@@ -66,8 +66,8 @@ def test_soak(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_liar_is_caught(tmp_path: Path) -> None:
-    """A server that leaves out one byte in fifty sends is found out, and the place is told."""
+def test_server_that_drops_bytes_is_found(tmp_path: Path) -> None:
+    """A server that drops one byte in fifty sends is found, with the offset of the difference."""
     status, summary = soak(
         tmp_path,
         "--faults",
@@ -81,7 +81,7 @@ def test_liar_is_caught(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_server_that_does_not_start(tmp_path: Path) -> None:
-    """A server that does not come up is one line, not a traceback."""
+    """A server that does not start is reported in one line, without a traceback."""
     status, summary = soak(tmp_path, "--tailsrv", f"{sys.executable} -c 'raise SystemExit(1)'")
     assert status == 1
     assert summary["reasons"][0].startswith("the server does not start")
@@ -120,7 +120,7 @@ BEFORE = Sample(processes=3, pss=20 << 20, descriptors=33, threads=3, sockets=0)
     ],
 )
 def test_reasons(end: Sample | None, tally: Tally, status: int, reason: str | None) -> None:
-    """What has grown, and whatever else was wrong, is a reason."""
+    """Growth, a failed server, wrong bytes and an idle run are each a reason for failure."""
     summary = Summary(
         "tailsrv", 1, 60.0, 1000, status, tally, BEFORE, end, peak=BEFORE, log_lines=9, bad_lines=[]
     )
@@ -144,7 +144,7 @@ def test_reasons(end: Sample | None, tally: Tally, status: int, reason: str | No
     ],
 )
 def test_usage(options: list[str]) -> None:
-    """A wrong command line is told as such."""
+    """A wrong command line has status 2 and prints the usage."""
     done = subprocess.run(
         [sys.executable, str(SOAK), *options], capture_output=True, text=True, timeout=DEADLINE
     )
@@ -153,21 +153,21 @@ def test_usage(options: list[str]) -> None:
 
 
 def test_content_is_found_by_its_bytes() -> None:
-    """Wherever a piece begins, its first bytes tell where it is from; what is from elsewhere is known as such."""
-    content, dice = Content(1), random.Random(1)
+    """The first bytes of any piece identify its file and offset; foreign bytes are detected."""
+    content, rng = Content(1), random.Random(1)
     for generation, offset in [
         (0, 0),
         (0, 1),
         (3, BLOCK - 1),
-        *((dice.randrange(9), dice.randrange(1 << 45)) for _ in range(200)),
+        *((rng.randrange(9), rng.randrange(1 << 45)) for _ in range(200)),
     ]:
         assert content.locate(content.read(generation, offset, LOCATE)) == (generation, offset)
-    assert content.locate(dice.randbytes(LOCATE)) is None
+    assert content.locate(rng.randbytes(LOCATE)) is None
     assert content.locate(Content(2).read(0, 0, LOCATE)) is None
 
 
 def test_content_is_the_same_in_pieces() -> None:
-    """What is read at once and in pieces is the same, and a block's worth from any place is like that of no other."""
+    """Content is the same in one read or in many, and no two blocks of it are equal."""
     content = Content(1)
     whole = content.read(1, 0, 10 * BLOCK)
     pieces = [content.read(1, start, 777) for start in range(0, len(whole), 777)]
@@ -177,10 +177,8 @@ def test_content_is_the_same_in_pieces() -> None:
 
 
 @pytest.mark.parametrize(("ago", "right"), [(0.0, True), (10.0, False)])
-def test_old_file_for_who_comes_before_a_rotation_is_noticed(
-    tmp_path: Path, ago: float, right: bool
-) -> None:
-    """A stream of the file before is right for somebody who came with the rotation, and not for who came later."""
+def test_old_file_is_wrong_after_a_rotation(tmp_path: Path, ago: float, right: bool) -> None:
+    """The old file is right for a client that connects during a rotation, and wrong later."""
     file, tally = GrowingFile(tmp_path / "file", Content(1)), Tally()
     with closing(file), tcp_pair() as (near, far):
         file.append(LOCATE)
