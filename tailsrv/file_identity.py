@@ -13,8 +13,8 @@ _DEAD = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errn
 
 # How many bytes are compared at the beginning of two files, and again at their end.
 SAMPLE = 4096
-# Seconds for which the open file may be shorter than the file that the path names. The attributes
-# that the kernel caches of a file on a server are out of date for less time than this.
+# Seconds for which the open file may be shorter than the named file before they count as different
+# files. The kernel caches a file server's attributes of a file for less time than this.
 CATCH_UP = 5.0
 
 
@@ -23,10 +23,9 @@ class FileIdentity:
 
     On a local file system, device and inode number identify a file. Other file systems may invent
     inode numbers (CIFS with noserverino, some FUSE file systems). There, a file with another number
-    counts as the same file as long as the two look the same: they have the same beginning and the
-    same end, and the open file grows with the named one. If the named file is a copy after all,
-    clients miss no byte until the copy grows and the open file does not; from then on it counts as
-    another file.
+    counts as the same file as long as both have the same beginning and the same end, and the open
+    file grows with the named one. If the named file is in fact a copy, clients miss no byte while
+    the copy does not grow. When it grows and the open file does not, it counts as another file.
     """
 
     def __init__(self, file: int, path: str) -> None:
@@ -60,7 +59,7 @@ class FileIdentity:
     def _is_another(self, size: int, now: float) -> bool | None:
         """Return whether the named file, which has another number, is another file.
 
-        `size` is the size of the open file, from a moment before. None: unknown yet.
+        `size` is the size that the open file had a moment ago. None means that it is unknown yet.
         """
         try:
             other = os.open(self._path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
