@@ -144,8 +144,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def whole(text: str) -> int:
     """Parse a whole number of 0 or more.
 
-    int() alone would also accept `1_000` and digits that are not ASCII, and it refuses strings of
-    thousands of digits. So only the first 20 digits are used, which are more than any limit has.
+    int() alone would also accept `1_000` and digits that are not ASCII. It refuses strings of
+    thousands of digits, so only the first 20 are used: a number of 20 digits exceeds every limit.
     Raises ArgumentTypeError.
     """
     if not (text.isascii() and text.isdigit()):

@@ -11,7 +11,7 @@ from math import isfinite
 # Default of --grace, in seconds. Service managers give a service more time than this to stop.
 DEFAULT_GRACE = 5.0
 
-# More than any machine has processors. The limit keeps a typing error from being a fork bomb.
+# No server needs more workers. Without a limit, a typing error could become a fork bomb.
 MAX_WORKERS = 1024
 
 # The kernel gives no process as many descriptors as this.
@@ -71,8 +71,9 @@ class Timing:
     # started without delay.
     long_life: float = 1.0
 
-    # Seconds to wait before a slot gets its next worker, after two workers in a row have died
-    # before `long_life`. The delay doubles with each further such death, up to `max_delay`.
+    # Seconds to wait before a slot gets its next worker, after two workers in a row have each
+    # lived for less than `long_life`. The delay doubles with each further such death, up to
+    # `max_delay`.
     first_delay: float = 0.1
     max_delay: float = 5.0
 

@@ -31,7 +31,7 @@ class FileIdentity:
     def __init__(self, file: int, path: str) -> None:
         self._file, self._path = file, path
         # While the named file is larger: the open file's size, and since when it has had that size.
-        self._behind: tuple[int, float] | None = None
+        self._shorter: tuple[int, float] | None = None
 
     def is_gone(self, now: float) -> bool | None:
         """Return whether the path names another file or nothing; None if that is unknown yet.
@@ -74,23 +74,23 @@ class FileIdentity:
             common = min(named_size, open_size)
             if _sample(other, common) != _sample(self._file, common):
                 return True
-            return self._lags(named_size, open_size, now)
+            return self._stays_shorter(named_size, open_size, now)
         except OSError:
             return None
         finally:
             close_file(other)
 
-    def _lags(self, named_size: int, open_size: int, now: float) -> bool | None:
+    def _stays_shorter(self, named_size: int, open_size: int, now: float) -> bool | None:
         """Return whether the open file stays shorter than the named one; None if it may catch up.
 
         Sizes are in bytes.
         """
         if named_size <= open_size:
-            self._behind = None
+            self._shorter = None
             return False
-        if self._behind is None or self._behind[0] != open_size:
-            self._behind = open_size, now
-        return True if now - self._behind[1] >= CATCH_UP else None
+        if self._shorter is None or self._shorter[0] != open_size:
+            self._shorter = open_size, now
+        return True if now - self._shorter[1] >= CATCH_UP else None
 
 
 def _sample(file: int, size: int) -> tuple[bytes, bytes]:
