@@ -51,8 +51,7 @@ exit status: 0 interrupted, or stopped by --once or --until-idle
 3 FILE is not the beginning of the remote file
 """
 
-
-EPILOG = """\
+TAILSRV_EPILOG = """\
 A client sends one line that says where to start: N (byte N), -N (the last N bytes), -0 (the end).
 It receives the file from there on, and then every byte that is appended:  echo 0 | nc HOST PORT
 
@@ -76,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tailsrv",
         description="Serve one append-only file to any number of TCP clients: tail -f as a server.",
-        epilog=EPILOG,
+        epilog=TAILSRV_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -145,9 +144,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def whole(text: str) -> int:
     """Parse a whole number of 0 or more.
 
-    int() alone would also accept `1_000` and digits that are not ASCII. Numbers of more than 20
-    digits are cut to 20, which is still beyond any limit: int() refuses strings of thousands of
-    digits. Raises ArgumentTypeError.
+    int() alone would also accept `1_000` and digits that are not ASCII. It refuses strings of
+    thousands of digits, so only the first 20 are used: a number of 20 digits exceeds every limit.
+    Raises ArgumentTypeError.
     """
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!r}")
@@ -261,7 +260,7 @@ class ClientExitStatus(IntEnum):
 
     # Interrupted, standard output was closed, or stopped by an option.
     DONE = 0
-    # No connection, the output cannot be written, ...
+    # No connection, the output cannot be written, or the position in the file is lost.
     FAILED = 1
     # The command line is wrong.
     USAGE = 2
@@ -271,7 +270,7 @@ class ClientExitStatus(IntEnum):
 
 def make_tscat_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tscat`."""
-    parser = _make_parser(
+    parser = _make_client_parser(
         "tscat",
         "Copy a file that tailsrv serves to standard output, and then everything appended to it.",
         TSCAT_EPILOG,
@@ -295,7 +294,9 @@ def make_tscat_parser() -> argparse.ArgumentParser:
 
 def make_tssync_parser() -> argparse.ArgumentParser:
     """Return the parser of the command `tssync`."""
-    parser = _make_parser("tssync", "Keep FILE equal to a file that tailsrv serves.", TSSYNC_EPILOG)
+    parser = _make_client_parser(
+        "tssync", "Keep FILE equal to a file that tailsrv serves.", TSSYNC_EPILOG
+    )
     parser.add_argument("path", metavar="FILE", help="the copy; it is created if it does not exist")
     parser.add_argument(
         "--on-mismatch", choices=("stop", "restart"), default="stop",
@@ -313,7 +314,8 @@ def make_tssync_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def _make_client_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that `tscat` and `tssync` share and that come first."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -332,6 +334,7 @@ def _make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentP
 
 
 def _add_client_endings(parser: argparse.ArgumentParser) -> None:
+    """Add the options that make `tscat` or `tssync` stop by itself."""
     parser.add_argument("--once", action="store_true", help="stop when the first connection ends")
     parser.add_argument(
         "--until-idle",
@@ -343,7 +346,7 @@ def _add_client_endings(parser: argparse.ArgumentParser) -> None:
 
 
 def duration(text: str) -> float:
-    """Return `text` as a number of seconds, 0 or more."""
+    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
     try:
         found = float(text)
     except ValueError:
@@ -358,7 +361,7 @@ def duration(text: str) -> float:
 def split_offset(servers: list[str]) -> tuple[list[str], str]:
     """Split tscat's positional arguments into the servers and the offset, "0" if none is given.
 
-    The offset is the last argument. It can be told from a server because it has no port.
+    The last argument is the offset if it is an integer. A server always contains `:PORT`.
     """
     if re.fullmatch(r"[+-]?[0-9]+", servers[-1]):
         return servers[:-1], servers[-1]

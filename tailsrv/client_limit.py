@@ -9,22 +9,22 @@ _COUNT = 8
 
 
 class ClientLimit:
-    """A page of shared memory with one count for each slot, written by the worker of that slot.
+    """Shared memory with one count for each slot, written by the worker of that slot.
 
     A count is the number of clients that the slot has now, not a sum of arrivals and departures. So
-    the death of a worker needs no correction: its successor writes the count that it starts with.
+    the death of a worker needs no correction: its successor writes the number that it adopts.
 
     A worker claims room before it accepts connections, by raising its count. If the sum of all
     counts exceeds the limit, the worker restores the old count. Two workers that claim the last
-    room at the same moment may both be refused, for a moment. They cannot both get it, because each
-    sees the other's count when it adds up all of them. No memory barrier guarantees that, but
-    between its own store and the loads of the sum, a worker executes far more instructions of the
-    interpreter than a processor delays a store for.
+    room at the same moment cannot both get it, because each sees the other's count when it adds up
+    all counts. Both may be refused, and then retry later. No memory barrier guarantees that a
+    worker sees the other's count. But the interpreter takes far longer from storing one count to
+    loading the others than a processor takes to make a store visible.
 
     Args:
         limit: The largest number of clients of all slots together.
         slots: The number of slots.
-        fd: The memory file of an existing page, which an upgrade has passed on. None creates one.
+        fd: The memory file of existing counts, passed on by an upgrade. None creates new counts.
 
     """
 

@@ -11,12 +11,11 @@ from math import isfinite
 # Default of --grace, in seconds. Service managers give a service more time than this to stop.
 DEFAULT_GRACE = 5.0
 
-# Far more than any machine has processors. A typing error must not become a fork bomb.
+# No server needs more workers. Without a limit, a typing error could become a fork bomb.
 MAX_WORKERS = 1024
 
 # The kernel gives no process as many descriptors as this.
 MAX_CLIENTS = 1 << 30
-
 
 Network = IPv4Network | IPv6Network
 
@@ -26,7 +25,7 @@ class ExitStatus(IntEnum):
 
     # Shut down as requested, or the file is gone.
     DONE = 0
-    # The port is in use, the file cannot be read or is not a regular file, ...
+    # The server cannot serve: for example, the port is in use, or the file cannot be read.
     CANNOT_SERVE = 1
     # The command line is wrong.
     USAGE = 2
@@ -45,7 +44,7 @@ class Timing:
     No option sets these. Tests start a server with shorter ones.
     """
 
-    # Seconds between attempts to open a file that does not exist, or cannot be read, yet. A delay
+    # Seconds between attempts to open a file that does not exist yet or cannot be read yet. A delay
     # of half a second does not matter to clients that wait for a file to appear.
     open_retry: float = 0.5
 
@@ -68,12 +67,13 @@ class Timing:
     # reached. Both may be temporary.
     fork_retry: float = 1.0
 
-    # A worker that has lived for this many seconds did not fail at start-up, so its successor is
+    # Seconds. A worker that has lived for this long did not fail at start-up, so its successor is
     # started without delay.
     long_life: float = 1.0
 
-    # Seconds to wait before the next worker of a slot is started after its last one died young. The
-    # delay doubles with each such death, from `first_delay` to `max_delay`.
+    # Seconds to wait before a slot gets its next worker, after two workers in a row have each
+    # lived for less than `long_life`. The delay doubles with each further such death, up to
+    # `max_delay`.
     first_delay: float = 0.1
     max_delay: float = 5.0
 

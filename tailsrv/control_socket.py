@@ -12,8 +12,8 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-# Largest number of connections to accept in one turn. Every local user can connect, and a flood of
-# connections must not keep the supervisor from its other work.
+# Largest number of connections to accept at one socket in one turn. Every local user can connect,
+# and a flood of connections must not keep the supervisor from its other work.
 ACCEPTS_PER_TURN = 16
 # The name of a control socket is PREFIX and the endpoint.
 PREFIX = "tailsrv:"
@@ -23,7 +23,7 @@ CLIENTS = "/clients"
 # Largest number of bytes for the endpoint in a socket name: unix(7) allows 107 after the NUL byte.
 MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(CLIENTS)
 
-# Number of users in a uid_map that leaves no user out, see user_namespaces(7).
+# Number of users in a uid_map that maps every user, see user_namespaces(7).
 EVERY_USER = 0xFFFFFFFF
 # Default value of /proc/sys/kernel/overflowuid.
 OVERFLOW_UID = 65534
@@ -44,8 +44,8 @@ class Control:
 
     Attributes:
         sockets: All control sockets.
-        status: Those at which the supervisor reports its status, one for each endpoint.
-        clients: Those at which it reports its list of clients, one for each endpoint.
+        status: The sockets for requests of the status, one for each endpoint.
+        clients: The sockets for requests of the list of clients, one for each endpoint.
 
     """
 
@@ -90,12 +90,13 @@ class Control:
     def accept_authorized(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
         """Accept at most ACCEPTS_PER_TURN connections at `sock` and close the unauthorized ones.
 
-        A caller is authorized if it is certainly the supervisor's user or root.
+        A caller is authorized if its uid is the supervisor's or 0. The uid that stands for unmapped
+        users (see overflow_uid) is never authorized: it does not identify a user.
 
         Returns:
             The authorized connections, which are non-blocking, and the error that ended the loop,
             or None. An error means that accept(2) has found no descriptor or memory. `sock` then
-            stays readable until there is one, even if the next caller has already disconnected.
+            stays readable until there is room, even if the next caller has already disconnected.
 
         """
         authorized: list[socket.socket] = []

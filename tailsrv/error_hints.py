@@ -102,7 +102,10 @@ def _sandbox(path: str) -> str | None:
 
 
 def _permissions(path: str) -> str:
-    """Describe the permissions of `path`, or name the folder that hides them from this process."""
+    """Describe the permissions of `path`.
+
+    If this process cannot read them, name the folder or file that it has no access to.
+    """
     try:
         status = os.stat(path)
     except OSError:
@@ -112,7 +115,7 @@ def _permissions(path: str) -> str:
         return (
             f"{folder} may not be entered"
             if not os.access(folder, os.X_OK)
-            else f"{path} may not be looked at"
+            else f"{path} may not be examined"
         )
     # Numbers instead of names: a look-up in a user database that is slow or down (LDAP) would block
     # the supervisor's loop.

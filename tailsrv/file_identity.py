@@ -13,8 +13,8 @@ _DEAD = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errn
 
 # How many bytes are compared at the beginning of two files, and again at their end.
 SAMPLE = 4096
-# Seconds for which the open file may be shorter than the file that the path names. The attributes
-# that the kernel caches of a file on a server are out of date for less time than this.
+# Seconds for which the open file may be shorter than the named file before they count as different
+# files. The kernel caches a file server's attributes of a file for less time than this.
 CATCH_UP = 5.0
 
 
@@ -23,16 +23,15 @@ class FileIdentity:
 
     On a local file system, device and inode number identify a file. Other file systems may invent
     inode numbers (CIFS with noserverino, some FUSE file systems). There, a file with another number
-    counts as the same file as long as the two look the same: they have the same beginning and the
-    same end, and the open file grows with the named one. If the named file is a copy after all,
-    clients miss no byte until the copy grows and the open file does not; from then on it counts as
-    another file.
+    counts as the same file as long as both have the same beginning and the same end, and the open
+    file grows with the named one. If the named file is in fact a copy, clients miss no byte while
+    the copy does not grow. When it grows and the open file does not, it counts as another file.
     """
 
     def __init__(self, file: int, path: str) -> None:
         self._file, self._path = file, path
         # While the named file is larger: the open file's size, and since when it has had that size.
-        self._behind: tuple[int, float] | None = None
+        self._shorter: tuple[int, float] | None = None
 
     def is_gone(self, now: float) -> bool | None:
         """Return whether the path names another file or nothing; None if that is unknown yet.
@@ -60,7 +59,7 @@ class FileIdentity:
     def _is_another(self, size: int, now: float) -> bool | None:
         """Return whether the named file, which has another number, is another file.
 
-        `size` is the size of the open file, from a moment before. None: unknown yet.
+        `size` is the size that the open file had a moment ago. None means that it is unknown yet.
         """
         try:
             other = os.open(self._path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
@@ -75,23 +74,23 @@ class FileIdentity:
             common = min(named_size, open_size)
             if _sample(other, common) != _sample(self._file, common):
                 return True
-            return self._lags(named_size, open_size, now)
+            return self._stays_shorter(named_size, open_size, now)
         except OSError:
             return None
         finally:
             close_file(other)
 
-    def _lags(self, named_size: int, open_size: int, now: float) -> bool | None:
+    def _stays_shorter(self, named_size: int, open_size: int, now: float) -> bool | None:
         """Return whether the open file stays shorter than the named one; None if it may catch up.
 
         Sizes are in bytes.
         """
         if named_size <= open_size:
-            self._behind = None
+            self._shorter = None
             return False
-        if self._behind is None or self._behind[0] != open_size:
-            self._behind = open_size, now
-        return True if now - self._behind[1] >= CATCH_UP else None
+        if self._shorter is None or self._shorter[0] != open_size:
+            self._shorter = open_size, now
+        return True if now - self._shorter[1] >= CATCH_UP else None
 
 
 def _sample(file: int, size: int) -> tuple[bytes, bytes]:

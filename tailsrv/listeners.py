@@ -23,14 +23,14 @@ from tailsrv.log import fields, logger
 # net.core.somaxconn, which is 4096 by default.
 BACKLOG = 4096
 
-# How often the kernel is asked to choose a port that is free at all addresses. If it finds none in
-# that many attempts, the addresses overlap.
+# Attempts to find a port that is free at all addresses, by letting the kernel choose one. If all of
+# them fail, the addresses probably overlap.
 PORT_TRIES = 16
 
 # Bytes that a stalled client may hold in the kernel's memory, in addition to the bytes in flight.
-# [measured: against no limit, 256 KiB, 512 KiB and 1 MiB. With 128 KiB, replays are as fast or
-# faster (1.7 times as fast with 1000 clients), and beside 50 replaying clients, clients that are
-# caught up wait a quarter as long.]
+# [measured: 128 KiB against no limit, 256 KiB, 512 KiB and 1 MiB. With 128 KiB, clients that read
+# the file from its start are served as fast or faster (1.7 times as fast with 1000 clients). With
+# 50 such clients, clients that are caught up wait a quarter as long.]
 NOTSENT_LOWAT = 128 << 10
 
 # Accepted sockets inherit these options (tcp(7) has a list; measured for all of them), so they cost
@@ -42,6 +42,9 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, libc_fallbacks.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT),
 )
 
+# The errors of socket(2) and bind(2) for an address that this machine does not have.
+_NO_SUCH_ADDRESS = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
+
 
 class ListenError(Exception):
     """A listening socket cannot be created or used; the message says which and why, in one line."""
@@ -51,8 +54,9 @@ class ListenError(Exception):
 class Address:
     """One numeric address to listen on.
 
-    `host` is the address as text and `scope` the scope id of an IPv6 address. `name` is set if the
-    address is one of several that a host name has: it is that name.
+    `host` is the address as text, and `scope` is the scope id of an IPv6 address. `name` is the
+    name that this address shares with others, of which some may be missing. It is None if the
+    address is required.
     """
 
     family: socket.AddressFamily
@@ -69,7 +73,8 @@ class Address:
         )
 
 
-# The name of the two wildcard addresses. A machine without IPv6 has only the first of them.
+# The wildcard addresses share this name, so that one of them may be missing: a machine without IPv6
+# has only the first.
 _ALL = "*"
 EVERY_ADDRESS = (
     Address(socket.AF_INET, "0.0.0.0", name=_ALL),  # noqa: S104 the default of a server
@@ -95,8 +100,8 @@ def resolve(bind: Sequence[str]) -> list[Address]:
     for host in bind:
         addresses = _look_up(host)
         for address in addresses:
-            # An address that is also given on its own is required. So it is not treated as one of
-            # several addresses of a name, any of which may be missing.
+            # An address that is also given on its own is required, so it gets no name: addresses
+            # with a name may be missing.
             if len(addresses) == 1 or address not in found:
                 found[address] = replace(address, name=host if len(addresses) > 1 else None)
     return list(found.values())
@@ -139,8 +144,8 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
 
     """
     addresses = resolve(bind)
-    # Sockets on ports that do not fit are kept open until one fits, so that the kernel does not
-    # choose the same port again.
+    # If a port is not free at all addresses, keep its sockets open until another port is. Otherwise
+    # the kernel might choose the same port again.
     with ExitStack() as unfit:
         for tries_left in reversed(range(PORT_TRIES)):
             if firsts := _listen_at_all(addresses, port, unfit if tries_left else None):
@@ -281,9 +286,6 @@ def names_of(listeners: Sequence[socket.socket]) -> list[str]:
     return list(
         dict.fromkeys(endpoint("*" if host in every else host, port) for host, port in names)
     )
-
-
-_NO_SUCH_ADDRESS = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
 
 
 def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:

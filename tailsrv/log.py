@@ -32,7 +32,7 @@ _PRIORITIES = {
 def fields(**values: object) -> str:
     """Format `values` as `key=value ...`, leaving out those that are None.
 
-    A value that could be mistaken for the end of the line or of its field is quoted.
+    A value is quoted if it contains characters that would end the line or the field.
     """
     return " ".join(
         f"{key}={printable(str(value))}" for key, value in values.items() if value is not None
@@ -90,7 +90,10 @@ class Formatter(logging.Formatter):
 
 
 class Handler(logging.Handler):
-    """Writes records to standard error, and drops a record rather than wait."""
+    """Writes records to standard error. It drops a record if writing it would have to wait.
+
+    `mode` is the st_mode of standard error, 0 if there is none.
+    """
 
     def __init__(self, mode: int) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record.
 
-        Unless it is very long it is written by a single write(2), so that the lines of several
+        Unless the record is very long, a single write(2) writes it, so that the lines of several
         processes do not mix.
         """
         try:

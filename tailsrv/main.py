@@ -55,9 +55,9 @@ NO_PORT_HINT = (
     " where INSTANCE has no backslashes)"
 )
 
-# Stands for the addresses of passed sockets when room for the process title is reserved: two IPv6
-# addresses. The room is reserved before the sockets are taken, so their addresses are not known.
-PASSED = ["[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] * 2
+# Two IPv6 addresses, for which room in the process title is reserved if the service manager passes
+# the sockets. Their real addresses are not known yet when the room is reserved.
+LONGEST_PASSED = ["[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] * 2
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     # make_room() may execute the command line of this process again. If the caller has passed
     # arguments, that is not the command to execute.
     if argv is None:
-        names = PASSED if config.port is None else endpoints(config.bind, 65535)
+        names = LONGEST_PASSED if config.port is None else endpoints(config.bind, 65535)
         make_room(longest_title(names, config.path), *command())
     # Signals stay blocked until the supervisor has installed its handlers.
     block_all()
@@ -237,7 +237,7 @@ def listen(config: Config, port: int) -> list[list[socket.socket]]:
 
 
 def prepare_to_fork() -> None:
-    """Do work once that every worker would repeat otherwise, so that the workers share memory."""
+    """Do work once that every worker would otherwise repeat, and let workers share memory."""
     # The first INotify searches for the C library, which starts a child process. It may fail: a
     # worker that gets no inotify instance reports that itself, and polls.
     with suppress(OSError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 # The largest number of bytes before the newline. 20 bytes hold any signed 64-bit number; the rest
 # leaves room for blanks.
 MAX_HEADER = 32
-# The same with the newline. This many bytes suffice to tell whether the header is valid.
+# MAX_HEADER and the newline. This many bytes suffice to decide whether the header is valid.
 PEEK = MAX_HEADER + 1
 _INT64_MAX = 2**63 - 1
 

@@ -1,4 +1,4 @@
-"""Opens the file that is served, and says whether its path still names it.
+"""Opens the file that is served, and checks whether its path still names it.
 
 The supervisor holds one `ServedFile`. All workers inherit its descriptor.
 """
@@ -23,9 +23,9 @@ class ServedFile:
         self.file: int | None = None
         # Whether the path no longer names the open file.
         self.gone = False
-        # Why the workers poll the file instead of using inotify; None if they do not poll.
+        # The reason why the workers poll the file and do not use inotify, None if they do use it.
         self.polling: str | None = None
-        # Why the next file of this name cannot be opened; empty if there was no error.
+        # The reason why the next file of this name cannot be opened, empty if there is no error.
         self.open_error = ""
         self._identity: FileIdentity | None = None
         # Whether the log has said that another program has a lease on the file.

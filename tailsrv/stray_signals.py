@@ -1,4 +1,4 @@
-"""Logs signals that have no meaning for tailsrv, which would end the process by default."""
+"""Logs signals that have no meaning for tailsrv. By default they would end the process."""
 
 import logging
 
@@ -9,9 +9,9 @@ HINT = "TERM drains, QUIT ends at once, HUP upgrades; a log rotation needs no si
 
 
 class StraySignals:
-    """Logs ignored signals, at most one line per signal and ten seconds.
+    """Logs ignored signals. Each signal is logged at most once in ten seconds.
 
-    The arguments are fields that every line shows.
+    The arguments are fields of every line.
     """
 
     def __init__(self, **where: object) -> None:

@@ -20,7 +20,7 @@ def supervisor_title(
 
 
 def status_title(endpoints: Sequence[str]) -> str:
-    """Return the title of a child process that answers one request for the list of clients."""
+    """Return the title of a child process that answers requests at a control socket."""
     return f"tailsrv: status {','.join(endpoints)}"
 
 

@@ -3,10 +3,10 @@
 Each slot has a channel, a pair of Unix sockets (SOCK_SEQPACKET). One packet carries one message. It
 begins with the version of this protocol and the kind of the message.
 
-In a report, the numbers of the clients follow as 64-bit integers in the byte order of the machine:
-a report is sent for every client that connects or leaves, so it must be cheap. The notices come
-last, as JSON, because they are rare. The sockets of the clients in `joined` travel with the same
-packet, in the same order.
+In a report, the numbers and offsets of the clients follow as 64-bit integers in the byte order of
+the machine: a report is sent for every client that connects or leaves, so it must be cheap. The
+notices come last, as JSON, because they are rare. The sockets of the clients in `joined` travel
+with the same packet, in the same order.
 """
 
 import json
@@ -15,13 +15,14 @@ from array import array
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 
+# The version of this protocol. During an upgrade, workers of the previous version use the channel.
 VERSION = 2
 
-# Largest number of sockets in one packet: SCM_MAX_FD of unix(7).
+# Largest number of sockets, and so of joined clients, in one packet: SCM_MAX_FD of unix(7).
 MAX_REPORTED_SOCKETS = 253
-# Largest number of clients of one kind (joined, started or left) in one packet, so that it fits.
+# Largest number of started clients, and of departed clients, in one packet, so that it fits.
 MAX_REPORTED_CLIENTS = 200
-# Bytes of the largest packet.
+# Largest number of bytes in a packet.
 MAX_PACKET = 16 << 10
 
 # Version and kind.

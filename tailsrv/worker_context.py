@@ -21,14 +21,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Everything that a worker gets from the supervisor, and all that it needs to serve."""
+    """What a worker gets from the supervisor. Besides this it needs only the configuration."""
 
     slot: int
     # The descriptor of the served file, None while the server waits for the file. All workers and
     # their successors use the same open file, so that all of them serve the same inode.
     file: int | None
     listeners: Sequence[socket.socket]
-    # The workers of all slots share the same listeners.
+    # Whether the workers of all slots share the same listeners.
     shared: bool
     # The worker's end of the channel.
     channel: socket.socket

@@ -1,4 +1,4 @@
-"""The supervisor process: it keeps the listeners and the client tables, and replaces workers.
+"""The supervisor process: keeps the listeners and the client tables, and replaces workers.
 
-It sends no bytes of the file itself; workers do that.
+Only the workers send bytes of the file.
 """

@@ -1,8 +1,8 @@
 """The table of a slot's clients: a duplicate of each client's socket, and where its stream started.
 
-When a worker dies, its duplicates keep the connections open, and the next worker of the slot
-continues the streams. The supervisor never sends or receives on a duplicate. It closes it, or
-shuts the connection down.
+When a worker dies, the duplicates keep its connections open, and the next worker of the slot
+continues the streams. The supervisor never sends or receives on a duplicate. It only closes the
+duplicate, or shuts down the connection.
 """
 
 import os
@@ -14,6 +14,7 @@ from tailsrv.addresses import endpoint
 from tailsrv.linux.sockets import bytes_streamed
 from tailsrv.worker_context import Entry
 
+# The number, descriptor and start of each protected client, as JSON can hold them.
 Saved = list[list[int | None]]
 
 
@@ -39,7 +40,7 @@ class ClientTable:
             sockets: Their descriptors, in the same order. There may be fewer of them than clients:
                 when descriptors run out, the kernel omits the last ones (MSG_CTRUNC of recvmsg(2)).
             highest: The highest descriptor number to keep. Those above it are closed, because the
-                supervisor needs some descriptors itself, as for the next worker's channel.
+                supervisor needs some descriptors itself, for example for the next worker's channel.
 
         Returns:
             The number of clients that are unprotected because they got no duplicate.
@@ -79,7 +80,8 @@ class ClientTable:
     def remove(self, clients: Iterable[int]) -> None:
         """Remove clients that are no longer served, and close their duplicates.
 
-        Until then, the connections are half open: their worker has closed only its own descriptors.
+        The kernel ends a connection when its last descriptor is closed. The worker has closed only
+        its own.
         """
         for client in clients:
             self.unprotected.discard(client)
@@ -105,8 +107,8 @@ class ClientTable:
     def describe(self) -> list[dict[str, object]]:
         """Describe each protected client for the status: its peer address, start and position.
 
-        The kernel is asked for the number of bytes sent, with a few system calls for each client.
-        `peer` and `position` are None if the connection is closed already.
+        This makes a few system calls for each client, because only the kernel knows the number of
+        bytes sent. `peer` and `position` are None if the connection is closed already.
         """
         return [_describe(entry) for entry in self.clients.values()]
 
@@ -122,16 +124,15 @@ class ClientTable:
     def close_in_child(self) -> None:
         """Close the duplicates, in a forked child that does not serve this slot.
 
-        The table itself is left unchanged, because the child does not use it again.
+        The table itself stays unchanged, because the child does not use it again.
         """
         for entry in self.clients.values():
             os.close(entry.fd)
 
     def save(self) -> Saved:
-        """Return the protected clients for load(), as JSON can hold them.
+        """Return the protected clients for load().
 
-        Each is a list of its number, descriptor and start. The unprotected clients are not
-        included: they have no descriptor.
+        The unprotected clients are not included, because they have no descriptor.
         """
         return [[client, entry.fd, entry.start] for client, entry in self.clients.items()]
 

@@ -40,8 +40,8 @@ class LateAppends:
     def begin(self, file: int, polling: bool) -> None:
         """Start with `file`, whose streams end once its size has not changed for some time.
 
-        That time is longer if the workers poll the file (`polling`). The counting that was under
-        way for another file ends.
+        That time is longer if the workers poll the file (`polling`). If the bytes of another file
+        are still being counted, that count ends.
         """
         self.end()
         try:
@@ -101,7 +101,7 @@ class LateAppends:
             self.close()
 
     def _report(self) -> None:
-        """Log the number of late bytes if it has grown since the last message."""
+        """Log the number of late bytes, if it has grown since the last message."""
         assert self._file is not None
         size = size_of(self._file)
         if size is None or self._size is None or (late := size - self._size) <= self._reported:

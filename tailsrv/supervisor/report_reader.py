@@ -24,9 +24,9 @@ from tailsrv.worker_channel import (
 # the channel of a new worker, the files of an upgrade's check, and health checks.
 RESERVED_DESCRIPTORS = 32
 
-# Limit on what the supervisor reads from one worker in a turn: the reports, plus the clients in
-# them that have joined or left. Without it, a flood of reports would starve signal handling and the
-# other workers and, on a shared CPU, the reporting worker itself. The last report may exceed it.
+# Largest number of reports, plus joined and departed clients in them, that the supervisor reads
+# from one worker in a turn. Without this limit, a flood of reports would delay signals, the other
+# workers and, on a shared CPU, the reporting worker itself. The last report may exceed the limit.
 CLIENTS_PER_TURN = 32
 
 # Number of attempts to read the last reports of a worker that has exited. The kernel may lack
@@ -48,11 +48,11 @@ class ReportReader:
     def __init__(
         self, slots: Sequence[Slot], loop: EventLoop, notice: Callable[[Slot, Notices], None]
     ) -> None:
+        self._slots, self._loop, self._notice = slots, loop, notice
         # Whether any reports were read in this turn.
         self._busy = False
         # Whether a channel may hold more reports than were read in this turn.
         self._more_pending = False
-        self._slots, self._loop, self._notice = slots, loop, notice
         self._protects = True
         # The highest descriptor number that a client's duplicate may have.
         self._highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
@@ -66,14 +66,15 @@ class ReportReader:
     def protects_clients(self) -> bool:
         """Whether clients keep their connections when their worker dies.
 
-        Even if True, protecting a client needs a free descriptor.
+        Even then, a client is protected only if there was a free descriptor for its duplicate.
         """
         return self._protects
 
     def stop_protecting(self) -> None:
         """Close all duplicates of clients' sockets, and keep none from now on.
 
-        The next worker could not continue a stream where the kernel does not count the bytes sent.
+        Call this if the kernel does not count the bytes sent: without that number, no other worker
+        could continue a stream.
         """
         logger.warning(
             "this system does not tell how much of a stream has been sent: "
@@ -131,8 +132,8 @@ class ReportReader:
         except BlockingIOError:
             return 0
         except OSError:
-            # The kernel lacks memory for the packet. Retry soon, unless the worker has been reaped:
-            # then read_remaining() retries, and the channel is closed after it.
+            # The kernel lacks memory for the packet. Retry soon. If the worker has been reaped,
+            # read_remaining() retries instead, and then the channel is closed.
             if slot.pid is not None:
                 self._loop.stall(slot.channel.fileno(), MEMORY_RETRY)
             return 0

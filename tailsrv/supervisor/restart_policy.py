@@ -10,11 +10,11 @@ from enum import Enum
 
 from tailsrv.config import ExitStatus, Timing
 
-# After this many crashes in a row, each soon after the worker had adopted clients, one of these
-# clients is assumed to be the cause.
+# If this many workers in a row have crashed soon after adopting clients, one of these clients is
+# assumed to be the cause.
 MAX_SUSPECT = 2
-# After this many deaths in a row, each before the worker was ready, the next worker is expected to
-# fail in the same way.
+# If this many workers in a row have died before they were ready, the next one is expected to fail
+# in the same way.
 MAX_UNREADY = 5
 
 
@@ -83,7 +83,7 @@ class ExitKind(Enum):
     NO_ROOM = "ran out of descriptors or memory"
     # Any other exit status, or a signal of `_FAULTS`.
     FAULT = "crashed"
-    # Any other signal: another process or the kernel's OOM killer has sent it.
+    # Any other signal. It was sent by another process or by the kernel's OOM killer.
     KILLED = "was killed"
 
 

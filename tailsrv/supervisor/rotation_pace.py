@@ -6,23 +6,23 @@ Pure: the callers pass the time, in seconds of any clock that never goes back.
 from tailsrv.config import Timing
 from tailsrv.supervisor.restart_policy import Failures
 
-# Seconds. A remaining time up to this counts as 0: a timer that was set for it may run early by the
-# rounding error of a float.
+# Seconds. A remaining pause up to this counts as 0, because the timer for the end of the pause may
+# run early by the rounding error of a float.
 _ROUNDING = 0.001
 
 
 class RotationPace:
     """The pauses between rotations, with the same backoff as for workers that die young.
 
-    It counts rotations in a row, each soon after the one before. The first of them causes no pause.
-    From the second on, the next rotation has to wait, and the pause doubles each time.
+    It counts the rotations in a row that each began soon after the one before. The first of them
+    causes no pause. The second delays the next rotation, and each further one doubles the delay.
     """
 
     def __init__(self, timing: Timing) -> None:
         self._timing = timing
         # When the last rotation ended, or began if it is still under way.
         self._last = float("-inf")
-        # Rotations in a row, each soon after the one before.
+        # Number of rotations in a row that each began soon after the one before.
         self._short = 0
 
     def pause(self, now: float) -> float:
@@ -38,8 +38,8 @@ class RotationPace:
     def end(self, now: float) -> None:
         """Record that the rotation is over.
 
-        The time counts from here because draining the old streams may have taken seconds. They say
-        nothing about how soon the next file is replaced.
+        The pause counts from the end, because draining the old streams may take seconds. That time
+        says nothing about how soon the next file is replaced.
         """
         self._last = now
 

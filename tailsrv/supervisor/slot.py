@@ -23,7 +23,7 @@ class Slot:
 
     index: int
     listeners: list[socket.socket]
-    # Whether all slots have the same listeners. Each slot then has its own descriptors of them.
+    # Whether all slots share the same listening sockets. Each slot has its own descriptors of them.
     shared: bool = False
     # The worker's pid, None while the slot has no worker.
     pid: int | None = None
@@ -39,9 +39,9 @@ class Slot:
     # When the unanswered ping was sent, None if every ping has been answered. The fork counts as a
     # ping, which the worker answers when it is ready.
     ping_sent: float | None = None
-    # How many workers of this slot have died unexpectedly and were respawned.
+    # Number of workers of this slot that died unexpectedly and were replaced.
     restarts: int = 0
-    # When that happened last.
+    # When the last of them was replaced, None if there was none.
     restarted: float | None = None
     # When to spawn the next worker, None if the slot has a worker or is to stay empty.
     spawn_at: float | None = None

@@ -1,7 +1,7 @@
 """Answers status requests at the control sockets, and composes the status.
 
-The supervisor must not wait for a client of a control socket. It sends a short status itself, and
-forks a child for an answer that is long or needs time.
+The supervisor must not wait for a caller. It sends a short status itself, and forks a child for an
+answer that is long or takes time.
 """
 
 import json
@@ -27,7 +27,7 @@ from tailsrv.served_file import ServedFile
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import service_status, supervisor_title
 
-# Seconds that a child has to compose its answer and send it to each caller. SIGALRM ends it then.
+# Seconds that a child has to compose its answer and send it to each caller. Then SIGALRM ends it.
 ANSWER_TIMEOUT = 10
 # Bytes. An answer up to this length fits into the buffer of a unix socket, so that sending it does
 # not block (net.core.wmem_default is 208 KiB).
@@ -60,7 +60,7 @@ class StatusServer:
         self._status, self._clients, self._close_in_child = status, clients, close_in_child
         # The pid of each child, with the descriptor of the socket whose callers it answers.
         self._children: dict[int, int] = {}
-        # The sockets that are not accepted from for a moment, because accept(2) has failed.
+        # The sockets that are paused for a moment, because accept(2) has failed.
         self._stalled: set[int] = set()
         self._out_of_resources = RateLimited(logging.WARNING, burst=1)
         for sock in control.status:
@@ -69,9 +69,9 @@ class StatusServer:
             loop.register(sock.fileno(), partial(self._answer_clients, sock))
 
     def handle_exit(self, pid: int) -> bool:
-        """Return whether `pid` was a child that answers callers.
+        """Return whether `pid` was a child that answered callers.
 
-        If so, accept callers at its socket again.
+        If it was, accept callers at its socket again.
         """
         if (fd := self._children.pop(pid, None)) is None:
             return False
@@ -133,7 +133,7 @@ class StatusServer:
                 if (pid := os.fork()) == 0:
                     self._run_child(peers, answer)
         except OSError:
-            # There is no room for a child. The callers get no answer, and can ask again.
+            # No memory, or the limit on tasks is reached. The callers get no answer, and can retry.
             return
         self._loop.pause(sock.fileno())
         self._children[pid] = sock.fileno()
@@ -214,7 +214,7 @@ class StatusWriter:
     def render_status(self) -> bytes:
         """Return the status as JSON, and ping all workers.
 
-        Pings that are still unanswered show in the next status.
+        The next status shows the pings that have not been answered by then.
         """
         status = (json.dumps(self._describe()) + "\n").encode()
         self._pool.ping_workers()

@@ -49,7 +49,8 @@ from tailsrv.worker_context import WorkerContext
 # Seconds between killing the workers and exiting without them. A worker in an uninterruptible sleep
 # must not keep the supervisor from exiting.
 KILL_PATIENCE = 2.0
-# Seconds. Each worker reports a truncation. It is logged only if none was logged for this time.
+# Seconds after a truncation has been logged during which no other one is logged: every worker
+# reports the same truncation.
 TRUNCATION_INTERVAL = 1.0
 
 CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
@@ -60,9 +61,9 @@ class Phase(Enum):
 
     WAITING = "waiting for file"
     RUNNING = "running"
-    # The file is gone, and its streams are being drained. The next file at its path is served then.
+    # The file is gone, and its streams are being drained. After that, the next file is served.
     ROTATING = "rotating"
-    # All streams are being drained. The server exits then.
+    # All streams are being drained. After that, the server exits.
     DRAINING = "draining"
     # All workers have been killed. The server exits when they have been reaped.
     KILLING = "killing"
@@ -72,12 +73,11 @@ class Supervisor:
     """The supervisor of one server.
 
     Args:
-        config: What the server was asked to do.
+        config: The settings of the server.
         slots: One slot for each worker, with its listeners.
         endpoints: The addresses that the server listens on, as text.
         control: The control sockets, which also lock the endpoints.
-        work: Does the work of a worker. It is called in the forked child, which exits with the
-            status that it returns.
+        work: Runs a worker. It is called in the forked child, and returns the child's exit status.
         handed_on: The state of the previous version if an upgrade started this process, else None.
 
     """
@@ -120,7 +120,7 @@ class Supervisor:
         # Whether SIGTERM or SIGINT has been received.
         self.stop_requested = False
         # When a truncation was logged last.
-        self.truncation_seen = float("-inf")
+        self.truncation_logged = float("-inf")
         self.client_limit = (
             ClientLimit(config.max_clients, len(slots), *(handed_on.quota if handed_on else ()))
             if config.max_clients
@@ -196,7 +196,7 @@ class Supervisor:
     # The file
 
     def wait_for_file(self) -> None:
-        """Retry to open the file at intervals. Meanwhile, workers without a file accept clients."""
+        """Retry opening the file at intervals. Meanwhile, workers without a file accept clients."""
         logger.info(
             "waiting for file: %s", fields(path=self.config.path, hint=cannot_see(self.config.path))
         )
@@ -253,8 +253,8 @@ class Supervisor:
         if self.served_file.gone or self.phase is not Phase.RUNNING:
             return
         if not (gone := self.served_file.has_gone(self.loop.now)):
-            # None means that the path could not be checked. The workers do not report it again, so
-            # repeat the check.
+            # None means that the path could not be checked. A worker may not report a second time
+            # that the file is gone, so repeat the check.
             if gone is None:
                 self.loop.timers.set(
                     self.handle_gone, self.loop.now + self.config.timing.open_retry
@@ -366,7 +366,7 @@ class Supervisor:
             self.upgrader.finish(self.loop.now)
 
     def run_worker(self, slot: Slot, channel: socket.socket) -> None:
-        """In a forked child, close what belongs to the supervisor, work as a worker, and exit."""
+        """In a forked child, close what belongs to the supervisor, run the worker, and exit."""
         status = os.EX_SOFTWARE
         try:
             raise_oom_score()
@@ -409,16 +409,16 @@ class Supervisor:
             )
         if (
             notices.truncated is not None
-            and self.loop.now - self.truncation_seen >= TRUNCATION_INTERVAL
+            and self.loop.now - self.truncation_logged >= TRUNCATION_INTERVAL
         ):
-            self.truncation_seen = self.loop.now
+            self.truncation_logged = self.loop.now
             logger.warning(
                 "file was truncated, clients beyond its new end wait until it grows past them: %s",
                 fields(path=self.config.path, size=notices.truncated),
             )
         if notices.gone and self.handle_gone not in self.loop.timers:
-            # Do this at the end of the turn. This may be called from the pool's handle_exit(), and
-            # a drain must not start in the middle of it.
+            # Check at the end of the turn. This method may run within the pool's handle_exit(), and
+            # a drain must not start in the middle of that.
             self.loop.timers.set(self.handle_gone, self.loop.now)
 
     def handle_ready(self, slot: Slot) -> None:

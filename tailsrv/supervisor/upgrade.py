@@ -22,7 +22,7 @@ from tailsrv.linux.event_loop import Timers
 from tailsrv.linux.files import memory_file_with
 from tailsrv.linux.signals import block_all, unblock_all
 from tailsrv.log import fields, logger
-from tailsrv.supervisor import upgrade_state as state
+from tailsrv.supervisor import upgrade_state
 
 VARIABLE = "TAILSRV_UPGRADE"
 CHECK = "check"
@@ -40,7 +40,7 @@ def environment(value: str) -> dict[str, str]:
     return {**os.environ, VARIABLE: value}
 
 
-def read_state() -> state.UpgradeState | None:
+def read_state() -> upgrade_state.UpgradeState | None:
     """Return the state to continue from, None if this process was not started by an upgrade.
 
     Removes TAILSRV_UPGRADE from the environment. Raises StateError if the state cannot be read.
@@ -49,7 +49,7 @@ def read_state() -> state.UpgradeState | None:
     if not value.isdigit():
         return None
     with open(int(value), "rb") as file:
-        return state.decode(file.read())
+        return upgrade_state.decode(file.read())
 
 
 def answer_check() -> int:
@@ -59,18 +59,18 @@ def answer_check() -> int:
     output and returns 0. Otherwise, writes the reason to standard error and returns 1.
     """
     try:
-        state.decode(sys.stdin.buffer.read())
-    except state.StateError as error:
+        upgrade_state.decode(sys.stdin.buffer.read())
+    except upgrade_state.StateError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(json.dumps({"version": __version__, "format": state.FORMAT}) + "\n")
+    sys.stdout.write(json.dumps({"version": __version__, "format": upgrade_state.FORMAT}) + "\n")
     return 0
 
 
 def is_upgrade() -> bool:
     """Return whether this process was started by an upgrade, or by the check before one.
 
-    Such a process makes no listeners: it gets them from the state.
+    Such a process creates no listeners: it gets them from the state, or needs none for the check.
     """
     return is_check() or os.environ.get(VARIABLE, "").isdigit()
 
@@ -156,7 +156,7 @@ class Check:
         return None, lines[-1]
 
 
-def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]]) -> None:
+def execute(handed_on: upgrade_state.UpgradeState, pending: Callable[[], Iterable[int]]) -> None:
     """Replace this program with the installed one, which continues from `handed_on`.
 
     `pending()` returns the signals that were caught but not handled. They are sent again, so that
@@ -165,7 +165,7 @@ def execute(handed_on: state.UpgradeState, pending: Callable[[], Iterable[int]])
     Never returns. Raises an exception if the program could not be replaced, usually OSError; this
     process then continues as before.
     """
-    fd = memory_file_with(state.encode(handed_on))
+    fd = memory_file_with(upgrade_state.encode(handed_on))
     descriptors = [fd, *handed_on.descriptors()]
     executable, arguments = command()
     # Signals from now on are for the new program. The signal mask and pending signals are kept by
@@ -215,7 +215,7 @@ class Upgrader:
     def __init__(
         self,
         timers: Timers,
-        snapshot: Callable[[], state.UpgradeState],
+        snapshot: Callable[[], upgrade_state.UpgradeState],
         pending: Callable[[], list[int]],
         lifecycle: systemd.Lifecycle,
         busy: bool,
@@ -233,7 +233,7 @@ class Upgrader:
         self._requested = False
         self._paused = False
         # Whether a request has arrived since the check began. The installed version may have
-        # changed, so the check must be repeated.
+        # changed since then, so the check must be repeated.
         self._stale = False
         # Whether an upgrade is under way.
         self._busy = busy
@@ -249,7 +249,7 @@ class Upgrader:
     def _start_check(self, now: float) -> None:
         self._stale = False
         try:
-            self._check = Check(state.encode(self._snapshot()))
+            self._check = Check(upgrade_state.encode(self._snapshot()))
         except Exception as error:
             self._fail(_reason(error), now)
             return

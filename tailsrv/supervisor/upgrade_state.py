@@ -14,7 +14,7 @@ FORMAT = 2
 
 
 class StateError(ValueError):
-    """Raised for a state that this version cannot read. The message says why."""
+    """A state that this version cannot read. The message says why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,9 @@ class SlotState:
     adopted: bool
     restarts: int
     restarted: float | None
+    # The fields of `Failures`, in their order.
     failures: list[int]
+    # The number, descriptor and start of each protected client.
     clients: list[list[int | None]]
     unprotected: list[int]
 
@@ -48,6 +50,7 @@ class UpgradeState:
     file_gone: bool
     polling: str | None
     control: list[int]
+    # The descriptor of the shared counts of --max-clients, empty without that option.
     quota: list[int]
     slots: list[SlotState]
 

@@ -12,10 +12,10 @@ from tailsrv.linux.event_loop import EventLoop
 from tailsrv.log import fields, logger
 from tailsrv.supervisor.worker_pool import WorkerPool
 
-# Seconds between pings, at least. A healthy worker may need some milliseconds to answer.
+# Shortest time between pings, in seconds. A healthy worker may need some milliseconds to answer.
 MIN_PING_INTERVAL = 0.1
-# Pings in one interval of the service manager. One of them finds that a worker hangs, another one
-# is answered by its replacement, and so the notification is still in time.
+# Pings in one interval of the service manager. If a worker hangs, one ping finds that out, and its
+# replacement answers a later one in time for the notification.
 PINGS_PER_INTERVAL = 3
 
 
@@ -43,8 +43,8 @@ class Watchdog:
         for slot in hung:
             assert slot.pid is not None
             assert slot.ping_sent is not None
-            # A worker that was killed before and still exists waits for a disk, and cannot be
-            # killed.
+            # A worker that still exists although it was killed is in an uninterruptible sleep, for
+            # example waiting for a disk. Killing it again has no effect.
             if slot.pid not in self._killed:
                 logger.error(
                     "worker does not answer, killing it: %s",

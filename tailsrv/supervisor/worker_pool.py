@@ -102,7 +102,7 @@ class WorkerPool:
                     continue
                 slot.ping_sent = self._loop.now
 
-    # Filling
+    # Spawning and replacing
 
     def fill_slots(self) -> None:
         """Spawn a worker for every empty slot, and replace workers that die from now on."""
@@ -130,8 +130,8 @@ class WorkerPool:
 
         Its replacement adopts its clients. Returns whether any outdated worker is left.
 
-        It is sent SIGTERM first, so that it can finish its turn. It still reports the connections
-        that it has accepted in this turn; SIGKILL would lose them.
+        The worker is sent SIGTERM first, so that it can finish its turn and report the connections
+        that it has accepted in this turn. SIGKILL would lose them.
         """
         self.outdated = self._still_outdated()
         replaced = [slot for slot in self.slots if not self._is_outdated(slot)]
@@ -140,7 +140,7 @@ class WorkerPool:
         return bool(self.outdated)
 
     def _terminate(self, workers: Sequence[tuple[Slot, int]]) -> None:
-        """Ask outdated workers to exit, and kill those that have not after REPLACE_PATIENCE."""
+        """Ask outdated workers to exit. Kill those that still run after REPLACE_PATIENCE."""
         self._ending = [
             *(worker for worker in self._still_ending() if worker not in workers),
             *workers,
@@ -156,7 +156,7 @@ class WorkerPool:
     def _is_outdated(self, slot: Slot) -> bool:
         """Return whether the worker of `slot` is to be replaced.
 
-        Call this only after `outdated` has been updated with `_still_outdated`.
+        Call this only after updating `outdated` with `_still_outdated()`.
         """
         return any(other is slot for other, _ in self.outdated)
 
@@ -228,7 +228,7 @@ class WorkerPool:
             file: The descriptor of the served file, None while there is none.
             channel: The worker's end of its channel.
             endpoints: The addresses that the server listens on.
-            client_limit: The counter for --max-clients, None without that option.
+            client_limit: The shared counts of --max-clients, None without that option.
 
         """
         self.close_in_child(keep=slot)
@@ -258,8 +258,8 @@ class WorkerPool:
             if slot is not keep:
                 for listener in slot.listeners:
                     # The kernel distributes new connections over all open listeners of a port. If
-                    # this child kept a listener open that its own worker has closed, connections
-                    # would wait there for ever.
+                    # this child kept the listener of another slot open after the worker there has
+                    # closed it, connections would wait in its queue forever.
                     listener.close()
 
     def _register_channel(self, slot: Slot) -> None:
@@ -302,7 +302,7 @@ class WorkerPool:
         if slot is None:
             return
         assert slot.channel is not None
-        # Compute this before reading the worker's last reports. One with "ready" may start the
+        # Compute this before reading the worker's last reports. A report with `ready` may start the
         # replacement of the next worker, which removes this one from `outdated`.
         expected = not self.respawning or (slot, pid) in self.outdated
         # Clear the pid first: from now on it may belong to another process.
@@ -392,6 +392,8 @@ class WorkerPool:
                 "workers crashed right after taking over clients, disconnected these clients: %s",
                 fields(slot=slot.index, clients=closed, hint=hint),
             )
+
+    # Drain and end
 
     def stop_respawning(self) -> None:
         """From now on, do not replace workers that die. Existing workers are not affected."""

@@ -22,11 +22,11 @@ from tailsrv.listeners import BACKLOG
 from tailsrv.log import RateLimited
 from tailsrv.worker_context import WorkerContext
 
-# If accept(2) fails this many times in a row, the cause is taken to be other than the connections.
+# After this many failures of accept(2) in a row, the connections are assumed not to be the cause.
 ACCEPT_TRIES = 64
 
-# accept(2) passes on network errors of the new connection. They do not mean that the listener
-# fails.
+# accept(2) also reports network errors of the new connection. They do not mean that the listener
+# itself fails.
 TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
     errno.ECONNABORTED,
     errno.EPROTO,
@@ -38,17 +38,16 @@ TRANSIENT_ACCEPT_ERRNOS = PEER_GONE_ERRNOS | {
     errno.ETIMEDOUT,
 }
 
-
-# Connections accepted from one listener in one turn, so that a burst of thousands does not delay
-# the clients that are being served.
+# Largest number of connections accepted from one listener in one turn. A burst of thousands must
+# not delay the clients that are being served.
 ACCEPTS_PER_TURN = 64
 
 # The same for a listener that all workers share. With a larger number, the first worker to wake up
 # would accept all connections.
 SHARED_ACCEPTS_PER_TURN = 4
 
-# Seconds between two log lines that say that the server is full. This is not an error, and it may
-# last for years.
+# Seconds between two log lines about the limit of clients being reached. This is not an error, and
+# it may last for years.
 FULL_INTERVAL = 600.0
 
 Peer = tuple[str, int]
@@ -116,9 +115,9 @@ class Acceptor:
         Args:
             empty_queues: Accept all connections from the accept queues first. False if another
                 worker will accept them.
-            refuse: Have the kernel refuse later connections at once. Only used with `empty_queues`,
-                and not for sockets passed by a service manager: the service manager itself listens
-                on them, to start the server again.
+            refuse: Have the kernel refuse later connections at once. Only used with `empty_queues`.
+                Pass False if the sockets come from a service manager, which listens on them itself
+                to start the server again.
 
         """
         if empty_queues:
@@ -144,8 +143,8 @@ class Acceptor:
     def _handle(self, listener: socket.socket) -> None:
         self._accept(listener, SHARED_ACCEPTS_PER_TURN if self._shared else ACCEPTS_PER_TURN)
         if self._shared and listener.fileno() in self._loop.handlers:
-            # The kernel wakes the worker that registered first. Registering again puts this worker
-            # at the end of the kernel's list. Otherwise one worker would get all connections.
+            # The kernel wakes the worker that registered first, which would get all connections.
+            # Registering again puts this worker at the end of the kernel's list.
             self._loop.unregister(listener.fileno())
             self._register(listener)
 
@@ -154,9 +153,9 @@ class Acceptor:
             if self._client_limit is not None and not self._client_limit.claim(
                 self._slot, self._count() + 1
             ):
-                # Only the first attempt shows that a connection is waiting, because the listener
-                # was reported as readable. After others were accepted, the queue may be empty. If
-                # it is not, the next event reports it.
+                # In the first attempt, a connection is waiting: the listener was reported as
+                # readable. In later attempts, the queue may be empty. If it is not, the next event
+                # reports that.
                 if attempt == 0:
                     self._full(
                         "as many clients as --max-clients allows: new clients have to wait",
@@ -194,8 +193,8 @@ class Acceptor:
                 hint="check whether a firewall or a security policy refuses it",
             )
             self._pause()
-        # Disconnecting a client frees a descriptor at once only under this process's own limit
-        # (NO_DESCRIPTOR). If the whole system has run out, it would not help (NO_ROOM).
+        # Disconnecting a client helps at once if this process has reached its own limit of
+        # descriptors (NO_DESCRIPTOR), but not if the whole system has run out (NO_ROOM).
         elif reason is Outcome.NO_ROOM or (
             reason is Outcome.NO_DESCRIPTOR and not self._free_descriptor()
         ):
@@ -217,7 +216,7 @@ class Acceptor:
 def is_allowed(host: str, networks: Sequence[Network]) -> bool:
     """Return whether a client at the address `host` may be served.
 
-    An IPv4 address that is mapped into IPv6 counts as an IPv4 address.
+    An IPv4 address that is mapped into IPv6 (`::ffff:192.0.2.1`) counts as an IPv4 address.
     """
     address = ip_address(host)
     address = getattr(address, "ipv4_mapped", None) or address

@@ -21,19 +21,18 @@ class ClientState(Enum):
 class Client:
     """One connection. There may be very many, so this record is kept as small as possible.
 
-    `offset` is the next byte to send. While the client is caught up, `offset` is not kept up to
-    date: then the client's position is the size of the file, which `Streams` stores once for all
-    of them.
+    `offset` is the next byte to send. It may be out of date while the client is caught up: the next
+    byte is then at the end of the file, and `Streams` stores that offset once for all such clients.
     """
 
     __slots__ = ("fd", "number", "offset", "peer", "sock", "state")
 
     def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None) -> None:
-        # The client's key in the supervisor's client table. Unlike `fd`, it is never used again in
-        # this slot.
+        # The client's key in the supervisor's client table. Unlike `fd`, a worker never uses it for
+        # a second client.
         self.number = number
         self.sock = sock
-        # Read only once, because the code that sends data identifies the client by it.
+        # Stored, because the code that sends data finds the client by its descriptor.
         self.fd = sock.fileno()
         self.peer: str | None = endpoint(*peer) if peer else "unknown"
         self.state = ClientState.AWAITING_HEADER

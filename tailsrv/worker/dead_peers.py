@@ -15,7 +15,7 @@ from tailsrv.linux.sockets import Unacknowledged, unacknowledged
 from tailsrv.log import RateLimited
 from tailsrv.worker.client import Client, ClientState
 
-# Clients examined in one turn. This takes about 0.3 ms, which may delay the next append.
+# Clients examined in one turn. This takes about 0.3 ms, by which it may delay the next append.
 BATCH = 64
 
 
@@ -29,7 +29,7 @@ class Limits:
 
     # Seconds from one check of all clients to the next.
     interval: float = 30.0
-    # Seconds without a packet from the peer that acknowledges anything.
+    # Seconds since the last acknowledgement of any kind from the peer.
     silence: float = 120.0
     # Retransmissions or window probes in a row that the peer has not answered.
     attempts: int = 4
@@ -80,7 +80,7 @@ class DeadPeers:
     def expect_acks(self) -> None:
         """Plan a check, unless one is planned already.
 
-        To be called when bytes have been sent, or are still unacknowledged.
+        Call this when bytes have been sent, or are still unacknowledged.
         """
         if self._check not in self._loop.timers:
             self._loop.timers.set(self._check, self._loop.now + self._limits.interval)

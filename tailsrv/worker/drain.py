@@ -10,8 +10,8 @@ from tailsrv.worker.streams import Streams
 
 # Seconds between two checks whether the finished clients have acknowledged everything.
 ACK_CHECK_INTERVAL = 0.01
-# Seconds added to that for each finished client. One check takes some microseconds, which are also
-# needed to send bytes to the other clients.
+# Seconds added to that for each finished client. Checking one takes some microseconds, during which
+# the other clients are not sent any bytes.
 ACK_CHECK_SHARE = 20e-6
 
 
@@ -44,7 +44,7 @@ class Drainer:
             drop,
         )
         self._settling = False
-        # Clients that have been sent everything and a FIN, until they have acknowledged it.
+        # Clients that have been sent everything and a FIN, but have not acknowledged all of it.
         self._finished: dict[int, Client] = {}
 
     def begin(self, settle: bool) -> None:
@@ -71,7 +71,7 @@ class Drainer:
             self._file_monitor.stop()
 
     def finish_caught_up(self) -> None:
-        """Send a FIN to the clients that have been sent everything, unless the file may grow."""
+        """Send a FIN to the clients that nothing is left to send to, unless the file may grow."""
         for client in self._streams.without_work() if not self._settling else ():
             client.state = ClientState.FINISHED
             self._streams.remove(client)

@@ -21,9 +21,9 @@ class FileMonitor:
         reporter: The worker's reporter.
         loop: The worker's event loop.
         timing: The interval for polling, and the pauses in a rotation.
-        insist: Report at each check that the file is gone, not only at the first. Needed if the
-            supervisor acts on the report: it may find the file back at its path and ignore the
-            report, and the file may disappear once more.
+        insist: Report at every check that the file is gone, not only at the first. This is needed
+            if the supervisor acts on the report. It ignores a report if it finds the file back at
+            its path, and the file may disappear once more.
 
     """
 
@@ -39,7 +39,7 @@ class FileMonitor:
         self.gone = False
         self._timing = timing
         self._insist = insist
-        # The time of the loop's clock at which the file's size was last found to have changed.
+        # When a change of the file's size was noticed last, by the loop's clock.
         self.size_changed_at = loop.now
         self._watch, self._streams, self._reporter, self._loop = watch, streams, reporter, loop
         self._identity = FileIdentity(watch.file, watch.path)
@@ -48,7 +48,7 @@ class FileMonitor:
             loop.register(fd, self.handle_inotify)
 
     def begin(self) -> None:
-        """Check the file for the first time: it may have gone since the supervisor opened it."""
+        """Check the file for the first time: the path may name another file by now."""
         self.poll_if_needed()
         self.check_path()
 
@@ -80,14 +80,14 @@ class FileMonitor:
     def deliver_appends(self) -> None:
         """Read the file's size, and send new bytes to the caught-up clients at once.
 
-        The size is read nowhere else.
+        Except at its start, the worker reads the size nowhere else.
         """
         size, before = self._watch.size(), self._streams.size
         if self._stopped:
             size = min(size, before)
         shrunk, self._streams.shrunk = self._streams.shrunk, False
-        # The file was shorter for a moment, and has its old size again. After a pause, retry the
-        # clients for which bytes were missing.
+        # The file was shorter for a moment, and has its old size again. Pause before the retry, so
+        # that the loop does not spin if the bytes are missing again.
         if shrunk and size == before:
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_RETRY)
         if size != before:
@@ -97,6 +97,7 @@ class FileMonitor:
                 self._reporter.add_notice(truncated=size)
 
     def resume_after_shrinking(self) -> None:
+        """Retry the clients whose next bytes were missing while the file was shorter."""
         self._streams.set_size(self._streams.size)
 
     def check_path(self) -> None:
@@ -131,5 +132,5 @@ class FileMonitor:
             self.deliver_appends()
 
     def settling_pause(self) -> float:
-        """Return the seconds without an append after which a file that was moved is complete."""
+        """Return the seconds without an append after which a moved file counts as complete."""
         return self._timing.settle + (self._timing.poll_interval if self._watch.polling else 0)

@@ -16,8 +16,8 @@ from tailsrv.worker.streams import Streams
 class HeaderReader:
     """The clients whose header the worker waits for.
 
-    When a header is complete, the reporter gets the client and the offset to start from: the stream
-    starts when that has been reported.
+    When a header is complete, the client and the offset to start from go to the reporter. The
+    stream starts after they have been reported.
 
     Args:
         slot: The worker's slot, for the log.
@@ -48,7 +48,7 @@ class HeaderReader:
             reporter,
             drop,
         )
-        # Each client with the time since when the worker has waited, the oldest first.
+        # Each client with the time at which the worker began to wait, the oldest first.
         self._awaited: dict[Client, float] = {}
         self._refused = RateLimited(logging.WARNING)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from tailsrv.worker.client import Client
 
 # Bytes to read ahead for a client whose next bytes are not in the page cache, and to send to it in
-# one chunk when they have arrived. Issuing the request takes about 0.2 us for each KiB, that is
-# 0.1 ms, during which no other client is served.
+# one chunk when they have arrived. The request takes about 0.1 ms (0.2 us for each KiB), during
+# which no other client is served.
 READ_AHEAD = 512 << 10
 
 # Bytes from one probe of the page cache to the next, where it is probed densely.
@@ -22,8 +22,8 @@ STRIDE = 128 << 10
 # Otherwise only the first and the last byte of a chunk are probed.
 DENSE_CHUNKS = 256
 
-# Clients that bytes are read for at the same time. With more of them, the bytes of one would push
-# those of another out of the page cache before they are sent.
+# Largest number of clients for which bytes are read at the same time. With more, the bytes for one
+# would push those for another out of the page cache before they are sent.
 MAX_READERS = 16
 
 # Seconds until the next check, multiplied by the number of clients that wait for it. A fast disk
@@ -33,9 +33,9 @@ DISK_PAUSE = 0.00025
 # The pause is also multiplied by the number of failed checks in a row, but at most by this number.
 MAX_PAUSES = 8
 
-# Failed checks in a row after which the bytes are sent without being cached: 20 seconds with one
-# reader, minutes with many. Then the disk probably cannot read these bytes, and sendfile(2) will
-# report the error.
+# Failed checks in a row after which sendfile(2) is called although the bytes are not cached. They
+# take 20 seconds with one reader, and minutes with many. By then the disk probably cannot read the
+# bytes, and sendfile(2) will report the error.
 MAX_MISSES = 10_000
 
 

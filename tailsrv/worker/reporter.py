@@ -1,4 +1,4 @@
-"""Reports a worker's new, started and departed clients to the supervisor, and its notices."""
+"""Reports a worker's new, started and departed clients, and its notices, to the supervisor."""
 
 import select
 import socket
@@ -34,7 +34,7 @@ class Reporter:
         channel: The worker's end of the channel.
         loop: The worker's event loop.
         start: `start(client, offset)` is called when the start of a stream has been reported.
-        end: Called if there is no supervisor any more.
+        end: Called if the supervisor has exited.
 
     """
 

@@ -20,8 +20,8 @@ SEND_CHUNK = 1 << 20
 # for new events.
 TURN_BUDGET = 1 << 20
 
-# Bytes of TURN_BUDGET that are charged for a send that transfers nothing. It takes about as long as
-# sending this many bytes. Many clients that ask for data and disconnect cause many such sends.
+# Bytes of TURN_BUDGET that are charged for a send that transfers nothing, because it takes about as
+# long as sending this many bytes. Clients that ask for data and disconnect cause such sends.
 EMPTY_SEND_COST = 128 << 10
 
 
@@ -54,7 +54,7 @@ class Streams:
         await_writable: Callable[[Client], None],
     ) -> None:
         self.file = file
-        # The size that FileMonitor.deliver_appends() has last found.
+        # The size that FileMonitor.deliver_appends() has found last.
         self.size = size
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
@@ -68,7 +68,7 @@ class Streams:
         self._sweep_at = 64
         self._tie_breaker = counter()
         self._drop, self._await_writable = drop, await_writable
-        # A sendfile(2) found the file shorter than `size`: its size must be read again.
+        # Whether sendfile(2) found the file shorter than `size`. The size must then be read again.
         self.shrunk = False
 
     def add(self, client: Client, offset: int) -> None:
@@ -118,8 +118,8 @@ class Streams:
         elif start != size:
             # The file has grown by more than one chunk, or it was truncated: queue each client
             # instead.
-            followers, self.caught_up = self.caught_up, {}
-            for client in followers.values():
+            clients, self.caught_up = self.caught_up, {}
+            for client in clients.values():
                 client.offset = start
                 self._enqueue(client)
         while self._ahead and self._ahead[0][0] < size:
@@ -162,7 +162,7 @@ class Streams:
             self._enqueue(client)
             return 0
         if (count := self.read_ahead.admit(client, wanted)) == 0:
-            # The request to read these bytes has taken time.
+            # Charge the turn for the time that the request to read these bytes has taken.
             return READ_AHEAD
         sent = send_chunk(client.fd, self.file, client.offset, count)
         # The bytes do not exist, although `size` includes them: do not retry before the size has
@@ -193,7 +193,8 @@ class Streams:
         if client.offset < self.size:
             self.behind.append(client)
         elif client.offset == self.size:
-            # The number is the same, but this way all caught-up clients share one int object.
+            # The two numbers are equal. Assigning one to the other lets all caught-up clients share
+            # one int object, which saves memory.
             client.offset = self.size
             self.caught_up[client.fd] = client
         else:
@@ -201,8 +202,8 @@ class Streams:
 
     def _await_growth(self, client: Client) -> None:
         """Do not serve `client` until set_size() is called with a size larger than its offset."""
-        # The file may never reach the offsets of clients that have left: remove them from time to
-        # time, when the heap has about doubled.
+        # Remove the clients that have left each time the heap has about doubled: the file may never
+        # reach their offsets, and the heap would grow without a bound.
         if len(self._ahead) >= self._sweep_at:
             self._ahead = [
                 entry for entry in self._ahead if entry[2].state is ClientState.STREAMING

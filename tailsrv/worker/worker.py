@@ -67,7 +67,8 @@ def work(context: WorkerContext, config: Config) -> int:
     # Keep the garbage collector from writing to the objects that the supervisor has made, so that
     # their memory stays shared with it.
     gc.freeze()
-    # Ctrl-C sends SIGINT to the whole foreground process group. The supervisor acts on it.
+    # Ctrl-C sends SIGINT to the whole foreground process group, and a closed terminal SIGHUP. Only
+    # the supervisor acts on them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The supervisor gets SIGPWR as well, and drains.
@@ -111,15 +112,15 @@ class Worker:
         # Clients whose sockets are closed at the end of the turn.
         self.dropped: list[Client] = []
         self.draining = False
-        # Clients for the worker of the next file. Their sockets stay open until this worker ends.
+        # Clients that wait for the next file. Their sockets stay open until this worker ends.
         self.aside: list[Client] = []
         self.ended = False
+        # Numbers for new clients, above those of the clients that this worker adopts.
         self.numbers = count(max(context.clients, default=-1) + 1)
         self.title = ProcessTitle(self.loop.timers, self.render_title)
         self.stray_signals = StraySignals(slot=self.slot)
         self.short_of_room = RateLimited(logging.WARNING, burst=1)
         self.failed = RateLimited(logging.ERROR)
-
         self.channel = context.channel
         self.endpoints = context.endpoints
         self.wakeup = wakeup
@@ -242,7 +243,7 @@ class Worker:
 
     def handle_accepted(self, sock: socket.socket, peer: tuple[str, int]) -> None:
         """Begin to serve a connection that has just been accepted."""
-        # In a burst of connections, the delivery of an append waits for one of them at most.
+        # Deliver appends before each connection: in a burst, an append waits for one at most.
         self.file_monitor.deliver_appends()
         client = Client(next(self.numbers), sock, peer)
         if self.add_client(client):
@@ -308,7 +309,7 @@ class Worker:
         return True
 
     def await_writable(self, client: Client) -> None:
-        """Wait for an event when the full socket of `client` has room.
+        """Have the kernel report when the full socket of `client` has room.
 
         If it already has room again, the kernel reports that at once.
         """
@@ -339,8 +340,8 @@ class Worker:
         read is not caught and ends the worker, because it could cost other clients bytes.
         """
         if mask & ~select.EPOLLOUT:
-            # In a burst of headers or disconnects, the delivery of an append waits for one of them
-            # at most.
+            # Deliver appends before each header or disconnect: in a burst of them, an append waits
+            # for one of them at most.
             self.file_monitor.deliver_appends()
         try:
             start = self.handle_events(client, mask)
@@ -378,7 +379,7 @@ class Worker:
 
     def start_stream(self, client: Client, offset: int) -> None:
         """Start streaming to `client`, now that `offset` has been reported to the supervisor."""
-        # In a burst of starts, the delivery of an append waits for one of them at most.
+        # Deliver appends before each start: in a burst, an append waits for one at most.
         self.file_monitor.deliver_appends()
         try:
             self.begin_stream(client, offset)
@@ -387,6 +388,7 @@ class Worker:
             self.drop(client, error)
 
     def begin_stream(self, client: Client, offset: int) -> None:
+        """Do the work of `start_stream` that may fail for a single client."""
         # Discard the header and everything after it.
         discard(client.sock)
         if logger.isEnabledFor(logging.DEBUG):
@@ -448,7 +450,7 @@ class Worker:
     # The end
 
     def handle_signal(self) -> None:
-        """Act on SIGTERM, and log all other signals.
+        """Act on SIGTERM, and log stray signals.
 
         On SIGTERM, the worker drains if the channel holds the supervisor's order to drain.
         Otherwise it ends after this turn and leaves its clients to its successor, as after a crash.
