@@ -114,7 +114,7 @@ def test_watchdog_of_another_process_or_none(
 
 @pytest.mark.thorough
 def test_status(serve: Serve, path: Path, manager: ServiceManager) -> None:
-    """STATUS= follows the state; READY=1 is sent once clients can connect, STOPPING=1 at the end."""
+    """STATUS= follows the state; READY=1 is sent once clients can connect, STOPPING=1 at exit."""
     path.unlink()
     server = serve(path, "-w", "2", wrapper=manager.wrapper(), program=HURRIED)
     messages = manager.until("READY=1")
