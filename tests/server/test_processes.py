@@ -99,8 +99,8 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
     """The titles of supervisor and worker say that they drain, and how many clients are left."""
     path.write_bytes(data := random_bytes(16 << 20))
     server = serve(path, "--grace", "60")
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    expect(stalled, data[:10])
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    expect(blocked, data[:10])
     (worker,) = server.workers(1)
     server.process.terminate()
     eventually(lambda: title(worker) == f"tailsrv: worker 0 *:{server.port} [draining, 1 client]")
@@ -110,8 +110,8 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
             == f"tailsrv: supervisor *:{server.port} {path} [draining, 1 worker, 1 client]"
         )
     )
-    expect(stalled, data[10:])
-    expect_eof(stalled)
+    expect(blocked, data[10:])
+    expect_eof(blocked)
 
 
 def odd_workers(what: str) -> tuple[str, ...]:
@@ -234,8 +234,8 @@ def test_port_is_free_after_the_end(serve: Serve, path: Path) -> None:
     server.process.terminate()
     expect_eof(client)
     server.wait()
-    again = serve(path, "-p", str(server.port))
-    expect(again.connect(b"0\n"), DATA)
+    restarted = serve(path, "-p", str(server.port))
+    expect(restarted.connect(b"0\n"), DATA)
 
 
 # Deaths
@@ -328,8 +328,8 @@ def test_supervisor_killed(serve: Serve, path: Path) -> None:
     server.signal(signal.SIGKILL)
     eventually(lambda: all(gone(worker) for worker in workers))
     server.wait()
-    again = serve(path, "-p", str(server.port))
-    expect(again.connect(b"0\n"), DATA)
+    restarted = serve(path, "-p", str(server.port))
+    expect(restarted.connect(b"0\n"), DATA)
 
 
 # Signals to the supervisor
@@ -373,8 +373,8 @@ def test_ends_at_once(serve: Serve, path: Path, numbers: Sequence[signal.Signals
     """QUIT, or a second TERM or INT, ends the server although clients are behind."""
     path.write_bytes(data := random_bytes(16 << 20))
     server = serve(path, "--grace", "3600")
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    expect(stalled, data[:10])
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    expect(blocked, data[:10])
     *first, last = numbers
     for number in first:
         server.signal(number)

@@ -91,7 +91,7 @@ def test_good_headers(serve: Serve, path: Path, host: str) -> None:
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("start", [0, 1, 5_000_000_000, 2**40 - 1, 2**40, 2**40 + 10])
 def test_offsets_beyond_32_bits(serve: Serve, path: Path, start: int) -> None:
-    """A client of a huge file gets the bytes from its 64-bit offset, also after the file has grown."""
+    """A client of a huge file gets the bytes from its 64-bit offset, also after the file grew."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
     caught_up = server.connect(b"-%d\n" % len(DATA))

@@ -135,14 +135,14 @@ def test_clients(server: Server, path: Path) -> None:
         5_000_000_000,
     )
     assert {found[peer(sock)]["slot"] for sock in (silent, caught_up, ahead)} <= {0, 1}
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    server.streaming(stalled)
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(blocked)
     append(path, DATA[1000:])
     expect(caught_up, DATA[1000:])
-    position = eventually(lambda: clients(server)[peer(stalled)]["position"])
+    position = eventually(lambda: clients(server)[peer(blocked)]["position"])
     assert 1000 <= position < len(DATA)
-    expect(stalled, DATA)
-    eventually(lambda: clients(server)[peer(stalled)]["position"] == len(DATA))
+    expect(blocked, DATA)
+    eventually(lambda: clients(server)[peer(blocked)]["position"] == len(DATA))
 
 
 def test_clients_of_a_hung_worker(server: Server) -> None:

@@ -116,7 +116,7 @@ def test_hup_while_the_terminal_is_open(serve: Serve, path: Path, terminal: Term
 def test_terminal_that_is_not_the_controlling_one(
     serve: Serve, path: Path, terminal: Terminal
 ) -> None:
-    """HUP upgrades a server without a controlling terminal, even if its input's terminal is closed."""
+    """HUP upgrades a server without a controlling terminal, even if its input's terminal closed."""
     server = serve(path, wrapper=(sys.executable, program("terminal_of_others"), terminal.name))
     connect_client(server)
     terminal.close()

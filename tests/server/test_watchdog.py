@@ -1,4 +1,4 @@
-"""What the service manager is told: WATCHDOG=1 while every worker answers, and the status."""
+"""Messages to the service manager: WATCHDOG=1 while every worker answers, and the status."""
 
 import os
 import signal
