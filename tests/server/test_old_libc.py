@@ -1,4 +1,4 @@
-"""A server whose interpreter was built against an old C library does all that it does otherwise."""
+"""A server whose interpreter was built against an old C library has all features."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def test_server(
     monkeypatch: pytest.MonkeyPatch,
     functions: tuple[str, ...],
 ) -> None:
-    """A server without all of these names streams, counts clients, survives a killed worker, and upgrades itself."""
+    """A server without the newer C library functions streams, counts, adopts and upgrades."""
     assert sum(map(len, hidden().values())) > 20
     (folder := tmp_path / "hook").mkdir()
     take_away(folder, functions)
@@ -46,7 +46,7 @@ def test_server(
 
 
 def check_server(server: Server, path: Path, data: bytes) -> bytes:
-    """Have the server do what the missing names are for; return what is in the file then."""
+    """Make the server use every missing function, and return what the file then contains."""
     clients = [server.connect(b"0\n") for _ in range(4)]
     for client in clients:
         expect(client, data)
@@ -63,7 +63,7 @@ def check_server(server: Server, path: Path, data: bytes) -> bytes:
 
 
 def check_clients(server: Server, data: bytes, folder: Path) -> None:
-    """Have the client programs get all of it."""
+    """Check that the client programs receive all data."""
     here, copy = f"127.0.0.1:{server.port}", folder / f"copy-{server.port}"
     with Command(folder, *TSCAT, here, "0", "--until-idle", "0.2") as tscat:
         assert tscat.end() == 0

@@ -1,4 +1,7 @@
-"""A server on a system that does not tell how much of a stream has been sent: its clients are not continued wrongly."""
+"""A server on a kernel that does not tell how much of a stream has been sent.
+
+Its clients must not be continued at a wrong offset.
+"""
 
 import os
 import signal
@@ -22,7 +25,7 @@ DATA = random_bytes(100_000)
 def test_server(
     serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
-    """Its clients are served, are counted as unprotected, and are disconnected, not continued, where their worker dies."""
+    """Clients are served and counted as unprotected; they are disconnected if their worker dies."""
     (folder := tmp_path / "hook").mkdir()
     install_hook(folder, "other_system")
     monkeypatch.setenv("TAILSRV_TEST_SYSTEM", system)
@@ -42,7 +45,7 @@ def test_server(
     append(path, b"more")
     server.signal(signal.SIGHUP)
     server.logged("upgraded: ")
-    # once by each version
+    # The old and the new program log it once each.
     assert len(server.lines("does not tell how much of a stream has been sent")) == 2
     assert not server.lines("out of file descriptors")
     expect(server.connect(b"0\n"), DATA + b"more")
@@ -52,7 +55,10 @@ def test_server(
 def test_waiting_for_the_file(
     serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients that come before the file wait in the accept queue, as they would be lost with the worker that waits with them."""
+    """Clients that connect before the file exists wait in the accept queue.
+
+    A worker that accepted them would lose them if it died.
+    """
     (folder := tmp_path / "hook").mkdir()
     install_hook(folder, "other_system")
     monkeypatch.setenv("TAILSRV_TEST_SYSTEM", "empty")

@@ -1,4 +1,7 @@
-"""The supervisor and its workers: titles, listeners, deaths, signals, exit statuses, the control socket, idleness."""
+"""The supervisor and its workers.
+
+Titles, listeners, deaths, signals, exit statuses, the control socket, and idleness.
+"""
 
 import json
 import os
@@ -22,7 +25,7 @@ from support.status import ask
 from support.waiting import DEADLINE, eventually
 
 DATA = random_bytes(1000)
-NEWS = b"appended"
+APPENDED = b"appended"
 
 
 # Titles
@@ -30,7 +33,7 @@ NEWS = b"appended"
 
 @pytest.mark.slow
 def test_titles(serve: Serve, path: Path) -> None:
-    """Each process says in its title what it is, what it serves and to how many."""
+    """A process's title tells its role, its endpoints and its number of clients."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
     workers = server.workers(2)
@@ -59,8 +62,8 @@ def test_titles(serve: Serve, path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.slow
-def test_title_of_one(serve: Serve, path: Path) -> None:
-    """One of a kind is not written as many; more than one address is named."""
+def test_title_with_singular_and_two_addresses(serve: Serve, path: Path) -> None:
+    """A title uses the singular for a count of one, and names all addresses."""
     path.write_bytes(DATA)
     server = serve(path, "--bind", "127.0.0.1", "--bind", "::1")
     client = server.connect(b"0\n")
@@ -70,18 +73,18 @@ def test_title_of_one(serve: Serve, path: Path) -> None:
     )
     [worker] = server.workers(1)
     eventually(lambda: title(worker) == f"tailsrv: worker 0 {endpoints} [1 client]")
-    # not a hang-up: it still counts
+    # A half-close is not a hang-up: the client still counts.
     client.shutdown(socket.SHUT_WR)
     expect(client, DATA)
     client.close()
-    append(path, NEWS)
+    append(path, APPENDED)
     eventually(
         lambda: server.title() == f"tailsrv: supervisor {endpoints} {path} [1 worker, 0 clients]"
     )
 
 
 def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
-    """Without a file the supervisor's title says what is waited for; its workers look after clients already."""
+    """Without a file the supervisor's title says that it waits; workers already accept clients."""
     server = serve(path, "-w", "2")
     eventually(
         lambda: server.title() == f"tailsrv: supervisor *:{server.port} {path} [waiting for file]"
@@ -93,11 +96,11 @@ def test_title_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_titles_while_draining(serve: Serve, path: Path) -> None:
-    """Both kinds of process say that they drain, and what is left."""
+    """The titles of supervisor and worker say that they drain, and how many clients are left."""
     path.write_bytes(data := random_bytes(16 << 20))
     server = serve(path, "--grace", "60")
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    expect(stalled, data[:10])
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    expect(blocked, data[:10])
     (worker,) = server.workers(1)
     server.process.terminate()
     eventually(lambda: title(worker) == f"tailsrv: worker 0 *:{server.port} [draining, 1 client]")
@@ -107,18 +110,18 @@ def test_titles_while_draining(serve: Serve, path: Path) -> None:
             == f"tailsrv: supervisor *:{server.port} {path} [draining, 1 worker, 1 client]"
         )
     )
-    expect(stalled, data[10:])
-    expect_eof(stalled)
+    expect(blocked, data[10:])
+    expect_eof(blocked)
 
 
 def odd_workers(what: str) -> tuple[str, ...]:
-    """Return the command of a tailsrv whose workers do that."""
+    """Return the command of a tailsrv whose workers behave as `what` says."""
     return (sys.executable, program("odd_workers"), what)
 
 
 @pytest.mark.slow
 def test_title_while_starting(serve: Serve, path: Path) -> None:
-    """Until every slot has had a worker that was ready, the title says `starting`."""
+    """Until every slot has had a ready worker, the title says `starting`."""
     path.touch()
     server = serve(path, "-w", "2", program=odd_workers("one is ready"))
     server.logged("worker ready: slot=0")
@@ -145,7 +148,7 @@ def listening_inodes(pid: int, table: str, port: int) -> set[str]:
 
 
 def test_one_listener_for_each_slot_and_address(serve: Serve, path: Path) -> None:
-    """Each worker holds the listeners of its slot and no others; the supervisor holds all of them."""
+    """Each worker holds only the listeners of its slot; the supervisor holds all of them."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "4")
     workers = server.workers(4)
@@ -157,8 +160,8 @@ def test_one_listener_for_each_slot_and_address(serve: Serve, path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_every_connection_is_answered(serve: Serve, path: Path) -> None:
-    """No connection lands where nobody accepts, and every worker gets its share."""
+def test_every_connection_is_served(serve: Serve, path: Path) -> None:
+    """Every connection is accepted, and every worker gets a share of them."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "4", "-v")
     clients = [
@@ -174,14 +177,18 @@ def test_every_connection_is_answered(serve: Serve, path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bind", [(), ("--bind", "127.0.0.1")])
 def test_second_instance(serve: Serve, path: Path, bind: Sequence[str]) -> None:
-    """A second server on the port ends with status 1 and names the first by its pid; the first goes on undisturbed."""
+    """A second server on the port ends with status 1 and names the first one's pid.
+
+    The first server continues undisturbed.
+    """
     path.write_bytes(DATA)
     server = serve(path, *bind)
     where = f"127.0.0.1:{server.port}" if bind else f"*:{server.port}"
     second = run_tailsrv("-p", str(server.port), *bind, path)
     (line,) = second.stderr.splitlines()
     assert line.endswith(
-        f"critical: cannot serve: path={path} reason='{where} is served by another tailsrv, pid {server.pid}'"
+        f"critical: cannot serve: path={path} "
+        f"reason='{where} is served by another tailsrv, pid {server.pid}'"
     )
     assert second.returncode == 1
     for _ in range(20):
@@ -189,7 +196,7 @@ def test_second_instance(serve: Serve, path: Path, bind: Sequence[str]) -> None:
 
 
 def test_port_of_another_program(path: Path) -> None:
-    """A port that another program listens on is refused with status 1, even if it allows sharing."""
+    """A port that another program listens on is refused with status 1, even with SO_REUSEPORT."""
     path.write_bytes(DATA)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -199,27 +206,27 @@ def test_port_of_another_program(path: Path) -> None:
         ended = run_tailsrv("-p", str(port), "--bind", "127.0.0.1", path)
     (line,) = ended.stderr.splitlines()
     assert (
-        f"critical: cannot serve: path={path} reason='cannot listen on 127.0.0.1:{port}: Address already in use; choose another port"
-        in line
+        f"critical: cannot serve: path={path} reason='cannot listen on 127.0.0.1:{port}: "
+        "Address already in use; choose another port" in line
     )
     assert ended.returncode == 1
 
 
 @pytest.mark.slow
 def test_same_port_on_different_addresses(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """Two servers may have the same port on different addresses, each with its file."""
+    """Two servers can use the same port on different addresses, each with its own file."""
     path.write_bytes(DATA)
-    (other_path := tmp_path / "other").write_bytes(NEWS)
+    (other_path := tmp_path / "other").write_bytes(APPENDED)
     server = serve(path, "--bind", "127.0.0.1")
     other = serve(other_path, "--bind", "127.0.0.2", "-p", str(server.port))
     assert other.port == server.port
     expect(server.connect(b"0\n"), DATA)
-    expect(other.connect(b"0\n", "127.0.0.2"), NEWS)
+    expect(other.connect(b"0\n", "127.0.0.2"), APPENDED)
 
 
 @pytest.mark.slow
 def test_port_is_free_after_the_end(serve: Serve, path: Path) -> None:
-    """A server that has had clients can be started again at once on the same port."""
+    """A server that has had clients can be restarted at once on the same port."""
     path.write_bytes(DATA)
     server = serve(path)
     client = server.connect(b"0\n")
@@ -227,8 +234,8 @@ def test_port_is_free_after_the_end(serve: Serve, path: Path) -> None:
     server.process.terminate()
     expect_eof(client)
     server.wait()
-    again = serve(path, "-p", str(server.port))
-    expect(again.connect(b"0\n"), DATA)
+    restarted = serve(path, "-p", str(server.port))
+    expect(restarted.connect(b"0\n"), DATA)
 
 
 # Deaths
@@ -237,7 +244,7 @@ def test_port_is_free_after_the_end(serve: Serve, path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGQUIT, signal.SIGSEGV])
 def test_worker_is_replaced(serve: Serve, path: Path, number: signal.Signals) -> None:
-    """A worker that ends by whatever signal is replaced in its slot; its clients, the others and new ones do not notice."""
+    """A worker that ends by any signal is replaced in its slot, and no client is disturbed."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2", "-v")
     first, second = server.workers(2)
@@ -252,11 +259,11 @@ def test_worker_is_replaced(serve: Serve, path: Path, number: signal.Signals) ->
     os.kill(first, number)
     eventually(lambda: gone(first))
     assert server.workers(2)[1] == second
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
     for _ in range(30):
-        expect(server.connect(b"0\n"), DATA + NEWS)
+        expect(server.connect(b"0\n"), DATA + APPENDED)
     assert server.logged("warning: worker ", f"pid={first}").split()[-1] == (
         "status=0" if number is signal.SIGTERM else f"signal={number.name}"
     )
@@ -264,7 +271,7 @@ def test_worker_is_replaced(serve: Serve, path: Path, number: signal.Signals) ->
 
 @pytest.mark.slow
 def test_accept_queue_outlives_the_worker(serve: Serve, path: Path) -> None:
-    """Connections that a worker had not accepted when it was killed are served by its successor."""
+    """Connections that a killed worker had not accepted are served by its successor."""
     path.write_bytes(DATA)
     server = serve(path)
     (worker,) = server.workers(1)
@@ -277,15 +284,15 @@ def test_accept_queue_outlives_the_worker(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_appends_and_clients_between_two_workers(serve: Serve, path: Path) -> None:
-    """A worker that is killed again and again leaves a server that works."""
+def test_worker_is_killed_repeatedly(serve: Serve, path: Path) -> None:
+    """A server whose worker is killed repeatedly serves all appends to new clients."""
     path.write_bytes(data := DATA)
     server = serve(path)
     for _ in range(3):
         (worker,) = server.workers(1)
         os.kill(worker, signal.SIGKILL)
-        append(path, NEWS)
-        data += NEWS
+        append(path, APPENDED)
+        data += APPENDED
         expect(server.connect(b"0\n"), data)
         server.logged("worker was killed: ", f"pid={worker} ")
     assert len(server.lines("worker was killed: ", "signal=SIGKILL")) == 3
@@ -293,7 +300,7 @@ def test_appends_and_clients_between_two_workers(serve: Serve, path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_worker_ignores(serve: Serve, path: Path, number: signal.Signals) -> None:
-    """What a terminal sends to the whole foreground group is for the supervisor to act on."""
+    """A worker ignores signals that a terminal sends to the whole foreground group."""
     path.write_bytes(DATA)
     server = serve(path)
     (worker,) = server.workers(1)
@@ -301,35 +308,35 @@ def test_worker_ignores(serve: Serve, path: Path, number: signal.Signals) -> Non
     expect(client, DATA)
     for _ in range(3):
         os.kill(worker, number)
-        append(path, NEWS)
-        expect(client, NEWS)
+        append(path, APPENDED)
+        expect(client, APPENDED)
     assert server.workers(1) == [worker]
     assert server.lines("warning") == []
 
 
 @pytest.mark.slow
 def test_supervisor_killed(serve: Serve, path: Path) -> None:
-    """Workers end when their supervisor is gone, and the port is free again."""
+    """Workers end when their supervisor is killed, and the port becomes free."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "3", status=-signal.SIGKILL)
     workers = server.workers(3)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, DATA)
-    # from here on nobody has anything to say
+    # From here on, no process has a message to send.
     eventually(lambda: server.title().endswith("[3 workers, 10 clients]"))
     server.signal(signal.SIGKILL)
     eventually(lambda: all(gone(worker) for worker in workers))
     server.wait()
-    again = serve(path, "-p", str(server.port))
-    expect(again.connect(b"0\n"), DATA)
+    restarted = serve(path, "-p", str(server.port))
+    expect(restarted.connect(b"0\n"), DATA)
 
 
 # Signals to the supervisor
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
-def test_ends_as_asked(serve: Serve, path: Path, number: signal.Signals) -> None:
+def test_ends_on_signals(serve: Serve, path: Path, number: signal.Signals) -> None:
     """TERM, INT and QUIT end the server with status 0."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
@@ -343,7 +350,7 @@ def test_ends_as_asked(serve: Serve, path: Path, number: signal.Signals) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_ends_while_waiting_for_the_file(serve: Serve, path: Path, number: signal.Signals) -> None:
-    """A server that has no file yet can be ended in the same ways."""
+    """TERM, INT and QUIT also end a server that has no file yet."""
     server = serve(path)
     server.logged("waiting for file")
     server.signal(number)
@@ -363,11 +370,11 @@ def test_ends_while_waiting_for_the_file(serve: Serve, path: Path, number: signa
     ],
 )
 def test_ends_at_once(serve: Serve, path: Path, numbers: Sequence[signal.Signals]) -> None:
-    """QUIT, and a second TERM or INT, end the server whatever its clients still want."""
+    """QUIT, or a second TERM or INT, ends the server although clients are behind."""
     path.write_bytes(data := random_bytes(16 << 20))
     server = serve(path, "--grace", "3600")
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    expect(stalled, data[:10])
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    expect(blocked, data[:10])
     *first, last = numbers
     for number in first:
         server.signal(number)
@@ -376,8 +383,8 @@ def test_ends_at_once(serve: Serve, path: Path, numbers: Sequence[signal.Signals
     server.wait()
 
 
-def test_signals_to_the_very_end(serve: Serve, path: Path) -> None:
-    """Whoever goes on sending TERM does not change the exit status, also not while the interpreter ends."""
+def test_repeated_sigterm_until_the_process_has_ended(serve: Serve, path: Path) -> None:
+    """Repeated TERM does not change the exit status, even while the interpreter shuts down."""
     path.write_bytes(DATA)
     server = serve(path)
     server.workers(1)
@@ -388,7 +395,7 @@ def test_signals_to_the_very_end(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_of_the_whole_group(serve: Serve, path: Path) -> None:
-    """Ctrl-C, which reaches the workers too, drains."""
+    """Ctrl-C, which also reaches the workers, drains the server."""
     path.write_bytes(data := random_bytes(4 << 20))
     server = serve(path, "-w", "2")
     server.workers(2)
@@ -407,7 +414,7 @@ def test_interrupt_of_the_whole_group(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_worker_that_cannot_boot(serve: Serve, path: Path) -> None:
-    """A worker that lacks what it needs says so, and ends the server with status 3 and the reason."""
+    """A worker that cannot boot logs the reason, and the server ends with status 3."""
     path.touch()
     server = serve(path, status=3, program=odd_workers("no descriptors"))
     server.wait()
@@ -416,8 +423,8 @@ def test_worker_that_cannot_boot(serve: Serve, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> None:
-    """The kernel's OOM killer prefers each worker to the supervisor, also the successor of one that was killed."""
+def test_oom_killer_prefers_workers(serve: Serve, path: Path) -> None:
+    """The OOM killer prefers every worker, also a successor, to the supervisor."""
     path.touch()
     server = serve(path, "-w", "2")
 
@@ -435,8 +442,8 @@ def test_a_worker_is_chosen_when_memory_runs_out(serve: Serve, path: Path) -> No
 @pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("shortage", ["descriptor", "memory"])
-def test_a_successor_that_finds_no_room(serve: Serve, path: Path, shortage: str) -> None:
-    """Where successors meet a shortage of descriptors or memory, others try again, however often; the clients' streams go on."""
+def test_successor_short_of_descriptors_or_memory(serve: Serve, path: Path, shortage: str) -> None:
+    """Successors that run out of descriptors or memory are replaced until one takes over."""
     path.write_bytes(DATA)
     lives = Path(f"{path}.lives")
     server = serve(path, program=odd_workers(f"six find no {shortage}"))
@@ -445,14 +452,14 @@ def test_a_successor_that_finds_no_room(serve: Serve, path: Path, shortage: str)
         expect(client, DATA)
     os.kill(server.workers(1)[0], signal.SIGKILL)
     server.logged("worker ran out of descriptors or memory: ", f"status={os.EX_TEMPFAIL}", count=6)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
     assert len(lives.read_bytes()) == 8
 
 
 @pytest.mark.slow
-def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
+def test_one_of_several_workers_cannot_boot(serve: Serve, path: Path) -> None:
     """Status 3 of one worker ends the server at once, with all its other workers."""
     path.touch()
     server = serve(path, "-w", "3", status=3, program=odd_workers("one cannot boot"))
@@ -465,7 +472,10 @@ def test_worker_says_that_it_cannot_boot(serve: Serve, path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "died"), [("fails", "status=1"), ("crashes", "signal=SIGSEGV")])
 def test_worker_that_is_never_ready(serve: Serve, path: Path, what: str, died: str) -> None:
-    """After five deaths in a row before it was ready, with growing delays between them, the server ends with status 3."""
+    """Five deaths in a row before a worker is ready, with growing delays, end the server.
+
+    The exit status is 3.
+    """
     path.touch()
     server = serve(path, status=3, program=odd_workers(what))
     server.wait()
@@ -479,7 +489,7 @@ def test_worker_that_is_never_ready(serve: Serve, path: Path, what: str, died: s
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
-    """A worker that was ready each time is replaced for ever, less and less often."""
+    """A worker that dies each time after it was ready is always replaced, with growing delays."""
     path.touch()
     server = serve(path, program=odd_workers("ready and fails"))
     server.logged("worker crashed: slot=0", "status=1", count=7)
@@ -490,7 +500,7 @@ def test_worker_that_is_ready_and_dies(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_worker_that_raises(serve: Serve, path: Path) -> None:
-    """An exception that nothing has caught is logged and counts as a fault of the worker; it does not reach the supervisor."""
+    """An uncaught exception is logged, ends only the worker, and does not reach the supervisor."""
     path.touch()
     server = serve(path, program=odd_workers("ready and raises"))
     server.logged("worker crashed: slot=0", f"status={os.EX_SOFTWARE}")
@@ -504,7 +514,7 @@ def test_worker_that_raises(serve: Serve, path: Path) -> None:
 
 @pytest.mark.slow
 def test_status(serve: Serve, path: Path) -> None:
-    """The control socket of each endpoint is the supervisor's, and tells how it is."""
+    """The control socket of each endpoint belongs to the supervisor and answers with the status."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2", "--bind", "127.0.0.1", "--bind", "::1")
     workers = server.workers(2)
@@ -534,7 +544,7 @@ def test_status(serve: Serve, path: Path) -> None:
 
 
 def test_status_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
-    """There is a status before there is a file."""
+    """The status is available before the file exists."""
     server = serve(path)
     server.logged("waiting for file")
     status = json.loads(ask(f"*:{server.port}")[0])
@@ -548,21 +558,21 @@ def test_status_while_waiting_for_the_file(serve: Serve, path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_status_is_for_the_same_user_and_root(serve: Serve, path: Path, open_folder: Path) -> None:
-    """Another user gets no answer; the same user does, and so does root."""
+    """Another user gets no status; the same user and root do."""
     if os.geteuid() != 0 or not runs(*AS_NOBODY, *TAILSRV, "--version"):
-        pytest.skip("takes root, who can become another user")
+        pytest.skip("requires root, to become another user")
     path.write_bytes(DATA)
     (public := open_folder / "file.log").write_bytes(DATA)
-    ours, theirs = serve(path), serve(public, wrapper=AS_NOBODY)
+    own, other = serve(path), serve(public, wrapper=AS_NOBODY)
 
     def ask_as_nobody(server: Server) -> bytes:
         command = [*AS_NOBODY, sys.executable, program("ask_control"), f"*:{server.port}"]
         return subprocess.run(command, capture_output=True, timeout=DEADLINE, check=True).stdout
 
-    assert ask_as_nobody(ours) == b""
-    assert json.loads(ask_as_nobody(theirs))["pid"] == theirs.pid
-    assert json.loads(ask(f"*:{theirs.port}")[0])["pid"] == theirs.pid
-    assert json.loads(ask(f"*:{ours.port}")[0])["pid"] == ours.pid
+    assert ask_as_nobody(own) == b""
+    assert json.loads(ask_as_nobody(other))["pid"] == other.pid
+    assert json.loads(ask(f"*:{other.port}")[0])["pid"] == other.pid
+    assert json.loads(ask(f"*:{own.port}")[0])["pid"] == own.pid
 
 
 # Idleness
@@ -570,7 +580,7 @@ def test_status_is_for_the_same_user_and_root(serve: Serve, path: Path, open_fol
 
 @pytest.mark.slow
 def test_idle(serve: Serve, path: Path) -> None:
-    """A quiet file costs not one wake-up, whatever clients there are: caught up, ahead, half-closed or without a header."""
+    """A quiet file causes no wake-up, with clients caught up, ahead, half-closed or headerless."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
     processes = [server.pid, *server.workers(2)]
@@ -587,8 +597,11 @@ def test_idle(serve: Serve, path: Path) -> None:
 
 
 def quiet(pids: Sequence[int]) -> bool:
-    """Tell whether the processes have slept through two seconds: what is planned for later than that is not idle either."""
+    """Return whether the processes have slept for two seconds.
+
+    A timer that is due later than that is not detected.
+    """
     before = [switches(pid) for pid in pids]
-    # no event to wait for: the point is that there are none
+    # There is no event to wait for: the test is that none happens.
     time.sleep(2)
     return [switches(pid) for pid in pids] == before

@@ -1,4 +1,4 @@
-"""The protocol, and what clients can rely on: the whole program over real sockets."""
+"""The protocol and its guarantees, tested with the whole program over real sockets."""
 
 import os
 import random
@@ -18,12 +18,12 @@ from support.sockets import expect, expect_eof, readable, recv_all, recv_exactly
 from support.waiting import eventually
 
 DATA = random_bytes(100)
-NEWS = b"appended after all headers were read"
+APPENDED = b"appended after all headers were read"
 INT64_MAX = 2**63 - 1
 
 LOOPBACKS = ["127.0.0.1", "::1"]
 
-# What a client sends, and where in DATA + NEWS its stream then starts.
+# What a client sends, and at which offset of DATA + APPENDED its stream then starts.
 GOOD_HEADERS = {
     b"0\n": 0,
     b"7\n": 7,
@@ -73,15 +73,15 @@ BAD_HEADERS = {
 
 @pytest.mark.parametrize("host", LOOPBACKS)
 def test_good_headers(serve: Serve, path: Path, host: str) -> None:
-    """Each client gets exactly the bytes from where it asked to start, whatever the others asked for, and then what is appended."""
+    """Each client gets exactly the bytes from the start that its header requests, and appends."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
     clients = {header: server.connect(header, host) for header in GOOD_HEADERS}
     for client in clients.values():
         server.streaming(client)
-    append(path, NEWS)
+    append(path, APPENDED)
     for header, start in GOOD_HEADERS.items():
-        expect(clients[header], (DATA + NEWS)[start:])
+        expect(clients[header], (DATA + APPENDED)[start:])
     server.process.terminate()
     assert {header: recv_all(client) for header, client in clients.items()} == dict.fromkeys(
         GOOD_HEADERS, b""
@@ -91,38 +91,38 @@ def test_good_headers(serve: Serve, path: Path, host: str) -> None:
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("start", [0, 1, 5_000_000_000, 2**40 - 1, 2**40, 2**40 + 10])
 def test_offsets_beyond_32_bits(serve: Serve, path: Path, start: int) -> None:
-    """A client of a huge file gets the bytes from its 64-bit offset on, also when the file only grows past it later."""
+    """A client of a huge file gets the bytes from its 64-bit offset, also after the file grew."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
-    here = server.connect(b"-%d\n" % len(DATA))
-    there = (
+    caught_up = server.connect(b"-%d\n" % len(DATA))
+    ahead = (
         server.connect(b"%d\n" % start)
         if start > len(DATA)
         else server.connect(b"%d\n" % (start + 2**40))
     )
-    server.streaming(there)
-    expect(here, DATA)
-    # sparse: it takes no room
+    server.streaming(ahead)
+    expect(caught_up, DATA)
+    # The file is sparse and uses no disk space.
     os.truncate(path, 2**40)
     append(path, DATA)
     zeros = max(0, 2**40 - start) if start > len(DATA) else 0
     expect(
-        there,
+        ahead,
         (bytes(min(zeros, 1000)) + DATA[max(0, start - 2**40) if start > len(DATA) else start :])[
             :1000
         ],
     )
 
 
-# no more than the ten log lines that a worker grants to strangers
+# Each half has no more headers than the ten refusals that a worker logs at once.
 @pytest.mark.parametrize("host", LOOPBACKS)
 @pytest.mark.parametrize("half", [0, 1])
 def test_bad_headers(serve: Serve, path: Path, host: str, half: int) -> None:
-    """A bad header ends its connection at once, without a byte, and with one log line that has the peer and the reason."""
+    """A bad header ends its connection at once, with no data and one log line with the reason."""
     path.write_bytes(DATA)
     server = serve(path)
-    bystander = server.connect(b"0\n")
-    expect(bystander, DATA)
+    other = server.connect(b"0\n")
+    expect(other, DATA)
     for header, reason in list(BAD_HEADERS.items())[half::2]:
         client = server.connect(header, host)
         assert (header, client.recv(100)) == (header, b"")
@@ -132,8 +132,8 @@ def test_bad_headers(serve: Serve, path: Path, host: str, half: int) -> None:
         assert len(server.lines("warning: client refused: slot=0", peer, "reason=", reason)) == 1, (
             server.log
         )
-    append(path, NEWS)
-    expect(bystander, NEWS)
+    append(path, APPENDED)
+    expect(other, APPENDED)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_bad_headers(serve: Serve, path: Path, host: str, half: int) -> None:
 def test_end_of_input_before_the_newline(
     serve: Serve, path: Path, sent: bytes, reason: str
 ) -> None:
-    """A client that ends its input without a whole header is let go of, for that reason."""
+    """A client that ends its input before its header is complete is refused for that reason."""
     path.write_bytes(DATA)
     server = serve(path)
     client = server.connect(sent)
@@ -153,7 +153,7 @@ def test_end_of_input_before_the_newline(
 
 
 def test_refusals_do_not_flood_the_log(serve: Serve, path: Path) -> None:
-    """A stranger who sends rubbish again and again is refused each time, and logged ten times."""
+    """Repeated bad headers from one address are all refused, and logged ten times."""
     path.write_bytes(DATA)
     server = serve(path)
     for _ in range(30):
@@ -163,47 +163,47 @@ def test_refusals_do_not_flood_the_log(serve: Serve, path: Path) -> None:
 
 
 def test_header_in_pieces(serve: Serve, path: Path) -> None:
-    """A header that comes byte by byte is one header, and the end it counts from is the file's when it is whole."""
+    """A header that arrives byte by byte is one header; its newline fixes the size it refers to."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
-    witness = server.connect(b"0\n")
-    expect(witness, DATA)
+    other = server.connect(b"0\n")
+    expect(other, DATA)
     client = server.connect()
     header = b"  -101\r\n"
-    for place in range(len(header)):
-        client.sendall(header[place : place + 1])
-        if header[place : place + 1] == b"\n":
+    for index in range(len(header)):
+        client.sendall(header[index : index + 1])
+        if header[index : index + 1] == b"\n":
             server.streaming(client)
-        append(path, b"%03d," % place)
-        # by now the server has seen all of the header that was sent
-        expect(witness, b"%03d," % place)
-    expected = DATA + b"".join(b"%03d," % place for place in range(len(header)))
-    # the newline came before the last append
+        append(path, b"%03d," % index)
+        # When this arrives, the server has seen all of the header that was sent.
+        expect(other, b"%03d," % index)
+    expected = DATA + b"".join(b"%03d," % index for index in range(len(header)))
+    # The newline was sent before the last append.
     end = len(expected) - len(b"000,")
     expect(client, expected[end - 101 :])
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
 
 
 @pytest.mark.slow
-def test_junk_for_ever(serve: Serve, path: Path) -> None:
-    """A client that never stops sending after its header is never blocked, and its stream stays exact."""
+def test_endless_input_after_the_header(serve: Serve, path: Path) -> None:
+    """A client that never stops sending after its header is never blocked and gets exact data."""
     path.write_bytes(DATA)
     server = serve(path)
     client, other = server.connect(b"0\n"), server.connect(b"0\n")
     expect(client, DATA)
     expect(other, DATA)
     junk = b"0\n-7\nabc" * (1 << 17)
-    # far more than the kernel would buffer
+    # This is far more than the kernel's socket buffers hold.
     for turn in range(50):
         client.sendall(junk)
-        append(path, reporter := random_bytes(1000, turn))
-        expect(client, reporter)
-        expect(other, reporter)
+        append(path, appended := random_bytes(1000, turn))
+        expect(client, appended)
+        expect(other, appended)
 
 
 def test_half_close(serve: Serve, path: Path) -> None:
-    """A client that ends its input after the header goes on being streamed to."""
+    """A client that half-closes its connection after the header is still served."""
     path.write_bytes(DATA)
     server = serve(path, "-v")
     clients = [
@@ -212,44 +212,44 @@ def test_half_close(serve: Serve, path: Path) -> None:
     for client in clients:
         client.shutdown(socket.SHUT_WR)
         server.streaming(client)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client, start in zip(clients, (0, 50, 100, 110, 0), strict=True):
-        expect(client, (DATA + NEWS)[start:])
+        expect(client, (DATA + APPENDED)[start:])
     append(path, DATA)
     for client in clients:
         expect(client, DATA)
 
 
 def test_header_timeout(serve: Serve, path: Path) -> None:
-    """--header-timeout ends connections without a whole header, and no others."""
+    """--header-timeout ends connections without a complete header, and no others."""
     path.write_bytes(DATA)
     server = serve(path, "--header-timeout", "0.1")
     streaming = server.connect(b"0\n")
     expect(streaming, DATA)
-    silent, halting = server.connect(), server.connect(b"12")
+    silent, incomplete = server.connect(), server.connect(b"12")
     expect_eof(silent)
-    expect_eof(halting)
-    for client in (silent, halting):
+    expect_eof(incomplete)
+    for client in (silent, incomplete):
         server.logged("client refused: ", f":{client.getsockname()[1]} ", "no header in 0.1 s")
-    append(path, NEWS)
-    expect(streaming, NEWS)
+    append(path, APPENDED)
+    expect(streaming, APPENDED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_many_clients_while_the_file_grows(serve: Serve, path: Path, workers: int) -> None:
-    """Two hundred clients that come while somebody appends each get every byte from their offset on, once and in order."""
+    """Two hundred clients that connect during appends get every byte once and in order."""
     whole, before = random_bytes(1 << 20), 1 << 18
     path.write_bytes(whole[:before])
     server = serve(path, "-w", str(workers))
     dice = random.Random(2)
 
     def keep_appending() -> None:
-        place = before
-        while place < len(whole):
-            step = dice.randint(1, 20_000)
-            append(path, whole[place : place + step])
-            place += step
+        end = before
+        while end < len(whole):
+            size = dice.randint(1, 20_000)
+            append(path, whole[end : end + size])
+            end += size
 
     appender = threading.Thread(target=keep_appending)
     starts = random.Random(3).sample(range(len(whole)), 200)
@@ -262,13 +262,13 @@ def test_many_clients_while_the_file_grows(serve: Serve, path: Path, workers: in
                 appender.start()
         while selector.get_map():
             ready = selector.select(20)
-            assert ready, "no client gets anything any more"
+            assert ready, "no client received data in 20 seconds"
             for key, _ in ready:
                 assert isinstance(key.fileobj, socket.socket)
                 stream = received[key.data]
-                some = key.fileobj.recv(1 << 20)
-                stream += some
-                if not some or len(stream) >= len(whole) - starts[key.data]:
+                chunk = key.fileobj.recv(1 << 20)
+                stream += chunk
+                if not chunk or len(stream) >= len(whole) - starts[key.data]:
                     selector.unregister(key.fileobj)
     appender.join()
     wrong = {
@@ -280,25 +280,25 @@ def test_many_clients_while_the_file_grows(serve: Serve, path: Path, workers: in
 
 
 @pytest.mark.slow
-def test_stalled_reader(serve: Serve, path: Path) -> None:
-    """A client that does not read holds nobody up, is not hung up on, and has every byte when it reads again."""
+def test_blocked_client(serve: Serve, path: Path) -> None:
+    """A blocked client delays no others, stays connected, and later reads every byte."""
     data = random_bytes(16 << 20)
     path.write_bytes(data)
     server = serve(path)
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    expect(stalled, data[:10])
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    expect(blocked, data[:10])
     other = server.connect(b"0\n")
     expect(other, data)
     for turn in range(10):
-        append(path, reporter := random_bytes(100, turn))
-        expect(other, reporter)
-        data += reporter
-    expect(stalled, data[10:])
+        append(path, appended := random_bytes(100, turn))
+        expect(other, appended)
+        data += appended
+    expect(blocked, data[10:])
 
 
 @pytest.mark.slow
-def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
-    """Connections that end in every manner, at every moment, leave the streams of the others exact."""
+def test_clients_that_connect_and_leave(serve: Serve, path: Path) -> None:
+    """Connections that end in any way and at any time leave the other streams exact."""
     data = random_bytes(4 << 20)
     path.write_bytes(data)
     server = serve(path, "-w", "2")
@@ -312,21 +312,21 @@ def test_clients_that_come_and_go(serve: Serve, path: Path) -> None:
         elif turn % 3 == 1:
             client.shutdown(socket.SHUT_WR)
         client.close()
-        append(path, reporter := random_bytes(50, turn))
-        data += reporter
+        append(path, appended := random_bytes(50, turn))
+        data += appended
     for client in staying:
         expect(client, data)
 
 
-# of a process: some dozen are its own
+# The descriptor limit of each process, which uses about a dozen itself.
 DESCRIPTORS = 40
 
-# it execs: the pid stays
-FEW = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
+# prlimit execs the program, so the pid stays the same.
+FEW_DESCRIPTORS = ("prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}")
 
 
 def fill(server: Server, data: bytes) -> list[socket.socket]:
-    """Return streaming clients, as many as the server has room for, and one more that waits."""
+    """Return as many streaming clients as the server has descriptors for, and one that waits."""
     clients: list[socket.socket] = []
     while not server.lines("out of file descriptors or memory"):
         clients.append(server.connect(b"0\n"))
@@ -339,26 +339,26 @@ def fill(server: Server, data: bytes) -> list[socket.socket]:
 
 
 def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -> None:
-    """Short of descriptors, the connections without a header go, the oldest first; those that stream stay."""
+    """Without free descriptors, the oldest headerless connections are dropped; streams continue."""
     path.write_bytes(DATA)
-    server = serve(path, "--bind", "127.0.0.1", wrapper=FEW)
+    server = serve(path, "--bind", "127.0.0.1", wrapper=FEW_DESCRIPTORS)
     streaming = [server.connect(b"0\n") for _ in range(5)]
     for client in streaming:
         expect(client, DATA)
     headerless = [server.connect() for _ in range(2 * DESCRIPTORS)]
     headerless[-1].sendall(b"0\n")
-    # the last is accepted, and so are all before it
+    # The last client is accepted, and so are all before it.
     expect(headerless[-1], DATA)
     for client in headerless[:-1]:
         if not readable(client):
             client.sendall(b"0\n")
-    fates = [recv_exactly(client, len(DATA)) for client in headerless[:-1]]
-    dropped = len(list(takewhile(lambda fate: fate == b"", fates)))
+    received = [recv_exactly(client, len(DATA)) for client in headerless[:-1]]
+    dropped = len(list(takewhile(lambda stream: stream == b"", received)))
     assert 40 <= dropped < 2 * DESCRIPTORS - 5
-    assert fates[dropped:] == [DATA] * (len(fates) - dropped)
-    append(path, NEWS)
+    assert received[dropped:] == [DATA] * (len(received) - dropped)
+    append(path, APPENDED)
     for client in streaming + headerless[dropped:]:
-        expect(client, NEWS)
+        expect(client, APPENDED)
     assert (
         len(
             server.lines(
@@ -371,24 +371,24 @@ def test_short_of_descriptors_drops_headerless_first(serve: Serve, path: Path) -
 
 @pytest.mark.slow
 def test_short_of_descriptors_keeps_streaming_clients(serve: Serve, path: Path) -> None:
-    """With streaming clients only, a new one waits until another leaves; meanwhile the worker does not spin."""
+    """With streaming clients only, a new client waits until another leaves, without a busy loop."""
     path.write_bytes(DATA)
-    server = serve(path, "--bind", "127.0.0.1", wrapper=FEW)
+    server = serve(path, "--bind", "127.0.0.1", wrapper=FEW_DESCRIPTORS)
     *clients, waiting = fill(server, DATA)
     assert len(clients) > 10
     (worker,) = server.workers(1)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
     before = cpu_seconds(worker)
-    # no event to wait for: the point is that there are none
+    # There is no event to wait for: the test is that none happens.
     time.sleep(1)
     assert cpu_seconds(worker) - before < 0.2
     assert not readable(waiting)
     assert len(server.lines("out of file descriptors or memory")) == 1
     clients.pop(0).close()
-    # sending it tells the close from a half-close
+    # The server cannot tell the close from a half-close until it sends this.
     append(path, DATA)
     for client in clients:
         expect(client, DATA)
-    expect(waiting, DATA + NEWS + DATA)
+    expect(waiting, DATA + APPENDED + DATA)

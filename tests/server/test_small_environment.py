@@ -1,4 +1,4 @@
-"""Process titles where the environment leaves no room for them."""
+"""Process titles when the environment has too little room for them."""
 
 import signal
 import sys
@@ -13,7 +13,7 @@ from support.server import TAILSRV, Serve, activated, run_tailsrv
 from support.sockets import expect
 from support.waiting import eventually
 
-# a title writes it with twice as many bytes as the command line has for it
+# A title writes each newline as two bytes, so it needs more room than the command line has.
 LONG = "\n" * 200
 COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
 
@@ -25,7 +25,7 @@ COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
     [
         (TAILSRV, "log", []),
         (COMMAND, LONG, ["A=b"]),
-        # Python sets LC_CTYPE to another value, which lies elsewhere than the first variable did.
+        # Python sets LC_CTYPE to a new value, which is stored at another address than the old one.
         (TAILSRV, "log", ["LC_CTYPE=", "A=b"]),
         (COMMAND, LONG, []),
     ],
@@ -33,7 +33,7 @@ COMMAND = (str(Path(sys.executable).with_name("tailsrv")),)
 def test_titles_with_a_small_environment(
     serve: Serve, tmp_path: Path, program: Sequence[str], name: str, variables: list[str]
 ) -> None:
-    """All titles are whole though the environment has no room for them, also after an upgrade."""
+    """Titles are complete with a small environment, also after an upgrade."""
     path = tmp_path / name
     path.write_bytes(b"first")
     server = serve(
@@ -61,8 +61,8 @@ def test_titles_with_a_small_environment(
 
 
 @pytest.mark.slow
-def test_passed_sockets_live_through_making_room(serve: Serve, tmp_path: Path) -> None:
-    """Passed sockets are taken though the program has executed itself to make room for titles."""
+def test_passed_sockets_survive_the_exec_for_titles(serve: Serve, tmp_path: Path) -> None:
+    """Passed sockets are used although the program executed itself to make room for titles."""
     path = tmp_path / LONG
     path.write_bytes(b"first")
     server = serve(path, "-p", "", wrapper=("env", "-i", *activated("tcp4")))
@@ -76,8 +76,8 @@ def test_passed_sockets_live_through_making_room(serve: Serve, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("--no-such-option",)])
-def test_what_needs_no_title(arguments: Sequence[str]) -> None:
-    """A small environment changes nothing for a program that ends at once."""
+def test_commands_without_a_title(arguments: Sequence[str]) -> None:
+    """A small environment changes nothing for a command that exits at once."""
     small, usual = (
         run_tailsrv(*arguments, wrapper=("env", "-i", "COLUMNS=100")),
         run_tailsrv(*arguments, wrapper=("env", "COLUMNS=100")),

@@ -1,4 +1,4 @@
-"""What the control sockets of a running server say: how it does, and where each client's stream stands."""
+"""The answers at the control sockets of a running server: its status and its clients."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def server(serve: Serve, path: Path) -> Server:
 
 
 def status(server: Server) -> dict[str, Any]:
-    """Return what the server says of itself."""
+    """Return the server's status."""
     answer, pid = ask(f"*:{server.port}")
     assert pid == server.pid
     found: dict[str, Any] = json.loads(answer)
@@ -40,20 +40,20 @@ def status(server: Server) -> dict[str, Any]:
 
 
 def clients(server: Server) -> dict[str, dict[str, Any]]:
-    """Return what the server says of its clients, by their addresses."""
+    """Return what the server tells about its clients, by their addresses."""
     answer = json.loads(ask(f"*:{server.port}{CLIENTS}")[0])
     assert answer["pid"] == server.pid
     return {client.pop("peer"): client for client in answer["clients"]}
 
 
-def name(sock: socket.socket) -> str:
-    """Return how the server writes a client's address."""
+def peer(sock: socket.socket) -> str:
+    """Return a client's address as the server writes it."""
     host, port = sock.getsockname()[:2]
     return f"{host}:{port}"
 
 
 def test_status(server: Server, path: Path) -> None:
-    """The status names processes by pid and start time, and has every figure that a health check needs."""
+    """The status names processes by pid and start time, and has all figures for a health check."""
     workers = server.workers(2)
     found = status(server)
     assert (found["pid"], found["ticks"]) == (server.pid, start_ticks(server.pid))
@@ -78,7 +78,7 @@ def test_status(server: Server, path: Path) -> None:
 
 
 def test_path_is_absolute(serve: Serve, path: Path) -> None:
-    """The file's path can be used in any folder, also where the server was given a relative one."""
+    """The status gives an absolute path, even if the server was started with a relative one."""
     path.write_bytes(DATA[:1000])
     server = serve("file.log", wrapper=("env", "-C", str(path.parent)))
     server.workers(1)
@@ -86,7 +86,7 @@ def test_path_is_absolute(serve: Serve, path: Path) -> None:
 
 
 def test_restarts(server: Server) -> None:
-    """A worker that was replaced shows, with how long ago."""
+    """The status shows how often a worker was replaced, and how long ago."""
     workers = server.workers(2)
     os.kill(workers[1], signal.SIGKILL)
     server.logged("worker ready: ", count=3)
@@ -96,8 +96,8 @@ def test_restarts(server: Server) -> None:
     assert 0 < second["restarted"] < DEADLINE
 
 
-def test_silent(server: Server) -> None:
-    """A worker that does not answer is silent for longer each time one asks; one that does is not."""
+def test_silent_worker(server: Server) -> None:
+    """Each status shows a growing silence of a stopped worker, and none of a running one."""
     workers = server.workers(2)
     stop(workers[0])
     eventually(lambda: status(server)["workers"][0]["silent"] > 0.2)
@@ -106,8 +106,8 @@ def test_silent(server: Server) -> None:
     eventually(lambda: [worker["silent"] for worker in status(server)["workers"]] == [0.0, 0.0])
 
 
-def test_queue(server: Server) -> None:
-    """Who waits in an accept queue is counted."""
+def test_accept_queue(server: Server) -> None:
+    """The status counts the connections in each accept queue."""
     for worker in server.workers(2):
         stop(worker)
     waiting = [server.connect(b"0\n") for _ in range(10)]
@@ -120,7 +120,7 @@ def test_queue(server: Server) -> None:
 
 
 def test_clients(server: Server, path: Path) -> None:
-    """Each client's start and position are told: of one without a header, caught up, ahead, and one that does not read."""
+    """The answer has each client's start and position, also if it has no header or is blocked."""
     silent, caught_up = server.connect(), server.connect(b"100\n")
     ahead = server.connect(b"5000000000\n")
     for sock in (caught_up, ahead):
@@ -128,37 +128,37 @@ def test_clients(server: Server, path: Path) -> None:
     expect(caught_up, DATA[100:1000])
     eventually(lambda: len(clients(server)) == 3)
     found = clients(server)
-    assert (found[name(silent)]["start"], found[name(silent)]["position"]) == (None, None)
-    assert (found[name(caught_up)]["start"], found[name(caught_up)]["position"]) == (100, 1000)
-    assert (found[name(ahead)]["start"], found[name(ahead)]["position"]) == (
+    assert (found[peer(silent)]["start"], found[peer(silent)]["position"]) == (None, None)
+    assert (found[peer(caught_up)]["start"], found[peer(caught_up)]["position"]) == (100, 1000)
+    assert (found[peer(ahead)]["start"], found[peer(ahead)]["position"]) == (
         5_000_000_000,
         5_000_000_000,
     )
-    assert {found[name(sock)]["slot"] for sock in (silent, caught_up, ahead)} <= {0, 1}
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    server.streaming(stalled)
+    assert {found[peer(sock)]["slot"] for sock in (silent, caught_up, ahead)} <= {0, 1}
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    server.streaming(blocked)
     append(path, DATA[1000:])
     expect(caught_up, DATA[1000:])
-    position = eventually(lambda: clients(server)[name(stalled)]["position"])
+    position = eventually(lambda: clients(server)[peer(blocked)]["position"])
     assert 1000 <= position < len(DATA)
-    expect(stalled, DATA)
-    eventually(lambda: clients(server)[name(stalled)]["position"] == len(DATA))
+    expect(blocked, DATA)
+    eventually(lambda: clients(server)[peer(blocked)]["position"] == len(DATA))
 
 
 def test_clients_of_a_hung_worker(server: Server) -> None:
-    """No worker is asked: the clients of one that is stopped are told as well."""
+    """The answer includes the clients of stopped workers, because it requires no worker."""
     client = server.connect(b"7\n")
     expect(client, DATA[7:1000])
-    eventually(lambda: name(client) in clients(server))
+    eventually(lambda: peer(client) in clients(server))
     for worker in server.workers(2):
         stop(worker)
-    assert clients(server)[name(client)]["position"] == 1000
+    assert clients(server)[peer(client)]["position"] == 1000
     for worker in server.workers(2):
         os.kill(worker, signal.SIGCONT)
 
 
-def test_clients_before_the_file(serve: Serve, path: Path) -> None:
-    """Without a file there is nobody to tell of, and no size."""
+def test_clients_without_a_file(serve: Serve, path: Path) -> None:
+    """Without a file, the answer has no clients and no size."""
     server = serve(path)
     server.logged("waiting for file")
     assert json.loads(ask(f"*:{server.port}{CLIENTS}")[0]) == {
@@ -168,8 +168,8 @@ def test_clients_before_the_file(serve: Serve, path: Path) -> None:
     }
 
 
-def test_many_who_ask(server: Server) -> None:
-    """Everyone who asks gets a whole answer, also those who come while a child is busy with others; no child is left."""
+def test_many_requests(server: Server) -> None:
+    """Every concurrent request gets a whole answer, and no child process is left."""
     for _ in range(50):
         expect(server.connect(b"0\n"), DATA[:1000])
     eventually(lambda: len(clients(server)) == 50)
@@ -182,20 +182,20 @@ def test_many_who_ask(server: Server) -> None:
         for sock in socks:
             with sock:
                 assert len(json.loads(sock.makefile().read())["clients"]) == 50
-    eventually(lambda: set(kin(server.pid)) == set(server.workers(2)))
+    eventually(lambda: set(all_children(server.pid)) == set(server.workers(2)))
 
 
-def kin(pid: int) -> list[int]:
-    """Return the pids of all children of `pid`, dead ones too."""
+def all_children(pid: int) -> list[int]:
+    """Return the pids of all children of `pid`, including zombies."""
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(word) for word in file.read().split()]
 
 
-def test_one_who_asks_and_does_not_read(server: Server, path: Path) -> None:
-    """Somebody who never takes the answer keeps neither the server from its work nor its end."""
-    with socket.socket(socket.AF_UNIX) as asker:
-        asker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        asker.connect(f"\0tailsrv:*:{server.port}{CLIENTS}")
+def test_answer_that_is_not_read(server: Server, path: Path) -> None:
+    """A requester that never reads its answer delays neither the streams nor the server's end."""
+    with socket.socket(socket.AF_UNIX) as requester:
+        requester.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        requester.connect(f"\0tailsrv:*:{server.port}{CLIENTS}")
         client = server.connect(b"0\n")
         expect(client, DATA[:1000])
         append(path, DATA[1000:2000])
@@ -206,25 +206,27 @@ def test_one_who_asks_and_does_not_read(server: Server, path: Path) -> None:
 
 
 def test_long_answer(server: Server) -> None:
-    """An answer that no buffer holds is given by a child as fast as it is read; the child's title says what it is."""
+    """An answer that is larger than any buffer is sent by a child, whose title names its task."""
     for _ in range(4000):
         server.connect(b"0\n")
     eventually(lambda: status(server)["clients"] == 4000)
-    with socket.socket(socket.AF_UNIX) as asker:
-        asker.settimeout(DEADLINE)
-        asker.connect(f"\0tailsrv:*:{server.port}{CLIENTS}")
+    with socket.socket(socket.AF_UNIX) as requester:
+        requester.settimeout(DEADLINE)
+        requester.connect(f"\0tailsrv:*:{server.port}{CLIENTS}")
         eventually(
-            lambda: any(title(pid) == f"tailsrv: status *:{server.port}" for pid in kin(server.pid))
+            lambda: any(
+                title(pid) == f"tailsrv: status *:{server.port}" for pid in all_children(server.pid)
+            )
         )
-        answer = asker.makefile().read()
+        answer = requester.makefile().read()
     assert len(answer) > 1 << 18
     assert len(json.loads(answer)["clients"]) == 4000
 
 
-@pytest.mark.skipif(not as_root, reason="only root can be somebody else")
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
 @pytest.mark.parametrize("which", ["", CLIENTS])
-def test_strangers_learn_nothing(server: Server, which: str) -> None:
-    """Another user is told neither the status nor the clients."""
+def test_another_user_gets_no_answer(server: Server, which: str) -> None:
+    """Another user gets neither the status nor the clients."""
     assert run_program("ask_control", f"*:{server.port}{which}", "12345").stdout == ""
     assert ask(f"*:{server.port}{which}")[0]
 
@@ -234,12 +236,12 @@ def test_strangers_learn_nothing(server: Server, which: str) -> None:
     reason="no user namespaces here",
 )
 @pytest.mark.parametrize("mapped", [1000, 65534])
-def test_strangers_of_a_user_namespace(serve: Serve, path: Path, mapped: int) -> None:
-    """A user who is none in the server's user namespace is not taken for it, by whatever number it is known there."""
+def test_users_outside_the_user_namespace(serve: Serve, path: Path, mapped: int) -> None:
+    """A user outside the server's user namespace gets no answer, whatever uid is shown for it."""
     path.write_bytes(DATA[:1000])
     server = serve(path, wrapper=("unshare", "--user", f"--map-user={mapped}"))
     server.workers(1)
     for which in ("", CLIENTS):
-        name = f"*:{server.port}{which}"
-        assert run_program("ask_control", name, "12345").stdout == ""
-        assert bool(ask(name)[0]) is (mapped == 1000)
+        address = f"*:{server.port}{which}"
+        assert run_program("ask_control", address, "12345").stdout == ""
+        assert bool(ask(address)[0]) is (mapped == 1000)

@@ -1,4 +1,4 @@
-"""No client is lost: workers die at any moment, and every byte of every stream is compared."""
+"""No client is lost when workers die at any moment: every byte of every stream is compared."""
 
 import ctypes
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 DATA = random_bytes(12 << 20)
 SMALL = DATA[:1000]
-NEWS = b"appended later, by somebody else"
+APPENDED = b"appended later"
 
 
 # Any moment
@@ -36,16 +36,18 @@ NEWS = b"appended later, by somebody else"
 
 @pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.thorough)])
 def test_many_kills(serve: Serve, path: Path, kills: int) -> None:
-    """Fifty clients of all paces lose nothing while their workers are killed at random moments, again and again."""
+    """Fifty fast and slow clients lose nothing while workers are killed at random moments."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "8")
     dice, killed = random.Random(3), set[int]()
     with loaded(server, path, seed=3) as load:
         while len(killed) < kills:
             load.run(dice.uniform(0, 0.24))
-            # the oldest first; also those that have only just been forked
-            if living := [pid for pid in forked_children(server.pid) if pid not in killed]:
-                killed.add(pid := living[0] if dice.random() < 0.8 else dice.choice(living))
+            # Mostly kill the oldest, and sometimes one that has just been forked.
+            if living_workers := [pid for pid in forked_children(server.pid) if pid not in killed]:
+                killed.add(
+                    pid := living_workers[0] if dice.random() < 0.8 else dice.choice(living_workers)
+                )
                 os.kill(pid, signal.SIGKILL)
     eventually(lambda: len(server.lines("worker was killed", "signal=SIGKILL")) == kills)
     assert not server.lines("error")
@@ -64,18 +66,18 @@ def test_many_kills(serve: Serve, path: Path, kills: int) -> None:
 def test_other_deaths(
     serve: Serve, path: Path, number: signal.Signals, deaths: int, age: float
 ) -> None:
-    """Neither crashes that are spaced out nor SIGTERM to a worker by hand cost a client anything."""
+    """Neither crashes at intervals nor SIGTERM to a worker costs a client any data."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "4", wrapper=NO_CORE)
-    # pids, with the time when each was first seen
+    # The time when each pid was first seen.
     seen: dict[int, float] = {}
     killed: set[int] = set()
 
     def kill_one() -> bool:
-        living = [pid for pid in worker_pids(server) if pid not in killed]
-        for pid in living:
+        living_workers = [pid for pid in worker_pids(server) if pid not in killed]
+        for pid in living_workers:
             seen.setdefault(pid, time.monotonic())
-        pid = min(living, key=lambda pid: seen[pid], default=0)
+        pid = min(living_workers, key=lambda pid: seen[pid], default=0)
         if not pid or time.monotonic() - seen[pid] < age:
             return False
         os.kill(pid, number)
@@ -90,8 +92,11 @@ def test_other_deaths(
 
 
 @pytest.mark.thorough
-def test_visitors_while_workers_are_killed(serve: Serve, path: Path) -> None:
-    """Who connects while workers are killed gets an exact stream or, if it was not passed up yet, an end at once: none hangs."""
+def test_connections_while_workers_are_killed(serve: Serve, path: Path) -> None:
+    """A client that connects while workers are killed gets an exact stream or is closed at once.
+
+    A connection is closed only if its worker dies before reporting it.
+    """
     path.write_bytes(SMALL)
     server = serve(path, "-w", "4")
     server.workers(4)
@@ -100,32 +105,33 @@ def test_visitors_while_workers_are_killed(serve: Serve, path: Path) -> None:
         os.kill(eventually(lambda: forked_children(server.pid))[0], signal.SIGKILL)
         for _ in range(15):
             start = dice.randrange(1000)
-            visitor = server.connect(b"%d\n" % start)
+            client = server.connect(b"%d\n" % start)
             try:
-                some = visitor.recv(1)
+                first = client.recv(1)
             except ConnectionResetError:
-                some = b""
-            if some:
-                expect(visitor, SMALL[start + 1 :])
+                first = b""
+            if first:
+                expect(client, SMALL[start + 1 :])
                 served += 1
             else:
                 lost += 1
-            visitor.close()
+            client.close()
     assert served > 200
     assert lost < 60
 
 
-# A chosen moment: the worker is stopped while a client connects, so that it finds connection and header at once
+# A chosen moment: the worker is stopped while a client connects, so that it finds the connection
+# and the header at once.
 
 
 @needs_strace
-@pytest.mark.parametrize("bystanders", [0, 3])
-def test_killed_between_accept_and_report(serve: Serve, path: Path, bystanders: int) -> None:
-    """A connection that was accepted but not passed up is ended, not left to hang; nobody else notices."""
+@pytest.mark.parametrize("other_clients", [0, 3])
+def test_killed_between_accept_and_report(serve: Serve, path: Path, other_clients: int) -> None:
+    """A connection that was accepted but not reported is closed; no other client is affected."""
     path.write_bytes(SMALL)
     server = serve(path)
     (worker,) = server.workers(1)
-    others = [server.connect(b"0\n") for _ in range(bystanders)]
+    others = [server.connect(b"0\n") for _ in range(other_clients)]
     for other in others:
         expect(other, SMALL)
     stop(worker)
@@ -135,45 +141,45 @@ def test_killed_between_accept_and_report(serve: Serve, path: Path, bystanders: 
         assert not outcome(lost)
         eventually(lambda: gone(worker))
     ready_workers(server, [worker])
-    append(path, NEWS)
+    append(path, APPENDED)
     for other in others:
-        expect(other, NEWS)
-    expect(server.connect(b"0\n"), SMALL + NEWS)
+        expect(other, APPENDED)
+    expect(server.connect(b"0\n"), SMALL + APPENDED)
 
 
 @needs_strace
 def test_killed_between_start_and_header(serve: Serve, path: Path) -> None:
-    """A stream whose start is known goes on from there, also where the header is still in the socket and the file has grown."""
+    """A stream whose start was reported continues there, even if its header is still unread."""
     path.write_bytes(SMALL)
     server = serve(path)
     (worker,) = server.workers(1)
     stop(worker)
     clients = [server.connect(header) for header in (b"-5\n", b"-0\n", b"7\njunk")]
     clients[2].shutdown(socket.SHUT_WR)
-    # three headers are looked at, then the first is consumed
+    # The worker peeks at three headers, and then consumes the first.
     with strace(worker, "recvfrom:delay_enter=60000000:when=4"):
         os.kill(worker, signal.SIGCONT)
         await_protected(server, 3)
-        append(path, NEWS)
+        append(path, APPENDED)
         os.kill(worker, signal.SIGKILL)
     for client, start in zip(clients, (-5, 1000, 7), strict=True):
-        expect(client, SMALL[start:] + NEWS)
+        expect(client, SMALL[start:] + APPENDED)
     append(path, SMALL)
     for client in clients:
         expect(client, SMALL)
 
 
-def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
-    """A client without a whole header keeps its connection, and what it has sent of it."""
+def test_killed_before_the_header_was_complete(serve: Serve, path: Path) -> None:
+    """A client without a complete header keeps its connection and the part that it has sent."""
     path.write_bytes(SMALL)
     server = serve(path)
     (worker,) = server.workers(1)
-    silent, halting = server.connect(), server.connect(b"99")
+    silent, incomplete = server.connect(), server.connect(b"99")
     await_clients(server, 2)
     os.kill(worker, signal.SIGKILL)
     ready_workers(server, [worker])
-    halting.sendall(b"8\n")
-    expect(halting, SMALL[998:])
+    incomplete.sendall(b"8\n")
+    expect(incomplete, SMALL[998:])
     silent.sendall(b"0\n")
     expect(silent, SMALL)
 
@@ -185,7 +191,7 @@ def test_killed_before_the_header_was_whole(serve: Serve, path: Path) -> None:
 )
 @pytest.mark.parametrize("what", ["signal=SIGKILL", "signal=SIGSEGV", "delay_exit=60000000"])
 def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) -> None:
-    """A worker that dies before, in or after a sendfile(2), whose result it never learned, loses and doubles nothing."""
+    """A worker that dies before, in or after sendfile(2) causes no loss and no duplicate bytes."""
     path.write_bytes(DATA)
     server = serve(path, wrapper=NO_CORE)
     (worker,) = server.workers(1)
@@ -205,26 +211,26 @@ def test_killed_inside_sendfile(serve: Serve, path: Path, what: str, when: int) 
             received += recv_exactly(clients[0], len(DATA))
             for client in clients[1:]:
                 expect(client, DATA)
-            # all that may have taken fewer calls
+            # If that took fewer than `when` calls, cause more of them.
             while not gone(worker):
-                append(path, NEWS)
+                append(path, APPENDED)
                 for client in clients:
-                    expect(client, NEWS)
+                    expect(client, APPENDED)
     assert received == DATA[: len(received)]
     if what.startswith("delay"):
         expect(clients[0], DATA[len(received) :])
         for client in clients[1:]:
             expect(client, DATA)
     assert gone(worker)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
 def is_held(pid: int) -> bool:
-    """Tell whether strace holds `pid` at a sendfile(2) for longer than it takes to look at it twice."""
+    """Return whether strace has held `pid` at one system call during two checks."""
     before = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
-    # no event says that nothing happens
+    # There is no event to wait for: the test is that nothing happens.
     time.sleep(0.02)
     after = psutil.Process(pid).num_ctx_switches(), Path(f"/proc/{pid}/syscall").read_text()
     return before == after and psutil.Process(pid).status() == psutil.STATUS_TRACING_STOP
@@ -234,7 +240,7 @@ def is_held(pid: int) -> bool:
 
 
 def slot_of(server: Server, sock: socket.socket) -> int:
-    """Return the slot that serves `sock`; takes a server with -v."""
+    """Return the slot that serves `sock`; requires a server with -v."""
     line = server.logged("client streams: ", f" peer=127.0.0.1:{sock.getsockname()[1]} ")
     return int(line.partition(" slot=")[2].split()[0])
 
@@ -250,8 +256,8 @@ def spread(server: Server, count: int) -> list[list[socket.socket]]:
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["raise", "exit", "SIGABRT", "SIGSEGV"])
-def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
-    """A client that kills every worker which adopts it ends with those of its slot, soon; the others and newcomers are served."""
+def test_client_that_kills_its_workers(serve: Serve, path: Path, how: str) -> None:
+    """A client that kills each worker that adopts it costs only the clients of its slot."""
     path.write_bytes(SMALL)
     server = serve(
         path,
@@ -272,26 +278,26 @@ def test_poisonous_client(serve: Serve, path: Path, how: str) -> None:
     assert not outcome(poison)
     for client in clients[slot]:
         assert not outcome(client)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients[1 - slot]:
-        expect(client, NEWS)
-    for client in [client for newcomers in spread(server, 2) for client in newcomers]:
-        expect(client, SMALL + NEWS)
+        expect(client, APPENDED)
+    for client in [client for slot_clients in spread(server, 2) for client in slot_clients]:
+        expect(client, SMALL + APPENDED)
     assert [worker["restarts"] > 0 for worker in status(server)["workers"]] == [
         slot == 0,
         slot == 1,
     ]
 
 
-def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
-    """A client that kills every worker which adopts it does not keep a drain busy until its grace is over."""
+def test_client_that_kills_its_workers_in_a_drain(serve: Serve, path: Path) -> None:
+    """A client that kills each worker that adopts it does not prolong a drain."""
     path.write_bytes(SMALL)
     server = serve(
         path, "-v", "--grace", "3600", program=(sys.executable, program("poisoned_workers"), "exit")
     )
     (worker,) = server.workers(1)
     stop(worker)
-    # waits in the accept queue, which a drain empties
+    # The client waits in the accept queue, which a drain empties.
     poison = server.connect(b"666\n")
     server.signal(signal.SIGTERM)
     server.logged("draining: ")
@@ -305,17 +311,17 @@ def test_poisonous_client_in_a_drain(serve: Serve, path: Path) -> None:
 # Descriptors
 
 
-def counts(server: Server) -> list[int]:
+def descriptor_counts(server: Server) -> list[int]:
     """Return the number of descriptors of the supervisor and of each worker."""
     return [open_descriptors(pid) for pid in [server.pid, *worker_pids(server)]]
 
 
 def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
-    """After a thousand clients that came and left in every manner, and some deaths, all processes have the descriptors they had."""
+    """A thousand clients that leave in every way, and some worker deaths, leak no descriptor."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
     ready_workers(server)
-    before = counts(server)
+    before = descriptor_counts(server)
     headers, killed = (b"0\n", b"-0\n", b"", b"rubbish\n", b"12", b"5\njunk"), list[int]()
     for batch in range(20):
         clients = [server.connect(headers[(batch + number) % len(headers)]) for number in range(50)]
@@ -330,20 +336,23 @@ def test_no_descriptor_leaks(serve: Serve, path: Path) -> None:
     ready_workers(server)
 
     def none_left() -> bool:
-        # sending it tells a close from a half-close
+        # The server cannot tell a close from a half-close until it sends this.
         append(path, b"x")
         return bool(status(server)["clients"] == 0)
 
     eventually(none_left)
-    eventually(lambda: counts(server) == before)
+    eventually(lambda: descriptor_counts(server) == before)
     assert sum(worker["restarts"] for worker in status(server)["workers"]) == 5
 
 
 def test_unprotected_clients(serve: Serve, path: Path) -> None:
-    """Where the supervisor runs out of descriptors, all clients are served; those without protection are counted and told of once."""
+    """If the supervisor has no descriptors left, all clients are served.
+
+    Unprotected clients are counted, and logged once.
+    """
     path.write_bytes(SMALL)
     server = serve(path, "-v", "-w", "2", wrapper=("prlimit", "--nofile=64:64"))
-    living = server.workers(2)
+    workers = server.workers(2)
     clients = [server.connect(b"0\n") for _ in range(60)]
     for client in clients:
         expect(client, SMALL)
@@ -359,53 +368,56 @@ def test_unprotected_clients(serve: Serve, path: Path) -> None:
         == 1
     )
     slots = [slot_of(server, client) for client in clients]
-    os.kill(living[0], signal.SIGKILL)
+    os.kill(workers[0], signal.SIGKILL)
     line = server.logged("worker was killed", "slot=0")
-    ready_workers(server, living[:1])
+    ready_workers(server, workers[:1])
     lost = int(line.partition(" lost=")[2].split()[0])
-    append(path, NEWS)
-    fates = [outcome_of(client, NEWS) for client in clients]
-    assert fates.count(False) == lost
-    assert all(fate for fate, slot in zip(fates, slots, strict=True) if slot == 1)
+    append(path, APPENDED)
+    survived = [receives(client, APPENDED) for client in clients]
+    assert survived.count(False) == lost
+    assert all(alive for alive, slot in zip(survived, slots, strict=True) if slot == 1)
     assert status(server)["unprotected"] == unprotected - lost
     assert status(server)["clients"] == 60 - lost
-    newcomer = server.connect(b"0\n")
-    expect(newcomer, SMALL + NEWS)
+    new = server.connect(b"0\n")
+    expect(new, SMALL + APPENDED)
 
 
-def outcome_of(client: socket.socket, reporter: bytes) -> bool:
-    """Tell whether `client` gets `news`, or its end."""
+def receives(client: socket.socket, data: bytes) -> bool:
+    """Return whether `client` receives `data`, rather than the end of its stream."""
     try:
-        some = client.recv(len(reporter))
+        received = client.recv(len(data))
     except ConnectionResetError:
         return False
-    assert some in (reporter, b"")
-    return bool(some)
+    assert received in (data, b"")
+    return bool(received)
 
 
 def test_no_descriptor_for_a_successor(serve: Serve, path: Path) -> None:
-    """A slot that cannot be filled for lack of descriptors keeps its clients, and is filled as soon as there are some."""
+    """A slot keeps its clients while the supervisor lacks descriptors to spawn its worker.
+
+    The worker is spawned as soon as descriptors are available.
+    """
     path.write_bytes(SMALL)
     server = serve(path, program=HURRIED)
     (worker,) = server.workers(1)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    # there must have been a descriptor for it
+    # Before the limit is lowered, the supervisor must have its duplicate of the client's socket.
     await_protected(server, 1)
     limits = psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)
     psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, (5, limits[1]))
     os.kill(worker, signal.SIGKILL)
     server.logged("error: cannot spawn a worker, clients of its slot wait: slot=0")
-    append(path, NEWS)
+    append(path, APPENDED)
     waiting = server.connect(b"0\n")
     psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE, limits)
-    expect(client, NEWS)
-    expect(waiting, SMALL + NEWS)
+    expect(client, APPENDED)
+    expect(waiting, SMALL + APPENDED)
 
 
 @needs_strace
 def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
-    """Where a worker cannot be forked, its clients wait until one can."""
+    """Clients of a slot whose worker cannot be forked wait until it can."""
     path.write_bytes(SMALL)
     server = serve(path, program=HURRIED)
     client = server.connect(b"0\n")
@@ -417,14 +429,14 @@ def test_no_process_for_a_successor(serve: Serve, path: Path) -> None:
             "error: cannot spawn a worker, clients of its slot wait: slot=0",
             "Resource temporarily unavailable",
         )
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
     ready_workers(server, besides=before)
 
 
 @needs_strace
 def test_client_that_cannot_be_watched(serve: Serve, path: Path) -> None:
-    """Where the kernel has no room to watch one more client, that one is closed, and nobody else notices."""
+    """A client that epoll cannot watch is closed, and no other client is affected."""
     path.write_bytes(SMALL)
     server = serve(path)
     client = server.connect(b"0\n")
@@ -436,24 +448,24 @@ def test_client_that_cannot_be_watched(serve: Serve, path: Path) -> None:
             "error: client disconnected: epoll cannot watch its socket: slot=0",
             "No space left on device",
         )
-    append(path, NEWS)
-    expect(client, NEWS)
-    expect(server.connect(b"0\n"), SMALL + NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
+    expect(server.connect(b"0\n"), SMALL + APPENDED)
 
 
 @needs_strace
 @pytest.mark.parametrize("error", ["ENFILE", "ENOMEM", "ENOBUFS"])
-def test_system_that_has_no_room(serve: Serve, path: Path, error: str) -> None:
-    """Where the whole system is short, who comes waits for a moment, and nobody goes for it, not even who has asked for nothing yet."""
+def test_system_without_descriptors_or_memory(serve: Serve, path: Path, error: str) -> None:
+    """If the system lacks descriptors or memory, new clients wait, and no client is dropped."""
     path.write_bytes(SMALL)
     server = serve(path)
     silent = server.connect()
     [worker] = ready_workers(server)
     await_clients(server, 1)
     with strace(worker, f"accept4:error={error}:when=1"):
-        late = server.connect(b"0\n")
+        new = server.connect(b"0\n")
         server.logged("out of file descriptors or memory: new clients wait")
-        expect(late, SMALL)
+        expect(new, SMALL)
     silent.sendall(b"0\n")
     expect(silent, SMALL)
 
@@ -465,9 +477,7 @@ def channel_of(worker: int) -> socket.socket:
     try:
         for fd in os.listdir(f"/proc/{worker}/fd"):
             if (taken := libc.syscall(pidfd_getfd, process, int(fd), 0)) < 0:
-                pytest.skip(
-                    f"a descriptor of another process may not be taken: {os.strerror(ctypes.get_errno())}"
-                )
+                pytest.skip(f"pidfd_getfd(2) is not permitted: {os.strerror(ctypes.get_errno())}")
             try:
                 sock = socket.socket(fileno=taken)
             except OSError:
@@ -478,11 +488,11 @@ def channel_of(worker: int) -> socket.socket:
             sock.close()
     finally:
         os.close(process)
-    raise AssertionError("it has no channel")
+    raise AssertionError("the worker has no channel")
 
 
-def test_worker_that_speaks_nonsense(serve: Serve, path: Path) -> None:
-    """A message that is none, or an order that only the supervisor gives, is a line in the log, and what came with it is closed."""
+def test_malformed_reports(serve: Serve, path: Path) -> None:
+    """Malformed reports, and orders from a worker, are logged, and their descriptors are closed."""
     path.write_bytes(SMALL)
     server = serve(path)
     client = server.connect(b"0\n")
@@ -495,26 +505,26 @@ def test_worker_that_speaks_nonsense(serve: Serve, path: Path) -> None:
             socket.send_fds(channel, [packet], [channel.fileno()])
         eventually(lambda: len(server.lines("error: ignored a malformed report: ", "slot=0 ")) == 2)
     eventually(lambda: open_descriptors(server.pid) == before)
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
     assert ready_workers(server) == [worker]
 
 
 # The end
 
 
-def kill_into_backoff(server: Server) -> None:
-    """Kill the only worker again and again, until its slot is to stay empty for more than a second."""
+def kill_until_backoff(server: Server) -> None:
+    """Kill the only worker repeatedly, until the backoff of its slot exceeds one second."""
     while not server.lines("respawning after a delay: slot=0 seconds=1.6"):
         for pid in forked_children(server.pid):
-            # killed in the last round, reaped in this
+            # The process may have been killed in the last round and reaped in this one.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: gone(pid))  # type: ignore[misc]
 
 
 def test_drain_of_a_slot_in_backoff(serve: Serve, path: Path) -> None:
-    """SIGTERM while a slot has no worker: its clients and those in its queue still get the whole file, and a proper end."""
+    """On SIGTERM, clients of a slot in backoff, and those in its queue, get the whole file."""
     path.write_bytes(DATA)
     server = serve(path, "--grace", "20")
     clients = [
@@ -525,45 +535,45 @@ def test_drain_of_a_slot_in_backoff(serve: Serve, path: Path) -> None:
     clients[2].shutdown(socket.SHUT_WR)
     expect(clients[0], DATA[:1000])
     await_clients(server, 3)
-    kill_into_backoff(server)
-    append(path, NEWS)
+    kill_until_backoff(server)
+    append(path, APPENDED)
     queued = server.connect(b"-5\n")
     server.signal(signal.SIGTERM)
-    whole = DATA + NEWS
+    whole = DATA + APPENDED
     received = [recv_all(client) for client in (*clients, queued)]
     lengths = [len(stream) for stream in received]
-    assert lengths == [len(whole) - 1000, len(NEWS), len(whole) - 1000, 5]
-    assert received == [whole[1000:], NEWS, whole[1000:], whole[-5:]]
+    assert lengths == [len(whole) - 1000, len(APPENDED), len(whole) - 1000, 5]
+    assert received == [whole[1000:], APPENDED, whole[1000:], whole[-5:]]
     server.wait()
 
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("deaths", [1, 3])
 def test_killed_while_draining(serve: Serve, path: Path, deaths: int) -> None:
-    """A successor finishes the drain that its predecessor was killed in."""
+    """A successor finishes the drain in which its predecessor was killed."""
     path.write_bytes(DATA)
     server = serve(path, "--grace", "20")
     server.workers(1)
-    stalled, half = (
+    blocked, half = (
         server.connect(b"0\n", receive_buffer=4096),
         server.connect(b"7\n", receive_buffer=4096),
     )
     half.shutdown(socket.SHUT_WR)
-    expect(stalled, DATA[:1000])
+    expect(blocked, DATA[:1000])
     expect(half, DATA[7:1000])
     server.signal(signal.SIGTERM)
     seen: list[int] = []
     for _ in range(deaths):
-        worker = eventually(lambda: [pid for pid in server_draining(server) if pid not in seen])[0]
+        worker = eventually(lambda: [pid for pid in draining_workers(server) if pid not in seen])[0]
         seen.append(worker)
         os.kill(worker, signal.SIGKILL)
-    assert recv_all(stalled) == DATA[1000:]
+    assert recv_all(blocked) == DATA[1000:]
     assert recv_all(half) == DATA[1000:]
     server.wait()
 
 
 def test_killed_in_a_drain_before_it_read_a_header(serve: Serve, path: Path) -> None:
-    """A successor also starts the streams that its predecessor did not get to."""
+    """In a drain, a successor starts the streams that its predecessor had not started."""
     path.write_bytes(SMALL)
     server = serve(path)
     [worker] = ready_workers(server)
@@ -579,29 +589,29 @@ def test_killed_in_a_drain_before_it_read_a_header(serve: Serve, path: Path) -> 
     server.wait()
 
 
-def server_draining(server: Server) -> list[int]:
+def draining_workers(server: Server) -> list[int]:
     """Return the pids of the workers that drain."""
     return [pid for pid in forked_children(server.pid) if "draining" in server.title(pid)]
 
 
 def test_killed_after_the_last_client_of_a_drain(serve: Serve, path: Path) -> None:
-    """A drain in which nobody is left to serve ends, though its worker was killed."""
+    """A drain without clients ends, even if its worker was killed."""
     path.write_bytes(DATA)
     server = serve(path, "--grace", "20")
-    stalled = server.connect(b"0\n", receive_buffer=4096)
-    expect(stalled, DATA[:1000])
+    blocked = server.connect(b"0\n", receive_buffer=4096)
+    expect(blocked, DATA[:1000])
     server.signal(signal.SIGTERM)
-    worker = eventually(lambda: server_draining(server))[0]
-    reset_at_close(stalled)
+    worker = eventually(lambda: draining_workers(server))[0]
+    reset_at_close(blocked)
     stop(worker)
-    stalled.close()
+    blocked.close()
     os.kill(worker, signal.SIGKILL)
     server.wait()
 
 
 @pytest.mark.thorough
 def test_backoff_does_not_outlast_a_drain(serve: Serve, path: Path) -> None:
-    """However often a slot's workers have died: in a drain the next comes at once, while there is time for its streams."""
+    """In a drain, a dead worker is replaced without backoff, so its streams can end in time."""
     data = random_bytes(20_000_000)
     path.write_bytes(data)
     server = serve(path, "--grace", "4")

@@ -1,4 +1,8 @@
-"""A server that is started from a terminal: it ends with it, but for nohup(1), and is not stopped."""
+"""A server that is started from a terminal.
+
+It ends when the terminal is closed, unless it was started with nohup(1), and job control never
+stops it.
+"""
 
 import os
 import pty
@@ -19,23 +23,23 @@ from support.server import TAILSRV, Serve, Server
 from support.sockets import expect, recv_all
 from support.waiting import DEADLINE
 
-DATA, NEWS = random_bytes(1000), b"more"
+DATA, APPENDED = random_bytes(1000), b"more"
 
 pytestmark = pytest.mark.slow
 
 
 class Terminal:
-    """A pseudo-terminal, of which we are the screen and the keyboard."""
+    """A pseudo-terminal; the test is its screen and keyboard."""
 
     def __init__(self) -> None:
-        # We keep the slave open: read(2) fails as long as no process has it open.
+        # Keep the slave open: read(2) of the master fails while no process has the slave open.
         self.master, self.slave = pty.openpty()
         self.name = os.ttyname(self.slave)
 
     def wrapper(self, *commands: str, descriptors: str = "<") -> tuple[str, ...]:
-        """Return what starts a program, the leader of its session, on this terminal.
+        """Return a command that starts a program on this terminal, as the leader of its session.
 
-        `commands` are for the shell to run first.
+        The shell runs `commands` first.
         """
         redirected = " ".join(
             f"{descriptor}{shlex.quote(self.name)}" for descriptor in descriptors.split()
@@ -43,7 +47,7 @@ class Terminal:
         return ("sh", "-c", f'exec {redirected}; {"; ".join([*commands, ""])} exec "$@"', "sh")
 
     def shown(self, part: str) -> str:
-        """Wait until `part` is on the screen, and return all that has come with it."""
+        """Wait until `part` is on the screen, and return all text that was read until then."""
         text = ""
         while part not in text:
             assert select.select([self.master], [], [], DEADLINE)[0], text
@@ -51,7 +55,10 @@ class Terminal:
         return text
 
     def close(self) -> None:
-        """Close it, as often as one likes: the kernel sends HUP to the session's leader."""
+        """Close the terminal, so that the kernel sends HUP to the session's leader.
+
+        Further calls have no effect.
+        """
         if self.master >= 0:
             os.close(self.master)
             os.close(self.slave)
@@ -60,7 +67,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
-    """Give a terminal that is closed in the end."""
+    """Provide a terminal that is closed at the end."""
     terminal = Terminal()
     yield terminal
     terminal.close()
@@ -68,12 +75,12 @@ def terminal() -> Iterator[Terminal]:
 
 @pytest.fixture(autouse=True)
 def file(path: Path) -> None:
-    """Put the data where it is served from."""
+    """Create the served file."""
     path.write_bytes(DATA)
 
 
-def following(server: Server) -> None:
-    """Have a client of the server that has read all there is."""
+def connect_client(server: Server) -> None:
+    """Connect a client that has read the whole file."""
     server.workers(1)
     expect(server.connect(b"0\n"), DATA)
 
@@ -82,23 +89,23 @@ def following(server: Server) -> None:
 def test_the_terminal_is_closed(
     serve: Serve, path: Path, terminal: Terminal, descriptors: str
 ) -> None:
-    """A server on a terminal that is closed drains; one more HUP, of the shell, changes nothing."""
+    """A server drains when its terminal is closed; a second HUP, from the shell, has no effect."""
     server = serve(path, wrapper=terminal.wrapper(descriptors=descriptors))
-    following(server)
-    append(path, NEWS)
+    connect_client(server)
+    append(path, APPENDED)
     terminal.close()
     server.logged("draining: signal=SIGHUP grace=5 reason=", "nohup")
     if server.process.poll() is None:
         server.signal(signal.SIGHUP)
-    assert recv_all(server.clients[0]) == NEWS
+    assert recv_all(server.clients[0]) == APPENDED
     server.wait()
     assert not server.lines("upgrade")
 
 
-def test_hup_of_a_living_terminal(serve: Serve, path: Path, terminal: Terminal) -> None:
-    """HUP upgrades while the terminal is there, and the new program drains when it is closed."""
+def test_hup_while_the_terminal_is_open(serve: Serve, path: Path, terminal: Terminal) -> None:
+    """HUP upgrades while the terminal is open; the new program drains when it is closed."""
     server = serve(path, wrapper=terminal.wrapper())
-    following(server)
+    connect_client(server)
     server.signal(signal.SIGHUP)
     server.logged("upgraded: ")
     terminal.close()
@@ -106,16 +113,18 @@ def test_hup_of_a_living_terminal(serve: Serve, path: Path, terminal: Terminal) 
     server.wait()
 
 
-def test_terminal_that_is_not_its_own(serve: Serve, path: Path, terminal: Terminal) -> None:
-    """A server without a controlling terminal, as setsid(1) starts it, is upgraded by HUP, be the terminal at its input closed."""
+def test_terminal_that_is_not_the_controlling_one(
+    serve: Serve, path: Path, terminal: Terminal
+) -> None:
+    """HUP upgrades a server without a controlling terminal, even if its input's terminal closed."""
     server = serve(path, wrapper=(sys.executable, program("terminal_of_others"), terminal.name))
-    following(server)
+    connect_client(server)
     terminal.close()
     for count in (1, 2):
         server.signal(signal.SIGHUP)
         server.logged("upgraded: ", count=count)
-    append(path, NEWS)
-    expect(server.clients[0], NEWS)
+    append(path, APPENDED)
+    expect(server.clients[0], APPENDED)
     assert not server.lines("draining")
 
 
@@ -127,27 +136,27 @@ def test_nohup(serve: Serve, path: Path, terminal: Terminal, nohup: str) -> None
         (*terminal.wrapper(), "nohup") if nohup == "nohup" else terminal.wrapper("trap '' HUP")
     )
     server = serve(path, wrapper=wrapper)
-    following(server)
+    connect_client(server)
     terminal.close()
     server.logged("upgraded: ")
     server.signal(signal.SIGHUP)
     server.logged("upgraded: ", count=2)
-    append(path, NEWS)
-    expect(server.clients[0], NEWS)
+    append(path, APPENDED)
+    expect(server.clients[0], APPENDED)
     assert not server.lines("draining")
 
 
 @pytest.mark.parametrize(
     ("what", "hung_up"), [("pipe", False), ("device", False), ("socket", False), ("terminal", True)]
 )
-def test_what_hangs_up(what: str, hung_up: bool) -> None:
-    """Only a terminal that is closed counts, not a pipe or a socket whose other end is."""
+def test_only_a_closed_terminal_hangs_up(what: str, hung_up: bool) -> None:
+    """Only a closed terminal counts as a hang-up, not a pipe or socket with a closed other end."""
     done = run_program("hung_up", what)
     assert (done.stdout.strip(), done.stderr) == (str(hung_up), "")
 
 
 def test_background_server_is_not_stopped(path: Path, terminal: Terminal) -> None:
-    """After `stty tostop` a server in the background writes its log to the terminal and goes on."""
+    """After `stty tostop`, a server in the background keeps running and logs to the terminal."""
     command = [sys.executable, program("background"), terminal.name, *TAILSRV, "-p", "0", str(path)]
     with subprocess.Popen(command, start_new_session=True) as shell:
         try:

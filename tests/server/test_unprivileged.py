@@ -1,4 +1,7 @@
-"""The server as a user with no rights: it needs none, and no other such user gets anything from it but the stream."""
+"""The server as an unprivileged user.
+
+It needs no privileges, and another unprivileged user gets nothing from it but the stream.
+"""
 
 import os
 import signal
@@ -25,8 +28,11 @@ DATA = random_bytes(100_000)
 pytestmark = pytest.mark.slow
 
 
-def without_rights(user: int) -> tuple[str, ...]:
-    """Return what starts a program as that user; it is env that execs it, for setpriv would do so with rights of root's that are left."""
+def without_privileges(user: int) -> tuple[str, ...]:
+    """Return a command that starts a program as `user`, without privileges.
+
+    The command runs env, because setpriv would exec the program with some of root's capabilities.
+    """
     path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
     return (
         "setpriv",
@@ -38,33 +44,36 @@ def without_rights(user: int) -> tuple[str, ...]:
     )
 
 
-AS_NOBODY, AS_ANOTHER = without_rights(NOBODY), without_rights(NOBODY - 1)
+AS_NOBODY, AS_ANOTHER = without_privileges(NOBODY), without_privileges(NOBODY - 1)
 
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """Return a Python that a user without rights may run: ours, or the system's if it is of the same version."""
+    """Return a Python that an unprivileged user may run.
+
+    It is the running one, or the system's if it has the same version.
+    """
     for candidate in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
         if os.geteuid() == 0 and runs(*AS_NOBODY, candidate, "-m", "tailsrv", "--version"):
             return candidate
-    pytest.skip("takes root, who can become another user, and a Python that this user may run")
+    pytest.skip("requires root, to become another user, and a Python that this user may run")
 
 
 @pytest.fixture
 def server(serve: Serve, open_folder: Path, python: str) -> Server:
-    """Start a server without rights."""
+    """Start a server without privileges."""
     (path := open_folder / "file.log").write_bytes(DATA)
     path.chmod(0o644)
     return serve(path, "-w", "2", wrapper=AS_NOBODY, program=(python, "-m", "tailsrv"))
 
 
 def run(*command: str) -> str:
-    """Run a command, and return what it says on standard output."""
+    """Run a command, and return its standard output."""
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE).stdout
 
 
 def capabilities(pid: int) -> list[str]:
-    """Return the lines about capabilities that a process has."""
+    """Return the lines of /proc/PID/status that show a capability of the process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return [
         line
@@ -74,8 +83,8 @@ def capabilities(pid: int) -> list[str]:
 
 
 @pytest.mark.thorough
-def test_everything_without_rights(server: Server, open_folder: Path, python: str) -> None:
-    """Streams, a killed worker, an upgrade, health and the end: all of it goes without any right but to read the file."""
+def test_all_features_without_privileges(server: Server, open_folder: Path, python: str) -> None:
+    """Streams, a killed worker, an upgrade, health and shutdown require no privileges."""
     socks = [server.connect(b"0\n") for _ in range(6)]
     for sock in socks:
         expect(sock, DATA)
@@ -90,7 +99,7 @@ def test_everything_without_rights(server: Server, open_folder: Path, python: st
     for sock in socks:
         expect(sock, b"more")
     answer = run(*AS_NOBODY, python, "-m", "tailsrv.health", "-p", str(server.port))
-    # the latter because a worker was restarted
+    # WARNING is possible because a worker was restarted.
     assert answer.startswith(("OK: ", "WARNING: ")), answer
     assert f"tailsrv *:{server.port}" in answer
     server.signal(signal.SIGTERM)
@@ -99,7 +108,7 @@ def test_everything_without_rights(server: Server, open_folder: Path, python: st
 
 
 def test_another_user_gets_no_answer(server: Server, python: str) -> None:
-    """Neither status nor clients are told to a second user without rights; the first one gets both."""
+    """A second unprivileged user gets neither status nor clients; the server's own user does."""
     server.workers(2)
     for which in ("", CLIENTS):
         ask = [python, program("ask_control"), f"*:{server.port}{which}"]
@@ -108,7 +117,7 @@ def test_another_user_gets_no_answer(server: Server, python: str) -> None:
 
 
 def test_another_user_cannot_signal(server: Server) -> None:
-    """A second user without rights can end neither the supervisor nor a worker, nor make it upgrade."""
+    """A second unprivileged user can neither end nor upgrade the supervisor or a worker."""
     for pid in (server.pid, *server.workers(2)):
         assert runs(*AS_NOBODY, "kill", "-CONT", str(pid))
         for name in ("TERM", "HUP", "KILL"):

@@ -1,4 +1,4 @@
-"""A server in a terminal that nobody reads."""
+"""A server that logs to a terminal that is not read."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from support.waiting import DEADLINE
 
 
 @pytest.mark.slow
-def test_server_in_a_terminal_that_nobody_reads(path: Path) -> None:
-    """Streams go on, a killed worker is replaced, and the server ends when it is told to."""
+def test_server_in_a_terminal_that_is_not_read(path: Path) -> None:
+    """Streams continue, a killed worker is replaced, and the server ends on SIGTERM."""
     path.write_bytes(b"old")
     with terminal() as (master, slave):
         command: list[str | Path] = [*TAILSRV, "-v", "-p", "0", path]
@@ -26,11 +26,11 @@ def test_server_in_a_terminal_that_nobody_reads(path: Path) -> None:
             command, stdin=subprocess.DEVNULL, stderr=slave, start_new_session=True
         ) as process:
             try:
-                said = b""
-                while not (found := re.search(rb" port=(\d+) .*worker ready: ", said, re.DOTALL)):
-                    said += os.read(master, 4096)
+                output = b""
+                while not (found := re.search(rb" port=(\d+) .*worker ready: ", output, re.DOTALL)):
+                    output += os.read(master, 4096)
                 fill(slave, 100)
-                follow_through_a_kill(int(found[1]), process.pid, path)
+                check_stream_survives_a_kill(int(found[1]), process.pid, path)
                 process.terminate()
                 assert process.wait(DEADLINE) == 0
             finally:
@@ -38,13 +38,13 @@ def test_server_in_a_terminal_that_nobody_reads(path: Path) -> None:
                     os.kill(pid, signal.SIGKILL)
 
 
-def follow_through_a_kill(port: int, supervisor: int, path: Path) -> None:
-    """Assert that a stream lives through a worker's death, and through many visits that are logged."""
+def check_stream_survives_a_kill(port: int, supervisor: int, path: Path) -> None:
+    """Check that a stream survives its worker's death and many logged connections."""
     with connect(port, b"0\n") as sock:
         expect(sock, b"old")
         for _ in range(20):
-            with connect(port, b"0\n") as visitor:
-                expect(visitor, b"old")
+            with connect(port, b"0\n") as other:
+                expect(other, b"old")
         [worker] = children(supervisor)
         os.kill(worker, signal.SIGKILL)
         append(path, b"new")

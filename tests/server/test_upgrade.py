@@ -1,4 +1,4 @@
-"""Upgrade in place: the program is replaced under its own pid, and no client notices."""
+"""Upgrade in place: the program is replaced under the same pid, and no client is disturbed."""
 
 import os
 import re
@@ -28,93 +28,97 @@ pytestmark = pytest.mark.slow
 
 DATA = random_bytes(12 << 20)
 SMALL = DATA[:1000]
-NEWS = b"appended later, by somebody else"
+APPENDED = b"appended later"
 
 
 class Installed:
-    """A tailsrv of its own, installed in a folder, for the test to replace."""
+    """A private installation of tailsrv in a folder, which the test can replace."""
 
     def __init__(self, folder: Path) -> None:
         self.package = folder / "tailsrv"
         self.package.mkdir(parents=True)
         self.install(tailsrv.__version__)
-        # The folder of the tests is the current one, and `python -m` would find the package beside it first.
-        here = ("env", "-C", str(folder), "PYTHONDONTWRITEBYTECODE=1")
-        self.program, self.hurried = (*here, *TAILSRV), (*here, *HURRIED)
+        # `python -m` searches the working directory first, where the tests' own package is.
+        environment = ("env", "-C", str(folder), "PYTHONDONTWRITEBYTECODE=1")
+        self.program, self.hurried = (*environment, *TAILSRV), (*environment, *HURRIED)
 
     def install(self, version: str) -> None:
-        """Install `version`, over what was there, as an installer does: file by file."""
+        """Install `version` over the present one, file by file as an installer does."""
         package = Path(tailsrv.__file__).parent
-        for source in package.rglob("*.py"):
-            place = self.package / source.relative_to(package)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copy(source, self.package / "new")
-            (self.package / "new").rename(place)
+        for module in package.rglob("*.py"):
+            target = self.package / module.relative_to(package)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(module, self.package / "new")
+            (self.package / "new").rename(target)
         self.edit("__init__.py", f'"{tailsrv.__version__}"', f'"{version}"')
 
     def edit(self, module: str, old: str, new: str) -> None:
-        """Replace `old` by `new` in a module, in one step."""
-        source = (self.package / module).read_text()
-        assert old in source
-        (self.package / "new").write_text(source.replace(old, new))
+        """Replace `old` by `new` in a module, atomically."""
+        text = (self.package / module).read_text()
+        assert old in text
+        (self.package / "new").write_text(text.replace(old, new))
         (self.package / "new").rename(self.package / module)
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Installed:
-    """Install the program in a folder of its own."""
+    """Install the program in a private folder."""
     return Installed(tmp_path / "installed")
 
 
 def upgrade(server: Server, count: int = 1) -> None:
-    """Ask for an upgrade and wait until the `count`th is over."""
+    """Request an upgrade and wait until the `count`th upgrade is complete."""
     server.signal(signal.SIGHUP)
     server.logged("upgraded: version=", count=count)
 
 
 @contextmanager
-def visited(server: Server, data: bytes) -> Iterator[list[int]]:
-    """Have a visitor connect all the while, read `data`, and leave; its list has an entry for each visit."""
-    visits: list[int] = []
+def connecting_repeatedly(server: Server, data: bytes) -> Iterator[list[int]]:
+    """Connect repeatedly in a thread, read `data` and disconnect.
+
+    The yielded list gets an entry for each connection.
+    """
+    connections: list[int] = []
     faults: list[str] = []
-    enough = threading.Event()
+    stopped = threading.Event()
     port = server.port
 
-    def visit() -> None:
-        while not enough.is_set():
-            start = len(visits) % len(data)
+    def connect_and_read() -> None:
+        while not stopped.is_set():
+            start = len(connections) % len(data)
             try:
                 with connect(port, b"%d\n" % start) as sock:
                     if (got := recv_exactly(sock, len(data) - start)) != data[start:]:
                         faults.append(
-                            f"visit {len(visits)}: {len(got)} bytes of {len(data) - start}"
+                            f"connection {len(connections)}: {len(got)} bytes"
+                            f" of {len(data) - start}"
                         )
             except OSError as error:
-                faults.append(f"visit {len(visits)}: {error}")
-            visits.append(start)
+                faults.append(f"connection {len(connections)}: {error}")
+            connections.append(start)
 
-    visitor = threading.Thread(target=visit)
-    visitor.start()
+    thread = threading.Thread(target=connect_and_read)
+    thread.start()
     try:
-        yield visits
+        yield connections
     finally:
-        enough.set()
-        visitor.join()
+        stopped.set()
+        thread.join()
     assert faults == []
 
 
 @pytest.mark.parametrize("upgrades", [4, pytest.param(20, marks=pytest.mark.thorough)])
 def test_upgrades_under_load(serve: Serve, path: Path, upgrades: int) -> None:
-    """Fifty clients of all paces go through many upgrades: the same pid, other workers each time, nothing lost or leaked."""
+    """Upgrades under load keep the pid, replace all workers, and lose or leak nothing."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2")
-    living = ready_workers(server)
+    workers = ready_workers(server)
     with loaded(server, path, seed=20) as load:
         before = open_descriptors(server.pid)
         for count in range(1, upgrades + 1):
             server.signal(signal.SIGHUP)
             load.run_until(lambda count=count: len(server.lines("upgraded: version=")) == count)  # type: ignore[misc]
-            living = ready_workers(server, besides=living)
+            workers = ready_workers(server, besides=workers)
         eventually(lambda: open_descriptors(server.pid) == before)
     assert find_pid(server) == server.pid
     assert sum(worker["restarts"] for worker in status(server)["workers"]) == 0
@@ -122,42 +126,42 @@ def test_upgrades_under_load(serve: Serve, path: Path, upgrades: int) -> None:
 
 
 def find_pid(server: Server) -> int:
-    """Return the pid that the control socket says."""
+    """Return the pid that the status gives."""
     return int(status(server)["pid"])
 
 
 @pytest.mark.parametrize("upgrades", [2, pytest.param(8, marks=pytest.mark.thorough)])
-def test_visitors_during_upgrades(serve: Serve, path: Path, upgrades: int) -> None:
-    """Whoever connects during an upgrade, at any moment, is served."""
+def test_connections_during_upgrades(serve: Serve, path: Path, upgrades: int) -> None:
+    """A client that connects at any moment of an upgrade is served."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
     ready_workers(server)
-    with visited(server, SMALL) as visits:
+    with connecting_repeatedly(server, SMALL) as connections:
         for count in range(1, upgrades + 1):
             upgrade(server, count)
-    assert len(visits) > 10 * upgrades
+    assert len(connections) > 10 * upgrades
 
 
 @pytest.mark.thorough
-def test_a_worker_that_does_not_end(serve: Serve, path: Path) -> None:
-    """A worker that is stuck is killed when its turn to be replaced has come; its clients go on."""
+def test_hung_worker_is_killed(serve: Serve, path: Path) -> None:
+    """A hung worker is killed when an upgrade replaces it, and its clients stay connected."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
-    living = ready_workers(server)
+    workers = ready_workers(server)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, SMALL)
-    stop(living[1])
+    stop(workers[1])
     upgrade(server)
-    ready_workers(server, besides=living)
-    append(path, NEWS)
+    ready_workers(server, besides=workers)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
 @pytest.mark.thorough
 def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
-    """An upgrade is over when every slot has a worker again, also one that was in backoff."""
+    """An upgrade completes when every slot has a worker, also one that was in backoff."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
     clients = [server.connect(b"0\n") for _ in range(10)]
@@ -166,18 +170,18 @@ def test_upgrade_while_slot_is_empty(serve: Serve, path: Path) -> None:
     ready_workers(server)
     while not server.lines("respawning after a delay: ", "seconds=0.8"):
         for pid in forked_children(server.pid)[:1]:
-            # killed in the last round, reaped in this
+            # The process may have been killed in the last round and reaped in this one.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     upgrade(server)
     assert all(worker["pid"] for worker in status(server)["workers"])
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
-def test_timing_survives(serve: Serve, path: Path) -> None:
-    """A server that a test has started with other waits is run again by the same command, and so keeps them."""
+def test_same_command_after_an_upgrade(serve: Serve, path: Path) -> None:
+    """An upgrade uses the same command, so a test's shortened timeouts stay in effect."""
     path.write_bytes(SMALL)
     server = serve(path, program=HURRIED)
     ready_workers(server)
@@ -191,7 +195,7 @@ def test_timing_survives(serve: Serve, path: Path) -> None:
 
 
 def test_another_version(serve: Serve, path: Path, installed: Installed) -> None:
-    """The installed version goes on where the old one was, in the supervisor and in the workers."""
+    """After an upgrade, both the supervisor and the workers run the installed version."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2", program=installed.program)
     ready_workers(server)
@@ -202,7 +206,8 @@ def test_another_version(serve: Serve, path: Path, installed: Installed) -> None
         installed.edit(
             "worker/worker.py",
             'isEnabledFor(logging.DEBUG):\n            logger.debug("client streams: ',
-            'isEnabledFor(logging.WARNING):\n            logger.warning("client of the new worker streams: ',
+            "isEnabledFor(logging.WARNING):\n"
+            '            logger.warning("client of the new worker streams: ',
         )
         server.signal(signal.SIGHUP)
         load.run_until(lambda: server.lines("upgraded: version=99.0 clients=20"))
@@ -222,9 +227,9 @@ def test_another_version(serve: Serve, path: Path, installed: Installed) -> None
 
 
 def check_nothing_changed(
-    server: Server, path: Path, client: socket.socket, living: list[int], reason: str
+    server: Server, path: Path, client: socket.socket, workers: list[int], reason: str
 ) -> None:
-    """Ask for an upgrade that must fail, and assert that nothing but one line in the log has come of it."""
+    """Request an upgrade that must fail, and check that it causes only one log line."""
     connected = connect(server.port)
     await_clients(server, 2)
     before = status(server)
@@ -233,25 +238,28 @@ def check_nothing_changed(
     assert re.search(reason, line)
     assert status(server) == before
     assert before["version"] == tailsrv.__version__
-    assert [worker["pid"] for worker in before["workers"]] == living
+    assert [worker["pid"] for worker in before["workers"]] == workers
     assert "Traceback" not in server.log
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
     with connected:
         connected.sendall(b"0\n")
-        expect(connected, SMALL + NEWS)
+        expect(connected, SMALL + APPENDED)
 
 
-def told_to_end(pid: int) -> bool:
-    """Tell whether SIGTERM waits for the process `pid` to go on."""
+def sigterm_is_pending(pid: int) -> bool:
+    """Return whether SIGTERM is pending for the process `pid`."""
     [pending] = re.findall(
         r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
     )
     return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def test_end_in_an_upgrade(serve: Serve, path: Path) -> None:
-    """A worker that is being replaced when the server is told to end leaves its clients, and those in its queue, to one who serves them."""
+def test_sigterm_while_a_worker_is_replaced(serve: Serve, path: Path) -> None:
+    """If the server ends while a worker is being replaced, a successor serves its clients.
+
+    The same is true for the connections in its accept queue.
+    """
     path.write_bytes(DATA)
     server = serve(path)
     [worker] = ready_workers(server)
@@ -259,7 +267,7 @@ def test_end_in_an_upgrade(serve: Serve, path: Path) -> None:
     expect(client, DATA[:1000])
     stop(worker)
     server.signal(signal.SIGHUP)
-    eventually(lambda: told_to_end(worker))
+    eventually(lambda: sigterm_is_pending(worker))
     queued = server.connect(b"7\n")
     server.signal(signal.SIGTERM)
     server.logged("draining: ")
@@ -271,13 +279,13 @@ def test_end_in_an_upgrade(serve: Serve, path: Path) -> None:
     server.wait()
 
 
-def test_end_between_two_replacements(
+def test_sigterm_between_two_replacements(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path
 ) -> None:
-    """A worker whose turn to be replaced has not come when the server is told to end drains like any other, and is not killed."""
+    """If the server ends during an upgrade, a worker not yet replaced drains and is not killed."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", "-v", "--grace", "60", program=installed.program)
-    living = ready_workers(server)
+    workers = ready_workers(server)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, SMALL)
@@ -298,7 +306,7 @@ def test_end_between_two_replacements(
         expect_eof(client)
     server.wait()
     assert not server.lines("signal=SIGKILL")
-    assert len(server.lines("worker spawned")) == len(living) + 1
+    assert len(server.lines("worker spawned")) == len(workers) + 1
 
 
 BREAKS = {
@@ -340,21 +348,21 @@ BREAKS = {
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("which", BREAKS)
-def test_a_program_that_cannot_take_over(
+def test_program_that_cannot_take_over(
     serve: Serve, path: Path, installed: Installed, which: str
 ) -> None:
-    """Where the installed program does not start, or does not understand our state, all stays as it is and the log says why."""
+    """If the installed program cannot start or read the state, nothing changes but one log line."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", program=installed.program, wrapper=("prlimit", "--core=0:0"))
-    living = ready_workers(server)
+    workers = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
     await_clients(server, 1)
     before = open_descriptors(server.pid)
     *edit, reason = BREAKS[which]
     installed.edit(*edit)
-    check_nothing_changed(server, path, client, living, reason)
-    # the client that came last
+    check_nothing_changed(server, path, client, workers, reason)
+    # The additional descriptor is the duplicate of the socket of the client that connected last.
     eventually(lambda: open_descriptors(server.pid) <= before + 1)
     installed.install("2.0")
     upgrade(server)
@@ -363,27 +371,27 @@ def test_a_program_that_cannot_take_over(
     expect(client, SMALL)
 
 
-def test_no_program_at_all(serve: Serve, path: Path, installed: Installed) -> None:
-    """Where the program has been removed, all stays as it is and the log says why."""
+def test_program_that_was_removed(serve: Serve, path: Path, installed: Installed) -> None:
+    """If the program has been removed, nothing changes and the log says why."""
     path.write_bytes(SMALL)
     script = installed.package.with_name("serve.py")
     script.write_text("import sys; from tailsrv.main import main; sys.exit(main())\n")
     server = serve(path, program=(sys.executable, "-B", str(script)))
-    living = ready_workers(server)
+    workers = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
     script.unlink()
-    check_nothing_changed(server, path, client, living, "can't open file")
+    check_nothing_changed(server, path, client, workers, "can't open file")
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installed) -> None:
-    """A version whose workers fail replaces none but the first, costs no client, and gives way to the next."""
+    """If new workers cannot start, only the first is replaced, and the next version is accepted."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", program=installed.hurried)
     server.traceback_expected = True
-    living = ready_workers(server)
+    workers = ready_workers(server)
     clients = [server.connect(b"0\n") for _ in range(20)]
     for client in clients:
         expect(client, SMALL)
@@ -395,31 +403,34 @@ def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installe
     )
     server.signal(signal.SIGHUP)
     server.logged("workers of this version do not start", "slot=0", count=2)
-    assert [worker["pid"] for worker in status(server)["workers"]][1] == living[1]
+    assert [worker["pid"] for worker in status(server)["workers"]][1] == workers[1]
     assert status(server)["clients"] == 20
     installed.install("98.0")
     upgrade(server)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
 @pytest.mark.slow
-def test_worker_that_finds_no_room_in_an_upgrade(
+def test_shortage_in_the_first_new_worker(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path
 ) -> None:
-    """A shortage in the new program's first worker costs a server nothing that waits for its file: another one is tried."""
+    """If the first new worker lacks descriptors or memory, another one is started instead."""
     server = serve(path, "-w", "2", program=installed.hurried)
-    living = ready_workers(server)
+    workers = ready_workers(server)
     client = server.connect(b"0\n")
     await_clients(server, 1)
     short, old = tmp_path / "short", "    try:\n        wakeup ="
     short.touch()
-    refused = f"    if os.access({str(short)!r}, os.F_OK):\n        os.unlink({str(short)!r})\n        return os.EX_TEMPFAIL\n"
+    refused = (
+        f"    if os.access({str(short)!r}, os.F_OK):\n"
+        f"        os.unlink({str(short)!r})\n        return os.EX_TEMPFAIL\n"
+    )
     installed.edit("worker/worker.py", old, refused + old)
     upgrade(server)
     assert not short.exists()
-    ready_workers(server, besides=living)
+    ready_workers(server, besides=workers)
     path.write_bytes(SMALL)
     expect(client, SMALL)
 
@@ -428,14 +439,15 @@ def test_worker_that_finds_no_room_in_an_upgrade(
 def test_workers_that_do_not_start_after_an_upgrade(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path
 ) -> None:
-    """When an upgrade is over, workers that cannot start end the server as they would have without it."""
+    """After a complete upgrade, workers that cannot start end the server as usual."""
     path.write_bytes(SMALL)
     broken = tmp_path / "broken"
     old = "    try:\n        wakeup ="
     installed.edit(
         "worker/worker.py",
         old,
-        f"    if os.access({str(broken)!r}, os.F_OK):\n        return ExitStatus.CANNOT_BOOT\n{old}",
+        f"    if os.access({str(broken)!r}, os.F_OK):\n"
+        f"        return ExitStatus.CANNOT_BOOT\n{old}",
     )
     server = serve(path, "-w", "2", status=3, program=installed.hurried)
     ready_workers(server)
@@ -448,13 +460,13 @@ def test_workers_that_do_not_start_after_an_upgrade(
 
 @pytest.mark.build
 def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Path) -> None:
-    """What the manual says: install the next version over this one in its environment, and send HUP."""
-    if not (source := Path(tailsrv.__file__).parent.parent / "pyproject.toml").exists():
-        source = Path.cwd() / "pyproject.toml"
+    """Installing the next version with pip and sending HUP upgrades the server."""
+    if not (project := Path(tailsrv.__file__).parent.parent / "pyproject.toml").exists():
+        project = Path.cwd() / "pyproject.toml"
     checkout, home = tmp_path / "checkout", tmp_path / "venv"
     checkout.mkdir()
     for name in ("pyproject.toml", "README.md", "UNLICENSE"):
-        shutil.copy(source.with_name(name), checkout)
+        shutil.copy(project.with_name(name), checkout)
     shutil.copytree(
         Path(tailsrv.__file__).parent,
         checkout / "tailsrv",
@@ -473,15 +485,15 @@ def test_another_version_installed_by_pip(serve: Serve, path: Path, tmp_path: Pa
     subprocess.run(pip, check=True)
     upgrade(server)
     assert status(server)["version"] == "77.0"
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
 
 
-# Requests that come at odd moments
+# Requests and signals at unusual moments
 
 
-def slow_to_start(installed: Installed, flag: Path) -> None:
-    """Make the installed program prove itself only once there is a line to read from the named pipe `flag`."""
+def hold_check(installed: Installed, flag: Path) -> None:
+    """Make the installed program's check wait until the named pipe `flag` is opened for writing."""
     os.mkfifo(flag)
     installed.edit(
         "main.py",
@@ -490,49 +502,49 @@ def slow_to_start(installed: Installed, flag: Path) -> None:
     )
 
 
-def let_go(flag: Path) -> None:
-    """Let the program that waits at the pipe go on."""
+def continue_check(flag: Path) -> None:
+    """Let the check that waits at the pipe continue."""
 
     def opened() -> bool:
         try:
             os.close(os.open(flag, os.O_WRONLY | os.O_NONBLOCK))
         except OSError:
-            # nobody reads yet
+            # The pipe has no reader yet.
             return False
         return True
 
     eventually(opened)
 
 
-def await_proof(server: Server, living: list[int]) -> int:
-    """Return the pid of the program that is to prove itself, once it runs."""
-    return eventually(lambda: [pid for pid in forked_children(server.pid) if pid not in living])[0]
+def await_check(server: Server, workers: list[int]) -> int:
+    """Wait until the check of the installed program runs, and return its pid."""
+    return eventually(lambda: [pid for pid in forked_children(server.pid) if pid not in workers])[0]
 
 
-def test_requests_during_an_upgrade_are_one_more(
+def test_requests_during_an_upgrade_cause_one_more(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path
 ) -> None:
-    """However often one asks while an upgrade is under way, exactly one more follows: it may be for something newer."""
+    """Any number of requests during an upgrade cause exactly one more upgrade."""
     path.write_bytes(SMALL)
     server = serve(path, program=installed.program)
-    living = ready_workers(server)
+    workers = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    slow_to_start(installed, tmp_path / "flag")
+    hold_check(installed, tmp_path / "flag")
     server.signal(signal.SIGHUP)
-    await_proof(server, living)
+    await_check(server, workers)
     for _ in range(5):
         before = status(server)
         server.signal(signal.SIGHUP)
-        # asked after the signal: it has been taken
+        # The answer to a later request shows that the signal was handled.
         assert before == status(server)
-    first, flag = await_proof(server, living), tmp_path / "flag"
-    let_go(flag)
-    # what is installed may have changed since: it is asked anew
-    await_proof(server, [*living, first])
-    let_go(flag)
+    first, flag = await_check(server, workers), tmp_path / "flag"
+    continue_check(flag)
+    # The installed program may have changed since the check, so it is checked again.
+    await_check(server, [*workers, first])
+    continue_check(flag)
     server.logged("upgraded: version=")
-    let_go(flag)
+    continue_check(flag)
     server.logged("upgraded: version=", count=2)
     ready_workers(server)
     server.signal(signal.SIGTERM)
@@ -542,8 +554,8 @@ def test_requests_during_an_upgrade_are_one_more(
 
 
 @pytest.mark.thorough
-def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
-    """A storm of requests ends in an upgraded server, with every client."""
+def test_many_requests_in_a_row(serve: Serve, path: Path) -> None:
+    """Hundreds of requests in a row end in an upgraded server with all its clients."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
     client = server.connect(b"0\n")
@@ -552,13 +564,13 @@ def test_a_request_right_after_a_request(serve: Serve, path: Path) -> None:
         for _ in range(100):
             server.signal(signal.SIGHUP)
         server.logged("upgraded: version=", count=count)
-    append(path, NEWS)
-    expect(client, NEWS)
+    append(path, APPENDED)
+    expect(client, APPENDED)
 
 
 @pytest.mark.thorough
 def test_while_waiting_for_the_file(serve: Serve, path: Path, installed: Installed) -> None:
-    """A server whose file is not there yet is upgraded too, and those who wait are served when it comes."""
+    """A server that waits for its file can be upgraded, and then serves the waiting clients."""
     server = serve(path, "-w", "2", program=installed.hurried)
     server.logged("waiting for file")
     waiting = [server.connect(b"0\n") for _ in range(5)]
@@ -570,26 +582,26 @@ def test_while_waiting_for_the_file(serve: Serve, path: Path, installed: Install
     for client in waiting:
         expect(client, SMALL)
     upgrade(server, 3)
-    append(path, NEWS)
+    append(path, APPENDED)
     for client in waiting:
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
-def test_the_end_during_a_proof(
+def test_sigterm_during_the_check(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path
 ) -> None:
-    """SIGTERM while the installed program proves itself: the server drains and ends, and the program with it."""
+    """SIGTERM during the check drains and ends the server, and ends the checked program."""
     path.write_bytes(SMALL)
     server = serve(path, program=installed.program)
-    living = ready_workers(server)
+    workers = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    slow_to_start(installed, tmp_path / "flag")
+    hold_check(installed, tmp_path / "flag")
     server.signal(signal.SIGHUP)
-    await_proof(server, living)
-    append(path, NEWS)
+    await_check(server, workers)
+    append(path, APPENDED)
     server.signal(signal.SIGTERM)
-    expect(client, NEWS)
+    expect(client, APPENDED)
     expect_eof(client)
     server.wait()
     assert not server.lines("upgraded: ")
@@ -606,8 +618,8 @@ def test_the_end_during_a_proof(
         *(pytest.param(again, marks=pytest.mark.thorough) for again in (2, 3, 5, 6, 8, 9)),
     ],
 )
-def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
-    """SIGTERM at whatever moment of an upgrade: the streams end in good order, with all that is in the file."""
+def test_sigterm_during_an_upgrade(serve: Serve, path: Path, attempt: int) -> None:
+    """SIGTERM at any moment of an upgrade ends each stream with all that is in the file."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2", "--grace", "20")
     ready_workers(server)
@@ -624,10 +636,10 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
             server.logged("upgrade: old=")
         case _:
             server.logged("worker ready: ", count=3)
-    append(path, NEWS)
+    append(path, APPENDED)
     server.signal(signal.SIGTERM)
-    expect(clients[0], DATA[10:] + NEWS)
-    expect(clients[1], NEWS)
+    expect(clients[0], DATA[10:] + APPENDED)
+    expect(clients[1], APPENDED)
     for client in clients:
         expect_eof(client)
     server.wait()
@@ -643,7 +655,7 @@ def test_the_end_right_behind(serve: Serve, path: Path, attempt: int) -> None:
         (signal.SIGHUP, "upgrade: checking whether the installed program starts"),
     ],
 )
-def test_a_signal_that_comes_with_the_end_of_the_check(
+def test_signal_at_the_end_of_the_check(
     serve: Serve,
     path: Path,
     installed: Installed,
@@ -651,22 +663,22 @@ def test_a_signal_that_comes_with_the_end_of_the_check(
     number: signal.Signals,
     line: str,
 ) -> None:
-    """A signal that the supervisor finds together with the end of the installed program's check is acted on, not lost in the exec."""
+    """A signal that arrives together with the end of the check is handled, not lost in the exec."""
     path.write_bytes(SMALL)
     server = serve(path, program=installed.program)
-    living = ready_workers(server)
-    slow_to_start(installed, tmp_path / "flag")
+    workers = ready_workers(server)
+    hold_check(installed, tmp_path / "flag")
     server.signal(signal.SIGHUP)
-    check = await_proof(server, living)
+    check = await_check(server, workers)
     stop(server.pid)
-    let_go(tmp_path / "flag")
+    continue_check(tmp_path / "flag")
     eventually(lambda: gone(check))
     before = len(server.lines(line))
     server.signal(number)
     server.signal(signal.SIGCONT)
     if number == signal.SIGHUP:
-        await_proof(server, living)
-        let_go(tmp_path / "flag")
+        await_check(server, workers)
+        continue_check(tmp_path / "flag")
     server.logged(line, count=before + 1)
     if number != signal.SIGHUP:
         server.wait()
@@ -675,14 +687,14 @@ def test_a_signal_that_comes_with_the_end_of_the_check(
 
 @pytest.mark.thorough
 @needs_strace
-def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
-    """A signal that comes when the old program has looked for signals for the last time reaches the new one."""
+def test_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
+    """A signal that arrives after the old program's last check for signals reaches the new one."""
     path.write_bytes(SMALL)
     server = serve(path)
     ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
-    # three are the proof's, the fourth is the state
+    # The check creates three memory files; the fourth holds the state.
     with strace(server.pid, "memfd_create:delay_enter=500000:when=4"):
         server.signal(signal.SIGHUP)
         server.logged("upgrade: old=")
@@ -700,52 +712,54 @@ def test_a_signal_while_the_state_is_written(serve: Serve, path: Path) -> None:
         ("execve:error=ENOMEM:when=1", "Cannot allocate memory"),
     ],
 )
-def test_a_kernel_that_refuses(serve: Serve, path: Path, fault: str, reason: str) -> None:
-    """Where the kernel refuses the proof, or the exec behind it, all stays as it is, and the next request may succeed."""
+def test_check_or_exec_refused_by_the_kernel(
+    serve: Serve, path: Path, fault: str, reason: str
+) -> None:
+    """If the kernel refuses the check or the exec, nothing changes; a later request can succeed."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2")
-    living = ready_workers(server)
+    workers = ready_workers(server)
     client = server.connect(b"0\n")
     expect(client, SMALL)
     with strace(server.pid, fault):
-        check_nothing_changed(server, path, client, living, reason)
+        check_nothing_changed(server, path, client, workers, reason)
     upgrade(server)
     append(path, SMALL)
     expect(client, SMALL)
 
 
 @pytest.mark.thorough
-def test_a_worker_dies_during_an_upgrade(
+def test_worker_killed_during_the_check(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path
 ) -> None:
-    """A worker that is killed while the installed program proves itself has a successor at once, and both are replaced."""
+    """A worker that is killed during the check is replaced at once, and again by the upgrade."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", program=installed.program)
-    living = ready_workers(server)
+    workers = ready_workers(server)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, SMALL)
-    slow_to_start(installed, tmp_path / "flag")
+    hold_check(installed, tmp_path / "flag")
     server.signal(signal.SIGHUP)
-    await_proof(server, living)
-    os.kill(living[0], signal.SIGKILL)
-    successors = ready_workers(server, besides=living[:1])
-    let_go(tmp_path / "flag")
+    await_check(server, workers)
+    os.kill(workers[0], signal.SIGKILL)
+    successors = ready_workers(server, besides=workers[:1])
+    continue_check(tmp_path / "flag")
     server.logged("upgraded: version=", " clients=10")
-    ready_workers(server, besides=living + successors)
-    append(path, NEWS)
+    ready_workers(server, besides=workers + successors)
+    append(path, APPENDED)
     for client in clients:
-        expect(client, NEWS)
+        expect(client, APPENDED)
 
 
 # The service manager
 
 
 @pytest.mark.thorough
-def test_the_service_manager_is_told(
+def test_service_manager_notifications(
     serve: Serve, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RELOADING=1 comes with the request, READY=1 when all workers are new, or when nothing has changed after all."""
+    """RELOADING=1 is sent at the request, and READY=1 when the upgrade completes or fails."""
     path.write_bytes(SMALL)
     installed = Installed(tmp_path / "installed")
     address = str(tmp_path / "notify")
@@ -754,25 +768,25 @@ def test_the_service_manager_is_told(
         manager.bind(address)
         manager.settimeout(DEADLINE)
 
-        def told() -> list[str]:
+        def receive() -> list[str]:
             return manager.recv(4096).decode().split("\n")
 
         def drop_status(word: str) -> list[str]:
-            while (words := told())[0].startswith("STATUS="):
+            while (words := receive())[0].startswith("STATUS="):
                 pass
             assert words[0] == word
             return words
 
         server = serve(path, "-w", "2", program=installed.program)
         drop_status("READY=1")
-        living = ready_workers(server)
+        workers = ready_workers(server)
         server.signal(signal.SIGHUP)
         words = drop_status("RELOADING=1")
         assert re.fullmatch(r"MONOTONIC_USEC=\d+", words[1])
-        # of the new program, in case that the first was not taken
+        # The new program repeats the message, in case the first one was not received.
         drop_status("RELOADING=1")
         drop_status("READY=1")
-        ready_workers(server, besides=living)
+        ready_workers(server, besides=workers)
         installed.edit("worker/worker.py", "import gc", "import gc gc")
         server.signal(signal.SIGHUP)
         drop_status("RELOADING=1")

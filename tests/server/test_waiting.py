@@ -1,4 +1,7 @@
-"""A server whose file is not there: its workers accept, refuse and watch clients as ever, and serve them when the file comes."""
+"""A server whose file does not exist yet.
+
+Its workers accept, refuse and monitor clients as usual, and serve them when the file appears.
+"""
 
 import os
 import signal
@@ -21,7 +24,7 @@ OLD, NEW = b"the first file\n", b"the file that was awaited\n"
 
 @pytest.fixture(params=["at the start", "between two files"])
 def waiting(request: pytest.FixtureRequest, serve: Serve, path: Path) -> Server:
-    """Give a server that waits for its file, from the start or after a rotation."""
+    """Start a server that waits for its file, from the start or after a rotation."""
     if request.param == "at the start":
         server = serve(path, "-w", "2", "--follow-name")
     else:
@@ -34,12 +37,12 @@ def waiting(request: pytest.FixtureRequest, serve: Serve, path: Path) -> Server:
 
 
 def queued(server: Server) -> int:
-    """Return how many connections nobody has accepted."""
+    """Return the number of connections in the accept queues."""
     return sum(listener["queued"] for listener in status(server)["listeners"])
 
 
-def test_probes_leave_nothing_behind(waiting: Server) -> None:
-    """Connections that are made and closed at once, as readiness probes do, do not fill the accept queues."""
+def test_probes_do_not_fill_accept_queues(waiting: Server) -> None:
+    """Connections that are closed at once, as by readiness probes, do not fill accept queues."""
     port = waiting.port
     for number in range(100):
         probe = socket.create_connection(("127.0.0.1", port))
@@ -48,8 +51,8 @@ def test_probes_leave_nothing_behind(waiting: Server) -> None:
     await_clients(waiting, 0)
 
 
-def test_served_when_the_file_comes(waiting: Server, path: Path) -> None:
-    """Whatever part of its header a client has sent while it waited, it is served as the header says when the file is there."""
+def test_served_when_the_file_appears(waiting: Server, path: Path) -> None:
+    """Clients are served when the file appears, whatever part of their header they have sent."""
     headers = {
         b"0\n": NEW,
         b"4\n": NEW[4:],
@@ -74,8 +77,8 @@ def test_served_when_the_file_comes(waiting: Server, path: Path) -> None:
         expect(client, OLD)
 
 
-def test_a_worker_dies_while_it_waits(waiting: Server, path: Path) -> None:
-    """A worker that is killed before there is a file costs nobody anything."""
+def test_worker_killed_without_a_file(waiting: Server, path: Path) -> None:
+    """No client is lost if a worker is killed before the file exists."""
     clients = [waiting.connect(b"0\n") for _ in range(20)]
     await_clients(waiting, len(clients))
     pids = ready_workers(waiting)
@@ -87,8 +90,8 @@ def test_a_worker_dies_while_it_waits(waiting: Server, path: Path) -> None:
         expect(client, NEW)
 
 
-def test_the_end(waiting: Server) -> None:
-    """Told to end, it gives every client that waits a clean end of its stream, whatever it had asked for."""
+def test_sigterm_without_a_file(waiting: Server) -> None:
+    """On SIGTERM, every client that waits for the file gets a clean end of its stream."""
     clients = [
         waiting.connect(header) for header in (b"0\n", b"-0\n", b"", b"12") for _ in range(3)
     ]
@@ -98,18 +101,18 @@ def test_the_end(waiting: Server) -> None:
     waiting.wait()
 
 
-def test_rules_hold(serve: Serve, path: Path) -> None:
-    """What is no header is refused, silence ends after --header-timeout and strangers are turned away: the file need not be there."""
+def test_refusals_without_a_file(serve: Serve, path: Path) -> None:
+    """Bad headers, --header-timeout and --allow are enforced before the file exists."""
     server = serve(path, "--header-timeout", "0.3", "--allow", "127.0.0.1")
-    patient = server.connect(b"0\n")
+    client = server.connect(b"0\n")
     assert recv_all(server.connect(b"no number\n")) == b""
     server.logged("client refused: ", "not a number")
     assert recv_all(server.connect(b"12")) == b""
     server.logged("client refused: ", "no header in 0.3 s")
-    with socket.socket() as stranger:
-        stranger.bind(("127.0.0.2", 0))
-        stranger.connect(("127.0.0.1", server.port))
-        assert recv_all(stranger) == b""
+    with socket.socket() as refused:
+        refused.bind(("127.0.0.2", 0))
+        refused.connect(("127.0.0.1", server.port))
+        assert recv_all(refused) == b""
     server.logged("client is not in an allowed network")
     path.write_bytes(NEW)
-    expect(patient, NEW)
+    expect(client, NEW)

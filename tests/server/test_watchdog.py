@@ -1,4 +1,4 @@
-"""What a service manager is told: that all is well only while every worker answers, and how the service does."""
+"""Messages to the service manager: WATCHDOG=1 while every worker answers, and the status."""
 
 import os
 import signal
@@ -12,17 +12,17 @@ from support.server import HURRIED, Serve
 from support.service_manager import ServiceManager
 from support.sockets import expect
 
-DATA, MORE = random_bytes(1000), b"more"
+DATA, APPENDED = random_bytes(1000), b"more"
 
 
 @pytest.fixture(autouse=True)
 def file(path: Path) -> None:
-    """Put the data where it is served from."""
+    """Create the served file."""
     path.write_bytes(DATA)
 
 
-def test_alive(serve: Serve, path: Path, manager: ServiceManager) -> None:
-    """The service manager hears WATCHDOG=1 again and again, with the file, without it, and after an upgrade."""
+def test_all_workers_answer(serve: Serve, path: Path, manager: ServiceManager) -> None:
+    """WATCHDOG=1 is sent repeatedly, with the file, without it, and after an upgrade."""
     path.unlink()
     server = serve(path, "-w", "2", wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
     for _ in range(3):
@@ -39,10 +39,10 @@ def test_alive(serve: Serve, path: Path, manager: ServiceManager) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_worker_that_hangs_is_replaced(
+def test_hung_worker_is_replaced(
     serve: Serve, path: Path, manager: ServiceManager, count: int
 ) -> None:
-    """Workers that do not answer are killed; their clients stay, and the service manager hears WATCHDOG=1 again."""
+    """Hung workers are killed, their clients stay connected, and WATCHDOG=1 is sent again."""
     server = serve(path, "-w", "2", wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
     workers = server.workers(2)
     clients = [server.connect(b"0\n") for _ in range(20)]
@@ -55,19 +55,20 @@ def test_a_worker_that_hangs_is_replaced(
     server.logged("worker ready: ", count=2 + count)
     manager.until("WATCHDOG=1")
     with path.open("ab") as file:
-        file.write(MORE)
+        file.write(APPENDED)
     for client in clients:
-        expect(client, MORE)
+        expect(client, APPENDED)
     assert all(gone(worker) for worker in workers[:count])
     assert set(workers[count:]) <= set(children(server.pid))
 
 
 @pytest.mark.thorough
-def test_hung_before_it_was_ready(serve: Serve, path: Path, manager: ServiceManager) -> None:
-    """A worker that never gets ready is one that does not answer."""
+def test_worker_hung_before_it_was_ready(serve: Serve, path: Path, manager: ServiceManager) -> None:
+    """A worker that never becomes ready counts as hung."""
     server = serve(path, wrapper=manager.wrapper("WATCHDOG_USEC=900000"))
     (worker,) = server.workers(1)
-    # a worker that is just forked has its parent's handlers, and SIGSTOP needs none
+    # Stop the worker by SIGSTOP: a worker that was just forked still has the supervisor's signal
+    # handlers, and SIGSTOP does not depend on them.
     for _ in range(2):
         os.kill(worker, signal.SIGKILL)
         server.logged("worker was killed: ", f"pid={worker} ")
@@ -79,7 +80,7 @@ def test_hung_before_it_was_ready(serve: Serve, path: Path, manager: ServiceMana
 
 
 def next_child(pid: int, before: int) -> int:
-    """Return the child of `pid` that is there after the one `before`."""
+    """Wait until `pid` has a child other than `before`, and return its pid."""
     while True:
         for child in children(pid):
             if child != before:
@@ -97,10 +98,10 @@ def next_child(pid: int, before: int) -> int:
         ("WATCHDOG_USEC=" + "9" * 5000,),
     ],
 )
-def test_nobody_wants_to_know(
+def test_watchdog_of_another_process_or_none(
     serve: Serve, path: Path, manager: ServiceManager, variables: tuple[str, ...]
 ) -> None:
-    """Where no watchdog is asked for, or it is for another process, nobody is told, and no worker is asked."""
+    """Without a watchdog, or with one for another process, no WATCHDOG=1 and no ping is sent."""
     server = serve(path, wrapper=manager.wrapper(*variables))
     (worker,) = server.workers(1)
     stop(worker)
@@ -113,38 +114,38 @@ def test_nobody_wants_to_know(
 
 @pytest.mark.thorough
 def test_status(serve: Serve, path: Path, manager: ServiceManager) -> None:
-    """The status follows what the server does, and READY=1 comes once clients can connect, STOPPING=1 when it ends."""
+    """STATUS= follows the state; READY=1 is sent once clients can connect, STOPPING=1 at exit."""
     path.unlink()
     server = serve(path, "-w", "2", wrapper=manager.wrapper(), program=HURRIED)
-    said = manager.until("READY=1")
+    messages = manager.until("READY=1")
     path.write_bytes(DATA)
-    said += manager.until("STATUS=2 workers, 0 clients")
+    messages += manager.until("STATUS=2 workers, 0 clients")
     client = server.connect(b"0\n")
     expect(client, DATA)
-    said += manager.until("STATUS=2 workers, 1 client")
-    assert "STATUS=waiting for file" in said
+    messages += manager.until("STATUS=2 workers, 1 client")
+    assert "STATUS=waiting for file" in messages
     server.signal(signal.SIGTERM)
     manager.until("STOPPING=1")
 
 
 def test_ended_before_it_was_ready(serve: Serve, path: Path, manager: ServiceManager) -> None:
-    """A server that is told to end while it starts does not say that it is ready after that."""
+    """A server that receives SIGTERM while it starts does not send READY=1 after STOPPING=1."""
     server = serve(path, "-w", "8", wrapper=manager.wrapper())
     server.logged("serving: ")
     server.signal(signal.SIGTERM)
-    said = manager.until("STOPPING=1")
+    messages = manager.until("STOPPING=1")
     server.wait()
     manager.sock.setblocking(False)
     while True:
         try:
-            said += manager.sock.recv(4096).decode().split("\n")
+            messages += manager.sock.recv(4096).decode().split("\n")
         except BlockingIOError:
             break
-    assert "READY=1" not in said[said.index("STOPPING=1") :]
+    assert "READY=1" not in messages[messages.index("STOPPING=1") :]
 
 
 @pytest.mark.parametrize("address", ["", "relative", "/nowhere/at/all", "@nobody", "vsock:2:1234"])
-def test_nobody_listens(serve: Serve, path: Path, address: str) -> None:
-    """A service manager that is not there, or that has a strange address, changes nothing."""
+def test_unreachable_service_manager(serve: Serve, path: Path, address: str) -> None:
+    """An absent service manager, or an unusable address of it, changes nothing."""
     server = serve(path, wrapper=("env", f"NOTIFY_SOCKET={address}", "WATCHDOG_USEC=300000"))
     expect(server.connect(b"0\n"), DATA)
