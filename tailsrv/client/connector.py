@@ -39,9 +39,10 @@ class UnknownHostError(ConnectError):
 class Backoff:
     """The pauses between rounds of attempts to connect.
 
-    The first pause is `first` seconds long. After each further round in which no byte was received,
-    it is twice as long, up to `longest` seconds. Each pause is shortened by a random amount of up
-    to half, so that clients that lost a server together do not all reconnect at the same time.
+    The first pause is `first` seconds long. After each further round in a row in which no byte was
+    received, it is twice as long, up to `longest` seconds. Each pause is shortened by a random
+    amount of up to half, so that clients that lost a server together do not all reconnect at the
+    same time.
     """
 
     first: float = 0.5

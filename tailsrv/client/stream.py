@@ -28,8 +28,8 @@ RECEIVE_CHUNK = 1 << 16
 # Seconds to wait for bytes that the server must have if it serves the same file. After that, the
 # client reports that they are missing, or tries another server.
 STUCK_TIME = 2.0
-# The upper limit of that wait. It doubles with each server in a row that did not send them, because
-# all of the servers may be slow to send their first byte.
+# The upper limit of that wait. The wait doubles with each server in a row that did not send such
+# bytes, because all of the servers may be slow to send their first byte.
 MAX_STUCK_TIME = 30.0
 # Attempts to fetch the bytes before the position. An attempt fails if the file grows meanwhile. If
 # all of them fail, the stream itself has soon received enough bytes to resume.

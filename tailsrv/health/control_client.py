@@ -1,10 +1,10 @@
 """Finds the servers of this machine and asks them for their status and clients.
 
 It finds servers by the names of their control sockets in /proc/net/unix. To ask a question, it
-connects to a control socket; it sends nothing, and the name of the socket says which answer comes.
-It never connects to the TCP port, because a health check must not be a client. It trusts an answer
-only if it comes from this process's user or from root; root trusts all users. It trusts a process
-ID only after it has compared the start time of the process with the one reported.
+connects to a control socket. It sends nothing: each question has a socket of its own. It never
+connects to the TCP port, because a health check must not be a client. It trusts an answer only if
+it comes from this process's user or from root; root trusts all users. It trusts a process ID only
+after it has compared the start time of the process with the one reported.
 """
 
 import os

@@ -30,9 +30,9 @@ class Mounts:
             self.close()
 
     def close(self) -> None:
-        """Close the file in a forked child.
+        """Close the file. A forked child must call this.
 
-        It stays registered, because the child shares the epoll object with its parent.
+        The file stays registered, because the child shares the epoll object with its parent.
         """
         if self._file is not None:
             close_file(self._file)

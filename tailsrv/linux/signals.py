@@ -9,9 +9,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# The sets below say how a process of this program treats each signal (signal(7)).
-#
-# The signals that it acts on.
+# The sets below say how a process of this program treats each signal (signal(7)). It acts on these.
 ACTED_ON = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPWR})
 # The default action, which ends the process, is right for these: faults of the process itself, the
 # operator's limit on CPU time (RLIMIT_CPU), and SIGABRT, which systemd sends to a service that does

@@ -33,8 +33,8 @@ def notify(*assignments: str) -> bool:
     """Send `NAME=value` assignments to the service manager, if there is one.
 
     This never waits, and never raises. It returns False if the message was not sent but a retry may
-    succeed: the queue of the service manager's socket is full, or memory or descriptors have run
-    out.
+    succeed, because the queue of the service manager's socket is full, or memory or descriptors
+    have run out.
     """
     if not is_managed():
         return True
@@ -93,7 +93,7 @@ class Lifecycle:
 def watchdog_seconds() -> float | None:
     """Return the service manager's limit on the seconds between two `WATCHDOG=1` messages.
 
-    The result is None if it does not expect such messages.
+    The result is None if the service manager does not expect such messages.
     """
     microseconds = _read_number("WATCHDOG_USEC")
     pid = os.environ.get("WATCHDOG_PID") or str(os.getpid())
