@@ -1,11 +1,11 @@
 """The Python client of tailsrv: `follow` iterates over the bytes of a served file.
 
 The commands `tscat` and `tssync` use it as well. Example:
+    from tailsrv.client import follow
 
-from tailsrv.client import follow
+    for chunk in follow("logserver:4321"):
+        print(chunk)
 
-for chunk in follow("logserver:4321"):
-    print(chunk)
 """
 
 from collections.abc import Callable, Sequence
@@ -45,14 +45,15 @@ def follow(
 ) -> Follow:
     """Iterate over the bytes of a served file; reconnect without losing or repeating any.
 
-    On each new connection the iterator first requests the bytes before its offset again, up to 4
+    After each reconnect the iterator first requests the bytes before its offset again, up to 4
     KiB, and compares them. The server does not send offsets, so after -N or "-0" the offset is
-    unknown at first. If the file is shorter than 64 KiB, and not empty, the iterator learns it when
-    no data has arrived for a second. While the offset is unknown, the iterator searches the end of
-    the file, up to 64 MiB, for the last 4 KiB before its position. They must be there exactly once.
-    The search can find a wrong position only if, during one outage, the same 4 KiB are appended
-    once more, and more than 1 MiB later. If a connection is lost before any byte was received, and
-    either within a second or while the file is empty, -N is requested again.
+    unknown at first. If the file is shorter than 64 KiB, and not empty, the iterator learns the
+    offset when no data has arrived for a second. If the offset is unknown after a reconnect, the
+    iterator searches the end of the file, up to 64 MiB, for the last 4 KiB before its position.
+    They must be there exactly once. The search can find a wrong position only if, during one
+    outage, the same 4 KiB are appended once more, and more than 1 MiB later. If a connection is
+    lost before any byte was received, and either within a second or while the file is empty, -N is
+    requested again.
 
     `recall`, `report` and `wait` are called in the thread that iterates. Each name that is not a
     numeric address is looked up in a daemon thread, which calls none of them.

@@ -21,7 +21,6 @@ def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
     try:
         work()
     except SystemExit:
-        # argparse has already printed its message.
         ignore_closed_stdout()
         raise
     except KeyboardInterrupt:
@@ -56,10 +55,10 @@ def print_message(command: str, text: str) -> None:
 
 
 def ignore_closed_stdout() -> None:
-    """Flush standard output, and discard the rest of a help text if the reader has closed its end.
+    """Flush standard output. If its reader has closed the pipe, discard what is left of the text.
 
-    Otherwise the interpreter would flush it at exit, and print an error message about the closed
-    pipe.
+    Otherwise the interpreter would flush it again at exit, and print an error message about the
+    closed pipe.
     """
     try:
         if sys.stdout:

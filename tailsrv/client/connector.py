@@ -1,8 +1,8 @@
 """Opens connections to the servers of one file, and reconnects with growing pauses.
 
-One round uses every address of every server once, in order. If an attempt fails, or a connection is
-lost, the next address is tried at once. When no address is left, there is a pause, see `Backoff`.
-Then the names are looked up again, and the next round begins.
+One round tries every address of every server once, in order. If an attempt fails, or a connection
+is lost, the next address is tried at once. When no address is left, the client waits, see
+`Backoff`. Then it looks up the names again, and the next round begins.
 """
 
 import errno
@@ -22,8 +22,8 @@ from tailsrv.linux.sockets import KEEPALIVE_OPTIONS
 
 # A function that waits for poll(2) events of a descriptor (-1: of none), for at most a number of
 # seconds (None: without a limit), and returns whether one of them occurred. A caller of `follow`
-# may pass its own, which also waits for other things, or does other work in the meantime. It may
-# raise any exception but OSError, which then leaves the iterator.
+# may pass its own function, which also waits for other things, or does other work meanwhile. It may
+# raise any exception but OSError: the exception interrupts the iteration.
 Wait = Callable[[int, int, float | None], bool]
 
 
@@ -39,9 +39,10 @@ class UnknownHostError(ConnectError):
 class Backoff:
     """The pauses between rounds of attempts to connect.
 
-    They start at `first` seconds, and double with each round in a row in which no byte was
-    received, up to `longest` seconds. Each pause is shortened by a random amount of up to half, so
-    that clients that lost a server together do not all reconnect at the same time.
+    The first pause is `first` seconds long. After each further round in a row in which no byte was
+    received, it is twice as long, up to `longest` seconds. Each pause is shortened by a random
+    amount of up to half, so that clients that lost a server together do not all reconnect at the
+    same time.
     """
 
     first: float = 0.5
@@ -72,12 +73,13 @@ def milliseconds(seconds: float | None) -> float | None:
 # The connection ended without an error, so errno has no text for it.
 CONNECTION_ENDED = "the server closed the connection"
 
-# Not a failure yet, so errno has no text for it: the look-up continues.
+# The look-up continues, so it has not failed, and getaddrinfo(3) has no text for this.
 NAME_SERVICE_SILENT = "the name service does not answer"
 
-# Seconds. A server that has sent nothing for this long has sent everything that it has.
+# Seconds. A server that has sent nothing for this long is assumed to have sent the whole file.
 QUIET_TIME = 1.0
-# Seconds to receive the few bytes that are fetched on a separate connection: at least 2 kB/s.
+# Seconds to receive the bytes that are fetched on a separate connection. For the longest fetch (64
+# KiB), this allows a rate of 2 kB/s.
 FETCH_TIMEOUT = 30.0
 
 
@@ -109,15 +111,15 @@ class Connector:
         self._reported = ""
         # Whether an address has ever been found.
         self._resolved_once = False
-        # Whether the last look-up has found more than one address.
+        # Whether the last look-ups have found more than one address, so that there is a choice.
         self.choice = False
 
     def connect(self, until: float | None = None, once: bool = False) -> socket.socket:
-        """Return a connected socket, after as many rounds as that needs.
+        """Return a connected socket, after as many rounds as necessary.
 
-        Raises UnknownHostError if no name has an address, and none has ever had one. Raises
-        ConnectError if there is no connection at the time `until`, or, with `once`, when the first
-        round has failed.
+        `until` is a time of time.monotonic(). Raises UnknownHostError if no name has an address,
+        and none has ever had one. Raises ConnectError if there is no connection at the time
+        `until`, or, with `once`, if the first round has failed.
         """
         while True:
             for family, address in self._untried:
@@ -152,9 +154,9 @@ class Connector:
         self._reasons.append(reason)
 
     def succeeded(self, name: str) -> None:
-        """Note that the server `name` sends the bytes that are wanted.
+        """Note that the server `name` sends bytes that continue the stream.
 
-        The next failed round counts as the first one again.
+        The next round that fails counts as the first one again.
         """
         if self._reported:
             self._report(f"connected to {name}")
@@ -183,9 +185,9 @@ class Connector:
     def _resolve(self, until: float | None) -> list[Found]:
         """Return the addresses of all names, in their order, each address once.
 
-        All look-ups together may take as long as one attempt to connect. A look-up that takes
-        longer continues, and a later round uses its result. Raises UnknownHostError if no name has
-        an address, and none has ever had one.
+        All look-ups of a round together have as much time as one attempt to connect. A look-up that
+        needs longer continues, and a later round uses its result. Raises UnknownHostError if no
+        name has an address, and none has ever had one.
         """
         late = set(self._lookups)
         for server in self._servers:
@@ -223,7 +225,7 @@ def _connect_to(
 ) -> socket.socket:
     """Return a non-blocking socket that is connected to `address`.
 
-    Raises OSError, also if that needs more than `timeout` seconds.
+    Raises OSError if that fails, or takes longer than `timeout` seconds.
     """
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -254,7 +256,7 @@ def _connect_to(
 
 
 def name_of(sock: socket.socket) -> str:
-    """Return the server at the other end of `sock`, as people write it. Raises OSError."""
+    """Return the "HOST:PORT" of the server that `sock` is connected to. Raises OSError."""
     return endpoint(*sock.getpeername()[:2])
 
 
@@ -263,9 +265,10 @@ def fetch(
 ) -> bytes:
     """Send `header` and return the first `count` bytes of the answer, or fewer if no more arrive.
 
-    Returns fewer when QUIET_TIME seconds have passed without a byte. Raises OSError on an error, or
-    if the server closes the connection. Also raises it if bytes are still missing after `limit`
-    seconds although the server keeps sending: a part of the answer says nothing about the file.
+    Returns fewer when QUIET_TIME seconds have passed without a byte. Raises OSError if the
+    connection fails, or if the server closes it. Also raises OSError if bytes are still missing
+    after `limit` seconds although the server keeps sending. A part of the answer is not returned
+    then, because it would look like a short file.
     """
     sock.send(header)
     data = b""

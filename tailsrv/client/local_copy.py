@@ -22,10 +22,10 @@ WaitForRoom = Callable[[str], object]
 
 
 class LocalCopy:
-    """A file, `length` bytes long, that only this process may change, and only by appending.
+    """The local file, `length` bytes long. Only this process may change it, and only by appending.
 
-    It is locked with flock(2). A change by another program is detected at the next append or
-    connection.
+    It is locked with flock(2). If another program changes it nevertheless, the next append or
+    connection detects that.
     """
 
     def __init__(self, path: str) -> None:
@@ -64,9 +64,9 @@ class LocalCopy:
     def append(self, pipe: int, pending: int, wait_for_room: WaitForRoom) -> None:
         """Append the `pending` bytes that are in `pipe`.
 
-        While the disk is full, it calls `wait_for_room` before each new attempt. Raises RunError if
-        the file cannot be written for another reason, or if another program has changed, moved or
-        deleted the file.
+        While the disk is full, calls `wait_for_room` before each further attempt. Raises RunError
+        if the file cannot be written for another reason, or if another program has changed, moved
+        or deleted the file.
         """
         while pending:
             if self._can_splice:
@@ -79,7 +79,7 @@ class LocalCopy:
     def _splice(self, pipe: int, count: int) -> int:
         """Move up to `count` bytes from `pipe` to the end of the file; return how many.
 
-        Returns 0 if splice(2) cannot be used for this file. It is not tried again then.
+        Returns 0 if splice(2) cannot be used for this file. From then on, `append` does not use it.
         """
         try:
             return splice(pipe, self.fd, count, self.length)
@@ -97,7 +97,7 @@ class LocalCopy:
     def _grow(self, write: Callable[[], int], wait_for_room: WaitForRoom) -> int:
         """Call `write`, which appends to the file, and return the number of bytes it has written.
 
-        If the disk is full, it waits for room and returns 0. Raises RunError for other errors.
+        If the disk is full, calls `wait_for_room` and returns 0. Raises RunError for other errors.
         """
         self._check()
         try:
@@ -113,7 +113,7 @@ class LocalCopy:
     def sync(self) -> None:
         """Write the file's data to the disk with fdatasync(2).
 
-        If that fails, it cuts the file, if possible, to the part that is known to be on the disk,
+        If that fails, cuts the file to the part that is known to be on the disk, if there is one,
         and raises RunError.
         """
         length = self.length
@@ -130,7 +130,7 @@ class LocalCopy:
     def _cut_back(self) -> str:
         """Cut off the bytes that may not be on the disk, so that the next run fetches them again.
 
-        Returns the part of the error message that says whether this has worked, and what to do.
+        Returns the end of the error message: whether this has worked, and what to do.
         """
         if self._synced is None:
             return (
@@ -190,8 +190,8 @@ def _take_free_name(path: str) -> str:
     """Create an empty file with the first free name of `path`.1, `path`.2, ...; return that name.
 
     A later rename(2) to this name replaces only that empty file, so no other file can be
-    overwritten. Why not use a hard link or RENAME_NOREPLACE? Not all file systems have them. Raises
-    OSError.
+    overwritten. A hard link or RENAME_NOREPLACE would need no empty file, but not all file systems
+    have them. Raises OSError.
     """
     number = 1
     while True:
@@ -218,7 +218,7 @@ def _open_locked(path: str) -> int:
 
 
 def _try_open_locked(path: str) -> int | None:
-    """Try it once. Return None if another program has moved or deleted the file meanwhile."""
+    """Open and lock the file. Return None if another program moves or deletes it meanwhile."""
     # O_NONBLOCK: opening a FIFO must not block.
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     locked = False
@@ -252,8 +252,8 @@ def _look_alike(opened: os.stat_result, named: os.stat_result) -> bool:
     """Return whether these are probably the same file, although the inode numbers differ.
 
     Some file systems invent inode numbers (CIFS with noserverino, some FUSE file systems): there, a
-    file has a different number each time it is looked up. On other file systems this makes no
-    difference, because a file that replaces the open one has a later change time.
+    file has a different number each time it is looked up. On other file systems this comparison
+    cannot be wrong, because a file that replaces the open one has a later change time.
     """
     return opened.st_nlink > 0 and _fingerprint(opened) == _fingerprint(named)
 

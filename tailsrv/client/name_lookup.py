@@ -31,7 +31,7 @@ class Lookup:
             self._error = error
 
     def fileno(self) -> int | None:
-        """Return a descriptor that becomes readable with the result; None if that is there."""
+        """Return a descriptor that becomes readable when `result` may be called; None: at once."""
         return None if self._done is None else self._done.fileno()
 
     def result(self) -> list[Found]:
@@ -61,7 +61,7 @@ class Lookup:
                 target=self._look_up, args=(host, port, thread_end), daemon=True
             ).start()
         except RuntimeError:
-            # No thread can be started: look up the name here, which blocks the caller.
+            # The system cannot start another thread. Look up the name here, and block the caller.
             self._look_up(host, port, thread_end)
 
     def _look_up(self, host: str, port: int, thread_end: socket.socket) -> None:

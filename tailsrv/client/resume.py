@@ -2,24 +2,26 @@
 
 The server sends only bytes of the file; it does not send offsets. A stream that began at an offset
 from the start of the file knows its offset at all times. A stream that began at an offset from the
-end knows only the bytes before its position, unless these are all bytes of the file.
+end knows only the last bytes before its position. If the file is short, it can fetch all of them,
+and count them to learn its offset.
 
 This module is pure: it makes no system calls.
 """
 
 from collections.abc import Callable
 
-# Bytes before the position that are compared, or searched for, before a stream continues.
+# Number of bytes before the position that a new connection must confirm: they are compared or
+# searched for.
 CONTEXT = 4096
 
 # How many bytes at the end of the file are searched for the position of a stream that began at an
-# offset from the end. The second size is used only if the position is not found with the first.
-# These bytes are held in memory. What is appended during an outage must fit into the second size.
+# offset from the end. The second number is used if the position is not found with the first, or if
+# fewer than CONTEXT bytes have been received. These bytes are held in memory. What is appended
+# during an outage must fit into the second number.
 WINDOWS = (1 << 20, 64 << 20)
 
 # Bytes to fetch from the end of the file when a stream that began at an offset from the end is
-# quiet. If the file is shorter than this, its size, and so the stream's offset, is known from then
-# on.
+# quiet. If the file is shorter than this, the fetch shows its size, which is the stream's offset.
 ANCHOR = 64 << 10
 
 _INT64_MAX = 2**63 - 1
@@ -42,8 +44,8 @@ class OtherFileError(PlaceError):
 class LostPlaceError(PlaceError):
     """The position of a stream that began at an offset from the end cannot be found again.
 
-    The bytes that were received last are not in the end of the file, or they are there more than
-    once.
+    The end of the file does not contain the bytes that were received last, or contains them more
+    than once.
     """
 
 
@@ -98,8 +100,8 @@ class FromEnd:
     With `line`, the stream begins after the first newline from there.
 
     After a lost connection it requests the end of the file, called the window, and searches it for
-    the up to 4 KiB that were received last. If they are in it exactly once, the stream continues
-    after them. From a file that is shorter than ANCHOR the stream learns its offset.
+    the last bytes before the position, up to CONTEXT. If the window contains them exactly once, the
+    stream continues after them. If the file is shorter than ANCHOR, the stream learns its offset.
     """
 
     def __init__(self, count: int, line: bool = False) -> None:
@@ -107,10 +109,14 @@ class FromEnd:
         self.offset: int | None = None
         # Whether the bytes before the position have been fetched into `_last`, up to CONTEXT.
         self.anchored = False
+        # Whether to discard bytes up to the first newline.
         self._skipping = line
         self._last = b""
+        # What `offer` has proposed. None: nothing, or data has arrived since.
         self._offered: bytes | None = None
+        # The part of the window that was received so far. None: the position is known.
         self._window: bytearray | None = None
+        # The index in WINDOWS of the window's full length.
         self._width = 0
         # The last bytes of the file at some time after the window was requested.
         self._end = b""
@@ -120,7 +126,7 @@ class FromEnd:
     def header(self) -> bytes:
         """Return the header to send on a new connection.
 
-        As long as nothing has been received, the stream begins again with its first header.
+        As long as nothing has been received, this is the header that began the stream.
         """
         self._offered = None
         self._window = bytearray() if self._last else None
@@ -157,15 +163,15 @@ class FromEnd:
         return self._window is not None and len(self._window) > self._searched
 
     def reach(self, end: bytes) -> bytes:
-        """Return the new bytes, if the window reaches `end`. Raises LostPlaceError.
+        """Return the new bytes if the window contains `end`, else b"". Raises LostPlaceError.
 
         `end` is the last CONTEXT bytes of the file at present. If the window does not contain them
-        yet, it is searched when `take` has added them. There is no other sign that the window of a
-        short file is complete: if nothing arrives, the network may only be slow.
+        yet, it is searched as soon as `take` has added them. There is no other sign that the window
+        of a short file is complete: if nothing arrives, the network may only be slow.
         """
         assert self._window is not None
         self._end = end
-        # This returns no None: a full window has been searched before, by `take`.
+        # The result is never None here: that is for a full window, which `take` has searched.
         return self._search_if_complete(self._window, 0) or b""
 
     def offer(self, end: bytes) -> None:
@@ -185,7 +191,7 @@ class FromEnd:
                 self.offset = len(self._offered)
 
     def known(self) -> "FromStart | FromEnd":
-        """Return a position that knows its offset, if it is known by now, otherwise this one."""
+        """Return this position, as a `FromStart` if the offset is known by now."""
         return self if self.offset is None else FromStart(self.offset, last=self._last)
 
     def _new(self, data: bytes) -> bytes:
@@ -198,8 +204,8 @@ class FromEnd:
     def _search_if_complete(self, window: bytearray, new: int) -> bytes | None:
         """Search the window if it is full, or if it reaches the end of the file.
 
-        A match for the end of the file must end within the last `new` bytes or directly before
-        them. Matches before that have been looked for already.
+        `new` is the number of bytes that were added to the window. The bytes before them were
+        compared with the end of the file when they were added.
         """
         reached = (
             self._end and window.find(self._end, max(0, len(window) - new - len(self._end))) >= 0
@@ -235,7 +241,7 @@ Position = FromStart | FromEnd
 def position_at(offset: int | str, recall: Recall | None = None) -> Position:
     """Return the position for an offset of the protocol. Raises OffsetError.
 
-    The offset is N, -N, or "-0". The last one must be text, because the integer -0 is 0.
+    The offset is N, -N, or "-0". "-0" must be text, because the integer -0 is 0.
     """
     text = str(offset)
     digits = text[1:] if text[:1] in ("-", "+") else text

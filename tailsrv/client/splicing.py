@@ -10,11 +10,11 @@ import socket
 # Bytes that fit into any empty pipe, even the smallest one.
 PAGE = 4096
 
-# Errors of splice(2) which mean that it cannot be used, either for this kind of file or socket, or
-# because a sandbox forbids it.
+# Errors of splice(2) that mean that it cannot be used: it does not support this kind of file or
+# socket, or a sandbox forbids it.
 UNABLE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
-# After these errors recv(2) is tried. splice(2) also returns EAGAIN in front of a byte that is
-# marked as urgent (TCP), and the stream continues after that byte.
+# Errors of splice(2) after which `move` tries recv(2). EAGAIN is one of them because of urgent
+# bytes, see `move`.
 _TRY_RECV = UNABLE | {errno.EAGAIN}
 
 
@@ -41,10 +41,10 @@ def move(sock: socket.socket, pipe: int, count: int) -> int | None:
     except OSError as error:
         if error.errno not in _TRY_RECV:
             raise
-    # Neither EAGAIN nor 0 is a final answer of splice(2). In front of a byte that is marked as
-    # urgent it returns EAGAIN, or 0 if the server has ended the stream after that byte. But poll(2)
-    # reports the socket as readable, so a caller that only retried would loop forever. recv(2)
-    # reads past the mark.
+    # EAGAIN does not prove that there are no bytes, nor 0 that the stream has ended. Before a byte
+    # that is marked as urgent (TCP), splice(2) fails with EAGAIN, or returns 0 if the server has
+    # ended the stream after that byte. But poll(2) reports the socket as readable, so a caller that
+    # only retried would loop forever. recv(2) reads past the mark.
     try:
         data = sock.recv(min(count, PAGE))
     except BlockingIOError:

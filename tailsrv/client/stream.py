@@ -23,16 +23,16 @@ from tailsrv.client.connector import (
 from tailsrv.client.resume import ANCHOR, CONTEXT, FromEnd, FromStart, PlaceError, Position
 from tailsrv.client.splicing import move
 
-# The most bytes to receive at once. Twice as many cost a quarter more time, in page faults.
+# The most bytes to receive at once. Twice as many take a quarter more time, because of page faults.
 RECEIVE_CHUNK = 1 << 16
-# Seconds to wait for bytes that the server must have if it serves the same file. Then the missing
-# bytes are reported, or another server is tried.
+# Seconds to wait for bytes that the server must have if it serves the same file. After that, the
+# client reports that they are missing, or tries another server.
 STUCK_TIME = 2.0
-# The upper limit of that wait. It doubles with each server in a row that was given up on, because
-# all of them may be slow to send their first byte.
+# The upper limit of that wait. The wait doubles with each server in a row that did not send such
+# bytes, because all of the servers may be slow to send their first byte.
 MAX_STUCK_TIME = 30.0
-# Attempts to fetch the end of the file. They fail if the file grows in the meantime, and then the
-# stream itself soon has received enough bytes to resume.
+# Attempts to fetch the bytes before the position. An attempt fails if the file grows meanwhile. If
+# all of them fail, the stream itself has soon received enough bytes to resume.
 ANCHOR_TRIES = 3
 
 
@@ -58,20 +58,20 @@ class Follow(Iterator[bytes]):
         self._wait, self._report = wait, report
         self._once, self._idle = once, idle
         self._whole_lines = whole_lines
-        # There has been no connection yet.
+        # Whether there has been no connection yet.
         self._first = True
         # How many more times to try to fetch the bytes before the position.
         self._anchors = 0 if once else ANCHOR_TRIES
         self._sock: socket.socket | None = None
-        # "HOST:PORT" of the server that this client is connected to.
+        # "HOST:PORT" of the server of the present connection, or of the last one.
         self._name = ""
-        # Whether it was reported that this server does not send the bytes it must have.
+        # Whether this client has reported that this server does not send bytes it must have.
         self._missing_reported = False
         # The time when the server last sent something, or when this client connected to it.
         self._last_received = 0.0
-        # The number of servers in a row that did not send the bytes they must have.
+        # The number of servers in a row that were left because they did not send such bytes.
         self._given_up = 0
-        # The time to fetch the end of the file, while the position is searched.
+        # While the window is searched for the position: when to fetch the end of the file next.
         self._fetch_end_at = 0.0
         # The next chunk to return.
         self._chunk = b""
@@ -117,7 +117,8 @@ class Follow(Iterator[bytes]):
         """Move up to `count` new bytes into the empty `pipe`; return how many, 0 at the end.
 
         This is for programs like `tssync`. It moves the bytes inside the kernel if that is
-        possible, so the stream does not see them: it needs an offset of 0 or more, and a `recall`.
+        possible, so this object does not see them. Therefore `follow` must have been called with an
+        offset from the start, and with `recall`.
         """
         assert isinstance(self._position, FromStart)
         while self._prepare():
@@ -138,8 +139,8 @@ class Follow(Iterator[bytes]):
     def _prepare(self) -> bool:
         """Wait for new bytes. Return True if there are some, False at the end of the iteration.
 
-        The new bytes are in `_chunk`. If that is empty, the socket is readable, and what it has is
-        new: bytes, or the end of the connection.
+        After True, the new bytes are in `_chunk`. If `_chunk` is empty, the socket is readable: the
+        caller receives new bytes from it, or the end of the connection.
         """
         try:
             while not (self._closed or self._chunk):
@@ -168,7 +169,7 @@ class Follow(Iterator[bytes]):
     def _end_idle(self) -> None:
         """End the iteration, because no new bytes have arrived for `idle` seconds.
 
-        Raises ConnectError if this server does not even have the bytes that were received before.
+        Raises ConnectError if this server has not even sent the bytes before the position.
         """
         self.close()
         if self._position.wanted:
@@ -239,12 +240,12 @@ class Follow(Iterator[bytes]):
         return self._sock is not None
 
     def _begin(self) -> None:
-        """Do what is necessary at the first connection only.
+        """Prepare the first connection of this iterator.
 
         With `whole_lines` and an offset from the end, start one byte earlier, and skip everything
-        up to and including the first newline. So nothing is lost if a line begins exactly at the
-        offset. If the file has no such byte, the stream starts at the beginning of the file, which
-        is the beginning of a line.
+        up to and including the first newline. So no line is lost that begins exactly at the offset.
+        If there is no byte before the offset, start at the beginning of the file, which is the
+        beginning of a line.
         """
         assert self._sock is not None
         if self._whole_lines and isinstance(self._position, FromEnd):
@@ -260,11 +261,10 @@ class Follow(Iterator[bytes]):
     def _is_longer(self, sock: socket.socket, count: int) -> bool:
         """Return whether the file has more than `count` bytes.
 
-        First the byte at offset `count` is requested. If it does not arrive, that is no proof that
-        it does not exist, because the server may only be slow. So the start of the file is
-        requested, too. If that arrives in time, its length decides. If it arrives late, the server
-        is slow, and the file is assumed to be longer. If it does not arrive either, the file is
-        empty.
+        First request the byte at offset `count`. If it does not arrive, it may still exist, because
+        the server may only be slow. So request the start of the file, too. If that arrives in time,
+        its length decides. If it arrives late, the server is slow, and the file is assumed to be
+        longer. If it does not arrive at all, the file is assumed to be empty.
         """
         if fetch(sock, b"%d\n" % count, 1, self._wait):
             return True
@@ -292,7 +292,7 @@ class Follow(Iterator[bytes]):
     def _keep(self, data: bytes | None) -> None:
         """Keep the new bytes in `data` for the caller.
 
-        None means that another connection is needed to find the position.
+        None means that a new connection is needed to find the position: disconnect.
         """
         if isinstance(self._position, FromEnd):
             self._position = self._position.known()
@@ -313,7 +313,7 @@ class Follow(Iterator[bytes]):
         self._connector.succeeded(self._name)
 
     def _on_silence(self, sock: socket.socket) -> None:
-        """Do what has to be done when no bytes have arrived for some time."""
+        """Handle a time without bytes: fetch those before the position, or report missing ones."""
         if isinstance(self._position, FromEnd):
             self._position.settle()
             self._keep(b"")
@@ -334,7 +334,6 @@ class Follow(Iterator[bytes]):
         if not self._position.wanted or time.monotonic() < self._last_received + self._stuck():
             return
         if self._connector.choice:
-            # Another replica may have them.
             self._disconnect()
             self._given_up += 1
             self._connector.failed(self._missing_bytes())
@@ -343,7 +342,7 @@ class Follow(Iterator[bytes]):
             self._report(f"{self._missing_bytes()}; waiting for it to grow")
 
     def _missing_bytes(self) -> str:
-        """Return the message that the server does not send the bytes that it must have."""
+        """Return the message for a server that does not send bytes it must have."""
         offset = self._position.offset
         size = "before" if offset is None else f"{offset} bytes"
         return (
@@ -352,7 +351,10 @@ class Follow(Iterator[bytes]):
         )
 
     def _find_window_end(self, sock: socket.socket, position: FromEnd) -> None:
-        """Fetch the end of the file, which shows where the window ends. Raises LostPlaceError."""
+        """Fetch the end of the file, to see whether the window is complete.
+
+        Raises LostPlaceError.
+        """
         if position.unsearched and (end := self._fetch_end(sock, CONTEXT, self._wait)):
             self._keep(position.reach(end))
         self._fetch_end_at = time.monotonic() + QUIET_TIME
@@ -362,8 +364,8 @@ class Follow(Iterator[bytes]):
         """Fetch the bytes before the position, unless new bytes arrive in the meantime."""
 
         def wait_beside(fd: int, events: int, seconds: float | None) -> bool:
-            # Stop waiting for `fd` as soon as the stream itself has new bytes: they are more
-            # important.
+            # Stop waiting for `fd` as soon as the stream itself has new bytes, because the caller
+            # waits for these.
             with select.epoll() as both:
                 both.register(fd, events)
                 both.register(sock, select.POLLIN)
@@ -377,8 +379,8 @@ class Follow(Iterator[bytes]):
     def _fetch_end(self, sock: socket.socket, count: int, wait: Wait) -> bytes:
         """Return the last `count` bytes of the file, or the whole file if it is shorter.
 
-        They are requested from the server that `sock` is connected to. Returns b"" if it is not
-        certain that these are all of them.
+        They are requested from the server that `sock` is connected to. Returns b"" if some of them
+        may be missing.
         """
 
         def ask(header: bytes) -> bytes:
@@ -387,16 +389,16 @@ class Follow(Iterator[bytes]):
 
         try:
             end = ask(b"-%d\n" % count)
-            # An answer of fewer bytes may be incomplete, because the server is slow. It is complete
-            # if the same bytes are also the answer for the start of the file, and there are any.
+            # A shorter answer may be incomplete, because the server is slow. It is complete if it
+            # is not empty, and the answer for the start of the file is the same.
             return end if len(end) == count or (end and end == ask(b"0\n")) else b""
         except OSError:
             return b""
 
     def _on_disconnect(self, error: OSError | None) -> None:
-        """Handle the end of the connection; without an `error`, the server has closed it normally.
+        """Handle the end of the connection. `error` is None if the server has closed it normally.
 
-        With `once`, this ends the iteration: it raises ConnectError for an error.
+        With `once`, this ends the iteration, and raises ConnectError if there is an `error`.
         """
         self._disconnect()
         reason = f"{self._name}: {error.strerror if error else CONNECTION_ENDED}"

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def copy(options: Namespace) -> None:
-    """Copy the file to standard output as `options` say.
+    """Copy the served file to standard output as `options` say.
 
     Raises RunError, and what `follow` and its iterator raise.
     """

@@ -26,19 +26,16 @@ from tailsrv.linux.process import occupy_standard_descriptors
 
 # Seconds until the progress line is first drawn. Most copies have caught up by then.
 PROGRESS_DELAY = 0.5
-
 # Seconds between two updates of the progress line.
 PROGRESS_INTERVAL = 0.2
-
-# Returns to the start of the line and erases it.
+# Seconds without a byte after which the progress line is removed.
+PROGRESS_HIDE_DELAY = 0.5
+# Moves the cursor to the start of the line, and erases the line (ECMA-48).
 ERASE = "\r\x1b[K"
-
 # Bytes: by default the largest pipe of an unprivileged user (pipe-max-size in pipe(7)).
 PIPE_SIZE = 1 << 20
 # From linux/fcntl.h, because an interpreter may have been built without the name.
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
-# Seconds without a byte after which the progress line is removed.
-QUIET_TIME = 0.5
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds between attempts to write while the disk is full.
 DISK_FULL_RETRY = 1.0
@@ -50,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sync(options: Namespace) -> None:
-    """Keep the copy as `options` say. Raises RunError, OSError, and what `follow` raises."""
+    """Keep a copy as `options` say. Raises RunError, OSError, and what `follow` raises."""
     occupy_standard_descriptors()
     interrupt_on_signals()
     # Parse these first: if one is malformed, no file must be created.
@@ -70,8 +67,8 @@ def interrupt_on_signals() -> None:
 
     def end(_number: int, _frame: object) -> NoReturn:
         for number in numbers:
-            # Why not SIG_IGN? If another of these signals is already pending in the interpreter,
-            # the interpreter would find no function to call, and print an error message.
+            # Do not use SIG_IGN: if another of these signals is already pending in the interpreter,
+            # it would find no function to call, and print an error message.
             signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt
 
@@ -93,8 +90,8 @@ class Synchronizer:
     def run(self) -> None:
         """Keep the copy until a signal, an error, or an option ends it."""
         try:
-            # Sync what an earlier run has left: after that, it is known which bytes are on the
-            # disk.
+            # Sync the bytes that an earlier run has written. From then on, `LocalCopy` knows which
+            # bytes are on the disk.
             self._sync()
             while not self._copy():
                 self._sync()
@@ -108,7 +105,11 @@ class Synchronizer:
             self._sync()
 
     def _copy(self) -> bool:
-        """Append what arrives. Return False if the remote file differs: start a new copy."""
+        """Append the received bytes until the stream ends.
+
+        Returns False if the local file is not the beginning of the served file, and
+        `--on-mismatch` demands a new copy.
+        """
         stream = follow(
             self._servers,
             self._local_copy.length,
@@ -140,7 +141,7 @@ class Synchronizer:
         if self._options.fsync is not None and self._sync not in self._timers:
             self._timers.set(self._sync, now + self._options.fsync)
         self._progress.grow(self._local_copy.length, now)
-        self._timers.set(self._progress.clear, now + QUIET_TIME)
+        self._timers.set(self._progress.clear, now + PROGRESS_HIDE_DELAY)
 
     def _wait_for_room(self, reason: str) -> None:
         if not self._disk_full:
@@ -181,8 +182,7 @@ def pipe() -> Iterator[tuple[int, int]]:
         try:
             fcntl.fcntl(into, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            # This user's pipes have reached the limit on their memory. A smaller pipe works as
-            # well.
+            # This user's pipes have reached their memory limit. A smaller pipe works as well.
             pass
         yield out, into
     finally:

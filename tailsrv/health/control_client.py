@@ -1,9 +1,10 @@
 """Finds the servers of this machine and asks them for their status and clients.
 
-It finds servers by the names of their control sockets in /proc/net/unix, and sends them its
-questions there. It never connects to the TCP port, because a health check must not be a client. It
-trusts an answer only if it comes from this process's user or from root; root trusts all users. It
-trusts a process ID only after it has compared the start time of the process with the one reported.
+It finds servers by the names of their control sockets in /proc/net/unix. To ask a question, it
+connects to a control socket. It sends nothing: each question has a socket of its own. It never
+connects to the TCP port, because a health check must not be a client. It trusts an answer only if
+it comes from this process's user or from root; root trusts all users. It trusts a process ID only
+after it has compared the start time of the process with the one reported.
 """
 
 import os
@@ -62,8 +63,6 @@ REPLACED = "the server has ended and another server has replaced it"
 _OTHER_PID_NAMESPACE = "it may be in another pid namespace; run the check there"
 _VERSION_MISMATCH = "unexpected answer from the supervisor (version mismatch?)"
 
-Figure = TypeVar("Figure")
-
 
 class InspectError(Exception):
     """A server cannot be inspected. The message is one line that says why.
@@ -104,7 +103,7 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
         The servers, in the order of their endpoints. The list is empty if there are none.
 
     Raises:
-        OSError: /proc/self/net/unix cannot be read, or there is no descriptor or memory.
+        OSError: /proc/self/net/unix cannot be read, or descriptors or memory have run out.
 
     """
     found: dict[object, tuple[Server, list[str]]] = {}
@@ -114,7 +113,7 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
         except EndedError:
             continue
         # The pid is that of the process that called listen(2). That process may have ended, and a
-        # server of another user may have its pid now. So the user is part of the key.
+        # server of another user may have the same pid now. So the user is part of the key.
         key = (server.pid, server.uid) if server.pid else endpoint
         found.setdefault(key, (server, []))[1].append(endpoint)
     servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
@@ -161,8 +160,8 @@ def _find_holder(endpoint: str) -> Server:
         try:
             _connect(sock, endpoint, deadline=0.0)
         except OSError:
-            # The queue is full or the connection is not permitted. A later question will show
-            # which.
+            # The queue is full, or the connection is not permitted. If the server is inspected,
+            # `_ask` finds out which.
             return Server((endpoint,), None, None, None, ours=False)
         pid, uid, _ = credentials(sock)
         return Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
@@ -178,10 +177,11 @@ class _Answer:
 
 
 def _connect(sock: socket.socket, name: str, deadline: float) -> None:
-    """Connect to a control socket, at least once and until `deadline`, a time of time.monotonic().
+    """Connect to a control socket. While its queue is full, try again.
 
-    Raises BlockingIOError if its queue is still full then, EndedError if no process listens there,
-    and OSError if connect(2) fails otherwise.
+    The last attempt is before `deadline`, a time of time.monotonic(); there is at least one. Raises
+    BlockingIOError if the queue is still full then, EndedError if no process listens at the socket,
+    and OSError if connect(2) fails for another reason.
     """
     sock.setblocking(False)
     while True:
@@ -202,8 +202,8 @@ def _connect(sock: socket.socket, name: str, deadline: float) -> None:
 def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
     """Return the answer of `server`, of at most `largest` bytes.
 
-    Waits until `deadline`, a time of time.monotonic(). Raises InspectError, or OSError if there is
-    no descriptor or memory.
+    Waits until `deadline`, a time of time.monotonic(). Raises InspectError, or OSError if
+    descriptors or memory have run out.
     """
     with socket.socket(socket.AF_UNIX) as sock:
         try:
@@ -269,7 +269,7 @@ def _explain_empty_answer(pid: int, uid: int, name: str | None) -> None:
 
 
 def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:
-    """Return the bytes that arrive until the end of the stream.
+    """Return all bytes that arrive before the supervisor closes the connection.
 
     Raises TimeoutError after `deadline`, ConnectionError if the connection is reset, and
     InspectError if more than `largest` bytes arrive.
@@ -299,7 +299,7 @@ def ask_status(server: Server, deadline: float) -> ServerStatus:
     """Return the status of `server`, after a check that the answer comes from its supervisor.
 
     Waits at most STATUS_TIMEOUT seconds, and not beyond `deadline`, a time of time.monotonic().
-    Raises InspectError, or OSError if there is no descriptor or memory.
+    Raises InspectError, or OSError if descriptors or memory have run out.
     """
     answer = _ask(server, "", min(deadline, time.monotonic() + STATUS_TIMEOUT), MAX_STATUS)
     try:
@@ -322,8 +322,8 @@ def ask_status(server: Server, deadline: float) -> ServerStatus:
 def ask_clients(server: Server) -> tuple[ClientStatus, ...]:
     """Return the clients of `server`.
 
-    Waits at most CLIENTS_TIMEOUT seconds. Raises InspectError, or OSError if there is no
-    descriptor or memory.
+    Waits at most CLIENTS_TIMEOUT seconds. Raises InspectError, or OSError if descriptors or memory
+    have run out.
     """
     answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_TIMEOUT, MAX_CLIENTS)
     try:
@@ -338,14 +338,16 @@ def ask_clients(server: Server) -> tuple[ClientStatus, ...]:
     return clients
 
 
-# What psutil shows
+# Figures of processes
+
+Figure = TypeVar("Figure")
 
 
 def attempt(get: Callable[[], Figure]) -> Figure | None:
-    """Return the result of `get()`, None if it is not available.
+    """Return the result of `get()`, a figure of a process, or None if it is not available.
 
-    That is so if the process belongs to another user or has ended, or if /proc is restricted
-    (ProcSubset= of systemd).
+    It may be unavailable because the process belongs to another user, or has ended, or because
+    /proc is restricted (ProcSubset= of systemd).
     """
     try:
         return get()

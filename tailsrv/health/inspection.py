@@ -1,9 +1,9 @@
 """Inspects one server: asks its supervisor, measures its processes, and returns a report.
 
 The figures of processes come from psutil. The start time of each process is checked, so that no
-figure can be that of another process to which the kernel has given the same pid. It measures only
-the processes that the supervisor reports. A scan of all of /proc would be expensive, and would
-fail where /proc hides the processes of other users.
+figure can be that of another process to which the kernel has given the same pid. Only the processes
+that the supervisor reports are measured. A scan of all of /proc would be expensive, and would fail
+where /proc hides the processes of other users.
 """
 
 import os
@@ -37,12 +37,13 @@ from tailsrv.linux.process import Stat, read_stat
 from tailsrv.status_schema import ServerStatus, SlotStatus
 
 # Seconds between two requests for the status. The first request makes the supervisor ping its
-# workers; after this time their answers have arrived, and their CPU time, which the kernel counts
-# in units of 10 ms, has changed measurably.
+# workers. After this time the workers have answered, and their CPU time, which the kernel counts in
+# units of 10 ms, can have changed measurably.
 SAMPLE_PAUSE = 0.25
-# Seconds after which to stop waiting for the answers to these pings.
+# Seconds to wait for the answers to these pings, so that a hung worker is recognized.
 PING_TIMEOUT = HUNG_AFTER + 0.5
-# Seconds after which to stop measuring memory, which takes long for processes of several gigabytes.
+# Seconds after which the memory of further processes is not measured. Measuring takes long for
+# processes of several gigabytes.
 MEMORY_TIMEOUT = 5.0
 
 
@@ -52,7 +53,7 @@ def _cpu_seconds(pid: int) -> float | None:
 
 
 def _sample(pids: Iterable[int]) -> dict[int, tuple[float, float]]:
-    """Return for each process the current time and the CPU time that it has used, in seconds."""
+    """Return, for each process, the current time and the CPU time used so far, in seconds."""
     return {
         pid: (time.monotonic(), used) for pid in pids if (used := _cpu_seconds(pid)) is not None
     }
@@ -61,8 +62,8 @@ def _sample(pids: Iterable[int]) -> dict[int, tuple[float, float]]:
 def _descriptor_limit(pid: int) -> int | None:
     """Return the soft limit of open descriptors of a process, None if there is no limit.
 
-    It reads /proc/PID/limits, see proc(5). psutil would call prlimit(2), which refuses root in a
-    container if the process belongs to another user.
+    It reads /proc/PID/limits (proc(5)). psutil would call prlimit(2), which fails even for root in
+    a container if the process belongs to another user.
     """
     with open(f"/proc/{pid}/limits", encoding="ascii") as file:
         soft = [line.split()[3] for line in file if line.startswith("Max open files ")]
@@ -94,7 +95,7 @@ def _inspect_process(
         descriptors=attempt(lambda: int(psutil.Process(pid).num_fds())),
         descriptor_limit=attempt(lambda: _descriptor_limit(pid)),
     )
-    # This check comes last. It proves that all figures above are those of the same process.
+    # Check last, because only then all figures above are known to be of the same process.
     return seen if read_stat(pid) == stat else None
 
 
@@ -121,9 +122,9 @@ def _inspect_worker(
 def inspect(server: Server, *, clients: bool = False) -> HealthReport:
     """Ask `server` for its status, measure its processes, and return the result.
 
-    This takes a quarter of a second, in which CPU use is measured; up to 2.5 seconds if a worker
-    does not answer its supervisor; 5 seconds if the supervisor does not answer. Whatever the
-    server sends, it takes at most 15 seconds, or 25 with `clients`.
+    This takes a quarter of a second, in which CPU use is measured. It takes up to 2.5 seconds if a
+    worker does not answer its supervisor, and 5 seconds if the supervisor does not answer. Whatever
+    the server sends, it takes at most 15 seconds, or 25 with `clients`.
 
     Args:
         server: A server that `find` has returned.
@@ -172,9 +173,9 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
 
 
 def _ask_after_pings(server: Server, first: ServerStatus, deadline: float) -> ServerStatus:
-    """Return a later status, which shows which workers have not answered.
+    """Return a later status than `first`: it shows which workers have not answered a ping.
 
-    The request for the `first` status made the supervisor ping its workers.
+    The request for `first` made the supervisor ping its workers.
     """
     end = time.monotonic() + PING_TIMEOUT
     while True:

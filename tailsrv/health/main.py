@@ -1,6 +1,6 @@
 """The command `tailsrv-health`: checks servers, prints the result, and exits with its level.
 
-It inspects all wanted servers in parallel threads, and prints one result for all of them. The
+It inspects the selected servers in parallel threads, and prints one result for all of them. The
 check is often run by root, and any user can create control sockets with arbitrary names. Such
 sockets must neither use up the time of the check nor cause a false alarm: see `in_turns` and
 `doubtful_servers`.
@@ -26,7 +26,7 @@ from tailsrv.health.prometheus import render_metrics
 from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Server, judge
 from tailsrv.health.text import render_text, summarize
 
-# Number of servers that are inspected in parallel. Most of the time passes in waiting for answers.
+# Number of servers that are inspected in parallel. An inspection mostly waits for answers.
 PARALLEL_INSPECTIONS = 32
 
 # Seconds after which no further inspection is started. Any user can make a check find thousands of
@@ -60,7 +60,7 @@ def end_at_interrupt() -> None:
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """Return the options in `argv`. Prints usage errors and then raises SystemExit."""
+    """Return the options in `argv`. If they are wrong, print why, and raise SystemExit."""
     options = parser.parse_args(argv)
     if options.port is not None and not 1 <= options.port <= 65535:
         parser.error(f"argument -p/--port: must be from 1 to 65535, not {options.port}")
@@ -84,7 +84,7 @@ def check(options: Namespace) -> tuple[Level, str]:
         finding
         for server, outcome in zip(servers, outcomes, strict=True)
         if (finding := to_finding(server, outcome, asked_for, server in doubtful)) is not None
-    ]  # fmt: skip
+    ]
     others = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
     level, summary = summarize(findings, none_found_message(options, others))
     return level, render(findings, options.format, level, summary)
@@ -130,7 +130,7 @@ def in_turns(servers: Sequence[Server]) -> list[Server]:
 def examine(server: Server, clients: bool, until: float) -> HealthReport | InspectError:
     """Return the report on `server`, or the error if it cannot be inspected.
 
-    Does not inspect it after `until`, a time of time.monotonic().
+    After `until`, a time of time.monotonic(), `server` is not inspected any more.
     """
     if time.monotonic() > until:
         return InspectError(
@@ -156,8 +156,8 @@ def to_finding(
 ) -> Finding | None:
     """Return the finding on `server`, None if the check should not mention it.
 
-    That is so if the server has ended, or if it belongs to another user and `-p` or `--pid` has not
-    selected it (`asked_for`). If it is `doubtful`, the level is OK or UNKNOWN.
+    It does not mention a server that has ended, nor one of another user, unless `-p` or `--pid` has
+    selected that one (`asked_for`). If the server is `doubtful`, its level is OK or UNKNOWN.
     """
     match outcome:
         case HealthReport():
@@ -167,8 +167,8 @@ def to_finding(
         case NotOursError() if not asked_for:
             return None
         case _:
-            # If the user is unknown, an impostor may have filled the queue of a socket to cause a
-            # false alarm.
+            # If the user is unknown, the queue of the socket may be full because the socket belongs
+            # to an impostor, which wants to cause a false alarm.
             doubtful = doubtful or (server.uid is None and not asked_for)
             return Finding(server, soften(HealthVerdict(outcome.level, (str(outcome),)), doubtful))
 
@@ -203,7 +203,10 @@ def soften(verdict: HealthVerdict, doubtful: bool) -> HealthVerdict:
 
 
 def none_found_message(options: Namespace, others: int) -> str:
-    """Return the message for a check that found no server but `others` servers of other users."""
+    """Return the message for a check that can inspect no server.
+
+    `others` is the number of servers of other users that it found.
+    """
     where = "in this network namespace"
     if options.port is not None:
         return f"no tailsrv on port {options.port} {where}"
@@ -235,9 +238,10 @@ def render_json(findings: Sequence[Finding], level: Level, summary: str) -> str:
 
 
 def wants_colour(environ: Mapping[str, str]) -> bool:
-    """Return whether to color the text: standard output is a terminal and color is not disabled.
+    """Return whether to colour the text.
 
-    See https://no-color.org for NO_COLOR.
+    Standard output must be a terminal, and neither NO_COLOR (https://no-color.org) nor TERM may
+    disable colour.
     """
     return bool(
         sys.stdout
@@ -250,8 +254,8 @@ def wants_colour(environ: Mapping[str, str]) -> bool:
 def write(text: str, level: Level, encoding: str | None = None) -> int:
     """Write `text` to standard output and return the exit status.
 
-    If `encoding` is None, the text has the encoding of the user's locale. It is no error if the
-    program that reads the output closes it early.
+    If `encoding` is None, the encoding is that of the user's locale. It is no error if the reader
+    of the output closes the pipe early.
     """
     # Standard output was closed when this process started.
     if sys.stdout is None:

@@ -16,7 +16,7 @@ Labels = Mapping[str, str]
 # Name of a family in FAMILIES, labels, and value. A sample whose value is None is left out.
 Sample = tuple[str, Labels, float | None]
 
-# For each name the type and the help text.
+# By the name of the family, its type and its help text.
 FAMILIES = {
     "tailsrv_servers": ("gauge", "Number of servers that were checked."),
     "tailsrv_health_status": (
@@ -83,9 +83,9 @@ FAMILIES = {
 def render_metrics(findings: Sequence[Finding]) -> str:
     """Return the findings as metrics, each family with its HELP and TYPE.
 
-    Figures that are not known are left out. Only the first of several samples with the same labels
-    is kept: Prometheus would reject the whole scrape. Only the answer of an impostor can cause
-    that.
+    Figures that are not known are left out. If several samples have the same name and labels, only
+    the first is kept, because Prometheus would reject the whole scrape. Only the answer of an
+    impostor can contain such samples.
     """
     samples: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
     samples["tailsrv_servers"][""] = len(findings)
@@ -165,9 +165,9 @@ def _measure_listeners(server: Labels, report: HealthReport) -> Iterator[Sample]
 
 
 def _measure_clients(server: Labels, clients: Iterable[ClientStatus]) -> Iterator[Sample]:
-    """Yield the samples of all clients that have a peer.
+    """Yield the samples of all clients whose peer address is known.
 
-    If two clients have the same peer, only the one with the larger lag is included.
+    If several clients have the same address, only the one with the largest lag is included.
     """
     peers = {
         client.peer: client

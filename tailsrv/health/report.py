@@ -8,7 +8,8 @@ from typing import TypeVar
 from tailsrv.formatting import counted
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
-# Largest share of its descriptors, or of an accept queue, that may be in use without a WARNING.
+# Largest share of a process's descriptors, or of an accept queue, that may be in use without a
+# WARNING.
 NEARLY_ALL = 0.9
 # Seconds without an answer to a ping after which a worker counts as hung. A healthy worker answers
 # within milliseconds.
@@ -18,11 +19,10 @@ RECENTLY = 60.0
 
 # The states in which there must be workers and the file must exist.
 WORKING = frozenset({"serving", "starting"})
-# Same as psutil.STATUS_STOPPED.
+# The value of psutil.STATUS_STOPPED. This module does not import psutil, because it is pure.
 STOPPED = "stopped"
 # States of a process that has ended, but has not been reaped yet.
 ENDED_STATES = frozenset({"zombie", "dead"})
-
 
 Number = TypeVar("Number", int, float)
 
@@ -47,8 +47,8 @@ class Level(IntEnum):
     UNKNOWN = 3
 
 
-# From the best level to the worst. A known problem is worse than an unknown state. This is the
-# order of max_state_alt() in the Monitoring Plugins.
+# From the best level to the worst, in the order of max_state_alt() in the Monitoring Plugins: a
+# known problem is worse than an unknown state.
 _WORSE = (Level.OK, Level.UNKNOWN, Level.WARNING, Level.CRITICAL)
 
 
@@ -63,8 +63,8 @@ class Server:
             (pid_namespaces(7)), where this process cannot see it. None if it is unknown, because
             the connection to the control socket failed.
         uid: User ID of its supervisor. None if it is unknown.
-        user: Name of that user, or `uid` as text if there is no name, or none was found within
-            half a second. None if `uid` is unknown.
+        user: Name of that user. If no name was found within half a second, it is `uid` as text.
+            None if `uid` is unknown.
         ours: Whether the server certainly belongs to the user of this process.
 
     """
@@ -187,8 +187,8 @@ class HealthReport:
         workers: All slots, in the order of their numbers, with or without a worker.
         listeners: The listening sockets, in the order of their slots.
         totals: The sums over the server.
-        clients: The clients that are protected, in the order of their slots. None if `inspect` was
-            not asked for them.
+        clients: The clients that stay connected if their worker dies, in the order of their slots.
+            None if `inspect` was not asked for them.
 
     """
 
@@ -243,8 +243,8 @@ def judge(report: HealthReport) -> HealthVerdict:
     """Return the verdict on a server: CRITICAL, WARNING or OK, and the reasons.
 
     This function never returns UNKNOWN, and makes no system call. If a figure of the report is
-    None, it skips the checks that need it, except that a missing file size is CRITICAL in the
-    states `serving` and `starting`.
+    None, the checks that need it are skipped. There is one exception: in the states `serving` and
+    `starting`, an unknown file size is CRITICAL.
     """
     critical, warning = tuple(_critical(report)), tuple(_warning(report))
     level = Level.CRITICAL if critical else Level.WARNING if warning else Level.OK

@@ -17,7 +17,7 @@ from tailsrv.health.report import (
 from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
 
 WIDTH = 100
-# Least number of columns for the path in the summary, however long the rest is.
+# The path in the summary gets at least this many columns, however long the rest is.
 MIN_PATH = 20
 
 _BOLD, _RED = "1", "31"
@@ -94,11 +94,11 @@ def _state_words(report: HealthReport) -> tuple[str, str]:
             return f"is {printable(other)},", f", {clients}"
 
 
-# Units
+# Texts and numbers
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line and without control characters that would affect a terminal."""
+    """Return `text` on one line, with control characters escaped: they could affect a terminal."""
     return text if text.isprintable() else ascii(text)
 
 
@@ -119,7 +119,7 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def _shorten(text: str, room: int) -> str:
-    """Return `text`, or only its end if it is longer than `room`: the end of a path says most."""
+    """Return `text`, or its end if it is too long: the end of a path identifies the file best."""
     return text if len(text) <= room else "..." + text[3 - room :]
 
 
@@ -201,7 +201,7 @@ def _render_processes(report: HealthReport, colour: bool) -> list[str]:
         1 + index
         for index, worker in enumerate(report.workers)
         if (working and not worker.alive) or worker.stopped or worker.hung
-    }  # fmt: skip
+    }
     return _table(head, rows, left={0, 2}, colour=colour, bad=bad)
 
 
@@ -293,7 +293,7 @@ def _table(
 ) -> list[str]:
     """Return the lines of a table.
 
-    `left` are the columns that are aligned on the left, `bad` the rows that are highlighted.
+    `left` are the indexes of the left-aligned columns, `bad` those of the rows in red.
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     alert = set(bad)
@@ -302,7 +302,7 @@ def _table(
         cells = (
             cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )  # fmt: skip
+        )
         return "  ".join(cells).rstrip()
 
     lines = [_paint(line(row), _RED, colour and index in alert) for index, row in enumerate(rows)]

@@ -9,14 +9,14 @@ LOOKUP_TIMEOUT = 0.5
 
 
 def user_names(uids: Iterable[int]) -> dict[int, str]:
-    """Return the name of each user in `uids`, or the number as text where there is no name.
+    """Return the name of each user in `uids`, or the number as text if no name is found.
 
-    Names that cannot be looked up within LOOKUP_TIMEOUT seconds also are numbers.
+    All look-ups together end after LOOKUP_TIMEOUT seconds.
     """
     names = {uid: str(uid) for uid in uids}
-    # getpwuid(3) can block for minutes and cannot be interrupted, so a daemon thread calls it. The
-    # local users of a machine have lower numbers than those of a directory service: they come
-    # first.
+    # getpwuid(3) can block for minutes and cannot be interrupted, so a daemon thread calls it. It
+    # looks up the lowest numbers first: these are the machine's local users, whose names need no
+    # directory service.
     thread = threading.Thread(target=_look_up, args=(names, sorted(names)), daemon=True)
     try:
         thread.start()

@@ -1,1 +1,1 @@
-"""Wraps the Linux interfaces that the other packages use. It knows nothing of what they are for."""
+"""The interfaces of Linux that the other packages use. It imports nothing else of tailsrv."""

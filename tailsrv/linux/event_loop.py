@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 Action = Callable[[], object]
 
-# Longest single wait, in seconds. A caller that needs a longer one waits again. poll(2) and
-# epoll_wait(2) take milliseconds in an int, which holds at most 24 days.
+# Longest single wait, in seconds. For a longer one, a caller waits again. poll(2) and epoll_wait(2)
+# would not accept more than 24 days: their timeout is an int of milliseconds.
 MAX_WAIT = 86400.0
 
-# Largest number of events that one turn handles. The kernel keeps the others for the next turn. So
-# a burst of events does not delay for long what the caller of `turn` or `wait` does in between.
+# Largest number of events that one turn handles. The kernel keeps the others for the next turn. A
+# larger limit would make a burst of events delay what a caller does between two turns.
 EVENTS_PER_TURN = 64
 
-# Seconds until accept(2) is called again after descriptors or memory have run out. The pause keeps
-# the loop from spinning, and is short because connections wait in the queue meanwhile.
+# Seconds until accept(2) is called again after descriptors or memory have run out. Without a pause
+# the loop would spin. It is short because connections wait in the queue meanwhile.
 STALL_PAUSE = 0.2
 
-# Seconds until a call is retried for which the kernel had no memory.
+# Seconds until a call is retried that has failed because the kernel had no memory.
 MEMORY_RETRY = 0.05
 
 
@@ -58,8 +58,8 @@ class EventLoop:
     def unregister(self, fd: int) -> None:
         """Stop waiting for `fd`. Do nothing if it is not registered.
 
-        Call this before closing `fd`: while a duplicate of it is open, close(2) does not end its
-        events.
+        Call this before closing `fd`: as long as a duplicate of `fd` is open, epoll reports its
+        events even after close(2).
         """
         if self.handlers.pop(fd, None) is not None:
             self._stalled.discard(fd)
@@ -80,8 +80,8 @@ class EventLoop:
     def stall(self, fd: int, seconds: float) -> None:
         """Stop waiting for input on `fd` for `seconds`. It must have been registered without flags.
 
-        Use this when `fd` stays readable but the kernel has no memory for reading from it. The loop
-        would spin otherwise. All stalls end together, at the time that the latest call sets.
+        Use this when `fd` stays readable but cannot be read, because the kernel has no memory. The
+        loop would spin otherwise. All stalls end together, at the time that the latest call sets.
         """
         self.pause(fd)
         self._stalled.add(fd)

@@ -51,8 +51,8 @@ def why_poll(file: int) -> str | None:
             if name in LOCAL_FILE_SYSTEMS
             else f"inotify does not report every change on {name}"
         )
-    # In a chroot, or without /proc, the mount cannot be looked up. That does not mean that the file
-    # system is local, so ask for the number of its type.
+    # In a chroot, or without /proc, the mount cannot be looked up. The file system may be local or
+    # not, so ask for the number of its type.
     if (number := _type_number(file)) in LOCAL_FILE_SYSTEMS.values():
         return None
     kind = "of unknown type" if number is None else f"of type {number:#x} (see statfs(2))"

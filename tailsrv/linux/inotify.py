@@ -15,14 +15,14 @@ from inotify_simple import INotify, flags
 
 from tailsrv.linux.file_system_type import why_poll
 
-# Events of the file itself after which its path might no longer name it. ATTRIB reports its
-# removal. DELETE_SELF does not: while the file is open, unlink(2) only lowers its link count.
+# Events of the file itself after which its path might no longer name it. ATTRIB reports that the
+# file is deleted. DELETE_SELF does not, because unlink(2) of an open file only lowers its link
+# count.
 _FILE_EVENTS = flags.ATTRIB | flags.MOVE_SELF
-# Events of a link or folder on the path to the file.
+# Events of a link or folder on the path to the file, and how to add such a watch.
 _PATH_EVENTS = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.MASK_ADD
-# Size of the buffer for events, in bytes. It has room for 16 events, because none of these events
-# has a name. A larger buffer would not be one of Python's small objects, and would cost a
-# malloc(3).
+# Size of the buffer for events, in bytes: 16 events, because none of these events has a name. A
+# larger buffer would not be one of Python's small objects, so each read would cost a malloc(3).
 _EVENTS_BYTES = 256
 # What an operator can change when inotify(7) refuses an instance or a watch. EMFILE is also the
 # error of a process that has no descriptor left.
@@ -38,7 +38,8 @@ class Watch:
     """The inotify watches on one open file, and on the links and folders of its path.
 
     An event is only a hint that something may have changed. After each one, the caller calls
-    `size()` and, if `read()` returns True, checks whether the path still names the file.
+    `read()` and `size()`. If `read()` returns True, it checks whether the path still names the
+    file.
 
     If inotify cannot be used, or may miss changes, `polling` says why, and the caller has to check
     the file at regular intervals. Otherwise `polling` is None.
@@ -74,7 +75,7 @@ class Watch:
     def follow(self, following: bool) -> None:
         """Report appends from now on, or stop reporting them if `following` is False.
 
-        Changes of the file's name are reported in either case. If the kernel refuses to report
+        Changes of the file's name are reported in either case. If the kernel refuses a watch for
         appends, `polling` says why.
         """
         if following is not self.following:
@@ -97,14 +98,14 @@ class Watch:
         try:
             self._size = os.lseek(self.file, 0, os.SEEK_END)
         except OSError:
-            # A file server does not answer. Return the last known size.
+            # The file is on a server that does not answer. Return the last known size.
             pass
         return self._size
 
     def read(self) -> bool:
         """Read the pending events, and return whether the path might no longer name the file.
 
-        If so, the links and folders of the path are watched again, as by `renew`.
+        If so, this also calls `renew`.
         """
         try:
             events = os.read(self._fd, _EVENTS_BYTES)
@@ -138,19 +139,19 @@ class Watch:
         self._append_event = struct.pack("iIII", watch, flags.MODIFY, 0, 0)
 
     def _watch_path(self) -> None:
-        """Watch the links and folders of the path: moving one changes what the path names."""
+        """Watch the links and folders of the path. Those that cannot be watched are left out."""
         assert self._inotify is not None
         for step in steps_to(self.path):
             try:
                 self._inotify.add_watch(step, _PATH_EVENTS)
             except (FileNotFoundError, NotADirectoryError, PermissionError):
-                # Either the step does not exist, which the caller finds out when it checks the
+                # Either this name does not exist, which the caller finds out when it checks the
                 # path. Or it is a folder that this process may pass through but not read.
                 pass
 
 
 class NoFile(Watch):
-    """A watch on no file, for the time until there is one: its size is 0, and it has no events."""
+    """Stands for a `Watch` until there is a file: the size is 0, and there are no events."""
 
     def __init__(self) -> None:
         self.file, self.path, self.polling, self.following = -1, "", None, False
@@ -164,7 +165,7 @@ class NoFile(Watch):
 def steps_to(path: str) -> Iterator[str]:
     """Yield every name that the kernel looks up when it resolves `path`, in that order.
 
-    These are links, the names that they lead to, and folders. The last name is that of the file.
+    These are the names of links, of what they lead to, and of folders. The last one is the file.
     """
     try:
         whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)

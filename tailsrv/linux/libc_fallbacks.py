@@ -2,8 +2,8 @@
 
 An interpreter has only the names of the C library that it was built against: glibc 2.17 for the
 interpreters of uv, conda and mise, a musl without preadv2(2) for those of Alpine up to 3.19. The
-numbers below are those of the kernel's headers (linux/*.h), on all architectures that such
-interpreters are built for. Any other name that may be missing belongs in this module.
+numbers below are those of the kernel's headers (linux/*.h), and the same on all architectures that
+such interpreters are built for. Any other name that may be missing belongs in this module.
 tests/support/old_libc.py lists such names.
 """
 
@@ -53,9 +53,8 @@ def preadv_nowait(file: int, buffer: bytearray, offset: int) -> int:
 def memory_file(name: str) -> int:
     """Return the descriptor of a new anonymous file.
 
-    The file is in memory (memfd_create(2)). Where that call is missing, it is an unlinked file on
-    disk. `name` has no effect except that /proc shows it. Raises OSError if the file cannot be
-    created.
+    The file is in memory (memfd_create(2)). If that call is missing, it is an unlinked temporary
+    file. `name` is only what /proc shows. Raises OSError if the file cannot be created.
     """
     try:
         return os.memfd_create(name) if hasattr(os, "memfd_create") else _memfd_create(name)

@@ -30,7 +30,10 @@ class Mounts:
             self.close()
 
     def close(self) -> None:
-        """Close the file. This is for a forked child, which does not use the loop."""
+        """Close the file. A forked child must call this.
+
+        The file stays registered, because the child shares the epoll object with its parent.
+        """
         if self._file is not None:
             close_file(self._file)
             self._file = None
@@ -46,9 +49,9 @@ class Mounts:
         self._changed()
 
     def _resume(self) -> None:
-        """Wait for changes again, and report one, because there may have been some meanwhile.
+        """Wait for changes again, and report one, because the mounts may have changed meanwhile.
 
-        Whether there were any cannot be found out: epoll_ctl(2) polls the file itself, and so hides
+        It cannot be known whether they have: epoll_ctl(2) itself polls the file, and so hides
         earlier changes from the next poll.
         """
         assert self._file is not None

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _OOM_SCORE_FILE = "/proc/self/oom_score_adj"
-
 # OOM_SCORE_ADJ_MAX of linux/oom.h.
 _MAX_OOM_SCORE = 1000
-
-# How much `raise_oom_score` adds: half of the maximum. The parent may be much larger than the
+# How much `raise_oom_score` adds: half of the maximum. The parent may use much more memory than the
 # child, because it may hold many more descriptors [measured: with 10 or 100 instead of 500, the
 # kernel still killed the parent when a memory cgroup was full].
 _OOM_SCORE_INCREMENT = 500
@@ -47,8 +45,8 @@ def raise_descriptor_limit() -> int:
 def count_processors(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int:
     """Return the number of processors that this process may use, at least 1.
 
-    The limits are the CPU affinity (sched_setaffinity(2)) and the CPU quotas of cgroups(7). A file
-    that cannot be read sets no limit.
+    The limits are the CPU affinity (sched_setaffinity(2)) and the CPU quotas of cgroups(7). A quota
+    that cannot be read is no limit.
     """
     return usable_processors(len(os.sched_getaffinity(0)), list(_quotas(membership, cgroups)))
 
@@ -121,8 +119,8 @@ def raise_oom_score() -> None:
 class Stat:
     """The parent of a process, and its start time in clock ticks since boot.
 
-    These are fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5)). A pid together with a start time
-    identifies a process forever. A pid alone may belong to a later process.
+    These are fields 4 and 22 of /proc/PID/stat (proc_pid_stat(5)). Until the machine reboots, a pid
+    together with a start time identifies one process. A pid alone may belong to a later process.
     """
 
     parent: int

@@ -7,7 +7,7 @@ from setproctitle import getproctitle, setproctitle
 
 from tailsrv.linux.event_loop import Timers
 
-# Seconds between two changes of a title, at least.
+# Shortest time between two changes of a title, in seconds.
 TITLE_INTERVAL = 1.0
 
 # An environment variable whose only purpose is its length. It makes room for a longer title.
@@ -20,8 +20,8 @@ def make_room(length: int, executable: str, arguments: list[str]) -> None:
     A title is written over the command line and the environment, whose size is fixed by execve(2).
     If they are too short, this process executes its program again, once, with an environment
     variable of `length` bytes. The process keeps its pid, inheritable descriptors and blocked
-    signals. Call this before opening anything that must not be lost. If execve(2) fails, longer
-    titles are cut.
+    signals. All other descriptors are lost, so call this before opening any. If execve(2) fails,
+    longer titles are cut.
 
     Args:
         length: The length of the longest title, in bytes.
@@ -46,8 +46,8 @@ def _has_room(length: int) -> bool:
 class ProcessTitle:
     """Shows a text whenever it has changed, but at most once in an interval.
 
-    By default, the text is the title of this process. `render()` returns the current text,
-    `show(text)` shows it, and `interval` is in seconds.
+    `render()` returns the current text. `show(text)` shows it, by default as the title of this
+    process. `interval` is in seconds.
     """
 
     def __init__(

@@ -9,8 +9,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# The sets below say how a process of this program treats each signal (signal(7)). These are the
-# ones that it acts on.
+# The sets below say how a process of this program treats each signal (signal(7)). It acts on these.
 ACTED_ON = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPWR})
 # The default action, which ends the process, is right for these: faults of the process itself, the
 # operator's limit on CPU time (RLIMIT_CPU), and SIGABRT, which systemd sends to a service that does
@@ -87,7 +86,7 @@ def ignore_io_signals() -> None:
 
 
 def block_all() -> None:
-    """Block all signals. Signals that arrive are delivered when they are unblocked."""
+    """Block all signals. The kernel delivers those that arrive when they are unblocked."""
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
 
 
@@ -114,9 +113,9 @@ def interruptible() -> Iterator[None]:
     """Let SIGTERM, SIGINT and SIGQUIT end this process during a call that may hang.
 
     This is for a process that blocks signals. In PID 1 the signals stay blocked, and are delivered
-    after the call. Unblocking them would not help there: the kernel discards signals to PID 1 that
-    have no handler (pid_namespaces(7)), and a handler in Python would not run before the call
-    returns.
+    when the process unblocks them. Unblocking them during the call would not help: the kernel
+    discards signals to PID 1 that have no handler (pid_namespaces(7)), and a handler in Python
+    would not run before the call returns.
     """
     if os.getpid() == 1:
         yield

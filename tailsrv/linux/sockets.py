@@ -1,4 +1,4 @@
-"""System calls on sockets: receive, shut down, and what the kernel knows of a connection.
+"""System calls on sockets: receive, shut down, and ask what the kernel knows about a connection.
 
 Errors that are part of normal operation are returned as values (`Outcome`), not raised.
 """
@@ -26,12 +26,8 @@ KEEPALIVE_OPTIONS = (
     (IPPROTO_TCP, TCP_KEEPCNT, 4),
 )
 
-
-# Descriptors or memory have run out, for this process or the whole system. This may pass.
+# Descriptors or memory have run out, for this process or the whole system. A retry may succeed.
 NO_ROOM_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-# ENOSPC means that the limit on epoll watches is reached (epoll_ctl(2)).
-_SHORTAGE_ERRNOS = NO_ROOM_ERRNOS | {errno.ENOSPC}
 
 
 class Outcome(Enum):
@@ -43,8 +39,9 @@ class Outcome(Enum):
     NO_DESCRIPTOR = "out of the process's descriptors"
 
 
-# Errors of a connection whose peer is gone. TimeoutError means that keepalive has given up. The
-# errors for an unreachable host or network come from a router that answered a keepalive probe.
+# Errors of a connection whose peer is gone. TimeoutError means that the peer has not answered the
+# keepalive probes or retransmits. The errors for an unreachable host or network come from a router,
+# or from this host if the peer is in the same network.
 PEER_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, TimeoutError)
 PEER_GONE_ERRNOS = frozenset(
     {errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}
@@ -68,8 +65,8 @@ def outcome_of(error: OSError) -> Outcome | OSError:
 def stop_listening(listener: socket.socket) -> None:
     """Refuse new connections from now on.
 
-    Closing `listener` is not enough if other processes have it open: until the last of them closes
-    it, the kernel would queue new connections, and would then reset them.
+    Closing `listener` is not enough if other processes have it open: the kernel would continue to
+    queue new connections, and would reset them when the last of these processes closes it.
     """
     try:
         listener.shutdown(socket.SHUT_RD)
@@ -139,8 +136,8 @@ def bytes_streamed(sock: socket.socket) -> int | None:
     """Return how many bytes have been written to `sock` since it was connected, by any process.
 
     The result is None if the connection is not open any more, or if the kernel does not give the
-    number. For an MPTCP socket, the kernel describes only the first subflow. A system that
-    resembles Linux may leave out the end of TCP_INFO.
+    number. That is so for an MPTCP socket, of which it describes only the first subflow, and on a
+    system that resembles Linux but leaves out the end of TCP_INFO.
 
     The number is the sum of the acknowledged and the unacknowledged bytes. These come from separate
     calls, and an acknowledgement may arrive between them, so they are read again until they agree.
@@ -170,9 +167,9 @@ def protocol(sock: socket.socket) -> int:
 class Unacknowledged(NamedTuple):
     """What the kernel knows about a peer that has not acknowledged all bytes yet."""
 
-    # Number of timeouts in a row after which bytes were sent again.
+    # Number of retransmission timeouts in a row.
     retransmits: int
-    # Number of probes in a row that were not answered, of a closed window or of keepalive.
+    # Number of unanswered probes in a row: window probes (to a closed window) or keepalive probes.
     probes: int
     # Seconds since the last acknowledgement of any kind.
     silence: float
@@ -184,7 +181,7 @@ _UNACKNOWLEDGED = struct.Struct("=2xBB20xI28xI84xI")
 
 
 def unacknowledged(sock: socket.socket) -> Unacknowledged | None:
-    """Return what the kernel knows about the peer of `sock` if it has bytes for that peer.
+    """Return what the kernel knows about the peer of `sock`, if it has unacknowledged bytes.
 
     The result is None if all bytes are acknowledged, or if the kernel does not give these numbers.
     """
@@ -221,12 +218,16 @@ def take_socket(fd: int) -> tuple[socket.socket, tuple[str, int] | None]:
 
 
 def shut_down_writing(sock: socket.socket) -> None:
-    """Send a FIN after the bytes that are queued, even if other processes have the socket open."""
+    """Send a FIN after the queued bytes, although other processes may have the socket open."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         # The peer is gone already.
         pass
+
+
+# ENOSPC means that the limit on epoll watches is reached (epoll_ctl(2)).
+_SHORTAGE_ERRNOS = NO_ROOM_ERRNOS | {errno.ENOSPC}
 
 
 def lacks_room(error: BaseException) -> bool:

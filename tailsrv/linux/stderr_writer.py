@@ -1,10 +1,10 @@
 """Writes lines to standard error without waiting, whatever standard error is.
 
-The obvious way, setting O_NONBLOCK on standard error, would disturb others. The flag belongs to the
-open file description (open(2)), which this process shares with the shell that started it, and with
-other programs of that shell. Therefore a terminal or pipe is opened again, and the flag is set on
-the new description. A socket gets the flag with each call of send(2) instead. Anything else is
-written to only when poll(2) reports room.
+Setting O_NONBLOCK on standard error would disturb other programs. The flag belongs to the open file
+description (open(2)), which this process shares with the shell that started it, and with other
+programs of that shell. Therefore a terminal or pipe is opened again, and the flag is set on the new
+description. For a socket, each call of send(2) has the flag MSG_DONTWAIT. Anything else is written
+to only when poll(2) reports room.
 """
 
 import fcntl
@@ -58,13 +58,13 @@ def _socket_output() -> Callable[[bytes], object]:
 def _own_description() -> int:
     """Return a non-blocking descriptor of the terminal or pipe that is standard error.
 
-    If this process has no permission to open it again, a child is started that waits for it
-    instead. Raises OSError.
+    If this process has no permission to open it again, standard error becomes a pipe to a child
+    process that copies to it. Raises OSError.
     """
     try:
         return _reopen()
     except PermissionError:
-        _start_relay()
+        _start_copier()
     return _reopen()
 
 
@@ -77,7 +77,7 @@ def _move_up(fd: int) -> int:
     """Move the descriptor `fd` to a number above those of the sockets that were passed.
 
     The service manager may have announced more sockets than it has passed. The number of a missing
-    one is free, and `fd` must not get it and be taken for that socket.
+    socket is free. If `fd` had that number, it would be mistaken for the socket.
     """
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SOCKET + len(passed_sockets()))
@@ -85,7 +85,7 @@ def _move_up(fd: int) -> int:
         os.close(fd)
 
 
-def _start_relay() -> None:
+def _start_copier() -> None:
     """Replace standard error by a pipe, and start a child that copies from the pipe to the old one.
 
     This is for a terminal or pipe of another user (su, sudo), for which there is no other way to
@@ -96,15 +96,15 @@ def _start_relay() -> None:
     try:
         os.set_blocking(writer, False)
         if os.fork() == 0:
-            _relay(reader, [*others, reader, writer])
+            _copy(reader, [*others, reader, writer])
         os.dup2(writer, STDERR)
     finally:
         os.close(reader)
         os.close(writer)
 
 
-def _relay(reader: int, others: Sequence[int]) -> None:
-    """Copy from `reader` to standard error until one of them ends, then end this process.
+def _copy(reader: int, others: Sequence[int]) -> None:
+    """Copy from `reader` to standard error until one of them is closed, then end this process.
 
     `others` are all descriptors except standard error. They are closed, because neither the other
     end of the pipe nor passed sockets may stay open in this process.
@@ -125,8 +125,8 @@ def _relay(reader: int, others: Sequence[int]) -> None:
 def _write_if_ready(line: bytes) -> None:
     """Write as much of `line` to standard error as poll(2) reports room for.
 
-    This is for files and devices, where a write never waits for long, and for the cases in which
-    standard error cannot be opened again.
+    This is for files and devices, where a write never waits for long, and for a standard error that
+    cannot be opened again.
     """
     poll = select.poll()
     poll.register(STDERR, select.POLLOUT)

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-# The number of the first passed socket (SD_LISTEN_FDS_START of sd_listen_fds(3)).
+# The descriptor of the first passed socket (SD_LISTEN_FDS_START of sd_listen_fds(3)).
 FIRST_SOCKET = 3
-# Largest number of passed sockets. A larger number in $LISTEN_FDS is ignored as an error.
+# Largest number of passed sockets. If $LISTEN_FDS is larger, it is ignored.
 MAX_PASSED_SOCKETS = 1024
+# Errors of `notify` after which a retry may succeed.
+_RETRYABLE = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
 
 
 def is_managed() -> bool:
@@ -31,8 +33,8 @@ def notify(*assignments: str) -> bool:
     """Send `NAME=value` assignments to the service manager, if there is one.
 
     This never waits, and never raises. It returns False if the message was not sent but a retry may
-    succeed: the queue of the service manager's socket is full, or memory or descriptors have run
-    out.
+    succeed, because the queue of the service manager's socket is full, or memory or descriptors
+    have run out.
     """
     if not is_managed():
         return True
@@ -47,14 +49,11 @@ def notify(*assignments: str) -> bool:
     return True
 
 
-_RETRYABLE = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
-
-
 class Lifecycle:
     """Tells the service manager that the service is ready, reloading or stopping.
 
-    A message that could not be sent is sent again later, in the same order. If READY=1 were lost,
-    the service manager would end a working service, or show it as reloading forever.
+    Messages that could not be sent are sent later, in the same order. If READY=1 were lost, the
+    service manager would end a working service, or show it as reloading forever.
 
     `plan(action, when)` must make `action()` be called at the time `when`, in seconds of
     time.monotonic().
@@ -68,7 +67,7 @@ class Lifecycle:
         self._unsent: list[str] = []
 
     def reloading(self) -> None:
-        """Report that a reload has begun, which `ready` ends. This replaces all unsent messages."""
+        """Report that a reload has begun. `ready` ends it. This replaces all unsent messages."""
         microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._unsent = [f"RELOADING=1\nMONOTONIC_USEC={microseconds}"]
         self._send()
@@ -94,7 +93,7 @@ class Lifecycle:
 def watchdog_seconds() -> float | None:
     """Return the service manager's limit on the seconds between two `WATCHDOG=1` messages.
 
-    The result is None if it does not expect such messages.
+    The result is None if the service manager does not expect such messages.
     """
     microseconds = _read_number("WATCHDOG_USEC")
     pid = os.environ.get("WATCHDOG_PID") or str(os.getpid())

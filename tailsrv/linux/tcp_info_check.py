@@ -1,4 +1,4 @@
-"""Checks features of the kernel that a system which only resembles Linux may lack."""
+"""Checks whether the kernel counts the bytes of a TCP stream. Some sandboxes do not."""
 
 import socket
 import time
@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from tailsrv.linux.sockets import bytes_streamed, unsent
 
-# Number of bytes to send.
+# Number of bytes to send in the check.
 _COUNT = 1000
 # Seconds to wait for the connection. Linux makes it at once.
 _CONNECT_TIMEOUT = 1.0
@@ -21,7 +21,7 @@ def counts_streams() -> bool:
     Sandboxes such as gVisor may return a TCP_INFO that is short or empty.
 
     This sends some bytes over loopback and checks the count twice: after sending, and after the
-    bytes have been acknowledged. The result is True as well if no loopback connection can be made.
+    bytes have been acknowledged. If no loopback connection can be made, the result is True.
     """
     with ExitStack() as stack:
         try:

@@ -10,17 +10,18 @@ import signal
 import stat
 
 # This environment variable says that every SIGHUP is a request. It is set if SIGHUP was ignored
-# when the program started, as nohup(1) and `trap '' HUP` arrange, or if there was no controlling
-# terminal, as with setsid(1): the kernel then sends no SIGHUP. The environment survives execve(2),
-# which resets the signals that were caught.
+# when the program started, as nohup(1) and `trap '' HUP` arrange. It is also set if there was no
+# controlling terminal, as with setsid(1), because the kernel then sends no SIGHUP. The program
+# catches SIGHUP, so after execve(2) it could not see any more that SIGHUP was ignored at the start.
+# The environment survives execve(2).
 VARIABLE = "TAILSRV_NOHUP"
 
 
 def remember_nohup() -> None:
-    """Set VARIABLE if this process has to survive the end of its terminal.
+    """Set VARIABLE if no SIGHUP can mean that a terminal has been closed.
 
-    That is so if SIGHUP is ignored, or if there is no terminal that could cause it. Call this
-    before setting a handler for SIGHUP.
+    That is so if SIGHUP is ignored, or if there is no controlling terminal. Call this before
+    setting a handler for SIGHUP.
     """
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or not _has_terminal():
         os.environ[VARIABLE] = "1"
