@@ -1,4 +1,4 @@
-"""A service manager, as far as sd_notify(3) goes."""
+"""A service manager that implements the receiving end of sd_notify(3)."""
 
 import socket
 from pathlib import Path
@@ -9,7 +9,7 @@ FILLER = b"STATUS=of another service"
 
 
 class ServiceManager:
-    """The service manager's end of sd_notify(3), whose queue can be full."""
+    """The service manager's end of sd_notify(3), whose queue can be filled."""
 
     def __init__(self, path: Path) -> None:
         self.address = str(path)
@@ -28,7 +28,7 @@ class ServiceManager:
                 pass
 
     def phases(self, count: int) -> list[str]:
-        """Return the first words of the next `count` messages that are no status."""
+        """Return the first words of the next `count` messages, status messages not counted."""
         said: list[str] = []
         while len(said) < count:
             word = self.sock.recv(4096).decode().partition("\n")[0]
@@ -37,7 +37,7 @@ class ServiceManager:
         return said
 
     def unread(self) -> list[str]:
-        """Return what is in the queue."""
+        """Return the messages in the queue."""
         said = []
         self.sock.setblocking(False)
         try:
@@ -49,12 +49,12 @@ class ServiceManager:
             self.sock.settimeout(DEADLINE)
 
     def until(self, word: str) -> list[str]:
-        """Wait until `word` is said, and return all that was said since the last time, it too."""
+        """Wait for the message `word`, and return it with all messages since the last call."""
         said: list[str] = []
         while word not in said:
             said += self.sock.recv(4096).decode().split("\n")
         return said
 
     def wrapper(self, *variables: str) -> tuple[str, ...]:
-        """Return what starts a program that tells us, with more variables in its environment."""
+        """Return a wrapper that sets NOTIFY_SOCKET, and more `variables`, for a program."""
         return ("env", f"NOTIFY_SOCKET={self.address}", *variables)
