@@ -57,7 +57,7 @@ def lacks(module: str, name: str) -> bool:
 
 
 def take_away(folder: Path, functions: tuple[str, ...] = ()) -> None:
-    """Hide the names, and `functions` of the C library, from interpreters with PYTHONPATH `folder`."""
+    """Hide the names, and C functions, from interpreters with `folder` in their PYTHONPATH."""
     install_hook(folder, "old_libc")
     (folder / "lacking.json").write_text(json.dumps({"names": hidden(), "functions": functions}))
 
