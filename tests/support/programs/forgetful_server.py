@@ -13,7 +13,7 @@ send, calls = os.sendfile, count(1)
 
 
 def lie(out: int, file: int, offset: int, size: int) -> int:
-    """Send what is asked for, or what begins one byte later."""
+    """Send the requested bytes, or those that begin one byte later."""
     return send(out, file, offset + (next(calls) % 50 == 0), size)
 
 

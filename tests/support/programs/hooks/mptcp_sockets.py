@@ -7,7 +7,11 @@ class Socket(socket.socket):
     """A socket that uses MPTCP where TCP was requested."""
 
     def __init__(
-        self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None
+        self,
+        family: int = -1,
+        type: int = -1,  # noqa: A002
+        proto: int = -1,
+        fileno: int | None = None,
     ) -> None:
         if (
             fileno is None
