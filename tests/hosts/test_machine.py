@@ -490,7 +490,7 @@ def test_settings_of_a_path_with_odd_characters(make_service: MakeService) -> No
 
 
 def test_a_port_in_use(make_service: MakeService) -> None:
-    """A port in use is logged with a command that finds its user, and is retried until it is free."""
+    """A port in use is logged with a command that finds its user, and is retried until free."""
     service = make_service(PORT=str(PORT))
     service.create(b"first\n")
     service.machine.run(
@@ -661,8 +661,7 @@ def test_the_readme(boot: Boot) -> None:
 
 def strip(machine: Machine, but: list[str]) -> None:
     """Remove what a bare Debian does not have, except systemd, `but`, and their dependencies."""
-    query = r"dpkg-query --show --showformat '${Priority} ${Package}\
-    '"
+    query = r"dpkg-query --show --showformat '${Priority} ${Package}\n'"
     all_but_required = rf"{query} | sed -n '/^required /!s/.* //p'"
     machine.run("sh", "-ec", f"{all_but_required} | xargs apt-mark -qq auto")
     machine.run("apt-mark", "-qq", "manual", "apt", "systemd", "systemd-sysv", *but)

@@ -212,9 +212,9 @@ class Tree:
         writer = threading.Thread(target=self._write, args=[done])
         writer.start()
         try:
-            self.goes_on(self.clients)
+            self.await_progress(self.clients)
             yield
-            self.goes_on(self.clients)
+            self.await_progress(self.clients)
         finally:
             done.set()
             writer.join()
@@ -224,7 +224,7 @@ class Tree:
         while not done.wait(chance.uniform(0, 0.02)):
             append(self.file, chance.randbytes(chance.randrange(1, 4000)))
 
-    def goes_on(self, clients: Sequence[RelayClient]) -> None:
+    def await_progress(self, clients: Sequence[RelayClient]) -> None:
         """Wait until these clients have received the current contents of the file, and more."""
         size = self.file.stat().st_size
         eventually(lambda: all(client.reached > size for client in clients))
@@ -234,14 +234,14 @@ class Tree:
         """The clients that connect through HAProxy."""
         return [client for client in self.clients if client.addresses == THROUGH_BALANCER]
 
-    def is_exact(self) -> None:
+    def assert_exact(self) -> None:
         """Assert that every client receives exactly the contents of the file."""
         data = self.file.read_bytes()
         for client in self.clients:
             client.reaches(len(data))
             assert client.output.read_bytes() == data[client.start :]
 
-    def favourite(self) -> Relay:
+    def busiest_relay(self) -> Relay:
         """Return the relay with the most clients through HAProxy."""
         seen = self.balancer.relays()
         return max(self.relays, key=lambda relay: int(seen[relay.name]["scur"]))
@@ -263,7 +263,7 @@ def tree() -> Iterator[Tree]:
 
 def test_checks_are_no_clients(tree: Tree) -> None:
     """HAProxy's checks succeed, and no tailsrv accepts them as clients."""
-    tree.is_exact()
+    tree.assert_exact()
     for relay in tree.relays:
         tree.balancer.has_checked(relay)
         assert len(relay.server.lines("client")) == len(relay.server.lines("client streams"))
@@ -275,41 +275,41 @@ def test_checks_are_no_clients(tree: Tree) -> None:
 def test_a_relay_dies(tree: Tree) -> None:
     """The clients of a killed relay resume at the other one, and the relay can be started again."""
     with tree.writing():
-        relay = tree.favourite()
+        relay = tree.busiest_relay()
         relay.kill()
-        tree.goes_on(tree.clients)
+        tree.await_progress(tree.clients)
         tree.balancer.sees(relay, "DOWN")
         relay.start()
         tree.balancer.sees(relay, "UP")
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_a_relay_falls_silent(tree: Tree) -> None:
     """HAProxy moves the clients of an unreachable relay; a direct client waits for it."""
     with tree.writing():
-        relay = tree.favourite()
+        relay = tree.busiest_relay()
         relay.host.cut()
-        tree.goes_on(tree.balanced)
+        tree.await_progress(tree.balanced)
         tree.balancer.sees(relay, "DOWN")
         relay.host.join()
         tree.balancer.sees(relay, "UP")
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_a_tssync_dies(tree: Tree) -> None:
     """After a killed tssync, clients stay connected, and the next tssync resumes its local copy."""
     with tree.writing():
-        relay = tree.favourite()
+        relay = tree.busiest_relay()
         relay.sync.end()
         relay.start_sync()
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_the_origin_restarts(tree: Tree) -> None:
     """After a restart of the origin with the same file, the relays resume."""
     with tree.writing():
         tree.restart_origin()
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_the_balancer_dies(tree: Tree) -> None:
@@ -317,4 +317,4 @@ def test_the_balancer_dies(tree: Tree) -> None:
     with tree.writing():
         tree.balancer.finish()
         tree.balancer.start()
-    tree.is_exact()
+    tree.assert_exact()

@@ -149,7 +149,7 @@ class World:
         client.sock.close()
 
     def settle(self, client: ModelClient) -> None:
-        """Wait until the supervisor knows the client and the start of a stream that it requested."""
+        """Wait until the supervisor knows the client and the start of any requested stream."""
         self.await_known([client])
 
     # Actions of the writer.
