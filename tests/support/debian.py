@@ -236,8 +236,7 @@ class Machine:
         """End the machine at once, by its pid, and clean up."""
         with suppress(psutil.NoSuchProcess):
             for nspawn in psutil.Process(self._process.pid).children():
-                # The kernel then ends every process in its namespace; unshare waits for that and
-                # ends.
+                # The kernel then ends every process in its namespace. unshare waits for that.
                 nspawn.kill()
         try:
             self._process.wait(DEADLINE)

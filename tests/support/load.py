@@ -39,7 +39,7 @@ KINDS = (
     "from end",
     "ahead",
     "slow half-closed junk",
-    "only news",
+    "appends only",
 )
 
 
@@ -59,7 +59,7 @@ class Load:
         size, junk, dice = len(self.data), bytes(100) if "junk" in kind else b"", self.dice
         sock = self.server.connect(receive_buffer=4096 if kind == "stalled" else 0)
         match kind:
-            case "from end" | "only news":
+            case "from end" | "appends only":
                 count = dice.randrange(1, size) if kind == "from end" else 0
                 stream = LoadClient(kind, sock, None, size - count, b"-%d\n" % count)
             case "ahead":
@@ -81,9 +81,9 @@ class Load:
         """Let each client act once, at its own speed."""
         dice = self.dice
         if dice.random() < 0.3:
-            reporter = dice.randbytes(dice.randrange(1, 3000))
-            self.data += reporter
-            append(self.path, reporter)
+            record = dice.randbytes(dice.randrange(1, 3000))
+            self.data += record
+            append(self.path, record)
         for stream in self.streams:
             if stream.unsent and dice.random() < 0.01:
                 stream.unsent = stream.unsent[stream.sock.send(stream.unsent[:1]) :]

@@ -152,7 +152,9 @@ def skipped_lines(reasons: Iterable[str]) -> list[str]:
             tools.update(re.split(", ", reason.partition(NOT_INSTALLED)[2]))
         else:
             others[
-                "needs root" if re.search(r"\b(only|takes|needs|not) root\b", reason) else reason
+                "needs root"
+                if re.search(r"\b(only|takes|needs|requires|not) root\b", reason)
+                else reason
             ] += 1
     lines = [f"skipped: {count}: {reason}" for reason, count in others.most_common()]
     if tools:

@@ -40,7 +40,7 @@ def wrapper_without_rights() -> tuple[str, ...]:
     if os.geteuid() != 0:
         return ()
     if not runs(*AS_NOBODY, *TAILSRV, "--version"):
-        pytest.skip("root may read every file, and another user cannot be had")
+        pytest.skip("root may read every file, and no other user is available")
     return AS_NOBODY
 
 
@@ -137,7 +137,7 @@ class Server:
         return sorted(eventually(look), key=lambda pid: int(title(pid).split()[2]))
 
     def wait(self) -> None:
-        """Wait for the end of the server, and assert its exit status and a complete log."""
+        """Wait for the end of the server; assert its exit status, and that no process is left."""
         try:
             status = self.process.wait(DEADLINE)
             assert status == self.expected_status, self.log

@@ -29,31 +29,31 @@ class ServiceManager:
 
     def phases(self, count: int) -> list[str]:
         """Return the first words of the next `count` messages, status messages not counted."""
-        said: list[str] = []
-        while len(said) < count:
+        messages: list[str] = []
+        while len(messages) < count:
             word = self.sock.recv(4096).decode().partition("\n")[0]
             if not word.startswith("STATUS="):
-                said.append(word)
-        return said
+                messages.append(word)
+        return messages
 
     def unread(self) -> list[str]:
         """Return the messages in the queue."""
-        said = []
+        messages = []
         self.sock.setblocking(False)
         try:
             while True:
-                said.append(self.sock.recv(4096).decode())
+                messages.append(self.sock.recv(4096).decode())
         except BlockingIOError:
-            return [message for message in said if message != FILLER.decode()]
+            return [message for message in messages if message != FILLER.decode()]
         finally:
             self.sock.settimeout(DEADLINE)
 
     def until(self, word: str) -> list[str]:
         """Wait for the message `word`, and return it with all messages since the last call."""
-        said: list[str] = []
-        while word not in said:
-            said += self.sock.recv(4096).decode().split("\n")
-        return said
+        messages: list[str] = []
+        while word not in messages:
+            messages += self.sock.recv(4096).decode().split("\n")
+        return messages
 
     def wrapper(self, *variables: str) -> tuple[str, ...]:
         """Return a wrapper that sets NOTIFY_SOCKET, and more `variables`, for a program."""

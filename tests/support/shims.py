@@ -13,7 +13,7 @@ from support.waiting import DEADLINE
 def build_shim(folder: Path, name: str) -> Path:
     """Compile `name`.c of tests/support/programs to a library for LD_PRELOAD; this requires gcc."""
     if not shutil.which("gcc"):
-        pytest.skip("takes gcc")
+        pytest.skip("requires gcc")
     shim = folder / f"{name}.so"
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-o", shim, PROGRAMS / f"{name}.c", "-ldl"],

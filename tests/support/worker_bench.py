@@ -82,9 +82,9 @@ class WorkerBench:
         )
 
     def connect(
-        self, said: bytes = b"", receive: int | None = None
+        self, data: bytes = b"", receive: int | None = None
     ) -> tuple[socket.socket, Client]:
-        """Connect, and run turns until the worker has read `said`; return both ends."""
+        """Connect, and run turns until the worker has read `data`; return both ends."""
         far = self.stack.enter_context(socket.socket())
         far.settimeout(DEADLINE)
         if receive:
@@ -97,8 +97,8 @@ class WorkerBench:
         [client] = [
             client for client in self.worker.clients.values() if client.peer == endpoint(*name)
         ]
-        if said:
-            far.sendall(said)
+        if data:
+            far.sendall(data)
             self.until(lambda: client.state is not ClientState.AWAITING_HEADER)
         return far, client
 
