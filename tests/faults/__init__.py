@@ -1,1 +1,1 @@
-"""What becomes of each system call that fails."""
+"""The effect of each system call that fails."""

@@ -1,4 +1,4 @@
-"""A server to which faults happen one after another, clients of it, and what becomes of them."""
+"""A server in which faults occur one after another, its clients, and what happens to them."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from support.waiting import DEADLINE, eventually
 
 
 class FaultClient:
-    """A connection, and where in the file its stream is."""
+    """A connection, and the position of its stream in the file."""
 
     def __init__(self, sock: socket.socket, position: int) -> None:
         self.sock = sock
         self.position = position
 
     def read(self, data: bytes) -> bool:
-        """Read up to the end of `data`, all of which must be right; return whether the stream has lasted so long."""
+        """Read to the end of `data`, and compare; return whether the stream lasted that long."""
         while self.position < len(data):
             try:
                 some = self.sock.recv(min(len(data) - self.position, 1 << 16))
@@ -40,12 +40,12 @@ class FaultClient:
         return True
 
     def reset(self) -> None:
-        """Leave without a good-bye, if the connection is still there."""
+        """Reset the connection, if it still exists."""
         if self.sock.fileno() >= 0:
             reset(self.sock)
 
     def ended(self) -> bool:
-        """Tell whether the stream ends here; that it does not shows when the time for it is over."""
+        """Tell whether the stream ends here; a timeout of the socket means that it does not."""
         with self.sock:
             try:
                 return self.sock.recv(1) == b""
@@ -54,7 +54,7 @@ class FaultClient:
 
 
 def activity(pid: int) -> tuple[str, ...]:
-    """Return the state of a process, and how often it has been put to sleep and woken."""
+    """Return the state of a process, and how often it has gone to sleep and been preempted."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def activity(pid: int) -> tuple[str, ...]:
 
 
 class FaultBench:
-    """A server, clients that follow its file, and one that never reads; faults happen to it one after another."""
+    """A server for a series of faults, with clients that follow its file and one that stalls."""
 
     FOLLOWERS = 3
 
@@ -76,43 +76,43 @@ class FaultBench:
         self.stalled: FaultClient | None = None
         self.lost = 0
         self.worker = 0
-        # lines of the log that speak of upgrades which are over
-        self.told = 0
+        # The number of log lines about upgrades that are over.
+        self.upgrade_lines = 0
         self.asker: socket.socket | None = None
         self.starts = 0
 
-    # The server
+    # The server.
 
     def launch(self, *options: str) -> Server:
-        """Start a server, which need not get far."""
+        """Start a server; a fault may make it end early."""
         self.new_file()
         self.starts += 1
         self.lost = 0
-        # no look for translations, among the first calls
+        # Without these variables the first system calls would be a search for translations.
         environment = ("-u", "LANGUAGE", "LC_ALL=C", f"TAILSRV_TEST_HOLD={self.hold}")
         command = ["env", *environment, *HELD, "-p", "0", "--follow-name", *options, str(self.path)]
         self.server = Server(command, self.folder / f"stderr-{self.starts}", 0)
         return self.server
 
     def new_file(self) -> None:
-        """Begin a file that shares no bytes with the one before."""
+        """Start a new file that has no bytes in common with the one before."""
         fresh = self.folder / "next"
         self.data = random_bytes(300_000, seed=len(self.data) + self.starts)
         fresh.write_bytes(self.data)
         fresh.rename(self.path)
 
-    def settle_in(self) -> None:
-        """Have the clients connected that are to notice nothing."""
+    def connect_clients(self) -> None:
+        """Connect the clients that must not be affected by faults."""
         assert self.server is not None
         self.worker = self.server.workers(1)[0]
         self.stalled = self.join(0, receive_buffer=4096)
         self.fill_up()
 
     def ready(self) -> Server:
-        """Return the server, started if there is none."""
+        """Return the server; start it if there is none."""
         if self.server is None:
             self.launch()
-            self.settle_in()
+            self.connect_clients()
         assert self.server is not None
         return self.server
 
@@ -123,7 +123,7 @@ class FaultBench:
         )
 
     def fill_up(self) -> None:
-        """Have as many followers as there are to be, of different habits."""
+        """Connect followers, each with another behaviour, until there are FOLLOWERS of them."""
         while len(self.followers) < self.FOLLOWERS:
             client = self.join(len(self.data) - 100)
             if len(self.followers) == 1:
@@ -134,7 +134,7 @@ class FaultBench:
             self.followers.append(client)
 
     def stop(self) -> None:
-        """End the server at once, and forget its clients."""
+        """Kill the server, and forget its clients."""
         for client in [*self.followers, *([self.stalled] if self.stalled else [])]:
             client.sock.close()
         self.followers, self.stalled = [], None
@@ -145,7 +145,7 @@ class FaultBench:
             self.server = None
 
     def finish(self) -> None:
-        """Assert that all is quiet, and that who has never read gets everything when the server ends in good order."""
+        """Assert that the stalled client can read everything, and that all processes then sleep."""
         if self.server is None or self.stalled is None:
             return
         assert self.stalled.read(self.data)
@@ -154,28 +154,29 @@ class FaultBench:
         assert self.server.process.wait(DEADLINE) == 0
 
     def is_quiet(self) -> bool:
-        """Tell whether no process has woken up for half a second, which one that looks again and again would."""
+        """Tell whether no process wakes up within half a second; one that polls would."""
         before = [activity(pid) for pid in self.pids()]
         time.sleep(0.5)
         return before == [activity(pid) for pid in self.pids()]
 
     def log(self) -> str:
-        """Return the log of the server that runs now, or has run last."""
+        """Return the log of the current or last server."""
         path = self.folder / f"stderr-{self.starts}"
         return path.read_text() if path.exists() else ""
 
-    # What its processes do
+    # Its processes.
 
     def pids(self) -> list[int]:
         assert self.server is not None
         return [self.server.pid, *children(self.server.pid)]
 
     def rest(self) -> None:
-        """Wait until every process sleeps on; one that spins never does."""
+        """Wait until every process keeps sleeping; one that spins does not."""
 
         def look() -> bool:
             before = [activity(pid) for pid in self.pids()]
-            # shorter than between two looks of a worker that has no inotify: that is no spin
+            # Shorter than the poll interval of a worker without inotify, which does not count as
+            # spinning.
             time.sleep(0.01)
             return before == [activity(pid) for pid in self.pids()] and all(
                 one and "sleeping" in one[0] for one in before
@@ -183,48 +184,48 @@ class FaultBench:
 
         eventually(look)
 
-    def held(self, place: str, pid: Callable[[], int | None]) -> int:
-        """Wait until a process is held at `place`, and return its pid."""
+    def held(self, name: str, pid: Callable[[], int | None]) -> int:
+        """Wait until a process has stopped at the breakpoint `name`, and return its pid."""
 
         def look() -> int | None:
             found = pid()
             return found if found and "stopped" in activity(found)[0] else None
 
         found = eventually(look)
-        (self.hold / place).unlink()
+        (self.hold / name).unlink()
         assert found
         return found
 
-    def held_child(self, place: str, besides: int = 0) -> int:
-        """Wait until a child is held at `place`, and return its pid."""
+    def held_child(self, name: str, besides: int = 0) -> int:
+        """Wait until a child has stopped at the breakpoint `name`, and return its pid."""
         assert self.server is not None
         server = self.server
         return self.held(
-            place,
+            name,
             lambda: next(
                 (pid for pid in children(server.pid) if pid != besides and activity(pid)), None
             ),
         )
 
-    # What its clients do
+    # Its clients.
 
     def append(self) -> None:
-        """Append a record, which every follower gets."""
-        reporter = random_bytes(200, seed=len(self.data))
-        self.data += reporter
-        append(self.path, reporter)
+        """Append a record, which every follower receives."""
+        record = random_bytes(200, seed=len(self.data))
+        self.data += record
+        append(self.path, record)
         staying = [client for client in self.followers if client.read(self.data)]
         self.lost += len(self.followers) - len(staying)
         self.followers = staying
 
     def visit(self, count: int = 1000, receive_buffer: int = 0) -> None:
-        """Connect, read the last `count` bytes, and vanish."""
+        """Connect, read the last `count` bytes, and reset the connection."""
         client = self.join(len(self.data) - count, receive_buffer)
         self.lost += not client.read(self.data)
         client.reset()
 
     def crowd(self) -> None:
-        """Have many come at once, read and vanish."""
+        """Connect many clients at once, read, and reset all connections."""
         clients = [self.join(len(self.data) - 100) for _ in range(105)]
         self.lost += len(clients) - sum(client.read(self.data) for client in clients)
         for client in clients:
@@ -234,7 +235,7 @@ class FaultBench:
         self.visit(250_000, receive_buffer=4096)
 
     def visit_in_pieces(self) -> None:
-        """Send a header in three pieces, each of which the worker sees."""
+        """Send a header in three pieces, each of which the worker reads separately."""
         assert self.server is not None
         client = FaultClient(connect(self.server.port, b"-1"), len(self.data) - 123)
         for piece in (b"2", b"3\n"):
@@ -247,7 +248,7 @@ class FaultBench:
         client.reset()
 
     def leave(self) -> None:
-        """Visit and close in good order, which shows with what is sent next."""
+        """Visit and close the connection, which the worker notices when it sends the next bytes."""
         client = self.join(len(self.data) - 10)
         self.lost += not client.read(self.data)
         client.sock.close()
@@ -255,13 +256,13 @@ class FaultBench:
         self.append()
 
     def be_refused(self) -> None:
-        """Send what is no header."""
+        """Send an invalid header."""
         assert self.server is not None
         client = FaultClient(connect(self.server.port, b"abc\n"), 0)
         assert client.ended()
 
     def be_alone(self) -> None:
-        """Leave no client, then come back: appends are asked about again."""
+        """Disconnect all clients, then connect new ones: the worker monitors appends again."""
         for client in [*self.followers, *([self.stalled] if self.stalled else [])]:
             client.reset()
         self.followers, self.stalled = [], None
@@ -271,7 +272,7 @@ class FaultBench:
         self.append()
 
     def ask(self) -> None:
-        """Ask the supervisor how it is, and who is connected."""
+        """Ask the supervisor for the status, and for the clients."""
         assert self.server is not None
         for name in ("", "/clients"):
             try:
@@ -279,7 +280,7 @@ class FaultBench:
             except (ConnectionError, struct.error):
                 self.lost += 1
 
-    # What happens to it
+    # What is done to the server.
 
     def kill_worker(self) -> None:
         """Kill the worker, and wait for its successor."""
@@ -287,7 +288,10 @@ class FaultBench:
         self.await_worker()
 
     def await_worker(self) -> None:
-        """Wait for another worker that is ready and lives, or for the end; one that waited for the file has a successor by then."""
+        """Wait for another worker that is ready and lives, or for the end of the server.
+
+        A worker that waited for the file has a successor by then.
+        """
         assert self.server is not None
         server, last = self.server, self.worker
 
@@ -309,22 +313,22 @@ class FaultBench:
         self.worker = eventually(look)
 
     def await_upgrade(self) -> None:
-        """Wait until the upgrade is over, one way or the other."""
+        """Wait until the upgrade has succeeded or failed."""
         assert self.server is not None
         server = self.server
 
         def look() -> bool:
-            lines = server.lines("upgrade")[self.told :]
+            lines = server.lines("upgrade")[self.upgrade_lines :]
             return server.process.poll() is not None or any(
                 "upgraded: " in line or "failed" in line for line in lines
             )
 
         eventually(look)
-        if any("upgraded: " in line for line in server.lines("upgrade")[self.told :]):
+        if any("upgraded: " in line for line in server.lines("upgrade")[self.upgrade_lines :]):
             self.await_worker()
 
     def rotate(self) -> None:
-        """Replace the file; all streams end with the old one, and clients that come meanwhile get the new one."""
+        """Replace the file; all streams end with the old file, new clients receive the new one."""
         old = self.data
         self.new_file()
         for client in [*self.followers, self.stalled]:
@@ -335,28 +339,31 @@ class FaultBench:
         self.fill_up()
         self.await_worker()
 
-    # What has become of it
+    # The outcome.
 
     def await_clients(self) -> None:
-        """Wait until the supervisor knows of those who are connected, and of nobody else."""
+        """Wait until the supervisor's count of clients is the number of connected clients."""
         assert self.server is not None
         server = self.server
         count = len(self.followers) + (self.stalled is not None)
         eventually(lambda: status(server)["clients"] == count)
 
     def count_descriptors(self) -> Mapping[int, int]:
-        """Return how many descriptors each process has."""
+        """Return how many descriptors each process has open."""
         return (
             {pid: open_descriptors(pid) for pid in self.pids()} if self.server is not None else {}
         )
 
     def ended(self) -> bool:
-        """Tell whether the server has ended, or is about to: all its clients have been told so."""
+        """Tell whether the server has ended, or will: all followers were disconnected."""
         assert self.server is not None
         return self.server.process.poll() is not None or (self.lost > 0 and not self.followers)
 
     def outcome(self) -> str:
-        """Return in the table's words what has become of the clients and the server, once all are at rest."""
+        """Return the outcome for the clients and the server, in the words of faults.md.
+
+        This waits until all processes sleep.
+        """
         worker = self.worker
         if not self.ended():
             self.append()
@@ -380,7 +387,7 @@ class FaultBench:
         )
 
     def end(self) -> str:
-        """Return how the server has ended, with nothing left of it."""
+        """Return how the server has ended, once none of its processes is left."""
         assert self.server is not None
         server, lost = self.server, self.lost
         ended = server.process.wait(DEADLINE)

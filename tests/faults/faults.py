@@ -1,4 +1,4 @@
-"""The table of faults, how each is brought about, and what came of it."""
+"""The table of faults: how each fault is brought about, and how its outcome is determined."""
 
 import errno
 import os
@@ -19,11 +19,12 @@ from support.waiting import DEADLINE, eventually
 TABLE = Path(__file__).with_name("faults.md")
 POLLING = "polling the file once a second"
 OCCURRENCES = (1, 2, 100)
-# as often as that
+# The outcome of a call that the process does not make that often.
 NOT_MADE = "not made"
 NOT_TRIED = "-"
 
-# What one call of the C library's may be to the kernel, by machine and by the library's version ("?": if there is such a call).
+# The names of the system calls that the C library may make for one of its functions. They depend on
+# the machine and the version of the library; "?" marks those that may not exist.
 CALLS = {
     "fork": "clone,clone3,?fork,?vfork",
     "stat": "newfstatat,fstat,?stat,statx",
@@ -49,7 +50,7 @@ class Case:
     error: str
     occurrence: int
     expected: str
-    # of its line in the table
+    # Whether the error is the first one in its line of the table.
     first: bool
 
     def __str__(self) -> str:
@@ -82,7 +83,7 @@ def read_table(path: Path = TABLE) -> list[Case]:
 
 
 def read_exempt(path: Path = TABLE) -> set[str]:
-    """Return the calls that `path` says do not fail."""
+    """Return the calls that do not fail, according to `path`."""
     return {
         name.strip("`")
         for heading, cells in _rows(path)
@@ -92,7 +93,10 @@ def read_exempt(path: Path = TABLE) -> set[str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Yield the cells of each line of a table that is about calls, and whose they are in which act, if that is in a heading."""
+    """Yield the process and act of each table row about calls, and its cells.
+
+    Process and act come from the heading; they are missing in the last section.
+    """
     heading: tuple[str, ...] = ()
     for line in path.read_text().splitlines():
         if line.startswith("#"):
@@ -103,13 +107,13 @@ def _rows(path: Path) -> Iterator[tuple[tuple[str, ...], list[str]]]:
 
 
 class Trace:
-    """What strace has seen of one process in which it makes a call fail."""
+    """What strace has recorded of one process in which it makes a call fail."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def calls(self) -> Counter[str]:
-        """Return how often the process has made each call, by the names that the table has for them."""
+        """Return how often the process has made each call, by the names in the table."""
         made = Counter(
             re.findall(r"^(\w+)\(", self._path.read_text(errors="replace"), re.MULTILINE)
         )
@@ -117,13 +121,13 @@ class Trace:
             call.strip("?"): name for name, calls in CALLS.items() for call in calls.split(",")
         }
         found: Counter[str] = Counter()
-        # strace counts those of one name apart
+        # strace counts each system call of a function separately.
         for call, count in made.items():
             found[names.get(call, call)] = max(count, found[names.get(call, call)])
         return found
 
     def fired(self) -> bool:
-        """Tell whether the call has failed."""
+        """Tell whether the fault has been injected."""
         return "(INJECTED)" in self._path.read_text(errors="replace")
 
     def __str__(self) -> str:
@@ -132,7 +136,7 @@ class Trace:
 
 @contextmanager
 def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
-    """Have a call of the process `pid` fail; `path` gets what strace writes."""
+    """Make a call of the process `pid` fail; strace writes its trace to `path`."""
     calls = CALLS.get(case.call, case.call)
     with traced(
         pid,
@@ -147,17 +151,21 @@ def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
 
 @contextmanager
 def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
-    """Have strace look at the process `pid`; `path` gets what it writes."""
+    """Attach strace to the process `pid`; it writes its trace to `path`."""
     with attached(pid, path, "-e", "signal=none", *options):
         yield Trace(path)
 
 
-# How the faults are brought about
+# How the faults are brought about.
 
 
 @dataclass(frozen=True)
 class Act:
-    """What makes a process call: `turn`, up to `turns` times, or `begin` and then `turn` from where the process is `held`."""
+    """What makes a process call.
+
+    `begin`, then `turn` up to `turns` times. With `held`, tracing starts when a process has stopped
+    at that breakpoint after `begin`.
+    """
 
     turn: Callable[[FaultBench], None]
     turns: int = 1
@@ -166,13 +174,13 @@ class Act:
 
 
 def upgrade(bench: FaultBench) -> None:
-    """Have the program replaced by itself, or be told why not."""
+    """Replace the program by itself; it may fail with a log message."""
     begin_upgrade(bench)
     bench.await_upgrade()
 
 
 def drain(bench: FaultBench) -> None:
-    """End the server; every client gets all there is."""
+    """Terminate the server; every client receives everything up to the end of the file."""
     assert bench.server is not None
     bench.server.signal(signal.SIGTERM)
     for client in bench.followers:
@@ -183,35 +191,35 @@ def drain(bench: FaultBench) -> None:
 
 
 def begin_boot(bench: FaultBench) -> None:
-    """Have the worker replaced."""
+    """Kill the worker, so that a successor boots."""
     bench.ready()
     os.kill(bench.worker, signal.SIGKILL)
 
 
 def begin_upgrade(bench: FaultBench) -> None:
-    """Ask for an upgrade, of which the log will tell."""
+    """Request an upgrade, whose result appears in the log."""
     server = bench.ready()
-    bench.told = len(server.lines("upgrade"))
+    bench.upgrade_lines = len(server.lines("upgrade"))
     server.signal(signal.SIGHUP)
 
 
 def begin_start(bench: FaultBench) -> None:
-    """Start another server, which need not get far."""
+    """Start another server; a fault may make it end early."""
     bench.stop()
     bench.launch()
 
 
 def await_start(bench: FaultBench) -> None:
-    """Wait for a server that serves, or has ended."""
+    """Wait until the server serves or has ended."""
     server = bench.server
     assert server is not None
     eventually(lambda: server.process.poll() is not None or server.lines("worker ready"))
     if server.process.poll() is None:
-        bench.settle_in()
+        bench.connect_clients()
 
 
 def begin_asking(bench: FaultBench) -> None:
-    """Ask who is connected."""
+    """Ask for the clients."""
     bench.asker = socket.socket(socket.AF_UNIX)
     bench.asker.settimeout(DEADLINE)
     bench.asker.connect(f"\0tailsrv:*:{bench.ready().port}/clients")
@@ -250,7 +258,7 @@ Tracer = Callable[[int], AbstractContextManager[Trace]]
 
 
 def perform(bench: FaultBench, act: Act, process: str, tracer: Tracer) -> Trace:
-    """Perform `act` until the fault has happened or all its turns are over, while the process is traced."""
+    """Trace the process and perform `act` until the fault has occurred or all turns are over."""
     if act.begin is not begin_start:
         bench.ready()
     if act.held:
@@ -278,9 +286,9 @@ def perform(bench: FaultBench, act: Act, process: str, tracer: Tracer) -> Trace:
 
 
 def run(bench: FaultBench, case: Case, path: Path) -> str:
-    """Have the fault happen and return what became of it, in the table's words; `path` gets what strace writes."""
+    """Make the fault occur and return its outcome; strace writes its trace to `path`."""
     act = ACTS[case.act]
-    # the log has a limit for these lines
+    # These lines are rate-limited in the log, so use a new server before they are suppressed.
     if bench.log().count(": client disconnected") >= 9:
         bench.stop()
     if act.begin is not begin_start:
@@ -304,15 +312,15 @@ def run(bench: FaultBench, case: Case, path: Path) -> str:
                 if pid in before
             )
         )
-    # from now on it is slow
+    # This server is polling from now on, which is slow.
     if POLLING in log:
         bench.stop()
     return qualify(outcome, case, log) if fired else NOT_MADE
 
 
 def qualify(outcome: str, case: Case, log: str) -> str:
-    """Tell apart what the log gives a reason for from what it does not."""
-    said = os.strerror(getattr(errno, case.error)) in log
+    """Distinguish outcomes whose reason is in the log from those whose reason is not."""
+    logged = os.strerror(getattr(errno, case.error)) in log
     if outcome == "closed":
-        return "closed" if said else "left"
-    return outcome if said or not outcome.startswith("ends") else f"{outcome} without a word"
+        return "closed" if logged else "left"
+    return outcome if logged or not outcome.startswith("ends") else f"{outcome} without a log line"

@@ -1,4 +1,4 @@
-"""Every system call fails once: faults.md says what becomes of it, and so it does."""
+"""Makes each system call of the tables in faults.md fail, and compares the outcome."""
 
 import os
 from collections.abc import Iterator
@@ -23,13 +23,14 @@ from support.strace import can_inject
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-# All that is in the table takes minutes; else later occurrences, and the acts of a whole program, are tried with the first error of a line.
+# Trying all cases takes minutes. Without the variable, later occurrences, and acts that run a whole
+# program, are tried only with the first error of each line.
 ALL = bool(os.environ.get("TAILSRV_TEST_FAULTS"))
 WHOLE = ("start", "takeover")
 
 
 def is_tried(case: Case) -> bool:
-    """Tell whether `case` is among those that are tried."""
+    """Tell whether `case` is tried."""
     return case.expected not in (NOT_TRIED, NOT_MADE) and (
         ALL or case.first or (case.occurrence == 1 and case.act not in WHOLE)
     )
@@ -37,7 +38,7 @@ def is_tried(case: Case) -> bool:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultBench]:
-    """Give a server that goes on from fault to fault."""
+    """Yield a server that is used for one fault after another."""
     if reason := can_inject():
         pytest.skip(reason)
     bench = FaultBench(tmp_path_factory.mktemp("faults"))
@@ -50,7 +51,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultBench]:
 
 @pytest.mark.parametrize("case", [case for case in read_table() if is_tried(case)], ids=str)
 def test_fault(bench: FaultBench, case: Case, tmp_path: Path) -> None:
-    """A call that fails leads to what the table says, and to nothing else."""
+    """A system call that fails has the outcome that the table lists, and no other effect."""
     trace = tmp_path / "trace"
     try:
         outcome = run(bench, case, trace)
@@ -63,8 +64,13 @@ def test_fault(bench: FaultBench, case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("process", "name"), list(dict.fromkeys((case.process, case.act) for case in read_table()))
 )
-def test_no_call_is_forgotten(bench: FaultBench, process: str, name: str, tmp_path: Path) -> None:
-    """Each call that a process makes in an act is in a table of that process, or is known not to fail; and none that is "not made" is."""
+def test_each_call_is_in_a_table(
+    bench: FaultBench, process: str, name: str, tmp_path: Path
+) -> None:
+    """Each call that a process makes is in its tables or in that of calls that do not fail.
+
+    No call that a table lists as "not made" is made.
+    """
     act = ACTS[name]
     cases = [case for case in read_table() if case.process == process]
     made = perform(
@@ -78,6 +84,6 @@ def test_no_call_is_forgotten(bench: FaultBench, process: str, name: str, tmp_pa
         if case.act == name and case.expected == NOT_MADE:
             assert act.turns <= 2
             assert made[case.call] < case.occurrence, case
-    # it ends as another program, whose interpreter starts
+    # The process continues as another program, whose interpreter starts.
     if (process, name) != ("supervisor", "upgrade"):
         assert set(made) <= {case.call for case in cases} | read_exempt()

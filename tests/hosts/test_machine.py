@@ -1,4 +1,4 @@
-"""tailsrv under a real systemd: its units, and the manual's page on them, in a machine of their own."""
+"""tailsrv under a real systemd: its units and the operations manual, in a machine of their own."""
 
 import os
 import re
@@ -38,7 +38,7 @@ MakeService = Callable[..., Service]
 
 @pytest.fixture(scope="module")
 def boot() -> Iterator[Boot]:
-    """Boot machines that are alike, and end them at the end."""
+    """Yield a function that boots identical machines, which end after the tests."""
     if reason := reason_to_skip():
         pytest.skip(f"no machine: {reason}")
     with ExitStack() as stack:
@@ -68,24 +68,24 @@ def boot() -> Iterator[Boot]:
 
 
 def operations(page: str = "docs/operations.md", mark: str = "operations") -> dict[str, str]:
-    """Return the page's commands for operators, by what they are for, in order."""
+    """Return the commands for operators in the page, by their purpose, in order."""
     text = (ROOT / page).read_text()
     return dict(re.findall(rf"<!-- {mark}: (\w+) -->\n```sh\n(.*?)```", text, re.DOTALL))
 
 
 def follow_manual(machine: Machine, what: str) -> str:
-    """Run the manual's commands for `what` by the letter, as root in a checkout; return what they print."""
+    """Run the manual's commands for `what` exactly, as root in a checkout; return their output."""
     return follow(machine, operations()[what])
 
 
 def follow(machine: Machine, commands: str) -> str:
-    """Run commands of ours by the letter, as root of a hardened machine in a checkout; return what they print."""
+    """Run commands exactly, as root of a hardened machine in a checkout; return their output."""
     return machine.run("bash", "-euc", "umask 077\ncd /root/tailsrv\n" + commands)
 
 
 @pytest.fixture(scope="module")
 def machine(boot: Boot) -> Machine:
-    """Return a machine in which tailsrv is installed as the manual says."""
+    """Return a machine in which tailsrv is installed according to the manual."""
     machine = boot()
     follow_manual(machine, "install")
     return machine
@@ -93,7 +93,10 @@ def machine(boot: Boot) -> Machine:
 
 @pytest.fixture
 def make_service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[MakeService]:
-    """Make instances that are stopped at the end; each test has files of its own, and so a log of its own."""
+    """Yield a function that makes instances, each with a file named after the test.
+
+    All of them are stopped after the test.
+    """
     name = re.sub(r"\W+", "_", request.node.name)
     with ExitStack() as stack:
 
@@ -117,13 +120,13 @@ def service(make_service: MakeService) -> Service:
 
 
 def test_the_units_are_what_systemd_calls_safe(machine: Machine) -> None:
-    """The service scores 1.5 at most, and systemd has nothing to say against either unit."""
+    """The service's exposure score is 1.5 at most, and systemd-analyze verifies both units."""
     assert_safe(machine, "tailsrv@.service")
     assert machine.run("systemd-analyze", "verify", f"{UNITS}/tailsrv@.socket") == ""
 
 
 def assert_safe(machine: Machine, *services: str) -> None:
-    """Assert that these score 1.5 at most, and that systemd has nothing to say against them."""
+    """Assert an exposure score of 1.5 at most, and that systemd-analyze verifies the units."""
     for service in services:
         machine.run(
             "systemd-analyze",
@@ -137,7 +140,7 @@ def assert_safe(machine: Machine, *services: str) -> None:
 
 
 def test_a_log_of_group_adm_is_served(service: Service) -> None:
-    """The sandboxed service is ready, serves a log that only group adm may read, and watches it with inotify."""
+    """The sandboxed service serves a log of group adm, and monitors it with inotify."""
     sock = service.connect(PORT, b"0\n")
     expect(sock, b"first\n")
     service.append(b"second\n")
@@ -147,7 +150,7 @@ def test_a_log_of_group_adm_is_served(service: Service) -> None:
 
 
 def test_the_log_has_priorities(service: Service) -> None:
-    """The journal knows how grave a line is."""
+    """The journal stores the priority of each log line."""
     query = (
         "journalctl",
         "--quiet",
@@ -163,7 +166,7 @@ def test_the_log_has_priorities(service: Service) -> None:
 
 
 def test_a_reload_keeps_the_clients(service: Service) -> None:
-    """A reload replaces the program and its workers; no client notices, and systemd sees no restart."""
+    """A reload replaces the program and its workers, keeps the clients, and is no restart."""
     sock, pid, workers = service.connect(PORT, b"0\n"), service.pid, service.workers()
     expect(sock, b"first\n")
     reload(service)
@@ -174,8 +177,8 @@ def test_a_reload_keeps_the_clients(service: Service) -> None:
     assert service.show("NRestarts") == "0"
 
 
-def test_a_killed_worker_costs_nothing(service: Service) -> None:
-    """A worker that is killed is replaced; its clients and the service go on."""
+def test_a_killed_worker_is_replaced(service: Service) -> None:
+    """A killed worker is replaced, and its clients and the service continue."""
     sock, pid = service.connect(PORT, b"0\n"), service.pid
     expect(sock, b"first\n")
     for worker in service.workers():
@@ -187,7 +190,7 @@ def test_a_killed_worker_costs_nothing(service: Service) -> None:
 
 
 def test_a_killed_supervisor_is_started_again(service: Service) -> None:
-    """A supervisor that is killed takes its workers with it and comes back; clients go on where they were."""
+    """After a killed supervisor, the service restarts with new workers, and clients can resume."""
     sock, pid, workers = service.connect(PORT, b"0\n"), service.pid, service.workers()
     expect(sock, b"first\n")
     service.kill(pid, signal.SIGKILL)
@@ -199,8 +202,8 @@ def test_a_killed_supervisor_is_started_again(service: Service) -> None:
     expect(service.connect(PORT, b"6\n"), b"second\n")
 
 
-def test_a_stop_is_in_time_and_in_good_order(service: Service) -> None:
-    """Clients that read get all and an orderly end; one that does not read holds the stop up for the grace only."""
+def test_a_stop_ends_streams_in_time(service: Service) -> None:
+    """A stop completes the streams of clients that read, and is limited by the grace period."""
     data = random_bytes(30 << 20)
     service.append(data)
     stalled = service.connect(PORT, b"0\n", receive_buffer=4096)
@@ -214,28 +217,28 @@ def test_a_stop_is_in_time_and_in_good_order(service: Service) -> None:
 
 
 def test_a_hung_worker_does_not_hold_a_stop_up(service: Service) -> None:
-    """A stop ends in order, long before systemd would insist, if a worker hangs."""
+    """With a hung worker, a stop ends successfully, long before the timeout of systemd."""
     service.kill(service.workers()[0], signal.SIGSTOP)
     assert stop(service) < 15
     assert service.show("Result") == "success"
 
 
 def stop(service: Service) -> float:
-    """Stop the service; return the seconds it took."""
+    """Stop the service; return the seconds that this needed."""
     began = time.monotonic()
     service.machine.run("systemctl", "stop", service.unit)
     return time.monotonic() - began
 
 
 def reload(service: Service) -> None:
-    """Reload the service, and wait until it has been."""
+    """Reload the service, and wait for the end of the reload."""
     service.machine.run("systemctl", "reload", service.unit)
     service.logged("upgraded: ")
     service.reaches("active")
 
 
 def test_the_status_says_clients_and_workers(service: Service) -> None:
-    """systemd shows how many clients and workers there are, and what becomes of them."""
+    """`systemctl status` shows the numbers of workers and clients, and their changes."""
     eventually(lambda: service.show("StatusText") == "2 workers, 0 clients")
     socks = [service.connect(PORT, b"0\n") for _ in range(3)]
     eventually(lambda: service.show("StatusText") == "2 workers, 3 clients")
@@ -244,7 +247,7 @@ def test_the_status_says_clients_and_workers(service: Service) -> None:
 
 
 def test_a_file_that_comes_later_is_waited_for(make_service: MakeService) -> None:
-    """The service is up and says that it waits; a client that has come by then gets the file."""
+    """The service starts before its file exists, reports that, and serves waiting clients later."""
     service = make_service(PORT=str(PORT))
     service.start()
     eventually(lambda: service.show("StatusText") == "waiting for file")
@@ -254,12 +257,12 @@ def test_a_file_that_comes_later_is_waited_for(make_service: MakeService) -> Non
 
 
 def test_health_is_for_root(service: Service) -> None:
-    """A health check by root sees through the sandbox; one by somebody else says that it may not look."""
+    """A health check works as root despite the sandbox, and is UNKNOWN for other users."""
     health = ("/opt/tailsrv/bin/tailsrv-health", "-p", str(PORT))
     first, *rest = service.machine.run(*health).splitlines()
     assert first.startswith("OK: ")
     assert first.endswith(" to 0 clients with 2 workers")
-    # descriptors of their limit
+    # The lines that show the descriptors in use and their limit.
     assert sum(bool(re.search(r" \d+/\d+ ?", line)) for line in rest) == 3
     assert (
         service.machine.ask("setpriv", "--reuid=nobody", "--clear-groups", *health).returncode == 3
@@ -269,8 +272,8 @@ def test_health_is_for_root(service: Service) -> None:
 
 
 @pytest.mark.parametrize("reloaded", [False, True])
-def test_a_hung_worker_is_healed(make_service: MakeService, reloaded: bool) -> None:
-    """A worker that does not answer is killed and replaced; its clients go on, and the service never ends."""
+def test_a_hung_worker_is_replaced(make_service: MakeService, reloaded: bool) -> None:
+    """A hung worker is killed and replaced; its clients and the service continue."""
     service = make_service(PORT=str(PORT), WORKERS="2")
     service.override("[Service]", "WatchdogSec=6")
     service.create(b"first\n")
@@ -290,7 +293,7 @@ def test_a_hung_worker_is_healed(make_service: MakeService, reloaded: bool) -> N
 
 
 def test_a_hung_supervisor_is_ended_by_the_watchdog(make_service: MakeService) -> None:
-    """systemd ends a service whose supervisor does not answer, workers and all, and starts it again."""
+    """systemd kills a hung supervisor and its workers, and starts the service again."""
     service = make_service(PORT=str(PORT))
     service.override("[Service]", "WatchdogSec=2")
     service.create(b"first\n")
@@ -304,11 +307,11 @@ def test_a_hung_supervisor_is_ended_by_the_watchdog(make_service: MakeService) -
     expect(service.connect(PORT, b"0\n"), b"first\n")
 
 
-# Socket activation
+# Socket activation.
 
 
 def test_one_socket_is_shared(make_service: MakeService) -> None:
-    """The first client starts the service; all workers serve from the one socket, also after a reload."""
+    """The first client starts the service; all workers share one socket, also after a reload."""
     service = make_service(PORT="", WORKERS="2")
     service.create(b"first\n")
     service.listen("ListenStream=4322")
@@ -327,7 +330,7 @@ def test_one_socket_is_shared(make_service: MakeService) -> None:
 
 
 def test_as_many_sockets_as_workers_are_used_one_each(make_service: MakeService) -> None:
-    """With a ReusePort socket for each slot, each worker has its own queue, and all of them get clients."""
+    """With a ReusePort socket for each slot, each worker has its own queue, and all get clients."""
     service = make_service(PORT="", WORKERS="2")
     service.create(b"first\n")
     service.listen("ReusePort=yes", "ListenStream=[::]:4322", "ListenStream=[::]:4322")
@@ -335,22 +338,22 @@ def test_as_many_sockets_as_workers_are_used_one_each(make_service: MakeService)
     for sock in socks:
         expect(sock, b"first\n")
     assert [listener["slot"] for listener in service.status(4322)["listeners"]] == [0, 1]
-    assert all(worker["clients"] for worker in eventually(lambda: seated(service, 40)))
+    assert all(worker["clients"] for worker in eventually(lambda: workers_with(service, 40)))
     reload(service)
     service.append(b"second\n")
     for sock in socks:
         expect(sock, b"second\n")
 
 
-def seated(service: Service, clients: int) -> list[dict[str, int]]:
-    """Return what the status says of the workers, once they have so many clients."""
+def workers_with(service: Service, clients: int) -> list[dict[str, int]]:
+    """Return the workers from the status once there are `clients` clients."""
     status = service.status(4322)
     workers: list[dict[str, int]] = status["workers"]
     return workers if status["clients"] == clients else []
 
 
-def test_nobody_is_refused_while_systemd_holds_the_socket(make_service: MakeService) -> None:
-    """Who connects while a killed service is down waits, and is served by the next."""
+def test_clients_wait_while_systemd_holds_the_socket(make_service: MakeService) -> None:
+    """A client that connects while the service is down is served after its restart."""
     service = make_service(PORT="")
     service.override("[Service]", "RestartSec=3")
     service.create(b"first\n")
@@ -363,7 +366,7 @@ def test_nobody_is_refused_while_systemd_holds_the_socket(make_service: MakeServ
 
 
 def test_a_port_and_sockets_exclude_each_other(make_service: MakeService) -> None:
-    """A port besides passed sockets is a usage error, which says what to leave out, and is not tried for ever."""
+    """A port in addition to passed sockets is a usage error with a hint, and is not retried."""
     service = make_service(PORT=str(PORT))
     service.create()
     service.listen("ListenStream=4322")
@@ -371,11 +374,11 @@ def test_a_port_and_sockets_exclude_each_other(make_service: MakeService) -> Non
     assert "PORT=" in service.log[-1]
 
 
-# Rotation
+# Rotation.
 
 
 def rotate(service: Service, *directives: str) -> None:
-    """Have logrotate rotate the file."""
+    """Make logrotate rotate the file."""
     name = f"/etc/logrotate.d/{os.path.basename(service.path)}"
     service.machine.write(name, "\n".join([f'"{service.path}" {{', "rotate 2", *directives, "}\n"]))
     service.machine.run("logrotate", "--force", name)
@@ -383,7 +386,7 @@ def rotate(service: Service, *directives: str) -> None:
 
 @pytest.mark.parametrize("activated", [False, True])
 def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> None:
-    """With --follow-name clients get all of the old file and an orderly end, and who comes next gets the new one."""
+    """With --follow-name, streams end with the old file, and later clients get the new file."""
     service = make_service(
         PORT="" if activated else str(PORT), WORKERS="2", OPTIONS="--follow-name"
     )
@@ -407,7 +410,7 @@ def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> N
 def test_a_rotation_restarts_a_service_that_does_not_follow(
     make_service: MakeService, activated: bool
 ) -> None:
-    """Without --follow-name the service ends and comes back for the new file."""
+    """Without --follow-name, the service ends and restarts with the new file."""
     service = make_service(PORT="" if activated else str(PORT))
     service.create(b"first\n")
     service.listen(f"ListenStream={PORT}") if activated else service.start()
@@ -423,8 +426,8 @@ def test_a_rotation_restarts_a_service_that_does_not_follow(
     service.reaches("active")
 
 
-def test_a_truncation_is_said(make_service: MakeService) -> None:
-    """copytruncate ends nothing: the log warns, and a client goes on when the file is longer than it was."""
+def test_a_truncation_is_logged(make_service: MakeService) -> None:
+    """copytruncate is logged as a warning, and streams continue when the file is longer again."""
     service = make_service(PORT=str(PORT), OPTIONS="--follow-name")
     service.create(b"first\n")
     service.start()
@@ -439,7 +442,7 @@ def test_a_truncation_is_said(make_service: MakeService) -> None:
 
 
 def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService) -> None:
-    """A rotation that makes the file unreadable is said with user, group and mode, and goes on once that is mended."""
+    """A rotation to an unreadable file is logged, and completes once the file is readable."""
     service = make_service(PORT=str(PORT), OPTIONS="--follow-name")
     service.create(b"first\n")
     service.start()
@@ -448,7 +451,7 @@ def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService
     rotate(service, "create 0600 root root")
     line = service.logged("cannot serve")
     assert "mode 0600, user 0 and group 0" in line
-    # adm
+    # The id of group adm is 4.
     assert "groups 4," in line
     service.append(b"new\n")
     service.machine.run("chgrp", "adm", service.path)
@@ -456,11 +459,11 @@ def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService
     expect(service.connect(PORT, b"0\n"), b"new\n")
 
 
-# What an operator may get wrong
+# Mistakes of operators.
 
 
 def test_a_missing_file_of_settings(make_service: MakeService) -> None:
-    """A service without settings is not started again and again, and says where they belong."""
+    """A service without an environment file names its folder in the log, and is not retried."""
     service = make_service()
     service.create()
     assert service.fails() == "2"
@@ -469,7 +472,7 @@ def test_a_missing_file_of_settings(make_service: MakeService) -> None:
 
 
 def test_a_wrong_setting(make_service: MakeService) -> None:
-    """A wrong option is named, and is not tried again and again."""
+    """An invalid option is named in the log, and is not retried."""
     service = make_service(PORT=str(PORT), OPTIONS="--grace soon")
     service.create()
     assert service.fails() == "2"
@@ -478,7 +481,7 @@ def test_a_wrong_setting(make_service: MakeService) -> None:
 
 
 def test_settings_of_a_path_with_odd_characters(make_service: MakeService) -> None:
-    """The file of settings is found for a path with dashes and blanks, its name being without the backslashes."""
+    """The environment file of a path with dashes and blanks has a name without backslashes."""
     service = make_service("/var/log/my-app of today.log", PORT=str(PORT), WORKERS="auto")
     assert "\\" in service.instance
     service.create(b"first\n")
@@ -487,7 +490,7 @@ def test_settings_of_a_path_with_odd_characters(make_service: MakeService) -> No
 
 
 def test_a_port_in_use(make_service: MakeService) -> None:
-    """A port that somebody else has is named with a way to find out who; the service is up once it is free."""
+    """A port in use is logged with a command that finds its user, and is retried until free."""
     service = make_service(PORT=str(PORT))
     service.create(b"first\n")
     service.machine.run(
@@ -508,7 +511,7 @@ def test_a_port_in_use(make_service: MakeService) -> None:
 
 
 def test_a_port_of_another_tailsrv(service: Service, make_service: MakeService) -> None:
-    """A port that another tailsrv has is said with its pid."""
+    """For a port that another tailsrv uses, the log has the pid of that server."""
     other = make_service("/var/log/other.log", PORT=str(PORT))
     other.create()
     other.start(succeeds=False)
@@ -516,7 +519,7 @@ def test_a_port_of_another_tailsrv(service: Service, make_service: MakeService) 
 
 
 def test_a_privileged_port(make_service: MakeService) -> None:
-    """A port below 1024 is beyond the service, which says so; a socket unit can have it."""
+    """For a port below 1024, the log tells to choose another one; a socket unit can use it."""
     service = make_service(PORT="443")
     service.create(b"first\n")
     service.start(succeeds=False)
@@ -528,12 +531,12 @@ def test_a_privileged_port(make_service: MakeService) -> None:
 
 
 def test_a_file_that_may_not_be_read(make_service: MakeService) -> None:
-    """A file that the service's user may not read is said with user, groups and mode; the service is up once it may."""
+    """An unreadable file is logged with mode, user and groups, and is retried until readable."""
     service = make_service(PORT=str(PORT))
     service.create(b"first\n", mode=0o600, group="root")
     service.start(succeeds=False)
     assert "mode 0600, user 0 and group 0" in service.log[-1]
-    # adm
+    # The id of group adm is 4.
     assert "groups 4," in service.log[-1]
     service.machine.run("chgrp", "adm", service.path)
     service.machine.run("chmod", "640", service.path)
@@ -551,7 +554,7 @@ def test_a_file_that_may_not_be_read(make_service: MakeService) -> None:
     ],
 )
 def test_a_file_that_the_sandbox_hides(make_service: MakeService, folder: str, remedy: str) -> None:
-    """Where the sandbox hides the file, the log's last line has the setting with which the service then sees it."""
+    """For a file hidden by the sandbox, the log names the setting that makes it visible."""
     service = make_service(f"{folder}/app.log", PORT=str(PORT))
     service.create(b"first\n")
     service.machine.run("chmod", "o+x", folder)
@@ -563,11 +566,11 @@ def test_a_file_that_the_sandbox_hides(make_service: MakeService, folder: str, r
     expect(service.connect(PORT, b"0\n"), b"first\n")
 
 
-# A relay
+# A relay.
 
 
 def test_a_relay(machine: Machine, make_service: MakeService) -> None:
-    """Who follows the relay's page gets a relay, whose clients notice nothing of a killed tssync or an origin that restarts."""
+    """The relay's page works: clients survive a killed tssync and a restart of the origin."""
     origin = make_service("/var/log/origin.log", PORT="5321")
     origin.create(b"first\n")
     origin.start()
@@ -597,17 +600,17 @@ def test_a_relay(machine: Machine, make_service: MakeService) -> None:
     assert machine.ask("systemctl", "is-active", sync).stdout == "inactive\n"
 
 
-# The manual
+# The manual.
 
 
 def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
-    """An operator who follows the manual in a new machine gets from pip to a rotated log and an activated service, and rid of it all."""
+    """The manual leads from pip to a rotated log, an activated service, and a clean removal."""
     machine = boot()
     service = Service(machine, "/var/log/app.log")
     request.addfinalizer(service.finish)
-    said = {}
+    printed = {}
     for what in operations():
-        said[what] = follow_manual(machine, what)
+        printed[what] = follow_manual(machine, what)
         if what == "serve":
             sock = service.connect(PORT, b"0\n")
             expect(sock, b"".join(b"%d\n" % number for number in range(1, 1001)))
@@ -619,28 +622,28 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
             expect_eof(sock)
             service.append(b"new\n")
             expect(service.connect(PORT, b"0\n"), b"new\n")
-    assert list(said) == ["install", "serve", "look", "upgrade", "rotate", "activate", "remove"]
-    assert said["serve"].endswith("1000")
-    assert "Status:" in said["look"]
-    assert "serving: path=/var/log/app.log" in said["look"]
+    assert list(printed) == ["install", "serve", "look", "upgrade", "rotate", "activate", "remove"]
+    assert printed["serve"].endswith("1000")
+    assert "Status:" in printed["look"]
+    assert "serving: path=/var/log/app.log" in printed["look"]
     assert re.search(
-        r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", said["look"], re.MULTILINE
+        r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", printed["look"], re.MULTILINE
     )
-    assert said["activate"].endswith("new")
+    assert printed["activate"].endswith("new")
     assert machine.run("find", "/etc", "/opt", "-name", "*tailsrv*") == ""
     assert machine.ask("pgrep", "-f", "^tailsrv: ").stdout == ""
 
 
-# The README
+# The README.
 
 
 def test_the_readme(boot: Boot) -> None:
-    """Two commands take a newcomer from a bare Debian to a server, and two lines to its first client; Ctrl-C ends it."""
+    """The README's commands lead from a bare Debian to a server and a client; Ctrl-C ends both."""
     machine, page = boot(), (ROOT / "README.md").read_text()
     install = re.findall(r"`(apt install .*?)`", page)[0]
     serve, read = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[:2]
     strip(machine, but=install.split()[2:])
-    # it finds all of them there, for there is no network
+    # There is no network, so this succeeds only if all packages are installed.
     follow(machine, install)
     log = launch(machine, "server", serve)
     eventually(lambda: "waiting for file: path=app.log" in log.read_text(), COMMAND_DEADLINE)
@@ -649,27 +652,34 @@ def test_the_readme(boot: Boot) -> None:
     eventually(lambda: received.read_text() == numbers)
     follow(machine, "echo more >> app.log")
     eventually(lambda: received.read_text() == numbers + "more\n")
-    # all of its processes, as Ctrl-C does
+    # To all of its processes, as for Ctrl-C.
     machine.run("systemctl", "kill", "--signal=INT", "server")
     state = ("systemctl", "show", "--value", "--property=SubState", "server", "client")
-    # with status 0
+    # A service with another status would be "failed".
     eventually(lambda: machine.run(*state).split() == ["exited"] * 2)
 
 
 def strip(machine: Machine, but: list[str]) -> None:
-    """Remove what no bare Debian has, except for systemd, the packages `but`, and what these need."""
-    all_but_required = r"dpkg-query --show --showformat '${Priority} ${Package}\n' | sed -n '/^required /!s/.* //p'"
+    """Remove what a bare Debian does not have, except systemd, `but`, and their dependencies."""
+    query = r"dpkg-query --show --showformat '${Priority} ${Package}\n'"
+    all_but_required = rf"{query} | sed -n '/^required /!s/.* //p'"
     machine.run("sh", "-ec", f"{all_but_required} | xargs apt-mark -qq auto")
     machine.run("apt-mark", "-qq", "manual", "apt", "systemd", "systemd-sysv", *but)
     machine.run("apt-get", "-qq", "--yes", "autoremove")
 
 
 def launch(machine: Machine, name: str, commands: str) -> Path:
-    """Run commands of ours by the letter, as in a terminal of their own; return the file that gets what they print."""
-    # systemd opens it a moment later
+    """Run commands exactly, as in a terminal of their own; return the file with their output."""
+    # systemd creates the file a moment later.
     machine.run("touch", f"/{name}")
     machine.run(
-        "systemd-run", f"--unit={name}", "--remain-after-exit", f"--property=StandardOutput=file:/{name}",
-        "--working-directory=/root/tailsrv", "bash", "-euc", commands,
-    )  # fmt: skip
+        "systemd-run",
+        f"--unit={name}",
+        "--remain-after-exit",
+        f"--property=StandardOutput=file:/{name}",
+        "--working-directory=/root/tailsrv",
+        "bash",
+        "-euc",
+        commands,
+    )
     return machine.files / name

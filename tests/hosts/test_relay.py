@@ -1,4 +1,4 @@
-"""An origin, two relays, HAProxy and clients, on hosts of their own; then one thing after the other breaks."""
+"""An origin, two relays, HAProxy and clients on hosts of their own, and failures of each part."""
 
 import csv
 import random
@@ -28,15 +28,15 @@ TSSYNC = (sys.executable, "-m", "tailsrv.client.tssync")
 
 CONFIG = ROOT / "contrib" / "relay" / "haproxy.cfg"
 
-# in a network of our own every port is free
+# This network is separate, so every port is free.
 PORT = 4321
-# the last three as in haproxy.cfg
+# The last three are those in haproxy.cfg.
 ORIGIN, BALANCER, RELAYS = "10.0.0.1", "10.0.0.10", ("10.0.0.11", "10.0.0.12")
 THROUGH_BALANCER, TO_RELAYS = (f"{BALANCER}:{PORT}",), tuple(f"{relay}:{PORT}" for relay in RELAYS)
 
 
 class Program:
-    """A program that runs on a host, its output in files."""
+    """A program that runs on a host, with its output in files."""
 
     def __init__(self, host: Host, path: Path, *command: str | Path) -> None:
         self.output, self._errors = path.with_suffix(".out"), path.with_suffix(".err")
@@ -47,29 +47,29 @@ class Program:
 
     @property
     def errors(self) -> str:
-        """What it has written to standard error."""
+        """Everything that the program has written to standard error."""
         return self._errors.read_text()
 
     def is_running(self) -> bool:
-        """Tell that it runs; if not, fail with what it has said."""
+        """Return true if the program runs; otherwise fail with its errors."""
         assert self._process.poll() is None, self.errors
         return True
 
     def end(self, number: signal.Signals = signal.SIGKILL) -> int:
-        """End it with a signal, and return its exit status."""
+        """End the program with a signal, and return its exit status."""
         self._process.send_signal(number)
         return self._process.wait(DEADLINE)
 
 
 def serve(host: Host, path: Path, log: Path) -> Server:
-    """Return a tailsrv that serves `path` on `host`, and tells of each client."""
+    """Return a tailsrv that serves `path` on `host` and logs each client."""
     return Server(
         [*host.wrapper, *TAILSRV, "-v", "-p", str(PORT), "--follow-name", str(path)], log, status=0
     )
 
 
 class Relay:
-    """A host with a tssync, and a tailsrv that serves its copy."""
+    """A host with a tssync and a tailsrv that serves the local copy."""
 
     def __init__(self, host: Host, folder: Path) -> None:
         self.host, self._folder = host, folder
@@ -78,7 +78,7 @@ class Relay:
         folder.mkdir()
 
     def start(self) -> None:
-        """Start both, as the units do."""
+        """Start both programs, as the units do."""
         self.start_sync()
         self.server = serve(self.host, self.copy, self._folder / "tailsrv.err")
 
@@ -89,32 +89,32 @@ class Relay:
         )
 
     def kill(self) -> None:
-        """Kill both."""
+        """Kill both programs."""
         self.sync.end()
         self.server.expected_status = -signal.SIGKILL
         self.server.signal(signal.SIGKILL)
         self.server.wait()
 
     def finish(self) -> None:
-        """End both, in good order."""
+        """End both programs; tailsrv must drain successfully."""
         self.sync.end()
         self.server.finish()
 
 
 class Balancer:
-    """A host with HAProxy, configured as we recommend."""
+    """A host with HAProxy, which uses the recommended configuration."""
 
     def __init__(self, host: Host, folder: Path) -> None:
         self._host, self._folder = host, folder
         self._socket = folder / "admin.sock"
         self.config = folder / "haproxy.cfg"
         text = CONFIG.read_text().replace("/run/haproxy/admin.sock", str(self._socket))
-        # not everybody may have so many descriptors
+        # The limit for descriptors may be too low for the original value.
         self.config.write_text(text.replace("maxconn 100000", "maxconn 1000"))
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it can be asked."""
+        """Start HAProxy, and wait for its control socket."""
         self._socket.unlink(missing_ok=True)
         self.program = Program(
             self._host, self._folder / "haproxy", "haproxy", "-db", "-f", self.config
@@ -122,11 +122,11 @@ class Balancer:
         eventually(lambda: self.program.is_running() and self._socket.exists())
 
     def finish(self) -> None:
-        """End it at once."""
+        """Kill HAProxy."""
         self.program.end()
 
     def relays(self) -> dict[str, dict[str, str]]:
-        """Return what it knows of each relay, by name, with the columns that its manual names."""
+        """Return the statistics of each relay, by name; HAProxy's manual lists the columns."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(DEADLINE)
             sock.connect(str(self._socket))
@@ -137,17 +137,17 @@ class Balancer:
         }
 
     def has_checked(self, relay: Relay) -> None:
-        """Wait until a check has found `relay` well."""
-        # with an asterisk while the next is under way
+        """Wait until a health check of `relay` has succeeded."""
+        # The value starts with an asterisk while the next check is running.
         eventually(lambda: "L4OK" in self.relays()[relay.name]["check_status"])
 
     def sees(self, relay: Relay, status: str) -> None:
-        """Wait until it holds `relay` for UP or DOWN."""
+        """Wait until HAProxy has set `relay` to `status`, which is UP or DOWN."""
         eventually(lambda: self.relays()[relay.name]["status"] == status)
 
 
 class RelayClient(Program):
-    """A tscat from byte `start` on."""
+    """A tscat that starts at byte `start`."""
 
     def __init__(self, host: Host, path: Path, addresses: tuple[str, ...], start: int) -> None:
         super().__init__(host, path, *TSCAT, *addresses, str(start))
@@ -155,16 +155,16 @@ class RelayClient(Program):
 
     @property
     def reached(self) -> int:
-        """How far it has come in the file."""
+        """The position of the client in the file."""
         return self.start + self.output.stat().st_size
 
     def reaches(self, offset: int) -> None:
-        """Wait until it has come so far."""
+        """Wait until the client has reached `offset`."""
         eventually(lambda: self.is_running() and self.reached >= offset)
 
 
 class Tree:
-    """All of it."""
+    """The origin, its relays, the balancer and the clients."""
 
     def __init__(self, network: Network, folder: Path) -> None:
         self._folder = folder
@@ -187,12 +187,12 @@ class Tree:
         self.origin = serve(self.origin_host, self.file, self._folder / "origin.err")
 
     def restart_origin(self) -> None:
-        """End it in good order, and start it again with the same file."""
+        """Drain the origin, and start it again with the same file."""
         self.origin.finish()
         self.start_origin()
 
     def finish(self) -> None:
-        """End all, the clients first, who must be content."""
+        """End everything; the clients are first, and must exit with status 0."""
         for client in self.clients:
             assert client.end(signal.SIGINT) == 0, client.errors
         self.balancer.finish()
@@ -207,14 +207,14 @@ class Tree:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Append to the file meanwhile, and wait until every client goes on before and after."""
+        """Append to the file during the block; wait at its start and end for all clients."""
         done = threading.Event()
         writer = threading.Thread(target=self._write, args=[done])
         writer.start()
         try:
-            self.goes_on(self.clients)
+            self.await_progress(self.clients)
             yield
-            self.goes_on(self.clients)
+            self.await_progress(self.clients)
         finally:
             done.set()
             writer.join()
@@ -224,32 +224,32 @@ class Tree:
         while not done.wait(chance.uniform(0, 0.02)):
             append(self.file, chance.randbytes(chance.randrange(1, 4000)))
 
-    def goes_on(self, clients: Sequence[RelayClient]) -> None:
-        """Wait until these clients have what is in the file now, and some more."""
+    def await_progress(self, clients: Sequence[RelayClient]) -> None:
+        """Wait until these clients have received the current contents of the file, and more."""
         size = self.file.stat().st_size
         eventually(lambda: all(client.reached > size for client in clients))
 
     @property
     def balanced(self) -> list[RelayClient]:
-        """The clients that come by way of HAProxy."""
+        """The clients that connect through HAProxy."""
         return [client for client in self.clients if client.addresses == THROUGH_BALANCER]
 
-    def is_exact(self) -> None:
-        """Assert that every client gets what is in the file, to the byte."""
+    def assert_exact(self) -> None:
+        """Assert that every client receives exactly the contents of the file."""
         data = self.file.read_bytes()
         for client in self.clients:
             client.reaches(len(data))
             assert client.output.read_bytes() == data[client.start :]
 
-    def favourite(self) -> Relay:
-        """Return the relay to which HAProxy has sent the most of its clients."""
+    def busiest_relay(self) -> Relay:
+        """Return the relay with the most clients through HAProxy."""
         seen = self.balancer.relays()
         return max(self.relays, key=lambda relay: int(seen[relay.name]["scur"]))
 
 
 @pytest.fixture(scope="module")
 def tree() -> Iterator[Tree]:
-    """Return the tree, with all at its place and well. Each test leaves it so."""
+    """Yield the tree with all parts running; each test must leave it in this state."""
     if reason := reason_to_skip("haproxy"):
         pytest.skip(f"no hosts: {reason}")
     with tempfile.TemporaryDirectory(prefix="tailsrv-") as folder, Network() as network:
@@ -262,8 +262,8 @@ def tree() -> Iterator[Tree]:
 
 
 def test_checks_are_no_clients(tree: Tree) -> None:
-    """HAProxy's checks find the relays well, and no tailsrv sees anything of them."""
-    tree.is_exact()
+    """HAProxy's checks succeed, and no tailsrv accepts them as clients."""
+    tree.assert_exact()
     for relay in tree.relays:
         tree.balancer.has_checked(relay)
         assert len(relay.server.lines("client")) == len(relay.server.lines("client streams"))
@@ -273,48 +273,48 @@ def test_checks_are_no_clients(tree: Tree) -> None:
 
 
 def test_a_relay_dies(tree: Tree) -> None:
-    """The clients of a relay that is killed go on with the other one, and it comes back as it was."""
+    """The clients of a killed relay resume at the other one, and the relay can be started again."""
     with tree.writing():
-        relay = tree.favourite()
+        relay = tree.busiest_relay()
         relay.kill()
-        tree.goes_on(tree.clients)
+        tree.await_progress(tree.clients)
         tree.balancer.sees(relay, "DOWN")
         relay.start()
         tree.balancer.sees(relay, "UP")
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_a_relay_falls_silent(tree: Tree) -> None:
-    """HAProxy takes the clients of a relay that is cut off away from it; one that came by itself waits for it."""
+    """HAProxy moves the clients of an unreachable relay; a direct client waits for it."""
     with tree.writing():
-        relay = tree.favourite()
+        relay = tree.busiest_relay()
         relay.host.cut()
-        tree.goes_on(tree.balanced)
+        tree.await_progress(tree.balanced)
         tree.balancer.sees(relay, "DOWN")
         relay.host.join()
         tree.balancer.sees(relay, "UP")
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_a_tssync_dies(tree: Tree) -> None:
-    """A tssync that is killed takes no client with it, and the next one goes on where its copy ends."""
+    """After a killed tssync, clients stay connected, and the next tssync resumes its local copy."""
     with tree.writing():
-        relay = tree.favourite()
+        relay = tree.busiest_relay()
         relay.sync.end()
         relay.start_sync()
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_the_origin_restarts(tree: Tree) -> None:
-    """The origin's tailsrv comes back with the same file, and the relays come back to it."""
+    """After a restart of the origin with the same file, the relays resume."""
     with tree.writing():
         tree.restart_origin()
-    tree.is_exact()
+    tree.assert_exact()
 
 
 def test_the_balancer_dies(tree: Tree) -> None:
-    """The clients come back when HAProxy does."""
+    """After a restart of HAProxy, the clients resume."""
     with tree.writing():
         tree.balancer.finish()
         tree.balancer.start()
-    tree.is_exact()
+    tree.assert_exact()

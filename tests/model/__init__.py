@@ -1,1 +1,1 @@
-"""A model of the whole: what clients may receive, whatever happens."""
+"""A model of the whole server: what clients may receive, whatever happens."""

@@ -1,4 +1,4 @@
-"""A client of the model: its socket, and what is known of it from the outside."""
+"""A client of the model: its socket, and what is known about it from outside of the server."""
 
 import socket
 from collections.abc import Iterator
@@ -11,36 +11,36 @@ from support.waiting import DEADLINE
 
 @dataclass(eq=False)
 class ModelClient:
-    """A client of the server, and what the model knows of it."""
+    """A client of the server, and what the model knows about it."""
 
     sock: socket.socket
     header: bytes
-    # bytes of the header
+    # How many bytes of the header have been sent.
     sent: int = 0
     half_closed: bool = False
-    # it has not sent a header, and now it never will
+    # The client has not sent a valid header, and never will.
     doomed: bool = False
-    # to the supervisor
+    # The supervisor is known to hold the client.
     known: bool = False
-    # its worker was killed, perhaps before the supervisor knew of it
+    # The client's worker was killed, possibly before the supervisor received the client.
     may_be_lost: bool = False
     ended: bool = False
-    # once the header has been sent
+    # The stream, once the header has been sent.
     stream: Stream | None = None
 
     @property
     def name(self) -> str:
-        """The peer, as the server calls it."""
+        """The address of the client, as in the server's log and status."""
         host, port = self.sock.getsockname()
         return f"{host}:{port}"
 
     def due(self, size: int) -> int:
-        """Return how many bytes more must come at least."""
+        """Return how many more bytes the client must receive at least."""
         return self.stream.due(size) if self.stream else 0
 
     @contextmanager
     def at_risk(self) -> Iterator[None]:
-        """Let an error of the socket be the end of a client that may have been lost, and only of such a one."""
+        """Treat an error of the socket as the end of a client that may have been lost."""
         try:
             yield
         except (BlockingIOError, TimeoutError):
@@ -50,20 +50,20 @@ class ModelClient:
 
     @contextmanager
     def without_waiting(self) -> Iterator[None]:
-        """Let what would have to wait do nothing instead."""
+        """Return from the block early where the socket would have to wait."""
         self.sock.setblocking(False)
         with suppress(BlockingIOError):
             yield
         self.sock.settimeout(DEADLINE)
 
     def end(self, reason: object) -> None:
-        """Take in that the connection has ended, which must have a good reason."""
+        """Record the end of the connection, and assert that there is a valid reason for it."""
         assert self.doomed or self.may_be_lost, f"{self} ended: {reason}"
         assert not self.known or self.doomed, f"{self} ended, though it was known: {reason}"
         self.ended = True
 
     def is_lost(self) -> bool:
-        """Tell whether the connection has ended, without taking anything from it."""
+        """Tell whether the connection has ended, without reading from it."""
         with self.without_waiting(), self.at_risk():
             if self.sock.recv(1, socket.MSG_PEEK) == b"":
                 self.end("end of the stream")

@@ -1,13 +1,15 @@
-"""A model of the whole: clients and file do as they like, workers die, the program is upgraded, and every byte is accounted for.
+"""Random actions of clients, file, workers and upgrades, with a check of every received byte.
 
-Each example has a server of its own, a real one. The model knows what each client must receive, or where the protocol
-leaves that open, what it may. When an example fails, hypothesis prints the shortest one that it can find. That is a script:
+Each example runs a real server. The model knows which bytes each client must receive or, where the
+protocol leaves that open, which bytes it may receive. For an example that fails, hypothesis prints
+the shortest one that it can find, as a script:
 
-    from test_model import Model
+    from model.test_model import Model
     state = Model()
     ...
 
-The examples are the same each time, unless TAILSRV_MODEL_EXAMPLES says how many others to try (and TAILSRV_MODEL_STEPS, how long).
+The examples are the same in each run, unless TAILSRV_MODEL_EXAMPLES sets the number of random ones.
+TAILSRV_MODEL_STEPS sets their length.
 """
 
 import os
@@ -45,7 +47,7 @@ OPTIONS = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-# in one example: more of them, and successors are made to wait
+# The maximum for one example: after more deaths, the supervisor delays successors.
 MAX_KILLS = 4
 
 counts = st.one_of(
@@ -72,7 +74,7 @@ if_there = precondition(lambda self: self.file is not None)
 
 
 class Model(World, RuleBasedStateMachine):
-    """What may happen, in any order."""
+    """The rules: all actions, in any order."""
 
     clients: Bundle[ModelClient] = Bundle("clients")
 
@@ -82,7 +84,7 @@ class Model(World, RuleBasedStateMachine):
 
     @initialize(target=clients, linger=st.booleans(), size=st.one_of(st.none(), *[numbers] * 5))
     def begin(self, linger: bool, size: int | None) -> MultipleResults[ModelClient]:
-        """Start the server, and two clients that want all there is and all there will be."""
+        """Start the server, and two clients that want the whole file and all appends."""
         self.start(linger, size)
         return multiple(World.connect(self, b"0\n"), World.connect(self, b"-0\n"))
 
@@ -92,7 +94,9 @@ class Model(World, RuleBasedStateMachine):
         at_once=st.sampled_from([64, 64, 64, 0, 1, 2]),
         narrow=st.booleans(),
     )(World.connect)  # type: ignore[assignment]
-    connect_badly = rule(target=clients, header=bad_headers)(World.connect_badly)  # type: ignore[assignment]
+    connect_badly = rule(target=clients, header=bad_headers)(  # type: ignore[assignment]
+        World.connect_badly
+    )
     send = rule(client=clients, count=st.integers(1, 8))(World.send)
     send_junk = rule(client=clients, count=st.integers(1, 500))(World.send_junk)
     half_close = rule(client=clients)(World.half_close)
@@ -124,7 +128,7 @@ class Model(World, RuleBasedStateMachine):
     upgrade = precondition(lambda self: self.upgrades < 1)(rule()(World.upgrade))
 
     def teardown(self) -> None:
-        """See, unless a step has failed, that all comes to a good end."""
+        """Check the end of the example, unless a step has failed."""
         try:
             if hasattr(self, "port") and sys.exc_info()[1] is self.before:
                 self.finish()
@@ -133,43 +137,46 @@ class Model(World, RuleBasedStateMachine):
 
 
 class Following(FollowingWorld, Model):
-    """The same with --follow-name."""
+    """The same model with --follow-name."""
 
     rotate = precondition(lambda self: self.file is not None and self.rotations < 2)(
-        rule(reporter=counts, at_once=st.booleans())(FollowingWorld.rotate)
+        rule(count=counts, at_once=st.booleans())(FollowingWorld.rotate)
     )
 
 
 def numbers_of_examples(few: int, many: int, asked_for: int) -> list[object]:
-    """Return how many examples to try: what the environment asks for, else a few, and many in a thorough run."""
+    """Return how many examples to try, as parameters of a test.
+
+    It is the requested number, if there is one; otherwise `few`, and in a thorough run also `many`.
+    """
     return [asked_for] if asked_for else [few, pytest.param(many, marks=pytest.mark.thorough)]
 
 
 @pytest.mark.parametrize("examples", numbers_of_examples(6, 60, EXAMPLES))
 def test_model(examples: int) -> None:
-    """Whatever clients, file and processes do, every client gets the bytes it asked for."""
+    """Whatever clients, file and processes do, clients receive exactly the requested bytes."""
     run_state_machine_as_test(Model, settings=settings(OPTIONS, max_examples=examples))
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("examples", numbers_of_examples(2, 8, EXAMPLES // 8))
 def test_model_of_rotations(examples: int) -> None:
-    """The same while the file is replaced by the next."""
+    """When the file is also rotated, clients receive exactly the requested bytes."""
     run_state_machine_as_test(Following, settings=settings(OPTIONS, max_examples=examples))
 
 
 class Wrong(Model):
-    """A model that takes it for a fault that a worker was killed."""
+    """A model in which killing a worker is an error."""
 
     def finish(self) -> None:
-        """Fail, now and then."""
+        """Fail in those examples in which a worker was killed."""
         super().finish()
         assert not self.kills, "there was a kill"
 
 
 @pytest.mark.thorough
 def test_what_is_printed_is_a_script() -> None:
-    """The steps of an example that fails are printed as calls that repeat it."""
+    """The printed steps of a failing example are a script that repeats the failure."""
     quick = settings(
         OPTIONS, phases=[Phase.generate], report_multiple_bugs=False, stateful_step_count=10
     )

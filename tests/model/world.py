@@ -1,6 +1,6 @@
-"""The world of the model: a real server, the file it serves and the clients that it has, and what they may do.
+"""A real server, the file that it serves, its clients, and all actions of the three.
 
-Every method that does something takes in what it must come to, and the others say whether it has.
+Each action records in the model what it must lead to. The other methods check that.
 """
 
 import atexit
@@ -25,33 +25,33 @@ from support.waiting import DEADLINE, eventually
 from tailsrv.config import Timing
 from tailsrv.control_socket import CLIENTS
 
-# linux/tcp.h: what is closed with this option set sends nothing any more
+# From linux/tcp.h: a socket that is closed with this option set sends no further packet.
 TCP_REPAIR = 19
 WORKERS = 2
 
 
 class World:
-    """A server, its file and its clients, and what the model says of them."""
+    """A server, its file, its clients, and the state of the model."""
 
     def __init__(self) -> None:
         super().__init__()
-        # where a script fails
+        # For a script that fails before it calls `teardown`.
         atexit.register(self.close)
         self.folder = tempfile.TemporaryDirectory(prefix="tailsrv-model-")
         self.path = Path(self.folder.name, "file.log")
         self.history = History()
-        # the writer's descriptor
+        # The descriptor of the writer.
         self.file: int | None = None
         self.living: list[ModelClient] = []
-        # the largest offset that any client may be waiting for
+        # The highest offset that any client may be waiting for.
         self.furthest = 0
         self.stopping, self.stopped = False, list[int]()
         self.kills, self.upgrades, self.moved = 0, 0, False
-        # descriptors of supervisor and workers without a client
+        # The numbers of descriptors of the supervisor and of all workers without clients.
         self.base: tuple[int, int] | None = None
 
     def start(self, linger: bool, size: int | None) -> None:
-        """Start the server, on a file of `size` bytes or on none yet."""
+        """Start the server with a file of `size` bytes, or with none yet."""
         if size is not None:
             self.create()
             self.append(size)
@@ -72,20 +72,20 @@ class World:
             self.base = self.count_descriptors()
 
     def options(self) -> list[str]:
-        """Return what the server is to do when the file is gone."""
+        """Return the server's options for the case that the file is gone."""
         return ["--linger-after-file-is-gone"] if self.linger else []
 
-    # What clients do
+    # Actions of clients.
 
     def connect(self, header: bytes, at_once: int = 64, narrow: bool = False) -> ModelClient:
-        """Connect, and send the first bytes of a header; a narrow client takes little that it has not read."""
+        """Connect and send the first bytes of a header; `narrow` is a small receive buffer."""
         client = ModelClient(self.server.connect(receive_buffer=4096 if narrow else 0), header)
         self.living.append(client)
         self.send(client, at_once)
         return client
 
     def connect_badly(self, header: bytes) -> ModelClient:
-        """Send what is not a header."""
+        """Send an invalid header."""
         client = ModelClient(self.server.connect(header), header, sent=len(header), doomed=True)
         self.living.append(client)
         return client
@@ -106,13 +106,13 @@ class World:
             client.sock.sendall(piece)
 
     def send_junk(self, client: ModelClient, count: int) -> None:
-        """Send what nobody wants to know, behind the header."""
+        """Send data after the header, which the server must ignore."""
         if client.stream and not client.ended and not client.half_closed:
             with client.at_risk():
                 client.sock.sendall(b"-5\n" * count)
 
     def half_close(self, client: ModelClient) -> None:
-        """Send no more: before the header is whole that is a fault, and behind it nothing."""
+        """Shut down the sending side: an error before the end of the header, allowed after it."""
         if client.ended or client.half_closed:
             return
         client.half_closed = True
@@ -121,7 +121,7 @@ class World:
             client.sock.shutdown(socket.SHUT_WR)
 
     def read(self, client: ModelClient, count: int) -> None:
-        """Read what must be there, up to `count` bytes, and perhaps some that may be."""
+        """Read the bytes that are due, up to `count`, and further bytes if there are any."""
         self.go_on()
         if client.ended:
             return
@@ -134,30 +134,37 @@ class World:
                 self.receive(client, count)
 
     def leave(self, client: ModelClient, how: str) -> None:
-        """Close the connection, or let it vanish without a word, which is noticed when something is sent."""
+        """Close or reset the connection, or vanish without a packet.
+
+        The server notices a vanished client when it sends the next bytes.
+        """
         self.living.remove(client)
         if how == "reset":
             reset(client.sock)
             return
         if how == "vanish" and client.stream and client.due(self.history.size) == 0:
-            # not everybody may do that
+            # This option requires a privilege.
             with suppress(OSError):
                 client.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         client.sock.close()
 
     def settle(self, client: ModelClient) -> None:
-        """Wait until the supervisor knows the client, and where its stream starts if it has sent its header."""
+        """Wait until the supervisor knows the client and the start of any requested stream."""
         self.await_known([client])
 
-    # What the file does
+    # Actions of the writer.
 
     def create(self) -> None:
-        """Let the file come into being."""
+        """Create the file."""
         self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self.note_size()
 
     def append(self, count: int) -> None:
-        """Append `count` bytes, in one write(2) where nobody counts from an end that we could not know then."""
+        """Append `count` bytes.
+
+        They are written page by page if a stream may start relative to the end meanwhile, because
+        the model could not know its start otherwise.
+        """
         data = random.Random(f"{self.history.now} {self.history.size}").randbytes(count)
         waiting = any(
             client.stream and client.stream.from_end and not client.stream.started
@@ -169,7 +176,7 @@ class World:
             self.note_size()
 
     def truncate(self, count: int) -> None:
-        """Cut `count` bytes off the end."""
+        """Truncate the last `count` bytes."""
         assert self.file is not None
         self.note_change()
         self.history.truncate(max(0, self.history.size - count))
@@ -177,7 +184,7 @@ class World:
         self.note_size()
 
     def overwrite(self, before_end: int, count: int) -> None:
-        """Change bytes in the middle."""
+        """Overwrite bytes in the middle."""
         offset = max(0, self.history.size - before_end)
         data = random.Random(f"{self.history.now} {offset}").randbytes(
             min(count, self.history.size - offset)
@@ -187,8 +194,8 @@ class World:
         self.write(data, offset)
 
     def move(self, how: str) -> None:
-        """Take the file's name away; it goes on being written and served."""
-        # a file that it has not found yet would be none that it serves
+        """Remove the name of the file, which is still written and served."""
+        # The server must have opened the file before.
         self.server.logged("serving: ")
         self.moved = True
         if how == "unlink":
@@ -198,10 +205,10 @@ class World:
         if how == "replace":
             self.path.write_bytes(b"another file\n")
 
-    # What happens to the server
+    # Actions on the server.
 
     def stop(self) -> None:
-        """Stop all workers, so that much may have happened when they look again."""
+        """Stop all workers, so that several actions occur before their next turn."""
         self.stopping = True
         for pid in self.worker_pids():
             with suppress(ProcessLookupError):
@@ -209,14 +216,17 @@ class World:
                 self.stopped.append(pid)
 
     def go_on(self) -> None:
-        """Let the stopped workers go on."""
+        """Continue the stopped workers."""
         self.stopping = False
         while self.stopped:
             with suppress(ProcessLookupError):
                 os.kill(self.stopped.pop(), signal.SIGCONT)
 
     def kill(self, slot: int, number: str, known: bool) -> None:
-        """Kill a worker; a connection that the supervisor does not know of yet may be lost then, so it may be given the time to."""
+        """Kill a worker; with `known`, wait first until the supervisor knows all clients.
+
+        Without that, a client that the supervisor does not know yet may be lost.
+        """
         self.kills += 1
         if known:
             self.await_known(self.living)
@@ -227,15 +237,15 @@ class World:
                 os.kill(pid, signal.Signals[number])
 
     def upgrade(self) -> None:
-        """Have the program replaced, while all goes on."""
+        """Upgrade the program while everything else continues."""
         self.go_on()
         self.upgrades += 1
         self.server.signal(signal.SIGHUP)
 
-    # The end
+    # The end of an example.
 
     def finish(self) -> None:
-        """Bring all to an end that is known to the byte."""
+        """Bring every stream to an end that is known exactly."""
         self.go_on()
         if self.file is None:
             self.create()
@@ -243,7 +253,7 @@ class World:
         self.await_serving()
         self.await_known(self.living)
         for client in self.living:
-            # who was lost shows
+            # This detects clients that were lost.
             self.read(client, 1)
         self.living = [client for client in self.living if not client.ended]
         eventually(self.is_left_alone)
@@ -260,19 +270,22 @@ class World:
         assert not self.server.lines("error"), self.server.log
 
     def end(self) -> None:
-        """Have the server end, by one of the ways that there are."""
+        """Make the server end, in the way that its options allow."""
         if self.linger:
             self.server.signal(signal.SIGTERM)
         else:
             self.path.rename(self.path.with_name("moved.log"))
 
     def is_left_alone(self) -> bool:
-        """Send everybody something, which tells the server who has left, and tell whether it counts none but the living."""
+        """Append a byte and tell whether the server counts exactly the living clients.
+
+        Sending the byte makes the server notice vanished clients.
+        """
         self.append(1)
         return bool(status(self.server)["clients"] == len(self.living))
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """End the server and remove all files."""
         atexit.unregister(self.close)
         self.go_on()
         if hasattr(self, "server"):
@@ -285,10 +298,10 @@ class World:
             os.close(self.file)
         self.folder.cleanup()
 
-    # What the rules share
+    # Helpers of the rules.
 
     def receive(self, client: ModelClient, count: int) -> int:
-        """Receive up to `count` bytes at once, all of which must be right, and return how many."""
+        """Receive up to `count` bytes, all of which must be correct, and return their number."""
         received = b""
         with client.at_risk():
             received = client.sock.recv(min(count, 1 << 20))
@@ -301,14 +314,17 @@ class World:
         return len(received)
 
     def await_serving(self) -> None:
-        """Wait until the server has found its file, and no upgrade is going on."""
+        """Wait until the server has found its file and finished its upgrades."""
         self.go_on()
         eventually(lambda: status(self.server)["state"] == "serving")
         if self.upgrades:
             self.server.logged("upgraded: version=")
 
     def await_known(self, clients: list[ModelClient]) -> None:
-        """Wait until the supervisor knows each of `clients`, and where each stream starts, or until it is clear that it was lost."""
+        """Wait until the supervisor knows each of `clients` and where its stream starts.
+
+        A client that was lost is not waited for.
+        """
         self.go_on()
         if self.file is not None:
             eventually(lambda: self.know(clients))
@@ -330,7 +346,7 @@ class World:
         ]
 
     def is_known(self, client: ModelClient, starts: dict[str, int | None]) -> bool:
-        """Take in what the supervisor says of `client`, and tell whether it is all that there is to know by now."""
+        """Record what the supervisor reports of `client`, and tell whether it is complete."""
         if client.name not in starts:
             return False
         client.known = True
@@ -346,17 +362,17 @@ class World:
             data, offset = data[written:], offset + written
 
     def streams(self) -> Iterator[Stream]:
-        """Yield what is known of every stream there is."""
+        """Yield the streams of all living clients."""
         return (client.stream for client in self.living if client.stream)
 
     def note_size(self) -> None:
-        """Take in that the file's size has changed."""
+        """Record that the size of the file has changed."""
         self.furthest = max(self.furthest, self.history.size)
         for stream in self.streams():
             stream.note_size(self.history.size)
 
     def note_change(self) -> None:
-        """Take in that bytes of the file are about to change."""
+        """Record that bytes of the file are about to change."""
         for stream in self.streams():
             stream.note_change(self.history)
 
@@ -366,34 +382,37 @@ class World:
         ]
 
     def count_descriptors(self) -> tuple[int, int]:
-        """Return how many the supervisor has, and how many all workers."""
+        """Return the numbers of descriptors of the supervisor and of all workers."""
         return open_descriptors(self.server.pid), sum(
             open_descriptors(pid) for pid in self.worker_pids()
         )
 
 
 class FollowingWorld(World):
-    """The same with --follow-name: other files of that name come after the first."""
+    """The same with --follow-name: the file is replaced by another one of the same name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rotations = 0
 
     def options(self) -> list[str]:
-        """Have nobody cut off who only waits for its turn to be read."""
+        """Return options with a grace period that is long enough to read every stream."""
         self.linger = False
         return ["--follow-name", "--grace", str(DEADLINE)]
 
-    def rotate(self, reporter: int, at_once: bool) -> None:
-        """Move the file away, append to it once more, and see every stream of it end; whoever has sent no header yet waits for the next."""
+    def rotate(self, count: int, at_once: bool) -> None:
+        """Move the file away, append to it once more, and read all streams to their ends.
+
+        Clients that have not sent a header yet wait for the next file.
+        """
         assert self.file is not None
         self.rotations += 1
         self.await_serving()
         self.await_known(self.living)
         before, began = self.history.size, time.monotonic()
         self.path.rename(self.path.with_name(f"moved-{self.rotations}.log"))
-        self.append(reporter)
-        # then it may go unnoticed
+        self.append(count)
+        # Then the server may have fixed the end of the file before the append.
         late = time.monotonic() - began > Timing().settle / 2
         for client in self.living:
             if client.stream and not client.ended:
@@ -406,7 +425,7 @@ class FollowingWorld(World):
         eventually(lambda: status(self.server)["state"] != "rotating")
 
     def read_to_the_end(self, client: ModelClient, size: int) -> None:
-        """Read the rest of a stream, of the bytes up to `size` at least."""
+        """Read a stream to its end, which must not be before offset `size`."""
         assert client.stream
         self.read(client, client.due(size))
         while received := client.sock.recv(1 << 20):
@@ -415,5 +434,5 @@ class FollowingWorld(World):
         client.ended = True
 
     def end(self) -> None:
-        """Have the server end; moving the file would not do."""
+        """Make the server end; moving the file would be a rotation."""
         self.server.signal(signal.SIGTERM)

@@ -1,1 +1,4 @@
-"""What tests of several folders share, by subject; pytest has `tests` in its path, so they say `from support.server import Server`."""
+"""What the tests of several folders share, one module per subject.
+
+pytest has `tests` in its path, so tests write `from support.server import Server`.
+"""

@@ -1,4 +1,4 @@
-"""What the tests of the clients share: running commands, and a proxy that cuts connections."""
+"""What the tests of the clients share: commands, their output, and servers that answer at will."""
 
 import signal
 import socket
@@ -45,7 +45,7 @@ class Command:
 
     @property
     def errors(self) -> str:
-        """What it has written to standard error."""
+        """Everything that the command has written to standard error."""
         return self.err.read_text()
 
     def wrote(self, data: bytes) -> None:
@@ -67,7 +67,7 @@ class Command:
 def started(
     *command: str | Path, stdout: int, stderr: int = subprocess.PIPE
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Give a running client whose output the test reads itself; it surely has ended then."""
+    """Yield a running client whose output the test reads; it is killed at the end of the block."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
     ) as process:
@@ -78,7 +78,7 @@ def started(
 
 
 def holds(path: Path, data: bytes) -> None:
-    """Wait until the file `path` is `data`, and say where it differs rather than show it."""
+    """Wait until the file `path` contains `data`; on a difference, report its offset only."""
 
     def look() -> bool:
         found = path.read_bytes() if path.exists() else b""
@@ -91,7 +91,7 @@ def holds(path: Path, data: bytes) -> None:
             min(len(found), len(data)),
         )
         assert data.startswith(found), (
-            f"{len(found)} of {len(data)} bytes, of which {same} are right"
+            f"{len(found)} of {len(data)} bytes; the first {same} are right"
         )
         return len(found) == len(data)
 
@@ -99,7 +99,7 @@ def holds(path: Path, data: bytes) -> None:
 
 
 def run_client(*command: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Run a client that ends by itself, to its end."""
+    """Run a client that ends by itself, and return its result."""
     done = subprocess.run(
         command, capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=DEADLINE
     )
@@ -108,18 +108,21 @@ def run_client(*command: str | Path) -> "subprocess.CompletedProcess[str]":
 
 
 def kill(server: Server) -> None:
-    """Kill a server that was started to end so, and wait until none of its workers can send any more."""
+    """Kill a server that was started with status -SIGKILL, and wait until its workers end."""
     server.signal(signal.SIGKILL)
     server.wait()
 
 
 def restart(serve: Serve, server: Server, path: Path, *options: str) -> Server:
-    """Start a server on the port of one that has been killed."""
+    """Start a server on the port of a server that has been killed."""
     return serve(path, "-p", str(server.port), "-v", *options)
 
 
 def closed_port() -> int:
-    """Return a port that nobody listens on; somebody might, but the kernel gives each to its next asker last."""
+    """Return a port without a listener.
+
+    Another program may listen there later, but the kernel assigns a port that was just freed last.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
@@ -127,14 +130,15 @@ def closed_port() -> int:
 
 @contextmanager
 def answering(*answers: Callable[[socket.socket], object]) -> Iterator[str]:
-    """Give the HOST:PORT of a server that reads a header on each connection, and has the next of `answers` send what it likes.
+    """Yield the HOST:PORT of a server that answers each connection with the next of `answers`.
 
-    What an answer does not close stays open until the end of the block; connections after the last answer get nothing.
+    The server reads the header before it calls the answer. A socket that the answer leaves open
+    stays open until the end of the block; connections after the last answer are not accepted.
     """
     connections: list[socket.socket] = []
 
     def serve() -> None:
-        # the listener is shut down, or a client has gone
+        # The listener was shut down, or a client has disconnected.
         with suppress(OSError):
             for answer in answers:
                 sock, _ = listener.accept()

@@ -11,10 +11,11 @@ from support.waiting import DEADLINE
 
 
 class Cutter:
-    """A proxy to a server on this machine that ends each of its first connections behind a random byte.
+    """A proxy to a local server that ends each of its first connections after a random byte.
 
-    It listens on every address of the loopback network, so that one can come back to it at once as to another server.
-    A connection brings fewer than `longest` bytes; some ends are a reset, with `resets` all of them.
+    It listens on every address of the loopback network, so that a client can reconnect to it at
+    once as if to another server. A cut connection delivers fewer than `longest` bytes. Some cuts
+    are resets; with `resets`, all of them are.
     """
 
     def __init__(self, port: int, cuts: int, longest: int, resets: bool = False) -> None:
@@ -44,7 +45,7 @@ class Cutter:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
-                # it has ended by itself
+                # The connection has ended by itself.
                 pass
         for thread in self._threads:
             thread.join(DEADLINE)
@@ -84,7 +85,7 @@ class Cutter:
                 near.sendall(some)
                 passed += len(some)
         except OSError:
-            # one of them has gone
+            # One of the two connections has ended.
             pass
         if reset and limit is not None:
             reset_at_close(near)

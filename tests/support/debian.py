@@ -1,4 +1,4 @@
-"""A small Debian with a real systemd in it, booted by systemd-nspawn, in which nothing that it does outlives it."""
+"""A small Debian with a real systemd, booted by systemd-nspawn; all its processes end with it."""
 
 import ctypes
 import fcntl
@@ -26,7 +26,7 @@ from support.waiting import DEADLINE, Seen, eventually
 
 SUITE = "bookworm"
 PACKAGES = "systemd,systemd-sysv,python3-venv,procps,logrotate,netcat-openbsd,socat"
-# that suite's
+# The version of Python in this suite.
 PYTHON = "3.11"
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "unshare", "setpriv")
 
@@ -36,8 +36,9 @@ COMMAND_DEADLINE = 60.0
 
 CAP_SYS_ADMIN = 1 << 21
 
-# A namespace of pids around the machine's own: with its first process the kernel ends all that is in it, which ending
-# systemd-nspawn alone does not. And unshare ends with us, however we end.
+# A pid namespace around the machine's own. When its first process ends, the kernel ends every
+# process in it; ending systemd-nspawn alone does not do that. And unshare ends when the test
+# process ends, however that happens.
 UNSHARE = (
     "setpriv",
     "--pdeathsig=KILL",
@@ -50,18 +51,19 @@ UNSHARE = (
     "--mount-proc",
 )
 
-# systemd-nspawn wants /run to itself where systemd is not init. The machine is registered with nobody, its writes go
-# to memory, and it has a network of its own, so that every port is free.
+# systemd-nspawn requires its own /run where systemd is not init. The machine is not registered, its
+# writes go to memory, and it has its own network, so that every port is free.
 BOOT = """
 for cgroup; do echo 0 >"$cgroup/cgroup.procs"; done
 mount -t tmpfs tmpfs /run
 exec systemd-nspawn --quiet --register=no --keep-unit --boot --private-network --volatile=overlay \
-    --link-journal=no --console=pipe --machine="$MACHINE" --bind-ro="$WHEELS:/wheels" --directory="$ROOT"
+    --link-journal=no --console=pipe --machine="$MACHINE" --bind-ro="$WHEELS:/wheels" \
+        --directory="$ROOT"
 """
 
 LOGIN = ("env", "-i", "HOME=/root", "LANG=C.UTF-8", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
 
-# What is not a part of a checkout as a user would get it.
+# Files that a checkout of a user does not contain.
 NOT_COPIED = (
     ".git",
     ".venv",
@@ -79,12 +81,12 @@ class NoMachineError(Exception):
 
 
 def is_required() -> bool:
-    """Tell whether it is a fault if no machine can be made: in CI, and where somebody has given it a folder."""
+    """Tell whether failing to make a machine is an error: in CI, or if a folder for it was set."""
     return bool(os.environ.get("CI") or os.environ.get("TAILSRV_TEST_MACHINE"))
 
 
 def reason_to_skip() -> str:
-    """Return why no machine can be booted here, empty if there is no reason."""
+    """Return why no machine can be booted here; the empty string if one can."""
     if os.geteuid() != 0:
         return "not root"
     status = Path("/proc/self/status").read_text()
@@ -95,31 +97,31 @@ def reason_to_skip() -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other test sessions from the folder meanwhile."""
+    """Keep other test sessions out of the folder during the block."""
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def make_root(folder: Path) -> Path:
-    """Return the machine's root file system in `folder`, made if it is not there yet."""
+    """Return the machine's root file system in `folder`; make it if it does not exist."""
     root, unfinished = folder / "root", folder / "unfinished"
     if not root.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
         options = ("--variant=minbase", f"--include={PACKAGES}")
-        # it mounts things there
+        # In a mount namespace of its own, because debootstrap mounts file systems in the folder.
         call(*UNSHARE, "debootstrap", *options, SUITE, str(unfinished), deadline=BOOTSTRAP_DEADLINE)
         unfinished.rename(root)
     return root
 
 
 def make_wheels(folder: Path) -> Path:
-    """Return a folder with all wheels that the machine's pip needs to build and install the checkout."""
+    """Return a folder with all wheels that pip needs in the machine to install a checkout."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheels = folder / "wheels"
     wheels.mkdir(exist_ok=True)
     pip, to = (sys.executable, "-m", "pip", "--quiet"), ("--find-links", str(wheels))
-    # What builds the project is the same for every Python, but not all of it is there as wheels.
+    # The build requirements are the same for every Python, but PyPI has not all of them as wheels.
     call(
         *pip,
         "wheel",
@@ -131,14 +133,21 @@ def make_wheels(folder: Path) -> Path:
         deadline=BOOTSTRAP_DEADLINE,
     )
     call(
-        *pip, "download", *to, "--dest", str(wheels), "--only-binary=:all:", f"--python-version={PYTHON}",
-        *project["project"]["dependencies"], deadline=BOOTSTRAP_DEADLINE,
-    )  # fmt: skip
+        *pip,
+        "download",
+        *to,
+        "--dest",
+        str(wheels),
+        "--only-binary=:all:",
+        f"--python-version={PYTHON}",
+        *project["project"]["dependencies"],
+        deadline=BOOTSTRAP_DEADLINE,
+    )
     return wheels
 
 
 def call(*command: str, deadline: float) -> None:
-    """Run `command` outside of the machine, which must succeed. Raises NoMachineError, with what it printed."""
+    """Run `command` outside of the machine. Raises NoMachineError with its output if it fails."""
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -152,7 +161,7 @@ def call(*command: str, deadline: float) -> None:
 
 
 def own_cgroups(name: str) -> list[Path]:
-    """Make and return a cgroup of our own in each hierarchy that systemd uses: two machines must not share one."""
+    """Make a cgroup in each hierarchy that systemd uses, because machines must not share one."""
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, ours = line.split(":", 2)
@@ -171,7 +180,7 @@ def own_cgroups(name: str) -> list[Path]:
 
 
 def remove_cgroup(cgroup: Path) -> bool:
-    """Remove `cgroup` and those below it; tell whether it has gone."""
+    """Remove `cgroup` and the cgroups below it; tell whether it is gone."""
     for folder, _, _ in os.walk(cgroup, topdown=False):
         with suppress(OSError):
             os.rmdir(folder)
@@ -179,7 +188,7 @@ def remove_cgroup(cgroup: Path) -> bool:
 
 
 class Machine:
-    """A booted machine. Its files are below `files`; its processes have their own pids."""
+    """A booted machine. `files` is its root folder; its processes have their own pids."""
 
     def __init__(self, root: Path, wheels: Path, log: Path) -> None:
         name = f"tailsrv-test-{os.getpid()}-{log.stem}"
@@ -224,10 +233,10 @@ class Machine:
         )
 
     def end(self) -> None:
-        """End it at once, by its pid, and leave nothing behind."""
+        """End the machine at once, by its pid, and clean up."""
         with suppress(psutil.NoSuchProcess):
             for nspawn in psutil.Process(self._process.pid).children():
-                # and with it all in its namespace; then unshare ends, having waited for it
+                # The kernel then ends every process in its namespace. unshare waits for that.
                 nspawn.kill()
         try:
             self._process.wait(DEADLINE)
@@ -238,7 +247,7 @@ class Machine:
     def ask(
         self, *command: str, deadline: float = COMMAND_DEADLINE
     ) -> "subprocess.CompletedProcess[str]":
-        """Run `command` in it as root would after logging in; return how it ended and what it printed."""
+        """Run `command` as root after a login; return its exit status and output."""
         enter = ("nsenter", f"--target={self.leader}", "--all", *LOGIN)
         return subprocess.run(
             [*enter, *command],
@@ -250,13 +259,13 @@ class Machine:
         )
 
     def run(self, *command: str, deadline: float = COMMAND_DEADLINE) -> str:
-        """Run `command` in it, which must succeed; return what it prints."""
+        """Run `command` in the machine, where it must succeed, and return its output."""
         done = self.ask(*command, deadline=deadline)
         assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}"
         return done.stdout.strip()
 
     def write(self, path: str, text: str, mode: int = 0o644, group: str = "root") -> None:
-        """Make the file `path`, and its folder if need be."""
+        """Write the file `path`; make its folder if necessary."""
         self.run("install", "-d", os.path.dirname(path))
         (self.files / path.lstrip("/")).write_text(text)
         self.run("chgrp", group, path)
@@ -269,8 +278,8 @@ class Machine:
         )
 
     def use_wheels(self) -> None:
-        """Have its pip take from the wheels what it would ask the network for, which is not there."""
-        # an installer would
+        """Configure the machine's pip to use the wheels, because the machine has no network."""
+        # An installer would write this file.
         self.write("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
         self.write(
             "/etc/pip.conf",
@@ -278,14 +287,14 @@ class Machine:
         )
 
     def in_network(self, action: Callable[[], Seen]) -> Seen:
-        """Return what `action` returns in its network."""
+        """Return the result of `action`, called in the machine's network namespace."""
 
         def enter() -> Seen:
             with open(f"/proc/{self.leader}/ns/net") as namespace:
                 assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0, (
                     os.strerror(ctypes.get_errno())
                 )
-            # a namespace is a thread's own, and this thread ends here
+            # A network namespace belongs to one thread, and this thread ends here.
             return action()
 
         with ThreadPoolExecutor(1) as pool:
@@ -294,12 +303,12 @@ class Machine:
     def connect(
         self, port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0
     ) -> socket.socket:
-        """Return a connection to a port of the machine's."""
+        """Return a connection to a port of the machine."""
         return self.in_network(lambda: connect(port, header, host, receive_buffer))
 
 
 class Service:
-    """An instance of the unit tailsrv@.service in a machine, for the file `path`; it is started by nobody but the test."""
+    """An instance of tailsrv@.service in a machine for the file `path`; only the test starts it."""
 
     def __init__(self, machine: Machine, path: str) -> None:
         self.machine, self.path = machine, path
@@ -311,8 +320,8 @@ class Service:
         self.clients: list[socket.socket] = []
 
     def configure(self, **settings: str) -> None:
-        """Write its file of settings."""
-        # EnvironmentFile= is a pattern
+        """Write the environment file of the instance."""
+        # EnvironmentFile= is a glob pattern, so the name has no backslashes.
         name = self.instance.replace("\\", "")
         self.machine.write(
             f"/etc/tailsrv/{name}.env",
@@ -320,14 +329,14 @@ class Service:
         )
 
     def override(self, *lines: str, unit: str = "") -> None:
-        """Write a drop-in of the service or of another `unit`."""
+        """Write a drop-in for the service, or for another `unit`."""
         self.machine.write(
             f"/etc/systemd/system/{unit or self.unit}.d/test.conf", "\n".join(lines) + "\n"
         )
         self.machine.run("systemctl", "daemon-reload")
 
     def create(self, data: bytes = b"", mode: int = 0o640, group: str = "adm") -> None:
-        """Make the file."""
+        """Create the file."""
         self.machine.write(self.path, "", mode, group)
         self.append(data)
 
@@ -336,23 +345,23 @@ class Service:
             assert file.write(data) == len(data)
 
     def start(self, succeeds: bool = True) -> None:
-        """Start it and wait until it says that it is ready, or for the first failure."""
+        """Start the service and wait until it is ready, or until its first failure."""
         done = self.machine.ask("systemctl", "start", self.unit)
         assert (done.returncode == 0) == succeeds, "\n".join([done.stdout, *self.log])
 
     def listen(self, *directives: str) -> None:
-        """Start its socket, with these instead of the port that the unit has."""
+        """Start its socket with `directives` instead of the port in the unit."""
         self.override("[Socket]", "ListenStream=", *directives, unit=self.socket_unit)
         self.machine.run("systemctl", "start", self.socket_unit)
 
     def fails(self) -> str:
-        """Start it, wait until it has failed for good, and return its exit status."""
+        """Start the service, wait until it has failed for good, and return its exit status."""
         self.machine.ask("systemctl", "start", self.unit)
         self.reaches("failed")
         return self.show("ExecMainStatus")
 
     def show(self, name: str) -> str:
-        """Return a property of the service, as systemd knows it."""
+        """Return a property of the service from `systemctl show`."""
         return self.machine.run("systemctl", "show", "--value", "--property", name, self.unit)
 
     def reaches(self, state: str) -> None:
@@ -361,11 +370,11 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """The supervisor's pid in the machine, 0 if there is none."""
+        """The pid of the supervisor in the machine, 0 if there is none."""
         return int(self.show("MainPID"))
 
     def workers(self) -> list[int]:
-        """Return the workers' pids in the machine."""
+        """Return the pids of the workers in the machine."""
         return [
             int(pid)
             for pid in self.machine.ask(
@@ -379,18 +388,18 @@ class Service:
     @property
     def log(self) -> list[str]:
         """The lines that the program itself has logged."""
-        # what has been written by now is to be found
+        # After this, the journal contains everything that has been logged.
         self.machine.run("journalctl", "--sync")
         return self.machine.run(
             "journalctl", "--quiet", "--output=cat", "--unit", self.unit, "--identifier=tailsrv"
         ).splitlines()
 
     def lines(self, *parts: str) -> list[str]:
-        """Return the log's lines that hold all of `parts`."""
+        """Return the lines of the log that contain all of `parts`."""
         return [line for line in self.log if all(part in line for part in parts)]
 
     def logged(self, *parts: str, count: int = 1) -> str:
-        """Wait for `count` log lines that hold all of `parts`, and return the last."""
+        """Wait for `count` log lines that contain all of `parts`, and return the last one."""
 
         def look() -> list[str]:
             found = self.lines(*parts)
@@ -399,17 +408,17 @@ class Service:
         return eventually(look, COMMAND_DEADLINE)[-1]
 
     def status(self, port: int) -> Any:
-        """Return what its status socket says to root."""
+        """Return the status that the control socket sends to root."""
         return json.loads(self.machine.in_network(lambda: ask(f"*:{port}"))[0])
 
     def connect(self, port: int, header: bytes = b"", receive_buffer: int = 0) -> socket.socket:
-        """Return a connection that is closed in the end, `header` sent."""
+        """Return a connection on which `header` has been sent; `finish` closes it."""
         sock = self.machine.connect(port, header, receive_buffer=receive_buffer)
         self.clients.append(sock)
         return sock
 
     def finish(self) -> None:
-        """Close the clients and stop what runs of it."""
+        """Close the clients, and stop the units of the service that run."""
         for sock in self.clients:
             sock.close()
         self.machine.ask("systemctl", "stop", self.socket_unit, self.unit)

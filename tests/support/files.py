@@ -1,4 +1,4 @@
-"""Contents for files, appending them, and what the kernel keeps of them."""
+"""File contents, appending them, and what the kernel has of a file in memory."""
 
 import os
 import random
@@ -13,7 +13,7 @@ EVERY_BYTE = bytes(range(256)) * 1024
 
 
 def random_bytes(count: int, seed: int = 1) -> bytes:
-    """Return bytes in which no two places look alike: one that is lost, doubled or moved shows."""
+    """Return random bytes, so that a byte that is lost, duplicated or moved is detected."""
     return random.Random(seed).randbytes(count)
 
 
@@ -25,7 +25,7 @@ def append(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[int]:
-    """Give a descriptor of `path` to read from."""
+    """Yield a descriptor of `path` that is open for reading."""
     fd = os.open(path, os.O_RDONLY)
     try:
         yield fd
@@ -34,11 +34,11 @@ def opened(path: Path | str) -> Iterator[int]:
 
 
 def evict(file: int) -> None:
-    """Have the kernel forget what it has in memory of `file`; one that is in memory alone stays there."""
+    """Drop the pages of `file` from the page cache; a file on tmpfs keeps them."""
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def is_gone(file: int, path: str) -> bool | None:
-    """Tell whether `path` names something else than the open `file`, or nothing."""
+    """Tell whether `path` no longer names the open `file`."""
     return FileIdentity(file, path).is_gone(time.monotonic())

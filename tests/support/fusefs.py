@@ -1,15 +1,16 @@
-"""A FUSE file system of one file that misbehaves as ordered: a wrapper for the command behind it.
+"""A FUSE file system of one file that misbehaves as ordered; it wraps another command.
 
-`fusefs.py FOLDER COMMAND...` mounts it on FOLDER/mnt, where `file.log` is then, and becomes the
-command. FOLDER/orders (JSON) says how it behaves and is read at every request:
+`fusefs.py FOLDER COMMAND...` mounts the file system on FOLDER/mnt, which then contains `file.log`,
+and becomes the command. FOLDER/orders (JSON) is read at every request and describes the behaviour:
 
-- `node`: which file it is. Its contents are those of FOLDER/content-NODE; without those there is
-  no such name.
+- `node`: the file to show. Its contents are those of FOLDER/content-NODE; if that does not exist,
+  the name does not exist.
 - `unstable`: each answer has another inode number.
-- `fail`: {OPERATION: [ERROR, SKIP, TIMES]}: after SKIP calls, so many fail. They are counted from
-  when the orders were given. "GETATTR AFTER OPEN" is an operation of its own: fstat(2) behind open(2).
+- `fail`: {OPERATION: [ERROR, SKIP, TIMES]}: after SKIP calls, TIMES calls fail, counted from the
+  time when the orders were written. "GETATTR AFTER OPEN" is a separate operation: fstat(2) after
+  open(2).
 
-FOLDER/pid has the pid of the daemon, which dies with the command.
+FOLDER/pid contains the pid of the daemon, which dies with the command.
 """
 
 import ctypes
@@ -25,34 +26,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# prctl(2)
+# From prctl(2).
 PR_SET_PDEATHSIG = 1
 NAME = b"file.log"
 
-# The operations of linux/fuse.h that this needs; all others get ENOSYS, or nothing where the kernel
-# expects no answer.
+# The operations of linux/fuse.h that are needed. All others get ENOSYS, or no answer where the
+# kernel expects none.
 OPERATIONS = {
-    1: "LOOKUP", 3: "GETATTR", 14: "OPEN", 15: "READ", 16: "WRITE", 17: "STATFS", 18: "RELEASE", 20: "FSYNC", 25: "FLUSH", 26: "INIT",
-    27: "OPENDIR", 29: "RELEASEDIR", 34: "ACCESS",
-}  # fmt: skip
-# FORGET, INTERRUPT, BATCH_FORGET
+    1: "LOOKUP",
+    3: "GETATTR",
+    14: "OPEN",
+    15: "READ",
+    16: "WRITE",
+    17: "STATFS",
+    18: "RELEASE",
+    20: "FSYNC",
+    25: "FLUSH",
+    26: "INIT",
+    27: "OPENDIR",
+    29: "RELEASEDIR",
+    34: "ACCESS",
+}
+# FORGET, INTERRUPT and BATCH_FORGET have no answer.
 UNANSWERED = (2, 36, 42)
 
 
 class FileSystem:
-    """Answers the kernel's requests, protocol 7.31. The kernel is to remember nothing: each call asks."""
+    """Answers the kernel's requests, protocol 7.31.
+
+    The kernel must not cache anything, so that each system call is a request.
+    """
 
     def __init__(self, device: int, folder: Path) -> None:
         self.device, self.folder = device, folder
         self.orders: dict[str, Any] = {}
-        # which orders these are
+        # When the current orders were written.
         self.given = 0
         self.calls: Counter[str] = Counter()
         self.number = 1000
         self.last = ""
 
     def run(self) -> None:
-        """Answer until the file system is no longer mounted."""
+        """Answer until the file system is unmounted."""
         while True:
             try:
                 request = os.read(self.device, 1 << 18)
@@ -68,7 +83,7 @@ class FileSystem:
             try:
                 os.write(self.device, struct.pack("=IiQ", 16 + len(data), failed, unique) + data)
             except FileNotFoundError:
-                # whoever asked has been interrupted
+                # The calling process has been interrupted.
                 pass
 
     def read_orders(self) -> None:
@@ -81,7 +96,7 @@ class FileSystem:
             self.calls.clear()
 
     def fault(self, operation: str) -> int:
-        """Return the error with which this call is to fail, 0 if it is not to."""
+        """Return the error with which this call must fail, 0 if it must succeed."""
         self.read_orders()
         if operation == "GETATTR" and self.last == "OPEN":
             operation = "GETATTR AFTER OPEN"
@@ -103,7 +118,7 @@ class FileSystem:
         )
 
     def answer(self, operation: str, node: int, body: bytes) -> bytes | int:
-        """Return what to answer, or an error."""
+        """Return the answer to a request, or an error number."""
         if failed := self.fault(operation):
             return failed
         match operation:
@@ -131,7 +146,7 @@ class FileSystem:
 
 
 def mount(folder: Path) -> int:
-    """Mount the file system of `folder`, and return the device that its requests come from."""
+    """Mount the file system of `folder`, and return the device from which its requests are read."""
     device = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
     options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}".encode()
@@ -141,18 +156,18 @@ def mount(folder: Path) -> int:
 
 
 def start_daemon(device: int, folder: Path) -> None:
-    """Fork the daemon, in a session of its own. The kernel ends it when this process ends."""
+    """Fork the daemon in its own session. The kernel ends it when this process ends."""
     parent = os.getpid()
     if os.fork() == 0:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         null = os.open(os.devnull, os.O_RDWR)
-        # nobody is to wait for what we might say
+        # A test that reads to the end of our output must not wait for the daemon.
         for standard in range(3):
             os.dup2(null, standard)
         (folder / "pid").write_text(str(os.getpid()))
         try:
-            # else it has ended before the kernel knew what to do then
+            # Otherwise the parent ended before prctl(2) took effect.
             if os.getppid() == parent:
                 FileSystem(device, folder).run()
         finally:
@@ -161,16 +176,16 @@ def start_daemon(device: int, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Mount, fork the daemon and become the command."""
+    """Mount the file system, fork the daemon and become the command."""
     folder = Path(arguments[0])
     start_daemon(mount(folder), folder)
     os.execv(shutil.which(arguments[1]) or arguments[1], list(arguments[1:]))
 
 
 class Fuse:
-    """The test's end: the file system of a folder, in the mount namespace of what `wrapper` starts.
+    """The test's end: the file system of a folder, in the mount namespace of the wrapped program.
 
-    It is `fresh` where nobody has mounted it yet.
+    `fresh` says that it has not been mounted yet.
     """
 
     def __init__(self, folder: Path, fresh: bool = True) -> None:
@@ -183,7 +198,7 @@ class Fuse:
         self.wrapper = ("unshare", *user, "--mount", sys.executable, __file__, str(folder))
 
     def order(self, **orders: Any) -> None:
-        """Change how it behaves."""
+        """Write new orders for the file system."""
         self.orders |= orders
         fresh = self.folder / "orders.new"
         fresh.write_text(json.dumps(self.orders))
@@ -196,7 +211,7 @@ class Fuse:
         fresh.rename(self.folder / f"content-{node}")
 
     def kill(self) -> None:
-        """Kill the daemon: nothing that is open on its file system ever answers again."""
+        """Kill the daemon: calls for files that are open on its file system then get no answer."""
         os.kill(int((self.folder / "pid").read_text()), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Code that each interpreter runs at its start, in what a test starts: another machine's behaviour."""
+"""Code that every interpreter of a tested program runs at its start, to imitate another machine."""
 
 import shutil
 from pathlib import Path
@@ -7,5 +7,5 @@ from support.checkout import PROGRAMS
 
 
 def install_hook(folder: Path, name: str) -> None:
-    """Have each interpreter that has `folder` in its PYTHONPATH run that file of tests/support/programs/hooks at its start."""
+    """Make interpreters with `folder` in their PYTHONPATH run a file of programs/hooks at start."""
     shutil.copy(PROGRAMS / "hooks" / f"{name}.py", folder / "sitecustomize.py")

@@ -1,4 +1,4 @@
-"""Programs of a few lines in an interpreter of their own."""
+"""Short programs that run in an interpreter of their own."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ INTERPRETER = (sys.executable, "-W", "error")
 
 
 def environment() -> dict[str, str]:
-    """Return our environment, in which an interpreter finds our packages and `support` first."""
+    """Return our environment, with our packages and `support` first in the path of interpreters."""
     path = os.pathsep.join(
         filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     )
@@ -20,24 +20,24 @@ def environment() -> dict[str, str]:
 
 
 def program(name: str) -> str:
-    """Return the path of a program of tests/support/programs."""
+    """Return the path of a program in tests/support/programs."""
     return str(PROGRAMS / f"{name}.py")
 
 
 def run_program(
     name: str, *args: str, wrapper: Sequence[str] = (), env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of tests/support/programs as `run_python` runs code."""
+    """Run a program of tests/support/programs in the same way as `run_python` runs code."""
     return _run([*wrapper, *INTERPRETER, program(name), *args], env, subprocess.PIPE)
 
 
 def run_python(
     code: str, *args: str, env: Mapping[str, str] | None = None, stderr: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """Run `code` in an interpreter of its own, in which warnings are errors, with our packages and `support` to import.
+    """Run `code` in a new interpreter that can import our packages and `support`.
 
-    A fork of the test process would not do: it is the child of a process with threads (faulthandler's).
-    What has more than a few lines is a program of its own, for `run_program`.
+    Warnings are errors there. Forking the test process instead would fork a process with threads
+    (faulthandler's). Code of more than a few lines belongs into a program for `run_program`.
     """
     return _run([*INTERPRETER, "-c", code, *args], env, stderr)
 
@@ -48,5 +48,9 @@ def _run(
     return subprocess.run(
         command,
         env={**environment(), **(env or {})},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=DEADLINE,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=DEADLINE,
+    )

@@ -17,15 +17,15 @@ from support.waiting import DEADLINE
 
 @dataclass
 class LoadClient:
-    """A client of the load, and where its stream is."""
+    """A client of the load, and the position of its stream."""
 
     kind: str
     sock: socket.socket
-    # in the file, of the next byte to come; None: it is counted from an end that we do not know
+    # The offset in the file of the next byte. None: the stream starts at an end that is not known.
     position: int | None = None
-    # where the first byte may come from, in that case
+    # The lowest offset at which the stream may start if the position is None.
     earliest: int = 0
-    # of the header
+    # The rest of the header.
     unsent: bytes = b""
 
 
@@ -39,12 +39,12 @@ KINDS = (
     "from end",
     "ahead",
     "slow half-closed junk",
-    "only news",
+    "appends only",
 )
 
 
 class Load:
-    """Clients of all kinds, a file that grows, and a comparison of every byte that comes."""
+    """Clients of all kinds, a growing file, and a comparison of every received byte."""
 
     def __init__(self, server: Server, path: Path, seed: int, count: int = 50) -> None:
         self.server, self.path = server, path
@@ -55,11 +55,11 @@ class Load:
         await_clients(server, count)
 
     def join(self, kind: str) -> LoadClient:
-        """Return a new client of that kind."""
+        """Return a new client of the kind `kind`."""
         size, junk, dice = len(self.data), bytes(100) if "junk" in kind else b"", self.dice
         sock = self.server.connect(receive_buffer=4096 if kind == "stalled" else 0)
         match kind:
-            case "from end" | "only news":
+            case "from end" | "appends only":
                 count = dice.randrange(1, size) if kind == "from end" else 0
                 stream = LoadClient(kind, sock, None, size - count, b"-%d\n" % count)
             case "ahead":
@@ -78,12 +78,12 @@ class Load:
         return stream
 
     def turn(self, timeout: float = 0.002) -> None:
-        """Let everyone do a little, each at its pace."""
+        """Let each client act once, at its own speed."""
         dice = self.dice
         if dice.random() < 0.3:
-            reporter = dice.randbytes(dice.randrange(1, 3000))
-            self.data += reporter
-            append(self.path, reporter)
+            record = dice.randbytes(dice.randrange(1, 3000))
+            self.data += record
+            append(self.path, record)
         for stream in self.streams:
             if stream.unsent and dice.random() < 0.01:
                 stream.unsent = stream.unsent[stream.sock.send(stream.unsent[:1]) :]
@@ -96,20 +96,20 @@ class Load:
             self.read(stream, 4096 if "slow" in stream.kind else dice.choice([100, 4096, 1 << 17]))
 
     def run(self, seconds: float) -> None:
-        """Take turns for that long."""
+        """Run turns for `seconds` seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.turn()
 
     def run_until(self, check: Callable[[], object]) -> None:
-        """Take turns until `check` is true."""
+        """Run turns until `check` is true."""
         end = time.monotonic() + DEADLINE
         while not check():
             assert time.monotonic() < end, self.server.log
             self.turn()
 
     def read(self, stream: LoadClient, count: int) -> int:
-        """Read and compare up to `count` bytes; return how many there were."""
+        """Read and compare up to `count` bytes; return their number."""
         try:
             some = stream.sock.recv(count)
         except BlockingIOError:
@@ -128,13 +128,13 @@ class Load:
         return len(some)
 
     def catch_up(self) -> None:
-        """Have every client read all that there is, at once, and no more."""
+        """Make every client read all bytes of the file, at the same time, and no more."""
         for stream in self.streams:
             stream.sock.settimeout(DEADLINE)
             if stream.unsent:
                 stream.sock.sendall(stream.unsent)
                 stream.unsent = b""
-        # all who are ahead get something, and the others too
+        # Clients that have read everything get new bytes too, and so do all others.
         last = random_bytes(60_000, seed=len(self.data))
         await_reading(self)
         self.data += last
@@ -144,12 +144,12 @@ class Load:
                 assert self.read(stream, 1 << 20)
 
     def close(self) -> None:
-        """Forget the clients, whose sockets the server's fixture closes."""
+        """Forget the clients; the server's fixture closes their sockets."""
         self.selector.close()
 
 
 def await_reading(load: Load) -> None:
-    """Wait until those who have sent their header late are streamed to: what comes then is news to them all."""
+    """Wait until clients with a late header are streaming, so that later bytes are new to all."""
     for stream in load.streams:
         if stream.kind == "late" and (stream.position or 0) < len(load.data):
             assert load.read(stream, 1)
@@ -157,7 +157,7 @@ def await_reading(load: Load) -> None:
 
 @contextmanager
 def loaded(server: Server, path: Path, seed: int, count: int = 50) -> Iterator[Load]:
-    """Give a load on `server`; at the end each of its streams has been read to the end of the file."""
+    """Yield a load on `server`; at the end each of its streams is read to the end of the file."""
     load = Load(server, path, seed, count)
     try:
         yield load

@@ -1,7 +1,7 @@
-"""Hosts of their own on one machine: network namespaces around a switch, with cables that can be pulled, slow and lossy.
+"""Hosts on one machine: network namespaces at a switch, with cables that can fail, delay and lose.
 
-No namespace has a name. Each lives as long as we hold it open and something runs in it, so that the kernel takes all
-of this away however the tests end.
+The namespaces have no names. Each exists while its descriptor is open and a process runs in it, so
+that the kernel removes all of them however the tests end.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ CLONE_NEWNET = 0x40000000
 
 
 def reason_to_skip(*tools: str) -> str:
-    """Return why no network can be made here, empty if there is no reason."""
+    """Return why no network can be made here; the empty string if one can."""
     if reason := missing(*TOOLS, *tools):
         return reason
     try:
@@ -39,13 +39,13 @@ def reason_to_skip(*tools: str) -> str:
 
 
 def in_thread(action: Callable[[], Seen]) -> Seen:
-    """Return what `action` returns in a thread that ends with it: a namespace is a thread's own."""
+    """Return the result of `action` in a new thread: a network namespace belongs to a thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(action).result()
 
 
 def enter(namespace: int) -> None:
-    """Move this thread into the network namespace that is open as `namespace`."""
+    """Move this thread into the network namespace whose descriptor is `namespace`."""
     checked(ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET))
 
 
@@ -60,7 +60,7 @@ def new_namespace() -> int:
 
 
 def checked(result: int) -> None:
-    """Raise what the C function that returned `result` has failed with, if it has."""
+    """Raise OSError if a C function that returned `result` has failed."""
     if result != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
@@ -71,7 +71,7 @@ class Namespace:
     def __init__(self) -> None:
         self._fd = new_namespace()
         self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        # it execs: the pid stays
+        # nsenter execs the program, so the pid stays the same.
         self.wrapper = ("nsenter", f"--net={self.path}")
         self.ip("link set lo up")
 
@@ -81,25 +81,25 @@ class Namespace:
         assert done.returncode == 0, done.stderr
 
     def run(self, *command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
-        """Run `command` in it, to its end."""
+        """Run `command` in the namespace, and return its result."""
         return subprocess.run(
             [*self.wrapper, *command], input=given, capture_output=True, text=True, timeout=DEADLINE
         )
 
     def close(self) -> None:
-        """End what still runs in it, and let go of it: the kernel takes it away with the last process."""
+        """End all processes in the namespace and close it, so that the kernel removes it."""
         for pid in psutil.pids():
             try:
                 if os.path.samestat(os.stat(f"/proc/{pid}/ns/net"), os.fstat(self._fd)):
                     os.kill(pid, signal.SIGKILL)
             except OSError:
-                # it has ended meanwhile
+                # The process has ended in the meantime.
                 pass
         os.close(self._fd)
 
 
 class Host(Namespace):
-    """A namespace with an address, at the end of a cable to the switch."""
+    """A namespace with an address, connected to the switch by a cable."""
 
     def __init__(self, network: "Network", name: str, address: str) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Host(Namespace):
         self._switch = network.switch
 
     def cut(self) -> None:
-        """Have all that it sends and is sent vanish without a word: nobody sees a cable unplugged."""
+        """Drop all packets from and to this host, without any error message to either side."""
         self._switch.ip(f"link set dev {self.name} nomaster")
 
     def join(self) -> None:
@@ -116,7 +116,7 @@ class Host(Namespace):
 
 
 class Network:
-    """A switch, and the hosts at it, for as long as it is open."""
+    """A switch and its hosts, which exist until it is closed."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -136,7 +136,10 @@ class Network:
         self._stack.close()
 
     def host(self, name: str, address: str, loss: float = 0, delay: float = 0) -> Host:
-        """Make a host; `loss` is the share of the packets that its cable loses, `delay` the seconds it takes, each way."""
+        """Make a host.
+
+        Its cable loses the share `loss` of the packets, and delays them by `delay` seconds.
+        """
         host = Host(self, name, address)
         self._stack.callback(host.close)
         plug = name
@@ -164,7 +167,7 @@ class Network:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        # it ends with its standard input, which this closes, or our own end
+        # The program ends when its standard input is closed: here, or when the test process ends.
         self._stack.enter_context(process)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

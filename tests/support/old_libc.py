@@ -1,6 +1,6 @@
-"""What an interpreter lacks that was built against glibc 2.17 (Linux 3.10) or musl 1.2.2.
+"""What an interpreter built against glibc 2.17 (Linux 3.10) or musl 1.2.2 lacks.
 
-`take_away` takes all of it away from the interpreters of a test.
+`take_away` removes all of it from the interpreters of a test.
 """
 
 import ast
@@ -12,30 +12,39 @@ from pathlib import Path
 
 from support.hooks import install_hook
 
-# By module, the names that the headers of one of the two libraries do not have, as far as Python has them in any version.
+# By module: the names that are missing in the headers of at least one of the two libraries, among
+# those that any version of Python has.
 LACKING = {
-    "os": r"memfd_create|MFD_\w+|RWF_\w+|copy_file_range|pidfd_open|PIDFD_\w+|P_PIDFD|getrandom|GRND_\w+|statx|STATX_\w+|O_TMPFILE"
-    r"|POSIX_SPAWN_CLOSEFROM|CLONE_NEW(CGROUP|TIME)|SCHED_DEADLINE|SCHED_NORMAL|EFD_\w+|eventfd\w*|TFD_\w+|timerfd_\w+"
+    "os": r"memfd_create|MFD_\w+|RWF_\w+|copy_file_range|pidfd_open|PIDFD_\w+|P_PIDFD|getrandom"
+    r"|GRND_\w+|statx|STATX_\w+|O_TMPFILE"
+    r"|POSIX_SPAWN_CLOSEFROM|CLONE_NEW(CGROUP|TIME)|SCHED_DEADLINE|SCHED_NORMAL|EFD_\w+"
+    r"|eventfd\w*|TFD_\w+|timerfd_\w+"
     r"|posix_openpt|login_tty",
-    "socket": r"TCP_(?!CONGESTION|CORK|DEFER_ACCEPT|INFO|KEEPCNT|KEEPIDLE|KEEPINTVL|LINGER2|MAXSEG|NODELAY|QUICKACK|SYNCNT"
-    r"|USER_TIMEOUT|WINDOW_CLAMP)\w+|IPPROTO_MPTCP|SO_(DOMAIN|PROTOCOL|INCOMING_\w+|BUSY_POLL\w*|PREFER_BUSY\w+|COOKIE|TXTIME"
-    r"|MAX_PACING_RATE|ZEROCOPY|PEERGROUPS|PEERPIDFD|PASSPIDFD|RTABLE|USER_COOKIE|J1939\w+|VM_SOCKETS\w+)|MSG_(FASTOPEN|ZEROCOPY)"
-    r"|IP_BIND_ADDRESS_NO_PORT|IP_RECVERR|IPV6_RECVERR|IP_RECVTTL|IPV6_DONTFRAG|AF_(VSOCK|QIPCRTR|ALG|HYPERV)",
+    "socket": r"TCP_(?!CONGESTION|CORK|DEFER_ACCEPT|INFO|KEEPCNT|KEEPIDLE|KEEPINTVL|LINGER2"
+    r"|MAXSEG|NODELAY|QUICKACK|SYNCNT"
+    r"|USER_TIMEOUT|WINDOW_CLAMP)\w+|IPPROTO_MPTCP|SO_(DOMAIN|PROTOCOL|INCOMING_\w+|BUSY_POLL\w*"
+    r"|PREFER_BUSY\w+|COOKIE|TXTIME"
+    r"|MAX_PACING_RATE|ZEROCOPY|PEERGROUPS|PEERPIDFD|PASSPIDFD|RTABLE|USER_COOKIE|J1939\w+"
+    r"|VM_SOCKETS\w+)|MSG_(FASTOPEN|ZEROCOPY)"
+    r"|IP_BIND_ADDRESS_NO_PORT|IP_RECVERR|IPV6_RECVERR|IP_RECVTTL|IPV6_DONTFRAG|AF_(VSOCK|QIPCRTR"
+    r"|ALG|HYPERV)",
     "select": r"EPOLLEXCLUSIVE|EPOLLWAKEUP",
     "signal": r"pidfd_send_signal",
-    "fcntl": r"F_OFD_\w+|F_ADD_SEALS|F_GET_SEALS|F_SEAL_\w+|F_(GET|SET)_\w*RW_HINT|F_DUPFD_QUERY|FICLONE\w*|RWH_\w+",
-    "mmap": r"MADV_(FREE|COLD|PAGEOUT|COLLAPSE|POPULATE\w+|WIPEONFORK|KEEPONFORK)|MAP_(FIXED_NOREPLACE|SYNC|SHARED_VALIDATE|DROPPABLE)",
+    "fcntl": r"F_OFD_\w+|F_ADD_SEALS|F_GET_SEALS|F_SEAL_\w+|F_(GET|SET)_\w*RW_HINT|F_DUPFD_QUERY"
+    r"|FICLONE\w*|RWH_\w+",
+    "mmap": r"MADV_(FREE|COLD|PAGEOUT|COLLAPSE|POPULATE\w+|WIPEONFORK|KEEPONFORK)"
+    r"|MAP_(FIXED_NOREPLACE|SYNC|SHARED_VALIDATE|DROPPABLE)",
     "time": r"CLOCK_TAI",
     "resource": r"RLIMIT_KQUEUES",
     "termios": r"TIOCGPTPEER|EXTPROC",
 }
 
-# What the C library itself may lack where it is as old as the one that the interpreter was built against.
+# Functions that the C library itself may lack if it is as old as the one at build time.
 FUNCTIONS = ("memfd_create", "preadv64v2")
 
 
 def hidden() -> dict[str, list[str]]:
-    """Return the names that this interpreter has and one of those would not have, by module."""
+    """Return the names, by module, that this interpreter has and an old one does not have."""
     return {
         module: [name for name in dir(importlib.import_module(module)) if lacks(module, name)]
         for module in LACKING
@@ -43,18 +52,18 @@ def hidden() -> dict[str, list[str]]:
 
 
 def lacks(module: str, name: str) -> bool:
-    """Tell whether an interpreter may be without this name."""
+    """Tell whether an interpreter may lack this name."""
     return module in LACKING and re.fullmatch(LACKING[module], name) is not None
 
 
 def take_away(folder: Path, functions: tuple[str, ...] = ()) -> None:
-    """Write what takes them away from each interpreter that has `folder` in its PYTHONPATH, and `functions` from the C library."""
+    """Hide the names, and C functions, from interpreters with `folder` in their PYTHONPATH."""
     install_hook(folder, "old_libc")
     (folder / "lacking.json").write_text(json.dumps({"names": hidden(), "functions": functions}))
 
 
 def uses(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and name of each use, in a Python program, of a name that an interpreter may be without."""
+    """Yield line and name of each use, in a Python program, of a name that may be missing."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Attribute(value=ast.Name(id=module), attr=name) if lacks(module, name):

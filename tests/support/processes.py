@@ -1,4 +1,4 @@
-"""Looks at processes, and what they may do."""
+"""Looking at processes, and commands that change what a process may do."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ from support.waiting import DEADLINE, eventually
 
 NOBODY = 65534
 
-# it execs: the pid stays
+# setpriv execs the program, so the pid stays the same.
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 
-# workers that die of SIGSEGV leave no files behind
+# Workers that die of SIGSEGV leave no core files.
 NO_CORE = ("prlimit", "--core=0:0")
 
 as_root = os.geteuid() == 0
 
 
 def runs(*command: str) -> bool:
-    """Tell whether `command` is there and succeeds."""
+    """Tell whether `command` is installed and succeeds."""
     try:
         return subprocess.run(command, capture_output=True, timeout=DEADLINE).returncode == 0
     except FileNotFoundError:
@@ -36,13 +36,16 @@ def session(sid: int) -> list[int]:
             if os.getsid(pid) == sid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                 found.append(pid)
         except (OSError, psutil.Error):
-            # it ended while we looked
+            # The process ended while it was being looked at.
             pass
     return found
 
 
 def children(pid: int) -> list[int]:
-    """Return the pids of the living children of `pid`; psutil would look at every process of the machine for them."""
+    """Return the pids of the living children of `pid`.
+
+    psutil would look at all processes of the machine to find them.
+    """
     try:
         found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -51,21 +54,21 @@ def children(pid: int) -> list[int]:
 
 
 def forked_children(pid: int) -> list[int]:
-    """Return the pids of the children of `pid`, be they only just forked."""
+    """Return the pids of the children of `pid`, including those that have just been forked."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def title(pid: int) -> str:
-    """Return the title of the process `pid`, empty if it has gone."""
+    """Return the title of the process `pid`, empty if the process is gone."""
     try:
-        # behind the title the old arguments' room is empty
+        # The title is padded with blanks to the length of the old arguments.
         return " ".join(psutil.Process(pid).cmdline()).rstrip()
     except psutil.Error:
         return ""
 
 
 def stop(pid: int) -> None:
-    """Stop the process `pid`, and wait until it is."""
+    """Stop the process `pid`, and wait until it is stopped."""
     os.kill(pid, signal.SIGSTOP)
     eventually(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
 
@@ -85,10 +88,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def switches(pid: int) -> int:
-    """Return how often the process `pid` has gone to sleep: one that is woken must do so again."""
+    """Return how often the process `pid` has gone to sleep; each wakeup adds one."""
     return int(psutil.Process(pid).num_ctx_switches().voluntary)
 
 
 def open_descriptors(pid: int) -> int:
-    """Return how many descriptors the process `pid` has."""
+    """Return how many descriptors the process `pid` has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))

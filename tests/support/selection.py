@@ -1,4 +1,4 @@
-"""What a plain run of pytest leaves out, and what its last lines say about the tests that did not run."""
+"""Which tests a plain run of pytest leaves out, and the summary of the tests that did not run."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import pytest
 
 from support.tools import NOT_INSTALLED, packages
 
-# The one list of the markers that a plain run leaves out, each with what its tests need.
-# Any -m option replaces it, and in a file that is named on the command line nothing is left out.
+# The only list of the markers that a plain run leaves out, each with what its tests need. A -m
+# option replaces it. From a file that is named on the command line, nothing is left out.
 LEFT_OUT = {
     "machine": "boot a small Debian in systemd-nspawn; need root, debootstrap and minutes",
     "hosts": "make hosts of network namespaces; need root, iproute2 and HAProxy",
@@ -22,22 +22,22 @@ LEFT_OUT = {
     "thorough": "try every case where other tests try a few; need two minutes",
 }
 
-# What each worker has left out is passed to the process that started it, which prints the summary.
+# Each pytest process passes on what it has left out to the process that prints the summary.
 _left_out = pytest.StashKey[dict[str, int]]()
 _cases = pytest.StashKey[Counter[tuple[Path, str]]]()
 
 
 def named_files(arguments: Iterable[str]) -> set[Path]:
-    """Return the files that pytest's arguments name, as such or with a test in them."""
+    """Return the files that pytest's arguments name, with or without a test after the name."""
     paths = (Path(argument.partition("::")[0]) for argument in arguments)
     return {path.resolve() for path in paths if not path.is_dir()}
 
 
 def parallel_processes(arguments: Iterable[str], processors: int) -> int:
-    """Return how many processes are to run the tests that pytest's arguments name; 0 means this one.
+    """Return the number of processes for the tests that the arguments name; 0 means this process.
 
-    Most tests wait for another process most of the time, so there are more processes than processors. The tests of
-    one file run in one process, one after another, so one file needs no second process.
+    Most tests mostly wait for another process, so there are more processes than processors. The
+    tests of one file run in one process, one after another, so one file needs no second process.
     """
     files = named_files(arguments)
     most = min(max(4, 2 * processors), 16)
@@ -46,7 +46,7 @@ def parallel_processes(arguments: Iterable[str], processors: int) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Say what `-n auto` means, unless xdist's own variable says it."""
+    """Define what `-n auto` means, unless the variable of xdist does."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
     return parallel_processes(config.args, len(os.sched_getaffinity(0)))
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the cases that a sample has no room for."""
+    """Mark the cases that are not part of the sample."""
     if (sample := item.get_closest_marker("sample")) is not None:
         cases, test = item.config.stash[_cases], (item.path, item.name.partition("[")[0])
         cases[test] += 1
@@ -74,7 +74,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a plain run leaves out, and remember how much that is."""
+    """Leave out what a plain run leaves out, and count it by marker."""
     if config.option.markexpr:
         return
     named = named_files(config.args)
@@ -90,13 +90,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def first_reason(markers: Iterable[str]) -> str | None:
-    """Return the first in LEFT_OUT of a test's `markers`, None if a plain run has it."""
+    """Return the first of `markers` that is in LEFT_OUT, None if a plain run includes the test."""
     found = set(markers)
     return next((name for name in LEFT_OUT if name in found), None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Pass on what has been left out, if this is one of several processes that run tests."""
+    """Pass on what has been left out, if this is one of several test processes."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["left_out"] = session.config.stash[_left_out]
@@ -104,7 +104,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
-    """Take what a process that runs tests has left out: each of them has collected them all."""
+    """Store what a test process has left out; each of them has collected all tests."""
     left_out = getattr(node, "workeroutput", {}).get("left_out")
     if left_out:
         node.config.stash[_left_out] = left_out  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def pytest_testnodedown(node: object) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say which tests did not run, and what runs them."""
+    """Print which tests did not run, and the command that runs them."""
     skipped = (report.longrepr for report in terminalreporter.stats.get("skipped", []))
     reasons = [
         str(where[2]).removeprefix("Skipped: ") for where in skipped if isinstance(where, tuple)
@@ -129,7 +129,7 @@ def pytest_terminal_summary(
 
 
 def left_out_lines(left_out: dict[str, int], arguments: Iterable[str]) -> list[str]:
-    """Return what to print about the tests that a plain run with `arguments` leaves out, by marker."""
+    """Return the lines about the tests, by marker, that a run with `arguments` leaves out."""
     if not left_out:
         return []
     names = [name for name in LEFT_OUT if name in left_out]
@@ -139,20 +139,22 @@ def left_out_lines(left_out: dict[str, int], arguments: Iterable[str]) -> list[s
 
 
 def python() -> str:
-    """Return this interpreter as one would type it here."""
+    """Return this interpreter as a user would type it here."""
     here = f"{Path.cwd()}{os.sep}"
     return sys.executable.removeprefix(here)
 
 
 def skipped_lines(reasons: Iterable[str]) -> list[str]:
-    """Return what to print about tests that were skipped for `reasons`."""
+    """Return the lines about the tests that were skipped for `reasons`."""
     tools, others = Counter[str](), Counter[str]()
     for reason in reasons:
         if NOT_INSTALLED in reason:
             tools.update(re.split(", ", reason.partition(NOT_INSTALLED)[2]))
         else:
             others[
-                "needs root" if re.search(r"\b(only|takes|needs|not) root\b", reason) else reason
+                "needs root"
+                if re.search(r"\b(only|takes|needs|requires|not) root\b", reason)
+                else reason
             ] += 1
     lines = [f"skipped: {count}: {reason}" for reason, count in others.most_common()]
     if tools:

@@ -19,32 +19,35 @@ from support.waiting import DEADLINE, eventually
 
 TAILSRV = (sys.executable, "-m", "tailsrv")
 
-# the same with places where a test can hold it
+# The same program with breakpoints at which a test can hold it.
 HELD = (sys.executable, str(PROGRAMS / "breakpoints.py"))
-# the same with shorter waits
+# The same program with shorter waits.
 HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))
 
 ACTIVATE = PROGRAMS / "activate.py"
 
 
 def activated(*kinds: str) -> tuple[str, ...]:
-    """Return a wrapper that starts a program with these sockets as a service manager does; activate.py has the kinds."""
+    """Return a wrapper that passes sockets of these kinds as a service manager does.
+
+    The program activate.py lists the kinds.
+    """
     return (sys.executable, str(ACTIVATE), ",".join(kinds))
 
 
 def wrapper_without_rights() -> tuple[str, ...]:
-    """Return what starts a server that a file's mode can keep out."""
+    """Return a wrapper for a server that is subject to the mode of files, also under root."""
     if os.geteuid() != 0:
         return ()
     if not runs(*AS_NOBODY, *TAILSRV, "--version"):
-        pytest.skip("root may read every file, and another user cannot be had")
+        pytest.skip("root may read every file, and no other user is available")
     return AS_NOBODY
 
 
 def run_tailsrv(
     *arguments: str | bytes | Path, wrapper: Sequence[str] = ()
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a tailsrv that ends by itself, to its end."""
+    """Run a tailsrv that ends by itself, and return its result."""
     command = [*wrapper, *TAILSRV, *arguments]
     return subprocess.run(
         command,
@@ -68,20 +71,20 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
-        # also of its session
+        # The pid is also the session id.
         self.pid = self.process.pid
 
     @property
     def log(self) -> str:
-        """What it has written to standard error."""
+        """Everything that the server has written to standard error."""
         return self._log.read_text(errors="backslashreplace")
 
     def lines(self, *parts: str) -> list[str]:
-        """Return the log's lines that hold all of `parts`."""
+        """Return the lines of the log that contain all of `parts`."""
         return [line for line in self.log.splitlines() if all(part in line for part in parts)]
 
     def logged(self, *parts: str, count: int = 1) -> str:
-        """Wait for `count` log lines that hold all of `parts`, and return the last."""
+        """Wait for `count` log lines that contain all of `parts`, and return the last one."""
 
         def look() -> list[str]:
             found = self.lines(*parts)
@@ -94,19 +97,19 @@ class Server:
 
     @cached_property
     def port(self) -> int:
-        """The port it listens on, as it says in its log."""
+        """The port that the server listens on, according to its log."""
         return int(self.logged("listening: ", " port=").partition(" port=")[2].split()[0])
 
     def connect(
         self, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0
     ) -> socket.socket:
-        """Return a connection that is closed in the end, `header` sent."""
+        """Return a connection on which `header` has been sent; `finish` closes it."""
         sock = connect(self.port, header, host, receive_buffer)
         self.clients.append(sock)
         return sock
 
     def streaming(self, sock: socket.socket) -> None:
-        """Wait until the header of `sock` has been read; takes a server with -v."""
+        """Wait until the header of `sock` has been read; the server must run with -v."""
         host, port = sock.getsockname()[:2]
         self.logged(
             "client streams: ",
@@ -118,7 +121,7 @@ class Server:
         self.process.send_signal(number)
 
     def title(self, pid: int | None = None) -> str:
-        """Return the title of a process, the supervisor's by default."""
+        """Return the title of a process, by default of the supervisor."""
         return title(pid or self.pid)
 
     def workers(self, count: int | None = None) -> list[int]:
@@ -134,7 +137,7 @@ class Server:
         return sorted(eventually(look), key=lambda pid: int(title(pid).split()[2]))
 
     def wait(self) -> None:
-        """Wait for its end and assert that it is the expected one, clean and complete."""
+        """Wait for the end of the server; assert its exit status, and that no process is left."""
         try:
             status = self.process.wait(DEADLINE)
             assert status == self.expected_status, self.log
@@ -146,7 +149,7 @@ class Server:
             self.process.wait(DEADLINE)
 
     def finish(self) -> None:
-        """Close the clients, end the server if the test has not, and assert that it ended well."""
+        """Close the clients, end the server if it runs, and assert that it ended as expected."""
         for sock in self.clients:
             sock.close()
         if self.process.poll() is None:
@@ -155,7 +158,7 @@ class Server:
 
 
 class Serve(Protocol):
-    """Starts `tailsrv -p 0 OPTIONS PATH`, by way of `wrapper`; it must end with `status`."""
+    """Starts `tailsrv -p 0 OPTIONS PATH`, through `wrapper`; it must end with `status`."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""A service manager, as far as sd_notify(3) goes."""
+"""A service manager that implements the receiving end of sd_notify(3)."""
 
 import socket
 from pathlib import Path
@@ -9,7 +9,7 @@ FILLER = b"STATUS=of another service"
 
 
 class ServiceManager:
-    """The service manager's end of sd_notify(3), whose queue can be full."""
+    """The service manager's end of sd_notify(3), whose queue can be filled."""
 
     def __init__(self, path: Path) -> None:
         self.address = str(path)
@@ -28,33 +28,33 @@ class ServiceManager:
                 pass
 
     def phases(self, count: int) -> list[str]:
-        """Return the first words of the next `count` messages that are no status."""
-        said: list[str] = []
-        while len(said) < count:
+        """Return the first words of the next `count` messages, status messages not counted."""
+        messages: list[str] = []
+        while len(messages) < count:
             word = self.sock.recv(4096).decode().partition("\n")[0]
             if not word.startswith("STATUS="):
-                said.append(word)
-        return said
+                messages.append(word)
+        return messages
 
     def unread(self) -> list[str]:
-        """Return what is in the queue."""
-        said = []
+        """Return the messages in the queue."""
+        messages = []
         self.sock.setblocking(False)
         try:
             while True:
-                said.append(self.sock.recv(4096).decode())
+                messages.append(self.sock.recv(4096).decode())
         except BlockingIOError:
-            return [message for message in said if message != FILLER.decode()]
+            return [message for message in messages if message != FILLER.decode()]
         finally:
             self.sock.settimeout(DEADLINE)
 
     def until(self, word: str) -> list[str]:
-        """Wait until `word` is said, and return all that was said since the last time, it too."""
-        said: list[str] = []
-        while word not in said:
-            said += self.sock.recv(4096).decode().split("\n")
-        return said
+        """Wait for the message `word`, and return it with all messages since the last call."""
+        messages: list[str] = []
+        while word not in messages:
+            messages += self.sock.recv(4096).decode().split("\n")
+        return messages
 
     def wrapper(self, *variables: str) -> tuple[str, ...]:
-        """Return what starts a program that tells us, with more variables in its environment."""
+        """Return a wrapper that sets NOTIFY_SOCKET, and more `variables`, for a program."""
         return ("env", f"NOTIFY_SOCKET={self.address}", *variables)

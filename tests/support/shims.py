@@ -1,4 +1,4 @@
-"""Libraries of a few lines of C that stand before the C library's functions, in what a test starts: another machine's behaviour."""
+"""Small C libraries that override functions of the C library, to imitate another machine."""
 
 import shutil
 import subprocess
@@ -11,9 +11,9 @@ from support.waiting import DEADLINE
 
 
 def build_shim(folder: Path, name: str) -> Path:
-    """Return the library that `name`.c in tests/support/programs makes, for LD_PRELOAD; it takes gcc."""
+    """Compile `name`.c of tests/support/programs to a library for LD_PRELOAD; this requires gcc."""
     if not shutil.which("gcc"):
-        pytest.skip("takes gcc")
+        pytest.skip("requires gcc")
     shim = folder / f"{name}.so"
     subprocess.run(
         ["gcc", "-shared", "-fPIC", "-o", shim, PROGRAMS / f"{name}.c", "-ldl"],

@@ -1,4 +1,4 @@
-"""Connections: making them, reading from them, and what can be seen of them."""
+"""Connections: making them, reading from them, and looking at their state."""
 
 import select
 import socket
@@ -13,7 +13,10 @@ from support.waiting import DEADLINE
 def connect(
     port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0
 ) -> socket.socket:
-    """Return a connection on which `header` has been sent; a small `receive_buffer` makes a reader that soon stalls."""
+    """Return a connection on which `header` has been sent.
+
+    With a small `receive_buffer` the client's socket is soon full.
+    """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         if receive_buffer:
@@ -45,7 +48,7 @@ def recv_all(sock: socket.socket) -> bytes:
 
 
 def outcome(sock: socket.socket) -> bytes | None:
-    """Return all that comes until the end of the stream, None if that is a reset before the first byte."""
+    """Return all bytes up to the end of the stream; None if it is reset before the first byte."""
     received = b""
     try:
         while some := sock.recv(1 << 16):
@@ -56,10 +59,10 @@ def outcome(sock: socket.socket) -> bytes | None:
 
 
 def expect(sock: socket.socket, data: bytes) -> None:
-    """Assert that the next bytes are `data`, and say where they differ rather than show them all."""
+    """Assert that the next bytes are `data`; report only the first difference."""
     received = recv_exactly(sock, len(data))
     if received != data:
-        place = next(
+        offset = next(
             (
                 i
                 for i, (ours, theirs) in enumerate(zip(received, data, strict=False))
@@ -67,20 +70,21 @@ def expect(sock: socket.socket, data: bytes) -> None:
             ),
             len(received),
         )
-        here = slice(place, place + 20)
+        here = slice(offset, offset + 20)
         raise AssertionError(
-            f"{len(received)} of {len(data)} bytes; from byte {place}: {received[here]!r}, not {data[here]!r}"
+            f"{len(received)} of {len(data)} bytes; from byte {offset}: "
+            f"{received[here]!r}, not {data[here]!r}"
         )
 
 
 def expect_eof(sock: socket.socket) -> None:
-    """Assert that the stream ends here, in good order."""
+    """Assert that the stream ends here, without a reset."""
     assert sock.recv(100) == b""
 
 
 @contextmanager
 def closing_all(sockets: Iterable[socket.socket]) -> Iterator[None]:
-    """Close the sockets that are in `sockets` at the end."""
+    """Close, at the end of the block, the sockets that `sockets` then contains."""
     try:
         yield
     finally:
@@ -92,9 +96,10 @@ def closing_all(sockets: Iterable[socket.socket]) -> Iterator[None]:
 def tcp_pair(
     receive: int | None = None, send: int | None = None
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give the server's end (non-blocking) and the client's end of a TCP connection on loopback.
+    """Yield the server's end (non-blocking) and the client's end of a TCP connection on loopback.
 
-    `receive` is the size of the client's receive buffer and `send` of the server's send buffer, where it matters.
+    `receive` is the size of the client's receive buffer, and `send` that of the server's send
+    buffer.
     """
     with socket.socket() as listener, socket.socket() as far:
         far.settimeout(DEADLINE)
@@ -113,12 +118,12 @@ def tcp_pair(
 
 
 def wait_readable(what: socket.socket | int) -> None:
-    """Return once there is something to read; fail if nothing comes."""
+    """Return once `what` is readable; fail if it does not become readable."""
     assert select.select([what], [], [], DEADLINE)[0], "nothing came"
 
 
 def wait_for(what: socket.socket, events: int) -> int:
-    """Return the poll(2) events of `what` once one of `events` is among them; fail if none comes."""
+    """Return the poll(2) events of `what` once one of `events` occurs; fail if none occurs."""
     poll = select.poll()
     poll.register(what, events)
     seen = poll.poll(DEADLINE * 1000)
@@ -127,7 +132,7 @@ def wait_for(what: socket.socket, events: int) -> int:
 
 
 def readable(what: socket.socket | int) -> bool:
-    """Tell whether there is something to read right now."""
+    """Tell whether `what` is readable now."""
     return bool(select.select([what], [], [], 0)[0])
 
 
@@ -138,7 +143,7 @@ def reset(sock: socket.socket) -> None:
 
 
 def reset_at_close(sock: socket.socket) -> None:
-    """Make the end of `sock` a reset: at once, and no port is left waiting."""
+    """Make closing `sock` a reset: it takes effect at once, and leaves no port in TIME-WAIT."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 

@@ -1,4 +1,4 @@
-"""What the control sockets of a running server say."""
+"""What the control sockets of a running server answer."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ from tailsrv.control_socket import CLIENTS
 
 
 def ask(endpoint: str) -> tuple[bytes, int]:
-    """Return what the control socket of `endpoint` says, and the pid of who holds it."""
+    """Return the answer of the control socket of `endpoint`, and the pid of its process."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(DEADLINE)
         sock.connect(f"\0tailsrv:{endpoint}")
@@ -21,7 +21,7 @@ def ask(endpoint: str) -> tuple[bytes, int]:
 
 
 def status(server: Server) -> dict[str, Any]:
-    """Return what the control socket says, but for what changes by asking."""
+    """Return the status, without the fields that asking for it changes."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(DEADLINE)
         sock.connect(f"\0tailsrv:*:{server.port}")
@@ -35,22 +35,22 @@ def status(server: Server) -> dict[str, Any]:
 
 
 def await_clients(server: Server, count: int) -> None:
-    """Wait until the supervisor knows of `count` clients."""
+    """Wait until the supervisor counts `count` clients."""
     eventually(lambda: status(server)["clients"] == count)
 
 
 def await_protected(server: Server, count: int) -> None:
-    """Wait until the supervisor holds `count` clients, without its asking any worker anything."""
+    """Wait until the supervisor holds `count` clients; this does not ping the workers."""
     eventually(lambda: len(json.loads(ask(f"*:{server.port}{CLIENTS}")[0])["clients"]) == count)
 
 
 def worker_pids(server: Server) -> list[int]:
-    """Return the pids of the workers that are there, by slot, as the supervisor sees it."""
+    """Return the pids of the workers that exist, by slot, as the supervisor knows them."""
     return [worker["pid"] for worker in status(server)["workers"] if worker["pid"] is not None]
 
 
 def ready_workers(server: Server, besides: list[int] | None = None) -> list[int]:
-    """Return the pids of the workers once every slot has one that is ready, and none is among `besides`."""
+    """Return the pids of the workers once each slot has a ready one that is not in `besides`."""
 
     def look() -> list[int]:
         found = status(server)["workers"]

@@ -19,7 +19,7 @@ needs_strace = pytest.mark.skipif(bool(no_strace), reason=no_strace)
 
 
 def can_inject() -> str:
-    """Return why no fault can be injected here, empty if there is no reason."""
+    """Return why no fault can be injected here; the empty string if one can."""
     if no_strace:
         return no_strace
     inject = ("-e", "trace=write", "-e", "inject=write:error=EIO")
@@ -32,14 +32,14 @@ def can_inject() -> str:
 
 @contextmanager
 def strace(pid: int, *inject: str) -> Iterator[None]:
-    """Have strace do to the process `pid` what `inject` says (strace(1), -e inject=)."""
+    """Make strace inject faults into the process `pid`; strace(1) describes `-e inject=`."""
     with attached(pid, os.devnull, *(word for what in inject for word in ("-e", f"inject={what}"))):
         yield
 
 
 @contextmanager
 def attached(pid: int, output: str | Path, *options: str) -> Iterator[None]:
-    """Have strace look at the process `pid`; `output` gets what it writes, line by line."""
+    """Attach strace to the process `pid`; it writes its trace, line by line, to `output`."""
     command = ["strace", "-o", str(output), *options, "-p", str(pid)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -50,6 +50,6 @@ def attached(pid: int, output: str | Path, *options: str) -> Iterator[None]:
             assert line.endswith("attached\n"), line
             yield
         finally:
-            # asked to end, it may wait for a process that is held, or gone
+            # SIGTERM would not do: strace may wait for a process that is stopped or gone.
             tracer.kill()
             tracer.communicate(timeout=DEADLINE)

@@ -1,4 +1,4 @@
-"""Terminals and pipes that nobody reads."""
+"""Terminals and pipes whose reading end does not read."""
 
 import os
 import pty
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
-    """Give both ends of a terminal, the reader's first."""
+    """Yield both ends of a terminal, the reader's first."""
     master, slave = pty.openpty()
     try:
         yield master, slave
@@ -18,7 +18,10 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 
 def fill(slave: int, room: int) -> None:
-    """Fill a terminal so that it takes `room` more bytes, by way of a description of our own."""
+    """Fill a terminal until it has space for `room` more bytes.
+
+    This uses a file description of its own, because it makes the description non-blocking.
+    """
 
     def pour(fd: int, count: int) -> int:
         poured = 0
@@ -36,7 +39,7 @@ def fill(slave: int, room: int) -> None:
 
 
 def fill_pipe(writer: int) -> None:
-    """Fill a pipe: it has no room for a byte then."""
+    """Fill a pipe, so that it has no space for another byte."""
     os.set_blocking(writer, False)
     try:
         while True:

@@ -1,6 +1,7 @@
-"""The tools that tests use where they are installed, and the Debian packages that have them; run, it prints what root would install.
+"""The tools that tests use if they are installed, and the Debian packages that contain them.
 
-Nothing but the standard library is imported: .ci/run asks before there is an environment.
+As a program, it prints the tools or, with --packages, the packages. Only the standard library is
+imported, because .ci/run calls it before an environment exists.
 """
 
 import shutil
@@ -22,7 +23,7 @@ PACKAGES = {
     "unshare": "util-linux",
     "zsh": "zsh",
 }
-# Only root can do what these are for.
+# Only root can use these tools.
 PACKAGES_FOR_ROOT = {
     "debootstrap": "debootstrap",
     "haproxy": "haproxy",
@@ -34,13 +35,13 @@ NOT_INSTALLED = "not installed: "
 
 
 def missing(*tools: str) -> str:
-    """Return the reason to skip what needs `tools`, empty if all of them are installed."""
+    """Return the reason to skip a test that needs `tools`, empty if all of them are installed."""
     absent = [tool for tool in tools if shutil.which(tool) is None]
     return NOT_INSTALLED + ", ".join(absent) if absent else ""
 
 
 def packages(*tools: str) -> list[str]:
-    """Return the packages that have `tools`, sorted; a tool that is not known here is taken for a package."""
+    """Return the packages that contain `tools`, sorted; an unknown tool counts as a package."""
     known = {**PACKAGES, **PACKAGES_FOR_ROOT}
     return sorted({package for tool in tools for package in known.get(tool, tool).split()})
 

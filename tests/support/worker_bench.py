@@ -1,4 +1,4 @@
-"""One worker in this process, with its file, its listener and the supervisor's end of its channel."""
+"""A worker in this process: its file, its listener, and the supervisor's end of its channel."""
 
 import select
 import signal
@@ -24,12 +24,12 @@ from tailsrv.worker_context import WorkerContext
 
 
 class WorkerBench:
-    """One worker with its file, its listener and the supervisor's end of its channel."""
+    """A worker with its file, its listener and the supervisor's end of its channel."""
 
     def __init__(self, stack: ExitStack, path: Path, header_timeout: float, grace: float) -> None:
         self.stack = stack
         self.path = path
-        # seconds that the worker's clock is ahead
+        # Seconds by which the worker's clock is ahead.
         self.skew = 0.0
         file = stack.enter_context(opened(path))
         self.listeners = open_listeners(["127.0.0.1"], 0, 1)
@@ -55,7 +55,7 @@ class WorkerBench:
         stack.callback(self.close)
 
     def close(self) -> None:
-        """Close what a worker leaves to the end of its process."""
+        """Close what a worker leaves open until its process ends."""
         worker = self.worker
         worker.loop.epoll.close()
         worker.watch.close()
@@ -63,14 +63,14 @@ class WorkerBench:
             client.sock.close()
 
     def until(self, check: Callable[[], object]) -> None:
-        """Run turns until `check` says that it is so."""
+        """Run turns until `check` is true."""
         deadline = time.monotonic() + DEADLINE
         while not check():
-            assert time.monotonic() < deadline, "it did not come about"
+            assert time.monotonic() < deadline, "the condition was not met in time"
             self.worker.step(0 if self.worker.streams.behind else 0.01)
 
     def settle(self) -> None:
-        """Run turns until there is nothing left to do: what has reached a socket by now has been acted on."""
+        """Run turns until nothing is left to do, and all input has been processed."""
         self.until(
             lambda: (
                 not (
@@ -82,9 +82,9 @@ class WorkerBench:
         )
 
     def connect(
-        self, said: bytes = b"", receive: int | None = None
+        self, data: bytes = b"", receive: int | None = None
     ) -> tuple[socket.socket, Client]:
-        """Connect, say something, and run turns until it is taken in; return the far end, and the worker's record."""
+        """Connect, and run turns until the worker has read `data`; return both ends."""
         far = self.stack.enter_context(socket.socket())
         far.settimeout(DEADLINE)
         if receive:
@@ -97,13 +97,13 @@ class WorkerBench:
         [client] = [
             client for client in self.worker.clients.values() if client.peer == endpoint(*name)
         ]
-        if said:
-            far.sendall(said)
+        if data:
+            far.sendall(data)
             self.until(lambda: client.state is not ClientState.AWAITING_HEADER)
         return far, client
 
     def receive(self, far: socket.socket, count: int) -> bytes:
-        """Run turns until `far` has got that many bytes."""
+        """Run turns until `far` has received `count` bytes."""
         parts = list[bytes]()
 
         def all_there() -> bool:
@@ -117,7 +117,7 @@ class WorkerBench:
         return b"".join(parts)
 
     def receive_to_the_end(self, *fars: socket.socket) -> list[bytes]:
-        """Run turns until the worker has ended, and read from all; return what each has got before its end."""
+        """Run turns until the worker has ended; return what each client has received."""
         got = dict.fromkeys(fars, b"")
 
         def ended() -> bool:
@@ -129,7 +129,7 @@ class WorkerBench:
         return [got[far] + recv_all(far) for far in fars]
 
     def reports(self) -> list[WorkerReport]:
-        """Return what the worker has told the supervisor since the last call."""
+        """Return the reports that the worker has sent since the last call."""
         reports = []
         while readable(self.channel):
             report = decode(self.channel.recv(MAX_PACKET))
@@ -140,6 +140,6 @@ class WorkerBench:
 
 @contextmanager
 def working(path: Path, header_timeout: float = 0.0, grace: float = 5.0) -> Iterator[WorkerBench]:
-    """Give a bench with a worker on it."""
+    """Yield a bench with a worker."""
     with ExitStack() as stack:
         yield WorkerBench(stack, path, header_timeout, grace)

@@ -1,4 +1,4 @@
-"""Accepts connections where there is no descriptor for them, and again when there is."""
+"""Accepts connections while no descriptor is available for them, and again when one is."""
 
 import os
 import resource
@@ -24,5 +24,5 @@ with (
     assert accept(listener) is Outcome.WOULD_BLOCK
     spare = os.open("/", os.O_RDONLY)
     assert accept(listener) is Outcome.WOULD_BLOCK
-    # who measures coverage needs some at the end
+    # The measurement of coverage needs descriptors at exit.
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

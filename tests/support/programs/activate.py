@@ -1,7 +1,13 @@
-"""Starts a program as a service manager does that listens for it: `activate.py KIND[,KIND...] COMMAND [ARGUMENT...]`.
+"""Starts a program with listening sockets, as a service manager does.
 
-Kinds: `tcp4` and `tcp6` (which takes IPv4, too) listen on a free port, `again` joins the first one's port with
-SO_REUSEPORT, `mptcp` listens for MPTCP, `bound` does not listen, `udp`, `unix` and `file` are what they say, `none` is a closed descriptor.
+Usage: `activate.py KIND[,KIND...] COMMAND [ARGUMENT...]`. Kinds:
+
+- `tcp4` and `tcp6` (which also accepts IPv4) listen on a free port.
+- `again` joins the port of the first socket with SO_REUSEPORT.
+- `mptcp` listens for MPTCP.
+- `bound` is a TCP socket that does not listen.
+- `udp`, `unix` and `file` are a UDP socket, a Unix socket and a file.
+- `none` is a closed descriptor.
 """
 
 import fcntl
@@ -13,7 +19,7 @@ FIRST = 3
 
 
 def listening(family: socket.AddressFamily, host: str, port: int = 0) -> socket.socket:
-    """Return a listening socket that others may join."""
+    """Return a listening socket whose port other sockets may join."""
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if family == socket.AF_INET6:
@@ -24,7 +30,7 @@ def listening(family: socket.AddressFamily, host: str, port: int = 0) -> socket.
 
 
 def make(kind: str, made: list[socket.socket]) -> socket.socket:
-    """Return a socket of that kind."""
+    """Return a socket of the kind `kind`."""
     match kind:
         case "tcp4":
             return listening(socket.AF_INET, "127.0.0.1")
@@ -55,25 +61,27 @@ def main() -> None:
     """Pass the sockets on from descriptor 3, and become the program."""
     kinds, command = sys.argv[1].split(","), sys.argv[2:]
     made: list[socket.socket] = []
-    sources: list[int | None] = []
+    descriptors: list[int | None] = []
     for kind in kinds:
         if kind == "file":
-            sources.append(os.memfd_create("a file"))
+            descriptors.append(os.memfd_create("a file"))
         elif kind == "none":
-            sources.append(None)
+            descriptors.append(None)
         else:
             made.append(make(kind, made))
-            sources.append(made[-1].fileno())
-    # out of the way
+            descriptors.append(made[-1].fileno())
+    # Above the numbers that the sockets get, so that dup2(2) overwrites none of them.
     above = [
-        None if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST + len(kinds)) for fd in sources
+        None if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST + len(kinds))
+        for fd in descriptors
     ]
     for number, fd in enumerate(above, FIRST):
         if fd is not None:
             os.dup2(fd, number)
         else:
             os.closerange(number, number + 1)
-    # First in the environment, as systemd has it: what setproctitle looks for must not be confused when they go.
+    # First in the environment, as with systemd. setproctitle searches the environment for its
+    # memory, and must still find that after these variables have been removed.
     environment = {
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDS": str(len(kinds)),

@@ -1,4 +1,4 @@
-"""Prints what is in an anonymous file, and what the kernel says of it."""
+"""Prints the contents of an anonymous file, and the name that the kernel shows for it."""
 
 import os
 

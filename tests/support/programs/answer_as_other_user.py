@@ -1,4 +1,4 @@
-"""Answers at the name argv[1] as the user argv[2], to the user argv[3]; prints what that one gets."""
+"""Answers at the name argv[1] as user argv[2] to user argv[3], and prints what that user gets."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""Writes out what the control socket of the server argv[1] says; asks as the user argv[2] if there is one."""
+"""Prints the answer of the control socket of the server argv[1]; asks as user argv[2] if given."""
 
 import os
 import socket

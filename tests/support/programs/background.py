@@ -1,4 +1,7 @@
-"""Runs the rest of argv in the background of the terminal argv[1] after `stty tostop`; it fails if that is stopped."""
+"""Runs the rest of argv in the background of the terminal argv[1] after `stty tostop`.
+
+Fails if the kernel stops that program.
+"""
 
 import os
 import sys

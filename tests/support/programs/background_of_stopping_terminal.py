@@ -1,4 +1,7 @@
-"""Runs a Python with its arguments in the background of its terminal after `stty tostop`; it fails if that is stopped."""
+"""Runs Python code, with arguments, in the background of its terminal after `stty tostop`.
+
+Fails if the kernel stops that process.
+"""
 
 import os
 import subprocess

@@ -1,7 +1,8 @@
-"""Runs tailsrv, in more of a hurry, with places at which a test can hold it: a process stops itself there, for strace to be attached.
+"""Runs tailsrv with shorter waits and with breakpoints, at which strace can be attached.
 
-A process stops at a place if a file of its name is in the folder $TAILSRV_TEST_HOLD: `main` (the program begins, also
-by an upgrade), `proof` (it is to say whether it starts), `worker` and `status` (such a child begins its work).
+A process stops itself at a breakpoint if $TAILSRV_TEST_HOLD contains a file with its name: `main`
+(the program starts, also in an upgrade), `proof` (the program checks whether it would start),
+`worker` and `status` (such a child starts its work).
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# as `python -m tailsrv` has it: the checkout comes before what is installed
+# As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
@@ -18,7 +19,8 @@ from tailsrv.config import Timing
 from tailsrv.supervisor import upgrade
 from tailsrv.supervisor.supervisor import Supervisor
 
-# Faults follow one another too fast for a backoff, and soon after a rotation there are as many descriptors as before it.
+# Faults follow each other too fast for a backoff. And soon after a rotation the number of
+# descriptors must be the same as before it.
 TIMING = Timing(
     open_retry=0.05,
     poll_interval=0.05,
@@ -30,24 +32,26 @@ TIMING = Timing(
 )
 
 
-def hold(place: str) -> None:
-    """Stop here, if somebody has asked for that."""
-    if os.access(os.path.join(os.environ["TAILSRV_TEST_HOLD"], place), os.F_OK):
+def hold(name: str) -> None:
+    """Stop at the breakpoint `name` if the test asks for it."""
+    if os.access(os.path.join(os.environ["TAILSRV_TEST_HOLD"], name), os.F_OK):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def holding(place: str, go_on: Callable[..., None]) -> Callable[..., None]:
-    """Return what holds at `place`, then does what `go_on` does."""
+def holding(name: str, method: Callable[..., None]) -> Callable[..., None]:
+    """Return `method` with the breakpoint `name` before it."""
 
     def held(*arguments: Any) -> None:
-        hold(place)
-        go_on(*arguments)
+        hold(name)
+        method(*arguments)
 
     return held
 
 
 if __name__ == "__main__":
     Supervisor.run_worker = holding("worker", Supervisor.run_worker)  # type: ignore[method-assign]
-    Supervisor.enter_status_child = holding("status", Supervisor.enter_status_child)  # type: ignore[method-assign]
+    Supervisor.enter_status_child = holding(  # type: ignore[method-assign]
+        "status", Supervisor.enter_status_child
+    )
     hold("proof" if upgrade.is_check() else "main")
     sys.exit(cli.main(timing=TIMING))

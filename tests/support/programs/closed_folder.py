@@ -1,4 +1,4 @@
-"""Prints what is said of the file argv[1] to a user who may not enter one of its folders."""
+"""Prints the hint about the file argv[1] for a user who may not search one of its folders."""
 
 import errno
 import os

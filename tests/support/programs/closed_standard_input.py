@@ -1,4 +1,4 @@
-"""Occupies the standard descriptors that are closed."""
+"""Occupies those standard descriptors that are closed."""
 
 import os
 

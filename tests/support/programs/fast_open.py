@@ -1,6 +1,6 @@
-"""Connects with TCP Fast Open to a listener as the kernel makes it here, to ours, and to one that is passed to us.
+"""Connects with TCP Fast Open to a plain listener, to one of tailsrv, and to a passed one.
 
-Prints after each how many connections the kernel has given out before their handshake was complete.
+After each connection it prints how many the kernel has accepted before the end of a handshake.
 """
 
 import socket

@@ -1,4 +1,7 @@
-"""Leaves the kernel four ports to choose from, takes those in argv[1] on IPv6 alone, and becomes what its other arguments say."""
+"""Leaves the kernel a choice of four ports, and becomes the program in argv[2:].
+
+The ports in argv[1] are first bound on IPv6 only.
+"""
 
 import os
 import socket

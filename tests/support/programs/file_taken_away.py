@@ -1,4 +1,7 @@
-"""Opens the copy at argv[1], which is deleted each time just before it is locked; prints the error, and how many descriptors are open."""
+"""Opens the local copy argv[1], which is deleted each time just before it is locked.
+
+Prints the error and the number of open descriptors.
+"""
 
 import os
 import sys

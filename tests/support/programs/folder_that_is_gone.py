@@ -1,4 +1,4 @@
-"""Looks for the way to a file in a folder that is gone."""
+"""Resolves the path of a file in a folder that has been removed."""
 
 import os
 import tempfile

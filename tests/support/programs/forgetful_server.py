@@ -1,10 +1,10 @@
-"""Runs tailsrv, which leaves out one byte in fifty sends."""
+"""Runs tailsrv with a sendfile(2) that skips a byte in about one of fifty calls."""
 
 import os
 import sys
 from itertools import count
 
-# as `python -m tailsrv` has it: the checkout comes before what is installed
+# As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv.main import main
@@ -13,7 +13,7 @@ send, calls = os.sendfile, count(1)
 
 
 def lie(out: int, file: int, offset: int, size: int) -> int:
-    """Send what is asked for, or what begins one byte later."""
+    """Send the requested bytes, or those that begin one byte later."""
     return send(out, file, offset + (next(calls) % 50 == 0), size)
 
 

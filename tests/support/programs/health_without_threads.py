@@ -1,4 +1,4 @@
-"""Runs tailsrv-health where no thread can be had."""
+"""Runs tailsrv-health where no thread can be started."""
 
 import os
 import resource

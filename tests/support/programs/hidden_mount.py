@@ -1,4 +1,4 @@
-"""Prints why the files in argv are to be polled: here, in a chroot with /proc, and in one without."""
+"""Prints why the files in argv must be polled: here, in a chroot with /proc, in one without."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Prints whether the standard input has been hung up, which is what argv[1] says, with its other end closed."""
+"""Prints whether standard input counts as hung up: a file of kind argv[1], its other end closed."""
 
 import os
 import pty
@@ -9,7 +9,7 @@ from tailsrv.linux.terminal import is_hung_up
 
 
 def opened(what: str) -> int:
-    """Return a descriptor of that kind."""
+    """Return a descriptor of the kind `what`."""
     match what:
         case "pipe":
             return os.pipe()[0]

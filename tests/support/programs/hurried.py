@@ -1,12 +1,12 @@
-"""Runs tailsrv with shorter waits than it has otherwise: the program for tests that would have to sit through them.
+"""Runs tailsrv with shorter waits, for tests that would otherwise have to sit through them.
 
-Each is long enough that a test can still act within it on a busy machine, or a pause that no test has to act within.
+A test can still act within each of them on a busy machine, or no test has to.
 """
 
 import os
 import sys
 
-# as `python -m tailsrv` has it: the checkout comes before what is installed
+# As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli

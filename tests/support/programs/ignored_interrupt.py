@@ -1,4 +1,4 @@
-"""Leaves SIGINT ignored while it is let through."""
+"""Unblocks SIGINT in a context that keeps ignoring it."""
 
 import signal
 

@@ -1,10 +1,13 @@
-"""Runs tailsrv, which gives dead peers up within a second: `Limits` as they are by default, in seconds that a test can wait."""
+"""Runs tailsrv with limits that declare a peer dead within a second.
+
+They are the default `Limits`, scaled to times that a test can wait for.
+"""
 
 import os
 import sys
 from functools import partial
 
-# as `python -m tailsrv` has it: the checkout comes before what is installed
+# As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli

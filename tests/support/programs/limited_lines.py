@@ -1,4 +1,4 @@
-"""Logs five times what may be logged once in ten seconds, by a clock of its own."""
+"""Logs five times a line that is limited to one in ten seconds, with a clock of its own."""
 
 import logging
 from types import SimpleNamespace

@@ -1,4 +1,7 @@
-"""Has a child tell the name argv[2] a status that may not fit a socket's buffer, as argv[1] says."""
+"""Makes a child send a status that may not fit a socket's buffer.
+
+argv contains the case, the name of the control socket, and the suffix of the name to ask.
+"""
 
 import os
 import resource
@@ -17,7 +20,7 @@ status_server = StatusServer(loop, control, lambda: long, lambda: b"", lambda: N
 
 
 def ask() -> socket.socket:
-    """Return a connection on which the answer comes."""
+    """Return a connection to the control socket."""
     asker = socket.socket(socket.AF_UNIX)
     asker.settimeout(20)
     asker.connect(f"\0tailsrv:{name}{which}")
@@ -25,7 +28,7 @@ def ask() -> socket.socket:
 
 
 def one_after_another() -> None:
-    """Answer twice, also beside somebody who has left."""
+    """Answer twice, although another connection has been closed before its answer."""
     for _ in range(2):
         with ask() as asker:
             ask().close()
@@ -38,7 +41,7 @@ def one_after_another() -> None:
 
 
 def no_child() -> None:
-    """Ask where no child can be had, and again where one can."""
+    """Ask while no child can be forked, and again when one can."""
     before = resource.getrlimit(resource.RLIMIT_NPROC)
     resource.setrlimit(resource.RLIMIT_NPROC, (0, before[1]))
     os.setuid(3_000_000_000 + os.getpid())
@@ -52,7 +55,7 @@ def no_child() -> None:
 
 
 def no_descriptor() -> None:
-    """Ask where no descriptor can be had, and again where one can."""
+    """Ask while no descriptor is available, and again when one is."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ask() as asker:
         ask().close()
@@ -61,9 +64,9 @@ def no_descriptor() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
         for _ in range(2):
             loop.turn()
-            assert loop.wait(0) == [], "it spins"
+            assert loop.wait(0) == [], "the loop spins"
             loop.turn()
-            assert loop.wait(0) != [], "it has not tried again"
+            assert loop.wait(0) != [], "accept was not retried"
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         loop.turn()
         assert recv_all(asker) == (b"" if which else long)

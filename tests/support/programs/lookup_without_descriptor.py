@@ -1,4 +1,4 @@
-"""Looks a name up where no descriptor can be had; prints the error, and what there is to wait for."""
+"""Looks a name up while no descriptor is available; prints the error and the descriptor to poll."""
 
 import resource
 

@@ -1,4 +1,7 @@
-"""Looks a name up where no thread can be had; prints whether there is a result, and how many threads there are."""
+"""Looks a name up where no thread can be started.
+
+Prints whether there is a result, and the number of threads.
+"""
 
 import threading
 

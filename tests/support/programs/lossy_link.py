@@ -1,6 +1,7 @@
-"""Carries packets between two network interfaces, with a delay, and loses some: `lossy_link.py ONE OTHER LOSS SECONDS`.
+"""Forwards packets between two interfaces with a delay, and drops some of them.
 
-It is what tc-netem(8) does in the kernel, for kernels that have been built without it. It ends with its standard input.
+Usage: `lossy_link.py ONE OTHER LOSS SECONDS`. It does what tc-netem(8) does in the kernel, for
+kernels that were built without it. It ends at the end of its standard input.
 """
 
 import random
@@ -11,19 +12,20 @@ import time
 from collections import deque
 from typing import Any
 
-# linux/if_packet.h, linux/socket.h
+# From linux/if_packet.h and linux/socket.h.
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23
 ETH_P_ALL = 3
-# a packet that the kernel has yet to cut into segments has 64 KiB, and headers
+# A packet that the kernel has not segmented yet has up to 64 KiB, and headers.
 LARGEST = 1 << 17
-# packets; what is more finds the queue full, as with a router
+# The maximum number of packets in transit; others are dropped, as by a router.
 WAITING = 1 << 15
 
 
 def attach(interface: str) -> socket.socket:
     """Return a socket that receives and sends the packets of `interface` as the kernel has them.
 
-    They come with the header in which the kernel says what it has left for the hardware to do (segments, checksums).
+    Each packet has a header with the work that the kernel leaves to the hardware (segmentation,
+    checksums).
     """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
@@ -33,10 +35,10 @@ def attach(interface: str) -> socket.socket:
 
 
 def carry(one: socket.socket, other: socket.socket, loss: float, delay: float) -> None:
-    """Carry packets both ways until standard input ends."""
+    """Forward packets in both directions until standard input ends."""
     to = {one: other, other: one}
     chance = random.Random(1)
-    # when it is due, where to, what
+    # For each packet: the time when it is due, the socket to send it to, and its bytes.
     under_way: deque[tuple[float, socket.socket, bytes]] = deque()
     while True:
         timeout = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None

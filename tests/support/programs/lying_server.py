@@ -1,4 +1,7 @@
-"""Sends the file argv[3] on each connection to port argv[2], once: as argv[1] says, with a wrong byte, one more, or its end."""
+"""Sends the file argv[3] once on each connection to port argv[2], with the error argv[1].
+
+The error is a wrong byte, an additional byte, or the end of the stream.
+"""
 
 import socket
 import sys

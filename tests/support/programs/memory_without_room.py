@@ -1,4 +1,4 @@
-"""Makes an anonymous file that is larger than files may be."""
+"""Makes an anonymous file that exceeds the limit for the size of files."""
 
 import errno
 import os

@@ -1,4 +1,8 @@
-"""Receives ten descriptors where four fit; prints who is in the table, who is not, and whether the kernel says that some are missing."""
+"""Receives ten descriptors where only four can be opened.
+
+Prints the protected and the unprotected clients of the table, and whether the kernel reports that
+descriptors are missing.
+"""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Makes and closes sockets with names, without end."""
+"""Makes and closes sockets with names in an endless loop."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Prints what is said of the file argv[1] where no user database can be asked."""
+"""Prints the hint about the file argv[1] where the user database is not available."""
 
 import errno
 import grp

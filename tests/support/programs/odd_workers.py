@@ -1,4 +1,4 @@
-"""Runs tailsrv with workers that do what argv[1] says instead of their work."""
+"""Runs tailsrv with workers that do what argv[1] says instead of their normal work."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-# as `python -m tailsrv` has it: the checkout comes before what is installed
+# As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
@@ -18,7 +18,7 @@ from tailsrv.worker_context import WorkerContext
 
 
 def one_is_ready(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
-    """Be ready in slot 0, and nothing in the others."""
+    """Be ready in slot 0, and never in the other slots."""
     if context.slot == 0:
         say_ready(context)
     signal.pause()
@@ -26,7 +26,7 @@ def one_is_ready(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
 
 
 def no_descriptors(context: WorkerContext, config: Config) -> int:
-    """Work with two descriptors left."""
+    """Work with two free descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
     taken = []
@@ -38,13 +38,13 @@ def no_descriptors(context: WorkerContext, config: Config) -> int:
     for fd in taken[-2:]:
         os.close(fd)
     status = worker.work(context, config)
-    # who measures coverage needs some at the end
+    # The measurement of coverage needs descriptors at exit.
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return status
 
 
 def six_find(error: Exception) -> Callable[[WorkerContext, Config], int]:
-    """Return the work of workers of which the second to the seventh meet `error`."""
+    """Return work in which the second to the seventh worker raise `error`."""
 
     def work(context: WorkerContext, config: Config) -> int:
         with open(config.path + ".lives", "ab", buffering=0) as lives:
@@ -58,32 +58,32 @@ def six_find(error: Exception) -> Callable[[WorkerContext, Config], int]:
 
 
 def one_cannot_boot(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
-    """End in slot 1 as a worker does that cannot boot."""
+    """Exit in slot 1 with the status of a worker that cannot boot."""
     if context.slot != 1:
         signal.pause()
     return 3
 
 
 def fails(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
-    """End before being ready."""
+    """Exit before being ready."""
     return 1
 
 
 def crashes(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
-    """Die before being ready."""
+    """Die of a signal before being ready."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGSEGV])
     os.kill(os.getpid(), signal.SIGSEGV)
     return 0
 
 
 def ready_and_fails(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
-    """Be ready, and end."""
+    """Be ready, then exit."""
     say_ready(context)
     return 1
 
 
 def ready_and_raises(context: WorkerContext, config: Config) -> int:  # noqa: ARG001
-    """Be ready, and end by an exception."""
+    """Be ready, then raise an exception."""
     say_ready(context)
     return list[int]()[0]
 

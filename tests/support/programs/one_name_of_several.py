@@ -1,6 +1,6 @@
 """Follows the servers in argv until it has waited five times before another round.
 
-Prints how many threads there are then, and the reports.
+Then it prints the number of threads, and the reports.
 """
 
 import sys
@@ -14,11 +14,11 @@ pauses: list[float | None] = []
 
 
 class EnoughError(Exception):
-    """There have been enough rounds."""
+    """The fifth wait between rounds has been reached."""
 
 
 def count(fd: int, events: int, seconds: float | None) -> bool:
-    """Wait as ever, and count the waits for time alone."""
+    """Wait as usual, and count the waits without a descriptor."""
     if fd < 0:
         pauses.append(seconds)
         if len(pauses) == 5:

@@ -1,4 +1,4 @@
-"""Opens `log` in the folder argv[1] as a user who may not read it; prints why that fails."""
+"""Opens `log` in the folder argv[1] as a user without read permission, and prints the hint."""
 
 import os
 import sys

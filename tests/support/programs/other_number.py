@@ -1,4 +1,7 @@
-"""Looks at files whose numbers change, in a FUSE file system in the folder argv[1]: contents, growth and what is then to be found."""
+"""Looks at files whose inode numbers change, in a FUSE file system in the folder argv[1].
+
+Each case has the contents of both files, the growth of the first, and the expected verdicts.
+"""
 
 import os
 import sys

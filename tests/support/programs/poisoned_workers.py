@@ -1,11 +1,11 @@
-"""A tailsrv whose workers die of any client that wants to start at byte 666."""
+"""Runs tailsrv with workers that die of any client whose header is 666."""
 
 import os
 import signal
 import sys
 from collections.abc import Mapping
 
-# as `python -m tailsrv` has it: the checkout comes before what is installed
+# As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
@@ -21,7 +21,7 @@ from tailsrv.worker_context import Entry, WorkerContext
 
 
 def die() -> None:
-    """End as argv[1] says."""
+    """End the process in the way that argv[1] names."""
     match how:
         case "raise":
             raise RuntimeError("poison")
@@ -32,7 +32,7 @@ def die() -> None:
 
 
 class Poisoned(worker.Worker):
-    """A worker that dies of one client."""
+    """A worker that dies of a client that starts at byte 666."""
 
     def adopt(self, entries: Mapping[int, Entry]) -> None:
         if any(entry.start == 666 for entry in entries.values()):
@@ -46,8 +46,9 @@ class Poisoned(worker.Worker):
 
 
 def work(context: WorkerContext) -> int:
-    """Do the work of a worker that is poisoned."""
-    worker.Worker = Poisoned  # type: ignore[misc] # in this child only
+    """Do the work of a worker with a `Poisoned` loop."""
+    # In this child only.
+    worker.Worker = Poisoned  # type: ignore[misc]
     return worker.work(context, config)
 
 

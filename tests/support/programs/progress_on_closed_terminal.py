@@ -1,4 +1,4 @@
-"""Shows progress on a terminal that is closed meanwhile; prints what was on it."""
+"""Shows progress on a terminal that is then closed, and prints what the terminal received."""
 
 import os
 import pty

@@ -1,4 +1,4 @@
-"""Prints what is in memory of the file argv[1], or the error."""
+"""Prints the bytes of the file argv[1] that are in the page cache, or the error."""
 
 import sys
 

@@ -1,11 +1,14 @@
-"""Makes room for a long title, by way of the program argv[1]; prints the environment that others get, and how long a title can be."""
+"""Makes room for a long title by executing the program argv[1] again.
+
+Prints the environment that children get, and the maximum length of a title.
+"""
 
 import os
 import sys
 
 from setproctitle import getproctitle, setproctitle
 
-# it looks for the room that there is, before the environment is changed
+# setproctitle determines its room at the first call, before the environment is changed.
 getproctitle()
 
 from tailsrv.linux.process_title import make_room  # noqa: E402

@@ -1,4 +1,4 @@
-"""Wakes a forked child by a signal, and not its parent."""
+"""Sends a signal that must wake a forked child, but not its parent."""
 
 import os
 import signal

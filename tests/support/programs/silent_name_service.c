@@ -1,5 +1,5 @@
-/* What a look-up of logserver.test waits for is that $SILENCE/silent is not there; then it is 127.0.0.1. Syncs are counted in
-   $SILENCE/synced. */
+/* A lookup of logserver.test waits while the file $SILENCE/silent exists, and then returns
+   127.0.0.1. Calls of fdatasync(2) are counted in the file $SILENCE/synced. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -22,8 +22,10 @@ static void note(const char *name) {
     close(fd);
 }
 
-int getaddrinfo(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
-    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
+int getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
+                struct addrinfo **found) {
+    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) =
+        dlsym(RTLD_NEXT, "getaddrinfo");
     char path[4096];
     if (host && strcmp(host, "logserver.test") == 0 && !(hints->ai_flags & AI_NUMERICHOST)) {
         note("asked");

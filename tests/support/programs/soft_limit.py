@@ -1,4 +1,4 @@
-"""Raises the soft limit of descriptors to the hard one."""
+"""Raises the soft limit for descriptors to the hard limit."""
 
 import resource
 

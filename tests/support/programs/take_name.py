@@ -1,4 +1,4 @@
-"""Takes the name of the server argv[1] until it is told to end by a line."""
+"""Listens at the name of the server argv[1] until it reads a line."""
 
 import socket
 import sys

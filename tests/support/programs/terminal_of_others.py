@@ -1,4 +1,4 @@
-"""Becomes the rest of argv with the terminal argv[1], which is not its own, as standard input."""
+"""Becomes the program in argv[2:] with the terminal argv[1], not its own, as standard input."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-/* A file has another inode number each time that it is looked at. */
+/* A file gets another inode number each time its status is read. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <sys/stat.h>
@@ -15,6 +15,7 @@ static unsigned long number = 1000;
 #define ALL(stat, fstat, fstatat) \
     UNSTABLE(stat, (const char *path, struct stat *found), path, found) \
     UNSTABLE(fstat, (int fd, struct stat *found), fd, found) \
-    UNSTABLE(fstatat, (int fd, const char *path, struct stat *found, int flags), fd, path, found, flags)
+    UNSTABLE(fstatat, (int fd, const char *path, struct stat *found, int flags), \
+             fd, path, found, flags)
 ALL(stat, fstat, fstatat)
 ALL(stat64, fstat64, fstatat64)

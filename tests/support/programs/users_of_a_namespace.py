@@ -1,4 +1,7 @@
-"""Prints which number stands for users that are not known: here, and in a user namespace whose users argv[1] maps."""
+"""Prints the id that stands for unmapped users, here and in a user namespace.
+
+argv[1] is the map of users of that namespace.
+"""
 
 import ctypes
 import os
@@ -9,7 +12,7 @@ from tailsrv.control_socket import overflow_uid
 print(overflow_uid(), end=" ", flush=True)
 (ready, tell), (mapped, go) = os.pipe(), os.pipe()
 if (pid := os.fork()) == 0:
-    # CLONE_NEWUSER
+    # The flag is CLONE_NEWUSER.
     if ctypes.CDLL(None).unshare(0x10000000) != 0:
         os._exit(77)
     os.write(tell, b"!")

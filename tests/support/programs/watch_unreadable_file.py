@@ -1,4 +1,7 @@
-"""Watches the file argv[1] as a user who may not read it any more once the word at the descriptor argv[2] has been answered."""
+"""Monitors the file argv[1] as a user who loses the permission to read it.
+
+The change of the permission is requested and confirmed at the descriptor argv[2].
+"""
 
 import ctypes
 import os
@@ -9,7 +12,7 @@ from tailsrv.linux.inotify import Watch
 file = os.open(sys.argv[1], os.O_RDONLY)
 os.setgroups([])
 os.setuid(65534)
-# PR_SET_DUMPABLE: or /proc/self/fd would be closed to us, after this change of user
+# PR_SET_DUMPABLE: without it, /proc/self/fd is inaccessible after the change of user.
 ctypes.CDLL(None).prctl(4, 1)
 watch = Watch(file, "log")
 assert watch.polling is None, watch.polling

@@ -1,4 +1,7 @@
-"""Watches the file argv[1] where there is room for one inotify instance; prints what the second watch makes of that."""
+"""Monitors the file argv[1] twice where only one inotify instance is available.
+
+Prints what the second monitor reports about that.
+"""
 
 import os
 import resource
@@ -19,5 +22,5 @@ watch = Watch(file, sys.argv[1])
 print(watch.polling, watch.fileno(), watch.size())
 held.close()
 watch.close()
-# who measures coverage needs some at the end
+# The measurement of coverage needs descriptors at exit.
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,4 +1,7 @@
-"""Has a worker wait where it is short of descriptors, and all its clients stream; it serves the file argv[1]."""
+"""Makes a worker that runs out of descriptors wait, because all of its clients are streaming.
+
+It serves the file argv[1].
+"""
 
 import os
 import resource

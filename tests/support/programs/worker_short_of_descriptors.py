@@ -1,4 +1,7 @@
-"""Has a worker drop clients without a header where it is short of descriptors; it serves the file argv[1]."""
+"""Makes a worker that runs out of descriptors drop clients without a header.
+
+It serves the file argv[1].
+"""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Has a worker serve `log` in the folder argv[1] where no inotify instance can be had."""
+"""Makes a worker serve `log` in the folder argv[1] where no inotify instance is available."""
 
 import encodings.idna  # noqa: F401
 import os

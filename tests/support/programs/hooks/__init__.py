@@ -1,1 +1,1 @@
-"""What an interpreter runs at its start, as sitecustomize."""
+"""Code that an interpreter runs at its start, as sitecustomize."""

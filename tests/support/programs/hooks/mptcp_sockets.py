@@ -1,13 +1,17 @@
-"""Every TCP socket is one of MPTCP, as mptcpize(8) or a BPF program does behind a program's back."""
+"""Makes every TCP socket an MPTCP socket, as mptcpize(8) or a BPF program would."""
 
 import socket
 
 
 class Socket(socket.socket):
-    """A socket that is not of the kind that was asked for."""
+    """A socket that uses MPTCP where TCP was requested."""
 
     def __init__(
-        self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None
+        self,
+        family: int = -1,
+        type: int = -1,  # noqa: A002
+        proto: int = -1,
+        fileno: int | None = None,
     ) -> None:
         if (
             fileno is None

@@ -1,4 +1,4 @@
-"""An interpreter without the names, and a C library without the functions, that `lacking.json` beside this file lists."""
+"""Removes the names and the C library's functions that `lacking.json` in this folder lists."""
 
 import ctypes
 import importlib
@@ -9,9 +9,9 @@ from typing import Any
 with open(os.path.join(os.path.dirname(__file__), "lacking.json")) as file:
     lacking = json.load(file)
 for module, names in lacking["names"].items():
-    for place in (module, "_" + module, {"os": "posix"}.get(module, module)):
+    for candidate in (module, "_" + module, {"os": "posix"}.get(module, module)):
         try:
-            found = importlib.import_module(place)
+            found = importlib.import_module(candidate)
         except ImportError:
             continue
         for name in names:
@@ -22,7 +22,7 @@ preadv = os.preadv
 
 
 def without_flags(fd: int, buffers: Any, offset: int, flags: int = 0, /) -> int:
-    """Read as ever, without flags."""
+    """Call the original function, which does not get flags."""
     if flags:
         raise NotImplementedError("preadv2() is not available on this platform")
     return preadv(fd, buffers, offset)

@@ -1,4 +1,7 @@
-"""A system that resembles Linux, but does not tell how much of a stream has been sent; $TAILSRV_TEST_SYSTEM says what it tells."""
+"""Imitates a system similar to Linux that does not report how much of a stream has been sent.
+
+$TAILSRV_TEST_SYSTEM says what TCP_INFO contains there.
+"""
 
 import errno
 import os
@@ -10,7 +13,11 @@ getsockopt = socket.socket.getsockopt
 
 
 def tell(info: bytes) -> bytes:
-    """Return what is told of TCP_INFO: not at all, short, with a field that is always 0, or one that counts something else."""
+    """Return what the system reports for `info`, the TCP_INFO of Linux.
+
+    It is an error, nothing, a short structure, a field that is always 0, or one that counts
+    something else.
+    """
     match os.environ["TAILSRV_TEST_SYSTEM"]:
         case "none":
             raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
@@ -24,7 +31,7 @@ def tell(info: bytes) -> bytes:
 
 
 def other(self: socket.socket, level: int, option: int, *size: int) -> Any:
-    """Ask as ever, but for TCP_INFO."""
+    """Call the original method, and replace its answer for TCP_INFO."""
     found = getsockopt(self, level, option, *size)
     return (
         tell(found)

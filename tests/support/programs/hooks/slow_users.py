@@ -1,4 +1,4 @@
-"""The user database does not answer but for root; it complains when it is asked for a user again."""
+"""Imitates a user database that answers for root only, and reports repeated queries."""
 
 import pwd
 import sys
@@ -8,7 +8,7 @@ asked, look_up = set[int](), pwd.getpwuid
 
 
 def getpwuid(uid: int) -> pwd.struct_passwd:
-    """Look a user up, for ever if it is not root."""
+    """Look a user up; for a user other than root, this never returns."""
     if uid in asked:
         sys.stderr.write(f"{uid} was looked up before\n")
     asked.add(uid)

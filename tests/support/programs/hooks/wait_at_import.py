@@ -1,4 +1,4 @@
-"""The program waits at the named pipe $TAILSRV_TEST_GATE before it imports what it does."""
+"""Makes the program wait for the named pipe $TAILSRV_TEST_GATE before it imports its modules."""
 
 import builtins
 import os
@@ -8,7 +8,7 @@ original = builtins.__import__
 
 
 def importing(name: str, *arguments: Any, **more: Any) -> Any:
-    """Import, but wait for the test before the program itself."""
+    """Import a module; before `tailsrv.main`, wait for the test."""
     if name == "tailsrv.main":
         builtins.__import__ = original
         with open(os.environ["TAILSRV_TEST_GATE"]) as gate:

@@ -1,4 +1,4 @@
-"""Names are looked up once the test has let go of the named pipe $TAILSRV_TEST_GATE."""
+"""Makes name lookups wait until the test closes the named pipe $TAILSRV_TEST_GATE."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ original = socket.getaddrinfo
 
 
 def getaddrinfo(*arguments: Any, **more: Any) -> Any:
-    """Wait for the test, then do as ever."""
+    """Wait for the test, then look the name up."""
     with open(os.environ["TAILSRV_TEST_GATE"]) as gate:
         gate.read()
     return original(*arguments, **more)
