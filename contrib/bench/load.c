@@ -1,24 +1,26 @@
 // load: the benchmark's clients, on loopback. They compare every byte that a server sends (see `replay`).
 //
-//   load make    -f FILE -b BYTES               make FILE what the others expect: BYTES of the pattern
-//   load replay  -p PORT -f FILE -c CLIENTS     each takes the file from byte 0 to its end: once to compare it, and once
-//                more, timed, to count it. Who copies and compares is no faster than who sends; so the second time
-//                the kernel throws the bytes away
+//   load make    -f FILE -b BYTES               write BYTES of the pattern that the other commands expect to FILE
+//   load replay  -p PORT -f FILE -c CLIENTS     each client reads the file from byte 0 to its end, twice: first it
+//                compares the bytes; the second time is measured, and only counts them. Copying and comparing is as
+//                slow as sending, so in the second run the kernel discards the bytes
 //   load follow  -p PORT -f FILE -c CLIENTS -n RECORDS -r RATE -l LENGTH [-k PID] [-R REPLAYERS]
-//                each catches up; then records are appended, RATE a second, and each record must reach each client.
-//                -k: kill that process just before the first record. -R: so many more take the file from byte 0
-//                all the while, again and again
-//   load connect -p PORT -f FILE -c CLIENTS     connect, say the header, take the file: one by one, then all at once
+//                each client catches up; then RATE records a second are appended, and each client must receive each
+//                -k: kill the process PID just before the first record. -R: meanwhile, REPLAYERS more clients read
+//                the file from byte 0 again and again
+//   load connect -p PORT -f FILE -c CLIENTS     connect, send the header and read the file: one client after the
+//                other, then all at once
 //
-//   -t THREADS   that the clients are spread over (1)
-//   -B SENDERS   for replay and follow: no server, but threads of our own that do nothing but send; what is measured
-//                then is the limit of what can be measured at all
+//   -t THREADS   the number of threads that share the clients (1)
+//   -B SENDERS   for replay and follow: instead of a server, threads of this program do nothing but send. This
+//                measures the limit of what can be measured
 //
-// All but `make` say {"ready": ...}, wait for a line on standard input, say {"result": ...}, and wait for its end: in
-// between whoever started us can look at the server. {"error": ...} and status 1: a byte was wrong, missing or too many.
+// All commands but `make` print {"ready": ...}, wait for a line on standard input, print {"result": ...}, and wait for
+// the end of standard input. In between, the caller can examine the server. On a wrong, missing or surplus byte they
+// print {"error": ...} and exit with status 1.
 //
-// The byte at an offset depends on nothing but the offset, so that one that is lost, doubled or moved shows,
-// no client needs the file to compare with, and a file is as good as any longer or shorter one.
+// The byte at an offset depends only on the offset. So a lost, repeated or misplaced byte is detected, no client needs
+// the file to compare with, and the size of the file does not matter.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -45,15 +47,15 @@
 #include <unistd.h>
 
 enum {
-    PERIOD = 1048583,     // bytes after which the pattern repeats: a prime, so that no chunk or page is as long
-    BUFFER = 256 << 10,   // bytes taken at a time: what fits the processor's second cache is compared while it is there
-    CHUNK = 1 << 20,      // bytes thrown away, or sent to one of several, at a time
-    UNSENT = 128 << 10,   // with -B: bytes that wait in a socket; with more of them caches miss, and all gets slower
-    EVENTS = 256,         // taken from epoll at a time
-    WINDOW = 1024,        // clients that wait for their first byte: more would overrun the server's backlog
-    PER_ADDRESS = 10000,  // clients from one loopback address: its ports end at some 28,000
-    PATIENCE = 20,        // seconds without a byte after which what is missing is lost
-    LIFETIME = 600,       // seconds until we end, whatever happens
+    PERIOD = 1048583,     // period of the pattern in bytes: a prime, so that no chunk or page has this length
+    BUFFER = 256 << 10,   // bytes read at a time: they fit the second-level cache, so comparing them is cheap
+    CHUNK = 1 << 20,      // bytes discarded, or sent to one of several clients, at a time
+    UNSENT = 128 << 10,   // with -B: bytes queued in a socket; more of them cause cache misses
+    EVENTS = 256,         // events returned by one epoll_wait(2)
+    WINDOW = 1024,        // clients that wait for their first byte: more would exceed the server's backlog
+    PER_ADDRESS = 10000,  // clients from one loopback address, which has some 28,000 ports
+    PATIENCE = 20,        // seconds without a byte after which missing bytes count as lost
+    LIFETIME = 600,       // seconds after which this program ends in any case
 };
 
 static struct {
@@ -73,16 +75,16 @@ struct reader {  // a thread and its share of the clients
     pthread_t thread;
     struct client *clients;
     int first, count, epoll;
-    uint64_t deliveries, *latencies;  // of each record to each client
-    uint64_t *slowest;                // by record: the latency of the last client
-    uint64_t finished;                // when it had all
+    uint64_t deliveries, *latencies;  // one for each record and client
+    uint64_t *slowest;                // for each record: the latency of the last client
+    uint64_t finished;                // when the last byte was received
 };
 
 static unsigned char pattern[2 * PERIOD];
 static int file;
 static uint64_t base;                  // bytes in the file at the start
-static _Atomic uint64_t written;       // bytes that may be in it by now
-static _Atomic uint64_t *appended_at;  // by record, just before write(2)
+static _Atomic uint64_t written;       // bytes that may be in the file now
+static _Atomic uint64_t *appended_at;  // for each record: the time just before write(2)
 static _Atomic uint64_t replayed;      // bytes
 static _Atomic bool replaying;
 static pthread_barrier_t gate;  // the readers, and the main thread
@@ -100,7 +102,7 @@ static double cpu_seconds(clockid_t clock) {
 }
 
 __attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *format, ...) {
-    flockfile(stdout);  // never given back: the first failure is the one that counts
+    flockfile(stdout);  // never unlocked, so that only the first failure is printed
     va_list arguments;
     va_start(arguments, format);
     printf("{\"error\": \"");
@@ -119,7 +121,7 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
     va_end(arguments);
 }
 
-// Returns what a system call returned, if that was no error.
+// Returns the result of a system call. Ends the program if it is an error.
 static int must(int result, const char *call) {
     if (result < 0) fail("%s: %s", call, strerror(errno));
     return result;
@@ -161,7 +163,7 @@ static void make(void) {
         count = option.bytes - end < BUFFER ? option.bytes - end : BUFFER;
         append(file, end, count);
     }
-    must(fdatasync(file), "fdatasync");  // writing it back later would disturb what is measured
+    must(fdatasync(file), "fdatasync");  // write-back at a later time would disturb the measurement
 }
 
 // Connections
@@ -176,14 +178,14 @@ static int listener;
 static int dial(int number) {
     int fd = must(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"), one = 1, unsent = UNSENT;
     struct sockaddr_in source = loopback(2 + number / PER_ADDRESS, 0), server = loopback(1, option.port);
-    struct linger reset = {.l_onoff = 1};  // the server learns at once that we are gone, and no port is left waiting
+    struct linger reset = {.l_onoff = 1};  // the server notices the end at once, and no port stays in TIME_WAIT
     setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
     setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     must(bind(fd, (void *)&source, sizeof source), "bind");
     must(connect(fd, (void *)&server, sizeof server), "connect");
     if (option.senders) {
-        if (far[number]) close(far[number]);  // of an earlier connection of this client's
+        if (far[number]) close(far[number]);  // from an earlier connection of this client
         far[number] = must(accept(listener, NULL, NULL), "accept");
         setsockopt(far[number], IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         setsockopt(far[number], IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
@@ -220,7 +222,7 @@ static void compare(const unsigned char *bytes, uint64_t offset, size_t count) {
     fail("byte %llu is wrong", (unsigned long long)offset);
 }
 
-// Takes what has come for a client, and returns how much it was; only counts it if `discard`.
+// Reads what has arrived for a client and returns the number of bytes. With `discard` they are only counted.
 static size_t take(struct client *client, bool discard) {
     static __thread unsigned char buffer[BUFFER];
     ssize_t got = recv(client->fd, buffer, discard ? CHUNK : BUFFER, MSG_DONTWAIT | (discard ? MSG_TRUNC : 0));
@@ -234,7 +236,7 @@ static size_t take(struct client *client, bool discard) {
     return got;
 }
 
-// Connects all clients of a reader, at most `window` of them without a first byte, until each has the file so far.
+// Connects all clients of a reader and waits until each has received the file. At most `window` of them wait for their first byte.
 static void join(struct reader *reader, int window) {
     struct epoll_event events[EVENTS];
     int dialled = 0, greeted = 0, caught_up = 0;
@@ -255,13 +257,13 @@ static void join(struct reader *reader, int window) {
     }
 }
 
-// Keeps the connections: the descriptors of a thread that ends are closed.
+// Keeps the connections open: when a thread ends, its descriptors are closed.
 static void *stay(void) {
     for (;;) pause();
     return NULL;
 }
 
-// Sees to it that nothing comes behind what was due.
+// Checks that no surplus bytes arrive.
 static void *finish(struct reader *reader) {
     reader->finished = now();
     for (int i = 0; i < reader->count; i++) take(&reader->clients[i], false);
@@ -270,7 +272,7 @@ static void *finish(struct reader *reader) {
 }
 
 static void own_descriptors(void) {
-    if (!option.senders) must(unshare(CLONE_FILES), "unshare");  // a table for each thread: the limit is for each, too
+    if (!option.senders) must(unshare(CLONE_FILES), "unshare");  // each thread gets its own descriptor table, so the limit applies to each
 }
 
 // Replay
@@ -354,7 +356,7 @@ static void *replay_again(void *argument) {
     return stay();
 }
 
-// The senders of -B: what no server can do without, and nothing else
+// The senders of -B: they do only what every server must do
 
 struct sender {
     pthread_t thread;
@@ -363,7 +365,7 @@ struct sender {
 };
 
 static struct sender *senders;
-static _Atomic int sending;  // senders that are not done
+static _Atomic int sending;  // senders that have not finished
 
 static void wait_until_woken(const struct sender *sender) {
     eventfd_t count;
@@ -379,7 +381,7 @@ static void send_appends(const struct sender *sender) {
     }
 }
 
-// Sends the file to its share of the clients, a chunk at a time to each that has room.
+// Sends the file to its share of the clients, one chunk at a time to each client whose socket has room.
 static void send_file(const struct sender *sender) {
     int epoll = must(epoll_create1(EPOLL_CLOEXEC), "epoll_create1"), left = 0;
     off_t *offsets = must_have(calloc(option.clients, sizeof *offsets));
@@ -444,7 +446,7 @@ static double senders_cpu(void) {
     return sum;
 }
 
-// What the main thread does
+// The main thread
 
 static struct reader *start_readers(void *(*run)(void *), int clients, uint64_t records) {
     struct reader *readers = must_have(calloc(option.threads, sizeof *readers));
@@ -549,7 +551,7 @@ static void follow(void) {
     if (option.replayers) {
         replaying = true;
         start_readers(replay_again, option.replayers, 0);
-        while (replayed < base) usleep(1000);  // now they are at it
+        while (replayed < base) usleep(1000);  // until the replayers have started
         replayed = 0;
     }
     double cpu = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
