@@ -38,8 +38,24 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class DeadPeerLimits:
+    """When a peer counts as dead.
+
+    With the defaults, a dead peer is found after about as long as keepalive takes, whether the file
+    grows or not.
+    """
+
+    # Seconds from one check of all clients to the next.
+    interval: float = 30.0
+    # Seconds since the last acknowledgement of any kind from the peer.
+    silence: float = 120.0
+    # Retransmissions or window probes in a row that the peer has not answered.
+    attempts: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
-    """How long the server waits where no event wakes it up; all values are seconds, 0 or more.
+    """How long the server waits where no event wakes it up; all numbers are seconds, 0 or more.
 
     No option sets these. Tests start a server with shorter ones.
     """
@@ -83,6 +99,9 @@ class Timing:
 
     # Seconds between two status texts for the service manager. Each text wakes it up.
     status_interval: float = 5.0
+
+    # When a client whose machine has vanished is disconnected.
+    dead_peers: DeadPeerLimits = DeadPeerLimits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ because the window of such a client stays closed.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+from tailsrv.config import DeadPeerLimits
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Unacknowledged, unacknowledged
 from tailsrv.log import RateLimited
@@ -19,23 +19,7 @@ from tailsrv.worker.client import Client, ClientState
 BATCH = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When a peer counts as dead.
-
-    With the defaults, a dead peer is found after about as long as keepalive takes, whether the file
-    grows or not.
-    """
-
-    # Seconds from one check of all clients to the next.
-    interval: float = 30.0
-    # Seconds since the last acknowledgement of any kind from the peer.
-    silence: float = 120.0
-    # Retransmissions or window probes in a row that the peer has not answered.
-    attempts: int = 4
-
-
-def is_dead(peer: Unacknowledged, limits: Limits) -> bool:
+def is_dead(peer: Unacknowledged, limits: DeadPeerLimits) -> bool:
     """Return whether a peer has been silent for too long and has left too many packets unanswered.
 
     Both conditions are needed. Silence alone is not enough: the kernel's probes of a closed window
@@ -69,10 +53,10 @@ class DeadPeers:
         clients: Mapping[int, Client],
         loop: EventLoop,
         drop: Callable[[Client], None],
-        limits: Limits | None = None,
+        limits: DeadPeerLimits,
     ) -> None:
         self._slot, self._clients, self._loop, self._drop = slot, clients, loop, drop
-        self._limits = limits or Limits()
+        self._limits = limits
         # The clients that the current check has not examined yet. Some may have left.
         self._unexamined: list[Client] = []
         self._dropped = RateLimited(logging.INFO)

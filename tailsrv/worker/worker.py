@@ -150,7 +150,9 @@ class Worker:
             self.drop,
         )
         self.drainer = Drainer(self.loop, self.streams, self.file_monitor, self.drop)
-        self.dead_peers = DeadPeers(self.slot, self.clients, self.loop, self.drop)
+        self.dead_peers = DeadPeers(
+            self.slot, self.clients, self.loop, self.drop, config.timing.dead_peers
+        )
         self.adopt(context.clients)
         self.acceptor = Acceptor(
             context,

@@ -7,10 +7,11 @@ import pytest
 
 from support.sockets import tcp_pair
 from support.waiting import eventually
+from tailsrv.config import DeadPeerLimits
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Unacknowledged, unacknowledged
 from tailsrv.worker.client import Client, ClientState
-from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
+from tailsrv.worker.dead_peers import BATCH, DeadPeers, is_dead
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ from tailsrv.worker.dead_peers import BATCH, DeadPeers, Limits, is_dead
 )
 def test_is_dead(retransmits: int, probes: int, silence: float, dead: bool) -> None:
     """A peer is dead only if it was silent for long enough and left enough attempts unanswered."""
-    assert is_dead(Unacknowledged(retransmits, probes, silence), Limits()) == dead
+    assert is_dead(Unacknowledged(retransmits, probes, silence), DeadPeerLimits()) == dead
 
 
 def test_unacknowledged() -> None:
@@ -95,7 +96,7 @@ class DeadPeersBench:
             self.clients[near.fileno()] = Client(number, near, None)
         self.dropped: list[Client] = []
 
-    def check(self, limits: Limits) -> DeadPeers:
+    def check(self, limits: DeadPeerLimits) -> DeadPeers:
         """Return a DeadPeers for these clients and limits."""
         return DeadPeers(0, self.clients, self.loop, self.drop, limits)
 
@@ -113,8 +114,8 @@ class DeadPeersBench:
 
 
 # Any client with unacknowledged bytes is dead.
-AT_ONCE = Limits(silence=-1.0, attempts=0)
-NEVER = Limits(attempts=1000)
+AT_ONCE = DeadPeerLimits(silence=-1.0, attempts=0)
+NEVER = DeadPeerLimits(attempts=1000)
 
 
 def test_no_check_without_bytes_in_flight() -> None:

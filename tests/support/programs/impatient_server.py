@@ -1,17 +1,16 @@
 """Runs tailsrv with limits that declare a peer dead within a second.
 
-They are the default `Limits`, scaled to times that a test can wait for.
+They are the default limits, scaled to times that a test can wait for.
 """
 
 import os
 import sys
-from functools import partial
 
 # As with `python -m tailsrv`: the checkout comes before an installed package.
 sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
-from tailsrv.worker import dead_peers
+from tailsrv.config import DeadPeerLimits, Timing
 
-dead_peers.Limits = partial(dead_peers.Limits, interval=0.1, silence=0.5, attempts=2)  # type: ignore[assignment,misc]
-sys.exit(cli.main())
+LIMITS = DeadPeerLimits(interval=0.1, silence=0.5, attempts=2)
+sys.exit(cli.main(timing=Timing(dead_peers=LIMITS)))
