@@ -293,6 +293,9 @@ def run(bench: FaultBench, case: Case, path: Path) -> str:
         bench.stop()
     if act.begin is not begin_start:
         bench.ready()
+        # A worker reports a departed client after a moment. Until then the supervisor has a
+        # descriptor too many, and the processes sleep.
+        bench.await_clients()
         bench.rest()
     server, starts, begin, before = (
         bench.server,
