@@ -114,7 +114,7 @@ def raise_oom_score() -> None:
         file = os.open(_OOM_SCORE_FILE, os.O_RDWR | os.O_CLOEXEC)
         try:
             inherited = int(os.read(file, 32))
-            os.pwrite(file, b"%d" % min(inherited + _OOM_SCORE_INCREMENT, _MAX_OOM_SCORE), 0)
+            os.write(file, b"%d" % min(inherited + _OOM_SCORE_INCREMENT, _MAX_OOM_SCORE))
         finally:
             os.close(file)
 
