@@ -1,4 +1,4 @@
-"""The client protocol: parses the header and resolves it to an offset in the file.
+"""The client protocol: parses the header, resolves it to an offset, and writes the `?` line.
 
 Pure: this module uses no socket and makes no system call.
 """
@@ -14,7 +14,10 @@ PEEK = MAX_HEADER + 1
 _INT64_MAX = 2**63 - 1
 
 # int() alone would also accept b"1_000".
-_HEADER = re.compile(rb"[ \t]*([+-]?)([0-9]+)[ \t]*\r?")
+_HEADER = re.compile(rb"[ \t]*(\??)[ \t]*([+-]?)([0-9]+)[ \t]*\r?")
+
+# The `?` line: two numbers of 19 digits, which hold any offset, a blank and a newline.
+_OFFSETS_LINE = b"%019d %019d\n"
 
 
 class HeaderError(ValueError):
@@ -23,10 +26,15 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a stream starts: `count` bytes after the file's start, or before its end."""
+    """What a header asks for.
+
+    The stream starts `count` bytes after the file's start, or before its end. If `with_offsets` is
+    true, the `?` line comes before it.
+    """
 
     count: int
     from_end: bool
+    with_offsets: bool = False
 
     def offset(self, size: int) -> int:
         """Return the offset from the start, in bytes, for a file that is `size` bytes long."""
@@ -61,8 +69,26 @@ def parse_header(received: bytes, ended: bool = False) -> Start | None:
         return None
     if not (match := _HEADER.fullmatch(line)):
         raise HeaderError(f"not a number: {line!r}")
-    sign, digits = match.groups()
+    question, sign, digits = match.groups()
     count, from_end = int(digits), sign == b"-"
     if count > _INT64_MAX + from_end:
         raise HeaderError(f"number does not fit 64 bits: {line!r}")
-    return Start(count, from_end)
+    return Start(count, from_end, with_offsets=bool(question))
+
+
+def offsets_line(start: int, end: int) -> bytes:
+    """Return the `?` line: the offset of the first byte that follows, and of the file's end."""
+    return _OFFSETS_LINE % (start, end)
+
+
+def resume(start: int, end: int | None, sent: int) -> tuple[bytes, int]:
+    """Return what is left to send to a client: the rest of its `?` line, and the next offset.
+
+    Args:
+        start: The offset that the stream began at.
+        end: The second number of the client's `?` line, None if it did not ask for one.
+        sent: The number of bytes that the client has been sent, including those of the line.
+
+    """
+    line = b"" if end is None else offsets_line(start, end)
+    return line[sent:], start + max(0, sent - len(line))

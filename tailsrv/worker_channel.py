@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 
 # The version of this protocol. During an upgrade, workers of the previous version use the channel.
-VERSION = 2
+VERSION = 3
 
 # Largest number of sockets, and so of joined clients, in one packet: SCM_MAX_FD of unix(7).
 MAX_REPORTED_SOCKETS = 253
@@ -32,6 +32,8 @@ _REPORT, _DRAIN, _PING = b"rept", b"drai", b"ping"
 _COUNTS = struct.Struct("=5sHHH")
 # Version and kind as bytes, then the fields of Drain.
 _DRAIN_PACKET = struct.Struct("=5sd?")
+# In place of the second number of a `?` line that a client did not ask for.
+_NO_LINE = -1
 # Packed only once, because a worker may send a report in every turn.
 _REPORT_HEAD = _KIND.pack(VERSION, _REPORT)
 
@@ -74,8 +76,9 @@ class WorkerReport:
 
     # Clients that have connected.
     joined: list[int] = field(default_factory=list)
-    # Clients whose stream starts, each with the offset that it starts from, in bytes.
-    started: list[tuple[int, int]] = field(default_factory=list)
+    # Clients whose stream starts, each with the offset that it starts from, in bytes, and with the
+    # second number of its `?` line, None if it did not ask for one.
+    started: list[tuple[int, int, int | None]] = field(default_factory=list)
     # Clients that the worker does not serve any more.
     left: list[int] = field(default_factory=list)
     notices: Notices = NO_NOTICES
@@ -112,7 +115,8 @@ def encode(message: Message) -> bytes:
         return _KIND.pack(VERSION, _PING)
     joined, started, left = message.joined, message.started, message.left
     head = _COUNTS.pack(_REPORT_HEAD, len(joined), len(started), len(left))
-    numbers = array("q", [*joined, *chain.from_iterable(started), *left])
+    triples = ((client, start, _NO_LINE if end is None else end) for client, start, end in started)
+    numbers = array("q", [*joined, *chain.from_iterable(triples), *left])
     return head + numbers.tobytes() + _encode_notices(message.notices)
 
 
@@ -153,14 +157,17 @@ def decode(packet: bytes) -> Message:
 
 def _decode_report(packet: bytes) -> WorkerReport:
     _, joined, started, left = _COUNTS.unpack_from(packet)
-    end = _COUNTS.size + 8 * (joined + 2 * started + left)
+    end = _COUNTS.size + 8 * (joined + 3 * started + left)
     if len(packet) < end:
         raise ValueError("the packet is shorter than its counts say")
     numbers = array("q", packet[_COUNTS.size : end]).tolist()
-    pairs = numbers[joined : joined + 2 * started]
+    triples = numbers[joined : joined + 3 * started]
     return WorkerReport(
         joined=numbers[:joined],
-        started=list(zip(pairs[::2], pairs[1::2], strict=True)),
-        left=numbers[joined + 2 * started :],
+        started=[
+            (client, start, None if end == _NO_LINE else end)
+            for client, start, end in zip(triples[::3], triples[1::3], triples[2::3], strict=True)
+        ],
+        left=numbers[joined + 3 * started :],
         notices=Notices(**json.loads(packet[end:])) if len(packet) > end else NO_NOTICES,
     )

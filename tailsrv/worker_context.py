@@ -12,11 +12,13 @@ class Entry:
     """The supervisor's record of one client.
 
     `fd` is a descriptor of the client's socket, and `start` is the offset that its stream started
-    from, in bytes. `start` is None until the client's header has been read.
+    from, in bytes. `start` is None until the client's header has been read. `end` is the second
+    number of its `?` line, None if the client did not ask for one.
     """
 
     fd: int
     start: int | None = None
+    end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,14 @@ def send_chunk(out: int, file: int, offset: int, count: int) -> Sent:
         return outcome_of(error)
 
 
+def send_bytes(out: int, data: bytes) -> Sent:
+    """Send `data`, which must not be empty, to the socket `out`."""
+    try:
+        return os.write(out, data)
+    except OSError as error:
+        return outcome_of(error)
+
+
 def send_to_all(outs: Iterable[int], file: int, offset: int, count: int) -> dict[int, Sent]:
     """Send the same bytes of a file to many sockets.
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 from tailsrv.addresses import endpoint
 from tailsrv.linux.sockets import bytes_streamed
+from tailsrv.protocol import resume
 from tailsrv.worker_context import Entry
 
-# The number, descriptor and start of each protected client, as JSON can hold them.
+# The number of each protected client, and the fields of its `Entry`, as JSON can hold them.
 Saved = list[list[int | None]]
 
 
@@ -59,10 +60,13 @@ class ClientTable:
             os.close(fd)
         return len(self.unprotected) - before
 
-    def set_start(self, client: int, offset: int) -> None:
-        """Record that the stream of `client` starts at `offset`, in bytes."""
+    def set_start(self, client: int, start: int, end: int | None) -> None:
+        """Record where the stream of `client` starts, and the end in its `?` line, if it has one.
+
+        Both are offsets in bytes.
+        """
         if (entry := self.clients.get(client)) is not None:
-            entry.start = offset
+            entry.start, entry.end = start, end
             self.headerless.pop(client, None)
 
     def unprotect_oldest_headerless(self) -> bool:
@@ -134,7 +138,9 @@ class ClientTable:
 
         The unprotected clients are not included, because they have no descriptor.
         """
-        return [[client, entry.fd, entry.start] for client, entry in self.clients.items()]
+        return [
+            [client, entry.fd, entry.start, entry.end] for client, entry in self.clients.items()
+        ]
 
     @classmethod
     def load(
@@ -146,10 +152,10 @@ class ClientTable:
         be open in this process.
         """
         client_table = cls(unprotected=set(unprotected))
-        for client, fd, start in saved:
+        for client, fd, start, end in saved:
             assert client is not None
             assert fd is not None
-            client_table.clients[client] = Entry(fd, start)
+            client_table.clients[client] = Entry(fd, start, end)
             if start is None:
                 client_table.headerless[client] = None
         return client_table
@@ -165,7 +171,9 @@ def _describe(entry: Entry) -> dict[str, object]:
     finally:
         # The client table still owns the descriptor, so it must not be closed with `sock`.
         sock.detach()
-    position = entry.start + sent if entry.start is not None and sent is not None else None
+    position = None
+    if entry.start is not None and sent is not None:
+        _, position = resume(entry.start, entry.end, sent)
     return {"peer": peer, "start": entry.start, "position": position}
 
 

@@ -166,8 +166,8 @@ class ReportReader:
                 unprotected=self.unprotected(),
                 hint="raise LimitNOFILE= or ulimit -Hn",
             )
-        for client, offset in report.started:
-            slot.client_table.set_start(client, offset)
+        for client, start, end in report.started:
+            slot.client_table.set_start(client, start, end)
         slot.client_table.remove(report.left)
         if report.notices != NO_NOTICES:
             self._notice(slot, report.notices)

@@ -10,7 +10,7 @@ from typing import Any
 from tailsrv import worker_channel
 
 # The format of this state. The supervisor must not exec a program that reads another format.
-FORMAT = 2
+FORMAT = 3
 
 
 class StateError(ValueError):
@@ -33,7 +33,7 @@ class SlotState:
     restarted: float | None
     # The fields of `Failures`, in their order.
     failures: list[int]
-    # The number, descriptor and start of each protected client.
+    # The number of each protected client, and the fields of its `Entry`, in their order.
     clients: list[list[int | None]]
     unprotected: list[int]
 
@@ -60,7 +60,7 @@ class UpgradeState:
         for slot in self.slots:
             found += slot.listeners
             found += [] if slot.channel is None else [slot.channel]
-            found += [fd for _, fd, _ in slot.clients if fd is not None]
+            found += [fd for _, fd, *_ in slot.clients if fd is not None]
         return found
 
 

@@ -92,11 +92,14 @@ class HeaderReader:
 
     def schedule_start(self, client: Client, start: Start) -> None:
         """Have the reporter start the stream of `client` at `start`."""
-        if start.from_end:
+        if start.from_end or start.with_offsets:
             # The end is where the file ends now, so its size must be up to date.
             self._file_monitor.deliver_appends()
         self.forget(client)
-        self._reporter.starting.append((client, start.offset(self._streams.size)))
+        size = self._streams.size
+        self._reporter.starting.append(
+            (client, start.offset(size), size if start.with_offsets else None)
+        )
 
     def _expire(self) -> None:
         """Drop the clients whose header has not arrived in time."""

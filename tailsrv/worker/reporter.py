@@ -33,7 +33,7 @@ class Reporter:
     Args:
         channel: The worker's end of the channel.
         loop: The worker's event loop.
-        start: `start(client, offset)` is called when the start of a stream has been reported.
+        start: `start(client, offset, end)` is called when the start of a stream has been reported.
         end: Called if the supervisor has exited.
 
     """
@@ -42,13 +42,14 @@ class Reporter:
         self,
         channel: socket.socket,
         loop: EventLoop,
-        start: Callable[[Client, int], None],
+        start: Callable[[Client, int, int | None], None],
         end: Callable[[], None],
     ) -> None:
         # Clients that have connected.
         self.joined: list[Client] = []
-        # Clients whose stream is to start, each with the offset to start from.
-        self.starting: list[tuple[Client, int]] = []
+        # Clients whose stream is to start, each with the offset to start from, and with the second
+        # number of its `?` line, None if it did not ask for one.
+        self.starting: list[tuple[Client, int, int | None]] = []
         # The numbers of clients that have left.
         self.left: list[int] = []
         self.notices = NO_NOTICES
@@ -89,8 +90,8 @@ class Reporter:
             report = WorkerReport(
                 joined=[client.number for client in joined],
                 started=[
-                    (client.number, offset)
-                    for client, offset in starting
+                    (client.number, offset, end)
+                    for client, offset, end in starting
                     if client.state is not ClientState.CLOSED
                 ],
                 left=left,
@@ -112,9 +113,9 @@ class Reporter:
                 return
             del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]
             self.notices = NO_NOTICES
-            for client, offset in starting:
+            for client, offset, end in starting:
                 if client.state is ClientState.AWAITING_HEADER:
-                    self._start(client, offset)
+                    self._start(client, offset, end)
 
     def send_remaining(self) -> None:
         """Report the rest before the worker exits.

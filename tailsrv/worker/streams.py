@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count as counter
 
-from tailsrv.linux.files import Sent, is_cached, read_ahead, send_chunk, send_to_all
+from tailsrv.linux.files import Sent, is_cached, read_ahead, send_bytes, send_chunk, send_to_all
 from tailsrv.linux.sockets import Outcome, unsent
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
@@ -154,6 +154,8 @@ class Streams:
 
     def _send(self, client: Client) -> int:
         """Send one chunk to `client`, and return the bytes to charge to the turn's budget."""
+        if client.line and not self._send_line(client):
+            return EMPTY_SEND_COST
         wanted = next_chunk(client.offset, self.size)
         # The file was truncated after the client was queued: the client no longer waits for the
         # disk, but for the file to grow.
@@ -174,12 +176,30 @@ class Streams:
         self._apply_send(client, sent)
         return sent if isinstance(sent, int) else EMPTY_SEND_COST
 
+    def _send_line(self, client: Client) -> bool:
+        """Send what is left of the `?` line to `client`. Return whether the file's bytes follow.
+
+        If not, `client` has been queued to wait, or has been dropped.
+        """
+        sent = send_bytes(client.fd, client.line)
+        if isinstance(sent, int):
+            client.line = client.line[sent:]
+            # A part was sent: the socket is full. The next attempt reports that.
+            return not client.line or self._send_line(client)
+        self._apply_failure(client, sent)
+        return False
+
     def _apply_send(self, client: Client, sent: Sent) -> None:
         """Move `client` to the right queue according to the result of its last send."""
         if isinstance(sent, int):
             client.offset += sent
             self._enqueue(client)
-        elif sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
+        else:
+            self._apply_failure(client, sent)
+
+    def _apply_failure(self, client: Client, sent: Outcome | OSError) -> None:
+        """Let `client` wait, or drop it, because its last send has transferred nothing."""
+        if sent is Outcome.NO_ROOM or (sent is Outcome.WOULD_BLOCK and not unsent(client.sock)):
             # A socket that is empty and still refuses data (WOULD_BLOCK) lacks kernel memory. No
             # event will report that it has room, so the send must be retried after a pause.
             self.awaiting_memory.append(client)
@@ -190,7 +210,7 @@ class Streams:
             self._drop(client, sent if isinstance(sent, OSError) else None)
 
     def _enqueue(self, client: Client) -> None:
-        if client.offset < self.size:
+        if client.line or client.offset < self.size:
             self.behind.append(client)
         elif client.offset == self.size:
             # The two numbers are equal. Assigning one to the other lets all caught-up clients share

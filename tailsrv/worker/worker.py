@@ -29,7 +29,7 @@ from tailsrv.linux.sockets import (
     take_socket,
 )
 from tailsrv.log import RateLimited, fields, logger
-from tailsrv.protocol import Start
+from tailsrv.protocol import Start, resume
 from tailsrv.stray_signals import StraySignals
 from tailsrv.titles import worker_title
 from tailsrv.worker.acceptor import Acceptor
@@ -267,7 +267,7 @@ class Worker:
                 self.reporter.left.append(number)
                 continue
             try:
-                self.resume_stream(client, entry.start)
+                self.resume_stream(client, entry)
             except Exception as error:
                 # If descriptors or memory have run out, this worker ends: the next one may have
                 # enough, and no client is lost. Any other error concerns only this client.
@@ -275,16 +275,17 @@ class Worker:
                     raise
                 self.drop(client, error)
 
-    def resume_stream(self, client: Client, start: int | None) -> None:
-        """Continue the stream of `client`, which began at `start`.
+    def resume_stream(self, client: Client, entry: Entry) -> None:
+        """Continue the stream of `client`, which began as `entry` says.
 
-        If `start` is None, the worker waits for the client's header.
+        If it has not begun, the worker waits for the client's header.
         """
         if (sent := bytes_streamed(client.sock)) is None:
             self.drop(client)
-        elif start is not None:
+        elif entry.start is not None:
             self.header_reader.forget(client)
-            self.streams.add(client, start + sent)
+            client.line, offset = resume(entry.start, entry.end, sent)
+            self.streams.add(client, offset)
             # Bytes that the previous worker has sent may still be unacknowledged.
             self.dead_peers.expect_acks()
 
@@ -379,17 +380,20 @@ class Worker:
             self.streams.writable(client)
         return start
 
-    def start_stream(self, client: Client, offset: int) -> None:
-        """Start streaming to `client`, now that `offset` has been reported to the supervisor."""
+    def start_stream(self, client: Client, offset: int, end: int | None) -> None:
+        """Start streaming to `client`, now that this has been reported to the supervisor.
+
+        `end` is the second number of its `?` line, None if the client did not ask for one.
+        """
         # Deliver appends before each start: in a burst, an append waits for one at most.
         self.file_monitor.deliver_appends()
         try:
-            self.begin_stream(client, offset)
+            self.begin_stream(client, offset, end)
         except Exception as error:
             # Whatever the error is, the other clients must not be affected.
             self.drop(client, error)
 
-    def begin_stream(self, client: Client, offset: int) -> None:
+    def begin_stream(self, client: Client, offset: int, end: int | None) -> None:
         """Do the work of `start_stream` that may fail for a single client."""
         # Discard the header and everything after it.
         discard(client.sock)
@@ -397,6 +401,7 @@ class Worker:
             logger.debug("client streams: %s", fields(slot=self.slot, peer=client, offset=offset))
         else:
             client.forget_peer()
+        client.line, _ = resume(offset, end, sent=0)
         self.streams.add(client, offset)
 
     def drop(self, client: Client, error: Exception | None = None) -> None:

@@ -1,11 +1,15 @@
 """What a client may receive of a file after changes of the file; without sockets and real files."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 # The number of bytes that are compared at a time.
 BLOCK = 4096
+
+# The number of bytes of the `?` line.
+LINE_LENGTH = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,14 @@ class Stream:
     from_end: bool
     # No byte of the stream was sent before that many changes of the file.
     since: int
+    # Whether the header asks for the `?` line.
+    with_offsets: bool = False
     # The possible starts; the time when the server reads the header is not known.
     starts: set[int] = field(default_factory=set)
     started: bool = False
-    # The number of bytes received.
+    # The part of the `?` line that was received.
+    line: bytes = b""
+    # The number of bytes received, without those of the `?` line.
     count: int = 0
     # No byte from this offset on was sent before the last change, because the file was never
     # longer.
@@ -129,7 +137,8 @@ class Stream:
 
     def due(self, size: int) -> int:
         """Return how many more bytes must be received, at least, with a file of `size` bytes."""
-        return min((max(0, size - start - self.count) for start in self.starts), default=0)
+        left = LINE_LENGTH - len(self.line) if self.with_offsets and self.starts else 0
+        return left + min((max(0, size - start - self.count) for start in self.starts), default=0)
 
     def furthest(self) -> int:
         """Return the highest possible position of this stream."""
@@ -145,6 +154,11 @@ class Stream:
         Raises AssertionError if they do not match the file for any possible start.
         """
         self.started = True
+        if self.with_offsets and len(self.line) < LINE_LENGTH:
+            left = LINE_LENGTH - len(self.line)
+            self.line, received = self.line + received[:left], received[left:]
+            if len(self.line) == LINE_LENGTH:
+                self.note_line()
         fitting = {
             start
             for start in self.starts
@@ -153,6 +167,15 @@ class Stream:
         assert fitting, self.describe_difference(received, history)
         self.starts = fitting
         self.count += len(received)
+
+    def note_line(self) -> None:
+        """Record the start in the `?` line, and check the end in it."""
+        assert re.fullmatch(rb"[0-9]{19} [0-9]{19}\n", self.line), self.line
+        start, end = map(int, self.line.split())
+        assert start in self.starts, f"{self.line!r} names none of {sorted(self.starts)}"
+        if self.from_end:
+            assert start == max(0, end - self.header), self.line
+        self.starts = {start}
 
     def describe_difference(self, received: bytes, history: History) -> str:
         """Describe the first difference between `received` and the file, for each start."""

@@ -54,7 +54,9 @@ counts = st.one_of(
     st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5])
 )
 numbers = st.one_of(st.integers(0, 100), st.integers(0, 12_000), st.integers(0, 400_000))
-forms = st.sampled_from([b"%d\n", b"%d\n", b"-%d\n", b"-%d\n", b"-0%d\n", b"+%d\r\n", b" \t%d \n"])
+forms = st.sampled_from(
+    [b"%d\n", b"%d\n", b"-%d\n", b"-%d\n", b"-0%d\n", b"+%d\r\n", b" \t%d \n", b"?%d\n", b"?-%d\n"]
+)
 headers = st.builds(lambda form, number: form % number, forms, numbers)
 bad_headers = st.sampled_from(
     [

@@ -97,8 +97,10 @@ class World:
             return
         client.sent += len(piece)
         if client.sent == len(client.header):
-            number = int(client.header)
-            client.stream = Stream(abs(number), b"-" in client.header, self.history.now)
+            number = int(client.header.replace(b"?", b""))
+            client.stream = Stream(
+                abs(number), b"-" in client.header, self.history.now, b"?" in client.header
+            )
             self.furthest = max(self.furthest, number)
             if self.file is not None:
                 client.stream.note_size(self.history.size)

@@ -1,5 +1,6 @@
 """The protocol and its guarantees, tested with the whole program over real sockets."""
 
+import json
 import os
 import random
 import selectors
@@ -15,13 +16,29 @@ from support.files import append, random_bytes
 from support.processes import cpu_seconds
 from support.server import Serve, Server
 from support.sockets import expect, expect_eof, readable, recv_all, recv_exactly, reset_at_close
+from support.status import ask
 from support.waiting import eventually
+from tailsrv.addresses import endpoint
+from tailsrv.control_socket import CLIENTS
 
 DATA = random_bytes(100)
 APPENDED = b"appended after all headers were read"
 INT64_MAX = 2**63 - 1
 
 LOOPBACKS = ["127.0.0.1", "::1"]
+
+# The `?` line for each of these headers, with the size of DATA.
+OFFSETS_HEADERS = {
+    b"?0\n": (0, 100),
+    b"?7\n": (7, 100),
+    b"?100\n": (100, 100),
+    b"?103\n": (103, 100),
+    b"?-5\n": (95, 100),
+    b"?-0\n": (100, 100),
+    b"?-101\n": (0, 100),
+    b" ?+7\r\n": (7, 100),
+    b"?%d\n" % INT64_MAX: (INT64_MAX, 100),
+}
 
 # What a client sends, and at which offset of DATA + APPENDED its stream then starts.
 GOOD_HEADERS = {
@@ -62,6 +79,8 @@ BAD_HEADERS = {
     b"0x10\n": "not a number",
     b"\xff\0\n": "not a number",
     b"1.0\n": "not a number",
+    b"?\n": "not a number",
+    b"??1\n": "not a number",
     b"1" * 33: "header too long",
     b"1" * 33 + b"\n": "header too long",
     b" " * 5000: "header too long",
@@ -86,6 +105,36 @@ def test_good_headers(serve: Serve, path: Path, host: str) -> None:
     assert {header: recv_all(client) for header, client in clients.items()} == dict.fromkeys(
         GOOD_HEADERS, b""
     )
+
+
+def test_offsets_line(serve: Serve, path: Path) -> None:
+    """After `?` the first line has the offsets of the next byte and of the end, in 40 bytes."""
+    path.write_bytes(DATA)
+    server = serve(path, "-v")
+    clients = {header: server.connect(header) for header in OFFSETS_HEADERS}
+    for client in clients.values():
+        server.streaming(client)
+    append(path, APPENDED)
+    for header, (start, end) in OFFSETS_HEADERS.items():
+        expect(clients[header], b"%019d %019d\n" % (start, end) + (DATA + APPENDED)[start:])
+    positions = {
+        client["peer"]: (client["start"], client["position"])
+        for client in json.loads(ask(f"*:{server.port}{CLIENTS}")[0])["clients"]
+    }
+    assert positions == {
+        endpoint(*clients[header].getsockname()): (start, max(start, len(DATA + APPENDED)))
+        for header, (start, _) in OFFSETS_HEADERS.items()
+    }
+
+
+def test_offsets_of_an_empty_file(serve: Serve, path: Path) -> None:
+    """The end of an empty file is 0, and the line comes although no byte follows it."""
+    path.touch()
+    server = serve(path)
+    client = server.connect(b"?-1000\n")
+    expect(client, b"%019d %019d\n" % (0, 0))
+    append(path, DATA)
+    expect(client, DATA)
 
 
 @pytest.mark.sample(3)

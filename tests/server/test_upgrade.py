@@ -333,15 +333,15 @@ BREAKS = {
     ),
     "state": (
         "supervisor/upgrade_state.py",
-        "FORMAT = 2",
+        "FORMAT = 3",
         "FORMAT = 1000",
-        r"format \(2, \d+\).*\(1000, \d+\)",
+        r"format \(3, \d+\).*\(1000, \d+\)",
     ),
     "channel": (
         "worker_channel.py",
-        "VERSION = 2",
+        "VERSION = 3",
         "VERSION = 100",
-        r"format \(\d+, 2\).*\(\d+, 100\)",
+        r"format \(\d+, 3\).*\(\d+, 100\)",
     ),
 }
 

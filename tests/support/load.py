@@ -27,7 +27,13 @@ class LoadClient:
     earliest: int = 0
     # The rest of the header.
     unsent: bytes = b""
+    # What is still missing of the `?` line, and what was received of it.
+    line_left: int = 0
+    line: bytes = b""
 
+
+# The number of bytes of the `?` line.
+LINE_LENGTH = 40
 
 KINDS = (
     "fast",
@@ -37,6 +43,7 @@ KINDS = (
     "junk",
     "late",
     "from end",
+    "offsets",
     "ahead",
     "slow half-closed junk",
     "appends only",
@@ -62,6 +69,9 @@ class Load:
             case "from end" | "appends only":
                 count = dice.randrange(1, size) if kind == "from end" else 0
                 stream = LoadClient(kind, sock, None, size - count, b"-%d\n" % count)
+            case "offsets":
+                header = b"?-%d\n" % dice.randrange(1, size)
+                stream = LoadClient(kind, sock, None, 0, header, line_left=LINE_LENGTH)
             case "ahead":
                 start = size + dice.randrange(1, 50_000)
                 stream = LoadClient(kind, sock, start, 0, b"%d\n" % start)
@@ -111,12 +121,14 @@ class Load:
     def read(self, stream: LoadClient, count: int) -> int:
         """Read and compare up to `count` bytes; return their number."""
         try:
-            some = stream.sock.recv(count)
+            some = stream.sock.recv(min(count, stream.line_left or count))
         except BlockingIOError:
             return 0
         except OSError as error:
             raise AssertionError(f"{stream}: {error}\n{self.server.log}") from error
         assert some, f"{stream} ended\n{self.server.log}"
+        if stream.line_left:
+            return self.read_line(stream, some)
         if stream.position is None:
             stream.position = self.data.find(some, stream.earliest)
             assert stream.position >= 0, (
@@ -125,6 +137,14 @@ class Load:
         ours = self.data[stream.position : stream.position + len(some)]
         assert ours == some, f"{stream} differs\n{self.server.log}"
         stream.position += len(some)
+        return len(some)
+
+    def read_line(self, stream: LoadClient, some: bytes) -> int:
+        """Take the position from the `?` line, of which the next bytes are `some`."""
+        stream.line += some
+        stream.line_left -= len(some)
+        if not stream.line_left:
+            stream.position, _ = map(int, stream.line.split())
         return len(some)
 
     def catch_up(self) -> None:

@@ -55,9 +55,13 @@ def test_join_start_leave(client_table: ClientTable, pairs: Pairs) -> None:
     fds = duplicates(pairs)
     assert client_table.add([4, 5, 6], fds, ANY) == 0
     assert client_table.clients == {4: Entry(fds[0]), 5: Entry(fds[1]), 6: Entry(fds[2])}
-    client_table.set_start(5, 0)
-    client_table.set_start(6, 2**62)
-    assert [entry.start for entry in client_table.clients.values()] == [None, 0, 2**62]
+    client_table.set_start(5, 0, None)
+    client_table.set_start(6, 2**62, 7)
+    assert [(entry.start, entry.end) for entry in client_table.clients.values()] == [
+        (None, None),
+        (0, None),
+        (2**62, 7),
+    ]
     client_table.remove([4, 6])
     assert client_table.clients == {5: Entry(fds[1], 0)}
     assert [is_open(fd) for fd in fds] == [False, True, False]
@@ -68,7 +72,7 @@ def test_unknown_client(client_table: ClientTable, pairs: Pairs) -> None:
     """A start or a departure of a client that is not in the table changes nothing."""
     fds = duplicates(pairs[:1])
     client_table.add([1], fds, ANY)
-    client_table.set_start(2, 7)
+    client_table.set_start(2, 7, None)
     client_table.remove([2, 3])
     assert client_table.clients == {1: Entry(fds[0])}
     assert client_table.unprotected == set()
@@ -83,7 +87,7 @@ def test_too_few_sockets(client_table: ClientTable, pairs: Pairs) -> None:
         {2, 3},
         3,
     )
-    client_table.set_start(2, 7)
+    client_table.set_start(2, 7, None)
     client_table.remove([2])
     assert (set(client_table.clients), client_table.unprotected) == ({1}, {3})
     assert client_table.add([4], [], ANY) == 1
@@ -177,8 +181,8 @@ def test_save_and_load(pairs: Pairs) -> None:
     client_table = ClientTable()
     fds = duplicates(pairs)
     client_table.add([1, 5, 9, 10], fds, ANY)
-    client_table.set_start(5, 0)
-    client_table.set_start(9, 2**62)
+    client_table.set_start(5, 0, None)
+    client_table.set_start(9, 2**62, 0)
     loaded = ClientTable.load(client_table.save(), sorted(client_table.unprotected))
     assert loaded == client_table
     assert loaded.unprotected == {10}

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailsrv.protocol import MAX_HEADER, PEEK, HeaderError, Start, parse_header
+from tailsrv.protocol import (
+    MAX_HEADER,
+    PEEK,
+    HeaderError,
+    Start,
+    offsets_line,
+    parse_header,
+    resume,
+)
 
 INT64_MAX = 2**63 - 1
 
@@ -27,6 +35,13 @@ GOOD = [
     (b" -12 \n", Start(12, True)),
     (b"%d\n" % INT64_MAX, Start(INT64_MAX, False)),
     (b"-%d\n" % (INT64_MAX + 1), Start(INT64_MAX + 1, True)),
+    (b"?0\n", Start(0, False, True)),
+    (b"?17\n", Start(17, False, True)),
+    (b"?+17\n", Start(17, False, True)),
+    (b"?-0\n", Start(0, True, True)),
+    (b"?-1000\r\n", Start(1000, True, True)),
+    (b" ? 7 \n", Start(7, False, True)),
+    (b"?%d\n" % INT64_MAX, Start(INT64_MAX, False, True)),
     (b"1".rjust(MAX_HEADER, b"0") + b"\n", Start(1, False)),
     (b" " * (MAX_HEADER - 1) + b"4\n", Start(4, False)),
     (b"4" + b" " * (MAX_HEADER - 2) + b"\r\n", Start(4, False)),
@@ -34,7 +49,8 @@ GOOD = [
 
 BAD_LINES = [
     b"", b" ", b"\r", b"abc", b"1_000", b"1e3", b"1.0", b"0x10", b"12abc", b"abc12", b"1 2", b"- 5",
-    b"--5", b"+-5", b"-", b"+", b"5-", b"1,000", b"12\r\r", b"1\r2", b"12\r ", b"\r12", b"\x0012",
+    b"--5", b"+-5", b"-", b"+", b"5-", b"?", b"??1", b"?-", b"-?5", b"5?", b"? - 5", b"?a",
+    b"1,000", b"12\r\r", b"1\r2", b"12\r ", b"\r12", b"\x0012",
     b"12\x00", b"\x0b12", b"\x0c12", b"GET / HTTP/1.1\r", "٣".encode(), "\uff11\uff12".encode(),
     "\u22125".encode(), "\u00a05".encode(), b"\xff\xfe", b"\xef\xbb\xbf12", b"%d" % (INT64_MAX + 1),
     b"-%d" % (INT64_MAX + 2), b"+%d" % (INT64_MAX + 1), b"9" * MAX_HEADER,
@@ -205,3 +221,35 @@ def test_offset_from_the_end_is_in_the_file(count: int, size: int) -> None:
     offset = Start(count, from_end=True).offset(size)
     assert 0 <= offset <= size
     assert min(count, size) == size - offset
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "line"),
+    [
+        (0, 0, b"0000000000000000000 0000000000000000000\n"),
+        (5, 1234, b"0000000000000000005 0000000000000001234\n"),
+        (INT64_MAX, 7, b"9223372036854775807 0000000000000000007\n"),
+    ],
+)
+def test_offsets_line(start: int, end: int, line: bytes) -> None:
+    """The `?` line has 40 bytes: two numbers of 19 digits, a blank and a newline."""
+    assert offsets_line(start, end) == line
+    assert len(line) == 40
+
+
+@pytest.mark.parametrize(
+    ("end", "sent", "rest", "offset"),
+    [
+        (None, 0, b"", 100),
+        (None, 7, b"", 107),
+        (200, 0, offsets_line(100, 200), 100),
+        (200, 1, offsets_line(100, 200)[1:], 100),
+        (200, 39, b"\n", 100),
+        (200, 40, b"", 100),
+        (200, 41, b"", 101),
+        (0, 140, b"", 200),
+    ],
+)
+def test_resume(end: int | None, sent: int, rest: bytes, offset: int) -> None:
+    """The bytes of the `?` line are sent once, and do not count as bytes of the file."""
+    assert resume(100, end, sent) == (rest, offset)

@@ -58,10 +58,10 @@ def test_reports_of_a_worker_that_left_a_message_unread(
     report_reader = ReportReader([slot], loop, lambda *_: None)
     with socket.socket() as client:
         socket.send_fds(channel[1], [encode(WorkerReport(joined=[7]))], [client.fileno()])
-    channel[1].send(encode(WorkerReport(started=[(7, 5)])))
+    channel[1].send(encode(WorkerReport(started=[(7, 5, 9)])))
     channel[0].send(encode(Ping()))
     channel[1].close()
     read(report_reader, slot)
-    assert slot.client_table.clients[7].start == 5
+    assert (slot.client_table.clients[7].start, slot.client_table.clients[7].end) == (5, 9)
     slot.client_table.close_in_child()
     loop.epoll.close()

@@ -32,7 +32,7 @@ notices = st.builds(
 reports = st.builds(
     WorkerReport,
     joined=st.lists(numbers, max_size=20),
-    started=st.lists(st.tuples(numbers, numbers), max_size=20),
+    started=st.lists(st.tuples(numbers, numbers, st.none() | numbers), max_size=20),
     left=st.lists(numbers, max_size=20),
     notices=notices,
 )
@@ -42,7 +42,12 @@ reports = st.builds(
     "message",
     [
         WorkerReport(),
-        WorkerReport([7], [(7, 4096)], [8, 9], Notices(True, True, 0, "no inotify: 'ünï'")),
+        WorkerReport(
+            [7],
+            [(7, 4096, None), (8, 0, 0), (9, 5, 2**63 - 1)],
+            [8, 9],
+            Notices(True, True, 0, "no inotify: 'ünï'"),
+        ),
         WorkerReport(notices=Notices(truncated=0)),
         WorkerReport(left=[2**63 - 1]),
         Drain(0.0),
@@ -69,7 +74,7 @@ def test_the_largest_report_fits() -> None:
     """A packet has room for the largest number of clients of each kind, and for notices."""
     report = WorkerReport(
         joined=list(range(MAX_REPORTED_SOCKETS)),
-        started=[(client, 2**62) for client in range(MAX_REPORTED_CLIENTS)],
+        started=[(client, 2**62, 2**62) for client in range(MAX_REPORTED_CLIENTS)],
         left=list(range(MAX_REPORTED_CLIENTS)),
         notices=Notices(True, True, 2**62, "\N{PILE OF POO}" * 100),
     )
@@ -109,7 +114,11 @@ def test_junk(packet: bytes) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [Drain(1.0), WorkerReport([1], [(1, 2)], [3]), WorkerReport([1], [], [], Notices(ready=True))],
+    [
+        Drain(1.0),
+        WorkerReport([1], [(1, 2, None)], [3]),
+        WorkerReport([1], [], [], Notices(ready=True)),
+    ],
 )
 def test_truncated_packet(message: Message) -> None:
     """A truncated packet raises MessageError, unless exactly its notices are missing."""
@@ -121,7 +130,7 @@ def test_truncated_packet(message: Message) -> None:
                 decode(packet[:length])
 
 
-@pytest.mark.parametrize("message", [Drain(1.0), WorkerReport([1], [(1, 2)], [3])])
+@pytest.mark.parametrize("message", [Drain(1.0), WorkerReport([1], [(1, 2, None)], [3])])
 def test_another_version(message: Message) -> None:
     """A packet of another version is refused, and the error names the expected version."""
     packet = encode(message)

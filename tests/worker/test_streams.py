@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.files import append, opened
-from support.sockets import recv_all, reset, tcp_pair, wait_for
+from support.sockets import readable, recv_all, reset, tcp_pair, wait_for
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import MAX_READERS, ReadAhead
 from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Streams, next_chunk
@@ -43,6 +43,15 @@ class StreamsBench:
         """Add a client at `offset`."""
         near, far = self.stack.enter_context(tcp_pair(receive, send))
         client = Client(0, near, far.getsockname())
+        self.fars[client] = far
+        self.streams.add(client, offset)
+        return client
+
+    def client_with_line(self, offset: int, line: bytes, send: int | None = None) -> Client:
+        """Add a client at `offset` that is sent `line` before the file's bytes."""
+        near, far = self.stack.enter_context(tcp_pair(send=send))
+        client = Client(0, near, far.getsockname())
+        client.line = line
         self.fars[client] = far
         self.streams.add(client, offset)
         return client
@@ -108,6 +117,49 @@ def test_start_in_the_file(bench: StreamsBench, offset: int) -> None:
     bench.grow(b"more")
     assert bench.streams.offset_of(client) == 14
     assert bench.received(client) == b"0123456789more"[offset:]
+
+
+@pytest.mark.parametrize("offset", [0, 3, 10, 14])
+def test_line_before_the_bytes(bench: StreamsBench, offset: int) -> None:
+    """A line comes once and before the file's bytes, wherever the stream starts."""
+    bench.grow(b"0123456789")
+    client = bench.client_with_line(offset, b"line\n")
+    assert not readable(bench.fars[client])
+    bench.streams.pump()
+    assert bench.fars[client].recv(5) == b"line\n"
+    bench.grow(b"abcdefgh")
+    bench.streams.pump()
+    assert bench.streams.offset_of(client) == 18
+    assert bench.received(client) == b"0123456789abcdefgh"[offset:]
+
+
+def test_append_before_the_line(bench: StreamsBench) -> None:
+    """An append does not overtake a line that has not been sent yet."""
+    bench.grow(b"01")
+    client = bench.client_with_line(2, b"line\n")
+    bench.grow(b"23")
+    bench.streams.pump()
+    assert bench.received(client) == b"line\n23"
+
+
+def test_line_for_a_full_socket(bench: StreamsBench) -> None:
+    """The rest of a line waits until the socket has room, and the file's bytes follow it."""
+    bench.grow(b"0123456789")
+    line = os.urandom(1 << 22)
+    client = bench.client_with_line(4, line, send=4096)
+    bench.streams.pump()
+    assert bench.awaiting_room == [client]
+    assert 0 < len(client.line) < len(line)
+    assert bench.serve(client)[client] == line + b"456789"
+
+
+def test_line_for_a_client_that_is_gone(bench: StreamsBench) -> None:
+    """A client that has hung up before its line was sent is dropped."""
+    bench.grow(b"01")
+    client = bench.client_with_line(0, b"line\n")
+    client.sock.shutdown(socket.SHUT_WR)
+    bench.streams.pump()
+    assert bench.dropped == [(client, None)]
 
 
 def test_append_while_behind(bench: StreamsBench) -> None:

@@ -29,7 +29,7 @@ from support.worker_bench import WorkerBench, working
 from tailsrv.addresses import endpoint
 from tailsrv.config import ExitStatus
 from tailsrv.linux.sockets import discard
-from tailsrv.protocol import Start, parse_header
+from tailsrv.protocol import Start, offsets_line, parse_header
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker_channel import MAX_PACKET, Drain, Ping, encode
 from tailsrv.worker_context import Entry
@@ -581,6 +581,18 @@ def test_acknowledgements_are_waited_for(bench: WorkerBench, when: str) -> None:
     assert client.state is ClientState.STREAMING
 
 
+@pytest.mark.parametrize("sent", [0, 1, 20, 39, 40, 41, 45])
+def test_adopted_in_the_offsets_line(bench: WorkerBench, sent: int) -> None:
+    """A worker that died anywhere in or after a `?` line has a successor that sends the rest."""
+    stream = offsets_line(4, 10) + b"456789"
+    near, far = bench.stack.enter_context(tcp_pair())
+    if sent:
+        near.send(stream[:sent])
+    bench.worker.adopt({1: Entry(near.dup().detach(), 4, 10)})
+    append(bench.path, b"ab")
+    assert bench.receive(far, 48) == stream + b"ab"
+
+
 def test_truncation_is_reported(bench: WorkerBench) -> None:
     """A truncation is reported with the new size, and clients beyond it wait for their offset."""
     far, _ = bench.connect(b"-0\n")
@@ -635,7 +647,7 @@ def test_clients_are_reported(bench: WorkerBench) -> None:
     bench.settle()
     reports = bench.reports()
     assert [number for report in reports for number in report.joined] == [client.number]
-    assert [pair for report in reports for pair in report.started] == [(client.number, 6)]
+    assert [start for report in reports for start in report.started] == [(client.number, 6, None)]
     assert bench.receive(far, 4) == b"6789"
     bench.skew = 10.0
     bench.until(lambda: getproctitle() == "tailsrv: worker 0 127.0.0.1:0 [1 client]")
@@ -661,7 +673,7 @@ def test_header_stays_in_the_socket_until_the_start_is_reported(bench: WorkerBen
     bench.until(lambda: bench.worker.reporter.starting)
     append(bench.path, b"ab")
     assert bench.receive(follower, 2) == b"ab"
-    [(client, offset)] = bench.worker.reporter.starting
+    [(client, offset, _)] = bench.worker.reporter.starting
     assert offset == 8
     assert client.sock.recv(10, socket.MSG_PEEK) == b"8\n"
     assert not readable(far)
@@ -670,7 +682,9 @@ def test_header_stays_in_the_socket_until_the_start_is_reported(bench: WorkerBen
         assert not bench.channel.recv(MAX_PACKET).strip(b"\0")
     bench.skew = 10.0
     assert bench.receive(far, 4) == b"89ab"
-    assert [pair for report in bench.reports() for pair in report.started] == [(client.number, 8)]
+    assert [start for report in bench.reports() for start in report.started] == [
+        (client.number, 8, None)
+    ]
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ class Poisoned(worker.Worker):
             die()
         super().adopt(entries)
 
-    def start_stream(self, client: Client, offset: int) -> None:
-        super().start_stream(client, offset)
+    def start_stream(self, client: Client, offset: int, end: int | None) -> None:
+        super().start_stream(client, offset, end)
         if offset == 666:
             die()
 
