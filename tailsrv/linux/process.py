@@ -108,15 +108,13 @@ def raise_oom_score() -> None:
     no privilege. It is for a child whose death does less harm than that of its parent. If /proc
     does not allow the change, the value stays as it is.
     """
-    # Not open(): the objects behind it would cost each child a tenth of its memory [measured: 0.1
-    # MiB, and 1 MiB more for the codec of a text file].
+    # Binary files: for a text file, each child would import a codec, which makes memory private
+    # that it shares with its parent [measured: 0.3 MiB of 3.5].
     with suppress(OSError, ValueError):
-        file = os.open(_OOM_SCORE_FILE, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            inherited = int(os.read(file, 32))
-            os.write(file, b"%d" % min(inherited + _OOM_SCORE_INCREMENT, _MAX_OOM_SCORE))
-        finally:
-            os.close(file)
+        with open(_OOM_SCORE_FILE, "rb") as file:
+            inherited = int(file.read())
+        with open(_OOM_SCORE_FILE, "wb") as file:
+            file.write(b"%d" % min(inherited + _OOM_SCORE_INCREMENT, _MAX_OOM_SCORE))
 
 
 @dataclass(frozen=True, slots=True)
