@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
+from support.sockets import LINE_LENGTH
+
 # The number of bytes that are compared at a time.
 BLOCK = 4096
-
-# The number of bytes of the `?` line.
-LINE_LENGTH = 40
 
 
 @dataclass(frozen=True, slots=True)

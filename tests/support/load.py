@@ -11,6 +11,7 @@ from pathlib import Path
 
 from support.files import append, random_bytes
 from support.server import Server
+from support.sockets import LINE_LENGTH
 from support.status import await_clients
 from support.waiting import DEADLINE
 
@@ -31,9 +32,6 @@ class LoadClient:
     line_left: int = 0
     line: bytes = b""
 
-
-# The number of bytes of the `?` line.
-LINE_LENGTH = 40
 
 KINDS = (
     "fast",

@@ -9,6 +9,9 @@ import pytest
 
 from support.waiting import DEADLINE
 
+# The number of bytes of the `?` line.
+LINE_LENGTH = 40
+
 
 def connect(
     port: int, header: bytes = b"", host: str = "127.0.0.1", receive_buffer: int = 0

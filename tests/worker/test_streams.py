@@ -39,17 +39,11 @@ class StreamsBench:
         client.state = ClientState.CLOSED
         self.streams.remove(client)
 
-    def client(self, offset: int, receive: int | None = None, send: int | None = None) -> Client:
-        """Add a client at `offset`."""
-        near, far = self.stack.enter_context(tcp_pair(receive, send))
-        client = Client(0, near, far.getsockname())
-        self.fars[client] = far
-        self.streams.add(client, offset)
-        return client
-
-    def client_with_line(self, offset: int, line: bytes, send: int | None = None) -> Client:
+    def client(
+        self, offset: int, receive: int | None = None, send: int | None = None, line: bytes = b""
+    ) -> Client:
         """Add a client at `offset` that is sent `line` before the file's bytes."""
-        near, far = self.stack.enter_context(tcp_pair(send=send))
+        near, far = self.stack.enter_context(tcp_pair(receive, send))
         client = Client(0, near, far.getsockname())
         client.line = line
         self.fars[client] = far
@@ -123,7 +117,7 @@ def test_start_in_the_file(bench: StreamsBench, offset: int) -> None:
 def test_line_before_the_bytes(bench: StreamsBench, offset: int) -> None:
     """A line comes once and before the file's bytes, wherever the stream starts."""
     bench.grow(b"0123456789")
-    client = bench.client_with_line(offset, b"line\n")
+    client = bench.client(offset, line=b"line\n")
     assert not readable(bench.fars[client])
     bench.streams.pump()
     assert bench.fars[client].recv(5) == b"line\n"
@@ -136,7 +130,7 @@ def test_line_before_the_bytes(bench: StreamsBench, offset: int) -> None:
 def test_append_before_the_line(bench: StreamsBench) -> None:
     """An append does not overtake a line that has not been sent yet."""
     bench.grow(b"01")
-    client = bench.client_with_line(2, b"line\n")
+    client = bench.client(2, line=b"line\n")
     bench.grow(b"23")
     bench.streams.pump()
     assert bench.received(client) == b"line\n23"
@@ -146,7 +140,7 @@ def test_line_for_a_full_socket(bench: StreamsBench) -> None:
     """The rest of a line waits until the socket has room, and the file's bytes follow it."""
     bench.grow(b"0123456789")
     line = os.urandom(1 << 22)
-    client = bench.client_with_line(4, line, send=4096)
+    client = bench.client(4, send=4096, line=line)
     bench.streams.pump()
     assert bench.awaiting_room == [client]
     assert 0 < len(client.line) < len(line)
@@ -156,7 +150,7 @@ def test_line_for_a_full_socket(bench: StreamsBench) -> None:
 def test_line_for_a_client_that_is_gone(bench: StreamsBench) -> None:
     """A client that has hung up before its line was sent is dropped."""
     bench.grow(b"01")
-    client = bench.client_with_line(0, b"line\n")
+    client = bench.client(0, line=b"line\n")
     client.sock.shutdown(socket.SHUT_WR)
     bench.streams.pump()
     assert bench.dropped == [(client, None)]
