@@ -46,7 +46,7 @@ def follow(
     """Iterate over the bytes of a served file; reconnect without losing or repeating any.
 
     After each reconnect the iterator first requests the bytes before its offset again, up to 4
-    KiB, and compares them. The server does not send offsets, so after -N or "-0" the offset is
+    KiB, and compares them. It does not ask the server for offsets, so after -N or "-0" one is
     unknown at first. If the file is shorter than 64 KiB, and not empty, the iterator learns the
     offset when no data has arrived for a second. If the offset is unknown after a reconnect, the
     iterator searches the end of the file, up to 64 MiB, for the last 4 KiB before its position.

@@ -1,6 +1,6 @@
 """Decides what to request after a lost connection, so that a stream resumes at the exact byte.
 
-The server sends only bytes of the file; it does not send offsets. A stream that began at an offset
+This client does not ask the server for offsets (`?`). A stream that began at an offset
 from the start of the file knows its offset at all times. A stream that began at an offset from the
 end knows only the last bytes before its position. If the file is short, it can fetch all of them,
 and count them to learn its offset.
