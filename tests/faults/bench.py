@@ -1,5 +1,6 @@
 """A server in which faults occur one after another, its clients, and what happens to them."""
 
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from support.files import append, random_bytes
 from support.processes import children, open_descriptors, session
 from support.server import HELD, Server
 from support.sockets import connect, reset
-from support.status import ask, ready_workers, status
+from support.status import ask, ready_workers
 from support.waiting import DEADLINE, eventually
 
 
@@ -342,11 +343,25 @@ class FaultBench:
     # The outcome.
 
     def await_clients(self) -> None:
-        """Wait until the supervisor's count of clients is the number of connected clients."""
+        """Wait until the supervisor has counted all connections and disconnections.
+
+        After a fault it may not read the reports of a worker for a moment. Until then its count can
+        be right by chance: neither the arrival nor the departure of a client is in it. A request
+        for the status pings the worker, and reports are read in their order. So the count includes
+        the earlier reports if the answer to the ping has been read.
+        """
         assert self.server is not None
-        server = self.server
+        endpoint = f"*:{self.server.port}"
         count = len(self.followers) + (self.stalled is not None)
-        eventually(lambda: status(server)["clients"] == count)
+
+        def look() -> bool:
+            ask(endpoint)
+            found = json.loads(ask(endpoint)[0])
+            return found["clients"] == count and not any(
+                worker["silent"] for worker in found["workers"]
+            )
+
+        eventually(look)
 
     def count_descriptors(self) -> Mapping[int, int]:
         """Return how many descriptors each process has open."""
