@@ -21,17 +21,17 @@ tscat runs until it is stopped. After a lost connection it reconnects and resume
 OFFSET is N (start at byte N), -N (start N bytes before the end) or -0 (only new data).
 Several HOST:PORT are replicas of the same file. All addresses of all names are tried in turn.
 An IPv6 address needs brackets: [::1]:4321.
-With -N or -0, tscat can resume only if the last 4 KiB before its position are unique in the file.
+If the server is older than tailsrv 2.0, tscat cannot resume with -N or -0, and says so.
 
 examples: the whole file, then everything appended:  tscat logserver:4321
 the last 1000 bytes, starting with a whole line:  tscat --lines logserver:4321 -1000
 only new data, from whichever relay can be reached:  tscat relay1:4321 relay2:4321 -0
-the present content, then stop:  tscat --until-idle 2 [::1]:4321 > copy
+the present content, then stop:  tscat --no-follow [::1]:4321 > copy
 
-exit status: 0 interrupted, standard output was closed, or stopped by --once or --until-idle
-1 no connection, standard output cannot be written, or the position is lost
+exit status: 0 interrupted, standard output was closed, or stopped by an option
+1 no connection, standard output cannot be written, or the server is too old for what is asked
 2 wrong command line
-3 the server has a different file now
+3 the server has a different file now, or the next bytes no longer exist
 """
 
 TSSYNC_EPILOG = """\
@@ -45,10 +45,10 @@ examples: keep a copy:  tssync logserver:4321 app.log
 lose at most the last second in a power cut:  tssync --fsync 1 logserver:4321 app.log
 start a new copy after a rotation:  tssync --on-mismatch=restart logserver:4321 app.log
 
-exit status: 0 interrupted, or stopped by --once or --until-idle
+exit status: 0 interrupted, or stopped by an option
 1 no connection, or FILE cannot be written
 2 wrong command line
-3 FILE is not the beginning of the remote file
+3 FILE is not the beginning of the remote file, or the bytes that follow it no longer exist
 """
 
 TAILSRV_EPILOG = """\
@@ -260,11 +260,12 @@ class ClientExitStatus(IntEnum):
 
     # Interrupted, standard output was closed, or stopped by an option.
     DONE = 0
-    # No connection, the output cannot be written, or the position in the file is lost.
+    # No connection, the output cannot be written, or the server is too old for what is asked.
     FAILED = 1
     # The command line is wrong.
     USAGE = 2
-    # The remote file does not begin with the bytes that were already received or copied.
+    # The remote file does not begin with the bytes that were already received or copied, or the
+    # bytes that follow them no longer exist.
     OTHER_FILE = 3
 
 
@@ -278,11 +279,13 @@ def make_tscat_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "offset", metavar="OFFSET", nargs="?", help="where to start: N, -N or -0 (default: 0)"
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--follow",
         action="store_true",
         help="reconnect after a lost connection (this is the default)",
     )
+    _add_no_follow(which)
     parser.add_argument(
         "--lines",
         action="store_true",
@@ -310,6 +313,7 @@ def make_tssync_parser() -> argparse.ArgumentParser:
         help="write received data to the disk (fdatasync) within this many seconds, and at the end"
         " (default: when the kernel does it)",
     )
+    _add_no_follow(parser)
     _add_client_endings(parser)
     return parser
 
@@ -331,6 +335,16 @@ def _make_client_parser(prog: str, description: str, epilog: str) -> argparse.Ar
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
+
+
+def _add_no_follow(parser: argparse._ActionsContainer) -> None:
+    """Add the option that makes `tscat` or `tssync` stop at the end of the file."""
+    parser.add_argument(
+        "--no-follow",
+        action="store_true",
+        help="copy what there is now, then stop; exit status 1 if the server is older than"
+        " tailsrv 2.0",
+    )
 
 
 def _add_client_endings(parser: argparse.ArgumentParser) -> None:

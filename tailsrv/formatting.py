@@ -15,3 +15,10 @@ def size(count: float | None) -> str:
 def counted(number: int, noun: str) -> str:
     """Return the number and the noun, as in `1 client` or `2 clients`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as minutes and seconds, with hours if there are any: `0:11`, `2:05:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from tailsrv.addresses import EndpointError, check_port, parse_endpoint
 from tailsrv.client.connector import Backoff, ConnectError, Connector, UnknownHostError, Wait, wait
 from tailsrv.client.resume import (
-    LostPlaceError,
+    GoneError,
     OffsetError,
     OtherFileError,
     PlaceError,
@@ -23,7 +23,7 @@ from tailsrv.client.resume import (
 from tailsrv.client.stream import Follow
 
 __all__ = [
-    "Backoff", "ConnectError", "EndpointError", "Follow", "LostPlaceError", "OffsetError",
+    "Backoff", "ConnectError", "EndpointError", "Follow", "GoneError", "OffsetError",
     "OtherFileError", "PlaceError", "Recall", "UnknownHostError", "Wait", "follow",
 ]  # fmt: skip
 
@@ -36,6 +36,7 @@ def follow(
     *,
     once: bool = False,
     idle: float | None = None,
+    until_end: bool = False,
     whole_lines: bool = False,
     backoff: Backoff = Backoff(),  # noqa: B008 - frozen
     connect_timeout: float = 10.0,
@@ -45,15 +46,13 @@ def follow(
 ) -> Follow:
     """Iterate over the bytes of a served file; reconnect without losing or repeating any.
 
-    After each reconnect the iterator first requests the bytes before its offset again, up to 4
-    KiB, and compares them. It does not ask the server for offsets, so after -N or "-0" one is
-    unknown at first. If the file is shorter than 64 KiB, and not empty, the iterator learns the
-    offset when no data has arrived for a second. If the offset is unknown after a reconnect, the
-    iterator searches the end of the file, up to 64 MiB, for the last 4 KiB before its position.
-    They must be there exactly once. The search can find a wrong position only if, during one
-    outage, the same 4 KiB are appended once more, and more than 1 MiB later. If a connection is
-    lost before any byte was received, and either within a second or while the file is empty, -N is
-    requested again.
+    The first header begins with `?`, so that the server tells the offset of the first byte. After
+    each reconnect the iterator first requests the bytes before its offset again, up to 4 KiB, and
+    compares them.
+
+    A server of tailsrv 1 does not answer `?`. The iterator reports that and then sends the header
+    without it. A stream that began at an offset from the end then does not know its offset, and
+    cannot resume after it has received bytes. Until then, it begins again after a lost connection.
 
     `recall`, `report` and `wait` are called in the thread that iterates. Each name that is not a
     numeric address is looked up in a daemon thread, which calls none of them.
@@ -63,11 +62,14 @@ def follow(
             brackets) or (host, port). All addresses of all names are tried in turn, then again
             after a pause.
         offset: Where to start, as in the protocol: N counts bytes from the start of the file, -N
-            from its end, and "-0" means only new data. The integer 0 means the start of the file.
-        once: Stop when the first connection ends, instead of reconnecting.
+            from its end, and "-0" means only new data. The integer 0 means the earliest byte that
+            the server has, unless `recall` is given.
+        once: Stop when the first connection ends, instead of reconnecting. A connection that only
+            shows that the server does not answer `?` does not count.
         idle: Stop after this many seconds without new data. None: never.
+        until_end: Stop at the offset where the log ended when the stream began.
         whole_lines: With an offset from the end, start at the first line that begins there or
-            later.
+            later. If fewer bytes than requested exist, start at the first of them.
         backoff: The pauses between rounds of attempts to connect, see `Backoff`.
         connect_timeout: Seconds for each attempt to connect to one address, and for all look-ups of
             names in one round. A name that needs longer is left out until its addresses are found.
@@ -77,8 +79,8 @@ def follow(
             these are the last bytes that the iterator has received. Not used if `offset` counts
             from the end.
         report: Called with one line of text when no address is left to try (not again while the
-            text stays the same), when a server does not send the bytes that it must have, and when
-            bytes arrive again after a failure.
+            text stays the same), when a server does not send the bytes that it must have, or does
+            not answer `?`, and when bytes arrive again after a failure.
         wait: For programs like `tssync`, which do other things while they wait. Called with a
             descriptor (-1: none), poll(2) events, and a number of seconds (None: no limit). Waits
             for the events for at most that time, and returns whether they occurred. It may raise
@@ -86,22 +88,25 @@ def follow(
 
     Returns:
         A `Follow`, which is an iterator and a context manager. Its chunks are never empty, and may
-        end in the middle of a line. A chunk has at most 64 KiB, with one exception: after a
-        reconnect with an unknown offset, the first chunk may have up to 64 MiB. `Follow.offset` is
-        the offset after the last chunk, None while it is unknown. `Follow.close` closes the
-        connection and ends the iteration.
+        end in the middle of a line. A chunk has at most 64 KiB. `Follow.offset` is the offset after
+        the last chunk, None while it is unknown. `Follow.end` is the offset of the log's end when a
+        server last told it, else None. `Follow.close` closes the connection and ends the iteration.
 
     Raises:
         EndpointError, OffsetError: At once, for malformed arguments. Both are ValueErrors.
         UnknownHostError: While iterating, if no name has an address, and none has ever had one.
         ConnectError: While iterating. With `once`: no server can be reached, or the connection
-            fails. With `idle`: within that time no server with the data can be reached. It is an
-            OSError, and the base class of UnknownHostError.
+            fails. With `idle`: within that time no server with the data can be reached. With
+            `until_end`: `once` or `idle` stops the iteration before the end, or the server has
+            fewer bytes than the caller. It is an OSError, and the base class of UnknownHostError.
         OtherFileError: While iterating: the server has different bytes before the current offset,
             for example because the file was rotated.
-        LostPlaceError: While iterating, only if `offset` counts from the end: the current position
-            cannot be found again. This error and OtherFileError are PlaceErrors. All of these
-            errors that are raised while iterating close the iterator.
+        GoneError: While iterating: no server has the next byte, because it was deleted from the
+            log. Its `offset` is that of the byte, `start` that of the earliest byte there is.
+        PlaceError: While iterating: a server that does not answer `?` cannot continue this stream,
+            or serve it with `until_end`, or with `whole_lines` and an offset from the end. It is
+            the base class of OtherFileError and GoneError. All of these errors that are raised
+            while iterating close the iterator.
 
     """
     servers = [
@@ -113,12 +118,12 @@ def follow(
     connector = Connector(servers, backoff, connect_timeout, wait, report)
     return Follow(
         connector,
-        position_at(offset, recall),
+        position_at(offset, recall, whole_lines),
         wait,
         report,
         once=once,
         idle=idle,
-        whole_lines=whole_lines,
+        until_end=until_end,
     )
 
 

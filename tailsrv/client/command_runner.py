@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from tailsrv.arguments import ClientExitStatus
-from tailsrv.client import EndpointError, OffsetError, OtherFileError, PlaceError
+from tailsrv.client import EndpointError, GoneError, OffsetError, OtherFileError, PlaceError
 
 
 class RunError(Exception):
@@ -28,7 +28,7 @@ def run(command: str, work: Callable[[], object]) -> ClientExitStatus:
     except (EndpointError, OffsetError) as error:
         print_message(command, str(error))
         return ClientExitStatus.USAGE
-    except OtherFileError as error:
+    except (OtherFileError, GoneError) as error:
         print_message(command, str(error))
         return ClientExitStatus.OTHER_FILE
     except (RunError, PlaceError) as error:

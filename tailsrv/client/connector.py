@@ -76,12 +76,6 @@ CONNECTION_ENDED = "the server closed the connection"
 # The look-up continues, so it has not failed, and getaddrinfo(3) has no text for this.
 NAME_SERVICE_SILENT = "the name service does not answer"
 
-# Seconds. A server that has sent nothing for this long is assumed to have sent the whole file.
-QUIET_TIME = 1.0
-# Seconds to receive the bytes that are fetched on a separate connection. For the longest fetch (64
-# KiB), this allows a rate of 2 kB/s.
-FETCH_TIMEOUT = 30.0
-
 
 class Connector:
     """Returns connected sockets, one after the other.
@@ -111,8 +105,8 @@ class Connector:
         self._reported = ""
         # Whether an address has ever been found.
         self._resolved_once = False
-        # Whether the last look-ups have found more than one address, so that there is a choice.
-        self.choice = False
+        # The number of addresses that the last look-ups have found.
+        self.addresses = 0
 
     def connect(self, until: float | None = None, once: bool = False) -> socket.socket:
         """Return a connected socket, after as many rounds as necessary.
@@ -136,7 +130,7 @@ class Connector:
             if self._reasons:
                 self._end_round(until, once)
             found = self._resolve(until)
-            self.choice = len(found) > 1
+            self.addresses = len(found)
             self._untried = iter(found)
 
     def close(self) -> None:
@@ -145,9 +139,23 @@ class Connector:
             lookup.close()
         self._lookups.clear()
 
-    def reconnect(self, sock: socket.socket, wait: Wait) -> socket.socket:
+    def reconnect(self, sock: socket.socket) -> socket.socket:
         """Return another connection to the server that `sock` is connected to. Raises OSError."""
-        return _connect_to(sock.family, sock.getpeername(), self._timeout, wait)
+        return _connect_to(sock.family, sock.getpeername(), self._timeout, self._wait)
+
+    def ask(self, sock: socket.socket, header: bytes, count: int, limit: float) -> bytes | None:
+        """Return the first `count` bytes of the answer to `header`, on a separate connection.
+
+        The connection is to the server of `sock`. Returns fewer bytes if the connection ends before
+        them, b"" if it fails, and None if the bytes have not arrived within `limit` seconds.
+        """
+        try:
+            with self.reconnect(sock) as other:
+                return fetch(other, header, count, self._wait, limit)
+        except TimeoutError:
+            return None
+        except OSError:
+            return b""
 
     def failed(self, reason: str) -> None:
         """Note why an attempt has failed, or a connection has ended, for this round's report."""
@@ -260,26 +268,24 @@ def name_of(sock: socket.socket) -> str:
     return endpoint(*sock.getpeername()[:2])
 
 
-def fetch(
-    sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float = FETCH_TIMEOUT
-) -> bytes:
-    """Send `header` and return the first `count` bytes of the answer, or fewer if no more arrive.
+def fetch(sock: socket.socket, header: bytes, count: int, wait: Wait, limit: float) -> bytes:
+    """Send `header` and return the first `count` bytes of the answer, or fewer if it ends before.
 
-    Returns fewer when QUIET_TIME seconds have passed without a byte. Raises OSError if the
-    connection fails, or if the server closes it. Also raises OSError if bytes are still missing
-    after `limit` seconds although the server keeps sending. A part of the answer is not returned
-    then, because it would look like a short file.
+    Raises OSError if the connection fails, or if bytes are missing after `limit` seconds.
     """
     sock.send(header)
     data = b""
     end = time.monotonic() + limit
-    while len(data) < count and wait(sock.fileno(), select.POLLIN, QUIET_TIME):
-        received = sock.recv(count - len(data))
-        if not received:
-            raise ConnectionAbortedError(errno.ECONNABORTED, CONNECTION_ENDED)
-        data += received
-        if len(data) < count and time.monotonic() >= end:
+    while len(data) < count:
+        if not wait(sock.fileno(), select.POLLIN, max(0.0, end - time.monotonic())):
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        try:
+            received = sock.recv(count - len(data))
+        except BlockingIOError:
+            continue
+        if not received:
+            break
+        data += received
     return data
 
 

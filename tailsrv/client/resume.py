@@ -1,28 +1,22 @@
-"""Decides what to request after a lost connection, so that a stream resumes at the exact byte.
+"""Decides what to request on each connection, so that a stream resumes at the exact byte.
 
-This client does not ask the server for offsets (`?`). A stream that began at an offset
-from the start of the file knows its offset at all times. A stream that began at an offset from the
-end knows only the last bytes before its position. If the file is short, it can fetch all of them,
-and count them to learn its offset.
+The first header of a stream begins with `?`. The server then sends one line before the bytes of
+the log: the offset of the first byte that follows, and the offset of the log's end. From then on
+the stream knows its offset. After a lost connection it requests the last bytes before its offset
+again, and compares them.
 
 This module is pure: it makes no system calls.
 """
 
+import re
 from collections.abc import Callable
 
-# Number of bytes before the position that a new connection must confirm: they are compared or
-# searched for.
+# Number of bytes before the offset that a new connection must confirm.
 CONTEXT = 4096
 
-# How many bytes at the end of the file are searched for the position of a stream that began at an
-# offset from the end. The second number is used if the position is not found with the first, or if
-# fewer than CONTEXT bytes have been received. These bytes are held in memory. What is appended
-# during an outage must fit into the second number.
-WINDOWS = (1 << 20, 64 << 20)
-
-# Bytes to fetch from the end of the file when a stream that began at an offset from the end is
-# quiet. If the file is shorter than this, the fetch shows its size, which is the stream's offset.
-ANCHOR = 64 << 10
+# The line that a server sends for a header with `?`: two offsets of 19 digits.
+LINE_SIZE = 40
+_LINE = re.compile(rb"([0-9]{19}) ([0-9]{19})\n")
 
 _INT64_MAX = 2**63 - 1
 
@@ -34,211 +28,188 @@ class OffsetError(ValueError):
 
 
 class PlaceError(Exception):
-    """The stream cannot be resumed at the exact byte."""
+    """The stream cannot be started or resumed at the exact byte."""
 
 
 class OtherFileError(PlaceError):
     """The server has different bytes before the offset, so it has a different file now."""
 
 
-class LostPlaceError(PlaceError):
-    """The position of a stream that began at an offset from the end cannot be found again.
+class GoneError(PlaceError):
+    """The log starts at `start` now, after `offset`: the bytes between them were deleted."""
 
-    The end of the file does not contain the bytes that were received last, or contains them more
-    than once.
-    """
+    def __init__(self, offset: int, start: int, text: str = "") -> None:
+        super().__init__(
+            text
+            or f"the bytes from offset {offset} on no longer exist: the log starts at offset"
+            f" {start} now; start again with offset 0 (the earliest byte there is), or name a"
+            " server that still has them"
+        )
+        self.offset, self.start = offset, start
 
 
-class FromStart:
-    """The position of a stream that knows its offset.
+class Position:
+    """Where a stream stands: `count` bytes after the log's start, or before its end, at first.
+
+    With `whole_lines`, a stream that begins before the end skips the rest of the line that it
+    begins in.
 
     `recall` returns the bytes that a server must have directly before the given offset. By default
-    these are the bytes that were received last.
+    these are the bytes that were received last. A stream with `recall` must begin exactly at its
+    offset. Without it, offset 0 stands for the earliest byte of the log.
+
+    `offset` is the offset of the next new byte, None while it is unknown. `end` is the second
+    offset of the line that was received last, None before that.
     """
 
-    def __init__(self, offset: int, recall: Recall | None = None, last: bytes = b"") -> None:
-        self.offset = offset
-        self._last = last
+    def __init__(
+        self, count: int, from_end: bool, recall: Recall | None = None, whole_lines: bool = False
+    ) -> None:
+        self.offset = None if from_end else count
+        self.end: int | None = None
+        # Whether the stream has begun: its offset is known, and the bytes before it were compared.
+        self.settled = False
+        # Whether the last header began with `?`.
+        self.asked = False
+        # With `whole_lines`, one more byte shows whether a line begins exactly at the offset.
+        self._count = count + (from_end and whole_lines)
+        self._whole_lines = from_end and whole_lines
+        # Whether to discard bytes up to the first newline.
+        self._skipping = False
+        # Whether new bytes must follow the bytes before the offset without a gap.
+        self._exact = recall is not None or count > 0
+        # Whether any byte of the log was received.
+        self._started = False
+        self._last = b""
         self._recall = recall or (lambda _: self._last)
+        # The log is known to start here. Bytes before that are not compared.
+        self._log_start = 0
+        # What was received of the line. None: no line is expected.
+        self._line: bytes | None = None
+        # The bytes before the offset that have not been received again yet.
         self._expected = b""
 
-    def header(self) -> bytes:
-        """Return the header to send on a new connection."""
-        self._expected = self._recall(self.offset)
-        return b"%d\n" % (self.offset - len(self._expected))
+    def header(self, ask: bool = True) -> bytes:
+        """Return the header to send on a new connection.
+
+        Until the stream is settled, it begins with `?`, unless `ask` is false. So does one for
+        offset 0, because without `?` the server does not tell which byte it starts with.
+        """
+        self._expected = self._compared()
+        self.asked = ask and (not self.settled or self.requested == 0)
+        self._line = b"" if self.asked else None
+        question = b"?" if self.asked else b""
+        if self.requested is None:
+            return b"%s-%d\n" % (question, self._count)
+        return b"%s%d\n" % (question, self.requested)
+
+    @property
+    def requested(self) -> int | None:
+        """The first byte to receive on this connection. None: counted from the end."""
+        return None if self.offset is None else self.offset - len(self._expected)
 
     @property
     def wanted(self) -> int:
         """The number of bytes to receive before the new ones, 0 if the next bytes are new."""
-        return len(self._expected)
+        return len(self._expected) if self._line is None else LINE_SIZE - len(self._line)
+
+    @property
+    def awaits_line(self) -> bool:
+        """Whether the line has not arrived yet."""
+        return self._line is not None
+
+    @property
+    def compares(self) -> bool:
+        """Whether bytes before the offset have not been received again yet."""
+        return bool(self._expected)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether another connection can continue the stream."""
+        return self.offset is not None or not self._started
+
+    @property
+    def needs_line(self) -> bool:
+        """Whether the stream cannot begin without the line."""
+        return self._whole_lines and self.offset is None
 
     def take(self, data: bytes) -> bytes:
-        """Process the received `data`, and return the new bytes in it. Raises OtherFileError.
+        """Process the received `data`, and return the new bytes in it.
 
-        If `wanted` is not 0, `data` must not be longer than that.
+        If `wanted` is not 0, `data` must not be longer than that. Raises OtherFileError, GoneError,
+        or PlaceError if the answer is not a line of offsets.
         """
-        if not self._expected:
-            self.offset += len(data)
-            self._last = _last_of(self._last, data)
-            return data
+        if self._line is not None:
+            self._line += data
+            if len(self._line) == LINE_SIZE:
+                self._begin(*parse_line(self._line))
+            return b""
+        if self._expected:
+            self._compare(data)
+            return b""
+        return self._new(data)
+
+    def advance(self, count: int) -> None:
+        """Advance the offset by `count` new bytes that were received without `take`."""
+        assert self.offset is not None
+        self.offset += count
+        self._started = self.settled = True
+
+    def starts_at(self, log_start: int) -> None:
+        """Note that the log starts at `log_start` now. Raises GoneError if that is too late."""
+        if self.offset is not None and log_start > self.offset:
+            raise GoneError(self.offset, log_start)
+        self._log_start = log_start
+
+    def _compared(self) -> bytes:
+        """Return the bytes before the offset that the server has to send again."""
+        if self.offset is None:
+            return b""
+        expected = self._recall(self.offset)
+        return expected[max(0, len(expected) - (self.offset - self._log_start)) :]
+
+    def _begin(self, start: int, end: int) -> None:
+        """Begin with the byte at `start`, as the line says."""
+        self._line, self.end = None, end
+        if self.offset is None:
+            self._skipping = self._whole_lines and end - start == self._count
+        if self.offset is None or (start > self.offset and not (self._exact or self._started)):
+            self.offset = start
+        elif start > self.offset:
+            raise GoneError(self.offset, start)
+        else:
+            # The log may start after the byte at offset 0 that was requested.
+            requested = self.offset - len(self._expected)
+            self._expected = self._expected[max(0, start - requested) :]
+        self._settle_if_complete()
+
+    def _settle_if_complete(self) -> None:
+        self.settled = self.settled or not self.wanted
+
+    def _compare(self, data: bytes) -> None:
         if not self._expected.startswith(data):
             raise OtherFileError(
                 f"the server has a different file: the bytes before offset {self.offset} differ"
                 " (was the file rotated?); start again with offset 0 or -0"
             )
         self._expected = self._expected[len(data) :]
-        return b""
-
-    def advance(self, count: int) -> None:
-        """Advance the offset by `count` new bytes that were received without `take`."""
-        self.offset += count
-
-
-class FromEnd:
-    """The position of a stream that began `count` bytes before the end of the file.
-
-    With `line`, the stream begins after the first newline from there.
-
-    After a lost connection it requests the end of the file, called the window, and searches it for
-    the last bytes before the position, up to CONTEXT. If the window contains them exactly once, the
-    stream continues after them. If the file is shorter than ANCHOR, the stream learns its offset.
-    """
-
-    def __init__(self, count: int, line: bool = False) -> None:
-        self.count = count
-        self.offset: int | None = None
-        # Whether the bytes before the position have been fetched into `_last`, up to CONTEXT.
-        self.anchored = False
-        # Whether to discard bytes up to the first newline.
-        self._skipping = line
-        self._last = b""
-        # What `offer` has proposed. None: nothing, or data has arrived since.
-        self._offered: bytes | None = None
-        # The part of the window that was received so far. None: the position is known.
-        self._window: bytearray | None = None
-        # The index in WINDOWS of the window's full length.
-        self._width = 0
-        # The last bytes of the file at some time after the window was requested.
-        self._end = b""
-        # The length of the window when it was last searched without success.
-        self._searched = 0
-
-    def header(self) -> bytes:
-        """Return the header to send on a new connection.
-
-        As long as nothing has been received, this is the header that began the stream.
-        """
-        self._offered = None
-        self._window = bytearray() if self._last else None
-        self._end, self._searched = b"", 0
-        if 0 < len(self._last) < CONTEXT:
-            # So few bytes may occur a second time by chance: search the largest window for them.
-            self._width = len(WINDOWS) - 1
-        return b"-%d\n" % (WINDOWS[self._width] if self._last else self.count)
-
-    @property
-    def wanted(self) -> int:
-        """The number of bytes to receive before the new ones, 0 if the next bytes are new."""
-        return 0 if self._window is None else WINDOWS[self._width] - len(self._window)
-
-    def take(self, data: bytes) -> bytes | None:
-        """Process the received `data`, and return the new bytes in it. Raises LostPlaceError.
-
-        Returns None if a new connection is needed, to request a larger window.
-        """
-        self._offered = None
-        if self._window is None:
-            return self._new(data)
-        self._window += data
-        return self._search_if_complete(self._window, len(data))
-
-    @property
-    def searching(self) -> bool:
-        """Whether the position has not been found in the window yet."""
-        return self._window is not None
-
-    @property
-    def unsearched(self) -> bool:
-        """Whether the window contains bytes that have not been searched."""
-        return self._window is not None and len(self._window) > self._searched
-
-    def reach(self, end: bytes) -> bytes:
-        """Return the new bytes if the window contains `end`, else b"". Raises LostPlaceError.
-
-        `end` is the last CONTEXT bytes of the file at present. If the window does not contain them
-        yet, it is searched as soon as `take` has added them. There is no other sign that the window
-        of a short file is complete: if nothing arrives, the network may only be slow.
-        """
-        assert self._window is not None
-        self._end = end
-        # The result is never None here: that is for a full window, which `take` has searched.
-        return self._search_if_complete(self._window, 0) or b""
-
-    def offer(self, end: bytes) -> None:
-        """Propose `end`, the last ANCHOR bytes of the file, as the bytes before the position.
-
-        They are used by the next `settle` if no data arrives before.
-        """
-        if end.endswith(self._last):
-            self._offered = end
-
-    def settle(self) -> None:
-        """Use the bytes proposed by `offer`, because nothing has arrived since then."""
-        if self._offered is not None:
-            self.anchored = True
-            self._last = self._offered[-CONTEXT:]
-            if len(self._offered) < ANCHOR and not self._skipping:
-                self.offset = len(self._offered)
-
-    def known(self) -> "FromStart | FromEnd":
-        """Return this position, as a `FromStart` if the offset is known by now."""
-        return self if self.offset is None else FromStart(self.offset, last=self._last)
+        self._settle_if_complete()
 
     def _new(self, data: bytes) -> bytes:
-        self._last = _last_of(self._last, data)
+        self._started = True
+        if self.offset is not None:
+            self.offset += len(data)
+            self.settled = True
+        self._last = data[-CONTEXT:] if len(data) >= CONTEXT else (self._last + data)[-CONTEXT:]
         if self._skipping:
             _, newline, data = data.partition(b"\n")
             self._skipping = not newline
         return data
 
-    def _search_if_complete(self, window: bytearray, new: int) -> bytes | None:
-        """Search the window if it is full, or if it reaches the end of the file.
 
-        `new` is the number of bytes that were added to the window. The bytes before them were
-        compared with the end of the file when they were added.
-        """
-        reached = (
-            self._end and window.find(self._end, max(0, len(window) - new - len(self._end))) >= 0
-        )
-        return self._search(window) if reached or not self.wanted else b""
-
-    def _search(self, window: bytearray) -> bytes | None:
-        first = window.find(self._last)
-        if first < 0 and self.wanted:
-            self._end, self._searched = b"", len(window)
-            # The server may be a replica that lags behind: wait for more.
-            return b""
-        if first < 0 and self._width + 1 < len(WINDOWS):
-            self._width += 1
-            return None
-        if first < 0 or window.find(self._last, first + 1) >= 0:
-            found, reason = (
-                ("not", "it was rotated, or it grew too much during the outage")
-                if first < 0
-                else ("more than once", "its content repeats")
-            )
-            raise LostPlaceError(
-                f"position lost: the bytes received last are {found} in the file's last"
-                f" {len(window)} bytes ({reason}); start again with offset 0, -0 or a known one"
-            )
-        self._window, self._width = None, 0
-        return self._new(bytes(window[first + len(self._last) :]))
-
-
-Position = FromStart | FromEnd
-
-
-def position_at(offset: int | str, recall: Recall | None = None) -> Position:
+def position_at(
+    offset: int | str, recall: Recall | None = None, whole_lines: bool = False
+) -> Position:
     """Return the position for an offset of the protocol. Raises OffsetError.
 
     The offset is N, -N, or "-0". "-0" must be text, because the integer -0 is 0.
@@ -250,9 +221,12 @@ def position_at(offset: int | str, recall: Recall | None = None) -> Position:
     count = int(digits.lstrip("0")[:20] or "0")
     if count > _INT64_MAX:
         raise OffsetError(f"offset does not fit 64 bits: {text}")
-    return FromEnd(count) if text.startswith("-") else FromStart(count, recall)
+    from_end = text.startswith("-")
+    return Position(count, from_end, None if from_end else recall, whole_lines)
 
 
-def _last_of(before: bytes, data: bytes) -> bytes:
-    """Return the last CONTEXT bytes of `before` followed by `data`."""
-    return data[-CONTEXT:] if len(data) >= CONTEXT else (before + data)[-CONTEXT:]
+def parse_line(line: bytes) -> tuple[int, int]:
+    """Return the two offsets of a line that a server has sent. Raises PlaceError."""
+    if not (match := _LINE.fullmatch(line)):
+        raise PlaceError(f"not a tailsrv: expected a line with two offsets, not {line!r}")
+    return int(match[1]), int(match[2])

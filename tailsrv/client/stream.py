@@ -1,26 +1,25 @@
 """Receives the bytes of a served file, and reconnects and resumes when a connection is lost.
 
-`Follow` is the iterator. It gets connections from a `Connector`, and asks a position (`FromStart`
-or `FromEnd`) which header to send and which of the received bytes are new.
+`Follow` is the iterator. It gets connections from a `Connector`, and asks a `Position` which header
+to send and which of the received bytes are new.
 """
 
 import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from tailsrv.client.connector import (
     CONNECTION_ENDED,
-    QUIET_TIME,
     ConnectError,
     Connector,
     Wait,
-    fetch,
     name_of,
 )
-from tailsrv.client.resume import ANCHOR, CONTEXT, FromEnd, FromStart, PlaceError, Position
+from tailsrv.client.resume import LINE_SIZE, GoneError, PlaceError, Position, parse_line
 from tailsrv.client.splicing import move
 
 # The most bytes to receive at once. Twice as many take a quarter more time, because of page faults.
@@ -31,9 +30,10 @@ STUCK_TIME = 2.0
 # The upper limit of that wait. The wait doubles with each server in a row that did not send such
 # bytes, because all of the servers may be slow to send their first byte.
 MAX_STUCK_TIME = 30.0
-# Attempts to fetch the bytes before the position. An attempt fails if the file grows meanwhile. If
-# all of them fail, the stream itself has soon received enough bytes to resume.
-ANCHOR_TRIES = 3
+# Seconds for the answer to a question on a separate connection.
+ANSWER_TIMEOUT = 10.0
+# What the messages call a server that does not answer `?`.
+OLD_SERVER = "this server does not tell offsets (tailsrv before 2.0)"
 
 
 class Follow(Iterator[bytes]):
@@ -52,27 +52,31 @@ class Follow(Iterator[bytes]):
         *,
         once: bool,
         idle: float | None,
-        whole_lines: bool,
+        until_end: bool,
     ) -> None:
         self._connector, self._position = connector, position
         self._wait, self._report = wait, report
         self._once, self._idle = once, idle
-        self._whole_lines = whole_lines
+        self._until_end = until_end
         # Whether there has been no connection yet.
         self._first = True
-        # How many more times to try to fetch the bytes before the position.
-        self._anchors = 0 if once else ANCHOR_TRIES
         self._sock: socket.socket | None = None
         # "HOST:PORT" of the server of the present connection, or of the last one.
         self._name = ""
         # Whether this client has reported that this server does not send bytes it must have.
         self._missing_reported = False
+        # Whether nothing has arrived on the present connection.
+        self._unanswered = True
+        # Servers that were reported because they do not answer `?`.
+        self._old_servers: set[str] = set()
+        # Servers that no longer have the next byte, since bytes last arrived.
+        self._gone: set[str] = set()
+        # With `until_end`: the offset at which the iteration ends, as soon as it is known.
+        self._until: int | None = None
         # The time when the server last sent something, or when this client connected to it.
         self._last_received = 0.0
         # The number of servers in a row that were left because they did not send such bytes.
         self._given_up = 0
-        # While the window is searched for the position: when to fetch the end of the file next.
-        self._fetch_end_at = 0.0
         # The next chunk to return.
         self._chunk = b""
         # The time when new bytes last arrived.
@@ -81,11 +85,17 @@ class Follow(Iterator[bytes]):
 
     @property
     def offset(self) -> int | None:
-        """The offset after the last chunk; None while it is unknown.
+        """The offset after the last chunk.
 
-        It can be unknown only if the stream began at an offset from the end.
+        It is None before the first chunk of a stream from the end. It stays None if the server does
+        not tell offsets (tailsrv before 2.0).
         """
         return None if self._position.offset is None else self._position.offset - len(self._chunk)
+
+    @property
+    def end(self) -> int | None:
+        """The offset of the log's end when a server last told it. None: none has told it yet."""
+        return self._position.end
 
     def close(self) -> None:
         """Close the connection and end the iteration: a further `next` raises StopIteration."""
@@ -110,7 +120,7 @@ class Follow(Iterator[bytes]):
             if self._chunk:
                 chunk, self._chunk = self._chunk, b""
                 return chunk
-            self._receive(RECEIVE_CHUNK)
+            self._receive(self._most(RECEIVE_CHUNK))
         raise StopIteration
 
     def splice(self, pipe: int, count: int) -> int:
@@ -120,11 +130,10 @@ class Follow(Iterator[bytes]):
         possible, so this object does not see them. Therefore `follow` must have been called with an
         offset from the start, and with `recall`.
         """
-        assert isinstance(self._position, FromStart)
         while self._prepare():
             assert self._sock is not None
             try:
-                moved = move(self._sock, pipe, count)
+                moved = move(self._sock, pipe, self._most(count))
             except OSError as error:
                 self._on_disconnect(error)
                 continue
@@ -133,8 +142,15 @@ class Follow(Iterator[bytes]):
                 self._on_new_bytes()
                 return moved
             if moved == 0:
-                self._on_disconnect(None)
+                self._on_end(self._sock)
         return 0
+
+    def _most(self, count: int) -> int:
+        """Return how many new bytes to receive at once: `count`, or fewer near the end."""
+        if self._until is None:
+            return count
+        assert self._position.offset is not None
+        return min(count, self._until - self._position.offset)
 
     def _prepare(self) -> bool:
         """Wait for new bytes. Return True if there are some, False at the end of the iteration.
@@ -144,15 +160,10 @@ class Follow(Iterator[bytes]):
         """
         try:
             while not (self._closed or self._chunk):
-                if self._sock is None and not self._connect():
-                    continue
-                assert self._sock is not None
-                if (
-                    isinstance(self._position, FromEnd)
-                    and self._position.searching
-                    and time.monotonic() >= self._fetch_end_at
-                ):
-                    self._find_window_end(self._sock, self._position)
+                if self._reached_end():
+                    self.close()
+                elif self._sock is None:
+                    self._connect()
                 elif self._wait(self._sock.fileno(), select.POLLIN, self._time_to_wait()):
                     if not self._position.wanted:
                         return True
@@ -160,20 +171,34 @@ class Follow(Iterator[bytes]):
                 elif (left := self._idle_time_left()) is not None and left <= 0:
                     self._end_idle()
                 else:
-                    self._on_silence(self._sock)
+                    self._check_missing()
         except (PlaceError, ConnectError):
             self.close()
             raise
         return bool(self._chunk)
 
+    def _reached_end(self) -> bool:
+        """Return whether everything up to the end has arrived, with `until_end`.
+
+        The end is where the log ended when the stream began.
+        """
+        if self._until_end and self._until is None and self._position.settled:
+            self._until = self._position.end
+        offset = self._position.offset
+        return self._until is not None and offset is not None and offset >= self._until
+
     def _end_idle(self) -> None:
         """End the iteration, because no new bytes have arrived for `idle` seconds.
 
-        Raises ConnectError if this server has not even sent the bytes before the position.
+        Raises ConnectError if this server has not even sent the bytes before the offset, or if the
+        iteration must not end yet. A server that sends nothing may have no file yet, or an empty
+        one, so otherwise that is no error.
         """
         self.close()
-        if self._position.wanted:
+        if self._position.compares or (self._until_end and self._position.awaits_line):
             raise ConnectError(self._missing_bytes())
+        if self._until_end:
+            raise ConnectError(f"{self._name}: the server did not send all bytes in time")
 
     def _idle_time_left(self) -> float | None:
         """Return the seconds until the iteration ends because no new bytes arrive; None: never."""
@@ -182,37 +207,17 @@ class Follow(Iterator[bytes]):
     def _time_to_wait(self) -> float | None:
         """Return for how many seconds to wait for bytes until something else has to be done."""
         now = time.monotonic()
-        if self._position.wanted:
-            quiet = (
-                self._fetch_end_at - now
-                if isinstance(self._position, FromEnd)
-                else None
-                if self._missing_reported
-                else self._last_received + self._stuck() - now
-            )
-        else:
-            quiet = (
-                QUIET_TIME
-                if isinstance(self._position, FromEnd)
-                and self._anchors
-                and not self._position.anchored
-                else None
-            )
-        return min(
-            (
-                max(0.0, seconds)
-                for seconds in (self._idle_time_left(), quiet)
-                if seconds is not None
-            ),
-            default=None,
-        )
+        limits = [self._idle_time_left()]
+        if self._position.wanted and not self._missing_reported:
+            limits.append(self._last_received + self._stuck() - now)
+        return min((max(0.0, seconds) for seconds in limits if seconds is not None), default=None)
 
     def _stuck(self) -> float:
         """Return for how many seconds to wait for bytes that the server must have."""
         return min(MAX_STUCK_TIME, STUCK_TIME * 2.0 ** min(self._given_up, 30))
 
-    def _connect(self) -> bool:
-        """Connect and send the header; return whether there is a connection now.
+    def _connect(self) -> None:
+        """Connect and send the header.
 
         Raises ConnectError as `Connector.connect` does; the end of the idle time is its limit.
         """
@@ -220,59 +225,25 @@ class Follow(Iterator[bytes]):
         self._sock = self._connector.connect(
             None if left is None else time.monotonic() + left, self._once
         )
+        self._begin(self._sock)
+
+    def _begin(self, sock: socket.socket, ask: bool = True) -> None:
+        """Send the header on a new connection, without `?` if `ask` is false."""
         self._missing_reported = False
-        try:
-            self._name = name_of(self._sock)
-            if self._first:
-                self._begin()
-        except OSError as error:
-            self._on_disconnect(error)
-            return False
+        self._unanswered = True
+        self._last_received = time.monotonic()
+        if self._first:
+            self._first = False
+            # The time needed to connect does not count as idle.
+            self._last_new = self._last_received
         # Not inside the `try` statement: `recall` may read a file, whose errors must not be taken
         # for errors of the connection.
-        header = self._position.header()
+        header = self._position.header(ask)
         try:
-            self._sock.send(header)
+            self._name = name_of(sock)
+            sock.send(header)
         except OSError as error:
             self._on_disconnect(error)
-        self._last_received = time.monotonic()
-        self._fetch_end_at = self._last_received + QUIET_TIME
-        return self._sock is not None
-
-    def _begin(self) -> None:
-        """Prepare the first connection of this iterator.
-
-        With `whole_lines` and an offset from the end, start one byte earlier, and skip everything
-        up to and including the first newline. So no line is lost that begins exactly at the offset.
-        If there is no byte before the offset, start at the beginning of the file, which is the
-        beginning of a line.
-        """
-        assert self._sock is not None
-        if self._whole_lines and isinstance(self._position, FromEnd):
-            with self._sock as sock:
-                longer = self._is_longer(sock, self._position.count)
-                self._sock = self._connector.reconnect(sock, self._wait)
-            if longer:
-                self._position = FromEnd(self._position.count + 1, line=True)
-        self._first = False
-        # The time needed to connect does not count as idle.
-        self._last_new = time.monotonic()
-
-    def _is_longer(self, sock: socket.socket, count: int) -> bool:
-        """Return whether the file has more than `count` bytes.
-
-        First request the byte at offset `count`. If it does not arrive, it may still exist, because
-        the server may only be slow. So request the start of the file, too. If that arrives in time,
-        its length decides. If it arrives late, the server is slow, and the file is assumed to be
-        longer. If it does not arrive at all, the file is assumed to be empty.
-        """
-        if fetch(sock, b"%d\n" % count, 1, self._wait):
-            return True
-        with self._connector.reconnect(sock, self._wait) as other:
-            start = fetch(other, b"0\n", min(count, ANCHOR) + 1, self._wait)
-            return len(start) > count or (
-                not start and self._wait(other.fileno(), select.POLLIN, STUCK_TIME)
-            )
 
     def _receive(self, count: int) -> None:
         assert self._sock is not None
@@ -283,129 +254,156 @@ class Follow(Iterator[bytes]):
         except OSError as error:
             self._on_disconnect(error)
             return
-        if data:
-            self._last_received = time.monotonic()
-            self._keep(self._position.take(data))
-        else:
-            self._on_disconnect(None)
-
-    def _keep(self, data: bytes | None) -> None:
-        """Keep the new bytes in `data` for the caller.
-
-        None means that a new connection is needed to find the position: disconnect.
-        """
-        if isinstance(self._position, FromEnd):
-            self._position = self._position.known()
-        if data is None:
-            self._disconnect()
-        elif data:
-            self._chunk = data
+        if not data:
+            self._on_end(self._sock)
+            return
+        self._last_received = time.monotonic()
+        self._unanswered = False
+        try:
+            self._chunk = self._position.take(data)
+        except GoneError as error:
+            self._on_gone(error)
+            return
+        if self._chunk:
             self._on_new_bytes()
         elif not self._position.wanted:
             self._succeeded()
 
     def _on_new_bytes(self) -> None:
+        self._unanswered = False
         self._last_new = time.monotonic()
         self._succeeded()
 
     def _succeeded(self) -> None:
         self._given_up = 0
+        self._gone.clear()
         self._connector.succeeded(self._name)
-
-    def _on_silence(self, sock: socket.socket) -> None:
-        """Handle a time without bytes: fetch those before the position, or report missing ones."""
-        if isinstance(self._position, FromEnd):
-            self._position.settle()
-            self._keep(b"")
-        if (
-            isinstance(self._position, FromEnd)
-            and self._anchors
-            and not (self._position.wanted or self._position.anchored)
-        ):
-            self._anchors -= 1
-            self._fetch_context(sock, self._position)
-        self._check_missing()
 
     def _check_missing(self) -> None:
         """Try another replica if this one does not send the bytes that it must have.
 
-        If there is no other replica, report that once, and keep waiting.
+        If there is no other replica, report that once, and keep waiting. Raises ConnectError with
+        `until_end`, if the server has fewer bytes than the caller.
         """
         if not self._position.wanted or time.monotonic() < self._last_received + self._stuck():
             return
-        if self._connector.choice:
+        if self._connector.addresses > 1:
             self._disconnect()
             self._given_up += 1
             self._connector.failed(self._missing_bytes())
+        elif self._until_end and not self._position.awaits_line:
+            raise ConnectError(self._missing_bytes())
         elif not self._missing_reported:
             self._missing_reported = True
-            self._report(f"{self._missing_bytes()}; waiting for it to grow")
+            self._report(f"{self._missing_bytes()}; waiting")
 
     def _missing_bytes(self) -> str:
         """Return the message for a server that does not send bytes it must have."""
-        offset = self._position.offset
-        size = "before" if offset is None else f"{offset} bytes"
+        if self._position.awaits_line:
+            return (
+                f"{self._name}: the server does not answer:"
+                " its file does not exist yet, or it has as many clients as it may have"
+            )
         return (
-            f"{self._name}: its file seems to be shorter than {size}:"
+            f"{self._name}: its file seems to be shorter than {self._position.offset} bytes:"
             " the server lags behind, or the file was rotated"
         )
 
-    def _find_window_end(self, sock: socket.socket, position: FromEnd) -> None:
-        """Fetch the end of the file, to see whether the window is complete.
+    def _on_end(self, sock: socket.socket) -> None:
+        """Handle the end of a connection that the server has closed normally.
 
-        Raises LostPlaceError.
+        If the server has sent nothing, it may not know `?`, or the requested bytes may be gone. So
+        ask where its log starts. If there is no answer either, it may be ending or starting. It is
+        an old server only if it serves a header without `?`, and then still does not answer.
         """
-        if position.unsearched and (end := self._fetch_end(sock, CONTEXT, self._wait)):
-            self._keep(position.reach(end))
-        self._fetch_end_at = time.monotonic() + QUIET_TIME
-        self._check_missing()
+        position = self._position
+        if not (self._unanswered and (position.asked or position.requested)):
+            self._on_disconnect(None)
+            return
+        ask = partial(self._connector.ask, sock)
+        begun = time.monotonic()
+        answer = ask(b"?0\n", LINE_SIZE, ANSWER_TIMEOUT)
+        # Silence means that the server serves the header, and that its log is empty.
+        serves = answer == b"" and position.asked and ask(b"-1\n", 1, STUCK_TIME) != b""
+        if serves:
+            answer = ask(b"?0\n", LINE_SIZE, ANSWER_TIMEOUT)
+        # Like the time needed to connect, the time for the answers does not count as idle.
+        self._last_new += time.monotonic() - begun
+        if answer is not None and len(answer) == LINE_SIZE:
+            self._on_log_start(sock, parse_line(answer)[0])
+        elif serves and answer == b"":
+            self._on_old_server(sock)
+        else:
+            self._on_disconnect(None)
 
-    def _fetch_context(self, sock: socket.socket, position: FromEnd) -> None:
-        """Fetch the bytes before the position, unless new bytes arrive in the meantime."""
-
-        def wait_beside(fd: int, events: int, seconds: float | None) -> bool:
-            # Stop waiting for `fd` as soon as the stream itself has new bytes, because the caller
-            # waits for these.
-            with select.epoll() as both:
-                both.register(fd, events)
-                both.register(sock, select.POLLIN)
-                return self._wait(both.fileno(), select.POLLIN, seconds) and fd in dict(
-                    both.poll(0)
-                )
-
-        if end := self._fetch_end(sock, ANCHOR, wait_beside):
-            position.offer(end)
-
-    def _fetch_end(self, sock: socket.socket, count: int, wait: Wait) -> bytes:
-        """Return the last `count` bytes of the file, or the whole file if it is shorter.
-
-        They are requested from the server that `sock` is connected to. Returns b"" if some of them
-        may be missing.
-        """
-
-        def ask(header: bytes) -> bytes:
-            with self._connector.reconnect(sock, wait) as other:
-                return fetch(other, header, count, wait)
-
+    def _on_log_start(self, sock: socket.socket, log_start: int) -> None:
+        """Handle a closed connection to a server whose log starts at `log_start`."""
+        requested = self._position.requested
+        if not requested or log_start <= requested:
+            self._on_disconnect(None)
+            return
         try:
-            end = ask(b"-%d\n" % count)
-            # A shorter answer may be incomplete, because the server is slow. It is complete if it
-            # is not empty, and the answer for the start of the file is the same.
-            return end if len(end) == count or (end and end == ask(b"0\n")) else b""
-        except OSError:
-            return b""
+            self._position.starts_at(log_start)
+        except GoneError as error:
+            self._on_gone(error)
+        else:
+            # Only bytes that were to be compared are gone.
+            self._switch(sock)
+
+    def _on_gone(self, error: GoneError) -> None:
+        """Try the other servers. Raises `error` if none of them has the next byte."""
+        self._disconnect()
+        self._gone.add(self._name)
+        if self._once or len(self._gone) >= self._connector.addresses:
+            self.close()
+            raise error
+        self._connector.failed(f"{self._name}: its log starts at offset {error.start} now")
+
+    def _on_old_server(self, sock: socket.socket) -> None:
+        """Continue with a server that does not answer `?`.
+
+        Raises PlaceError if that is not possible.
+        """
+        if self._until_end or self._position.needs_line:
+            need = "the end of its log" if self._until_end else "the next beginning of a line"
+            hint = "--until-idle" if self._until_end else "an offset of 0 or more"
+            raise PlaceError(f"{self._name}: {OLD_SERVER}, so {need} is unknown; use {hint}")
+        if self._name not in self._old_servers:
+            self._old_servers.add(self._name)
+            result = "cannot" if self._position.offset is None else "can"
+            self._report(
+                f"{self._name}: {OLD_SERVER}: after a lost connection, this stream {result} resume"
+            )
+        self._switch(sock, ask=False)
+
+    def _switch(self, sock: socket.socket, ask: bool = True) -> None:
+        """Replace the connection `sock` by a new one to the same server."""
+        try:
+            self._sock = self._connector.reconnect(sock)
+        except OSError as error:
+            self._on_disconnect(error)
+            return
+        sock.close()
+        self._begin(self._sock, ask)
 
     def _on_disconnect(self, error: OSError | None) -> None:
         """Handle the end of the connection. `error` is None if the server has closed it normally.
 
-        With `once`, this ends the iteration, and raises ConnectError if there is an `error`.
+        With `once`, this ends the iteration, and raises ConnectError if there is an `error`, or
+        bytes are missing. Raises PlaceError if the stream cannot resume.
         """
         self._disconnect()
         reason = f"{self._name}: {error.strerror if error else CONNECTION_ENDED}"
         if self._once:
-            self._closed = True
-            if error:
+            self.close()
+            if error or self._until_end:
                 raise ConnectError(reason)
+        elif not self._position.can_resume:
+            self.close()
+            raise PlaceError(
+                f"{reason}; {OLD_SERVER}, so a stream from the end cannot resume;"
+                " start again with -N, -0 or an offset of 0 or more"
+            )
         self._connector.failed(reason)
 
     def _disconnect(self) -> None:

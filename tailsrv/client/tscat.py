@@ -40,6 +40,7 @@ def copy(options: Namespace) -> None:
         offset,
         once=options.once,
         idle=options.until_idle,
+        until_end=options.no_follow,
         whole_lines=options.lines,
         report=partial(print_message, "tscat"),
         wait=wait_with_reader,

@@ -16,11 +16,11 @@ from typing import NoReturn
 
 from tailsrv.addresses import parse_endpoint
 from tailsrv.arguments import make_tssync_parser
-from tailsrv.client import OtherFileError, follow
+from tailsrv.client import Follow, GoneError, OtherFileError, follow
 from tailsrv.client.command_runner import print_message, run
 from tailsrv.client.connector import wait
 from tailsrv.client.local_copy import LocalCopy
-from tailsrv.formatting import size
+from tailsrv.formatting import clock, size
 from tailsrv.linux.event_loop import Timers
 from tailsrv.linux.process import occupy_standard_descriptors
 
@@ -102,7 +102,10 @@ class Synchronizer:
                 )
         finally:
             self._progress.clear()
-            self._sync()
+            if self._options.no_follow:
+                self._local_copy.sync()
+            else:
+                self._sync()
 
     def _copy(self) -> bool:
         """Append the received bytes until the stream ends.
@@ -115,6 +118,7 @@ class Synchronizer:
             self._local_copy.length,
             once=self._options.once,
             idle=self._options.until_idle,
+            until_end=self._options.no_follow,
             recall=self._local_copy.recall,
             report=self._print,
             wait=self._wait,
@@ -123,7 +127,15 @@ class Synchronizer:
             try:
                 while count := stream.splice(into, PIPE_SIZE):
                     self._local_copy.append(out, count, self._wait_for_room)
-                    self._appended()
+                    self._appended(stream)
+            except GoneError as error:
+                raise GoneError(
+                    error.offset,
+                    error.start,
+                    f"{self._local_copy.path} cannot be continued: it ends at offset"
+                    f" {error.offset}, but the remote log starts at offset {error.start} now; the"
+                    " bytes between them were deleted; name a server that still has them",
+                ) from None
             except OtherFileError:
                 if self._options.on_mismatch == "stop":
                     raise OtherFileError(
@@ -133,14 +145,14 @@ class Synchronizer:
                 return False
             return True
 
-    def _appended(self) -> None:
+    def _appended(self, stream: Follow) -> None:
         now = time.monotonic()
         if self._disk_full:
             self._disk_full = False
             self._print(f"appending to {self._local_copy.path} again")
         if self._options.fsync is not None and self._sync not in self._timers:
             self._timers.set(self._sync, now + self._options.fsync)
-        self._progress.grow(self._local_copy.length, now)
+        self._progress.grow(self._local_copy.length, stream.end, now)
         self._timers.set(self._progress.clear, now + PROGRESS_HIDE_DELAY)
 
     def _wait_for_room(self, reason: str) -> None:
@@ -190,6 +202,17 @@ def pipe() -> Iterator[tuple[int, int]]:
         os.close(into)
 
 
+def progress_text(length: int, end: int | None, rate: float) -> str:
+    """Return the progress of a copy that has `length` of `end` bytes, and grows by `rate` a second.
+
+    Without the total if it is unknown, or if the copy has grown beyond it.
+    """
+    if end is None or length >= end:
+        return f"{size(length)}, {size(rate)}/s"
+    text = f"{size(length)} of {size(end)} ({length * 100 // end}%), {size(rate)}/s"
+    return f"{text}, {clock((end - length) / rate)} left" if rate > 0 else text
+
+
 class Progress:
     """The progress line of the file `name`. It is drawn only if standard error is a terminal."""
 
@@ -201,8 +224,11 @@ class Progress:
         # When the line was last drawn. None: there is no line now.
         self._drawn: float | None = None
 
-    def grow(self, length: int, now: float) -> None:
-        """Note that the file is `length` bytes long at the time `now`. Draw the line if due."""
+    def grow(self, length: int, end: int | None, now: float) -> None:
+        """Note that the file is `length` bytes long at the time `now`. Draw the line if due.
+
+        `end` is the length of the remote file, if it is known.
+        """
         if self._begun is None:
             self._begun = now, length
         begun, first = self._begun
@@ -212,9 +238,8 @@ class Progress:
             and now - (self._drawn or begun) >= PROGRESS_INTERVAL
         ):
             self._drawn = now
-            self._write(
-                f"{ERASE}{self._name}: {size(length)}, {size((length - first) / (now - begun))}/s"
-            )
+            rate = (length - first) / (now - begun)
+            self._write(f"{ERASE}{self._name}: {progress_text(length, end, rate)}")
 
     def clear(self) -> None:
         """Remove the line, because the copy has caught up or another message is to be printed."""

@@ -5,8 +5,8 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +14,9 @@ from typing import Any, Self
 
 import pytest
 
-from support.commands import closed_port, kill, restart
+from support.commands import answering, closed_port, kill, restart
 from support.cutter import Cutter
+from support.fake_server import FakeServer, offsets_line
 from support.files import append, random_bytes
 from support.interpreter import run_python
 from support.server import Serve, Server
@@ -25,15 +26,14 @@ from tailsrv.client import (
     ConnectError,
     EndpointError,
     Follow,
-    LostPlaceError,
+    GoneError,
     OffsetError,
     OtherFileError,
+    PlaceError,
     UnknownHostError,
     follow,
 )  # fmt: skip
 from tailsrv.client.connector import wait
-from tailsrv.client.resume import WINDOWS, FromEnd
-from tailsrv.client.stream import ANCHOR_TRIES
 
 DATA = random_bytes(300_000)
 SHORT_BACKOFF = Backoff(0.01, 0.02)
@@ -63,6 +63,8 @@ class Reader:
         self.received = bytearray()
         self.reports: list[str] = []
         self.error: Exception | None = None
+        # The number of pauses between two rounds of attempts to connect.
+        self.pauses = 0
         self._end = os.eventfd(0)
         self.stream = follow(
             addresses,
@@ -93,17 +95,13 @@ class Reader:
         eventually(lambda: len(self.received) >= len(data) or self.error)
         assert self.received == data
 
-    def anchored(self) -> None:
-        """Wait until a stream that started from the end of the file can resume."""
-        eventually(
-            lambda: not isinstance(position := self.stream._position, FromEnd) or position.anchored
-        )
-
     def _wait(self, fd: int, events: int, seconds: float | None) -> bool:
         poll = select.poll()
         poll.register(self._end, select.POLLIN)
         if fd >= 0:
             poll.register(fd, events)
+        else:
+            self.pauses += 1
         seen = dict(poll.poll(None if seconds is None else seconds * 1000))
         if self._end in seen:
             raise EndOfTestError
@@ -118,48 +116,17 @@ class Reader:
                 self.error = error
 
 
-@contextmanager
-def slow_server(file: bytes, delay: float) -> Iterator[tuple[str, int]]:
-    """Serve `file`, with a delay on each connection, and yield the address."""
-    ended = threading.Event()
-
-    def answer(sock: socket.socket) -> None:
-        with sock, suppress(OSError):
-            start = int(sock.recv(100))
-            ended.wait(delay)
-            sock.sendall(file[start:])
-            ended.wait(DEADLINE)
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                sock, _ = listener.accept()
-                threads.append(threading.Thread(target=answer, args=(sock,)))
-                threads[-1].start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threads = [threading.Thread(target=accept)]
-        threads[0].start()
-        try:
-            yield listener.getsockname()
-        finally:
-            ended.set()
-            listener.shutdown(socket.SHUT_RDWR)
-            for thread in threads:
-                thread.join(DEADLINE)
-
-
 @pytest.mark.parametrize(
     ("offset", "start"), [(0, 0), (1000, 1000), ("+5", 5), (-1000, -1000), (-(1 << 40), 0)]
 )
 def test_file_from_an_offset(serve: Serve, path: Path, offset: int | str, start: int) -> None:
-    """A stream is the file from its start plus appends; a start of -N has no known offset."""
+    """A stream is the file from its start plus appends, and its offset is known."""
     path.write_bytes(DATA)
     with follow(endpoint_of(serve(path)), offset) as stream:
         assert take(stream, len(DATA[start:])) == DATA[start:]
         append(path, b"new")
         assert next(stream) == b"new"
-        assert stream.offset == (None if str(offset).startswith("-") else len(DATA) + 3)
+        assert (stream.offset, stream.end) == (len(DATA) + 3, len(DATA))
 
 
 def test_only_what_is_new(serve: Serve, path: Path) -> None:
@@ -177,12 +144,9 @@ def test_cuts_at_random_bytes(serve: Serve, path: Path, offset: int) -> None:
     """Every byte arrives once however often the connection is closed or reset, at any byte."""
     path.write_bytes(DATA[:250_000])
     start = offset if offset >= 0 else 250_000 + offset
-    cutter = Cutter(serve(path).port, cuts=30 if offset >= 0 else 0, longest=60_000)
+    cutter = Cutter(serve(path).port, cuts=30, longest=60_000)
     with cutter, follow(cutter.endpoints(5), offset, backoff=SHORT_BACKOFF) as stream:
-        # Until the first byte has arrived, a stream from -N starts anew after each cut.
-        received = next(stream)
-        cutter.left = 30
-        received += take(stream, 250_000 - start - len(received))
+        received = take(stream, 250_000 - start)
         append(path, DATA[250_000:])
         received += take(stream, 50_000)
     assert received == DATA[start:]
@@ -210,7 +174,6 @@ def test_server_is_killed_and_restarted(serve: Serve, tmp_path: Path) -> None:
             cases.append((path, server, reader, b"" if offset == "-0" else before[int(offset) :]))
         for path, server, reader, expected in cases:
             reader.got(expected)
-            reader.anchored()
             kill(server)
             append(path, b"one")
             eventually(lambda reader=reader: any("refused" in line for line in reader.reports))  # type: ignore[misc]
@@ -226,33 +189,22 @@ def test_server_is_killed_and_restarted(serve: Serve, tmp_path: Path) -> None:
             assert reader.reports[-1] == f"connected to {endpoint_of(server)}"
 
 
-@pytest.mark.thorough
-@pytest.mark.slow
-def test_unanswered_probe_is_not_an_empty_file(serve: Serve, path: Path) -> None:
-    """A probe that a full server leaves unanswered does not count as an empty file."""
-    path.write_bytes(DATA)
-    with Reader(endpoint_of(serve(path, "--max-clients", "1")), "-0") as reader:
-        # The number of tries left shows that the client repeats its probe.
-        eventually(lambda: reader.stream._anchors < ANCHOR_TRIES - 1)
-        assert reader.stream.offset is None
-
-
 @pytest.mark.slow
 def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
-    """A search for the last bytes widens if the appended data exceeds the first window."""
+    """However much is appended during an outage, a stream from the end resumes exactly."""
     path.write_bytes(DATA)
     server = serve(path, status=-signal.SIGKILL)
     with Reader(endpoint_of(server), -10_000) as reader:
         reader.got(DATA[-10_000:])
         kill(server)
-        more = random_bytes(WINDOWS[0] + 5000, seed=2)
+        more = random_bytes(3_000_000, seed=2)
         append(path, more)
         restart(serve, server, path)
         reader.got(DATA[-10_000:] + more)
 
 
 def test_whole_lines_through_cuts(serve: Serve, path: Path) -> None:
-    """With `whole_lines`, the probe for the start of a line is retried after a lost connection."""
+    """With `whole_lines`, a connection that is lost before the line of offsets is retried."""
     path.write_bytes(b"a line that is cut\n" * 100)
     with (
         Cutter(serve(path).port, cuts=4, longest=1) as cutter,
@@ -303,24 +255,6 @@ def test_address_that_cannot_be_reached() -> None:
         next(follow("255.255.255.255:1", once=True))
 
 
-@pytest.mark.slow
-def test_end_is_found_again_though_the_file_grows(serve: Serve, path: Path) -> None:
-    """A stream from the end of a small file resumes while that file grows all the time."""
-    path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
-    with Reader(endpoint_of(server), -1000) as reader:
-        reader.got(DATA[-1000:])
-        kill(server)
-        restart(serve, server, path)
-
-        def found() -> bool:
-            append(path, random_bytes(10))
-            return len(reader.received) > 1000
-
-        eventually(found)
-        reader.got(path.read_bytes()[len(DATA) - 1000 :])
-
-
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
@@ -328,18 +262,9 @@ def test_whole_lines_of_an_empty_file(serve: Serve, path: Path) -> None:
     path.write_bytes(b"")
     server = serve(path, "-v")
     with Reader(endpoint_of(server), "-0", whole_lines=True) as reader:
-        server.logged("client streams: ", count=3)
+        server.logged("client streams: ")
         append(path, b"first\n")
         reader.got(b"first\n")
-
-
-@pytest.mark.thorough
-@pytest.mark.slow
-def test_whole_lines_from_a_slow_server() -> None:
-    """A server that is silent for a second is not taken for one with a shorter file."""
-    lines = b"a line that is cut\n" * 100
-    with slow_server(lines, 1.3) as address, follow(address, -50, whole_lines=True) as stream:
-        assert next(stream) == lines[-38:]
 
 
 def test_slow_servers_get_more_time() -> None:
@@ -351,18 +276,6 @@ def test_slow_servers_get_more_time() -> None:
         return stream._stuck()
 
     assert [seconds(given_up) for given_up in (0, 1, 2, 3, 4, 10_000)] == [2, 4, 8, 16, 30, 30]
-
-
-def test_position_that_cannot_be_found_is_an_error(serve: Serve, path: Path) -> None:
-    """A stream from the end of a repetitive file is an error if it cannot resume exactly."""
-    path.write_bytes(b"tick\n" * 20_000)
-    server = serve(path, "-v", status=-signal.SIGKILL)
-    with Reader(endpoint_of(server), -1000) as reader:
-        reader.got(path.read_bytes()[-1000:])
-        kill(server)
-        restart(serve, server, path)
-        eventually(lambda: isinstance(reader.error, LostPlaceError))
-    assert len(reader.received) == 1000
 
 
 @pytest.mark.parametrize("size", [len(DATA), len(DATA) - 1000])
@@ -495,6 +408,13 @@ def test_idle_ends_the_iteration(serve: Serve, path: Path) -> None:
         assert list(stream) == []
 
 
+@pytest.mark.parametrize("offset", [0, 1000, -1000, "-0"])
+def test_idle_before_the_file_exists(serve: Serve, path: Path, offset: int | str) -> None:
+    """The end of the idle time is no error if the server has no file yet: there is no data."""
+    with follow(endpoint_of(serve(path)), offset, idle=0.2) as stream:
+        assert list(stream) == []
+
+
 def test_idle_without_a_server() -> None:
     """Without a server, the end of the idle time is an error: there may be unread data."""
     with (
@@ -595,3 +515,254 @@ def test_server_does_not_import_the_clients() -> None:
     for unwanted in ("tailsrv.client", "tailsrv.health"):
         assert find_spec(unwanted), "a module that does not exist is never imported"
         assert unwanted not in loaded
+
+
+def test_silent_log_that_grows_in_an_outage(serve: Serve, path: Path) -> None:
+    """What is appended to an empty log while its server is down reaches a stream from -0."""
+    path.write_bytes(b"")
+    server = serve(path, status=-signal.SIGKILL)
+    with Reader(endpoint_of(server), "-0") as reader:
+        # Without an offset, the stream would begin after the bytes that are appended.
+        eventually(lambda: reader.stream.offset == 0)
+        kill(server)
+        append(path, DATA)
+        restart(serve, server, path)
+        reader.got(DATA)
+
+
+@pytest.mark.parametrize(
+    ("offset", "expected"), [(0, DATA), (1000, DATA[1000:]), (-10, DATA[-10:]), ("-0", b"")]
+)
+def test_until_end(serve: Serve, path: Path, offset: int | str, expected: bytes) -> None:
+    """With `until_end`, the iteration ends where the log ended when the stream began."""
+    path.write_bytes(DATA)
+    with follow(endpoint_of(serve(path)), offset, until_end=True) as stream:
+        received = b""
+        for chunk in stream:
+            # This arrives while the stream is still being read.
+            append(path, b"late")
+            received += chunk
+    assert received == expected
+    assert stream.offset == stream.end == len(DATA)
+
+
+def test_until_end_beyond_the_end(serve: Serve, path: Path) -> None:
+    """With `until_end`, an offset beyond the end of the log yields nothing."""
+    path.write_bytes(DATA)
+    assert list(follow(endpoint_of(serve(path)), len(DATA) + 5, until_end=True)) == []
+
+
+def test_until_end_through_cuts(serve: Serve, path: Path) -> None:
+    """With `until_end`, the end stays the one at the beginning, whatever is appended meanwhile."""
+    path.write_bytes(DATA)
+    cutter = Cutter(serve(path).port, cuts=30, longest=60_000)
+    with cutter, follow(cutter.endpoints(5), until_end=True, backoff=SHORT_BACKOFF) as stream:
+        received = next(stream)
+        append(path, DATA)
+        assert received + b"".join(stream) == DATA
+
+
+def test_until_end_keeps_the_first_end() -> None:
+    """With `until_end`, a line of offsets that arrives after a reconnect does not move the end."""
+    with (
+        FakeServer(DATA[:10]) as server,
+        follow(server.endpoint, until_end=True, backoff=SHORT_BACKOFF) as stream,
+    ):
+        # The first connection breaks after 4 bytes, so that byte 0 is requested with `?` again.
+        server.limit = 4
+        assert next(stream) == DATA[:4]
+        server.log, server.limit = DATA[:20], None
+        server.hang_up()
+        assert b"".join(stream) == DATA[4:10]
+
+
+@pytest.mark.parametrize("options", [{"once": True}, {"idle": 0.2}], ids=["once", "idle"])
+def test_until_end_is_not_reached(options: dict[str, Any]) -> None:
+    """With `until_end`, a stream that is stopped before the end is an error."""
+
+    def answer(sock: socket.socket) -> None:
+        sock.sendall(offsets_line(0, 10) + b"abc")
+        if "once" in options:
+            sock.shutdown(socket.SHUT_WR)
+
+    with answering(answer) as server, follow(server, until_end=True, **options) as stream:
+        assert next(stream) == b"abc"
+        with pytest.raises(ConnectError, match=r"closed the connection|did not send all bytes"):
+            next(stream)
+
+
+def test_until_end_of_a_server_that_does_not_answer() -> None:
+    """With `until_end`, the end of the idle time is an error if the end was never known."""
+    with (
+        answering(lambda _: None) as server,
+        follow(server, until_end=True, idle=0.2) as stream,
+        pytest.raises(ConnectError, match="the server does not answer"),
+    ):
+        next(stream)
+
+
+@pytest.mark.slow
+def test_until_end_of_a_shorter_file(serve: Serve, path: Path) -> None:
+    """With `until_end`, a server with fewer bytes than the caller is an error, not the end."""
+    path.write_bytes(DATA[:100])
+    server = endpoint_of(serve(path))
+    with Reader(server, 1000, until_end=True, recall=lambda offset: DATA[:offset]) as reader:
+        eventually(lambda: reader.error)
+        assert isinstance(reader.error, ConnectError)
+        assert "shorter than 1000 bytes" in str(reader.error)
+
+
+@pytest.mark.parametrize("offset", [10, -100])
+def test_old_server(offset: int) -> None:
+    """A server that does not answer `?` is reported, and gets the header without it."""
+    with FakeServer(DATA, old=True) as server, Reader(server.endpoint, offset) as reader:
+        reader.got(DATA[offset:])
+        result = "cannot" if offset < 0 else "can"
+        assert reader.reports == [
+            f"{server.endpoint}: this server does not tell offsets (tailsrv before 2.0): after a"
+            f" lost connection, this stream {result} resume"
+        ]
+        assert reader.stream.offset == (None if offset < 0 else len(DATA))
+        server.log += b"new"
+        server.hang_up()
+        if offset < 0:
+            eventually(lambda: reader.error)
+            assert isinstance(reader.error, PlaceError)
+            assert "a stream from the end cannot resume" in str(reader.error)
+        else:
+            reader.got(DATA[offset:] + b"new")
+            assert server.headers[-1] == b"%d\n" % (len(DATA) - 4096)
+
+
+def test_old_server_with_once() -> None:
+    """With `once`, the connection that shows that a server does not answer `?` does not count."""
+    with FakeServer(DATA, old=True) as server, follow(server.endpoint, -5, once=True) as stream:
+        assert next(stream) == DATA[-5:]
+        server.hang_up()
+        assert list(stream) == []
+
+
+@pytest.mark.slow
+def test_old_server_with_an_empty_log() -> None:
+    """The time to find out that a server does not answer `?` does not count as idle."""
+    with (
+        FakeServer(b"", old=True) as server,
+        follow(server.endpoint, idle=0.2, backoff=SHORT_BACKOFF) as stream,
+    ):
+        assert list(stream) == []
+        assert server.headers[-1] == b"0\n"
+
+
+@pytest.mark.parametrize(
+    ("offset", "options", "hint"),
+    [(0, {"until_end": True}, "--until-idle"), (-9, {"whole_lines": True}, "offset of 0 or more")],
+)
+def test_old_server_is_not_enough(offset: int, options: dict[str, Any], hint: str) -> None:
+    """What needs the line of offsets is an error with a server that does not send it."""
+    with (
+        FakeServer(DATA, old=True) as server,
+        follow(server.endpoint, offset, **options) as stream,
+        pytest.raises(PlaceError, match=rf"does not tell offsets .* is unknown; use .*{hint}"),
+    ):
+        next(stream)
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3, 6])
+def test_server_that_is_ending_is_not_an_old_one(refused: int) -> None:
+    """A server that closes every connection for a while does not lose the stream its offset."""
+    with FakeServer(DATA, refused=refused) as server, Reader(server.endpoint, -100) as reader:
+        reader.got(DATA[-100:])
+        assert reader.stream.offset == len(DATA)
+        server.log += b"new"
+        server.hang_up()
+        reader.got(DATA[-100:] + b"new")
+
+
+@pytest.mark.parametrize("offset", [10, 50_000])
+def test_bytes_that_are_gone(offset: int) -> None:
+    """A stream whose first bytes were deleted from the log fails instead of waiting for them."""
+    with (
+        FakeServer(DATA, first=50_001) as server,
+        follow(server.endpoint, offset, backoff=SHORT_BACKOFF) as stream,
+        pytest.raises(GoneError, match=f"from offset {offset} on no longer exist") as caught,
+    ):
+        next(stream)
+    assert (caught.value.offset, caught.value.start) == (offset, 50_001)
+    assert list(stream) == []
+
+
+def test_bytes_that_are_gone_after_a_reconnect() -> None:
+    """Bytes that are deleted while a stream is disconnected are an error."""
+    with FakeServer(DATA) as server, Reader(server.endpoint, 0) as reader:
+        reader.got(DATA)
+        server.log += b"never received"
+        server.first = len(DATA) + 5
+        server.hang_up()
+        eventually(lambda: reader.error)
+    assert isinstance(reader.error, GoneError)
+    assert reader.received == DATA
+
+
+@pytest.mark.parametrize(
+    ("first", "refused", "pauses"),
+    [(len(DATA) - 100, 0, 1), (0, 1, 2)],
+    ids=["compared bytes are gone", "nothing is gone"],
+)
+def test_closed_connection_that_can_resume(first: int, refused: int, pauses: int) -> None:
+    """If only bytes that the stream has received were deleted, it reconnects without a pause."""
+    with FakeServer(DATA) as server, Reader(server.endpoint, 0) as reader:
+        reader.got(DATA)
+        server.log += b"new"
+        server.first, server.refused = first, refused
+        server.hang_up()
+        reader.got(DATA + b"new")
+        assert reader.pauses == pauses
+
+
+def test_earliest_byte_of_a_log() -> None:
+    """Offset 0 is the earliest byte that there is, and the stream knows its offset."""
+    with FakeServer(DATA, first=1000) as server, follow(server.endpoint, until_end=True) as stream:
+        assert b"".join(stream) == DATA[1000:]
+        assert stream.offset == len(DATA)
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_replica_that_still_has_the_bytes(order: slice) -> None:
+    """Bytes that one replica has deleted are fetched from another one."""
+    with FakeServer(DATA, first=5000) as one, FakeServer(DATA, first=100) as other:
+        addresses = [one.endpoint, other.endpoint][order]
+        with follow(addresses, 1000, until_end=True, backoff=SHORT_BACKOFF) as stream:
+            assert b"".join(stream) == DATA[1000:]
+
+
+def test_no_replica_has_the_bytes() -> None:
+    """Bytes that every replica has deleted are an error."""
+    with (
+        FakeServer(DATA, first=5000) as one,
+        FakeServer(DATA, first=2000) as other,
+        Reader([one.endpoint, other.endpoint], 1000) as reader,
+    ):
+        eventually(lambda: reader.error)
+        assert isinstance(reader.error, GoneError)
+        assert reader.error.start == 2000
+
+
+@pytest.mark.slow
+def test_server_that_does_not_answer() -> None:
+    """A server that accepts the connection, but sends no line, is reported."""
+    with answering(lambda _: None) as server, Reader(server, "-0") as reader:
+        eventually(lambda: reader.reports)
+        assert reader.reports == [
+            f"{server}: the server does not answer: its file does not exist yet, or it has as many"
+            " clients as it may have; waiting"
+        ]
+
+
+def test_answer_that_is_not_from_tailsrv() -> None:
+    """A server with another protocol is an error."""
+    with (
+        answering(lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n" * 2)) as server,
+        follow(server) as stream,
+        pytest.raises(PlaceError, match="not a tailsrv"),
+    ):
+        next(stream)

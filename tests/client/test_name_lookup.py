@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.commands import TSCAT, TSSYNC, Command, answering, closed_port, run_client, started
+from support.fake_server import offsets_line
 from support.files import random_bytes
 from support.interpreter import run_program
 from support.server import Serve
@@ -58,7 +59,7 @@ def test_sync_and_signals_do_not_wait_for_names(
         nonlocal before
         before = size(silence / "synced")
         (silence / "silent").touch()
-        sock.sendall(DATA)
+        sock.sendall(offsets_line(0, len(DATA)) + DATA)
         sock.shutdown(socket.SHUT_WR)
 
     with (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from support.commands import TSCAT, TSSYNC, answering, run_client
+from support.fake_server import offsets_line
 from support.sockets import tcp_pair, wait_readable
 from tailsrv.client import follow
 from tailsrv.client.splicing import move
@@ -16,9 +17,13 @@ from tailsrv.client.tssync import pipe
 
 
 def send_parts(*parts: bytes, end: bool = False) -> Callable[[socket.socket], None]:
-    """Return a function that sends `parts`; the last byte of every second part is urgent."""
+    """Return a function that sends `parts`; the last byte of every second part is urgent.
+
+    The line of offsets comes first.
+    """
 
     def answer(sock: socket.socket) -> None:
+        sock.send(offsets_line(0, 0))
         for number, part in enumerate(parts):
             if part:
                 sock.send(part, socket.MSG_OOB if number % 2 else 0)

@@ -9,6 +9,7 @@ import pytest
 
 from support.commands import TSCAT, Command, closed_port, kill, restart, run_client, started
 from support.cutter import Cutter
+from support.fake_server import FakeServer
 from support.files import append, random_bytes
 from support.processes import as_root, runs
 from support.server import Serve, Server
@@ -54,12 +55,40 @@ def test_offset(serve: Serve, path: Path, arguments: str, expected: bytes) -> No
     assert (done.stdout.encode(), done.stderr, done.returncode) == (expected, "", 0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("", LINES), ("-1000", LINES[-1000:]), ("--lines -10", b"line 999\n"), ("999999", b"")],
+)
+def test_no_follow(serve: Serve, path: Path, arguments: str, expected: bytes) -> None:
+    """With --no-follow, tscat prints what there is now, and ends."""
+    path.write_bytes(LINES)
+    done = tscat(endpoint_of(serve(path)), *arguments.split(), "--no-follow")
+    assert (done.stdout.encode(), done.stderr, done.returncode) == (expected, "", 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "arguments", "status", "message"),
+    [
+        (True, ["--no-follow"], 1, "the end of its log is unknown; use --until-idle\n"),
+        (False, ["5"], 3, "the log starts at offset 100 now; start again with offset 0 "),
+    ],
+)
+def test_server_without_offsets_or_bytes(
+    old: bool, arguments: list[str], status: int, message: str
+) -> None:
+    """A server that is too old has status 1, and one that has deleted the bytes has status 3."""
+    with FakeServer(LINES, 100, old=old) as server:
+        done = tscat(server.endpoint, *arguments)
+    assert (done.stdout, done.returncode, done.stderr.count("\n")) == ("", status, 1)
+    assert message in done.stderr
+
+
 def test_line_that_is_not_finished_is_left_out(serve: Serve, path: Path, tmp_path: Path) -> None:
     """With --lines and -0, the rest of a line that is already begun is left out, however late."""
     path.write_bytes(b"whole\nbegun")
     server = serve(path, "-v")
     with Command(tmp_path, *TSCAT, endpoint_of(server), "--lines", "-0") as command:
-        server.logged("client streams: ", count=2)
+        server.logged("client streams: ")
         append(path, b" and finished\nnew\n")
         command.wrote(b"new\n")
         assert command.end(signal.SIGINT) == 0
@@ -81,7 +110,7 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offs
     start = int(offset)
     server = serve(path, "-v", status=-signal.SIGKILL)
     with (
-        Cutter(server.port, cuts=0 if start else 15, longest=60_000) as cutter,
+        Cutter(server.port, cuts=15, longest=60_000) as cutter,
         Command(tmp_path, *TSCAT, *cutter.endpoints(), offset) as command,
     ):
         command.wrote(DATA[start:])
@@ -278,7 +307,13 @@ def test_error_is_one_line(arguments: list[str], status: int, message: str) -> N
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--nonsense", "a:1"], ["a:1", "--until-idle", "soon"], ["a:1", "--until-idle", "-1"]],
+    [
+        [],
+        ["--nonsense", "a:1"],
+        ["a:1", "--until-idle", "soon"],
+        ["a:1", "--until-idle", "-1"],
+        ["a:1", "--follow", "--no-follow"],
+    ],
 )
 def test_usage_error(arguments: list[str]) -> None:
     """A wrong command line has status 2 and prints the usage."""

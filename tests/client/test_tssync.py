@@ -15,6 +15,7 @@ import pytest
 
 from support.commands import TSSYNC, Command, closed_port, holds, kill, restart, run_client, started
 from support.cutter import Cutter
+from support.fake_server import FakeServer
 from support.files import append, random_bytes
 from support.interpreter import run_program
 from support.processes import as_root, runs
@@ -22,6 +23,7 @@ from support.server import Serve, Server
 from support.strace import needs_strace
 from support.waiting import DEADLINE, eventually
 from tailsrv import __version__
+from tailsrv.client.tssync import progress_text
 
 DATA = random_bytes(300_000)
 
@@ -380,6 +382,22 @@ def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
         assert command.end(signal.SIGTERM) == 0
 
 
+@pytest.mark.parametrize(
+    ("length", "end", "rate", "text"),
+    [
+        (1288490189, 3650722202, 220200960, "1.2 GiB of 3.4 GiB (35%), 210.0 MiB/s, 0:11 left"),
+        (99, 100, 1000, "99 B of 100 B (99%), 1000 B/s, 0:00 left"),
+        (0, 100, 0, "0 B of 100 B (0%), 0 B/s"),
+        (100, 100, 5, "100 B, 5 B/s"),
+        (200, 100, 5, "200 B, 5 B/s"),
+        (200, None, 5, "200 B, 5 B/s"),
+    ],
+)
+def test_progress_text(length: int, end: int | None, rate: float, text: str) -> None:
+    """The total and the time left are shown until the copy has reached the total."""
+    assert progress_text(length, end, rate) == text
+
+
 @pytest.mark.thorough
 def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
     """On a terminal, a line shows the size and the rate, and is erased when the copy is idle."""
@@ -466,3 +484,47 @@ def test_version_and_help() -> None:
     """--version prints the version, and --help shows examples."""
     assert tssync("--version").stdout == f"tssync {__version__}\n"
     assert "examples:" in tssync("--help").stdout
+
+
+@pytest.mark.parametrize("length", [0, 100, len(DATA)])
+def test_no_follow(serve: Serve, path: Path, copy: Path, length: int) -> None:
+    """With --no-follow, tssync copies what there is, and ends."""
+    path.write_bytes(DATA)
+    copy.write_bytes(DATA[:length])
+    done = tssync(endpoint_of(serve(path)), copy, "--no-follow")
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert copy.read_bytes() == DATA
+
+
+def test_no_follow_compares(serve: Serve, path: Path, copy: Path) -> None:
+    """With --no-follow, a copy of another file is an error, also if it is as long."""
+    path.write_bytes(DATA)
+    copy.write_bytes(bytes(len(DATA)))
+    assert tssync(endpoint_of(serve(path)), copy, "--no-follow").returncode == 3
+
+
+@needs_strace
+def test_no_follow_syncs(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
+    """With --no-follow, the copy is on the disk when tssync ends, also without --fsync."""
+    path.write_bytes(DATA)
+    trace = tmp_path / "trace"
+    run_client(
+        "strace", "-o", trace, "-e", "trace=fdatasync",
+        *TSSYNC, endpoint_of(serve(path)), copy, "--no-follow",
+    )  # fmt: skip
+    assert trace.read_text().count("fdatasync(") == 1
+
+
+@pytest.mark.parametrize("length", [0, 100, 10_000])
+def test_bytes_that_are_gone(copy: Path, length: int) -> None:
+    """A copy that cannot be continued, because bytes are gone, is an error and is not changed."""
+    copy.write_bytes(DATA[:length])
+    with FakeServer(DATA, first=20_000) as server:
+        done = tssync(server.endpoint, copy)
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"tssync: {copy} cannot be continued: it ends at offset {length}, but the remote log starts"
+        " at offset 20000 now; the bytes between them were deleted; name a server that still has"
+        " them\n"
+    )
+    assert copy.read_bytes() == DATA[:length]

@@ -7,60 +7,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv.client.resume import (
-    ANCHOR,
     CONTEXT,
-    WINDOWS,
-    FromEnd,
-    FromStart,
-    LostPlaceError,
+    LINE_SIZE,
+    GoneError,
     OffsetError,
     OtherFileError,
+    PlaceError,
+    Position,
+    parse_line,
     position_at,
 )
 
-DATA = random.Random(1).randbytes(3 << 20)
+DATA = random.Random(1).randbytes(300_000)
 
 
-def serve(header: bytes, file: bytes) -> bytes:
-    """Return what the server sends at once for `header`."""
+def serve(header: bytes, log: bytes, first: int = 0) -> bytes:
+    """Return what a server sends at once for `header`; the log's bytes before `first` are gone."""
     text = header.decode().rstrip("\n")
-    return file[
-        max(0, len(file) + int(text))
-        if text.startswith("-") and text != "-0"
-        else len(file)
-        if text == "-0"
-        else int(text) :
-    ]
+    number = text.removeprefix("?")
+    start = max(first, len(log) + int(number)) if number.startswith("-") else int(number)
+    if 0 < start < first:
+        return b""
+    start = max(start, first)
+    line = b"%019d %019d\n" % (start, len(log)) if text.startswith("?") else b""
+    return line + log[start:]
 
 
-def connect(position: FromStart | FromEnd, file: bytes, limit: int | None = None) -> bytes:
+def connect(
+    position: Position,
+    log: bytes,
+    limit: int | None = None,
+    piece: int | None = None,
+    first: int = 0,
+    ask: bool = True,
+) -> bytes:
     """Return the new bytes of one more connection.
 
-    The connection breaks after `limit` bytes, or stays silent at the end of the file.
+    The connection breaks after `limit` bytes, or stays silent at the end of the log. At most
+    `piece` bytes are received at once.
     """
-    new = b""
-    while True:
-        sent = serve(position.header(), file)[:limit]
-        while sent:
-            part = sent[: position.wanted or None]
-            found = position.take(part)
-            if found is None:
-                break
-            new, sent = new + found, sent[len(part) :]
-        else:
-            return new + (
-                after_silence(position, file)
-                if isinstance(position, FromEnd) and limit is None
-                else b""
-            )
-
-
-def after_silence(position: FromEnd, file: bytes) -> bytes:
-    """Return the new bytes after a silence, for which the end of the file is requested."""
-    if position.searching:
-        return position.reach(file[-CONTEXT:])
-    position.settle()
-    return b""
+    new, sent = b"", serve(position.header(ask), log, first)[:limit]
+    while sent:
+        part = sent[: min(position.wanted or len(sent), piece or len(sent))]
+        new, sent = new + position.take(part), sent[len(part) :]
+    return new
 
 
 @pytest.mark.parametrize(
@@ -73,11 +63,15 @@ def after_silence(position: FromEnd, file: bytes) -> bytes:
         ("+7", b"7\n"),
         ("007", b"7\n"),
         (2**63 - 1, b"9223372036854775807\n"),
+        (-(2**63 - 1), b"-9223372036854775807\n"),
     ],
 )
 def test_first_header(offset: int | str, header: bytes) -> None:
-    """The first header is the offset as it was given."""
-    assert position_at(offset).header() == header
+    """The first header is `?` and the offset as it was given; an old server gets it without `?`."""
+    position = position_at(offset)
+    assert position.header() == b"?" + header
+    assert position.header(ask=False) == header
+    assert position.header() == b"?" + header, "nothing was received, so `?` is tried again"
 
 
 @pytest.mark.parametrize(
@@ -89,11 +83,33 @@ def test_bad_offset(offset: int | str) -> None:
         position_at(offset)
 
 
-@pytest.mark.parametrize("received", [0, 1, 100, CONTEXT, CONTEXT + 1, 100_000])
-def test_known_offset_asks_for_context(received: int) -> None:
-    """With a known offset the last bytes are requested again, compared, and left out."""
-    position = FromStart(10)
-    assert position.take(DATA[10 : 10 + received]) == DATA[10 : 10 + received]
+@pytest.mark.parametrize(
+    "line",
+    [b"0" * 40, b"%019d %019d" % (1, 2), b"%020d %018d\n" % (1, 2), b"%019d\t%019d\n" % (1, 2)],
+)
+def test_answer_that_is_no_line(line: bytes) -> None:
+    """An answer that is not a line of two offsets is an error."""
+    with pytest.raises(PlaceError, match="not a tailsrv"):
+        parse_line(line)
+
+
+@pytest.mark.parametrize("piece", [1, 7, LINE_SIZE, None])
+@pytest.mark.parametrize(
+    ("offset", "start"), [(0, 0), (10, 10), (-10, 990), ("-0", 1000), (-5000, 0), (2000, 2000)]
+)
+def test_line_gives_the_offset(offset: int | str, start: int, piece: int | None) -> None:
+    """Every stream knows its offset, and the log's end, as soon as the line has arrived."""
+    position = position_at(offset)
+    assert connect(position, DATA[:1000], limit=LINE_SIZE, piece=piece) == b""
+    assert (position.offset, position.end, position.wanted) == (start, 1000, 0)
+    assert position.header() == b"%s%d\n" % (b"" if start else b"?", start)
+
+
+@pytest.mark.parametrize("received", [1, 100, CONTEXT, CONTEXT + 1, 100_000])
+def test_last_bytes_are_compared(received: int) -> None:
+    """After a lost connection the last bytes are requested again, compared, and left out."""
+    position = position_at(10)
+    assert connect(position, DATA[: 10 + received]) == DATA[10 : 10 + received]
     assert position.offset == 10 + received
     assert position.header() == b"%d\n" % (10 + received - min(received, CONTEXT))
     assert position.wanted == min(received, CONTEXT)
@@ -103,192 +119,128 @@ def test_known_offset_asks_for_context(received: int) -> None:
 @pytest.mark.parametrize("wrong", [0, 1, CONTEXT - 1])
 def test_other_file_is_detected(wrong: int) -> None:
     """One different byte before the offset is an error before any new byte is returned."""
-    position = FromStart(CONTEXT, recall=lambda offset: DATA[offset - CONTEXT : offset])
+    position = position_at(CONTEXT, recall=lambda offset: DATA[offset - CONTEXT : offset])
     other = bytearray(DATA[: 2 * CONTEXT])
     other[wrong] ^= 1
     with pytest.raises(OtherFileError, match="before offset 4096"):
         connect(position, bytes(other))
 
 
-@pytest.mark.parametrize("received", [8, 50, CONTEXT, 100_000])
-@pytest.mark.parametrize("appended", [0, 1, 5000, WINDOWS[0] - 10, WINDOWS[0] + 5])
-@pytest.mark.parametrize("before", [0, 10, 200_000])
-def test_end_is_found_again(before: int, received: int, appended: int) -> None:
-    """A stream from the end resumes after its last bytes, however much was appended meanwhile."""
-    position = FromEnd(received)
-    assert connect(position, DATA[: before + received]) == DATA[before : before + received]
-    size = before + received + appended
-    assert connect(position, DATA[:size]) == DATA[before + received : size]
-    assert connect(position, DATA[: size + 9]) == DATA[size : size + 9]
+def test_line_is_requested_until_the_bytes_were_compared() -> None:
+    """A server that lags behind tells an end, but the next server is asked for the line again."""
+    position = position_at(100, recall=lambda offset: DATA[:offset])
+    connect(position, DATA[:50])
+    assert (position.end, position.wanted, position.settled) == (50, 50, False)
+    assert connect(position, DATA[:120]) == DATA[100:120]
+    assert (position.end, position.settled) == (120, True)
 
 
+def test_earliest_byte() -> None:
+    """Offset 0 is the earliest byte of the log, as long as nothing was received."""
+    position = position_at(0)
+    connect(position, DATA[:1000], limit=LINE_SIZE)
+    assert connect(position, DATA[:1000], first=700) == DATA[700:1000]
+    assert position.offset == 1000
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_copy_does_not_begin_at_a_later_byte(length: int) -> None:
+    """A stream with `recall` fails if the log starts after its offset, even if that is 0."""
+    position = position_at(length, recall=lambda offset: DATA[:offset])
+    with pytest.raises(GoneError, match="starts at offset 700 now") as caught:
+        connect(position, DATA[:1000], first=700)
+    assert (caught.value.offset, caught.value.start) == (length, 700)
+
+
+def test_only_bytes_that_exist_are_compared() -> None:
+    """If only bytes before the offset were deleted, the rest of them is compared."""
+    position = position_at(0)
+    connect(position, DATA[:5000])
+    position.header()
+    position.starts_at(4500)
+    assert connect(position, DATA[:6000], first=4500) == DATA[5000:6000]
+    with pytest.raises(GoneError, match="bytes from offset 6000 on"):
+        position.starts_at(6001)
+    position.starts_at(6000)
+    assert position.header() == b"6000\n"
+
+
+def test_short_copy_is_compared_from_the_earliest_byte() -> None:
+    """If byte 0 is requested for the comparison, and deleted, the bytes from the start count."""
+    position = position_at(500, recall=lambda offset: DATA[:offset])
+    assert connect(position, DATA[:1000], first=400) == DATA[500:1000]
+
+
+@pytest.mark.parametrize("piece", [1, 7, None])
 @pytest.mark.parametrize(
-    "file",
-    [b"tick\n" * 2000, b"A" * 100 + b"B" * 100 + b"A" * 100, b"tick\n" * (WINDOWS[0] // 5 + 2000)],
-)
-def test_ambiguous_position(file: bytes) -> None:
-    """If the last bytes occur more than once in the file, resuming fails."""
-    position = FromEnd(100)
-    position.take(file[-100:])
-    with pytest.raises(LostPlaceError, match="more than once"):
-        connect(position, file)
-
-
-def test_missing_position() -> None:
-    """If the last bytes are not in the widest window, resuming fails."""
-    position = FromEnd(10)
-    position.take(b"abcdefghij")
-    with pytest.raises(LostPlaceError, match="are not in"):
-        connect(position, bytes(WINDOWS[-1] + 1))
-
-
-def test_first_window_is_the_smallest_one() -> None:
-    """After many bytes the first window is the smallest one, 1 MiB."""
-    position = FromEnd(100_000)
-    connect(position, DATA[:200_000])
-    assert position.header() == b"-%d\n" % WINDOWS[0]
-
-
-def test_incomplete_window_is_not_searched() -> None:
-    """A window is searched only when it reaches the end, as the bytes may occur again later."""
-    once, between = DATA[:5000], DATA[5000:8000]
-    position = FromEnd(5000)
-    position.take(once)
-    position.header()
-    file = DATA[9000:9100] + once + between + once
-    assert position.take(file[:6000]) == b""
-    assert position.reach(file[-CONTEXT:]) == b"", (
-        "the bytes are in the window, but not at the end of the file"
-    )
-    with pytest.raises(LostPlaceError, match="more than once"):
-        position.take(file[6000:])
-
-
-def test_window_is_searched_though_the_file_grows() -> None:
-    """A window is searched when it reaches the end as it was, whatever was appended since."""
-    position = FromEnd(5000)
-    position.take(DATA[:5000])
-    position.header()
-    assert position.take(DATA[:6000]) == b""
-    assert position.reach(DATA[:7000][-CONTEXT:]) == b"", (
-        "the bytes up to the end of the file have not all arrived"
-    )
-    assert position.take(DATA[6000:6500]) == b""
-    assert position.take(DATA[6500:7100]) == DATA[5000:7100]
-
-
-def test_server_that_is_behind_is_waited_for() -> None:
-    """If a short file does not contain the last bytes yet, the stream waits for them."""
-    position = FromEnd(10)
-    position.take(DATA[90:100])
-    assert connect(position, DATA[:50]) == b""
-    assert position.wanted > 0
-    assert position.take(DATA[50:110]) == b""
-    assert position.reach(DATA[50:110][-CONTEXT:]) == DATA[100:110]
-
-
-@pytest.mark.parametrize("size", [0, 1, CONTEXT, ANCHOR - 1])
-def test_short_file_gives_its_offset(size: int) -> None:
-    """If the whole of a short file was seen, the offset is known, whatever the file contains."""
-    position = FromEnd(0)
-    position.header()
-    position.offer(bytes(size))
-    position.settle()
-    known = position.known()
-    assert isinstance(known, FromStart)
-    assert known.offset == size
-    assert connect(known, bytes(size + 5)) == bytes(5)
-
-
-def test_line_is_left_out_though_the_offset_is_known() -> None:
-    """The first partial line is left out also if a short file makes the offset known."""
-    position = FromEnd(1, line=True)
-    assert position.take(b"n") == b""
-    position.offer(b"whole\nbegun")
-    position.settle()
-    assert position.known().take(b" and finished\nnew\n") == b"new\n"
-
-
-def test_end_of_a_long_file_is_searched() -> None:
-    """If nothing was received yet, the bytes before the start are used to find it again."""
-    position = FromEnd(0)
-    position.header()
-    position.offer(DATA[1_000_000 - ANCHOR : 1_000_000])
-    position.settle()
-    assert position.known() is position
-    assert connect(position, DATA[:1_000_100]) == DATA[1_000_000:1_000_100]
-
-
-@pytest.mark.parametrize("end", [b"other", b"", b"abcd"])
-def test_different_end_is_ignored(end: bytes) -> None:
-    """An end of the file that differs from the last bytes received is ignored."""
-    position = FromEnd(3)
-    position.take(b"abc")
-    position.offer(end)
-    position.settle()
-    assert not position.anchored
-
-
-def test_end_is_ignored_after_new_bytes() -> None:
-    """An end of the file is ignored if bytes arrived after it was requested."""
-    position = FromEnd(0)
-    position.offer(b"abc")
-    position.take(b"c")
-    position.settle()
-    assert not position.anchored
-    assert position.known() is position
-
-
-@pytest.mark.parametrize("pieces", [1, 2, 100])
-@pytest.mark.parametrize(
-    ("sent", "given"),
+    ("count", "given"),
     [
-        (b"rest\nwhole\nmore", b"whole\nmore"),
-        (b"\nwhole\n", b"whole\n"),
-        (b"rest", b""),
-        (b"a\n", b""),
+        (0, b""),
+        (3, b""),
+        (4, b"new\n"),
+        (5, b"new\n"),
+        (10, b"new\n"),
+        (11, b"a line\nnew\n"),
+        (99, b"a line\nnew\n"),
     ],
 )
-def test_line_begins_after_the_first_newline(sent: bytes, given: bytes, pieces: int) -> None:
-    """The bytes up to the first newline are left out, in however many pieces they arrive."""
-    position = FromEnd(100, line=True)
-    assert (
-        b"".join(position.take(sent[i : i + pieces]) or b"" for i in range(0, len(sent), pieces))
-        == given
-    )
+def test_line_begins_after_the_first_newline(count: int, given: bytes, piece: int | None) -> None:
+    """With `whole_lines`, the rest of a line is skipped, and counts for the offset."""
+    log = b"a line\nnew\n"
+    position = position_at(f"-{count}", whole_lines=True)
+    assert connect(position, log, piece=piece) == given
+    assert position.offset == len(log)
 
 
 def test_line_is_left_out_across_connections() -> None:
     """If a connection breaks within the first line, the rest of that line is left out as well."""
-    position = FromEnd(20, line=True)
-    file = b"x" * 30 + b"0123456789abcdefghij"
-    assert position.take(file[-20:]) == b""
-    assert connect(position, file + b"-\nnew\n") == b"new\n"
+    log = b"x" * 30 + b"0123456789abcdefghij"
+    position = position_at(-20, whole_lines=True)
+    assert connect(position, log) == b""
+    assert connect(position, log + b"-\nnew\n") == b"new\n"
+
+
+def test_old_server() -> None:
+    """Without `?`, a stream from the end cannot resume once it has bytes; others can."""
+    position = position_at(-10)
+    assert connect(position, DATA[:100], ask=False) == DATA[90:100]
+    assert (position.offset, position.can_resume) == (None, False)
+    position = position_at(10)
+    assert connect(position, DATA[:100], ask=False) == DATA[10:100]
+    assert position.header() == b"10\n", "an old server must not be asked again"
+    assert connect(position, DATA[:120]) == DATA[100:120]
+
+
+def test_only_whole_lines_from_the_end_need_the_line() -> None:
+    """A server without `?` can start at a whole line only with an offset from the start."""
+    assert position_at(-1, whole_lines=True).needs_line
+    assert not position_at(1, whole_lines=True).needs_line
+    assert not position_at(-1).needs_line
 
 
 @given(st.data())
 def test_any_cuts(data: st.DataObject) -> None:
-    """For any file and any breaks, a stream is exact, or ends with an error."""
+    """For any log, any breaks and any deletion, a stream is exact, or its bytes are gone."""
     draw = data.draw
     size = draw(st.integers(0, 300))
-    file = draw(st.sampled_from([DATA, b"ab" * 2000, b"\n" * 4000]))
-    count = draw(st.none() | st.integers(0, 300))
-    position: FromStart | FromEnd = (
-        FromStart(draw(st.integers(0, 300))) if count is None else FromEnd(count)
-    )
-    start = position.offset if count is None else max(0, size - count)
-    received = b""
+    log = draw(st.sampled_from([DATA, b"ab" * 4000, b"\n" * 8000]))
+    position = position_at(draw(st.sampled_from(["-", ""])) + str(draw(st.integers(0, 300))))
+    received, start, first = b"", None, 0
+    gone: GoneError | None = None
     try:
         for _ in range(draw(st.integers(1, 6))):
             limit = draw(st.none() | st.integers(0, 4000))
-            if isinstance(position, FromEnd) and not received:
-                # Nothing has been received, so the stream starts at the end as it is now.
-                start = max(0, size - position.count)
-            received += connect(position, file[:size], limit)
-            position = position.known() if isinstance(position, FromEnd) else position
+            received += connect(position, log[:size], limit, draw(st.none() | st.just(9)), first)
+            if position.offset is not None and received:
+                start = position.offset - len(received) if start is None else start
             size += draw(st.integers(0, 300))
-    except LostPlaceError:
-        assert count is not None
-    assert start is not None
-    assert received == file[start : start + len(received)]
-    assert position.offset in (None, start + len(received))
+            first = draw(st.integers(first, min(first + 100, size)))
+            if position.header() and position.requested and position.requested < first:
+                position.starts_at(first)
+    except GoneError as error:
+        gone = error
+    assert gone is None or gone.start > gone.offset == position.offset
+    if received:
+        assert start is not None
+        assert received == log[start : start + len(received)]
+        assert position.offset == start + len(received)
