@@ -1,0 +1,34 @@
+"""Numbers in shared memory, one for each slot, that all processes of the server can read."""
+
+import mmap
+from collections.abc import Iterator
+
+from tailsrv.linux.files import memory_file_with
+
+# Bytes of one number: an aligned integer of this size is stored and loaded atomically.
+_NUMBER = 8
+
+
+class SharedCounts:
+    """One number for each slot, 0 at first, which only the worker of that slot writes.
+
+    The numbers survive the death of the worker, and an upgrade.
+
+    Args:
+        slots: The number of slots.
+        fd: The memory file of existing numbers, passed on by an upgrade. None creates new ones.
+
+    """
+
+    def __init__(self, slots: int, fd: int | None = None) -> None:
+        self.fd = memory_file_with(bytes(slots * _NUMBER)) if fd is None else fd
+        self._numbers = memoryview(mmap.mmap(self.fd, slots * _NUMBER)).cast("q")
+
+    def __getitem__(self, slot: int) -> int:
+        return self._numbers[slot]
+
+    def __setitem__(self, slot: int, number: int) -> None:
+        self._numbers[slot] = number
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
