@@ -3,6 +3,7 @@
 Errors that are part of normal operation are returned as values, or ignored, not raised.
 """
 
+import fcntl
 import mmap
 import os
 from collections.abc import Iterable
@@ -126,6 +127,32 @@ def read_ahead(file: int, offset: int, count: int) -> None:
     except OSError:
         # The call is only a hint. Without it, the bytes are read when they are sent.
         pass
+
+
+def has_writers(file: int) -> bool | None:
+    """Return whether any process has `file` open for writing; None if the kernel does not tell.
+
+    A lease tells (F_SETLEASE of fcntl(2)): a read lease is refused with EAGAIN while there is a
+    writer. Only the owner of the file and a process with CAP_LEASE may take one. It is released at
+    once: a process that opens the file for writing meanwhile waits for that long.
+    """
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def is_deleted(file: int) -> bool:
+    """Return whether no name is left of `file`, so that it is gone when it is closed."""
+    try:
+        return os.fstat(file).st_nlink == 0
+    except OSError:
+        # Its file server does not answer. It may later.
+        return False
 
 
 def memory_file_with(data: bytes = b"") -> int:

@@ -8,7 +8,8 @@ import errno
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from inotify_simple import INotify, flags
@@ -24,6 +25,8 @@ _PATH_EVENTS = flags.MOVE_SELF | flags.DELETE_SELF | flags.DONT_FOLLOW | flags.M
 # Size of the buffer for events, in bytes: 16 events, because none of these events has a name. A
 # larger buffer would not be one of Python's small objects, so each read would cost a malloc(3).
 _EVENTS_BYTES = 256
+# The same for events in a folder, which have names: room for the largest one (inotify(7)).
+_HINTS_BYTES = 4096
 # What an operator can change when inotify(7) refuses an instance or a watch. EMFILE is also the
 # error of a process that has no descriptor left.
 _HINTS = {
@@ -45,13 +48,14 @@ class Watch:
     the file at regular intervals. Otherwise `polling` is None.
     """
 
-    def __init__(self, file: int, path: str) -> None:
+    def __init__(self, file: int, path: str, size: int = 0) -> None:
+        """Watch `file`. `size` is what `size()` returns until the real size can be read."""
         self.file = file
         self.path = path
         self.polling = why_poll(file)
         self._inotify: INotify | None = None
         self.following = False
-        self._size = 0
+        self._size = size
         if self.polling is None:
             try:
                 self._inotify = INotify(nonblocking=True)
@@ -150,16 +154,69 @@ class Watch:
                 pass
 
 
-class NoFile(Watch):
+class UnwatchedFile(Watch):
+    """Stands for a `Watch` that is still to be made: it tells the size, and there are no events."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.path, self.polling, self.following = file, "", None, False
+        self._inotify, self._size = None, 0
+
+
+class NoFile(UnwatchedFile):
     """Stands for a `Watch` until there is a file: the size is 0, and there are no events."""
 
     def __init__(self) -> None:
-        self.file, self.path, self.polling, self.following = -1, "", None, False
-        self._inotify = None
+        super().__init__(-1)
 
     def size(self) -> int:
         """Return 0, the size of a file that does not exist yet."""
         return 0
+
+
+class Hints:
+    """Wakes a loop when one of several files or folders may have changed.
+
+    Raises OSError if there is no inotify instance left.
+    """
+
+    def __init__(self) -> None:
+        self._inotify = INotify(nonblocking=True)
+        # Each path and its events, with the number of the watch.
+        self._watches: dict[tuple[str, int], int] = {}
+
+    def watch(self, wanted: Iterable[tuple[str, int]]) -> bool:
+        """Watch exactly these paths, each for its events (`inotify_simple.flags`).
+
+        Returns whether every watch could be added.
+        """
+        wanted = set(wanted)
+        unwanted = {self._watches.pop(key) for key in self._watches.keys() - wanted}
+        # Two names of one file share a watch.
+        for number in unwanted - set(self._watches.values()):
+            with suppress(OSError):
+                # The kernel has removed the watch if the file does not exist any more.
+                self._inotify.rm_watch(number)
+        for key in wanted - self._watches.keys():
+            with suppress(OSError):
+                self._watches[key] = self._inotify.add_watch(*key)
+        return self._watches.keys() == wanted
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when something may have changed."""
+        return int(self._inotify.fileno())
+
+    def clear(self) -> None:
+        """Read all pending events, and ignore what they say."""
+        try:
+            while os.read(self.fileno(), _HINTS_BYTES):
+                pass
+        except OSError:
+            # There are no more events, or the kernel has no memory for them now.
+            pass
+
+    def close(self) -> None:
+        """Close the inotify object."""
+        self._inotify.close()
 
 
 def steps_to(path: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import socket
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,9 +12,17 @@ import pytest
 
 from support.files import EVERY_BYTE, append, evict, opened
 from support.interpreter import run_program
+from support.processes import as_root
 from support.sockets import readable, recv_exactly, reset, tcp_pair, wait_for, wait_readable
 from support.waiting import eventually
-from tailsrv.linux.files import MAX_COPY, is_cached, read_ahead, send_chunk, send_to_all
+from tailsrv.linux.files import (
+    MAX_COPY,
+    has_writers,
+    is_cached,
+    read_ahead,
+    send_chunk,
+    send_to_all,
+)
 from tailsrv.linux.sockets import Outcome
 
 
@@ -189,3 +198,61 @@ def test_memory_file_without_space() -> None:
     """An anonymous file is closed again if its data cannot be written."""
     done = run_program("memory_without_room")
     assert (done.stdout, done.returncode, done.stderr) == ("EFBIG\n", 0, "")
+
+
+@pytest.mark.parametrize("mode", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND])
+def test_has_writers(tmp_path: Path, mode: int) -> None:
+    """A file has a writer as long as a process has it open for writing, under whatever name."""
+    path = tmp_path / "file"
+    path.write_bytes(b"four")
+    path.with_name("link").hardlink_to(path)
+    with opened(path) as file, opened(path):
+        assert has_writers(file) is False
+        writer = os.open(path.with_name("link"), mode)
+        path.unlink()
+        assert has_writers(file) is True
+        os.close(writer)
+        assert has_writers(file) is False
+
+
+def test_has_a_writer_in_another_process(tmp_path: Path) -> None:
+    """A writer in another process is found, until that process ends."""
+    path = tmp_path / "file"
+    with path.open("wb") as output, opened(path) as file:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output) as writer:
+            output.close()
+            assert has_writers(file) is True
+            assert writer.stdin is not None
+            writer.stdin.close()
+            writer.wait()
+        assert has_writers(file) is False
+
+
+def test_has_writers_keeps_no_lease(tmp_path: Path) -> None:
+    """After the question, a process can open the file for writing without waiting."""
+    path = tmp_path / "file"
+    path.write_bytes(b"four")
+    with opened(path) as file:
+        assert has_writers(file) is False
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        assert has_writers(file) is False
+
+
+def test_has_writers_of_something_else() -> None:
+    """For what cannot have a lease, the answer is None."""
+    reader, writer = os.pipe()
+    try:
+        assert has_writers(reader) is None
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.skipif(not as_root, reason="only root can become another user")
+def test_writers_seen_by_another_user(tmp_path: Path) -> None:
+    """Without privileges, a process learns about the writers of its own files only."""
+    for name in ("own", "written", "other"):
+        (tmp_path / name).write_bytes(b"four")
+    tmp_path.chmod(0o755)
+    done = run_program("writers_seen_by_another_user", str(tmp_path))
+    assert done.stdout == "{'own': False, 'written': True, 'other': None}\n", done.stderr

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from inotify_simple import flags
 
 from support.files import append, is_gone, opened
 from support.interpreter import environment, program, run_program
@@ -15,7 +16,7 @@ from support.processes import as_root
 from support.sockets import readable, wait_readable
 from support.waiting import DEADLINE
 from tailsrv.linux.files import memory_file_with
-from tailsrv.linux.inotify import Watch, steps_to
+from tailsrv.linux.inotify import Hints, Watch, steps_to
 from tailsrv.served_file import size_of
 
 
@@ -464,14 +465,14 @@ def test_polling_gives_the_reason() -> None:
 
 
 def test_no_inotify_instances(path: Path) -> None:
-    """Without inotify instances or descriptors the file is polled; the reason names the setting."""
+    """Without inotify instances the file is polled, the reason names the setting, hints fail."""
     done = run_program(
         "watch_without_inotify",
         str(path),
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "fs.inotify.max_user_instances" in done.stdout
-    assert done.stdout.endswith(" None 4\n")
+    assert done.stdout.endswith(" None 4\nno hints: EMFILE\n")
 
 
 def test_close_frees_the_instance(path: Path) -> None:
@@ -483,3 +484,118 @@ def test_close_frees_the_instance(path: Path) -> None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
         watch.close()
+
+
+# Hints.
+
+
+@pytest.fixture
+def hints() -> Iterator[Hints]:
+    """Give hints about nothing."""
+    hints = Hints()
+    yield hints
+    hints.close()
+
+
+def hinted(hints: Hints) -> bool:
+    """Tell whether there is a hint, and clear it."""
+    seen = readable(hints.fileno())
+    hints.clear()
+    return seen
+
+
+def test_hints(hints: Hints, path: Path) -> None:
+    """A hint is there after each event that was asked for, about any of the paths."""
+    other = path.with_name("other")
+    other.write_bytes(b"other")
+    watches = [(path, flags.MODIFY), (path.parent, flags.CREATE), (other, flags.ATTRIB)]
+    assert hints.watch((str(path), mask) for path, mask in watches)
+    acts: list[Callable[[], None]] = [
+        lambda: append(path, b"more"),
+        lambda: path.with_name("next").touch(),
+        other.unlink,
+    ]
+    for act in acts:
+        assert not hinted(hints)
+        act()
+        assert hinted(hints)
+    path.chmod(0o600)
+    path.rename(path.with_name("log.1"))
+    assert not hinted(hints)
+
+
+def test_hints_about_an_open_file(hints: Hints, path: Path) -> None:
+    """The deletion of an open file is noticed, also if the file has another name by then."""
+    with opened(path) as file:
+        assert hints.watch([(f"/proc/self/fd/{file}", flags.ATTRIB)])
+        moved = path.rename(path.with_name("log.1"))
+        assert not hinted(hints)
+        moved.unlink()
+        assert hinted(hints)
+
+
+def test_incomplete_hints(hints: Hints, path: Path) -> None:
+    """A path that cannot be watched is no obstacle to others, and may be watched later."""
+    missing = path.with_name("missing")
+    wanted = [(str(missing), flags.MODIFY), (str(path), flags.MODIFY)]
+    assert not hints.watch(wanted)
+    append(path, b"more")
+    assert hinted(hints)
+    missing.touch()
+    assert hints.watch(wanted)
+    append(missing, b"more")
+    assert hinted(hints)
+
+
+def test_other_hints(hints: Hints, path: Path) -> None:
+    """Only what was asked for last is watched, and what stays is watched without a gap."""
+    other, gone = path.with_name("other"), path.with_name("gone")
+    for name in (other, gone):
+        name.touch()
+    assert hints.watch((str(name), flags.MODIFY) for name in (path, other, gone))
+    gone.unlink()
+    append(path, b"more")
+    assert hints.watch([(str(path), flags.MODIFY)])
+    # This is the hint about the append before.
+    assert hinted(hints)
+    append(other, b"more")
+    assert not hinted(hints)
+    append(path, b"more")
+    assert hinted(hints)
+    assert hints.watch([(str(path), flags.ATTRIB)])
+    hints.clear()
+    append(path, b"more")
+    assert not hinted(hints)
+    path.chmod(0o600)
+    assert hinted(hints)
+
+
+def test_hints_about_one_folder_under_two_names(hints: Hints, path: Path) -> None:
+    """A folder stays watched under one name when it is no longer watched under another."""
+    link = path.with_name("link")
+    link.symlink_to(path.parent)
+    names = [(str(name), flags.CREATE) for name in (path.parent, link)]
+    assert hints.watch(names)
+    assert hints.watch(names[:1])
+    hints.clear()
+    path.with_name("next").touch()
+    assert hinted(hints)
+
+
+def test_many_hints(hints: Hints, tmp_path: Path) -> None:
+    """All pending events are cleared at once, however many there are."""
+    assert hints.watch([(str(tmp_path), flags.CREATE)])
+    for number in range(100):
+        (tmp_path / f"{number:0200}").touch()
+    assert hinted(hints)
+    assert not hinted(hints)
+
+
+def test_close_frees_the_hints(path: Path) -> None:
+    """After close() the descriptor is free."""
+    before = os.listdir("/proc/self/fd")
+    hints = Hints()
+    hints.watch([(str(path), flags.MODIFY)])
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    hints.close()
+    assert os.listdir("/proc/self/fd") == before

@@ -1,13 +1,14 @@
 """Monitors the file argv[1] twice where only one inotify instance is available.
 
-Prints what the second monitor reports about that.
+Prints what the second monitor reports about that, and the error that Hints raises.
 """
 
+import errno
 import os
 import resource
 import sys
 
-from tailsrv.linux.inotify import Watch
+from tailsrv.linux.inotify import Hints, Watch
 
 file = os.open(sys.argv[1], os.O_RDONLY)
 Watch(file, sys.argv[1]).close()
@@ -20,6 +21,10 @@ held = Watch(file, sys.argv[1])
 assert held.polling is None, held.polling
 watch = Watch(file, sys.argv[1])
 print(watch.polling, watch.fileno(), watch.size())
+try:
+    Hints()
+except OSError as error:
+    print("no hints:", errno.errorcode[error.errno or 0])
 held.close()
 watch.close()
 # The measurement of coverage needs descriptors at exit.
