@@ -53,7 +53,9 @@ exit status: 0 interrupted, or stopped by an option
 
 TAILSRV_EPILOG = """\
 A client sends one line that says where to start: N (byte N), -N (the last N bytes), -0 (the end).
-It receives the file from there on, and then every byte that is appended:  echo 0 | nc HOST PORT
+It receives the log from there on, and then every byte that is appended:  echo 0 | nc HOST PORT
+The log is FILE; with --follow-name, all files that had its name, one after another. Rotate by
+renaming, not with copytruncate, and do not compress: deleted files cannot be served.
 
 signals: TERM, INT or PWR drain and end, QUIT ends at once, HUP upgrades to the installed version
 (HUP drains and ends instead if the terminal has been closed, unless tailsrv runs under nohup)
@@ -97,8 +99,8 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=seconds, default=DEFAULT_GRACE, metavar="SECONDS",
-        help="how long clients have to read the rest of the file when the server ends"
-        " or the file is rotated (default: %(default)g)",
+        help="how long clients have to read the rest of the log when the server ends"
+        " (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--header-timeout", type=seconds, default=0.0, metavar="SECONDS",
@@ -122,8 +124,14 @@ def _add_endings(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--follow-name", action="store_true",
-        help="when the file is deleted, moved away or replaced, serve the next file of that name,"
-        " as tail -F does; the streams of the old file end, and its clients must reconnect",
+        help="when the file is moved away, replaced or truncated, continue every stream with the"
+        " next file of that name, as tail -F does; offsets count across all files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state-file", metavar="STATE",
+        help="with --follow-name: keep in this file where each file of the log begins, so that"
+        " offsets stay the same when the server is started again (default: a file in"
+        " $STATE_DIRECTORY, which systemd sets; otherwise none; empty: none)",
     )  # fmt: skip
 
 

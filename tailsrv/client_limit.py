@@ -1,15 +1,10 @@
 """Enforces --max-clients across all worker processes, by shared counts and without a lock."""
 
-import mmap
-
-from tailsrv.linux.files import memory_file_with
-
-# Bytes of one count: an aligned integer of this size is stored and loaded atomically.
-_COUNT = 8
+from tailsrv.shared_counts import SharedCounts
 
 
 class ClientLimit:
-    """Shared memory with one count for each slot, written by the worker of that slot.
+    """The number of clients of each slot, in shared memory.
 
     A count is the number of clients that the slot has now, not a sum of arrivals and departures. So
     the death of a worker needs no correction: its successor writes the number that it adopts.
@@ -23,25 +18,23 @@ class ClientLimit:
 
     Args:
         limit: The largest number of clients of all slots together.
-        slots: The number of slots.
-        fd: The memory file of existing counts, passed on by an upgrade. None creates new counts.
+        counts: The counts.
 
     """
 
-    def __init__(self, limit: int, slots: int, fd: int | None = None) -> None:
+    def __init__(self, limit: int, counts: SharedCounts) -> None:
         self.limit = limit
-        self.fd = memory_file_with(bytes(slots * _COUNT)) if fd is None else fd
-        self._counts = memoryview(mmap.mmap(self.fd, slots * _COUNT)).cast("q")
+        self.counts = counts
 
     def claim(self, slot: int, clients: int) -> bool:
         """Raise the count of `slot` to `clients` if the limit allows it; return whether it does."""
-        before = self._counts[slot]
-        self._counts[slot] = clients
-        if sum(self._counts) <= self.limit:
+        before = self.counts[slot]
+        self.counts[slot] = clients
+        if sum(self.counts) <= self.limit:
             return True
-        self._counts[slot] = before
+        self.counts[slot] = before
         return False
 
     def record(self, slot: int, clients: int) -> None:
         """Set the count of `slot` to `clients`, the number of clients that it has now."""
-        self._counts[slot] = clients
+        self.counts[slot] = clients

@@ -68,16 +68,29 @@ class Timing:
     # idle machine.
     poll_interval: float = 1.0
 
-    # Seconds without an append after which a file that was moved away counts as complete. Its
-    # writer needs a moment to reopen its log.
+    # Seconds without an append after which the active segment is sealed, once the next file of its
+    # name has a byte. Its writer needs a moment to reopen its log.
     settle: float = 1.0
 
-    # Seconds between polls of such a file after that, to count bytes that are appended too late.
+    # Seconds after the first byte of the next file until the active segment is sealed in any case.
+    seal_limit: float = 5.0
+
+    # Seconds that workers have to acknowledge the order to freeze, before a roll. A worker that
+    # does not is killed: clients of all workers wait for it.
+    freeze_patience: float = 2.0
+
+    # Seconds between polls of a sealed segment, to count bytes that are appended too late.
     late_interval: float = 5.0
 
-    # Seconds for which such a file is held open to count late bytes. If it was deleted, it keeps
-    # its disk space for this long.
+    # Seconds for which late bytes are counted.
     late_patience: float = 60.0
+
+    # Seconds between attempts to write the state file, if that has failed.
+    save_retry: float = 10.0
+
+    # Seconds between checks whether sealed segments have been deleted, where inotify does not
+    # report that.
+    deletion_poll: float = 10.0
 
     # Seconds to wait after fork(2) has failed for lack of memory or because the limit on tasks was
     # reached. Both may be temporary.
@@ -114,11 +127,13 @@ class Config:
             service manager passes the listening sockets.
         workers: The number of worker processes, from 1 to MAX_WORKERS.
         bind: The addresses to listen on. Empty means every address of the machine.
-        grace: Seconds that clients have to read the rest of the file, when the server shuts down
-            and when the file is rotated.
+        grace: Seconds that clients have to read the rest of the log when the server ends.
         header_timeout: Seconds that a client has to send its header. 0 means no limit.
         linger: Keep serving the open file when its path no longer names it.
-        follow_name: Serve the next file of that name when the path no longer names the open file.
+        follow_name: Continue the log with the next file of that name when the path no longer names
+            the open file.
+        state_file: The file that keeps the segments of the log. Empty means that offsets begin at
+            0 with each start.
         max_clients: The largest number of clients at a time. 0 means no limit.
         allow: The networks that clients may connect from. Empty means all.
         timing: Shorter waits, for tests.
@@ -136,6 +151,7 @@ class Config:
     header_timeout: float = 0.0
     linger: bool = False
     follow_name: bool = False
+    state_file: str = ""
     max_clients: int = 0
     allow: tuple[Network, ...] = ()
     timing: Timing = Timing()
@@ -155,6 +171,10 @@ class Config:
             if not (isfinite(seconds) and seconds >= 0):
                 raise ConfigError(f"argument {option}: must be 0 or more seconds, not {seconds}")
         _check_range("--max-clients", self.max_clients, 0, MAX_CLIENTS)
+        if self.state_file and not self.follow_name:
+            raise ConfigError("argument --state-file: needs --follow-name")
+        if "\0" in self.state_file:
+            raise ConfigError("argument --state-file: must not contain a NUL byte")
         if self.linger and self.follow_name:
             raise ConfigError(
                 "argument --follow-name: not allowed with argument --linger-after-file-is-gone"

@@ -30,6 +30,8 @@ class FileIdentity:
 
     def __init__(self, file: int, path: str) -> None:
         self._file, self._path = file, path
+        # Whether the open file is on a local file system, None until that is known.
+        self._local: bool | None = None
         # While the named file is larger: the open file's size, and since when it has had that size.
         self._shorter: tuple[int, float] | None = None
 
@@ -52,9 +54,14 @@ class FileIdentity:
             return True if error.errno in _DEAD else None
         if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
             return False
-        if held.st_dev != named.st_dev or not stat.S_ISREG(named.st_mode) or is_local(self._file):
+        if held.st_dev != named.st_dev or not stat.S_ISREG(named.st_mode) or self._is_local():
             return True
         return self._is_another(held.st_size, now)
+
+    def _is_local(self) -> bool:
+        if self._local is None:
+            self._local = is_local(self._file)
+        return self._local
 
     def _is_another(self, size: int, now: float) -> bool | None:
         """Return whether the named file, which has another number, is another file.

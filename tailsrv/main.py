@@ -5,7 +5,9 @@ version that an upgrade has replaced, and runs the supervisor until the server e
 """
 
 import gc
+import os
 import socket
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -33,9 +35,12 @@ from tailsrv.listeners import (
     take_listeners,
 )
 from tailsrv.log import describe_error, fields, logger, set_up
+from tailsrv.segments import Log, Segment
 from tailsrv.served_file import CannotServeError, open_file
+from tailsrv.supervisor.log_store import LogStore, Restored
 from tailsrv.supervisor.report_reader import RESERVED_DESCRIPTORS
 from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.state_file import StateFileError, default_path
 from tailsrv.supervisor.supervisor import Supervisor
 from tailsrv.supervisor.upgrade import (
     answer_check,
@@ -85,12 +90,23 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
             header_timeout=args.header_timeout,
             linger=args.linger_after_file_is_gone,
             follow_name=args.follow_name,
+            state_file=state_file_of(args),
             max_clients=args.max_clients,
             allow=tuple(args.allow),
         )
     except ConfigError as error:
         parser.error(str(error))
     return config, args.verbose - args.quiet
+
+
+def state_file_of(args: Namespace) -> str:
+    """Return the path of the state file, empty if there is none.
+
+    The default is a file in the folder that the service manager provides.
+    """
+    if args.state_file is not None:
+        return str(args.state_file)
+    return (default_path(os.environ, args.path) or "") if args.follow_name else ""
 
 
 def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int:
@@ -120,13 +136,20 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     try:
         occupy_standard_descriptors()
         state = read_state()
-        supervisor, file = prepare(config) if state is None else take_over(config, state)
-    except (CannotServeError, ListenError, AlreadyServedError, StateError, OSError) as error:
+        supervisor = prepare(config) if state is None else take_over(config, state)
+    except (
+        CannotServeError,
+        ListenError,
+        AlreadyServedError,
+        StateError,
+        StateFileError,
+        OSError,
+    ) as error:
         # OSError: out of descriptors or memory.
         logger.critical("cannot serve: %s", fields(path=config.path, reason=error))
         return ExitStatus.CANNOT_SERVE
     try:
-        status = supervisor.run(file)
+        status = supervisor.run()
     except (OSError, MemoryError) as error:
         # The workers notice that the supervisor is gone, and exit as well.
         logger.critical("supervisor failed, all streams end: %s", describe_error(error))
@@ -137,18 +160,24 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     return status
 
 
-def prepare(config: Config) -> tuple[Supervisor, int | None]:
-    """Open the file and the listening sockets for a new server.
+def prepare(config: Config) -> Supervisor:
+    """Open the file and the listening sockets for a new server, and return its supervisor.
 
-    Returns the supervisor, and the file's descriptor, which is None if there is no file yet.
     Raises CannotServeError, ListenError or AlreadyServedError.
     """
     descriptors = raise_descriptor_limit()
     # Take the passed sockets before anything else is opened: they have fixed descriptor numbers.
     passed = take_listeners(take_sockets())
+    store = LogStore(config.state_file, config.path) if config.state_file else None
+    if config.follow_name and store is None:
+        logger.info(
+            "offsets begin at 0, because no state file keeps them: %s",
+            fields(path=config.path, hint="--state-file"),
+        )
     # open(2) blocks while a network file system does not answer.
     with interruptible():
-        file = open_file(config.path)
+        restored = store.restore() if store else Restored(None, [], 0)
+        file = open_file(config.path) if restored.log is None else None
     prepare_to_fork()
     if config.port is None:
         names = names_of(passed)
@@ -172,7 +201,13 @@ def prepare(config: Config) -> tuple[Supervisor, int | None]:
     )
     warn_of_limits(config, listeners, descriptors)
     slots = [Slot(index, sockets, shared) for index, sockets in enumerate(listeners)]
-    return Supervisor(config, slots, names, control, partial(work, config=config)), file
+    supervisor = Supervisor(config, slots, names, control, partial(work, config=config), store)
+    supervisor.served_file.base = restored.end
+    if restored.log is not None:
+        supervisor.begin(restored.log, restored.next_files)
+    elif file is not None:
+        supervisor.begin(Log([Segment(restored.end, file)]))
+    return supervisor
 
 
 def warn_of_limits(
@@ -206,19 +241,19 @@ def warn_of_limits(
         )
 
 
-def take_over(config: Config, state: UpgradeState) -> tuple[Supervisor, int | None]:
-    """Continue the server of the previous version from `state`, which an upgrade has passed on.
-
-    Returns the supervisor, and the file's descriptor, which is None if there is no file.
-    """
+def take_over(config: Config, state: UpgradeState) -> Supervisor:
+    """Continue the server of the previous version from `state`, which an upgrade has passed on."""
     raise_descriptor_limit()
     keep_private(state.descriptors())
     prepare_to_fork()
     slots = [Slot.load(index, saved) for index, saved in enumerate(state.slots)]
     control = Control([socket.socket(fileno=fd) for fd in state.control])
+    store = (
+        LogStore(config.state_file, config.path, *state.state_lock) if config.state_file else None
+    )
     return Supervisor(
-        config, slots, state.endpoints, control, partial(work, config=config), state
-    ), state.file
+        config, slots, state.endpoints, control, partial(work, config=config), store, state
+    )
 
 
 def listen(config: Config, port: int) -> list[list[socket.socket]]:

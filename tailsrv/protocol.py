@@ -28,17 +28,23 @@ class HeaderError(ValueError):
 class Start:
     """What a header asks for.
 
-    The stream starts `count` bytes after the file's start, or before its end. If `with_offsets` is
-    true, the `?` line comes before it.
+    The stream starts at the log offset `count`, or `count` bytes before the log's end. If
+    `with_offsets` is true, the `?` line comes before it.
     """
 
     count: int
     from_end: bool
     with_offsets: bool = False
 
-    def offset(self, size: int) -> int:
-        """Return the offset from the start, in bytes, for a file that is `size` bytes long."""
-        return max(0, size - self.count) if self.from_end else self.count
+    def offset(self, start: int, end: int) -> int:
+        """Return the offset in a log whose bytes from `start` up to `end` still exist.
+
+        0 stands for the earliest byte. Any other count is returned as it is, so the result may be
+        before `start`: the bytes that the client asks for have been deleted.
+        """
+        if self.from_end:
+            return max(start, end - self.count)
+        return self.count or start
 
 
 def parse_header(received: bytes, ended: bool = False) -> Start | None:
@@ -77,7 +83,7 @@ def parse_header(received: bytes, ended: bool = False) -> Start | None:
 
 
 def offsets_line(start: int, end: int) -> bytes:
-    """Return the `?` line: the offset of the first byte that follows, and of the file's end."""
+    """Return the `?` line: the offset of the first byte that follows, and of the log's end."""
     return _OFFSETS_LINE % (start, end)
 
 

@@ -1,46 +1,85 @@
-"""Opens the file that is served, and checks whether its path still names it.
+"""Opens the files that are served, and checks whether their path still names the active one.
 
-The supervisor holds one `ServedFile`. All workers inherit its descriptor.
+The supervisor holds one `ServedFile`. All workers inherit its descriptors.
 """
 
 import os
 import stat
+import time
+from collections import Counter
+from collections.abc import Iterable
 
 from tailsrv.error_hints import absolute, cannot_open
 from tailsrv.file_identity import FileIdentity
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
+from tailsrv.segments import NO_FILE, Log, Segment
 
 
 class ServedFile:
-    """A path, and the open file of that name, which all workers share.
+    """A path, and the log: the open files that had that name, one after another.
 
-    `file` is its descriptor, or None while the server waits for a file of that name.
+    `log` is None while the server waits for the first file of that name. `base` is the log offset
+    of that file's first byte.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.file: int | None = None
-        # Whether the path no longer names the open file.
+        self.log: Log | None = None
+        self.base = 0
+        # Whether the path no longer names the file of the active segment.
         self.gone = False
         # The reason why the workers poll the file and do not use inotify, None if they do use it.
         self.polling: str | None = None
         # The reason why the next file of this name cannot be opened, empty if there is no error.
         self.open_error = ""
         self._identity: FileIdentity | None = None
+        # Since when open_next() has found no file, in seconds of the monotonic clock. None if it
+        # has found one, or was not called.
+        self._missing_since: float | None = None
         # Whether the log has said that another program has a lease on the file.
         self._lease_logged = False
 
     def open(self) -> bool:
-        """Try to open the file, and return whether it is open now.
+        """Try to open the first file, and return whether it is open now.
 
         Raises CannotServeError if there is a file of that name that cannot be served.
         """
+        if (file := self.open_next()) is not None:
+            self.log = Log([Segment(self.base, file)])
+        return file is not None
+
+    def open_next(self) -> int | None:
+        """Open the file that has the name now; return None if it does not exist or is leased.
+
+        Raises CannotServeError.
+        """
+        missing_since, self._missing_since = self._missing_since, None
+        file = None
         try:
-            self.file = try_to_open(self.path)
+            file = try_to_open(self.path)
         except LeasedError:
             self._note_lease()
-        return self.file is not None
+        if file is None:
+            self._missing_since = time.monotonic() if missing_since is None else missing_since
+        return file
+
+    def roll(self, size: int, lost: bool, file: int) -> Segment:
+        """Seal the active segment at `size` bytes, and continue the log with `file`.
+
+        With `lost`, the bytes of the sealed segment no longer exist. Returns the sealed segment.
+        """
+        assert self.log is not None
+        sealed = self.log.seal(size, lost)
+        self.log.append(Segment(sealed.end, file))
+        self.gone, self._identity = False, None
+        self.open_error, self._lease_logged, self._missing_since = "", False, None
+        return sealed
+
+    @property
+    def file(self) -> int | None:
+        """The descriptor of the active segment, None while there is no file."""
+        return self.log.active.file if self.log is not None else None
 
     def _note_lease(self) -> None:
         if not self._lease_logged:
@@ -58,27 +97,83 @@ class ServedFile:
         assert self.file is not None
         if self._identity is None:
             self._identity = FileIdentity(self.file, self.path)
-        return self._identity.is_gone(now)
-
-    def close(self) -> None:
-        """Close the file, so that the next file of its name can be opened."""
-        assert self.file is not None
-        close_file(self.file)
-        self.file, self.gone, self.polling, self._identity = None, False, None, None
-        self._lease_logged = False
+        gone = self._identity.is_gone(now)
+        if gone is False:
+            self._missing_since = None
+        return gone
 
     def size(self) -> int | None:
-        """Return the file's size in bytes; None if no file is open or its size is unknown."""
+        """Return the active file's size in bytes; None if there is none or its size is unknown."""
         return size_of(self.file) if self.file is not None else None
 
-    def describe(self) -> dict[str, object]:
-        """Return the status of the file, as the control socket reports it."""
+    def end(self) -> int | None:
+        """Return the end of the log as an offset; None if there is no file or it is unknown."""
+        size = self.size()
+        return None if self.log is None or size is None else self.log.active.base + size
+
+    def describe(self, now: float) -> dict[str, object]:
+        """Return the status of the active file at `now`, a time of the monotonic clock."""
+        since = self._missing_since if self.gone else None
         return {
             "path": absolute(self.path),
             "gone": self.gone,
+            "missing": None if since is None else max(0.0, now - since),
             "error": self.open_error or None,
             "size": self.size(),
         }
+
+    def describe_log(self) -> dict[str, object] | None:
+        """Return the status of the log, None while there is no file.
+
+        This makes one system call, however many segments there are.
+        """
+        if (log := self.log) is None:
+            return None
+        end = self.end()
+        sealed = [segment for segment in log.sealed_segments if segment.file != NO_FILE]
+        retired = [segment for segment in sealed if segment.end <= log.start]
+        return {
+            "start": log.start,
+            "end": end,
+            "segments": len(sealed) + 1,
+            "size": None if end is None else end - log.active.base + _total_size(sealed),
+            "retired": len(retired),
+            "retired_size": _total_size(retired),
+        }
+
+    def describe_segments(self, positions: Iterable[int], most: int) -> list[dict[str, object]]:
+        """Return the status of each segment, of the last `most` ones if there are more.
+
+        This makes a few system calls for each segment, and its time grows with the number of
+        `positions`, so it is too expensive for the supervisor itself.
+
+        Args:
+            positions: The log offset that each client has reached.
+            most: The largest number of segments to describe.
+
+        """
+        if (log := self.log) is None:
+            return []
+        # A client may be at an offset that this process does not know of yet, but not before the
+        # first segment: the supervisor would still hold the one before.
+        clients = Counter(log.find(max(position, log.first)).base for position in positions)
+        return [_describe_segment(segment, clients) for segment in list(log)[-most:]]
+
+
+def _total_size(sealed: Iterable[Segment]) -> int:
+    return sum(segment.end - segment.base for segment in sealed)
+
+
+def _describe_segment(segment: Segment, clients: Counter[int]) -> dict[str, object]:
+    path, deleted = (None, True) if segment.file == NO_FILE else name_of(segment.file)
+    return {
+        "base": segment.base,
+        "size": segment.size if segment.sealed else size_of(segment.file),
+        "sealed": segment.sealed,
+        "clients": clients[segment.base],
+        "path": path,
+        "deleted": deleted,
+    }
 
 
 class CannotServeError(Exception):
@@ -159,3 +254,24 @@ def size_of(file: int) -> int | None:
         return os.fstat(file).st_size
     except OSError:
         return None
+
+
+def name_of(file: int) -> tuple[str | None, bool]:
+    """Return the path of the open `file`, None if it is unknown, and whether it was deleted.
+
+    A file counts as deleted if it has no name any more. It may also have a name that is not known:
+    the kernel knows only the one by which it was opened, or to which that one was renamed.
+    """
+    path, deleted = None, False
+    try:
+        status = os.fstat(file)
+        deleted = status.st_nlink == 0
+        candidate = os.readlink(f"/proc/self/fd/{file}")
+        # The kernel adds " (deleted)" to the text if that name is gone, and a file may have such a
+        # name.
+        if os.path.samestat(os.stat(candidate), status):
+            path = candidate
+    except OSError:
+        # There is no file of that name, or no /proc, or the file server does not answer.
+        pass
+    return path, deleted

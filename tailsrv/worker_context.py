@@ -1,19 +1,21 @@
-"""What the supervisor passes to a worker through fork(2): file, listeners, channel and clients."""
+"""What the supervisor passes to a worker through fork(2): log, listeners, channel and clients."""
 
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tailsrv.client_limit import ClientLimit
+from tailsrv.segments import Log
+from tailsrv.shared_counts import SharedCounts
 
 
 @dataclass(slots=True)
 class Entry:
     """The supervisor's record of one client.
 
-    `fd` is a descriptor of the client's socket, and `start` is the offset that its stream started
-    from, in bytes. `start` is None until the client's header has been read. `end` is the second
-    number of its `?` line, None if the client did not ask for one.
+    `fd` is a descriptor of the client's socket, and `start` is the log offset that its stream
+    started from, in bytes. `start` is None until the client's header has been read. `end` is the
+    second number of its `?` line, None if the client did not ask for one.
     """
 
     fd: int
@@ -26,9 +28,11 @@ class WorkerContext:
     """What a worker gets from the supervisor. Besides this it needs only the configuration."""
 
     slot: int
-    # The descriptor of the served file, None while the server waits for the file. All workers and
-    # their successors use the same open file, so that all of them serve the same inode.
-    file: int | None
+    # The segments of the log, None while the server waits for the file. A worker never opens a
+    # segment by its path, so that all workers and their successors serve the same files.
+    log: Log | None
+    # With --follow-name: for each slot, the largest end of the log that its workers have acted on.
+    ends: SharedCounts | None
     listeners: Sequence[socket.socket]
     # Whether the workers of all slots share the same listeners.
     shared: bool

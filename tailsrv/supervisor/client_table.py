@@ -99,15 +99,6 @@ class ClientTable:
         self.unprotected.clear()
         return lost
 
-    def has_streams(self) -> bool:
-        """Return whether the stream of any protected client has started."""
-        return len(self.headerless) < len(self.clients)
-
-    def close_streams(self) -> None:
-        """Close the connections of all protected clients whose streams have started."""
-        for client in [client for client in self.clients if client not in self.headerless]:
-            _close_connection(self.clients.pop(client))
-
     def describe(self) -> list[dict[str, object]]:
         """Describe each protected client for the status: its peer address, start and position.
 

@@ -1,11 +1,11 @@
 """Runs the server from start to exit: opens the file, starts the workers, acts on signals.
 
-The supervisor also notices that the file is gone, and then drains or switches to the next file. It
+The supervisor also notices that the file is gone, and then drains or rolls to the next file. It
 runs upgrades and answers status requests.
 
-It never accepts a client, never reads a client's bytes and never sends a byte of the file. It does
+It never accepts a client, never reads a client's bytes and never sends a byte of the log. It does
 so little in order to be reliable, because all streams end if it dies. It has no threads. It does
-not share its epoll object with workers, and has no inotify object.
+not share its epoll object with workers.
 """
 
 import logging
@@ -32,14 +32,16 @@ from tailsrv.linux.sockets import lacks_room
 from tailsrv.linux.tcp_info_check import counts_streams
 from tailsrv.linux.terminal import is_hung_up, remember_nohup
 from tailsrv.log import describe_error, fields, logger
+from tailsrv.segments import Log
 from tailsrv.served_file import CannotServeError, ServedFile
+from tailsrv.shared_counts import SharedCounts
 from tailsrv.stray_signals import StraySignals
-from tailsrv.supervisor.late_appends import LateAppends
-from tailsrv.supervisor.rotation_pace import RotationPace
+from tailsrv.supervisor.log_store import LogStore
+from tailsrv.supervisor.roller import Roller
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.status_server import StatusServer, StatusWriter
 from tailsrv.supervisor.upgrade import Upgrader
-from tailsrv.supervisor.upgrade_state import UpgradeState
+from tailsrv.supervisor.upgrade_state import LogState, UpgradeState
 from tailsrv.supervisor.watchdog import Watchdog
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import status_title
@@ -61,8 +63,6 @@ class Phase(Enum):
 
     WAITING = "waiting for file"
     RUNNING = "running"
-    # The file is gone, and its streams are being drained. After that, the next file is served.
-    ROTATING = "rotating"
     # All streams are being drained. After that, the server exits.
     DRAINING = "draining"
     # All workers have been killed. The server exits when they have been reaped.
@@ -78,6 +78,7 @@ class Supervisor:
         endpoints: The addresses that the server listens on, as text.
         control: The control sockets, which also lock the endpoints.
         work: Runs a worker. It is called in the forked child, and returns the child's exit status.
+        store: Where the log is saved, None if it is not.
         handed_on: The state of the previous version if an upgrade started this process, else None.
 
     """
@@ -89,6 +90,7 @@ class Supervisor:
         endpoints: Sequence[str],
         control: Control,
         work: Callable[[WorkerContext], int],
+        store: LogStore | None = None,
         handed_on: UpgradeState | None = None,
     ) -> None:
         self.config = config
@@ -107,10 +109,10 @@ class Supervisor:
         )
         self.started = handed_on.started if handed_on else time.time()
         self.served_file = ServedFile(config.path)
-        self.pace = RotationPace(config.timing)
-        self.late = LateAppends(self.loop, config.path, config.timing)
         if handed_on:
             self.served_file.gone, self.served_file.polling = handed_on.file_gone, handed_on.polling
+            self.served_file.log = handed_on.log.load() if handed_on.log else None
+            self.served_file.base = handed_on.base
         self.pool.started_up = handed_on is not None
         # Whether workers of the previous version are still to be replaced.
         self.replacing = handed_on is not None
@@ -122,8 +124,24 @@ class Supervisor:
         # When a truncation was logged last.
         self.truncation_logged = float("-inf")
         self.client_limit = (
-            ClientLimit(config.max_clients, len(slots), *(handed_on.quota if handed_on else ()))
+            ClientLimit(
+                config.max_clients,
+                SharedCounts(len(slots), *(handed_on.quota if handed_on else ())),
+            )
             if config.max_clients
+            else None
+        )
+        self.roller = (
+            Roller(
+                self.loop,
+                self.pool,
+                self.served_file,
+                SharedCounts(len(slots), *(handed_on.ends if handed_on else ())),
+                store,
+                config.timing,
+                handed_on.roll if handed_on else None,
+            )
+            if config.follow_name
             else None
         )
         self.status = StatusWriter(
@@ -148,12 +166,14 @@ class Supervisor:
 
     # The loop
 
-    def run(self, file: int | None) -> int:
-        """Serve until the server ends, and return the exit status.
+    def begin(self, log: Log, next_files: Sequence[int] = ()) -> None:
+        """Serve `log`, whose last file is open, and `next_files`, which are known to follow it."""
+        self.served_file.log = log
+        if self.roller is not None:
+            self.roller.begin(next_files)
 
-        `file` is the descriptor of the open file, None if the server must wait for the file.
-        """
-        self.served_file.file = file
+    def run(self) -> int:
+        """Serve until the server ends, and return the exit status."""
         # Signals have been blocked since the program started, in an upgrade since before execve(2).
         # Those that have arrived are delivered now.
         unblock_all()
@@ -163,7 +183,7 @@ class Supervisor:
         if self.replacing:
             # Notify again: the previous version may have been replaced before its message was sent.
             self.lifecycle.reloading()
-        if file is None:
+        if self.served_file.log is None:
             self.wait_for_file()
             if not self.replacing:
                 # Clients can connect, so the service is ready, although there is no file yet.
@@ -177,18 +197,22 @@ class Supervisor:
         while not self.ended:
             self.status.update()
             self.step()
+        if self.roller is not None:
+            self.roller.finish()
         logger.info("ended: %s", fields(status=int(self.exit_status)))
         return self.exit_status
 
     def step(self) -> None:
         """Run one turn of the loop: wait for events, then handle them."""
         self.loop.turn()
-        self.pool.report_reader.yield_to_workers()
+        # Clients of all workers wait while the log rolls.
+        if self.roller is None or not self.roller.rolling:
+            self.pool.report_reader.yield_to_workers()
         self.upgrader.execute_if_checked(self.loop.now)
         if self.is_ending() and self.pool.finished():
             self.ended = True
-        elif self.phase is Phase.ROTATING and self.pool.finished():
-            self.finish_rotation()
+        elif self.roller is not None:
+            self.roller.advance()
 
     def is_ending(self) -> bool:
         return self.phase in (Phase.DRAINING, Phase.KILLING)
@@ -220,6 +244,8 @@ class Supervisor:
             self.handle_unusable(str(error))
             return
         if opened:
+            if self.roller is not None:
+                self.roller.begin()
             self.pool.replace_all()
             self.start_serving()
         else:
@@ -250,6 +276,9 @@ class Supervisor:
         """
         # Reap first, because a drain must know which slots have no worker.
         self.reap()
+        if self.roller is not None and self.phase is Phase.RUNNING:
+            self.roller.check()
+            return
         if self.served_file.gone or self.phase is not Phase.RUNNING:
             return
         if not (gone := self.served_file.has_gone(self.loop.now)):
@@ -260,22 +289,11 @@ class Supervisor:
                     self.handle_gone, self.loop.now + self.config.timing.open_retry
                 )
             return
-        if self.config.follow_name and (pause := self.pace.pause(self.loop.now)):
-            self.postpone_rotation(pause)
-            return
         self.served_file.gone = True
         if self.config.linger:
             logger.warning(
                 "file is gone, continuing to serve the open file: %s",
                 fields(path=self.config.path),
-            )
-        elif self.config.follow_name:
-            # Rotate before logging, so that all clients that connect after the message wait for the
-            # next file.
-            self.rotate()
-            logger.info(
-                "file is gone, switching to the next file, clients must reconnect: %s",
-                fields(path=self.config.path, clients=self.pool.clients()),
             )
         else:
             logger.warning("file is gone, draining: %s", fields(path=self.config.path))
@@ -289,58 +307,6 @@ class Supervisor:
         """
         if self.served_file.polling is None:
             self.handle_gone()
-
-    def postpone_rotation(self, seconds: float) -> None:
-        """Serve the old file for `seconds` more, then check the path again.
-
-        Otherwise, a program that keeps replacing the file would keep the server busy with
-        rotations.
-        """
-        if self.handle_gone not in self.loop.timers:
-            hint = "find out what replaces it; its file system may change inode numbers"
-            logger.warning(
-                "file is gone again so soon, serving the old file for a while longer: %s",
-                fields(path=self.config.path, seconds=f"{seconds:.1f}", hint=hint),
-            )
-        self.loop.timers.set(self.handle_gone, self.loop.now + seconds)
-
-    def rotate(self) -> None:
-        """Drain the streams of the old file.
-
-        Clients whose streams have not started stay connected, and wait for the next file.
-        """
-        self.phase = Phase.ROTATING
-        self.pace.begin(self.loop.now)
-        if self.served_file.file is not None and any(
-            slot.client_table.has_streams() for slot in self.pool.slots
-        ):
-            self.late.begin(self.served_file.file, polling=self.served_file.polling is not None)
-        self.upgrader.pause()
-        if self.replacing:
-            self.replacing = False
-            self.upgrader.finish(self.loop.now)
-        until = self.loop.now + self.config.grace
-        self.pool.drain(until, rotating=True)
-        self.loop.timers.set(self.pool.kill, until + self.config.timing.kill_margin)
-
-    def finish_rotation(self) -> None:
-        """Close the old file after all its streams have ended, and open the next one."""
-        self.loop.timers.cancel(self.pool.kill)
-        for slot in self.pool.slots:
-            slot.client_table.close_streams()
-            # Clients that wait for the next file still count against --max-clients.
-            if self.client_limit is not None:
-                self.client_limit.record(slot.index, len(slot.client_table))
-        self.late.seal()
-        self.pace.end(self.loop.now)
-        self.served_file.close()
-        self.phase = Phase.WAITING
-        self.upgrader.resume(self.loop.now)
-        self.retry_open()
-        if self.served_file.file is None and self.served_file.open_error:
-            self.accept_while_waiting()
-        elif self.served_file.file is None:
-            self.wait_for_file()
 
     # Workers
 
@@ -373,7 +339,12 @@ class Supervisor:
             self.close_in_child()
             status = self.work(
                 self.pool.prepare_child(
-                    slot, self.served_file.file, channel, self.endpoints, self.client_limit
+                    slot,
+                    self.served_file.log,
+                    self.roller.ends if self.roller else None,
+                    channel,
+                    self.endpoints,
+                    self.client_limit,
                 )
             )
         except (OSError, MemoryError) as error:
@@ -396,7 +367,8 @@ class Supervisor:
         self.control.close()
         self.upgrader.close_in_child()
         self.mounts.close()
-        self.late.close()
+        if self.roller is not None:
+            self.roller.close_in_child()
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         if notices.ready:
@@ -407,7 +379,9 @@ class Supervisor:
                 "polling the file once a second, clients get appends later: %s",
                 fields(reason=notices.polling),
             )
-        if (
+        if self.roller is not None and not self.is_ending():
+            self.roller.handle_notices(slot, notices)
+        elif (
             notices.truncated is not None
             and self.loop.now - self.truncation_logged >= TRUNCATION_INTERVAL
         ):
@@ -538,8 +512,9 @@ class Supervisor:
         self.replacing = False
         self.loop.timers.cancel(self.retry_open)
         self.loop.timers.cancel(self.terminate)
-        self.loop.timers.cancel(self.pool.kill)
         self.upgrader.cancel()
+        if self.roller is not None:
+            self.roller.stop()
 
     def abandon_workers(
         self,
@@ -554,11 +529,15 @@ class Supervisor:
             version=__version__,
             endpoints=list(self.endpoints),
             started=self.started,
-            file=self.served_file.file,
+            log=LogState.of(self.served_file.log) if self.served_file.log else None,
+            base=self.served_file.base,
+            roll=self.roller.save() if self.roller else None,
+            ends=[self.roller.ends.fd] if self.roller else [],
+            state_lock=[self.roller.store.lock_file] if self.roller and self.roller.store else [],
             file_gone=self.served_file.gone,
             polling=self.served_file.polling,
             control=[sock.fileno() for sock in self.control.sockets],
-            quota=[self.client_limit.fd] if self.client_limit else [],
+            quota=[self.client_limit.counts.fd] if self.client_limit else [],
             slots=[slot.save() for slot in self.pool.slots],
         )
 
@@ -571,8 +550,6 @@ class Supervisor:
                 return "waiting for file"
             case Phase.RUNNING:
                 return "" if self.pool.started_up else "starting"
-            case Phase.ROTATING:
-                return "rotating"
             case _:
                 return "draining"
 

@@ -231,7 +231,6 @@ class Upgrader:
         self._checked_version: str | None = None
         # Whether another upgrade is to follow this one.
         self._requested = False
-        self._paused = False
         # Whether a request has arrived since the check began. The installed version may have
         # changed since then, so the check must be repeated.
         self._stale = False
@@ -239,8 +238,8 @@ class Upgrader:
         self._busy = busy
 
     def request(self, now: float) -> None:
-        """Start an upgrade, or let one follow the upgrade or the pause that is under way."""
-        if self._busy or self._paused:
+        """Start an upgrade, or let one follow the upgrade that is under way."""
+        if self._busy:
             self._requested = self._stale = True
             return
         self._lifecycle.reloading()
@@ -261,15 +260,6 @@ class Upgrader:
         """Kill the check that is under way, if there is one. Its exit then fails the upgrade."""
         if self._check is not None:
             self._check.kill()
-
-    def pause(self) -> None:
-        """Postpone every exec until `resume`, including the one after a check that is under way."""
-        self._paused = True
-
-    def resume(self, now: float) -> None:
-        """End the pause, and start an upgrade if one was requested during it."""
-        self._paused = False
-        self._start_requested(now)
 
     def cancel(self) -> None:
         """Cancel the upgrade, because the server is ending."""
@@ -307,10 +297,6 @@ class Upgrader:
         version, self._checked_version = self._checked_version, None
         if version is None:
             return
-        if self._paused:
-            self._requested = True
-            self.finish(now)
-            return
         if self._stale:
             self._start_check(now)
             return
@@ -325,10 +311,7 @@ class Upgrader:
         """Record that the upgrade has succeeded or failed, and start the next one if requested."""
         self._busy = False
         self._lifecycle.ready()
-        self._start_requested(now)
-
-    def _start_requested(self, now: float) -> None:
-        if self._requested and not self._busy and not self._paused:
+        if self._requested:
             self._requested = False
             self.request(now)
 

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tailsrv import worker_channel
+from tailsrv.segments import NO_FILE, Log, Segment
 
 # The format of this state. The supervisor must not exec a program that reads another format.
-FORMAT = 3
+FORMAT = 4
 
 
 class StateError(ValueError):
@@ -39,6 +40,40 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True)
+class LogState:
+    """The segments of the log, each as the fields of `Segment`, and the earliest offset."""
+
+    segments: list[list[int | None]]
+    start: int
+
+    @classmethod
+    def of(cls, log: Log) -> "LogState":
+        """Return the state of `log`."""
+        return cls([[segment.base, segment.file, segment.size] for segment in log], log.start)
+
+    def load(self) -> Log:
+        """Return the log that of() was called with. Its descriptors must be open."""
+        segments = []
+        for base, file, size in self.segments:
+            assert base is not None
+            assert file is not None
+            segments.append(Segment(base, file, size))
+        return Log(segments, self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class RollState:
+    """The roll that is under way, or the number of the last one, and the files that come next."""
+
+    number: int
+    rolling: bool
+    truncated: bool
+    early: bool
+    next_files: list[int]
+    opened_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class UpgradeState:
     """The complete state of a supervisor. Its descriptor numbers stay valid through exec(2)."""
 
@@ -46,7 +81,15 @@ class UpgradeState:
     version: str
     endpoints: list[str]
     started: float
-    file: int | None
+    log: LogState | None
+    # The log offset of the first file's first byte while the server waits for that file.
+    base: int
+    # None without --follow-name.
+    roll: RollState | None
+    # The descriptor of the shared ends of the log, empty without --follow-name.
+    ends: list[int]
+    # The descriptor of the state file's lock, empty without a state file.
+    state_lock: list[int]
     file_gone: bool
     polling: str | None
     control: list[int]
@@ -56,7 +99,11 @@ class UpgradeState:
 
     def descriptors(self) -> list[int]:
         """Return every descriptor that must stay open through exec(2)."""
-        found = [*self.control, *self.quota, *([] if self.file is None else [self.file])]
+        found = [*self.control, *self.quota, *self.ends, *self.state_lock]
+        if self.log is not None:
+            found += [file for _, file, _ in self.log.segments if file not in (None, NO_FILE)]
+        if self.roll is not None:
+            found += self.roll.next_files
         for slot in self.slots:
             found += slot.listeners
             found += [] if slot.channel is None else [slot.channel]
@@ -86,7 +133,13 @@ def decode(data: bytes) -> UpgradeState:
                 "restart the server instead (this ends all streams)"
             )
         slots = [SlotState(**slot) for slot in values.pop("slots")]
-        return UpgradeState(slots=slots, **values)
+        log, roll = values.pop("log"), values.pop("roll")
+        return UpgradeState(
+            slots=slots,
+            log=None if log is None else LogState(**log),
+            roll=None if roll is None else RollState(**roll),
+            **values,
+        )
     except StateError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

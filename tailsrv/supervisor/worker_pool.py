@@ -16,10 +16,12 @@ from tailsrv.config import Timing
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import blocked
 from tailsrv.log import fields, logger
+from tailsrv.segments import Log
+from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.report_reader import ReportReader
 from tailsrv.supervisor.restart_policy import ExitKind, Failures, classify_exit, describe_exit
 from tailsrv.supervisor.slot import Slot
-from tailsrv.worker_channel import Drain, Notices, Ping, encode
+from tailsrv.worker_channel import Drain, Notices, Order, Ping, encode
 from tailsrv.worker_context import WorkerContext
 
 # Seconds between SIGTERM and SIGKILL for an outdated worker, in which it can finish its turn.
@@ -59,8 +61,6 @@ class WorkerPool:
         self.started_up = False
         # When the grace period of the drain ends, None if there is no drain.
         self.drain_deadline: float | None = None
-        # Whether the drain is for a rotation, so that the next file is served after it.
-        self.rotating = False
         # Workers that are to be replaced, by slot and pid.
         self.outdated = self._workers()
         # Outdated workers that were sent SIGTERM. They are killed after REPLACE_PATIENCE.
@@ -93,14 +93,39 @@ class WorkerPool:
     def ping_workers(self) -> None:
         """Ping every worker that has no unanswered ping."""
         for slot in self.running():
-            if slot.ping_sent is None and slot.channel is not None:
-                try:
-                    slot.channel.send(encode(Ping()))
-                except OSError:
-                    # Either the worker is exiting and SIGCHLD follows, or the kernel is out of
-                    # memory. The ping was not sent, so no answer is expected.
-                    continue
+            # If the ping was not sent, no answer is expected.
+            if slot.ping_sent is None and self._send(slot, Ping()):
                 slot.ping_sent = self._loop.now
+
+    def order(self, slot: Slot, order: Order, files: Sequence[int] = ()) -> None:
+        """Send `order`, with the descriptors `files`, to the worker of `slot`.
+
+        A worker that cannot be told is killed. Its successor starts from the new state.
+        """
+        if not self._send(slot, order, files):
+            self.kill_worker(slot)
+
+    def order_all(self, order: Order, files: Sequence[int] = ()) -> None:
+        """Send `order`, with the descriptors `files`, to every worker, as with `order`."""
+        for slot in self.running():
+            self.order(slot, order, files)
+
+    def kill_worker(self, slot: Slot) -> None:
+        """Kill the worker of `slot` with SIGKILL."""
+        assert slot.pid is not None
+        # The pid cannot belong to another process: the worker has not been reaped yet.
+        os.kill(slot.pid, signal.SIGKILL)
+
+    def _send(self, slot: Slot, order: Order, files: Sequence[int] = ()) -> bool:
+        """Send `order` to the worker of `slot`, and return whether that was possible."""
+        assert slot.channel is not None
+        try:
+            socket.send_fds(slot.channel, [encode(order)], files)
+        except OSError:
+            # The worker is exiting and SIGCHLD follows, or it does not read its channel, or the
+            # kernel is out of memory.
+            return False
+        return True
 
     # Spawning and replacing
 
@@ -216,7 +241,8 @@ class WorkerPool:
     def prepare_child(
         self,
         slot: Slot,
-        file: int | None,
+        log: Log | None,
+        ends: SharedCounts | None,
         channel: socket.socket,
         endpoints: Sequence[str],
         client_limit: ClientLimit | None,
@@ -225,7 +251,8 @@ class WorkerPool:
 
         Args:
             slot: The slot of the new worker.
-            file: The descriptor of the served file, None while there is none.
+            log: The segments of the log, None while there is no file.
+            ends: With --follow-name, the shared ends of the log.
             channel: The worker's end of its channel.
             endpoints: The addresses that the server listens on.
             client_limit: The shared counts of --max-clients, None without that option.
@@ -236,16 +263,16 @@ class WorkerPool:
             if other is not slot:
                 other.client_table.close_in_child()
         channel.setblocking(False)
-        listeners, clients = slot.listeners, slot.client_table.clients
-        # In a rotation, this worker only finishes the streams of the old file. It gets no listeners
-        # and no other clients: these are for the worker of the next file.
-        if self.drain_deadline is not None and self.rotating:
-            listeners, clients = (
-                [],
-                {client: entry for client, entry in clients.items() if entry.start is not None},
-            )
         return WorkerContext(
-            slot.index, file, listeners, slot.shared, channel, endpoints, client_limit, clients
+            slot.index,
+            log,
+            ends,
+            slot.listeners,
+            slot.shared,
+            channel,
+            endpoints,
+            client_limit,
+            slot.client_table.clients,
         )
 
     def close_in_child(self, keep: Slot | None = None) -> None:
@@ -329,7 +356,7 @@ class WorkerPool:
             self.spawn(slot)
         elif (
             self.drain_deadline is not None
-            and self._has_work(slot)
+            and (slot.client_table.clients or slot.listeners)
             and self._loop.now < self.drain_deadline
         ):
             # The clients of this slot still need a worker. The delay is short, because the end of
@@ -339,17 +366,6 @@ class WorkerPool:
                 slot,
                 self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay),
             )
-
-    def _has_work(self, slot: Slot) -> bool:
-        """Return whether a worker is needed in `slot` to finish the drain.
-
-        In a rotation, clients without a stream do not count: they wait for the next file.
-        """
-        return (
-            slot.client_table.has_streams()
-            if self.rotating
-            else bool(slot.client_table.clients or slot.listeners)
-        )
 
     def _respawn_later(self, slot: Slot, kind: ExitKind, status: int) -> None:
         """Schedule the next worker of a slot whose worker has died, or give up."""
@@ -401,17 +417,13 @@ class WorkerPool:
         self.outdated = []
         self._loop.timers.cancel(self._spawn_due)
 
-    def drain(self, until: float, rotating: bool = False) -> None:
-        """Let all workers send what is in the file now, and exit, by the time `until`.
-
-        If the next file is served after that (`rotating`), keep the listeners, and the clients
-        whose streams have not started.
-        """
+    def drain(self, until: float) -> None:
+        """Let all workers send what is in the log now, and exit, by the time `until`."""
         # These workers were asked to exit before, so the order goes to their replacements.
         ending = self._still_ending()
         self.stop_respawning()
         self.outdated = ending
-        self.drain_deadline, self.rotating = until, rotating
+        self.drain_deadline = until
         for slot in self.slots:
             # During the backoff, the slot's clients and the connections in its accept queue wait
             # for a worker. Spawn it now, so that it can serve them before it exits.
@@ -423,24 +435,15 @@ class WorkerPool:
                 self._order_drain(slot, until)
 
     def _order_drain(self, slot: Slot, until: float) -> None:
-        assert slot.channel is not None
         assert slot.pid is not None
-        try:
-            slot.channel.send(encode(Drain(max(0.0, until - self._loop.now), self.rotating)))
-        except OSError:
-            # The worker is exiting already, or the kernel has no memory for the order. In both
-            # cases the worker exits without draining, and the order goes to its replacement.
-            pass
+        # If the order cannot be sent, the worker exits without draining, and its replacement gets
+        # the order.
+        self._send(slot, Drain(max(0.0, until - self._loop.now)))
         # The pid cannot belong to another process: the worker has not been reaped yet.
         os.kill(slot.pid, signal.SIGTERM)
 
     def _close_listeners(self, slot: Slot) -> None:
-        """Close the listeners of `slot`, whose accept queues are empty.
-
-        In a rotation, keep them for the workers of the next file.
-        """
-        if self.rotating:
-            return
+        """Close the listeners of `slot`, whose accept queues are empty."""
         for listener in slot.listeners:
             listener.close()
         slot.listeners = []

@@ -109,22 +109,16 @@ class Acceptor:
         for listener in self._listeners:
             self._loop.unregister(listener.fileno())
 
-    def close(self, empty_queues: bool, refuse: bool) -> None:
-        """Stop accepting for good, and close this worker's copies of the listeners.
+    def close(self, refuse: bool) -> None:
+        """Empty the accept queues, then stop accepting for good and close the listeners.
 
-        Args:
-            empty_queues: Accept all connections from the accept queues first. False if another
-                worker will accept them.
-            refuse: Have the kernel refuse later connections at once. Only used with `empty_queues`.
-                Pass False if the sockets come from a service manager, which listens on them itself
-                to start the server again.
-
+        `refuse` makes the kernel refuse later connections at once. Pass False if the sockets come
+        from a service manager, which listens on them itself to start the server again.
         """
-        if empty_queues:
-            for listener in self._listeners:
-                self._accept(listener, 2 * BACKLOG)
-                if refuse:
-                    stop_listening(listener)
+        for listener in self._listeners:
+            self._accept(listener, 2 * BACKLOG)
+            if refuse:
+                stop_listening(listener)
         self.stop()
         for listener in self._listeners:
             listener.close()

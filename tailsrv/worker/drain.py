@@ -1,4 +1,4 @@
-"""Ends the streams in a drain: each client gets the rest of the file, and then a FIN."""
+"""Ends the streams in a drain: each client gets the rest of the log, and then a FIN."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,7 @@ ACK_CHECK_SHARE = 20e-6
 
 
 class Drainer:
-    """Ends every stream at the size that the file has when the drain begins.
-
-    In a rotation, the old file may still grow, because its writer needs a moment to reopen the
-    path. Therefore the streams end when the file has settled: when its size has not changed for
-    the seconds that `FileMonitor.settling_pause` returns.
+    """Ends every stream at the end that the log has when the drain begins.
 
     Args:
         loop: The worker's event loop.
@@ -43,36 +39,17 @@ class Drainer:
             file_monitor,
             drop,
         )
-        self._settling = False
         # Clients that have been sent everything and a FIN, but have not acknowledged all of it.
         self._finished: dict[int, Client] = {}
 
-    def begin(self, settle: bool) -> None:
-        """End the streams at the file's current size, or with `settle`, once it has settled."""
-        self._settling = settle
-        self._file_monitor.deliver_appends()
-        if settle:
-            self._loop.timers.set(
-                self._end_settling, self._loop.now + self._file_monitor.settling_pause()
-            )
-        else:
-            self._file_monitor.stop()
-
-    def _end_settling(self) -> None:
-        """Regard the file as complete, unless its size has changed in the meantime."""
-        # There may be an append that inotify has not reported yet.
-        self._file_monitor.deliver_appends()
-        if (
-            due := self._file_monitor.size_changed_at + self._file_monitor.settling_pause()
-        ) > self._loop.now:
-            self._loop.timers.set(self._end_settling, due)
-        else:
-            self._settling = False
-            self._file_monitor.stop()
+    def begin(self) -> None:
+        """End the streams at the log's current end."""
+        self._file_monitor.unfreeze()
+        self._file_monitor.stop()
 
     def finish_caught_up(self) -> None:
-        """Send a FIN to the clients that nothing is left to send to, unless the file may grow."""
-        for client in self._streams.without_work() if not self._settling else ():
+        """Send a FIN to the clients that nothing is left to send to."""
+        for client in self._streams.without_work():
             client.state = ClientState.FINISHED
             self._streams.remove(client)
             discard(client.sock)

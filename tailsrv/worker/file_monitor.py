@@ -1,4 +1,4 @@
-"""Notices when the served file grows, shrinks, or is no longer the one that its path names.
+"""Notices when the active segment grows, shrinks, or is no longer the file that its path names.
 
 inotify events only say that something may have changed. The worker then reads the file's size or
 compares the file with its path. Where inotify cannot be used, the worker polls the file.
@@ -7,20 +7,24 @@ compares the file with its path. Where inotify cannot be used, the worker polls 
 from tailsrv.config import Timing
 from tailsrv.file_identity import FileIdentity
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
-from tailsrv.linux.inotify import Watch
+from tailsrv.linux.inotify import UnwatchedFile, Watch
+from tailsrv.shared_counts import SharedCounts
 from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import Streams
 
 
 class FileMonitor:
-    """Passes the file's size to the streams, and reports to the supervisor when the file is gone.
+    """Passes the log's end to the streams, and reports to the supervisor when the file is gone.
 
     Args:
-        watch: The inotify watch on the file and its path.
+        watch: The inotify watch on the file of the active segment and on its path.
         streams: The worker's streams.
         reporter: The worker's reporter.
         loop: The worker's event loop.
-        timing: The interval for polling, and the pauses in a rotation.
+        timing: The interval for polling.
+        slot: The worker's slot.
+        ends: With --follow-name, the shared ends of the log: the monitor records each end before
+            the streams act on it. None without --follow-name.
         insist: Report at every check that the file is gone, not only at the first. This is needed
             if the supervisor acts on the report. It ignores a report if it finds the file back at
             its path, and the file may disappear once more.
@@ -34,6 +38,8 @@ class FileMonitor:
         reporter: Reporter,
         loop: EventLoop,
         timing: Timing,
+        slot: int,
+        ends: SharedCounts | None,
         insist: bool = True,
     ) -> None:
         self.gone = False
@@ -42,23 +48,70 @@ class FileMonitor:
         # When a change of the file's size was noticed last, by the loop's clock.
         self.size_changed_at = loop.now
         self._watch, self._streams, self._reporter, self._loop = watch, streams, reporter, loop
+        self._path = watch.path
         self._identity = FileIdentity(watch.file, watch.path)
-        self._stopped = False
-        if (fd := watch.fileno()) is not None:
-            loop.register(fd, self.handle_inotify)
+        self._slot, self._ends = slot, ends
+        # Whether the end of the log must not change for now, or ever again.
+        self._frozen = self._stopped = False
+        self._register()
+
+    def _register(self) -> None:
+        if (fd := self._watch.fileno()) is not None:
+            self._loop.register(fd, self.handle_inotify)
 
     def begin(self) -> None:
-        """Check the file for the first time: the path may name another file by now."""
+        """Check the file for the first time: it may have changed since it was opened."""
+        self.deliver_appends()
         self.poll_if_needed()
         self.check_path()
 
     def stop(self) -> None:
         """Ignore from now on what is appended to the file, and what happens to its path."""
         self._stopped = True
+        self._disregard()
+
+    def _disregard(self) -> None:
+        """Do not wait for changes of the file or its path any more."""
         if (fd := self._watch.fileno()) is not None:
             self._loop.unregister(fd)
         self._loop.timers.cancel(self.poll_file)
         self._loop.timers.cancel(self.recheck_path)
+
+    def freeze(self) -> None:
+        """Do not look at the file's size until `roll` or `unfreeze`."""
+        # The supervisor has seen all bytes up to now, and a worker that was slow has not. The next
+        # file may be empty for hours, so its clients must get them before.
+        self.deliver_appends()
+        self._frozen = True
+
+    def unfreeze(self) -> None:
+        """Look at the file's size again: the log does not roll."""
+        self._frozen = False
+        self.deliver_appends()
+        # Clients that found the file shorter for a moment while it was frozen.
+        self._streams.set_end(self._streams.end)
+
+    def roll(self, size: int, lost: bool, file: int) -> None:
+        """Seal the active segment at `size` bytes, and monitor `file` from now on.
+
+        With `lost`, the bytes of the sealed segment no longer exist.
+        """
+        self._streams.roll(size, lost, file)
+        following = self._watch.following
+        self._disregard()
+        self._frozen = False
+        # Clients wait for the first bytes. Look first: to replace the watch takes milliseconds.
+        replaced, self._watch = self._watch, UnwatchedFile(file)
+        self.deliver_appends()
+        replaced.close()
+        # If the size cannot be read now, the file must not seem to have been truncated.
+        known = self._streams.end - self._streams.log.active.base
+        self._watch = Watch(file, self._path, known)
+        self._identity = FileIdentity(file, self._path)
+        self._watch.follow(following)
+        self._register()
+        self.deliver_appends()
+        self.begin()
 
     def set_following(self, following: bool) -> None:
         """Wait for appends, or stop waiting: without clients, appends need not wake the worker."""
@@ -78,27 +131,45 @@ class FileMonitor:
         self.deliver_appends()
 
     def deliver_appends(self) -> None:
-        """Read the file's size, and send new bytes to the caught-up clients at once.
+        """Find the log's new end, and send new bytes to the caught-up clients at once.
 
         Except at its start, the worker reads the size nowhere else.
         """
-        size, before = self._watch.size(), self._streams.size
-        if self._stopped:
-            size = min(size, before)
         shrunk, self._streams.shrunk = self._streams.shrunk, False
+        if self._frozen:
+            return
+        size, before = self._watch.size(), self._streams.end
+        end = self._streams.log.active.base + size
+        if self._stopped:
+            end = min(end, before)
         # The file was shorter for a moment, and has its old size again. Pause before the retry, so
         # that the loop does not spin if the bytes are missing again.
-        if shrunk and size == before:
+        if shrunk and end == before:
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_RETRY)
-        if size != before:
+        self._streams.truncated = self._ends is not None and not self._record(end)
+        if self._streams.truncated:
+            self._frozen = True
+            self._reporter.add_notice(truncated=size)
+        elif end != before:
             self.size_changed_at = self._loop.now
-            self._streams.set_size(size)
-            if size < before:
+            self._streams.set_end(end)
+            if end < before:
                 self._reporter.add_notice(truncated=size)
+
+    def _record(self, end: int) -> bool:
+        """Record that the streams act on `end`. Return False if the file has been truncated.
+
+        The recorded end is the largest that any worker of this slot has acted on.
+        """
+        assert self._ends is not None
+        recorded = self._ends[self._slot]
+        if end > recorded:
+            self._ends[self._slot] = end
+        return end >= recorded
 
     def resume_after_shrinking(self) -> None:
         """Retry the clients whose next bytes were missing while the file was shorter."""
-        self._streams.set_size(self._streams.size)
+        self._streams.set_end(self._streams.end)
 
     def check_path(self) -> None:
         """Check whether the path still names the file, and report it if it does not."""
@@ -106,8 +177,9 @@ class FileMonitor:
         self.gone = bool(gone)
         if self.gone and (self._insist or not before):
             self._reporter.add_notice(gone=True)
-        # Check again later, because inotify may not report the next change.
-        if gone is None or (self.gone and self._insist):
+        # Check again later, because inotify may not report the next change. With --follow-name, the
+        # supervisor watches the path from now on.
+        if gone is None or (self.gone and self._insist and self._ends is None):
             self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
 
     def recheck_path(self) -> None:
@@ -130,7 +202,3 @@ class FileMonitor:
         self.check_path()
         if self._watch.following:
             self.deliver_appends()
-
-    def settling_pause(self) -> float:
-        """Return the seconds without an append after which a moved file counts as complete."""
-        return self._timing.settle + (self._timing.poll_interval if self._watch.polling else 0)

@@ -91,15 +91,20 @@ class HeaderReader:
             return None
 
     def schedule_start(self, client: Client, start: Start) -> None:
-        """Have the reporter start the stream of `client` at `start`."""
+        """Have the reporter start the stream of `client` at `start`.
+
+        A client that asks for bytes that have been deleted is dropped.
+        """
         if start.from_end or start.with_offsets:
-            # The end is where the file ends now, so its size must be up to date.
+            # The end is where the log ends now, so it must be up to date.
             self._file_monitor.deliver_appends()
         self.forget(client)
-        size = self._streams.size
-        self._reporter.starting.append(
-            (client, start.offset(size), size if start.with_offsets else None)
-        )
+        log, end = self._streams.log, self._streams.end
+        offset = start.offset(log.start, end)
+        if offset < log.start:
+            self._refuse(client, f"offset {offset} no longer exists, the log begins at {log.start}")
+            return
+        self._reporter.starting.append((client, offset, end if start.with_offsets else None))
 
     def _expire(self) -> None:
         """Drop the clients whose header has not arrived in time."""

@@ -47,14 +47,17 @@ class ReadAhead:
     is still cached when it is sent. Further clients wait in a queue.
 
     Args:
-        is_cached: `is_cached(offset, count, stride)` returns whether these bytes of the file are
-            cached, as probes at every `stride` and at the last byte show.
-        read: `read(offset, count)` asks the kernel to read these bytes, and does not wait for them.
+        is_cached: `is_cached(file, position, count, stride)` returns whether these bytes of a file
+            are cached, as probes at every `stride` and at the last byte show.
+        read: `read(file, position, count)` asks the kernel to read these bytes, and does not wait
+            for them.
 
     """
 
     def __init__(
-        self, is_cached: Callable[[int, int, int], bool], read: Callable[[int, int], None]
+        self,
+        is_cached: Callable[[int, int, int, int], bool],
+        read: Callable[[int, int, int], None],
     ) -> None:
         self._is_cached, self._read = is_cached, read
         # The readers, each with its failed checks in a row.
@@ -69,30 +72,31 @@ class ReadAhead:
         """Return whether any client waits for the disk."""
         return bool(self._pausing or self._queue)
 
-    def admit(self, client: Client, wanted: int) -> int:
+    def admit(self, client: Client, file: int, position: int, wanted: int) -> int:
         """Return how many of the next `wanted` bytes can be sent to `client` without waiting.
 
-        If the result is 0, the client waits until `take_due` returns it. Otherwise it is `wanted`,
-        or less for a client that had to wait before.
+        They are the bytes from `position` on of the file with the descriptor `file`. If the result
+        is 0, the client waits until `take_due` returns it. Otherwise it is `wanted`, or less for a
+        client that had to wait before.
         """
         misses = self._misses.get(client, 0)
         count = min(wanted, READ_AHEAD) if misses else wanted
         if (
-            self._is_cached(client.offset, count, STRIDE if self._dense_chunks else count)
+            self._is_cached(file, position, count, STRIDE if self._dense_chunks else count)
             or misses >= MAX_MISSES
         ):
             self._dense_chunks = max(0, self._dense_chunks - 1)
             if misses:
                 del self._misses[client]
                 # Read the following bytes while these are sent.
-                self._read(client.offset + count, READ_AHEAD)
+                self._read(file, position + count, READ_AHEAD)
             return count
         self._dense_chunks = DENSE_CHUNKS
         if not misses and len(self._misses) >= MAX_READERS:
             self._queue.append(client)
             return 0
         if not misses:
-            self._read(client.offset, READ_AHEAD)
+            self._read(file, position, READ_AHEAD)
         self._misses[client] = misses + 1
         self._pausing.append(client)
         return 0

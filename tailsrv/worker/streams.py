@@ -1,13 +1,22 @@
-"""Sends the file's bytes to the clients, in queues by what each client waits for."""
+"""Sends the log's bytes to the clients, in queues by what each client waits for."""
 
 import heapq
+import itertools
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from itertools import count as counter
 
-from tailsrv.linux.files import Sent, is_cached, read_ahead, send_bytes, send_chunk, send_to_all
+from tailsrv.linux.files import (
+    Sent,
+    close_file,
+    is_cached,
+    read_ahead,
+    send_bytes,
+    send_chunk,
+    send_to_all,
+)
 from tailsrv.linux.sockets import Outcome, unsent
+from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
 
@@ -25,20 +34,24 @@ TURN_BUDGET = 1 << 20
 EMPTY_SEND_COST = 128 << 10
 
 
-class Streams:
-    """Sends the file's bytes to its clients. Each client is in one of six queues.
+class BytesGoneError(Exception):
+    """The next bytes of a client no longer exist: their file was deleted or truncated."""
 
-    - `caught_up`: has been sent everything; its offset is `size`, stored once for all of them.
+
+class Streams:
+    """Sends the log's bytes to its clients. Each client is in one of six queues.
+
+    - `caught_up`: has been sent everything; its offset is `end`, stored once for all of them.
     - `behind`: can be sent more; these clients are served in turn.
     - `blocked`: is behind, but its socket is full; waits for `writable`.
     - `read_ahead`: is behind, but its next bytes are on the disk; waits for `retry_disk`.
     - `awaiting_memory`: is behind, but the kernel had no memory for the send; waits for
       `retry_memory`.
-    - `_ahead`: asked for an offset beyond the end of the file; waits until the file has grown.
+    - `_ahead`: asked for an offset beyond the end of the log; waits until the log has grown.
 
     Args:
-        file: The descriptor of the file.
-        size: The size of the file, in bytes.
+        log: The segments of the log.
+        end: The end of the log, as an offset in bytes.
         drop: `drop(client, error)` is called for a client that has hung up (`error` is None) or
             that cannot be served because of `error`.
         await_writable: Called for a client whose socket is full. `writable` must be called when the
@@ -48,28 +61,32 @@ class Streams:
 
     def __init__(
         self,
-        file: int,
-        size: int,
+        log: Log,
+        end: int,
         drop: Callable[[Client, Exception | None], None],
         await_writable: Callable[[Client], None],
     ) -> None:
-        self.file = file
-        # The size that FileMonitor.deliver_appends() has found last.
-        self.size = size
+        self.log = log
+        # The end of the log that FileMonitor.deliver_appends() has found last.
+        self.end = end
         self.caught_up: dict[int, Client] = {}
         self.behind: deque[Client] = deque()
         self.blocked: dict[int, Client] = {}
-        self.read_ahead = ReadAhead(partial(is_cached, file), partial(read_ahead, file))
+        self.read_ahead = ReadAhead(is_cached, read_ahead)
         # Clients that have left stay in this list until the next retry.
         self.awaiting_memory: list[Client] = []
-        # A heap, ordered by offset. Clients that have left stay in it until the file reaches their
+        # A heap, ordered by offset. Clients that have left stay in it until the log reaches their
         # offset or until the next sweep, see _await_growth().
         self._ahead: list[tuple[int, int, Client]] = []
         self._sweep_at = 64
         self._tie_breaker = counter()
         self._drop, self._await_writable = drop, await_writable
-        # Whether sendfile(2) found the file shorter than `size`. The size must then be read again.
+        # Whether sendfile(2) found the active segment shorter than `end` says. Its size must then
+        # be read again.
         self.shrunk = False
+        # Whether the active segment is known to be truncated. Its file may have new bytes at old
+        # positions, so nothing is read from it before the next roll.
+        self.truncated = False
 
     def add(self, client: Client, offset: int) -> None:
         """Start streaming to `client` from `offset`."""
@@ -83,7 +100,7 @@ class Streams:
         The queues that are not searched here skip such clients later.
         """
         if self.caught_up.pop(client.fd, None):
-            client.offset = self.size
+            client.offset = self.end
         self.blocked.pop(client.fd, None)
         self.read_ahead.forget(client)
 
@@ -94,7 +111,7 @@ class Streams:
 
     def offset_of(self, client: Client) -> int:
         """Return the offset of the next byte to send to `client`."""
-        return self.size if client.fd in self.caught_up else client.offset
+        return self.end if client.fd in self.caught_up else client.offset
 
     def writable(self, client: Client) -> None:
         """Queue `client` for sending again if it was blocked: its socket has room."""
@@ -110,26 +127,57 @@ class Streams:
         self.behind.extend(self.awaiting_memory)
         self.awaiting_memory.clear()
 
-    def set_size(self, size: int) -> None:
-        """Store the file's new size, and send new bytes to the caught-up clients at once."""
-        start, self.size = self.size, size
-        if start < size <= start + SEND_CHUNK:
-            self._fan_out(start, size - start)
-        elif start != size:
-            # The file has grown by more than one chunk, or it was truncated: queue each client
+    def set_end(self, end: int) -> None:
+        """Store the log's new end, and send new bytes to the caught-up clients at once."""
+        start, self.end = self.end, end
+        if start < end <= start + SEND_CHUNK and self.log.active.file != NO_FILE:
+            self._fan_out(start, end - start)
+        elif start != end:
+            # The log has grown by more than one chunk, or the file was truncated: queue each client
             # instead.
             clients, self.caught_up = self.caught_up, {}
             for client in clients.values():
                 client.offset = start
                 self._enqueue(client)
-        while self._ahead and self._ahead[0][0] < size:
+        while self._ahead and self._ahead[0][0] < end:
             client = heapq.heappop(self._ahead)[2]
             if client.state is ClientState.STREAMING:
                 self.behind.append(client)
 
+    def roll(self, size: int, lost: bool, file: int) -> None:
+        """Seal the active segment at `size` bytes, and continue the log with `file`.
+
+        With `lost`, the bytes of the sealed segment no longer exist. Clients that have been sent
+        all of them continue with `file`, the others are dropped.
+        """
+        replaced = self.log.active.file
+        end = self.log.seal(size, lost).end
+        # The caught-up clients get what they lack of the sealed segment.
+        self.set_end(end)
+        self.log.append(Segment(end, file))
+        self.truncated = False
+        if lost or size == 0:
+            close_file(replaced)
+
+    def close_unneeded(self, clients: Iterable[Client], starts: Iterable[int] = ()) -> None:
+        """Close the segments before the log's start that none of `clients` reads.
+
+        `starts` are the offsets of streams that are about to begin. They were decided before the
+        log's start changed, and have perhaps been reported.
+        """
+        offsets = (
+            self.offset_of(client) for client in clients if client.state is ClientState.STREAMING
+        )
+        needed = min(itertools.chain(offsets, starts), default=self.log.start)
+        for segment in self.log.drop_before(needed):
+            if segment.file != NO_FILE:
+                close_file(segment.file)
+
     def _fan_out(self, start: int, count: int) -> None:
-        """Send the same bytes to every caught-up client."""
-        for fd, sent in send_to_all(self.caught_up, self.file, start, count).items():
+        """Send the same bytes of the active segment to every caught-up client."""
+        active = self.log.active
+        short = send_to_all(self.caught_up, active.file, start - active.base, count)
+        for fd, sent in short.items():
             client = self.caught_up.pop(fd)
             client.offset = start
             try:
@@ -156,18 +204,24 @@ class Streams:
         """Send one chunk to `client`, and return the bytes to charge to the turn's budget."""
         if client.line and not self._send_line(client):
             return EMPTY_SEND_COST
-        wanted = next_chunk(client.offset, self.size)
+        segment = self.log.find(client.offset)
+        if segment.file == NO_FILE or (self.truncated and not segment.sealed):
+            raise BytesGoneError
+        wanted = next_chunk(client.offset, self.end if segment.size is None else segment.end)
         # The file was truncated after the client was queued: the client no longer waits for the
         # disk, but for the file to grow.
         if not wanted:
             self.read_ahead.forget(client)
             self._enqueue(client)
             return 0
-        if (count := self.read_ahead.admit(client, wanted)) == 0:
+        position = client.offset - segment.base
+        if (count := self.read_ahead.admit(client, segment.file, position, wanted)) == 0:
             # Charge the turn for the time that the request to read these bytes has taken.
             return READ_AHEAD
-        sent = send_chunk(client.fd, self.file, client.offset, count)
-        # The bytes do not exist, although `size` includes them: do not retry before the size has
+        sent = send_chunk(client.fd, segment.file, position, count)
+        if sent == 0 and segment.size is not None:
+            raise BytesGoneError
+        # The bytes do not exist, although `end` includes them: do not retry before the size has
         # been read again.
         if sent == 0:
             self.shrunk = True
@@ -177,7 +231,7 @@ class Streams:
         return sent if isinstance(sent, int) else EMPTY_SEND_COST
 
     def _send_line(self, client: Client) -> bool:
-        """Send what is left of the `?` line to `client`. Return whether the file's bytes follow.
+        """Send what is left of the `?` line to `client`. Return whether the log's bytes follow.
 
         If not, `client` has been queued to wait, or has been dropped.
         """
@@ -210,19 +264,19 @@ class Streams:
             self._drop(client, sent if isinstance(sent, OSError) else None)
 
     def _enqueue(self, client: Client) -> None:
-        if client.line or client.offset < self.size:
+        if client.line or client.offset < self.end:
             self.behind.append(client)
-        elif client.offset == self.size:
+        elif client.offset == self.end:
             # The two numbers are equal. Assigning one to the other lets all caught-up clients share
             # one int object, which saves memory.
-            client.offset = self.size
+            client.offset = self.end
             self.caught_up[client.fd] = client
         else:
             self._await_growth(client)
 
     def _await_growth(self, client: Client) -> None:
-        """Do not serve `client` until set_size() is called with a size larger than its offset."""
-        # Remove the clients that have left each time the heap has about doubled: the file may never
+        """Do not serve `client` until set_end() is called with an end beyond its offset."""
+        # Remove the clients that have left each time the heap has about doubled: the log may never
         # reach their offsets, and the heap would grow without a bound.
         if len(self._ahead) >= self._sweep_at:
             self._ahead = [
@@ -233,9 +287,9 @@ class Streams:
         heapq.heappush(self._ahead, (client.offset, next(self._tie_breaker), client))
 
 
-def next_chunk(offset: int, size: int) -> int:
-    """Return how many bytes to send next to a client at `offset` of a file of `size` bytes.
+def next_chunk(offset: int, end: int) -> int:
+    """Return how many bytes to send next to a client at `offset` of a segment that ends at `end`.
 
-    The result is 0 if the file is not longer than `offset`, and at most SEND_CHUNK.
+    The result is 0 if `end` is not beyond `offset`, and at most SEND_CHUNK.
     """
-    return max(0, min(size - offset, SEND_CHUNK))
+    return max(0, min(end - offset, SEND_CHUNK))

@@ -30,6 +30,7 @@ from tailsrv.linux.sockets import (
 )
 from tailsrv.log import RateLimited, fields, logger
 from tailsrv.protocol import Start, resume
+from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.stray_signals import StraySignals
 from tailsrv.titles import worker_title
 from tailsrv.worker.acceptor import Acceptor
@@ -39,14 +40,26 @@ from tailsrv.worker.drain import Drainer
 from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.header_reader import HeaderReader
 from tailsrv.worker.reporter import Reporter
-from tailsrv.worker.streams import Streams
-from tailsrv.worker_channel import MAX_PACKET, Drain, Message, Ping, decode
+from tailsrv.worker.streams import BytesGoneError, Streams
+from tailsrv.worker_channel import (
+    MAX_PACKET,
+    Drain,
+    Freeze,
+    Message,
+    Ping,
+    Retire,
+    Roll,
+    Thaw,
+    decode,
+)
 from tailsrv.worker_context import Entry, WorkerContext
 
 # Edge-triggered, so that one registration is enough and a socket that stays readable is reported
 # only once. EPOLLOUT is added only when a client blocks: otherwise every new socket would cause one
 # more event.
 CLIENT_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+# Seconds between checks whether clients still read segments that have been deleted.
+NEEDS_INTERVAL = 1.0
 HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -112,8 +125,6 @@ class Worker:
         # Clients whose sockets are closed at the end of the turn.
         self.dropped: list[Client] = []
         self.draining = False
-        # Clients that wait for the next file. Their sockets stay open until this worker ends.
-        self.aside: list[Client] = []
         self.ended = False
         # Numbers for new clients, above those of the clients that this worker adopts.
         self.numbers = count(max(context.clients, default=-1) + 1)
@@ -128,16 +139,22 @@ class Worker:
         self.loop.register(wakeup.fileno(), self.handle_signal)
         # True while the server waits for the file. Clients are accepted, and their headers stay in
         # their sockets for a successor that has the file.
-        self.waiting = context.file is None
-        self.watch = NoFile() if context.file is None else Watch(context.file, config.path)
-        self.streams = Streams(self.watch.file, self.watch.size(), self.drop, self.await_writable)
+        self.waiting = context.log is None
+        log = context.log or Log([Segment(0, NO_FILE)])
+        # If the size cannot be read now, the file must not seem to have been truncated.
+        known = max(0, context.ends[self.slot] - log.active.base) if context.ends is not None else 0
+        watch = NoFile() if self.waiting else Watch(log.active.file, config.path, known)
+        end = log.active.base + watch.size()
+        self.streams = Streams(log, end, self.drop, self.await_writable)
         self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.end)
         self.file_monitor = FileMonitor(
-            self.watch,
+            watch,
             self.streams,
             self.reporter,
             self.loop,
             config.timing,
+            self.slot,
+            context.ends,
             insist=not config.linger,
         )
         self.header_reader = HeaderReader(
@@ -172,6 +189,7 @@ class Worker:
         self.title.changed(self.loop.now)
         if not self.waiting:
             self.file_monitor.begin()
+            self.close_unneeded()
         self.reporter.send_and_start()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
@@ -412,7 +430,15 @@ class Worker:
         """
         if client.state is ClientState.CLOSED:
             return
-        if error is not None:
+        if isinstance(error, BytesGoneError):
+            self.failed(
+                "client disconnected: its next bytes no longer exist",
+                slot=self.slot,
+                peer=client,
+                offset=self.streams.offset_of(client),
+                hint="keep rotated files for longer; do not truncate the file",
+            )
+        elif error is not None:
             self.failed(
                 "client disconnected after an error",
                 slot=self.slot,
@@ -473,9 +499,11 @@ class Worker:
         """Handle all messages that the supervisor has sent so far."""
         while not self.ended:
             try:
-                packet = self.channel.recv(MAX_PACKET)
+                packet, files, _, _ = socket.recv_fds(
+                    self.channel, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
+                )
             except ConnectionResetError:
-                packet = b""
+                packet, files = b"", []
             except BlockingIOError:
                 return
             except OSError:
@@ -483,47 +511,65 @@ class Worker:
                 self.loop.stall(self.channel.fileno(), MEMORY_RETRY)
                 return
             if packet:
-                self.handle_message(decode(packet))
+                self.handle_message(decode(packet), files)
             else:
                 # The supervisor has exited, and its workers exit with it.
                 self.ended = True
 
-    def handle_message(self, message: Message) -> None:
+    def handle_message(self, message: Message, files: list[int]) -> None:
+        """Act on an order of the supervisor. `files` holds the descriptor that came with Roll."""
         match message:
-            case Drain(grace, rotating) if not self.draining:
-                self.drain(grace, rotating)
+            case Drain(grace) if not self.draining:
+                self.drain(grace)
+            case Freeze(roll):
+                self.file_monitor.freeze()
+                self.reporter.add_notice(frozen=roll)
+            case Thaw():
+                self.file_monitor.unfreeze()
+                self.file_monitor.recheck_path()
+            case Roll(size, lost) if files:
+                self.file_monitor.roll(size, lost, files[0])
+                self.close_unneeded()
+            case Roll():
+                # There was no descriptor left for the file. The successor of this worker inherits
+                # it from the supervisor.
+                self.ended = True
+            case Retire(start):
+                self.streams.log.retire(start)
+                self.close_unneeded()
             case Ping():
                 self.reporter.add_notice(alive=True)
 
-    def drain(self, grace: float, rotating: bool) -> None:
-        """Stop accepting, and end every stream at the size that the file has now.
+    def close_unneeded(self) -> None:
+        """Close deleted segments that no client reads, and report which ones are still needed."""
+        log = self.streams.log
+        if log.first < log.start:
+            starts = [offset for _, offset, _ in self.reporter.starting]
+            self.streams.close_unneeded(self.clients.values(), starts)
+            self.reporter.add_notice(needs=log.first)
+        # The clients that still read them tell nothing when they are done.
+        if log.first < log.start:
+            self.loop.timers.set(self.close_unneeded, self.loop.now + NEEDS_INTERVAL)
 
-        After `grace` seconds, the connections that are still open are closed. With `rotating`, the
-        next file of the same name will be served: clients whose streams have not started wait for
-        it, and the streams end only when the old file has settled.
+    def drain(self, grace: float) -> None:
+        """Stop accepting, and end every stream at the end that the log has now.
+
+        After `grace` seconds, the connections that are still open are closed.
         """
         self.draining = True
-        self.acceptor.close(empty_queues=not rotating, refuse=self.config.port is not None)
-        if not rotating:
-            self.reporter.add_notice(emptied=True)
+        self.acceptor.close(refuse=self.config.port is not None)
+        self.reporter.add_notice(emptied=True)
         for client in self.header_reader:
             self.handle_client(client, select.EPOLLIN)
         # This starts the streams of the clients whose headers have just been read.
         self.reporter.send_and_start()
-        # Clients without a complete header are dropped, or set aside for the next file. While the
-        # server waits for the file, no client has a stream, and this applies to all of them.
+        # Clients without a complete header are dropped. While the server waits for the file, no
+        # client has a stream, and this applies to all of them.
         for client in list(self.clients.values()) if self.waiting else self.header_reader:
-            (self.set_aside if rotating else self.drop)(client)
-        self.drainer.begin(settle=rotating)
+            self.drop(client)
+        self.drainer.begin()
         self.loop.timers.set(self.end_drain, self.loop.now + grace)
         self.title.changed(self.loop.now)
-
-    def set_aside(self, client: Client) -> None:
-        """Leave `client` to the worker of the next file, which finds it in the client table."""
-        self.loop.epoll.unregister(client.fd)
-        self.header_reader.forget(client)
-        del self.clients[client.fd]
-        self.aside.append(client)
 
     def end_drain(self) -> None:
         """Close the remaining connections when the grace period is over, and end the worker.

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from support.debian import (
     reason_to_skip,
 )
 from support.files import random_bytes
-from support.sockets import expect, expect_eof
+from support.sockets import expect, expect_eof, recv_all, recv_exactly
 from support.waiting import eventually
 
 pytestmark = [pytest.mark.machine, pytest.mark.slow]
@@ -380,13 +381,14 @@ def test_a_port_and_sockets_exclude_each_other(make_service: MakeService) -> Non
 def rotate(service: Service, *directives: str) -> None:
     """Make logrotate rotate the file."""
     name = f"/etc/logrotate.d/{os.path.basename(service.path)}"
-    service.machine.write(name, "\n".join([f'"{service.path}" {{', "rotate 2", *directives, "}\n"]))
+    service.machine.write(name, "\n".join([f'"{service.path}" {{', "rotate 9", *directives, "}\n"]))
     service.machine.run("logrotate", "--force", name)
 
 
 @pytest.mark.parametrize("activated", [False, True])
-def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> None:
-    """With --follow-name, streams end with the old file, and later clients get the new file."""
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_rotation_is_followed(make_service: MakeService, activated: bool, dated: bool) -> None:
+    """With --follow-name, streams continue with the next file, and later ones get all files."""
     service = make_service(
         PORT="" if activated else str(PORT), WORKERS="2", OPTIONS="--follow-name"
     )
@@ -395,15 +397,120 @@ def test_a_rotation_is_followed(make_service: MakeService, activated: bool) -> N
     sock = service.connect(PORT, b"0\n")
     expect(sock, b"first\n")
     pid = service.pid
-    rotate(service, "create 0640 root adm")
-    expect_eof(sock)
-    sock = service.connect(PORT, b"0\n")
-    service.append(b"new\n")
-    expect(sock, b"new\n")
-    rotate(service, "create 0640 root adm")
-    expect_eof(sock)
+    for number, data in enumerate([b"second\n", b"third\n"]):
+        dates = ["dateext", f"dateformat -%Y%m%d-{number}"] if dated else []
+        rotate(service, "create 0640 root adm", *dates)
+        service.append(data)
+        expect(sock, data)
+    expect(service.connect(PORT, b"-8\n"), b"d\nthird\n")
+    expect(service.connect(PORT, b"0\n"), b"first\nsecond\nthird\n")
     assert service.pid == pid
     assert service.show("NRestarts") == "0"
+
+
+def test_offsets_survive_a_restart(make_service: MakeService) -> None:
+    """The sandboxed service keeps a state file: rotations and restarts change no offset."""
+    service = make_service(PORT=str(PORT), OPTIONS="--follow-name")
+    service.create(b"first\n")
+    service.start()
+    rotate(service, "create 0640 root adm")
+    service.append(b"second\n")
+    service.logged("rolled")
+    service.machine.run("systemctl", "stop", service.unit)
+    for data in (b"third\n", b"fourth\n"):
+        rotate(service, "create 0640 root adm")
+        service.append(data)
+    service.start()
+    data = b"first\nsecond\nthird\nfourth\n"
+    sock = service.connect(PORT, b"?7\n")
+    # The files that came while the service was down follow a moment after its start.
+    assert recv_exactly(sock, 40).startswith(b"%019d " % 7)
+    expect(sock, data[7:])
+    # A kill leaves the sizes that were saved at the last roll.
+    service.append(b"fifth\n")
+    pid = service.pid
+    service.kill(pid, signal.SIGKILL)
+    eventually(lambda: service.pid not in (0, pid))
+    service.reaches("active")
+    expect(service.connect(PORT, b"19\n"), b"fourth\nfifth\n")
+
+
+def state_files(machine: Machine) -> list[str]:
+    """Return the paths of all state files in the machine."""
+    return machine.run("find", "/var/lib/private/tailsrv", "-name", "*.json").splitlines()
+
+
+def test_each_instance_has_a_state_file(machine: Machine, make_service: MakeService) -> None:
+    """Each instance has its own state file; a damaged one is named, and stops its instance."""
+    before = state_files(machine) if (machine.files / "var/lib/private/tailsrv").exists() else []
+    services = [
+        make_service(f"/var/log/instance{number}.log", PORT=str(PORT + number), OPTIONS=options)
+        for number, options in enumerate(["--follow-name", "--follow-name", ""])
+    ]
+    for service in services:
+        service.create(b"first\n")
+        service.start()
+    made = sorted(set(state_files(machine)) - set(before))
+    assert [os.path.basename(path).partition("-")[0] for path in made] == [
+        "instance0.log",
+        "instance1.log",
+    ]
+    machine.run("systemctl", "stop", services[0].unit)
+    machine.run("truncate", "--size=9", made[0])
+    services[0].start(succeeds=False)
+    assert os.path.basename(made[0]) in services[0].log[-1]
+    machine.run("rm", made[0])
+    services[0].reaches("active")
+
+
+def require(machine: Machine, program: str) -> None:
+    """Skip the test if the machine, which may be an older one, does not have `program`."""
+    if machine.ask("sh", "-c", f"command -v {program}").returncode:
+        pytest.skip(f"no {program} in the machine")
+
+
+def recv_lines(sock: socket.socket, mark: bytes, count: int) -> list[bytes]:
+    """Receive until `count` lines contain `mark`, and return these lines."""
+    data = b""
+    while not data.endswith(b"\n") or data.count(mark) < count:
+        received = sock.recv(1 << 16)
+        assert received, f"the stream ended after {data!r}"
+        data += received
+    return [line for line in data.splitlines() if mark in line]
+
+
+def test_nginx_reopens_its_log(machine: Machine, make_service: MakeService) -> None:
+    """Debian's logrotate configuration for nginx rotates without a lost or repeated line."""
+    require(machine, "nginx")
+    service = make_service("/var/log/nginx/access.log", PORT=str(PORT), OPTIONS="--follow-name")
+    machine.run("systemctl", "start", "nginx")
+    service.start()
+    sock = service.connect(PORT, b"0\n")
+    for number in range(40):
+        if number % 10 == 5:
+            machine.run("logrotate", "--force", "/etc/logrotate.d/nginx")
+        with machine.connect(80, b"GET /request-%02d HTTP/1.0\r\n\r\n" % number) as request:
+            recv_all(request)
+    lines = recv_lines(sock, b"/request-", 40)
+    # nginx has several workers, which reopen the log one after another.
+    numbers = sorted(int(line.partition(b"/request-")[2][:2]) for line in lines)
+    assert numbers == list(range(40))
+    service.logged("rolled", count=4)
+
+
+def test_rsyslog_reopens_its_log(machine: Machine, make_service: MakeService) -> None:
+    """Debian's logrotate configuration for rsyslog rotates without a lost or repeated line."""
+    require(machine, "rsyslogd")
+    machine.run("logger", "--tag=first", "the file exists")
+    service = make_service("/var/log/syslog", PORT=str(PORT), OPTIONS="--follow-name -q")
+    service.start()
+    sock = service.connect(PORT, b"-0\n")
+    for number in range(40):
+        if number % 10 == 5:
+            machine.run("logrotate", "--force", "/etc/logrotate.d/rsyslog")
+        machine.run("logger", "--tag=rotation", f"message-{number:02d}")
+    lines = recv_lines(sock, b" message-", 40)
+    assert [int(line.partition(b" message-")[2]) for line in lines] == list(range(40))
 
 
 @pytest.mark.parametrize("activated", [False, True])
@@ -427,7 +534,7 @@ def test_a_rotation_restarts_a_service_that_does_not_follow(
 
 
 def test_a_truncation_is_logged(make_service: MakeService) -> None:
-    """copytruncate is logged as a warning, and streams continue when the file is longer again."""
+    """copytruncate is logged as a warning, and streams that had everything continue."""
     service = make_service(PORT=str(PORT), OPTIONS="--follow-name")
     service.create(b"first\n")
     service.start()
@@ -436,8 +543,11 @@ def test_a_truncation_is_logged(make_service: MakeService) -> None:
     rotate(service, "copytruncate")
     service.logged("file was truncated")
     service.append(b"second\n")
-    expect(sock, b"\n")
+    expect(sock, b"second\n")
     expect(service.connect(PORT, b"0\n"), b"second\n")
+    expect(service.connect(PORT, b"?-2\n"), b"%019d %019d\nd\n" % (11, 13))
+    # The bytes before the truncation no longer exist.
+    expect_eof(service.connect(PORT, b"1\n"))
     assert service.pid == pid
 
 
@@ -456,7 +566,8 @@ def test_a_new_file_that_may_not_be_read_is_waited_for(make_service: MakeService
     service.append(b"new\n")
     service.machine.run("chgrp", "adm", service.path)
     service.machine.run("chmod", "640", service.path)
-    expect(service.connect(PORT, b"0\n"), b"new\n")
+    expect(sock, b"new\n")
+    expect(service.connect(PORT, b"0\n"), b"first\nnew\n")
 
 
 # Mistakes of operators.
@@ -619,9 +730,9 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
             service.append(b"after the upgrade\n")
             expect(sock, b"after the upgrade\n")
         if what == "rotate":
-            expect_eof(sock)
             service.append(b"new\n")
-            expect(service.connect(PORT, b"0\n"), b"new\n")
+            expect(sock, b"new\n")
+            expect(service.connect(PORT, b"-22\n"), b"after the upgrade\nnew\n")
     assert list(printed) == ["install", "serve", "look", "upgrade", "rotate", "activate", "remove"]
     assert printed["serve"].endswith("1000")
     assert "Status:" in printed["look"]
@@ -630,7 +741,7 @@ def test_the_manual(boot: Boot, request: pytest.FixtureRequest) -> None:
         r"^OK: tailsrv \*:4321 .* serves /var/log/app.log to ", printed["look"], re.MULTILINE
     )
     assert printed["activate"].endswith("new")
-    assert machine.run("find", "/etc", "/opt", "-name", "*tailsrv*") == ""
+    assert machine.run("find", "/etc", "/opt", "/var/lib", "-name", "*tailsrv*") == ""
     assert machine.ask("pgrep", "-f", "^tailsrv: ").stdout == ""
 
 

@@ -61,11 +61,10 @@ class Program:
         return self._process.wait(DEADLINE)
 
 
-def serve(host: Host, path: Path, log: Path) -> Server:
+def serve(host: Host, path: Path, log: Path, *options: str | Path) -> Server:
     """Return a tailsrv that serves `path` on `host` and logs each client."""
-    return Server(
-        [*host.wrapper, *TAILSRV, "-v", "-p", str(PORT), "--follow-name", str(path)], log, status=0
-    )
+    command = [*host.wrapper, *TAILSRV, "-v", "-p", str(PORT), *map(str, options), str(path)]
+    return Server(command, log, status=0)
 
 
 class Relay:
@@ -155,7 +154,7 @@ class RelayClient(Program):
 
     @property
     def reached(self) -> int:
-        """The position of the client in the file."""
+        """The position of the client in the log."""
         return self.start + self.output.stat().st_size
 
     def reaches(self, offset: int) -> None:
@@ -184,12 +183,26 @@ class Tree:
 
     def start_origin(self) -> None:
         """Start the origin's tailsrv."""
-        self.origin = serve(self.origin_host, self.file, self._folder / "origin.err")
+        options = ("--follow-name", "--state-file", self._folder / "state")
+        self.origin = serve(self.origin_host, self.file, self._folder / "origin.err", *options)
 
-    def restart_origin(self) -> None:
-        """Drain the origin, and start it again with the same file."""
+    def restart_origin(self, rotated: bool = False) -> None:
+        """Drain the origin, and start it again; rotate its log before if `rotated`."""
         self.origin.finish()
+        if rotated:
+            self.rotate()
         self.start_origin()
+
+    def rotate(self) -> None:
+        """Rotate the origin's log. The writer opens the new file with its next append."""
+        self.file.rename(self._folder / f"app.log-{20260101 + len(self._rotated())}")
+
+    def _rotated(self) -> list[Path]:
+        return sorted(self._folder.glob("app.log-*"))
+
+    def read_log(self) -> bytes:
+        """Return the contents of the origin's log: of all its files, in order."""
+        return b"".join(path.read_bytes() for path in [*self._rotated(), self.file])
 
     def finish(self) -> None:
         """End everything; the clients are first, and must exit with status 0."""
@@ -207,7 +220,7 @@ class Tree:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Append to the file during the block; wait at its start and end for all clients."""
+        """Append to the log during the block; wait at its start and end for all clients."""
         done = threading.Event()
         writer = threading.Thread(target=self._write, args=[done])
         writer.start()
@@ -220,13 +233,14 @@ class Tree:
             writer.join()
 
     def _write(self, done: threading.Event) -> None:
-        chance = random.Random(self.file.stat().st_size)
+        chance = random.Random(len(self.read_log()))
         while not done.wait(chance.uniform(0, 0.02)):
             append(self.file, chance.randbytes(chance.randrange(1, 4000)))
 
     def await_progress(self, clients: Sequence[RelayClient]) -> None:
-        """Wait until these clients have received the current contents of the file, and more."""
-        size = self.file.stat().st_size
+        """Wait until these clients have received the current contents of the log, and more."""
+        eventually(self.file.exists)
+        size = len(self.read_log())
         eventually(lambda: all(client.reached > size for client in clients))
 
     @property
@@ -235,8 +249,8 @@ class Tree:
         return [client for client in self.clients if client.addresses == THROUGH_BALANCER]
 
     def assert_exact(self) -> None:
-        """Assert that every client receives exactly the contents of the file."""
-        data = self.file.read_bytes()
+        """Assert that every client receives exactly the contents of the log."""
+        data = self.read_log()
         for client in self.clients:
             client.reaches(len(data))
             assert client.output.read_bytes() == data[client.start :]
@@ -310,6 +324,18 @@ def test_the_origin_restarts(tree: Tree) -> None:
     with tree.writing():
         tree.restart_origin()
     tree.assert_exact()
+
+
+def test_the_origin_rotates_its_log(tree: Tree) -> None:
+    """Rotations of the origin's log, also one while it is down, change no byte and no offset."""
+    with tree.writing():
+        tree.rotate()
+        tree.await_progress(tree.clients)
+        tree.rotate()
+        tree.await_progress(tree.clients)
+        tree.restart_origin(rotated=True)
+    tree.assert_exact()
+    assert all(relay.copy.read_bytes() == tree.read_log() for relay in tree.relays)
 
 
 def test_the_balancer_dies(tree: Tree) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from support.files import append, random_bytes
 from support.processes import cpu_seconds, runs
+from support.rotation import ROLLED
 from support.server import HURRIED, Serve, run_tailsrv, wrapper_without_rights
 from support.sockets import expect, expect_eof, recv_exactly
 from support.status import ask
@@ -197,10 +198,11 @@ def test_lease_on_the_next_file(serve: Serve, path: Path) -> None:
     (fresh := path.with_suffix(".new")).write_bytes(APPENDED)
     with leased(fresh):
         fresh.rename(path)
-        expect_eof(client)
         server.logged("warning: another program has a lease on the file")
         assert json.loads(ask(f"*:{server.port}")[0])["file"]["error"] is None
-    expect(server.connect(b"0\n"), APPENDED)
+        expect(server.connect(b"0\n"), DATA)
+        assert not server.lines(ROLLED)
+    expect(client, APPENDED)
     assert not server.lines("cannot serve")
 
 

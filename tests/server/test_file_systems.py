@@ -1,6 +1,7 @@
 """File systems that fail, invent inode numbers, hide the file, or have no visible mount."""
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from support.files import append, random_bytes
 from support.fusefs import Fuse
 from support.interpreter import run_program
 from support.processes import runs, switches
-from support.server import HELD, Serve, Server
+from support.rotation import HOUR, MOVED, ROLLED, replace
+from support.server import HELD, Serve, Server, hurried
 from support.sockets import expect, expect_eof
 from support.status import status
 from support.waiting import DEADLINE, eventually
@@ -24,7 +26,7 @@ OLD, NEW, MORE = random_bytes(5000, 1), random_bytes(9000, 2), random_bytes(3000
 
 
 @pytest.fixture
-def hurried(tmp_path: Path) -> Iterator[tuple[str, ...]]:
+def polling(tmp_path: Path) -> Iterator[tuple[str, ...]]:
     """Return a server program that polls the file twenty times as often."""
     (hold := tmp_path / "hold").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -42,18 +44,15 @@ def fuse(tmp_path: Path) -> Fuse:
     return fuse
 
 
-def rotate(fuse: Fuse, server: Server, **orders: object) -> None:
-    """Put another file at the path; its predecessor's streams end, and it is served."""
-    old = server.connect(b"-0\n")
-    server.streaming(old)
+def rotate(fuse: Fuse, client: socket.socket, **orders: object) -> bytes:
+    """Put another file at the path, to which `client` must get; return its content."""
     node = int(fuse.orders["node"]) + 1
     data = random_bytes(1000, node)
     fuse.write(data, node)
     fuse.order(node=node, **orders)
-    server.logged("serving: ", count=node - 1)
-    expect_eof(old)
+    expect(client, data)
     fuse.order(fail={})
-    expect(server.connect(b"0\n"), data)
+    return data
 
 
 def run_in(
@@ -77,14 +76,38 @@ CALLS = [
 
 
 @pytest.mark.thorough
-def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> None:
+def test_calls_that_fail(serve: Serve, fuse: Fuse, polling: tuple[str, ...]) -> None:
     """Whichever call on the file fails during a rotation, the server serves the next file."""
-    server = serve(fuse.path, "--follow-name", "-v", wrapper=fuse.wrapper, program=hurried)
+    server = serve(fuse.path, "--follow-name", "-v", wrapper=fuse.wrapper, program=polling)
     server.workers(1)
+    client = server.connect(b"0\n")
+    expect(client, OLD)
+    log = OLD
     for operation, skip, times in CALLS:
-        rotate(fuse, server, fail={operation: ["EIO", skip, times]})
-    for failure in ("supervisor failed", "internal error"):
+        log += rotate(fuse, client, fail={operation: ["EIO", skip, times]})
+    expect(server.connect(b"-%d\n" % len(log)), log)
+    for failure in ("supervisor failed", "internal error", "client disconnected"):
         assert failure not in server.log
+
+
+def test_writers_on_other_machines(serve: Serve, fuse: Fuse) -> None:
+    """A lease does not tell whether another machine has a file open, so it must be quiet."""
+    server = serve(
+        fuse.path,
+        "--follow-name",
+        "-v",
+        wrapper=fuse.wrapper,
+        program=hurried(settle=HOUR, seal_limit=HOUR),
+    )
+    expect(client := server.connect(b"0\n"), OLD)
+    fuse.write(NEW, 3)
+    fuse.order(node=3)
+    server.logged(MOVED)
+    # The answer comes after the supervisor has decided whether to roll.
+    assert status(server)["file"]["gone"]
+    fuse.write(OLD + MORE)
+    expect(client, MORE)
+    assert not server.lines(ROLLED)
 
 
 # A file system that dies
@@ -92,22 +115,25 @@ def test_calls_that_fail(serve: Serve, fuse: Fuse, hurried: tuple[str, ...]) -> 
 
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
 def test_file_system_of_the_open_file_dies(
-    serve: Serve, fuse: Fuse, hurried: tuple[str, ...], path: Path, options: tuple[str, ...]
+    serve: Serve, fuse: Fuse, polling: tuple[str, ...], path: Path, options: tuple[str, ...]
 ) -> None:
     """A file whose file system has died is gone when the path names another, and not before."""
     path.symlink_to(fuse.path)
-    server = serve(path, *options, wrapper=fuse.wrapper, program=hurried)
+    server = serve(path, *options, wrapper=fuse.wrapper, program=polling)
     expect(old := server.connect(b"0\n"), OLD)
     fuse.kill()
     eventually(lambda: status(server)["file"]["size"] is None)
     assert not server.lines("file is gone")
+    assert not server.lines(MOVED)
     (fresh := path.with_name("fresh")).write_bytes(NEW)
     fresh.rename(path)
-    server.logged("file is gone")
-    expect_eof(old)
     if options:
-        expect(server.connect(b"0\n"), NEW)
+        expect(old, NEW)
+        later = server.connect(b"-%d\n" % len(NEW))
+        expect(later, NEW)
     else:
+        server.logged("file is gone")
+        expect_eof(old)
         server.wait()
 
 
@@ -116,23 +142,25 @@ def test_file_system_of_the_open_file_dies(
 
 @pytest.mark.parametrize("options", [(), ("--follow-name",)])
 def test_inode_numbers_that_change(
-    serve: Serve, fuse: Fuse, hurried: tuple[str, ...], options: tuple[str, ...]
+    serve: Serve, fuse: Fuse, polling: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
     """A file whose inode number changes at each stat is the same until another has its path."""
     fuse.order(unstable=True)
-    server = serve(fuse.path, *options, "-v", wrapper=fuse.wrapper, program=hurried)
+    server = serve(fuse.path, *options, "-v", wrapper=fuse.wrapper, program=polling)
     expect(client := server.connect(b"0\n"), OLD)
     for size in (len(MORE), 2 * len(MORE)):
         fuse.write(OLD + (MORE + MORE)[:size])
         expect(client, MORE)
     assert not server.lines("file is gone")
+    assert not server.lines(MOVED)
     fuse.write(NEW, 3)
     fuse.order(node=3)
-    server.logged("file is gone")
-    expect_eof(client)
     if options:
-        expect(server.connect(b"0\n"), NEW)
+        expect(client, NEW)
+        expect(server.connect(b"0\n"), OLD + MORE + MORE + NEW)
     else:
+        server.logged("file is gone")
+        expect_eof(client)
         server.wait()
 
 
@@ -143,20 +171,18 @@ def test_other_signs_of_another_file(fuse: Fuse, tmp_path: Path) -> None:
 
 
 def test_rotations_without_end(serve: Serve, path: Path) -> None:
-    """If a file is replaced again and again, rotations slow down, and the last file is served."""
+    """If a file is replaced again and again, its last successor is served all the same."""
     path.write_bytes(OLD)
     server = serve(path, "--follow-name")
-    server.workers(1)
-
-    def replace() -> bool:
-        (fresh := path.with_name("fresh")).write_bytes(NEW)
-        fresh.rename(path)
-        return bool(server.lines("file is gone again so soon"))
-
-    eventually(replace)
-    (fresh := path.with_name("fresh")).write_bytes(MORE)
-    fresh.rename(path)
-    server.logged("serving: ", f"size={len(MORE)} ")
+    expect(client := server.connect(b"0\n"), OLD)
+    for _ in range(1000):
+        replace(path, NEW)
+    replace(path, MORE)
+    received = b""
+    # Files that were replaced between two looks cannot be found.
+    while not received.endswith(MORE):
+        received += client.recv(1 << 20)
+    assert received == NEW * ((len(received) - len(MORE)) // len(NEW)) + MORE
     expect(server.connect(b"0\n"), MORE)
 
 
@@ -232,8 +258,9 @@ def test_mounted_over(serve: Serve, folder: Path, way: str) -> None:
     (other := folder.parent / "other").mkdir()
     # Make two changes in quick succession, because the supervisor pauses after it has noticed one.
     mount(server, f"mount -t tmpfs none {other}; {WAYS[way].format(folder=folder)}")
-    expect_eof(old)
-    expect(server.connect(b"0\n"), NEW)
+    expect(old, NEW)
+    append(Path(f"/proc/{server.pid}/root{path}"), MORE)
+    expect(old, MORE)
 
 
 def test_mounts_elsewhere(serve: Serve, folder: Path) -> None:

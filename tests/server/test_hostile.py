@@ -51,7 +51,7 @@ class Honest:
         start = self.file.size
         self.file.append(RECORD)
         for sock in self.socks:
-            expect(sock, self.file.content.read(0, start, RECORD))
+            expect(sock, self.file.content.read(start, RECORD))
         return True
 
     def alone(self) -> bool:
@@ -238,7 +238,7 @@ def test_any_header_in_any_pieces(serve: Serve, path: Path, batches: int) -> Non
                         streams += 1
                         expect(
                             sock,
-                            honest.file.content.read(0, start.count, min(100, size - start.count)),
+                            honest.file.content.read(start.count, min(100, size - start.count)),
                         )
             honest.turn()
         assert min(streams, refused) > 15 * batches

@@ -333,15 +333,15 @@ BREAKS = {
     ),
     "state": (
         "supervisor/upgrade_state.py",
-        "FORMAT = 3",
+        "FORMAT = 4",
         "FORMAT = 1000",
-        r"format \(3, \d+\).*\(1000, \d+\)",
+        r"format \(4, \d+\).*\(1000, \d+\)",
     ),
     "channel": (
         "worker_channel.py",
-        "VERSION = 3",
+        "VERSION = 4",
         "VERSION = 100",
-        r"format \(\d+, 3\).*\(\d+, 100\)",
+        r"format \(\d+, 4\).*\(\d+, 100\)",
     ),
 }
 

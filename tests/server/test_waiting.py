@@ -13,7 +13,7 @@ import pytest
 from support.files import append
 from support.processes import gone
 from support.server import Serve, Server
-from support.sockets import expect, expect_eof, recv_all, reset
+from support.sockets import LINE_LENGTH, expect, expect_eof, recv_all, recv_exactly, reset
 from support.status import await_clients, ready_workers, status
 from support.waiting import eventually
 
@@ -22,16 +22,10 @@ pytestmark = pytest.mark.slow
 OLD, NEW = b"the first file\n", b"the file that was awaited\n"
 
 
-@pytest.fixture(params=["at the start", "between two files"])
+@pytest.fixture(params=[(), ("--follow-name",)], ids=["", "with --follow-name"])
 def waiting(request: pytest.FixtureRequest, serve: Serve, path: Path) -> Server:
-    """Start a server that waits for its file, from the start or after a rotation."""
-    if request.param == "at the start":
-        server = serve(path, "-w", "2", "--follow-name")
-    else:
-        path.write_bytes(OLD)
-        server = serve(path, "-w", "2", "--follow-name")
-        expect(server.connect(b"0\n"), OLD)
-        path.unlink()
+    """Start a server that waits for its file."""
+    server = serve(path, "-w", "2", *request.param)
     server.logged("waiting for file")
     return server
 
@@ -49,6 +43,25 @@ def test_probes_do_not_fill_accept_queues(waiting: Server) -> None:
         reset(probe) if number % 2 else probe.close()
     eventually(lambda: queued(waiting) == 0)
     await_clients(waiting, 0)
+
+
+def test_offsets_after_an_upgrade(serve: Serve, path: Path) -> None:
+    """If all files of a saved log are gone, it continues at its end, also after an upgrade."""
+    options = ("--follow-name", "--state-file", str(path.with_name("state")))
+    path.write_bytes(OLD)
+    first = serve(path, *options)
+    expect(first.connect(b"0\n"), OLD)
+    first.signal(signal.SIGTERM)
+    first.wait()
+    path.unlink()
+    server = serve(path, *options)
+    server.logged("waiting for file")
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: ")
+    path.write_bytes(NEW)
+    client = server.connect(b"?0\n")
+    assert int(recv_exactly(client, LINE_LENGTH).split()[0]) == len(OLD)
+    expect(client, NEW)
 
 
 def test_served_when_the_file_appears(waiting: Server, path: Path) -> None:

@@ -25,7 +25,9 @@ from support.tools import missing
 from support.waiting import DEADLINE, Seen, eventually
 
 SUITE = "bookworm"
-PACKAGES = "systemd,systemd-sysv,python3-venv,procps,logrotate,netcat-openbsd,socat"
+PACKAGES = (
+    "systemd,systemd-sysv,python3-venv,procps,logrotate,netcat-openbsd,socat,nginx-light,rsyslog"
+)
 # The version of Python in this suite.
 PYTHON = "3.11"
 TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "unshare", "setpriv")

@@ -44,6 +44,7 @@ OPERATIONS = {
     25: "FLUSH",
     26: "INIT",
     27: "OPENDIR",
+    28: "READDIR",
     29: "RELEASEDIR",
     34: "ACCESS",
 }
@@ -140,7 +141,8 @@ class FileSystem:
                 return struct.pack(
                     "=QQQQQIIII24x", 1000, 1000, 1000, 1000, 1000, 4096, 255, 4096, 0
                 )
-            case "RELEASE" | "FLUSH" | "RELEASEDIR" | "ACCESS" | "FSYNC":
+            # A listing is empty: names are looked up all the same.
+            case "READDIR" | "RELEASE" | "FLUSH" | "RELEASEDIR" | "ACCESS" | "FSYNC":
                 return b""
         return errno.ENOSYS
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -90,6 +91,16 @@ def cpu_seconds(pid: int) -> float:
 def switches(pid: int) -> int:
     """Return how often the process `pid` has gone to sleep; each wakeup adds one."""
     return int(psutil.Process(pid).num_ctx_switches().voluntary)
+
+
+def descriptors(pid: int) -> list[str]:
+    """Return what each open descriptor of the process `pid` leads to."""
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        # It may be closed meanwhile.
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(fd))
+    return found
 
 
 def open_descriptors(pid: int) -> int:

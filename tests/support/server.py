@@ -1,5 +1,6 @@
 """A running server, and how tests start one."""
 
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,17 @@ TAILSRV = (sys.executable, "-m", "tailsrv")
 HELD = (sys.executable, str(PROGRAMS / "breakpoints.py"))
 # The same program with shorter waits.
 HURRIED = (sys.executable, str(PROGRAMS / "hurried.py"))
+
+
+def timed(**timing: float) -> tuple[str, ...]:
+    """Return a wrapper that gives HURRIED these fields of `Timing`, also after an upgrade."""
+    return ("env", f"TAILSRV_TEST_TIMING={json.dumps(timing)}")
+
+
+def hurried(**timing: float) -> tuple[str, ...]:
+    """Return HURRIED with these fields of `Timing`."""
+    return (*timed(**timing), *HURRIED)
+
 
 ACTIVATE = PROGRAMS / "activate.py"
 

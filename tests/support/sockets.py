@@ -136,7 +136,12 @@ def wait_for(what: socket.socket, events: int) -> int:
 
 def readable(what: socket.socket | int) -> bool:
     """Tell whether `what` is readable now."""
-    return bool(select.select([what], [], [], 0)[0])
+    return readable_within(what, 0)
+
+
+def readable_within(what: socket.socket | int, seconds: float) -> bool:
+    """Tell whether `what` is readable within this time."""
+    return bool(select.select([what], [], [], seconds)[0])
 
 
 def reset(sock: socket.socket) -> None:

@@ -1,37 +1,60 @@
-"""A worker in this process: its file, its listener, and the supervisor's end of its channel."""
+"""A worker in this process: its files, its listener, and the supervisor's end of its channel."""
 
+import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
 
-from support.files import opened
 from support.sockets import closing_all, readable, recv_all
 from support.waiting import DEADLINE
 from tailsrv.addresses import endpoint
 from tailsrv.config import Config
+from tailsrv.linux.inotify import Watch
 from tailsrv.linux.signals import Wakeup
 from tailsrv.listeners import open_listeners
+from tailsrv.segments import NO_FILE, Log, Segment
+from tailsrv.shared_counts import SharedCounts
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.worker import Worker
-from tailsrv.worker_channel import MAX_PACKET, WorkerReport, decode
-from tailsrv.worker_context import WorkerContext
+from tailsrv.worker_channel import MAX_PACKET, Order, Roll, WorkerReport, decode, encode
+from tailsrv.worker_context import Entry, WorkerContext
 
 
 class WorkerBench:
-    """A worker with its file, its listener and the supervisor's end of its channel."""
+    """A worker with its files, its listener and the supervisor's end of its channel.
 
-    def __init__(self, stack: ExitStack, path: Path, header_timeout: float, grace: float) -> None:
+    Args:
+        stack: Undoes everything at its end.
+        path: The path that the worker watches. The active segment of the log is this file.
+        header_timeout: The setting of that name, in seconds.
+        grace: The setting of that name, in seconds.
+        ends: The shared ends of the log, None for a worker without --follow-name.
+        sealed: The segments before the active one. The worker closes their descriptors.
+        clients: The clients that the worker adopts.
+
+    """
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        path: Path,
+        header_timeout: float,
+        grace: float,
+        ends: SharedCounts | None,
+        sealed: Sequence[Segment],
+        clients: Mapping[int, Entry],
+    ) -> None:
         self.stack = stack
         self.path = path
+        self.ends = ends
         # Seconds by which the worker's clock is ahead.
         self.skew = 0.0
-        file = stack.enter_context(opened(path))
         self.listeners = open_listeners(["127.0.0.1"], 0, 1)
         stack.enter_context(closing_all(self.listeners[0]))
         self.address = self.listeners[0][0].getsockname()
@@ -48,19 +71,41 @@ class WorkerBench:
         self.config = config = Config(
             str(path), self.address[1], grace=grace, header_timeout=header_timeout
         )
+        base = sealed[-1].end if sealed else 0
+        self.log = Log([*sealed, Segment(base, os.open(path, os.O_RDONLY))])
         context = WorkerContext(
-            0, file, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, {}
+            0, self.log, ends, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, clients
         )
         self.worker = Worker(context, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)
+
+    @property
+    def watch(self) -> Watch:
+        """The worker's watch on the active segment."""
+        return self.worker.file_monitor._watch
 
     def close(self) -> None:
         """Close what a worker leaves open until its process ends."""
         worker = self.worker
         worker.loop.epoll.close()
-        worker.watch.close()
+        self.watch.close()
         for client in [*worker.clients.values(), *worker.dropped]:
             client.sock.close()
+        for segment in self.log:
+            if segment.file != NO_FILE:
+                os.close(segment.file)
+
+    def order(self, order: Order) -> None:
+        """Send `order` to the worker, and let the worker act on it."""
+        self.channel.sendall(encode(order))
+        self.worker.handle_channel()
+
+    def roll(self, path: Path, size: int, lost: bool = False) -> None:
+        """Order the worker to seal the active segment at `size`, and to continue with `path`."""
+        file = os.open(path, os.O_RDONLY)
+        socket.send_fds(self.channel, [encode(Roll(size, lost))], [file])
+        os.close(file)
+        self.worker.handle_channel()
 
     def until(self, check: Callable[[], object]) -> None:
         """Run turns until `check` is true."""
@@ -139,7 +184,14 @@ class WorkerBench:
 
 
 @contextmanager
-def working(path: Path, header_timeout: float = 0.0, grace: float = 5.0) -> Iterator[WorkerBench]:
+def working(
+    path: Path,
+    header_timeout: float = 0.0,
+    grace: float = 5.0,
+    ends: SharedCounts | None = None,
+    sealed: Sequence[Segment] = (),
+    clients: Mapping[int, Entry] | None = None,
+) -> Iterator[WorkerBench]:
     """Yield a bench with a worker."""
     with ExitStack() as stack:
-        yield WorkerBench(stack, path, header_timeout, grace)
+        yield WorkerBench(stack, path, header_timeout, grace, ends, sealed, clients or {})

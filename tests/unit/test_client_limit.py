@@ -7,14 +7,15 @@ import pytest
 
 from support.interpreter import run_program
 from tailsrv.client_limit import ClientLimit
+from tailsrv.shared_counts import SharedCounts
 
 
 @pytest.fixture
 def client_limit() -> Iterator[ClientLimit]:
     """Give a client limit of 5 for three slots."""
-    client_limit = ClientLimit(5, 3)
+    client_limit = ClientLimit(5, SharedCounts(3))
     yield client_limit
-    os.close(client_limit.fd)
+    os.close(client_limit.counts.fd)
 
 
 def test_claim(client_limit: ClientLimit) -> None:
@@ -38,7 +39,7 @@ def test_a_refused_claim_leaves_no_trace(client_limit: ClientLimit) -> None:
 def test_counts_survive_an_upgrade(client_limit: ClientLimit) -> None:
     """After an upgrade, a second object on the same memory sees the same counts."""
     client_limit.record(1, 5)
-    successor = ClientLimit(5, 3, client_limit.fd)
+    successor = ClientLimit(5, SharedCounts(3, client_limit.counts.fd))
     assert not successor.claim(0, 1)
     successor.record(1, 0)
     assert client_limit.claim(0, 5)

@@ -1,4 +1,4 @@
-"""Tests of the count of bytes that are appended too late for the streams of a file."""
+"""Tests of the count of bytes that are appended to a segment after it has been sealed."""
 
 import os
 from collections.abc import Iterator
@@ -9,26 +9,29 @@ import pytest
 from support.files import append
 from tailsrv.config import Timing
 from tailsrv.linux.event_loop import EventLoop
+from tailsrv.segments import Segment
 from tailsrv.supervisor.late_appends import LateAppends
 
 TIMING = Timing()
 
 
 class LateBench:
-    """A file that has been rotated away, and a clock that the test sets."""
+    """Sealed segments, and a clock that the test sets."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.write_bytes(b"old")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.time = 100.0
         self.loop = EventLoop(lambda: self.time)
         self.late = LateAppends(self.loop, "log", TIMING)
+        self.segments: list[Segment] = []
 
-    def begin(self) -> None:
-        """Rotate the file away."""
-        file = os.open(self.path, os.O_RDONLY)
-        self.late.begin(file, polling=False)
-        os.close(file)
+    def seal(self) -> Path:
+        """Seal a segment of three bytes, and return its file."""
+        path = self.folder / str(len(self.segments))
+        path.write_bytes(b"old")
+        self.segments.append(Segment(1000, os.open(path, os.O_RDONLY), 3))
+        self.late.begin(self.segments[-1])
+        return path
 
     def run(self, seconds: float) -> None:
         """Advance the clock, and run the timers that are due."""
@@ -39,14 +42,19 @@ class LateBench:
             self.loop.timers.run(self.time)
         self.time = self.loop.now = end
 
+    def close(self) -> None:
+        """Close the files."""
+        for segment in self.segments:
+            os.close(segment.file)
+        self.loop.epoll.close()
+
 
 @pytest.fixture
-def bench(path: Path) -> Iterator[LateBench]:
-    """Give a bench with a file of three bytes."""
-    bench = LateBench(path)
+def bench(tmp_path: Path) -> Iterator[LateBench]:
+    """Give a bench without a segment."""
+    bench = LateBench(tmp_path)
     yield bench
-    bench.late.close()
-    bench.loop.epoll.close()
+    bench.close()
 
 
 def logged_bytes(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -60,49 +68,130 @@ def logged_bytes(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_nothing_is_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """Bytes that are appended before the workers stop sending are not late, and not logged."""
-    bench.begin()
-    for _ in range(10):
-        bench.run(0.9)
-        append(bench.path, b"more")
-    bench.run(2 * TIMING.late_patience)
+    """A segment that nothing is appended to is polled for a while, and not logged."""
+    bench.seal()
+    bench.run(TIMING.late_patience - TIMING.late_interval)
+    assert bench.loop.timeout() is not None
+    bench.run(2 * TIMING.late_interval)
+    assert bench.loop.timeout() is None
     assert logged_bytes(caplog) == []
-    assert bench.loop.timeout() is None
 
 
-def test_late(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """The first late bytes are logged soon, and the total at the end."""
-    bench.begin()
-    bench.run(3)
-    append(bench.path, b"late\n")
-    bench.run(TIMING.late_interval)
-    assert logged_bytes(caplog) == ["bytes=5"]
+def test_late_bytes_that_stop(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
+    """When the late bytes do not become more, their number is logged once, and polling ends."""
+    path = bench.seal()
     for _ in range(3):
-        append(bench.path, b"later\n")
+        append(path, b"late\n")
         bench.run(TIMING.late_interval)
-    assert logged_bytes(caplog) == ["bytes=5"]
+        assert logged_bytes(caplog) == []
+    bench.run(TIMING.late_interval)
+    assert logged_bytes(caplog) == ["bytes=15"]
+    assert bench.loop.timeout() is None
+    append(path, b"later\n")
     bench.run(TIMING.late_patience)
-    assert logged_bytes(caplog) == ["bytes=5", "bytes=23"]
+    assert logged_bytes(caplog) == ["bytes=15"]
+
+
+def test_late_bytes_without_end(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
+    """A writer that never reopens its log causes one warning, when polling ends."""
+    path = bench.seal()
+    polls = 0
+    while bench.loop.timeout() is not None:
+        assert logged_bytes(caplog) == []
+        append(path, b"late\n")
+        polls += 1
+        bench.run(TIMING.late_interval)
+    assert polls == TIMING.late_patience / TIMING.late_interval
+    assert logged_bytes(caplog) == [f"bytes={5 * polls}"]
+
+
+def test_segment_that_is_closed(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
+    """The late bytes of a segment that is closed are logged then, and it is not polled again."""
+    path, other = bench.seal(), bench.seal()
+    append(path, b"late\n")
+    append(other, b"others\n")
+    bench.late.end(bench.segments[0])
+    assert logged_bytes(caplog) == ["bytes=5"]
+    append(path, b"later\n")
+    bench.run(TIMING.late_patience)
+    assert logged_bytes(caplog) == ["bytes=5", "bytes=7"]
+
+
+def test_unknown_segment(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
+    """A segment that was sealed long ago, or became shorter, is closed without a warning."""
+    path, other = bench.seal(), bench.seal()
+    os.truncate(other, 0)
+    bench.run(TIMING.late_patience)
+    append(path, b"very late\n")
+    for segment in bench.segments:
+        bench.late.end(segment)
+    assert logged_bytes(caplog) == []
+
+
+def test_each_segment_has_its_own_time(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
+    """Segments that were sealed one after another are polled for the same time each."""
+    first = bench.seal()
+    bench.run(TIMING.late_patience / 2)
+    second = bench.seal()
+    bench.run(TIMING.late_patience / 2)
+    append(first, b"too late\n")
+    append(second, b"late\n")
+    bench.run(TIMING.late_patience)
+    assert logged_bytes(caplog) == ["bytes=5"]
     assert bench.loop.timeout() is None
 
 
-def test_streams_have_ended(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """After the last stream has ended, all appended bytes are late."""
-    bench.begin()
-    append(bench.path, b"more")
-    bench.late.seal()
-    append(bench.path, b"late\n")
+@pytest.mark.parametrize("late", [b"", b"late\n"])
+def test_empty_segment(bench: LateBench, caplog: pytest.LogCaptureFixture, late: bytes) -> None:
+    """The file of an empty segment, which is not in the log, is closed when polling ends."""
+    path = bench.folder / "empty"
+    path.touch()
+    segment = Segment(1000, os.open(path, os.O_RDONLY), 0)
+    bench.late.begin(segment)
+    append(path, late)
+    while bench.loop.timeout() is not None:
+        assert os.fstat(segment.file).st_size == len(late)
+        bench.run(TIMING.late_interval)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(segment.file)
+    assert logged_bytes(caplog) == (["bytes=5"] if late else [])
+
+
+def test_empty_segment_that_is_deleted(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
+    """The deleted file of an empty segment is closed soon, and its late bytes are logged."""
+    path = bench.folder / "empty"
+    path.touch()
+    segment = Segment(1000, os.open(path, os.O_RDONLY), 0)
+    bench.late.begin(segment)
+    append(path, b"late\n")
+    path.unlink()
     bench.run(TIMING.late_interval)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(segment.file)
+    assert bench.loop.timeout() is None
     assert logged_bytes(caplog) == ["bytes=5"]
 
 
-def test_next_rotation(bench: LateBench, caplog: pytest.LogCaptureFixture) -> None:
-    """The next rotation ends the count of the previous one, and leaves no descriptor open."""
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        bench.begin()
-        bench.run(3)
-        append(bench.path, b"late\n")
-    bench.late.end()
-    assert logged_bytes(caplog) == ["bytes=5"] * 3
-    assert len(os.listdir("/proc/self/fd")) == before
+def test_close_in_child(bench: LateBench) -> None:
+    """A child closes the files of empty segments only: the others belong to the log."""
+    bench.seal()
+    path = bench.folder / "empty"
+    path.touch()
+    empty = os.open(path, os.O_RDONLY)
+    bench.late.begin(Segment(1000, empty, 0))
+    bench.late.close_in_child()
+    assert os.fstat(bench.segments[0].file).st_size == 3
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(empty)
+
+
+def test_rolls_in_quick_succession(bench: LateBench) -> None:
+    """A segment is polled in time also if others are sealed more often than that."""
+    path = bench.folder / "empty"
+    path.touch()
+    bench.late.begin(Segment(1000, os.open(path, os.O_RDONLY), 0))
+    for _ in range(int(2 * TIMING.late_patience / (TIMING.late_interval - 1))):
+        bench.seal()
+        bench.run(TIMING.late_interval - 1)
+    # Another file may have got its descriptor.
+    assert str(path) not in {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}

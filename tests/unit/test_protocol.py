@@ -124,26 +124,35 @@ def test_limits_are_as_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "size", "offset"),
+    ("start", "log", "offset"),
     [
-        (Start(0, False), 0, 0),
-        (Start(0, False), 100, 0),
-        (Start(40, False), 100, 40),
-        (Start(100, False), 100, 100),
-        (Start(101, False), 100, 101),
-        (Start(INT64_MAX, False), 100, INT64_MAX),
-        (Start(0, True), 0, 0),
-        (Start(0, True), 100, 100),
-        (Start(40, True), 100, 60),
-        (Start(100, True), 100, 0),
-        (Start(101, True), 100, 0),
-        (Start(INT64_MAX + 1, True), 100, 0),
-        (Start(1, True), INT64_MAX, INT64_MAX - 1),
+        (Start(0, False), (0, 0), 0),
+        (Start(0, False), (0, 100), 0),
+        (Start(40, False), (0, 100), 40),
+        (Start(100, False), (0, 100), 100),
+        (Start(101, False), (0, 100), 101),
+        (Start(INT64_MAX, False), (0, 100), INT64_MAX),
+        (Start(0, True), (0, 0), 0),
+        (Start(0, True), (0, 100), 100),
+        (Start(40, True), (0, 100), 60),
+        (Start(100, True), (0, 100), 0),
+        (Start(101, True), (0, 100), 0),
+        (Start(INT64_MAX + 1, True), (0, 100), 0),
+        (Start(1, True), (0, INT64_MAX), INT64_MAX - 1),
+        # The bytes before 60 have been deleted.
+        (Start(0, False), (60, 100), 60),
+        (Start(1, False), (60, 100), 1),
+        (Start(59, False), (60, 100), 59),
+        (Start(60, False), (60, 100), 60),
+        (Start(40, True), (60, 100), 60),
+        (Start(41, True), (60, 100), 60),
+        (Start(INT64_MAX + 1, True), (60, 100), 60),
+        (Start(0, True), (60, 60), 60),
     ],
 )
-def test_offset(start: Start, size: int, offset: int) -> None:
-    """A start from the end is not below 0, and a start from the beginning may be beyond the end."""
-    assert offset == start.offset(size)
+def test_offset(start: Start, log: tuple[int, int], offset: int) -> None:
+    """0 and a start from the end are not before the log's start; any other start may be."""
+    assert offset == start.offset(*log)
 
 
 def outcome(received: bytes, ended: bool = False) -> Start | str | None:
@@ -215,12 +224,12 @@ def test_numbers_round_trip(
     assert Start(abs(number), number < 0) == parse_header(raw)
 
 
-@given(st.integers(0, INT64_MAX), st.integers(0, INT64_MAX))
-def test_offset_from_the_end_is_in_the_file(count: int, size: int) -> None:
-    """The last N bytes of a file start N bytes before its end, or at 0 if the file is shorter."""
-    offset = Start(count, from_end=True).offset(size)
-    assert 0 <= offset <= size
-    assert min(count, size) == size - offset
+@given(st.integers(0, INT64_MAX), st.integers(0, INT64_MAX), st.integers(0, INT64_MAX))
+def test_offset_from_the_end_is_in_the_log(count: int, start: int, size: int) -> None:
+    """The last N bytes of a log start N bytes before its end, or at its start if it is shorter."""
+    offset = Start(count, from_end=True).offset(start, start + size)
+    assert start <= offset <= start + size
+    assert min(count, size) == start + size - offset
 
 
 @pytest.mark.parametrize(

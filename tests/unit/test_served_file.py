@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from support.files import is_gone, opened
 from support.interpreter import run_program
 from support.processes import as_root
-from tailsrv.served_file import CannotServeError, open_file
+from tailsrv.segments import NO_FILE, Log, Segment
+from tailsrv.served_file import CannotServeError, ServedFile, open_file
 
 
 @pytest.fixture
@@ -129,3 +131,129 @@ def test_open_file_refuses_an_unreadable_file_to_others(path: Path) -> None:
 def test_open_file_refuses_what_cannot_be_sent() -> None:
     """A file in /proc, whose contents sendfile(2) cannot send, is refused."""
     assert "sendfile(2)" in refusal("/proc/self/mem")
+
+
+# The status.
+
+
+def missing(served: ServedFile, later: float = 0.0) -> object:
+    """Return `missing` of the status, as it is `later` seconds from now."""
+    return served.describe(time.monotonic() + later)["missing"]
+
+
+def test_missing(path: Path) -> None:
+    """The next file is missing from the first look that does not find it until one finds it."""
+    served = ServedFile(str(path))
+    assert served.open()
+    served.gone = True
+    assert missing(served) is None
+    path.rename(path.with_name("old"))
+    before = time.monotonic()
+    assert served.open_next() is None
+    first = missing(served, 100.0)
+    assert isinstance(first, float)
+    assert 100.0 <= first <= 100.0 + time.monotonic() - before
+    assert served.open_next() is None
+    assert first <= missing(served, 100.0)  # type: ignore[operator]
+    path.touch()
+    file = served.open_next()
+    assert file is not None
+    os.close(file)
+    assert missing(served, 100.0) is None
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CannotServeError):
+        served.open_next()
+    assert missing(served, 100.0) is None
+    assert served.file is not None
+    os.close(served.file)
+
+
+def test_first_file_is_not_missing(tmp_path: Path) -> None:
+    """While a server waits for its first file, no next file is missing."""
+    served = ServedFile(str(tmp_path / "log"))
+    assert not served.open()
+    assert missing(served) is None
+
+
+def test_not_missing_any_more(path: Path) -> None:
+    """No file is missing after the path names the open one again, nor after a roll."""
+    served = ServedFile(str(path))
+    assert served.open()
+    served.gone = True
+    path.rename(path.with_name("old"))
+    assert served.open_next() is None
+    path.with_name("old").rename(path)
+    assert served.has_gone(0.0) is False
+    assert missing(served) is None
+    path.rename(path.with_name("old"))
+    assert served.open_next() is None
+    assert missing(served) is not None
+    assert served.log is not None
+    files = [segment.file for segment in served.log]
+    with opened(path.with_name("old")) as file:
+        served.roll(4, lost=False, file=file)
+    served.gone = True
+    assert missing(served) is None
+    for file in files:
+        os.close(file)
+
+
+def segment_fields(
+    served: ServedFile, *positions: int, most: int = 100
+) -> list[tuple[object, ...]]:
+    """Return the fields of each segment in the status."""
+    return [tuple(fields.values()) for fields in served.describe_segments(positions, most)]
+
+
+def test_describe_log(tmp_path: Path) -> None:
+    """Each segment has its path now, or is deleted; each client counts where its next byte is."""
+    served = ServedFile("/log")
+    assert (served.describe_log(), served.describe_segments([], 1)) == (None, [])
+    paths = [tmp_path / name for name in ("deleted", "moved", "linked", "log (deleted)")]
+    files = []
+    for path in paths:
+        path.write_bytes(b"four")
+        files.append(os.open(path, os.O_RDONLY))
+    deleted, moved, linked, active = files
+    served.log = Log(
+        [
+            Segment(100, NO_FILE, 3),
+            Segment(103, deleted, 4),
+            Segment(107, moved, 3),
+            Segment(110, linked, 2),
+            Segment(112, active),
+        ]
+    )
+    served.log.retire(107)
+    paths[0].unlink()
+    paths[1].rename(tmp_path / "moved (deleted)")
+    os.link(paths[2], tmp_path / "other")
+    paths[2].unlink()
+    assert segment_fields(served, 0, 100, 102, 106, 107, 107, 112, 116, 1000) == [
+        (100, 3, True, 3, None, True),
+        (103, 4, True, 1, None, True),
+        (107, 3, True, 2, str(tmp_path / "moved (deleted)"), False),
+        (110, 2, True, 0, None, False),
+        (112, 4, False, 3, str(paths[3]), False),
+    ]
+    assert [fields[0] for fields in segment_fields(served, most=2)] == [110, 112]
+    assert served.describe_log() == {
+        "start": 107,
+        "end": 116,
+        "segments": 4,
+        "size": 13,
+        "retired": 1,
+        "retired_size": 4,
+    }
+    for file in files:
+        os.close(file)
+    assert served.describe_log() == {
+        "start": 107,
+        "end": None,
+        "segments": 4,
+        "size": None,
+        "retired": 1,
+        "retired_size": 4,
+    }
+    assert segment_fields(served)[-1] == (112, None, False, 0, None, False)

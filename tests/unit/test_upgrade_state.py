@@ -1,14 +1,19 @@
 """Tests of the state that a supervisor passes to its successor in an upgrade."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tailsrv import worker_channel
+from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.supervisor.upgrade_state import (
     FORMAT,
+    LogState,
+    RollState,
     SlotState,
     StateError,
     UpgradeState,
@@ -48,13 +53,39 @@ SLOTS = [
 ]
 
 
-def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'") -> UpgradeState:
+# The first segment has been deleted, and the bytes of the second one no longer exist.
+LOG = Log(
+    [
+        Segment(100, 40, 50),
+        Segment(150, NO_FILE, 10),
+        Segment(160, 42, 5),
+        Segment(165, 30),
+    ],
+    start=160,
+)
+LOG_STATE = LogState.of(LOG)
+ROLL = RollState(
+    number=7, rolling=True, truncated=False, early=True, next_files=[50, 51], opened_at=2**60
+)
+
+
+def make_state(
+    log: LogState | None = LOG_STATE,
+    roll: RollState | None = ROLL,
+    ends: Sequence[int] = (52,),
+    state_lock: Sequence[int] = (53,),
+    polling: str | None = "no inotify: 'ünï'",
+) -> UpgradeState:
     """Return a state in which every field has a value."""
     return UpgradeState(
         version="1.0.0",
         endpoints=["*:4321", "[::1]:4321"],
         started=1.5,
-        file=file,
+        log=log,
+        base=17,
+        roll=roll,
+        ends=[*ends],
+        state_lock=[*state_lock],
         file_gone=True,
         polling=polling,
         control=[31, 32],
@@ -63,7 +94,7 @@ def make_state(file: int | None = 30, polling: str | None = "no inotify: 'ünï'
     )
 
 
-@pytest.mark.parametrize("state", [make_state(), make_state(file=None, polling=None)])
+@pytest.mark.parametrize("state", [make_state(), make_state(None, None, [], [], None)])
 def test_round_trip(state: UpgradeState) -> None:
     """decode() returns the state that encode() was given."""
     assert state == decode(encode(state))
@@ -72,12 +103,32 @@ def test_round_trip(state: UpgradeState) -> None:
 def test_descriptors() -> None:
     """Each descriptor that the successor needs is listed once."""
     found = make_state().descriptors()
-    assert sorted(found) == [10, 11, 12, 13, 20, 21, 22, 30, 31, 32, 33]
+    slots, files = [10, 11, 12, 13, 20, 21, 22], [30, 31, 32, 33, 40, 42, 50, 51, 52, 53]
+    assert sorted(found) == [*slots, *files]
 
 
 def test_descriptors_while_waiting_for_the_file() -> None:
-    """Without an open file, its descriptor is not in the list."""
-    assert sorted(make_state(file=None).descriptors()) == [10, 11, 12, 13, 20, 21, 22, 31, 32, 33]
+    """Without an open file, there is no descriptor of a file in the list."""
+    found = make_state(log=None, roll=None, ends=[], state_lock=[]).descriptors()
+    assert sorted(found) == [10, 11, 12, 13, 20, 21, 22, 31, 32, 33]
+
+
+@pytest.mark.parametrize("log", [LOG, Log([Segment(0, 3)]), Log([Segment(7, 3, 5)])])
+def test_log_round_trip(log: Log) -> None:
+    """The log that load() returns has the same segments and the same start."""
+    loaded = LogState.of(log).load()
+    assert [*loaded] == [*log]
+    assert (loaded.start, loaded.active) == (log.start, log.active)
+    assert LogState.of(loaded) == LogState.of(log)
+
+
+def test_log_that_is_copied() -> None:
+    """The state does not change when the log does."""
+    log = Log([Segment(0, 3)])
+    state = LogState.of(log)
+    log.seal(10)
+    log.append(Segment(10, 4))
+    assert [*state.load()] == [Segment(0, 3)]
 
 
 def changed(**values: object) -> bytes:
@@ -113,7 +164,15 @@ def test_another_format(versions: tuple[int, int]) -> None:
         changed(slots=[7]),
         changed(slots=[{"listeners": []}]),
         changed(dance=True),
+        changed(log=7),
+        changed(log={"segments": []}),
+        changed(roll={"number": 1}),
+        changed(roll={**asdict(ROLL), "dance": True}),
         without("control"),
+        without("ends"),
+        without("state_lock"),
+        without("log"),
+        without("roll"),
     ],
 )  # fmt: skip
 def test_junk(data: bytes) -> None:

@@ -12,21 +12,29 @@ from tailsrv.worker_channel import (
     MAX_REPORTED_SOCKETS,
     VERSION,
     Drain,
+    Freeze,
     Message,
     MessageError,
     Notices,
+    Order,
     Ping,
+    Retire,
+    Roll,
+    Thaw,
     WorkerReport,
     decode,
     encode,
 )
 
+NONE = Notices()
 numbers = st.integers(0, 2**63 - 1)
 notices = st.builds(
     Notices,
     ready=st.booleans(),
     gone=st.booleans(),
     truncated=st.none() | numbers,
+    frozen=st.none() | numbers,
+    needs=st.none() | numbers,
     polling=st.none() | st.text(max_size=100),
 )
 reports = st.builds(
@@ -46,21 +54,28 @@ reports = st.builds(
             [7],
             [(7, 4096, None), (8, 0, 0), (9, 5, 2**63 - 1)],
             [8, 9],
-            Notices(True, True, 0, "no inotify: 'ünï'"),
+            Notices(True, True, 0, 1, 0, "no inotify: 'ünï'", True, True),
         ),
         WorkerReport(notices=Notices(truncated=0)),
+        WorkerReport(notices=Notices(frozen=0)),
+        WorkerReport(notices=Notices(needs=2**63 - 1)),
         WorkerReport(left=[2**63 - 1]),
         Drain(0.0),
         Drain(5.25),
-        Drain(5.25, rotating=True),
+        Freeze(0),
+        Freeze(2**40),
+        Thaw(),
+        Roll(0, lost=False),
+        Roll(2**63 - 1, lost=True),
+        Retire(2**63 - 1),
         Ping(),
     ],
 )
 def test_round_trip(message: Message) -> None:
-    """decode() returns the message that was encoded, and JSON is used only for notices."""
+    """decode() returns the message that was encoded, and a report without notices has no JSON."""
     packet = encode(message)
     assert message == decode(packet)
-    assert (b"{" in packet) == (isinstance(message, WorkerReport) and message.notices != Notices())
+    assert (b"{" in packet) == (isinstance(message, WorkerReport) and message.notices != NONE)
 
 
 @pytest.mark.thorough
@@ -76,7 +91,7 @@ def test_the_largest_report_fits() -> None:
         joined=list(range(MAX_REPORTED_SOCKETS)),
         started=[(client, 2**62, 2**62) for client in range(MAX_REPORTED_CLIENTS)],
         left=list(range(MAX_REPORTED_CLIENTS)),
-        notices=Notices(True, True, 2**62, "\N{PILE OF POO}" * 100),
+        notices=Notices(True, True, 2**62, 2**62, 2**62, "\N{PILE OF POO}" * 100, True, True),
     )
     packet = encode(report)
     assert len(packet) <= MAX_PACKET
@@ -96,6 +111,10 @@ HEAD = struct.Struct("=B4sHHH")
         bytes([VERSION]) + b"drai",
         encode(Drain(1.0)) + b"\0",
         encode(Ping()) + b"\0",
+        encode(Roll(7, True))[:-1],
+        encode(Freeze(7)) + b"\0",
+        encode(Retire(7))[:-8],
+        bytes([VERSION + 1]) + encode(Ping())[1:],
         HEAD.pack(VERSION + 1, b"rept", 0, 0, 0),
         HEAD.pack(VERSION, b"rept", 1, 0, 0),
         HEAD.pack(VERSION, b"rept", 65535, 65535, 65535) + bytes(100),
@@ -116,6 +135,9 @@ def test_junk(packet: bytes) -> None:
     "message",
     [
         Drain(1.0),
+        Freeze(12),
+        Roll(12, lost=True),
+        Ping(),
         WorkerReport([1], [(1, 2, None)], [3]),
         WorkerReport([1], [], [], Notices(ready=True)),
     ],
@@ -123,7 +145,8 @@ def test_junk(packet: bytes) -> None:
 def test_truncated_packet(message: Message) -> None:
     """A truncated packet raises MessageError, unless exactly its notices are missing."""
     packet = encode(message)
-    whole = packet.find(b"{") if b"{" in packet else len(packet)
+    is_report = isinstance(message, WorkerReport)
+    whole = packet.find(b"{") if is_report and b"{" in packet else len(packet)
     for length in range(len(packet)):
         if length != whole:
             with pytest.raises(MessageError):
@@ -145,11 +168,14 @@ def test_any_bytes_at_all(packet: bytes) -> None:
         decode(packet)
 
 
-@given(st.binary(max_size=100), st.sampled_from([b"rept", b"drai"]))
+@given(
+    st.binary(max_size=100),
+    st.sampled_from([b"rept", b"drai", b"frez", b"thaw", b"roll", b"reti", b"ping"]),
+)
 def test_any_bytes_after_a_valid_start(rest: bytes, kind: bytes) -> None:
     """Random bytes after a valid version and kind are a message, or raise MessageError."""
     try:
         message = decode(bytes([VERSION]) + kind + rest)
     except MessageError:
         return
-    assert isinstance(message, WorkerReport | Drain)
+    assert isinstance(message, WorkerReport | Order)

@@ -11,6 +11,7 @@ import pytest
 
 from support.files import append, opened
 from support.sockets import readable, recv_all, reset, tcp_pair, wait_for
+from tailsrv.segments import Log, Segment
 from tailsrv.worker.client import Client, ClientState
 from tailsrv.worker.readahead import MAX_READERS, ReadAhead
 from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Streams, next_chunk
@@ -30,7 +31,9 @@ class StreamsBench:
         self.dropped: list[tuple[Client, Exception | None]] = []
         # Clients whose socket was reported as full.
         self.awaiting_room: list[Client] = []
-        self.streams = Streams(self.file, 0, self.drop, self.awaiting_room.append)
+        self.streams = Streams(
+            Log([Segment(0, self.file)]), 0, self.drop, self.awaiting_room.append
+        )
         self.fars: dict[Client, socket.socket] = {}
 
     def drop(self, client: Client, error: Exception | None) -> None:
@@ -63,7 +66,7 @@ class StreamsBench:
     def update_size(self) -> None:
         """Set the size of the streams to that of the file."""
         self.streams.shrunk = False
-        self.streams.set_size(os.fstat(self.file).st_size)
+        self.streams.set_end(os.fstat(self.file).st_size)
 
     def received(self, client: Client) -> bytes:
         """End the stream of `client`, and return the bytes that it has not read yet."""
@@ -378,7 +381,7 @@ def test_shrink_under_the_fan_out(bench: StreamsBench) -> None:
     """An append that is truncated before it is sent is sent only when it is written again."""
     clients = [bench.client(0) for _ in range(3)]
     # Simulate a file that was four bytes long when its size was read.
-    bench.streams.set_size(4)
+    bench.streams.set_end(4)
     bench.streams.pump()
     assert bench.streams.shrunk
     bench.update_size()
@@ -457,7 +460,7 @@ def test_exception_with_one_client(bench: StreamsBench, behind: bool) -> None:
     def fail(_: Client) -> None:
         raise ZeroDivisionError("poison")
 
-    bench.streams = Streams(bench.file, 0, bench.drop, fail)
+    bench.streams = Streams(Log([Segment(0, bench.file)]), 0, bench.drop, fail)
     bench.grow(BIG if behind else b"")
     stalled, healthy = (
         bench.client(0, receive=4096, send=4096),

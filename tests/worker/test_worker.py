@@ -331,13 +331,13 @@ def test_append_while_the_event_is_taken(
     """An append between reading the size and reading its event is sent."""
     follower, _ = bench.connect(b"-0\n")
     bench.settle()
-    read = bench.worker.watch.read
+    read = bench.watch.read
 
     def read_late() -> bool:
         append(bench.path, b"def")
         return read()
 
-    monkeypatch.setattr(bench.worker.watch, "read", read_late)
+    monkeypatch.setattr(bench.watch, "read", read_late)
     append(bench.path, b"abc")
     bench.worker.file_monitor.handle_inotify()
     assert not readable(bench.worker.loop.epoll.fileno())
@@ -350,10 +350,10 @@ def test_file_that_shrank_unseen(bench: WorkerBench) -> None:
     bench.settle()
     bench.reports()
     # Simulate a file that was 20 bytes long when its size was read.
-    bench.worker.streams.set_size(20)
+    bench.worker.streams.set_end(20)
     assert client in bench.worker.streams.behind
     bench.worker.step(0)
-    assert bench.worker.streams.size == 10
+    assert bench.worker.streams.end == 10
     bench.settle()
     assert [report.notices.truncated for report in bench.reports()] == [10]
     append(bench.path, b"abcdefghij")
@@ -550,7 +550,7 @@ def test_appends_do_not_wake_a_worker_without_clients(bench: WorkerBench) -> Non
     far.close()
     append(bench.path, b"b")
     bench.until(
-        lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.size == 12
+        lambda: readable(bench.worker.loop.epoll.fileno()) or bench.worker.streams.end == 12
     )
     # The answer to this append is a reset, as the client has closed.
     append(bench.path, b"c")
@@ -599,7 +599,7 @@ def test_truncation_is_reported(bench: WorkerBench) -> None:
     bench.settle()
     bench.reports()
     os.truncate(bench.path, 3)
-    bench.until(lambda: bench.worker.streams.size == 3)
+    bench.until(lambda: bench.worker.streams.end == 3)
     assert [report.notices.truncated for report in bench.reports()] == [3]
     append(bench.path, b"abcdefghij")
     assert bench.receive(far, 3) == b"hij"
@@ -758,7 +758,7 @@ def test_orders_that_arrive_together(bench: WorkerBench) -> None:
 def test_ping(bench: WorkerBench) -> None:
     """A ping is answered, also while draining."""
     bench.connect(b"8\n", receive=4096)
-    for order in (Ping(), Drain(bench.config.grace, rotating=True), Ping()):
+    for order in (Ping(), Drain(bench.config.grace), Ping()):
         bench.reports()
         bench.channel.sendall(encode(order))
         if isinstance(order, Ping):

@@ -18,17 +18,20 @@ from tailsrv import main as cli
 from tailsrv.config import Timing
 from tailsrv.supervisor import upgrade
 from tailsrv.supervisor.supervisor import Supervisor
+from tailsrv.worker import worker
 
-# Faults follow each other too fast for a backoff. And soon after a rotation the number of
-# descriptors must be the same as before it.
+# Faults follow each other too fast for a backoff. And soon after a rotation no late bytes are
+# counted any more.
 TIMING = Timing(
     open_retry=0.05,
     poll_interval=0.05,
     settle=0.05,
+    seal_limit=1.0,
     fork_retry=0.05,
     long_life=0.0,
     late_interval=0.05,
     late_patience=0.05,
+    deletion_poll=0.05,
 )
 
 
@@ -49,6 +52,7 @@ def holding(name: str, method: Callable[..., None]) -> Callable[..., None]:
 
 
 if __name__ == "__main__":
+    worker.NEEDS_INTERVAL = 0.05
     Supervisor.run_worker = holding("worker", Supervisor.run_worker)  # type: ignore[method-assign]
     Supervisor.enter_status_child = holding(  # type: ignore[method-assign]
         "status", Supervisor.enter_status_child

@@ -3,9 +3,10 @@
 import os
 
 from tailsrv.client_limit import ClientLimit
+from tailsrv.shared_counts import SharedCounts
 
 limit, workers, rounds = 50, 4, 20000
-client_limit = ClientLimit(limit, workers)
+client_limit = ClientLimit(limit, SharedCounts(workers))
 pids = []
 for slot in range(workers):
     if (pid := os.fork()) == 0:

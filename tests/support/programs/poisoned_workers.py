@@ -12,6 +12,7 @@ from tailsrv import main as cli
 from tailsrv.control_socket import Control
 from tailsrv.listeners import endpoints
 from tailsrv.log import logger, set_up
+from tailsrv.segments import Log, Segment
 from tailsrv.served_file import open_file
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.supervisor import Supervisor
@@ -61,4 +62,7 @@ port = listeners[0][0].getsockname()[1]
 names = endpoints(config.bind, port)
 logger.info("listening: port=%d", port)
 slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
-sys.exit(Supervisor(config, slots, names, Control.lock(names), work).run(file))
+supervisor = Supervisor(config, slots, names, Control.lock(names), work)
+assert file is not None
+supervisor.begin(Log([Segment(0, file)]))
+sys.exit(supervisor.run())

@@ -21,7 +21,7 @@ with ExitStack() as held:
     except OSError:
         pass
     bench = held.enter_context(working(Path("log")))
-    assert "max_user_instances" in (bench.worker.watch.polling or ""), bench.worker.watch.polling
+    assert "max_user_instances" in (bench.watch.polling or ""), bench.watch.polling
     bench.worker.file_monitor.poll_file()
     far, client = bench.connect(b"-0\n")
     for number in range(1, 4):

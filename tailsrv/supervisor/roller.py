@@ -1,0 +1,473 @@
+"""Rolls the log: seals the active segment, and continues with the next file of its name.
+
+All workers must seal a segment at the same size, or clients would get different bytes. A roll has
+three steps:
+
+1. Freeze: each worker stops looking at the size of the active segment, and acknowledges.
+2. When all have acknowledged, no client has been sent a byte beyond the size that the supervisor
+   reads now. This is the sealed size.
+3. Roll: each worker gets that size and the descriptor of the next file.
+
+A worker may die at any step. Its successor inherits the log as the supervisor knows it, and is
+ordered to freeze like the others while the roll is not complete. A worker that does not acknowledge
+is killed, so that one that hangs delays a roll for a bounded time only.
+"""
+
+import os
+from collections.abc import Sequence
+
+from inotify_simple import flags
+
+from tailsrv.config import Timing
+from tailsrv.linux.event_loop import EventLoop
+from tailsrv.linux.files import close_file, has_writers
+from tailsrv.linux.inotify import Hints, steps_to
+from tailsrv.log import fields, logger
+from tailsrv.segments import NO_FILE, Segment
+from tailsrv.served_file import ServedFile, size_of
+from tailsrv.shared_counts import SharedCounts
+from tailsrv.supervisor.late_appends import LateAppends
+from tailsrv.supervisor.log_store import LogStore
+from tailsrv.supervisor.next_files import NextFiles, modified
+from tailsrv.supervisor.retirement import Retirement
+from tailsrv.supervisor.sealing import QuietTime, quiet_at, seal_time
+from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.upgrade_state import RollState
+from tailsrv.supervisor.worker_pool import WorkerPool
+from tailsrv.worker_channel import Freeze, Notices, Roll, Thaw
+
+# Events after which the next file may have its first byte, or may have lost its name.
+_NEXT_EVENTS = flags.MODIFY | flags.MOVE_SELF | flags.ATTRIB
+# Events of a folder after which the path may name a file.
+_FOLDER_EVENTS = flags.CREATE | flags.MOVED_TO
+
+
+class Roller:
+    """Finds the next files, decides when to roll, and closes the segments that were deleted.
+
+    Used only with --follow-name.
+
+    Args:
+        loop: The supervisor's event loop.
+        pool: The workers.
+        served_file: The path and the log.
+        ends: The shared ends of the log, by slot.
+        store: Where the log is saved, None if it is not.
+        timing: The server's timing.
+        handed_on: The state that an upgrade has passed on, None for a new server.
+
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        pool: WorkerPool,
+        served_file: ServedFile,
+        ends: SharedCounts,
+        store: LogStore | None,
+        timing: Timing,
+        handed_on: RollState | None = None,
+    ) -> None:
+        self._loop, self._pool, self._served_file = loop, pool, served_file
+        self.ends, self.store, self._timing = ends, store, timing
+        self._next = NextFiles(served_file)
+        # The number of the last roll.
+        self._number = 0
+        # Whether the workers were ordered to freeze, whether that is because the file was
+        # truncated, and whether it is only because the log will probably roll soon.
+        self._rolling = self._truncated = self._early = False
+        # The pids of the workers that were ordered to freeze, and of those that have acknowledged.
+        self._ordered: set[int | None] = set()
+        self._frozen: set[int | None] = set()
+        self._quiet: QuietTime | None = None
+        # When the active segment had been changed last as the workers were frozen early.
+        self._changed = 0.0
+        self._gone_since = 0.0
+        # Whether a worker has reported that the path does not name the active segment.
+        self._reported = False
+        self._late = LateAppends(loop, served_file.path, timing)
+        self._retirement = Retirement(pool, served_file, self._late)
+        # Whether no next file has a byte yet.
+        self._waiting = False
+        # Whether the path names the last one of the next files.
+        self._named = False
+        # Whether a process has the active segment open for writing, None if that is not known.
+        self._writers: bool | None = None
+        self._hints: Hints | None = None
+        self._watched: set[tuple[str, int]] = set()
+        # Whether inotify reports every change that `_watched` asks for.
+        self._complete = True
+        if handed_on is not None:
+            self._number = handed_on.number
+            self._next.active_opened_at = handed_on.opened_at
+            self._next.begin(handed_on.next_files)
+            if served_file.log is not None:
+                self._loop.timers.set(self.check, loop.now)
+            if handed_on.rolling:
+                # Start again: which workers have acknowledged is not handed on.
+                self._begin(handed_on.truncated, handed_on.early)
+
+    def save(self) -> RollState:
+        """Return the state for the next version of the program."""
+        return RollState(
+            self._number,
+            self._rolling,
+            self._truncated,
+            self._early,
+            [next_file.file for next_file in self._next],
+            self._next.active_opened_at,
+        )
+
+    def begin(self, next_files: Sequence[int] = ()) -> None:
+        """Begin with the log, whose file is open now, and with files that are known to follow."""
+        assert self._served_file.log is not None
+        assert self._served_file.file is not None
+        self._next.active_opened_at = modified(self._served_file.file)
+        self._next.begin(next_files)
+        self._loop.timers.set(self.check, self._loop.now)
+        self._save()
+
+    def _save(self) -> None:
+        """Save the log, and try again later if that is not possible now."""
+        if self.store is not None and self._served_file.log is not None:
+            self.store.save(self._served_file.log)
+            if self.store.failed:
+                self._loop.timers.set(self._save, self._loop.now + self._timing.save_retry)
+
+    def close_in_child(self) -> None:
+        """In a forked child, close what only the supervisor uses."""
+        if self.store is not None:
+            os.close(self.store.lock_file)
+        self._next.close()
+        self._late.close_in_child()
+        if self._hints is not None:
+            self._hints.close()
+
+    def stop(self) -> None:
+        """Do not roll any more: the server is ending."""
+        self._rolling = False
+        for action in (
+            self.check,
+            self.check_deleted,
+            self._kill_silent,
+            self._poll_deleted,
+            self._save,
+        ):
+            self._loop.timers.cancel(action)
+        if self._hints is not None:
+            self._loop.unregister(self._hints.fileno())
+            self._hints.close()
+            self._hints = None
+
+    def finish(self) -> None:
+        """Save the log when all workers have exited: now the size of the last segment is known."""
+        self._save()
+
+    # Before a roll
+
+    def check(self) -> None:
+        """Check whether the path names another file, and roll if it is time to."""
+        self._loop.timers.cancel(self.check)
+        if self._rolling and not self._early:
+            # The end of the roll leads to another check.
+            return
+        now = self._loop.now
+        gone = self._served_file.has_gone(now)
+        if gone is None:
+            # It is not known whether the log will roll: deliver what is appended meanwhile.
+            self._thaw()
+            self._loop.timers.set(self.check, now + self._timing.open_retry)
+            return
+        if not gone:
+            self._forget_next_files()
+            return
+        if self._quiet is None:
+            self._note_gone()
+        self._next.find(now)
+        self._named = bool(self._next) and self._next.last.identity.is_gone(now) is False
+        quiet = self._quiet_at(now)
+        if (first_byte := self._next.first_byte(now)) is not None:
+            self._await_seal(seal_time(first_byte, quiet, self._timing))
+        else:
+            self._await_first_byte(quiet)
+
+    def _await_seal(self, when: float) -> None:
+        """Roll at the time `when`: the next file has a byte."""
+        if when > self._loop.now:
+            self._thaw()
+            self._waiting = False
+            self._await_change(when)
+        elif self._early:
+            self._commit()
+            self.advance()
+        else:
+            self._begin()
+
+    def _await_first_byte(self, quiet: float) -> None:
+        """Wait until the next file exists and has a byte.
+
+        If the active segment is complete before that, the workers freeze early, so that the first
+        byte has less to wait for. They thaw if the active segment changes in spite of that.
+        """
+        now = self._loop.now
+        assert self._quiet is not None
+        # Although no process has the segment open, one may append to it again.
+        changed = self._quiet.since(now)
+        quiet = max(quiet, changed + self._timing.settle)
+        if quiet > now or not self._next or changed != self._changed:
+            self._thaw()
+        if quiet <= now and self._next and not self._early:
+            self._changed = changed
+            self._begin(early=True)
+        self._waiting = True
+        self._await_change(quiet)
+
+    def _await_change(self, when: float) -> None:
+        """Check again when a file has changed, and at the time `when` if that is in the future."""
+        now = self._loop.now
+        if self._update_watches():
+            # Something may have changed before there was a watch for it.
+            when = now
+        elif not self._named or not self._complete:
+            # There may be no event when a file can be opened at last.
+            retry = now + self._timing.open_retry
+            when = min(when, retry) if when > now else retry
+        elif when <= now:
+            return
+        self._loop.timers.set(self.check, when)
+
+    def _note_gone(self) -> None:
+        assert self._served_file.file is not None
+        self._served_file.gone = True
+        self._gone_since = self._loop.now
+        self._quiet = QuietTime(self._served_file.file)
+        logger.info(
+            "file was moved away or replaced, clients continue with the next one: %s",
+            fields(path=self._served_file.path),
+        )
+
+    def _forget_next_files(self) -> None:
+        """Continue with the active segment, which the path names again."""
+        if any(size_of(next_file.file) for next_file in self._next):
+            logger.warning(
+                "file was moved back, no client gets the bytes of the file that had its name: %s",
+                fields(path=self._served_file.path),
+            )
+        self._next.close()
+        if self._served_file.gone or self._reported:
+            # Workers watch the links and folders of the path that were there when they noticed
+            # that the file was gone. Others may lead to it now.
+            self._pool.order_all(Thaw())
+        self._quiet = None
+        self._rolling = self._early = False
+        self._served_file.gone = self._waiting = self._reported = False
+        self._update_watches()
+
+    def _quiet_at(self, now: float) -> float:
+        """Return when the active segment counts as complete."""
+        assert self._quiet is not None
+        assert self._served_file.file is not None
+        # A lease does not tell about writers on other machines.
+        self._writers = has_writers(self._served_file.file) if self._quiet.local else None
+        return quiet_at(self._quiet.since(now), self._gone_since, self._writers, self._timing)
+
+    # The roll
+
+    @property
+    def rolling(self) -> bool:
+        """Whether a roll is under way, so that clients wait for it."""
+        return self._rolling and not self._early
+
+    def _roll_truncated(self, size: int) -> None:
+        """Roll because a worker has found the active segment truncated to `size` bytes."""
+        if self._rolling and self._truncated:
+            # Another worker has reported it before.
+            return
+        logger.warning(
+            "file was truncated: clients that had all of it continue with its new content, "
+            "the others are disconnected: %s",
+            fields(path=self._served_file.path, size=size, hint="rotate by renaming, if possible"),
+        )
+        if not self._rolling:
+            self._begin(truncated=True)
+            return
+        self._truncated = True
+        if self._early:
+            self._commit()
+
+    def _begin(self, truncated: bool = False, early: bool = False) -> None:
+        """Order all workers to freeze. With `early`, it is not certain yet that the log rolls."""
+        self._number += 1
+        self._rolling, self._truncated, self._early = True, truncated, early
+        self._ordered.clear()
+        self._frozen.clear()
+        if not early:
+            self._commit()
+        self.advance()
+
+    def _commit(self) -> None:
+        """Roll as soon as all workers have acknowledged. Clients wait for it from now on."""
+        self._early = False
+        self._loop.timers.set(self._kill_silent, self._loop.now + self._timing.freeze_patience)
+
+    def _thaw(self) -> None:
+        """Order the workers that have been frozen early to look at the size again."""
+        if self._early:
+            self._rolling = self._early = False
+            self._pool.order_all(Thaw())
+
+    def handle_notices(self, slot: Slot, notices: Notices) -> None:
+        """Handle what the worker of `slot` has reported about the log."""
+        self._reported = self._reported or notices.gone
+        if notices.truncated is not None:
+            self._roll_truncated(notices.truncated)
+        # A worker that has been reaped has no pid any more. It does not take part in a roll.
+        if notices.frozen == self._number and slot.pid is not None:
+            self._frozen.add(slot.pid)
+        if notices.needs is not None:
+            self._retirement.note_needs(slot, notices.needs)
+
+    def advance(self) -> None:
+        """Do the next step of the roll that is under way. Call this in every turn."""
+        if not self._rolling:
+            return
+        slots = self._pool.running()
+        # Another worker may get the pid of one that has died.
+        self._ordered &= {slot.pid for slot in slots}
+        self._frozen &= {slot.pid for slot in slots}
+        for slot in slots:
+            assert slot.pid is not None
+            if slot.pid not in self._ordered:
+                self._ordered.add(slot.pid)
+                self._pool.order(slot, Freeze(self._number))
+        if not self._early and all(slot.pid in self._frozen for slot in slots):
+            self._finish()
+
+    def _kill_silent(self) -> None:
+        """Kill the workers that have not acknowledged in time. Their successors will."""
+        now, patience = self._loop.now, self._timing.freeze_patience
+        for slot in self._pool.running():
+            if slot.pid not in self._frozen and now - slot.spawned >= patience:
+                logger.error(
+                    "worker does not take part in a roll, killing it: %s",
+                    fields(slot=slot.index, pid=slot.pid),
+                )
+                self._pool.kill_worker(slot)
+        self._loop.timers.set(self._kill_silent, now + patience)
+
+    def _finish(self) -> None:
+        """Seal the active segment, now that no worker looks at its size."""
+        self._rolling = self._waiting = False
+        self._quiet = self._writers = None
+        self._loop.timers.cancel(self._kill_silent)
+        log = self._served_file.log
+        assert log is not None
+        size, lost = self._sealed_size(log.active)
+        replaced = log.active.file
+        if self._truncated:
+            file, self._next.active_opened_at = replaced, modified(replaced)
+        else:
+            file = self._next.take()
+        sealed = self._served_file.roll(size, lost, file)
+        # Save before any client gets a byte of the next segment: if all processes are killed now,
+        # offsets keep their meaning.
+        self._save()
+        self._pool.order_all(Roll(size, lost), [file])
+        logger.info(
+            "rolled: %s", fields(path=self._served_file.path, sealed=size, offset=log.active.base)
+        )
+        if not lost:
+            self._late.begin(sealed)
+        elif file != replaced:
+            close_file(replaced)
+        self._loop.timers.set(self.check_deleted, self._loop.now)
+        # There may be further files, or the path may have changed meanwhile.
+        self._loop.timers.set(self.check, self._loop.now)
+
+    def _sealed_size(self, active: Segment) -> tuple[int, bool]:
+        """Return the size to seal `active` at, in bytes, and whether its bytes no longer exist."""
+        acted_on = max(0, max(self.ends) - active.base)
+        size = size_of(active.file)
+        if self._truncated or (size is not None and size < acted_on):
+            return acted_on, True
+        return acted_on if size is None else size, False
+
+    # What wakes the roller
+
+    def check_deleted(self) -> None:
+        """Find the segments that were deleted."""
+        if self._served_file.log is not None:
+            self._retirement.check()
+            self._update_watches()
+
+    def _poll_deleted(self) -> None:
+        self.check_deleted()
+        self._loop.timers.set(self._poll_deleted, self._loop.now + self._timing.deletion_poll)
+
+    def _update_watches(self) -> bool:
+        """Be woken when a sealed segment is deleted, or when the next file has its first byte.
+
+        Returns whether there are other watches than before.
+        """
+        log = self._served_file.log
+        assert log is not None
+        watches = {
+            (_path_of(segment.file), int(flags.ATTRIB))
+            for segment in log.sealed_segments
+            if segment.file != NO_FILE and segment.end > log.start
+        }
+        if self._waiting:
+            watches |= {(_path_of(next_file.file), int(_NEXT_EVENTS)) for next_file in self._next}
+        if self._quiet is not None and not self._named:
+            steps = steps_to(self._served_file.path)
+            watches |= {(os.path.dirname(step), int(_FOLDER_EVENTS)) for step in steps}
+        if self._next and not self._waiting:
+            # If it loses its name, open the one that follows: its own name may not last long.
+            watches.add((_path_of(self._next.last.file), int(flags.MOVE_SELF | flags.ATTRIB)))
+        if self._early:
+            watches.add((_path_of(log.active.file), int(flags.MODIFY)))
+        if self._next and not self._waiting and self._writers:
+            # The writer may close the active segment before its time is over.
+            watches.add((_path_of(log.active.file), int(flags.CLOSE_WRITE)))
+        if watches == self._watched:
+            return False
+        self._watch(watches)
+        return True
+
+    def _watch(self, watches: set[tuple[str, int]]) -> None:
+        """Wait for the events in `watches` and no others, or poll if inotify cannot be used."""
+        self._watched = watches
+        self._complete = not watches
+        try:
+            if self._hints is None and watches:
+                self._hints = self._make_hints()
+            if self._hints is not None:
+                self._complete = self._hints.watch(watches)
+        except OSError:
+            # There is no inotify instance, or no epoll watch.
+            pass
+        if self._complete:
+            self._loop.timers.cancel(self._poll_deleted)
+        else:
+            self._loop.timers.set(self._poll_deleted, self._loop.now + self._timing.deletion_poll)
+
+    def _make_hints(self) -> Hints:
+        """Return an inotify instance that wakes the loop. Raises OSError."""
+        hints = Hints()
+        try:
+            self._loop.register(hints.fileno(), self._handle_hints)
+        except OSError:
+            hints.close()
+            raise
+        return hints
+
+    def _handle_hints(self) -> None:
+        assert self._hints is not None
+        self._hints.clear()
+        # Clients wait for the bytes of the next file, not for the second check.
+        self.check()
+        self._loop.timers.set(self.check_deleted, self._loop.now)
+
+
+def _path_of(file: int) -> str:
+    return f"/proc/self/fd/{file}"
