@@ -21,6 +21,9 @@ MAX_INTEGER = (1 << 63) - 1
 MAX_PID = 1 << 22
 # Longest text in characters. A path has at most 4096 bytes (PATH_MAX of open(2)).
 MAX_TEXT = 1 << 14
+# Largest number of segments in a list. A server keeps 1000 open, and more of them only as long as
+# clients read the oldest ones.
+MAX_LISTED_SEGMENTS = 2000
 
 Decoded = TypeVar("Decoded")
 
@@ -31,14 +34,18 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FileStatus:
-    """The served file, as the supervisor knows it.
+    """The served file, which holds the active segment, as the supervisor knows it.
 
     Attributes:
         path: Absolute path of the file.
         size: Size in bytes. None while no file is open, or while its file system does not report
             the size, for example because its file server is gone (fstat(2), ESTALE).
-        gone: Whether the path no longer names the open file.
+        gone: Whether the path no longer names the open file. With `--follow-name`, the server
+            continues to serve that file until the next one has a byte.
         error: Why the next file with this path cannot be opened. None if there is no such problem.
+        follow_name: Whether the server continues with the next file with this path.
+        missing: For how many seconds such a server has found no next file. None if it has found
+            one, or does not look for one.
 
     """
 
@@ -46,6 +53,53 @@ class FileStatus:
     size: int | None
     gone: bool
     error: str | None
+    follow_name: bool = False
+    missing: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogStatus:
+    """The log: the files that had the path, one after another. Each of them is a segment.
+
+    Attributes:
+        start: The earliest log offset for a new stream, in bytes.
+        end: The log offset of its end. None if the size of the served file is unknown.
+        segments: Number of segments that the server holds open.
+        size: Number of bytes in these segments. None if `end` is unknown.
+        retired: Number of these segments that are before `start`. They were deleted, and are open
+            only because clients still read them.
+        retired_size: Number of bytes in these retired segments.
+
+    """
+
+    start: int
+    end: int | None
+    segments: int
+    size: int | None
+    retired: int
+    retired_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentStatus:
+    """One segment of the log.
+
+    Attributes:
+        base: The log offset of its first byte.
+        size: Number of its bytes. None if it is unknown.
+        sealed: Whether its size is final. Only the last segment of the log is not sealed.
+        clients: Number of protected clients whose next byte is in it.
+        path: Absolute path of its file. None if the path is unknown.
+        deleted: Whether the file has no name any more, or was truncated.
+
+    """
+
+    base: int
+    size: int | None
+    sealed: bool
+    clients: int
+    path: str | None
+    deleted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +127,13 @@ class ClientStatus:
     Attributes:
         slot: Number of the slot whose worker serves the client.
         peer: The client's address and port. None if it has already disconnected.
-        start: Offset in bytes at which its stream started. None until its header has been read.
-        position: Offset in bytes that it has reached, or None if it is unknown. Bytes that the
-            kernel has accepted for the client count, even if they are not delivered yet.
-        lag: Bytes between `position` and the end of the file, 0 if the position is beyond the end.
-            None if the position or the size of the file is unknown.
-        beyond: Whether the position is beyond the end of the file. Such a client waits until the
-            file has grown that far.
+        start: Log offset at which its stream started. None until its header has been read.
+        position: Log offset that it has reached, or None if it is unknown. Bytes that the kernel
+            has accepted for the client count, even if they are not delivered yet.
+        lag: Bytes between `position` and the end of the log, 0 if the position is beyond the end.
+            None if the position or the end of the log is unknown.
+        beyond: Whether the position is beyond the end of the log. Such a client waits until the
+            log has grown that far.
 
     """
 
@@ -89,6 +143,23 @@ class ClientStatus:
     position: int | None
     lag: int | None
     beyond: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The answer at the second control socket.
+
+    Attributes:
+        pid: Process ID of the supervisor.
+        segments: The segments of the log in order, without the oldest ones if there are more than
+            MAX_LISTED_SEGMENTS. Empty while there is no file.
+        clients: The protected clients.
+
+    """
+
+    pid: int
+    segments: tuple[SegmentStatus, ...]
+    clients: tuple[ClientStatus, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +198,10 @@ class ServerStatus:
         version: Version of tailsrv that the supervisor runs.
         pid: Process ID of the supervisor, as the supervisor itself sees it.
         ticks: When the supervisor started, in clock ticks since boot.
-        state: `serving`, `starting`, `waiting for file`, `draining` or `rotating`.
+        state: `serving`, `starting`, `waiting for file` or `draining`.
         started: When the server started, in seconds of Unix time.
         file: The served file.
+        log: The log. None while there is no file.
         clients: Number of clients, including the unprotected ones.
         unprotected: Number of clients that would be disconnected if their worker died.
         max_clients: Limit of the number of clients (`--max-clients`). 0 means no limit.
@@ -144,6 +216,7 @@ class ServerStatus:
     state: str
     started: float
     file: FileStatus
+    log: LogStatus | None
     clients: int
     unprotected: int
     max_clients: int
@@ -156,12 +229,9 @@ def decode_status(answer: bytes) -> ServerStatus:
     return _decode(answer, _read_status)
 
 
-def decode_clients(answer: bytes) -> tuple[int, tuple[ClientStatus, ...]]:
-    """Return the supervisor's process ID and the clients in `answer`, a JSON document.
-
-    Raises AnswerError.
-    """
-    return _decode(answer, _read_clients)
+def decode_listing(answer: bytes) -> Listing:
+    """Return the segments and clients in `answer`, a JSON document. Raises AnswerError."""
+    return _decode(answer, _read_listing)
 
 
 def _decode(answer: bytes, read: Callable[[Any], Decoded]) -> Decoded:
@@ -182,6 +252,7 @@ def _read_status(data: Any) -> ServerStatus:
         state=_string(data["state"]),
         started=_float(data["started"]),
         file=_read_file(data["file"]),
+        log=_optional(_read_log, data["log"]),
         clients=_integer(data["clients"]),
         unprotected=_integer(data["unprotected"]),
         max_clients=_integer(data["max_clients"]),
@@ -196,6 +267,19 @@ def _read_file(data: Any) -> FileStatus:
         size=_optional(_integer, data["size"]),
         gone=_bool(data["gone"]),
         error=_optional(_string, data["error"]),
+        follow_name=_bool(data["follow_name"]),
+        missing=_optional(_float, data["missing"]),
+    )
+
+
+def _read_log(data: Any) -> LogStatus:
+    return LogStatus(
+        start=_integer(data["start"]),
+        end=_optional(_integer, data["end"]),
+        segments=_integer(data["segments"]),
+        size=_optional(_integer, data["size"]),
+        retired=_integer(data["retired"]),
+        retired_size=_integer(data["retired_size"]),
     )
 
 
@@ -222,20 +306,37 @@ def _read_listener(data: Any) -> ListenerStatus:
     )
 
 
-def _read_clients(data: Any) -> tuple[int, tuple[ClientStatus, ...]]:
-    size = _optional(_integer, data["size"])
-    return _pid(data["pid"]), tuple(_read_client(client, size) for client in _list(data["clients"]))
+def _read_listing(data: Any) -> Listing:
+    end = _optional(_integer, data["end"])
+    return Listing(
+        pid=_pid(data["pid"]),
+        segments=tuple(
+            _read_segment(segment) for segment in _list(data["segments"], MAX_LISTED_SEGMENTS)
+        ),
+        clients=tuple(_read_client(client, end) for client in _list(data["clients"])),
+    )
 
 
-def _read_client(data: Any, size: int | None) -> ClientStatus:
+def _read_segment(data: Any) -> SegmentStatus:
+    return SegmentStatus(
+        base=_integer(data["base"]),
+        size=_optional(_integer, data["size"]),
+        sealed=_bool(data["sealed"]),
+        clients=_integer(data["clients"]),
+        path=_optional(_string, data["path"]),
+        deleted=_bool(data["deleted"]),
+    )
+
+
+def _read_client(data: Any, end: int | None) -> ClientStatus:
     position = _optional(_integer, data["position"])
     return ClientStatus(
         slot=_integer(data["slot"]),
         peer=_optional(_string, data["peer"]),
         start=_optional(_integer, data["start"]),
         position=position,
-        lag=None if size is None or position is None else max(0, size - position),
-        beyond=size is not None and position is not None and position > size,
+        lag=None if end is None or position is None else max(0, end - position),
+        beyond=end is not None and position is not None and position > end,
     )
 
 

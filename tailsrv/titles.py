@@ -11,7 +11,7 @@ def supervisor_title(
 ) -> str:
     """Return the supervisor's title.
 
-    `state` is empty, `starting`, `waiting for file`, `rotating` or `draining`.
+    `state` is empty, `starting`, `waiting for file` or `draining`.
     """
     # A title must be one line of decodable text.
     name = path if path.isprintable() else ascii(path)

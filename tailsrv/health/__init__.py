@@ -18,6 +18,8 @@ from tailsrv.health.report import WorkerHealth as Worker
 from tailsrv.status_schema import ClientStatus as Client
 from tailsrv.status_schema import FileStatus as ServedFile
 from tailsrv.status_schema import ListenerStatus as Listener
+from tailsrv.status_schema import LogStatus as Log
+from tailsrv.status_schema import SegmentStatus as Segment
 
 __all__ = [
     "Client",
@@ -25,9 +27,11 @@ __all__ = [
     "InspectError",
     "Level",
     "Listener",
+    "Log",
     "NotOursError",
     "Process",
     "Report",
+    "Segment",
     "ServedFile",
     "Server",
     "Totals",

@@ -24,21 +24,22 @@ from tailsrv.health.user_names import user_names
 from tailsrv.linux.process import read_stat
 from tailsrv.status_schema import (
     AnswerError,
-    ClientStatus,
+    Listing,
     ServerStatus,
-    decode_clients,
+    decode_listing,
     decode_status,
 )
 
 # Seconds to wait for a status. A supervisor answers within milliseconds, even during an upgrade.
 STATUS_TIMEOUT = 5.0
-# Seconds to wait for the list of clients, which can be several megabytes long.
+# Seconds to wait for the segments and clients, whose list can be several megabytes long.
 CLIENTS_TIMEOUT = 10.0
 # Seconds between two attempts to connect to a control socket whose queue is full.
 CONNECT_RETRY = 0.02
 # Largest size of a status in bytes: twice that of a thousand workers with ten addresses each.
 MAX_STATUS = 1 << 22
-# Largest size of the list of clients in bytes: three times that of a million clients.
+# Largest size of the list of segments and clients in bytes: twice that of a million clients and
+# MAX_LISTED_SEGMENTS of status_schema.py with the longest paths.
 MAX_CLIENTS = 1 << 28
 
 # How often to read the kernel's list of sockets. The kernel produces it page by page and sometimes
@@ -319,23 +320,23 @@ def ask_status(server: Server, deadline: float) -> ServerStatus:
     return status
 
 
-def ask_clients(server: Server) -> tuple[ClientStatus, ...]:
-    """Return the clients of `server`.
+def ask_listing(server: Server) -> Listing:
+    """Return the segments and clients of `server`.
 
     Waits at most CLIENTS_TIMEOUT seconds. Raises InspectError, or OSError if descriptors or memory
     have run out.
     """
     answer = _ask(server, CLIENTS, time.monotonic() + CLIENTS_TIMEOUT, MAX_CLIENTS)
     try:
-        pid, clients = decode_clients(answer.data)
+        listing = decode_listing(answer.data)
     except AnswerError as error:
         raise InspectError(f"{_VERSION_MISMATCH}: list of clients: {error}") from error
-    if pid != answer.pid:
+    if listing.pid != answer.pid:
         raise InspectError(
-            f"list of clients reports pid {pid}, but here the supervisor has pid {answer.pid}:"
-            f" {_OTHER_PID_NAMESPACE}"
+            f"list of clients reports pid {listing.pid}, but here the supervisor has pid"
+            f" {answer.pid}: {_OTHER_PID_NAMESPACE}"
         )
-    return clients
+    return listing
 
 
 # Figures of processes

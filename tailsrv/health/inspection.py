@@ -17,7 +17,7 @@ from tailsrv.health.control_client import (
     REPLACED,
     STATUS_TIMEOUT,
     EndedError,
-    ask_clients,
+    ask_listing,
     ask_status,
     attempt,
     state_of,
@@ -128,8 +128,8 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
 
     Args:
         server: A server that `find` has returned.
-        clients: Whether to ask for the list of clients, too. The list can be several megabytes
-            long.
+        clients: Whether to ask for the segments and clients, too. Their list can be several
+            megabytes long.
 
     Returns:
         The report. `judge` turns it into a level and the reasons for the level.
@@ -147,7 +147,7 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
     status = ask_status(server, deadline)
     samples = _sample([status.pid, *(worker.pid for worker in status.workers if worker.pid)])
     status = _ask_after_pings(server, status, deadline)
-    listed = ask_clients(server) if clients else None
+    listing = ask_listing(server) if clients else None
     until = time.monotonic() + MEMORY_TIMEOUT
     stat = read_stat(status.pid)
     supervisor = (
@@ -162,13 +162,15 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
         state=status.state,
         started=status.started,
         file=status.file,
+        log=status.log,
         supervisor=supervisor,
         workers=workers,
         listeners=status.listeners,
         totals=_add_up(
             status, [supervisor, *(worker.process for worker in workers if worker.process)]
         ),
-        clients=listed,
+        segments=listing.segments if listing else None,
+        clients=listing.clients if listing else None,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from tailsrv.health.report import Finding, HealthReport, Process, ready
 from tailsrv.status_schema import ClientStatus
 
-STATES = ("serving", "starting", "waiting for file", "draining", "rotating")
+STATES = ("serving", "starting", "waiting for file", "draining")
 
 Labels = Mapping[str, str]
 # Name of a family in FAMILIES, labels, and value. A sample whose value is None is left out.
@@ -29,9 +29,22 @@ FAMILIES = {
         "gauge",
         "Unix time at which the server started. An upgrade does not change it.",
     ),
-    "tailsrv_file_size_bytes": ("gauge", "Size of the served file in bytes."),
+    "tailsrv_file_size_bytes": ("gauge", "Size of the file of the active segment in bytes."),
     "tailsrv_file_gone": ("gauge", "1 if the path no longer names the served file."),
     "tailsrv_file_unusable": ("gauge", "1 if the next file with this path cannot be opened."),
+    "tailsrv_file_missing_seconds": (
+        "gauge",
+        "Seconds for which no next file with this path has been found (--follow-name).",
+    ),
+    "tailsrv_log_start_bytes": ("gauge", "The earliest log offset for a new stream, in bytes."),
+    "tailsrv_log_end_bytes": ("gauge", "The log offset of the end of the log, in bytes."),
+    "tailsrv_log_size_bytes": ("gauge", "Number of bytes in all open segments of the log."),
+    "tailsrv_log_segments": ("gauge", "Number of open segments of the log."),
+    "tailsrv_log_segments_retired": (
+        "gauge",
+        "Number of segments that were deleted and are open because clients still read them.",
+    ),
+    "tailsrv_log_retired_bytes": ("gauge", "Number of bytes in these retired segments."),
     "tailsrv_clients": ("gauge", "Number of connected clients."),
     "tailsrv_clients_unprotected": (
         "gauge",
@@ -70,12 +83,12 @@ FAMILIES = {
     "tailsrv_listener_backlog": ("gauge", "Number of connections that may wait to be accepted."),
     "tailsrv_client_start_bytes": (
         "gauge",
-        "Offset in bytes at which the stream of the client started.",
+        "Log offset in bytes at which the stream of the client started.",
     ),
-    "tailsrv_client_position_bytes": ("gauge", "Offset in bytes that the client has reached."),
+    "tailsrv_client_position_bytes": ("gauge", "Log offset in bytes that the client has reached."),
     "tailsrv_client_lag_bytes": (
         "gauge",
-        "Bytes between the position of the client and the end of the file.",
+        "Bytes between the position of the client and the end of the log.",
     ),
 }
 
@@ -122,6 +135,14 @@ def _measure_server(server: Labels, report: HealthReport) -> Iterator[Sample]:
     yield "tailsrv_file_size_bytes", server, report.file.size
     yield "tailsrv_file_gone", server, report.file.gone
     yield "tailsrv_file_unusable", server, report.file.error is not None
+    yield "tailsrv_file_missing_seconds", server, report.file.missing
+    if (log := report.log) is not None:
+        yield "tailsrv_log_start_bytes", server, log.start
+        yield "tailsrv_log_end_bytes", server, log.end
+        yield "tailsrv_log_size_bytes", server, log.size
+        yield "tailsrv_log_segments", server, log.segments
+        yield "tailsrv_log_segments_retired", server, log.retired
+        yield "tailsrv_log_retired_bytes", server, log.retired_size
     yield "tailsrv_clients", server, report.totals.clients
     yield "tailsrv_clients_unprotected", server, report.totals.unprotected
     yield "tailsrv_clients_max", server, report.totals.max_clients or float("inf")

@@ -6,7 +6,13 @@ from enum import IntEnum
 from typing import TypeVar
 
 from tailsrv.formatting import counted
-from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
+from tailsrv.status_schema import (
+    ClientStatus,
+    FileStatus,
+    ListenerStatus,
+    LogStatus,
+    SegmentStatus,
+)
 
 # Largest share of a process's descriptors, or of an accept queue, that may be in use without a
 # WARNING.
@@ -16,6 +22,9 @@ NEARLY_ALL = 0.9
 HUNG_AFTER = 2.0
 # Seconds for which the death of a worker is a WARNING.
 RECENTLY = 60.0
+# Minutes without a next file after which this is a WARNING (`--follow-name`). Most writers create
+# their next file at once, a few with their next line.
+LONG_MISSING = 5
 
 # The states in which there must be workers and the file must exist.
 WORKING = frozenset({"serving", "starting"})
@@ -180,13 +189,16 @@ class HealthReport:
     Attributes:
         server: The server, with the process ID of its supervisor.
         version: Version of tailsrv that the supervisor runs.
-        state: `serving`, `starting`, `waiting for file`, `draining` or `rotating`.
+        state: `serving`, `starting`, `waiting for file` or `draining`.
         started: When the server started, in seconds of Unix time. An upgrade does not change it.
         file: The served file.
+        log: The log, whose active segment is in the served file. None while there is no file.
         supervisor: The supervisor's process.
         workers: All slots, in the order of their numbers, with or without a worker.
         listeners: The listening sockets, in the order of their slots.
         totals: The sums over the server.
+        segments: The segments of the log in order, without the oldest ones if there are more than
+            2000. None if `inspect` was not asked for clients.
         clients: The clients that stay connected if their worker dies, in the order of their slots.
             None if `inspect` was not asked for them.
 
@@ -197,10 +209,12 @@ class HealthReport:
     state: str
     started: float
     file: FileStatus
+    log: LogStatus | None
     supervisor: Process
     workers: tuple[WorkerHealth, ...]
     listeners: tuple[ListenerStatus, ...]
     totals: Totals
+    segments: tuple[SegmentStatus, ...] | None
     clients: tuple[ClientStatus, ...] | None
 
 
@@ -274,7 +288,7 @@ def _critical(report: HealthReport) -> Iterator[str]:
         [worker for worker in report.workers if worker.stopped], "is stopped", "are stopped"
     )
     yield from _name_workers([worker for worker in report.workers if worker.hung], "hangs", "hang")
-    if working and report.file.gone:
+    if working and report.file.gone and not report.file.follow_name:
         yield "the file is gone"
     elif working and report.file.size is None:
         yield "the file cannot be read: its file system does not answer"
@@ -289,6 +303,8 @@ def _warning(report: HealthReport) -> Iterator[str]:
         and any(worker.alive for worker in report.workers)
     ):
         yield f"{ready(report)} of {counted(len(report.workers), 'worker')} ready"
+    if report.state in WORKING and (report.file.missing or 0.0) >= 60 * LONG_MISSING:
+        yield f"the file is gone, and there has been no next one for {LONG_MISSING} minutes"
     yield from _descriptors_warning("supervisor", report.supervisor)
     for worker in report.workers:
         if worker.process is not None:

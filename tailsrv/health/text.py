@@ -14,7 +14,13 @@ from tailsrv.health.report import (
     ready,
     worst,
 )
-from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
+from tailsrv.status_schema import (
+    ClientStatus,
+    FileStatus,
+    ListenerStatus,
+    LogStatus,
+    SegmentStatus,
+)
 
 WIDTH = 100
 # The path in the summary gets at least this many columns, however long the rest is.
@@ -88,8 +94,6 @@ def _state_words(report: HealthReport) -> tuple[str, str]:
             return "waits for file", ""
         case "draining":
             return "is draining", f", {clients} left"
-        case "rotating":
-            return "ends the streams of the rotated file", f", {clients} left"
         case other:
             return f"is {printable(other)},", f", {clients}"
 
@@ -130,6 +134,8 @@ def _render_report(report: HealthReport, colour: bool) -> list[str]:
     lines = ["", *_render_facts(report), "", *_render_processes(report, colour)]
     if report.listeners:
         lines += ["", *_render_listeners(report.listeners, colour)]
+    if report.segments:
+        lines += ["", *_render_segments(report.segments, colour)]
     if report.clients is not None:
         lines += ["", *_render_clients(report.clients, colour)]
     return lines
@@ -137,9 +143,10 @@ def _render_report(report: HealthReport, colour: bool) -> list[str]:
 
 def _render_facts(report: HealthReport) -> list[str]:
     file, totals = report.file, report.totals
-    about = [printable(file.path), _size_words(file, report.state)] + [
-        "gone from its path"
-    ] * file.gone
+    about = [printable(file.path), _size_words(file, report.state)]
+    about += ["gone from its path"] * file.gone
+    if file.missing is not None:
+        about += [f"no next file for {duration_text(file.missing)}"]
     clients = [str(totals.clients)]
     clients += [f"{totals.unprotected} unprotected"] * bool(totals.unprotected)
     clients += [f"at most {totals.max_clients}"] * bool(totals.max_clients)
@@ -151,9 +158,20 @@ def _render_facts(report: HealthReport) -> list[str]:
     state += [f"user {report.server.user}"] * bool(report.server.user)
     return [
         *_fact("file", about),
+        *_fact("log", _log_words(report.log) if report.log else []),
         *_fact("state", [printable(part) for part in state]),
         *_fact("clients", clients),
     ]
+
+
+def _log_words(log: LogStatus) -> list[str]:
+    words = [
+        f"offsets {log.start} to {'-' if log.end is None else log.end}",
+        f"{counted(log.segments, 'segment')} of {size(log.size)}",
+    ]
+    if log.retired:
+        words += [f"{log.retired} deleted ({size(log.retired_size)})"]
+    return words
 
 
 def _size_words(file: FileStatus, state: str) -> str:
@@ -260,6 +278,31 @@ def _render_listeners(listeners: Iterable[ListenerStatus], colour: bool) -> list
 
 def _fill(listener: ListenerStatus) -> float:
     return listener.queued / listener.backlog if listener.backlog else 0.0
+
+
+def _render_segments(segments: Iterable[SegmentStatus], colour: bool) -> list[str]:
+    """Return a table with one row for each segment, in the order of the log."""
+    head = ("segment at", "size", "state", "clients", "path")
+    rows = [
+        (
+            str(segment.base),
+            size(segment.size),
+            _segment_words(segment),
+            str(segment.clients),
+            printable(segment.path or "-"),
+        )
+        for segment in segments
+    ]
+    # The path is the last column: it gets the columns that the others leave.
+    widths = [max(map(len, column)) + 2 for column in zip(head, *rows, strict=True)]
+    room = max(WIDTH - sum(widths[:-1]), MIN_PATH)
+    rows = [(*row[:-1], _shorten(row[-1], room)) for row in rows]
+    return _table(head, rows, left={2, 4}, colour=colour)
+
+
+def _segment_words(segment: SegmentStatus) -> str:
+    state = "sealed" if segment.sealed else "active"
+    return f"{state}, deleted" if segment.deleted else state
 
 
 def _render_clients(clients: Iterable[ClientStatus], colour: bool) -> list[str]:

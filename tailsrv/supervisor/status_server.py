@@ -24,6 +24,7 @@ from tailsrv.linux.process_title import ProcessTitle
 from tailsrv.linux.signals import blocked, unblock_all
 from tailsrv.log import RateLimited
 from tailsrv.served_file import ServedFile
+from tailsrv.status_schema import MAX_LISTED_SEGMENTS
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import service_status, supervisor_title
 
@@ -229,7 +230,11 @@ class StatusWriter:
             "state": self._state() or "serving",
             "started": self._started,
             "endpoints": list(self._endpoints),
-            "file": self._served_file.describe(),
+            "file": {
+                **self._served_file.describe(self._loop.now),
+                "follow_name": self._config.follow_name,
+            },
+            "log": self._served_file.describe_log(),
             "clients": self._pool.clients(),
             "unprotected": self._pool.report_reader.unprotected(),
             "max_clients": self._config.max_clients,
@@ -240,17 +245,24 @@ class StatusWriter:
         }
 
     def render_clients(self) -> bytes:
-        """Return all protected clients as JSON, with the positions of their streams.
+        """Return the segments and all protected clients as JSON, with the clients' positions.
 
-        This needs some system calls for each client. Call it only in a child of the supervisor: the
-        answer holds the parent's pid.
+        This needs some system calls for each segment and client. Call it only in a child of the
+        supervisor: the answer holds the parent's pid.
         """
         clients = [
             {"slot": slot.index, **client}
             for slot in self._pool.slots
             for client in slot.client_table.describe()
         ]
-        return (
-            json.dumps({"pid": os.getppid(), "size": self._served_file.size(), "clients": clients})
-            + "\n"
-        ).encode()
+        positions = [
+            position for client in clients if isinstance(position := client["position"], int)
+        ]
+        answer = {
+            "pid": os.getppid(),
+            # Read after the positions: no client can have reached bytes beyond this end.
+            "end": self._served_file.end(),
+            "segments": self._served_file.describe_segments(positions, MAX_LISTED_SEGMENTS),
+            "clients": clients,
+        }
+        return (json.dumps(answer) + "\n").encode()

@@ -29,7 +29,7 @@ from support.files import append, random_bytes
 from support.hooks import install_hook
 from support.interpreter import program, run_program
 from support.processes import AS_NOBODY, NOBODY, as_root, runs, stop
-from support.server import Serve, Server, run_tailsrv
+from support.server import HURRIED, Serve, Server, run_tailsrv
 from support.sockets import expect
 from support.waiting import DEADLINE, eventually
 from tailsrv.control_socket import credentials
@@ -151,7 +151,22 @@ def test_json_is_exact(serve: Serve, path: Path) -> None:
         server.pid,
         os.geteuid(),
     )
-    assert report["file"] == {"path": str(path), "size": 12345, "gone": False, "error": None}
+    assert report["file"] == {
+        "path": str(path),
+        "size": 12345,
+        "gone": False,
+        "error": None,
+        "follow_name": False,
+        "missing": None,
+    }
+    assert report["log"] == {
+        "start": 0,
+        "end": 12345,
+        "segments": 1,
+        "size": 12345,
+        "retired": 0,
+        "retired_size": 0,
+    }
     assert [worker["process"]["pid"] for worker in report["workers"]] == workers
     assert [worker["ready"] for worker in report["workers"]] == [True, True]
     process = report["supervisor"]
@@ -162,7 +177,7 @@ def test_json_is_exact(serve: Serve, path: Path) -> None:
     assert report["totals"]["pss"] == process["pss"] + sum(
         worker["process"]["pss"] for worker in report["workers"]
     )
-    assert report["clients"] is None
+    assert report["segments"] is report["clients"] is None
 
 
 def test_no_client(serve: Serve, path: Path) -> None:
@@ -237,6 +252,37 @@ def test_clients_and_their_lag(serve: Serve, path: Path) -> None:
         [peers[1], "0", "5000", "5000", "0", "beyond", "the", "end"],
         [peers[2], "0", "-", "-", "-", "-"],
     ]
+
+
+def test_rotation(serve: Serve, path: Path) -> None:
+    """While a file is moved away, the server is OK; lag counts from one file to the next."""
+    data = random_bytes(20_000_000)
+    path.write_bytes(data)
+    server = serve(path, "--follow-name", program=HURRIED)
+    server.workers(1)
+    slow, fast = server.connect(b"0\n", receive_buffer=4096), server.connect(b"-1\n")
+    expect(fast, data[-1:])
+    wait_for_clients(server, 2)
+    path.rename(path.with_suffix(".1"))
+    eventually(lambda: inspect_server(server).file.missing)
+    status, first = ask(server)
+    assert status == Level.OK
+    assert first.startswith(f"OK: tailsrv *:{server.port} serves ")
+    path.write_bytes(bytes(1000))
+    expect(fast, bytes(1000))
+    path.with_suffix(".1").unlink()
+    eventually(lambda: (log := inspect_server(server).log) is not None and log.retired)
+    report = inspect_server(server, clients=True)
+    [behind] = [
+        client
+        for client in report.clients or ()
+        if client.peer == "{}:{}".format(*slow.getsockname())
+    ]
+    assert behind.position is not None
+    assert behind.lag == len(data) + 1000 - behind.position > 1000
+    lines = health("-p", str(server.port), "--clients").stdout.splitlines()
+    assert any(line.startswith("log ") and line.endswith("1 deleted (19.1 MiB)") for line in lines)
+    assert ["0", "19.1", "MiB", "sealed,", "deleted", "1", "-"] in [line.split() for line in lines]
 
 
 @pytest.mark.thorough
@@ -351,6 +397,8 @@ def test_gone_file(serve: Serve, path: Path) -> None:
         "size": 4,
         "gone": True,
         "error": None,
+        "follow_name": False,
+        "missing": None,
     }
 
 
@@ -488,17 +536,16 @@ def test_no_server_at_all() -> None:
 
 
 def test_next_file_cannot_be_opened(serve: Serve, path: Path) -> None:
-    """A server that waits because the next file cannot be opened is CRITICAL, with the reason."""
+    """A server that cannot open the next file is CRITICAL, with the reason."""
     path.write_bytes(b"data")
     server = serve(path, "--follow-name")
     server.workers(1)
     path.unlink()
     path.mkdir()
-    server.logged("cannot serve the new file yet")
+    server.logged("cannot serve the next file yet")
     assert ask(server) == (
         Level.CRITICAL,
-        f"CRITICAL: tailsrv *:{server.port} (waiting for file): "
-        "cannot open the file: not a regular file",
+        f"CRITICAL: tailsrv *:{server.port}: cannot open the file: not a regular file",
     )
     path.rmdir()
 
@@ -583,17 +630,40 @@ def answer_all(listener: socket.socket, answer: bytes) -> None:
                 pass
 
 
-FILE = {"path": "/log", "gone": False, "size": 1, "error": None}
+FILE = {
+    "path": "/log",
+    "gone": False,
+    "missing": None,
+    "size": 1,
+    "error": None,
+    "follow_name": False,
+}
+LOG = {"start": 0, "end": 1, "segments": 1, "size": 1, "retired": 0, "retired_size": 0}
 
 
 def status_of(pid: int, **changes: object) -> bytes:
     """Return a status as the process `pid` could send it."""
     status = {
         "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving",
-        "started": 1767225600.0, "endpoints": ["*:1"], "file": FILE, "clients": 0,
-        "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
+        "started": 1767225600.0, "endpoints": ["*:1"], "file": FILE, "log": LOG,
+        "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
     }  # fmt: skip
     return json.dumps(status | changes).encode()
+
+
+SEGMENT = {
+    "base": 0,
+    "size": 1,
+    "sealed": True,
+    "clients": 0,
+    "path": "/log",
+    "deleted": False,
+}
+
+
+def listing_of(pid: int, **changes: object) -> bytes:
+    """Return a list of segments and clients as the process `pid` could send it."""
+    return json.dumps({"pid": pid, "end": 1, "segments": [], "clients": []} | changes).encode()
 
 
 def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
@@ -617,6 +687,8 @@ def worker_of(pid: int, ticks: int | None) -> dict[str, object]:
         status_of(1), status_of(os.getpid(), ticks=1), status_of(os.getpid(), ticks="1"),
         status_of(os.getpid(), workers=None), status_of(os.getpid(), state=1),
         status_of(os.getpid(), file=FILE | {"gone": "no"}), status_of(os.getpid(), workers={}),
+        status_of(os.getpid(), file=FILE | {"missing": "no"}), status_of(os.getpid(), log=[]),
+        status_of(os.getpid(), log=LOG | {"end": -1}), status_of(os.getpid(), log={}),
         status_of(os.getpid(), clients=1 << 63), status_of(os.getpid(), started=1 << 2000),
         b'{"pid": ' + b"9" * 5000 + b"}", status_of(1 << 40), status_of(0),
         status_of(os.getpid(), version="x" * 20_000),
@@ -659,7 +731,11 @@ EXTREME = {
     "listeners": [
         {"slot": None, "endpoint": "\ud800\n", "queued": LARGEST, "backlog": LARGEST}
     ] * 2000,
-    "file": {"path": "\0" * 16_384, "size": LARGEST, "gone": True, "error": "\x1b[2J\n" * 3000},
+    "file": {
+        "path": "\0" * 16_384, "size": LARGEST, "gone": True, "error": "\x1b[2J\n" * 3000,
+        "follow_name": True, "missing": 1e18,
+    },
+    "log": dict.fromkeys(LOG, LARGEST),
 }  # fmt: skip
 
 
@@ -751,8 +827,12 @@ def test_server_that_exits_with_an_unread_request() -> None:
     ("answer", "reason"),
     [
         (b"[]", "list of clients: invalid data"),
-        (b'{"pid": 1, "size": 1, "clients": []}', "list of clients reports pid 1, but here"),
+        (listing_of(1), "list of clients reports pid 1, but here"),
+        (listing_of(os.getpid(), segments=[SEGMENT] * 2001), "list of clients: invalid data"),
+        (listing_of(os.getpid(), segments=[SEGMENT | {"path": 1}]), "invalid data: 'not a string"),
+        (listing_of(os.getpid(), segments=None), "invalid data: 'not a list"),
     ],
+    ids=["not an object", "another process", "too many segments", "wrong path", "no segments"],
 )
 def test_invalid_client_list(answer: bytes, reason: str) -> None:
     """A client list that is invalid, or from another process, is an error."""
@@ -763,6 +843,32 @@ def test_invalid_client_list(answer: bytes, reason: str) -> None:
         inspect(find_only(port))
         with pytest.raises(InspectError, match=reason):
             inspect(find_only(port), clients=True)
+
+
+@pytest.mark.parametrize("form", ["text", "json", "prometheus"])
+def test_longest_list_of_segments(form: str) -> None:
+    """As many segments as a list may have are shown, however large their figures are."""
+    segment = SEGMENT | {
+        "base": LARGEST,
+        "size": LARGEST,
+        "clients": LARGEST,
+        "path": "\x1b" * 4096,
+    }
+    with (
+        impostor(status_of(os.getpid())) as port,
+        impostor(
+            listing_of(os.getpid(), segments=[segment] * 2000), name=f"127.9.9.9:{port}/clients"
+        ),
+    ):
+        done = health("-p", str(port), "--clients", "--format", form)
+    assert (done.returncode, done.stderr) == (Level.CRITICAL, "")
+    if form == "text":
+        rows = [line for line in done.stdout.splitlines() if line.startswith(str(LARGEST))]
+        assert len(rows) == 2000
+        assert max(map(len, rows)) <= 100
+    elif form == "json":
+        [found] = json.loads(done.stdout)["servers"]
+        assert len(found["report"]["segments"]) == 2000
 
 
 @contextmanager
@@ -949,7 +1055,7 @@ def test_worker_that_is_another_process() -> None:
 def test_escape_sequences_are_escaped() -> None:
     """Escape sequences in a status are printed in escaped form."""
     evil = "\x1b[2J\n"
-    file = {"path": f"/log{evil}", "gone": False, "size": 1, "error": None}
+    file = FILE | {"path": f"/log{evil}"}
     listeners = [{"slot": 0, "endpoint": evil, "queued": 0, "backlog": 1}]
     with impostor(
         status_of(os.getpid(), state=evil, version=evil, file=file, listeners=listeners)
@@ -1176,6 +1282,8 @@ def test_prometheus_is_parsed(serve: Serve, open_folder: Path) -> None:
     name = f"*:{server.port}"
     assert figures["tailsrv_health_status", name] == Level.OK
     assert figures["tailsrv_file_size_bytes", name] == 1000
+    assert figures["tailsrv_log_end_bytes", name] == 1000
+    assert figures["tailsrv_log_segments", name] == 1
     assert figures["tailsrv_state", name, "serving"] == 1
     assert figures["tailsrv_worker_restarts_total", name, "1"] == 0
     assert (

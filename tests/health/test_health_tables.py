@@ -23,7 +23,13 @@ from tailsrv.health.report import (
     worst,
 )
 from tailsrv.health.text import WIDTH, duration_text, render_text, summarize
-from tailsrv.status_schema import ClientStatus, FileStatus, ListenerStatus
+from tailsrv.status_schema import (
+    ClientStatus,
+    FileStatus,
+    ListenerStatus,
+    LogStatus,
+    SegmentStatus,
+)
 
 SERVER = Server(("*:4321",), 4711, 0, "root", ours=True)
 PROCESS = Process(4711, "sleeping", 100.0, 0.0, 1.5, 1 << 20, 20, 1000)
@@ -31,16 +37,19 @@ WORKER = WorkerHealth(
     0, PROCESS, ready=True, clients=35, unprotected=0, restarts=0, restarted=None, silent=0.0
 )
 LISTENER = ListenerStatus(0, "0.0.0.0:4321", 0, 100)
+LOG = LogStatus(0, 588895, segments=1, size=588895, retired=0, retired_size=0)
 REPORT = HealthReport(
     server=SERVER,
     version="1.0.0",
     state="serving",
     started=1767225600.0,
     file=FileStatus("/var/log/app.log", 588895, gone=False, error=None),
+    log=LOG,
     supervisor=PROCESS,
     workers=(WORKER, replace(WORKER, slot=1)),
     listeners=(LISTENER, replace(LISTENER, slot=1)),
     totals=Totals(137, 0, 0, 0, 0, 0.0, 3 << 20, 60),
+    segments=None,
     clients=None,
 )
 
@@ -58,6 +67,10 @@ def with_process(**changes: object) -> HealthReport:
 EMPTY = (replace(WORKER, process=None, ready=False),)
 FULL = "the accept queue of slot 0 at 0.0.0.0:4321 holds 91 of 100 connections"
 GONE = FileStatus("/log", 1, gone=True, error=None)
+# Moved away, with --follow-name: the next file exists, or is missing for a time.
+ROTATED = replace(GONE, follow_name=True)
+MISSING = replace(ROTATED, missing=299.9)
+NO_NEXT = "the file is gone, and there has been no next one for 5 minutes"
 WITHOUT_SIZE = FileStatus("/log", None, gone=False, error=None)
 UNREADABLE = "the file cannot be read: its file system does not answer"
 
@@ -100,15 +113,32 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
         (replace(REPORT, workers=EMPTY), Level.CRITICAL, ("no worker",)),
         (replace(REPORT, workers=EMPTY, state="starting"), Level.CRITICAL, ("no worker",)),
         (replace(REPORT, workers=EMPTY, state="waiting for file"), Level.OK, ()),
-        (replace(REPORT, workers=EMPTY, state="rotating"), Level.OK, ()),
         (replace(REPORT, workers=EMPTY, state="draining"), Level.OK, ()),
         (replace(REPORT, file=GONE), Level.CRITICAL, ("the file is gone",)),
         (replace(REPORT, file=replace(GONE, size=None)), Level.CRITICAL, ("the file is gone",)),
+        (replace(REPORT, file=ROTATED), Level.OK, ()),
+        (replace(REPORT, file=MISSING), Level.OK, ()),
+        (replace(REPORT, file=replace(MISSING, missing=300.0)), Level.WARNING, (NO_NEXT,)),
+        (
+            replace(REPORT, state="starting", file=replace(MISSING, missing=1e9)),
+            Level.WARNING,
+            (NO_NEXT,),
+        ),
+        (
+            replace(REPORT, state="draining", file=replace(MISSING, missing=1e9)),
+            Level.OK,
+            (),
+        ),
+        (replace(REPORT, file=replace(ROTATED, size=None)), Level.CRITICAL, (UNREADABLE,)),
+        (
+            replace(REPORT, file=replace(ROTATED, error="Permission denied")),
+            Level.CRITICAL,
+            ("cannot open the file: Permission denied",),
+        ),
         (replace(REPORT, file=WITHOUT_SIZE), Level.CRITICAL, (UNREADABLE,)),
         (replace(REPORT, file=WITHOUT_SIZE, state="starting"), Level.CRITICAL, (UNREADABLE,)),
         (replace(REPORT, file=WITHOUT_SIZE, state="waiting for file"), Level.OK, ()),
         (replace(REPORT, file=WITHOUT_SIZE, state="draining"), Level.OK, ()),
-        (replace(REPORT, file=WITHOUT_SIZE, state="rotating"), Level.OK, ()),
         (
             replace(
                 REPORT,
@@ -133,7 +163,6 @@ UNREADABLE = "the file cannot be read: its file system does not answer"
             (),
         ),
         (replace(REPORT, file=GONE, state="draining"), Level.OK, ()),
-        (replace(REPORT, file=GONE, state="rotating"), Level.OK, ()),
         (with_process(state="stopped"), Level.CRITICAL, ("worker 1 is stopped",)),
         (
             with_worker(process=replace(PROCESS, state="stopped"), silent=9.0),
@@ -299,12 +328,6 @@ BAD = Finding(
             "tailsrv *:4321 is draining /var/log/app.log, 137 clients left",
         ),
         (
-            [judged(replace(REPORT, state="rotating"))],
-            Level.OK,
-            "tailsrv *:4321 ends the streams of the rotated file /var/log/app.log, "
-            "137 clients left",
-        ),
-        (
             [judged(replace(with_worker(ready=False), state="starting"))],
             Level.WARNING,
             "tailsrv *:4321 (starting): 1 of 2 workers ready",
@@ -391,6 +414,55 @@ def test_size_that_is_not_known(state: str, error: str | None, words: str) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (None, []),
+        (LOG, ["log      offsets 0 to 588895, 1 segment of 575.1 KiB"]),
+        (replace(LOG, end=None, size=None), ["log      offsets 0 to -, 1 segment of -"]),
+        (
+            LogStatus((1 << 54) + 1, (1 << 54) + 3073, 3, 3073, retired=1, retired_size=1024),
+            [
+                "log      offsets 18014398509481985 to 18014398509485057, "
+                "3 segments of 3.0 KiB, 1 deleted (1.0 KiB)"
+            ],
+        ),
+    ],
+)
+def test_log(log: LogStatus | None, words: list[str]) -> None:
+    """The log is shown with its exact offsets, and with what deleted segments still hold."""
+    text = render_text([judged(replace(REPORT, log=log))], Level.OK, "", colour=False)
+    assert [line for line in text.splitlines() if line.startswith("log")] == words
+
+
+def test_missing_file() -> None:
+    """The facts tell for how long a server has waited for the next file."""
+    text = render_text([judged(replace(REPORT, file=MISSING))], Level.OK, "", colour=False)
+    assert "file     /log, 1 B, gone from its path, no next file for 4m 59s" in text.splitlines()
+
+
+def test_segments() -> None:
+    """Each segment has a row in the order of the log; a long path is shortened at its start."""
+    segments = (
+        SegmentStatus(0, 0, sealed=True, clients=0, path=None, deleted=True),
+        SegmentStatus(1 << 60, 1536, sealed=True, clients=12, path="/x" * 60, deleted=False),
+        SegmentStatus(1 << 61, None, sealed=False, clients=3, path="/a\nb", deleted=False),
+    )
+    lines = render_text(
+        [judged(replace(REPORT, segments=segments))], Level.OK, "", colour=False
+    ).splitlines()
+    first = next(number for number, line in enumerate(lines) if "segment at" in line)
+    assert max(map(len, lines)) == WIDTH
+    rows = [line.split() for line in lines[first + 1 : first + 4]]
+    shown = rows[1][-1].removeprefix("...")
+    assert len(shown) > 30
+    assert rows == [
+        ["0", "0", "B", "sealed,", "deleted", "0", "-"],
+        [str(1 << 60), "1.5", "KiB", "sealed", "12", "..." + ("/x" * 60)[-len(shown) :]],
+        [str(1 << 61), "-", "active", "3", r"'/a\nb'"],
+    ]
+
+
 def test_table_fits() -> None:
     """Tables fit 100 columns and show the whole path, however large figures and path are."""
     process = Process(
@@ -407,7 +479,8 @@ def test_table_fits() -> None:
         supervisor=process,
         workers=workers,
         listeners=(ListenerStatus(1023, endpoint, 4096, 4096),),
-        file=FileStatus(path, 1 << 45, gone=True, error=None),
+        file=FileStatus(path, 1 << 45, True, None, follow_name=True, missing=9e8),
+        log=LogStatus(1 << 62, (1 << 63) - 1, 2000, 1 << 55, 1999, 1 << 54),
         totals=Totals(1000000, 1000000, 1 << 30, 99999, 4096, 800.0, 1 << 35, 3 << 20),
         state="waiting for file",
     )
@@ -455,6 +528,30 @@ def test_colour_marks_faulty_workers() -> None:
     [red] = [line for line in coloured.splitlines() if line.startswith("\x1b[31mworker ")]
     assert "worker 1 " in red
     assert coloured.replace("\x1b[31m", "").replace("\x1b[1m", "").replace("\x1b[0m", "") == plain
+
+
+def test_metrics_of_the_log() -> None:
+    """The log has its families; without a file, and where figures are unknown, they are absent."""
+    log = LogStatus(100, 1234, segments=3, size=1200, retired=1, retired_size=50)
+    lines = render_metrics(
+        [judged(replace(REPORT, log=log, file=replace(MISSING, missing=2.5)))]
+    ).splitlines()
+    assert [
+        line for line in lines if line.startswith(("tailsrv_log_", "tailsrv_file_missing"))
+    ] == [
+        'tailsrv_file_missing_seconds{server="*:4321"} 2.5',
+        'tailsrv_log_start_bytes{server="*:4321"} 100',
+        'tailsrv_log_end_bytes{server="*:4321"} 1234',
+        'tailsrv_log_size_bytes{server="*:4321"} 1200',
+        'tailsrv_log_segments{server="*:4321"} 3',
+        'tailsrv_log_segments_retired{server="*:4321"} 1',
+        'tailsrv_log_retired_bytes{server="*:4321"} 50',
+    ]
+    assert "tailsrv_log_" not in render_metrics([judged(replace(REPORT, log=None))])
+    unknown = render_metrics([judged(replace(REPORT, log=replace(log, end=None, size=None)))])
+    assert "tailsrv_log_start_bytes" in unknown
+    assert "tailsrv_log_end_bytes" not in unknown
+    assert "tailsrv_file_missing_seconds" not in unknown
 
 
 def test_metrics_leave_out_what_is_not_known() -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.files import append, random_bytes
 from support.interpreter import run_program
 from support.processes import as_root, runs, stop, title
-from support.server import Serve, Server
+from support.server import HURRIED, Serve, Server
 from support.sockets import expect
 from support.status import ask
 from support.waiting import DEADLINE, eventually
@@ -46,6 +46,12 @@ def clients(server: Server) -> dict[str, dict[str, Any]]:
     return {client.pop("peer"): client for client in answer["clients"]}
 
 
+def segments(server: Server) -> list[dict[str, Any]]:
+    """Return what the server tells about the segments of its log."""
+    found: list[dict[str, Any]] = json.loads(ask(f"*:{server.port}{CLIENTS}")[0])["segments"]
+    return found
+
+
 def peer(sock: socket.socket) -> str:
     """Return a client's address as the server writes it."""
     host, port = sock.getsockname()[:2]
@@ -64,7 +70,22 @@ def test_status(server: Server, path: Path) -> None:
         worker["ready"] and worker["restarts"] == 0 and worker["restarted"] is None
         for worker in found["workers"]
     )
-    assert found["file"] == {"path": str(path), "gone": False, "error": None, "size": 1000}
+    assert found["file"] == {
+        "path": str(path),
+        "gone": False,
+        "missing": None,
+        "error": None,
+        "size": 1000,
+        "follow_name": False,
+    }
+    assert found["log"] == {
+        "start": 0,
+        "end": 1000,
+        "segments": 1,
+        "size": 1000,
+        "retired": 0,
+        "retired_size": 0,
+    }
     assert (found["state"], found["clients"], found["unprotected"], found["max_clients"]) == (
         "serving",
         0,
@@ -158,14 +179,93 @@ def test_clients_of_a_hung_worker(server: Server) -> None:
 
 
 def test_clients_without_a_file(serve: Serve, path: Path) -> None:
-    """Without a file, the answer has no clients and no size."""
+    """Without a file, there is no log, and the answer has no clients, no segments and no end."""
     server = serve(path)
     server.logged("waiting for file")
+    assert status(server)["log"] is None
     assert json.loads(ask(f"*:{server.port}{CLIENTS}")[0]) == {
         "pid": server.pid,
-        "size": None,
+        "end": None,
+        "segments": [],
         "clients": [],
     }
+
+
+@pytest.fixture
+def following(serve: Serve, path: Path) -> Server:
+    """Start a server of a large file with --follow-name."""
+    path.write_bytes(DATA)
+    server = serve(path, "--follow-name", "-w", "2", "-v", program=HURRIED)
+    server.workers(2)
+    return server
+
+
+def test_log_of_several_files(following: Server, path: Path) -> None:
+    """Each file is a segment; a deleted one counts as retired until the last client has read it."""
+    server, old, size = following, path.with_suffix(".1"), len(DATA)
+    slow, fast = server.connect(b"0\n", receive_buffer=4096), server.connect(b"-10\n")
+    server.streaming(slow)
+    expect(fast, DATA[-10:])
+    path.rename(old)
+    path.write_bytes(DATA[:500])
+    expect(fast, DATA[:500])
+    append(path, DATA[500:800])
+    expect(fast, DATA[500:800])
+    assert status(server)["log"] == {
+        "start": 0,
+        "end": size + 800,
+        "segments": 2,
+        "size": size + 800,
+        "retired": 0,
+        "retired_size": 0,
+    }
+    assert status(server)["file"]["size"] == 800
+    eventually(lambda: clients(server)[peer(fast)]["position"] == size + 800)
+    first: dict[str, object] = {"base": 0, "size": size, "sealed": True, "clients": 1}
+    second: dict[str, object] = {"base": size, "size": 800, "sealed": False, "clients": 1}
+    second |= {"path": str(path), "deleted": False}
+    assert segments(server) == [first | {"path": str(old), "deleted": False}, second]
+    old.unlink()
+    eventually(lambda: status(server)["log"]["retired"])
+    assert status(server)["log"] == {
+        "start": size,
+        "end": size + 800,
+        "segments": 2,
+        "size": size + 800,
+        "retired": 1,
+        "retired_size": size,
+    }
+    assert segments(server) == [first | {"path": None, "deleted": True}, second]
+    expect(slow, DATA + DATA[:800])
+    eventually(lambda: status(server)["log"]["segments"] == 1)
+    assert status(server)["log"] == {
+        "start": size,
+        "end": size + 800,
+        "segments": 1,
+        "size": 800,
+        "retired": 0,
+        "retired_size": 0,
+    }
+    eventually(lambda: segments(server) == [second | {"clients": 2}])
+
+
+def test_path_between_two_files(following: Server, path: Path) -> None:
+    """The file is gone from the move to the next file's first byte, and missing until that exists.
+
+    The log stays as it is.
+    """
+    before = status(following)["log"]
+    path.rename(path.with_suffix(".1"))
+    missing = eventually(lambda: status(following)["file"]["missing"])
+    eventually(lambda: status(following)["file"]["missing"] > missing)
+    assert status(following)["file"]["gone"]
+    path.touch()
+    eventually(lambda: status(following)["file"]["missing"] is None)
+    found = status(following)
+    assert (found["file"]["gone"], found["state"], found["log"]) == (True, "serving", before)
+    append(path, b"x")
+    eventually(lambda: not status(following)["file"]["gone"])
+    assert status(following)["log"]["end"] == before["end"] + 1
 
 
 def test_many_requests(server: Server) -> None:

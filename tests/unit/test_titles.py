@@ -76,7 +76,7 @@ def test_worker_title(slot: int, state: str, clients: int, title: str) -> None:
     [
         ("", 4, 137, "4 workers, 137 clients"),
         ("waiting for file", 0, 0, "waiting for file"),
-        ("rotating", 2, 1, "rotating, 2 workers, 1 client"),
+        ("draining", 2, 1, "draining, 2 workers, 1 client"),
     ],
 )
 def test_service_status(state: str, workers: int, clients: int, status: str) -> None:
@@ -84,7 +84,7 @@ def test_service_status(state: str, workers: int, clients: int, status: str) -> 
     assert service_status(state, workers, clients) == status
 
 
-@pytest.mark.parametrize("state", ["", "starting", "waiting for file", "rotating", "draining"])
+@pytest.mark.parametrize("state", ["", "starting", "waiting for file", "draining"])
 @pytest.mark.parametrize("path", ["/log", "/l\xf6g", "a\nb", "a\udcff"])
 def test_longest_title(state: str, path: str) -> None:
     """No title is longer than the space that is reserved for it."""
