@@ -24,6 +24,8 @@ class ModelClient:
     known: bool = False
     # The client's worker was killed, possibly before the supervisor received the client.
     may_be_lost: bool = False
+    # The next bytes of the client may no longer exist, so the server may close the connection.
+    may_end: bool = False
     ended: bool = False
     # The stream, once the header has been sent.
     stream: Stream | None = None
@@ -58,8 +60,9 @@ class ModelClient:
 
     def end(self, reason: object) -> None:
         """Record the end of the connection, and assert that there is a valid reason for it."""
-        assert self.doomed or self.may_be_lost, f"{self} ended: {reason}"
-        assert not self.known or self.doomed, f"{self} ended, though it was known: {reason}"
+        expected = self.doomed or self.may_end
+        assert expected or self.may_be_lost, f"{self} ended: {reason}"
+        assert expected or not self.known, f"{self} ended, though it was known: {reason}"
         self.ended = True
 
     def is_lost(self) -> bool:

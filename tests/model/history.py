@@ -93,6 +93,22 @@ class History:
         )
 
 
+class LogHistory(History):
+    """The bytes of an endless log. They never change, but a truncation may show through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The truncated parts. For bytes in flight, sendfile(2) sends pages of the file. A page that
+        # contains its new end, which may be a large one, then has zeros or the next appends.
+        self.uncertain: list[tuple[int, int]] = []
+
+    def versions(self, offset: int, since: int) -> set[int]:
+        """Return all values that a client may receive for the byte at `offset`."""
+        if any(start <= offset < end for start, end in self.uncertain):
+            return set(range(256))
+        return super().versions(offset, since)
+
+
 @dataclass(slots=True)
 class Stream:
     """What is known from outside about a client's stream, since its header was complete."""
@@ -114,6 +130,11 @@ class Stream:
     # No byte from this offset on was sent before the last change, because the file was never
     # longer.
     reach: int = 0
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the end of the file, when the header is read, determines what is received."""
+        return self.from_end or self.with_offsets
 
     def note_size(self, size: int) -> None:
         """Record a size of the file at which the server may read the header."""
@@ -199,6 +220,44 @@ class Stream:
                     f"{find(here, history)}"
                 )
         return "no difference"
+
+
+@dataclass(slots=True)
+class LogStream(Stream):
+    """The same for a log that may begin later than at offset 0."""
+
+    # The possible ends and starts of the log when the server read the header.
+    ends: set[int] = field(default_factory=set)
+    log_starts: set[int] = field(default_factory=set)
+
+    def note_log(self, log_starts: set[int], ends: set[int]) -> None:
+        """Record the possible starts and ends of the log at a moment before the stream starts."""
+        if not self.started:
+            self.log_starts |= log_starts
+            self.ends |= ends
+            self.starts |= self._possible(self.ends)
+
+    def _possible(self, ends: set[int]) -> set[int]:
+        if self.from_end:
+            return {max(first, end - self.header) for first in self.log_starts for end in ends}
+        if self.header == 0:
+            return set(self.log_starts)
+        return {self.header} if self.header >= min(self.log_starts, default=0) else set()
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether the header may name a byte that no longer exists."""
+        beyond = max(self.log_starts, default=0)
+        return not self.from_end and 0 < self.header < beyond and not (self.line or self.count)
+
+    def note_line(self) -> None:
+        """Record the start in the `?` line, and check the end in it."""
+        assert re.fullmatch(rb"[0-9]{19} [0-9]{19}\n", self.line), self.line
+        start, end = map(int, self.line.split())
+        assert end in self.ends, f"{self.line!r} names none of the ends {sorted(self.ends)}"
+        possible = self.starts & self._possible({end})
+        assert start in possible, f"{self.line!r} names none of {sorted(possible)}"
+        self.starts = {start}
 
 
 def find(piece: bytes, history: History) -> str:

@@ -11,19 +11,22 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from model.client import ModelClient
 from model.history import History, Stream, in_pages
-from support.processes import open_descriptors
 from support.server import TAILSRV, Server
 from support.sockets import reset
 from support.status import ask, ready_workers, status
 from support.waiting import DEADLINE, eventually
-from tailsrv.config import Timing
 from tailsrv.control_socket import CLIENTS
+
+# What processes have open, each with its number.
+Links = Counter[str]
+FILE = "file of this example"
 
 # From linux/tcp.h: a socket that is closed with this option set sends no further packet.
 TCP_REPAIR = 19
@@ -40,15 +43,16 @@ class World:
         self.folder = tempfile.TemporaryDirectory(prefix="tailsrv-model-")
         self.path = Path(self.folder.name, "file.log")
         self.history = History()
-        # The descriptor of the writer.
+        # The descriptor of the writer, and the offset of the first byte of its file.
         self.file: int | None = None
+        self.file_base = 0
         self.living: list[ModelClient] = []
         # The highest offset that any client may be waiting for.
         self.furthest = 0
         self.stopping, self.stopped = False, list[int]()
-        self.kills, self.upgrades, self.moved = 0, 0, False
-        # The numbers of descriptors of the supervisor and of all workers without clients.
-        self.base: tuple[int, int] | None = None
+        self.launches, self.kills, self.upgrades, self.moved = 0, 0, 0, False
+        # What the supervisor and all workers have open without clients; see `open_links`.
+        self.base: tuple[Links, Links] | None = None
 
     def start(self, linger: bool, size: int | None) -> None:
         """Start the server with a file of `size` bytes, or with none yet."""
@@ -56,20 +60,23 @@ class World:
             self.create()
             self.append(size)
         self.linger = linger
-        command: list[str | Path] = [
-            *TAILSRV,
-            "-p",
-            "0",
-            "-w",
-            str(WORKERS),
-            *self.options(),
-            self.path,
-        ]
-        self.server = Server(command, Path(self.folder.name, "stderr"), 0)
+        self.launch()
+
+    def launch(self) -> None:
+        """Start a server, and record what it has open without clients."""
+        command = [*self.program(), "-p", "0", "-w", str(WORKERS), *self.options(), self.path]
+        log = Path(self.folder.name, f"stderr-{self.launches}")
+        self.launches += 1
+        self.server = Server(command, log, 0)
         self.port = self.server.port
-        if size is not None:
+        # Later servers may be rolling at this moment, which opens and closes files.
+        if self.file is not None and self.launches == 1:
             ready_workers(self.server)
-            self.base = self.count_descriptors()
+            self.base = self.open_links()
+
+    def program(self) -> Sequence[str | Path]:
+        """Return the command of the server."""
+        return TAILSRV
 
     def options(self) -> list[str]:
         """Return the server's options for the case that the file is gone."""
@@ -98,12 +105,10 @@ class World:
         client.sent += len(piece)
         if client.sent == len(client.header):
             number = int(client.header.replace(b"?", b""))
-            client.stream = Stream(
-                abs(number), b"-" in client.header, self.history.now, b"?" in client.header
-            )
+            client.stream = self.new_stream(client.header, number)
             self.furthest = max(self.furthest, number)
             if self.file is not None:
-                client.stream.note_size(self.history.size)
+                self.note_size_to(client)
         with client.at_risk():
             client.sock.sendall(piece)
 
@@ -140,6 +145,9 @@ class World:
 
         The server notices a vanished client when it sends the next bytes.
         """
+        if client not in self.living:
+            # Its server has ended.
+            return
         self.living.remove(client)
         if how == "reset":
             reset(client.sock)
@@ -168,11 +176,8 @@ class World:
         the model could not know its start otherwise.
         """
         data = random.Random(f"{self.history.now} {self.history.size}").randbytes(count)
-        waiting = any(
-            client.stream and client.stream.from_end and not client.stream.started
-            for client in self.living
-        )
-        for piece in in_pages(data, self.history.size) if waiting else [data]:
+        waiting = any(stream.needs_end and not stream.started for stream in self.streams())
+        for piece in in_pages(data, self.history.size - self.file_base) if waiting else [data]:
             self.write(piece, self.history.size)
             self.history.append(piece)
             self.note_size()
@@ -262,9 +267,7 @@ class World:
         for client in self.living:
             self.read(client, 1 << 40)
             assert client.stream is None or client.stream.stands_at(self.history.size), client
-        if self.base is not None:
-            expected = tuple(base + len(self.living) for base in self.base)
-            eventually(lambda: self.count_descriptors() == expected)
+        self.check_descriptors()
         self.end()
         for client in self.living:
             assert client.sock.recv(1 << 16) == b"", client
@@ -285,6 +288,10 @@ class World:
         """
         self.append(1)
         return bool(status(self.server)["clients"] == len(self.living))
+
+    def describe(self) -> str:
+        """Return what helps to explain a failure."""
+        return f"The server's log:\n{self.server.log[-8000:]}"
 
     def close(self) -> None:
         """End the server and remove all files."""
@@ -320,7 +327,7 @@ class World:
         self.go_on()
         eventually(lambda: status(self.server)["state"] == "serving")
         if self.upgrades:
-            self.server.logged("upgraded: version=")
+            self.server.logged("upgraded: version=", count=self.upgrades)
 
     def await_known(self, clients: list[ModelClient]) -> None:
         """Wait until the supervisor knows each of `clients` and where its stream starts.
@@ -339,7 +346,10 @@ class World:
         missing = [
             client
             for client in clients
-            if not client.doomed and not client.ended and not self.is_known(client, starts)
+            if not client.doomed
+            and not client.may_end
+            and not client.ended
+            and not self.is_known(client, starts)
         ]
         return not [
             client
@@ -370,8 +380,8 @@ class World:
     def note_size(self) -> None:
         """Record that the size of the file has changed."""
         self.furthest = max(self.furthest, self.history.size)
-        for stream in self.streams():
-            stream.note_size(self.history.size)
+        for client in self.living:
+            self.note_size_to(client)
 
     def note_change(self) -> None:
         """Record that bytes of the file are about to change."""
@@ -383,58 +393,53 @@ class World:
             worker["pid"] for worker in status(self.server)["workers"] if worker["pid"] is not None
         ]
 
-    def count_descriptors(self) -> tuple[int, int]:
-        """Return the numbers of descriptors of the supervisor and of all workers."""
-        return open_descriptors(self.server.pid), sum(
-            open_descriptors(pid) for pid in self.worker_pids()
-        )
+    def new_stream(self, header: bytes, number: int) -> Stream:
+        """Return the stream that `header` with its `number` asks for."""
+        return Stream(abs(number), b"-" in header, self.history.now, b"?" in header)
+
+    def note_size_to(self, client: ModelClient) -> None:
+        """Record a size of the file at which the server may read the header of `client`."""
+        if client.stream:
+            client.stream.note_size(self.history.size)
+
+    def check_descriptors(self) -> None:
+        """Wait until the processes have open what they had at first, and one socket per client."""
+        for pause in (0.0, *[0.1] * round(10 * DEADLINE)):
+            time.sleep(pause)
+            if not (found := self.differing_links()):
+                return
+        raise AssertionError(f"descriptors after {DEADLINE:g} seconds: {'; '.join(found)}")
+
+    def differing_links(self) -> list[str]:
+        """Return how the open descriptors differ from the expected ones, one line per process."""
+        if self.base is None:
+            return []
+        clients = Links({"socket": len(self.living)})
+        found = self.open_links()
+        expected = [base + clients for base in self.base]
+        return [
+            f"{name}: too many {dict(links - right)}, too few {dict(right - links)}"
+            for name, links, right in zip(("supervisor", "workers"), found, expected, strict=True)
+            if links != right
+        ]
+
+    def open_links(self) -> tuple[Links, Links]:
+        """Return what the supervisor and all workers have open."""
+        return links_of(self.server.pid), sum(map(links_of, self.worker_pids()), Links())
 
 
-class FollowingWorld(World):
-    """The same with --follow-name: the file is replaced by another one of the same name."""
+def links_of(pid: int) -> Links:
+    """Return how many descriptors of each kind the process `pid` has open.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rotations = 0
-
-    def options(self) -> list[str]:
-        """Return options with a grace period that is long enough to read every stream."""
-        self.linger = False
-        return ["--follow-name", "--grace", str(DEADLINE)]
-
-    def rotate(self, count: int, at_once: bool) -> None:
-        """Move the file away, append to it once more, and read all streams to their ends.
-
-        Clients that have not sent a header yet wait for the next file.
-        """
-        assert self.file is not None
-        self.rotations += 1
-        self.await_serving()
-        self.await_known(self.living)
-        before, began = self.history.size, time.monotonic()
-        self.path.rename(self.path.with_name(f"moved-{self.rotations}.log"))
-        self.append(count)
-        # Then the server may have fixed the end of the file before the append.
-        late = time.monotonic() - began > Timing().settle / 2
-        for client in self.living:
-            if client.stream and not client.ended:
-                self.read_to_the_end(client, before if late else self.history.size)
-        os.close(self.file)
-        self.file, self.history, self.furthest = None, History(), 0
-        if at_once:
-            self.create()
-        self.server.logged("file is gone, switching to the next file", count=self.rotations)
-        eventually(lambda: status(self.server)["state"] != "rotating")
-
-    def read_to_the_end(self, client: ModelClient, size: int) -> None:
-        """Read a stream to its end, which must not be before offset `size`."""
-        assert client.stream
-        self.read(client, client.due(size))
-        while received := client.sock.recv(1 << 20):
-            client.stream.take(received, self.history)
-        assert any(start + client.stream.count >= size for start in client.stream.starts), client
-        client.ended = True
-
-    def end(self) -> None:
-        """Make the server end; moving the file would be a rotation."""
-        self.server.signal(signal.SIGTERM)
+    A kind is FILE, another path, or what the kernel says instead of it, without numbers.
+    """
+    found, fds = Links(), list[str]()
+    # The process may end, and the file may be closed meanwhile.
+    with suppress(FileNotFoundError):
+        fds = os.listdir(f"/proc/{pid}/fd")
+    for fd in fds:
+        with suppress(FileNotFoundError):
+            kind = os.readlink(f"/proc/{pid}/fd/{fd}").partition(":[")[0]
+            # A file may have been renamed or deleted.
+            found[FILE if "/tailsrv-model-" in kind else kind.replace(str(pid), "PID")] += 1
+    return found
