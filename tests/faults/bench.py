@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from support.files import append, random_bytes
-from support.processes import children, open_descriptors, session
+from support.processes import children, descriptors, session
 from support.server import HELD, Server
 from support.sockets import connect, reset
 from support.status import ask, ready_workers
@@ -18,7 +18,7 @@ from support.waiting import DEADLINE, eventually
 
 
 class FaultClient:
-    """A connection, and the position of its stream in the file."""
+    """A connection, and the position of its stream in the log."""
 
     def __init__(self, sock: socket.socket, position: int) -> None:
         self.sock = sock
@@ -70,9 +70,13 @@ class FaultBench:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.hold = folder, folder / "file.log", folder / "hold"
-        self.hold.mkdir()
+        # The state file is alone in its folder, so that strace can select the calls about both.
+        self.state_file = folder / "state" / "log.json"
+        for new in (self.hold, self.state_file.parent):
+            new.mkdir()
         self.server: Server | None = None
-        self.data = b""
+        # The log from offset 0 on, and the offset of the earliest byte that can still be read.
+        self.data, self.start = b"", 0
         self.followers: list[FaultClient] = []
         self.stalled: FaultClient | None = None
         self.lost = 0
@@ -84,29 +88,46 @@ class FaultBench:
 
     # The server.
 
-    def launch(self, *options: str) -> Server:
-        """Start a server; a fault may make it end early."""
-        self.new_file()
+    def launch(self, fresh: bool = True) -> Server:
+        """Start a server; a fault may make it end early.
+
+        With `fresh`, it has a new log and no state file. Otherwise it continues with those that the
+        server before it has left.
+        """
+        if fresh:
+            self.new_log()
         self.starts += 1
         self.lost = 0
         # Without these variables the first system calls would be a search for translations.
         environment = ("-u", "LANGUAGE", "LC_ALL=C", f"TAILSRV_TEST_HOLD={self.hold}")
-        command = ["env", *environment, *HELD, "-p", "0", "--follow-name", *options, str(self.path)]
+        options = ("-p", "0", "--follow-name", "--state-file", str(self.state_file))
+        command = ["env", *environment, *HELD, *options, str(self.path)]
         self.server = Server(command, self.folder / f"stderr-{self.starts}", 0)
         return self.server
 
+    def new_log(self) -> None:
+        """Start a new log, whose file has no bytes in common with the one before."""
+        for old in [*self.folder.glob("file.log*"), *self.state_file.parent.iterdir()]:
+            old.unlink()
+        self.data, self.start = b"", 0
+        self.new_file()
+
     def new_file(self) -> None:
-        """Start a new file that has no bytes in common with the one before."""
+        """Put the next file of the log in the place of the present one."""
         fresh = self.folder / "next"
-        self.data = random_bytes(300_000, seed=len(self.data) + self.starts)
-        fresh.write_bytes(self.data)
+        content = random_bytes(300_000, seed=len(self.data) + self.starts)
+        fresh.write_bytes(content)
         fresh.rename(self.path)
+        self.data += content
+
+    def move_away(self) -> None:
+        """Rename the file as logrotate does with `dateext`; it can still be read."""
+        self.path.rename(self.folder / f"file.log-{time.time_ns()}")
 
     def connect_clients(self) -> None:
         """Connect the clients that must not be affected by faults."""
         assert self.server is not None
         self.worker = self.server.workers(1)[0]
-        self.stalled = self.join(0, receive_buffer=4096)
         self.fill_up()
 
     def ready(self) -> Server:
@@ -124,7 +145,9 @@ class FaultBench:
         )
 
     def fill_up(self) -> None:
-        """Connect followers, each with another behaviour, until there are FOLLOWERS of them."""
+        """Connect the clients that are missing: one that stalls, and FOLLOWERS, each different."""
+        if self.stalled is None:
+            self.stalled = self.join(self.start, receive_buffer=4096)
         while len(self.followers) < self.FOLLOWERS:
             client = self.join(len(self.data) - 100)
             if len(self.followers) == 1:
@@ -212,9 +235,17 @@ class FaultBench:
 
     def append(self) -> None:
         """Append a record, which every follower receives."""
-        record = random_bytes(200, seed=len(self.data))
+        self.write(200)
+        self.follow()
+
+    def write(self, count: int) -> None:
+        """Append a record to the file."""
+        record = random_bytes(count, seed=len(self.data))
         self.data += record
         append(self.path, record)
+
+    def follow(self) -> None:
+        """Let the followers read everything."""
         staying = [client for client in self.followers if client.read(self.data)]
         self.lost += len(self.followers) - len(staying)
         self.followers = staying
@@ -268,7 +299,6 @@ class FaultBench:
             client.reset()
         self.followers, self.stalled = [], None
         self.await_clients()
-        self.stalled = self.join(0, receive_buffer=4096)
         self.fill_up()
         self.append()
 
@@ -329,16 +359,78 @@ class FaultBench:
             self.await_worker()
 
     def rotate(self) -> None:
-        """Replace the file; all streams end with the old file, new clients receive the new one."""
-        old = self.data
+        """Replace the file; every stream continues with the next one."""
+        start = len(self.data)
         self.new_file()
-        for client in [*self.followers, self.stalled]:
-            assert client is not None
-            assert client.read(old)
-            assert client.ended()
-        self.followers, self.stalled = [], self.join(0, receive_buffer=4096)
-        self.fill_up()
-        self.await_worker()
+        self.follow()
+        self.read_stalled()
+        # No new stream begins in the file that was replaced.
+        self.start = start
+
+    def rotate_slowly(self) -> None:
+        """Rename the file, append to it, create the next one empty, append to both, delete one.
+
+        The first byte of the next file is its last one here, so no client is late for it.
+        """
+        self.move_away()
+        moved = max(self.folder.glob("file.log-*"))
+        self.rest()
+        self.path.touch()
+        self.rest()
+        self._append_to(moved)
+        self.rest()
+        start = len(self.data)
+        self.write(200_000)
+        self.follow()
+        self.read_stalled()
+        self.rest()
+        moved.unlink()
+        self.rest()
+        self.start = start
+
+    def _append_to(self, path: Path) -> None:
+        """Append a record to a file that the path no longer names; the followers get it."""
+        record = random_bytes(100, seed=len(self.data))
+        self.data += record
+        append(path, record)
+        self.follow()
+
+    def truncate(self) -> None:
+        """Truncate the file and write to it; the streams of clients that had all of it continue."""
+        self.read_stalled()
+        self.rest()
+        os.truncate(self.path, 0)
+        self.start = len(self.data)
+        self.rest()
+        self.write(200_000)
+        self.follow()
+
+    def archive(self) -> None:
+        """Rotate as logrotate does with `dateext`; the old file can still be read."""
+        self.move_away()
+        self.new_file()
+        self.follow()
+
+    def read_stalled(self) -> None:
+        """Let the stalled client read everything and disconnect; fill_up() connects another one."""
+        if self.stalled is not None:
+            self.lost += not self.stalled.read(self.data)
+            self.stalled.reset()
+            self.stalled = None
+
+    # The state file.
+
+    def restart(self) -> None:
+        """Kill the server and start another one: every offset must have its old meaning."""
+        self.stop()
+        self.launch(fresh=False)
+        everything = self.join(self.start)
+        assert everything.read(self.data), f"a stream from {self.start} ended:\n{self.log()}"
+        everything.reset()
+        self.connect_clients()
+        # Keep the time short that the next restart takes.
+        if len(self.data) > 3_000_000:
+            self.stop()
 
     # The outcome.
 
@@ -354,8 +446,11 @@ class FaultBench:
         endpoint = f"*:{self.server.port}"
         count = len(self.followers) + (self.stalled is not None)
 
+        # Each request pings the worker, unless an earlier ping has not been answered yet. The next
+        # one shows whether it has.
+        ask(endpoint)
+
         def look() -> bool:
-            ask(endpoint)
             found = json.loads(ask(endpoint)[0])
             return found["clients"] == count and not any(
                 worker["silent"] for worker in found["workers"]
@@ -364,10 +459,16 @@ class FaultBench:
         eventually(look)
 
     def count_descriptors(self) -> Mapping[int, int]:
-        """Return how many descriptors each process has open."""
-        return (
-            {pid: open_descriptors(pid) for pid in self.pids()} if self.server is not None else {}
-        )
+        """Return how many descriptors each process has open.
+
+        One inotify instance does not count. The supervisor opens one when it first waits for the
+        next file, and a worker that polls has none.
+        """
+        counts = {}
+        for pid in self.pids() if self.server is not None else ():
+            opened = descriptors(pid)
+            counts[pid] = len(opened) - min(1, opened.count("anon_inode:inotify"))
+        return counts
 
     def ended(self) -> bool:
         """Tell whether the server has ended, or will: all followers were disconnected."""

@@ -15,13 +15,18 @@ from faults.bench import FaultBench
 from support.sockets import recv_all
 from support.strace import attached
 from support.waiting import DEADLINE, eventually
+from tailsrv.supervisor.state_file import decode
 
 TABLE = Path(__file__).with_name("faults.md")
 POLLING = "polling the file once a second"
-OCCURRENCES = (1, 2, 100)
 # The outcome of a call that the process does not make that often.
 NOT_MADE = "not made"
 NOT_TRIED = "-"
+# In place of an error: the process is killed.
+KILL = "KILL"
+# Parts of the log lines about a state file that another server uses, or that cannot be written.
+LOCKED = "another tailsrv uses it"
+UNSAVED = "cannot save the log's state"
 
 # The names of the system calls that the C library may make for one of its functions. They depend on
 # the machine and the version of the library; "?" marks those that may not exist.
@@ -42,7 +47,10 @@ CALLS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One fault: the `occurrence`-th `call` that `process` makes in `act` fails with `error`."""
+    """One fault: the `occurrence`-th `call` that `process` makes in `act` fails with `error`.
+
+    With the error KILL, the process is killed instead of making the call.
+    """
 
     process: str
     act: str
@@ -62,9 +70,17 @@ class Case:
 def read_table(path: Path = TABLE) -> list[Case]:
     """Return the cases of the tables in `path`."""
     cases: list[Case] = []
+    columns: list[str] = []
     for heading, cells in _rows(path):
-        if heading:
-            call, errors, *outcomes, _ = cells
+        if cells[0] == "call":
+            columns = cells
+        elif heading:
+            call, errors, *others, _ = cells
+            if columns[2] == "which":
+                which, outcome = others
+                outcomes = dict.fromkeys(_numbers(which), outcome)
+            else:
+                outcomes = dict(zip(map(_number, columns[2:-1]), others, strict=True))
             names = errors.split()
             cases += [
                 Case(
@@ -76,10 +92,21 @@ def read_table(path: Path = TABLE) -> list[Case]:
                     outcome,
                     name == names[0],
                 )
-                for occurrence, outcome in zip(OCCURRENCES, outcomes, strict=True)
+                for occurrence, outcome in outcomes.items()
                 for name in names
             ]
     return cases
+
+
+def _number(ordinal: str) -> int:
+    return int(re.sub(r"\D", "", ordinal))
+
+
+def _numbers(which: str) -> Iterator[int]:
+    """Yield the numbers in a text like "1 4-6"."""
+    for part in which.split():
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
 
 
 def read_exempt(path: Path = TABLE) -> set[str]:
@@ -95,14 +122,15 @@ def read_exempt(path: Path = TABLE) -> set[str]:
 def _rows(path: Path) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Yield the process and act of each table row about calls, and its cells.
 
-    Process and act come from the heading; they are missing in the last section.
+    Process and act come from the heading; they are missing in the last section. The first row of a
+    table begins with "call", and contains the names of the columns.
     """
     heading: tuple[str, ...] = ()
     for line in path.read_text().splitlines():
         if line.startswith("#"):
             match = re.fullmatch(r"### (\w+): (.+)", line)
             heading = match.groups() if match else ()
-        elif line.startswith("| `"):
+        elif line.startswith(("| `", "| call |")):
             yield heading, [cell.strip() for cell in line.strip("| ").split(" | ")]
 
 
@@ -135,16 +163,18 @@ class Trace:
 
 
 @contextmanager
-def fault(pid: int, case: Case, path: Path) -> Iterator[Trace]:
+def fault(pid: int, case: Case, path: Path, *options: str) -> Iterator[Trace]:
     """Make a call of the process `pid` fail; strace writes its trace to `path`."""
     calls = CALLS.get(case.call, case.call)
+    effect = "signal=KILL" if case.error == KILL else f"error={case.error}"
     with traced(
         pid,
         path,
+        *options,
         "-e",
         f"trace={calls}",
         "-e",
-        f"inject={calls}:error={case.error}:when={case.occurrence}",
+        f"inject={calls}:{effect}:when={case.occurrence}",
     ) as trace:
         yield trace
 
@@ -156,6 +186,20 @@ def traced(pid: int, path: Path, *options: str) -> Iterator[Trace]:
         yield Trace(path)
 
 
+def selection(bench: FaultBench, act: "Act") -> list[str]:
+    """Return options of strace for the calls that count in `act`; all of them by default.
+
+    With these options, strace counts how often a call is made about certain files.
+    """
+    state = str(bench.state_file)
+    paths = {
+        "": (),
+        "file": (str(bench.path),),
+        "state": (os.path.dirname(state), state, f"{state}.new", f"{state}.lock"),
+    }[act.about]
+    return [word for path in paths for word in ("-P", path)]
+
+
 # How the faults are brought about.
 
 
@@ -164,13 +208,16 @@ class Act:
     """What makes a process call.
 
     `begin`, then `turn` up to `turns` times. With `held`, tracing starts when a process has stopped
-    at that breakpoint after `begin`.
+    at that breakpoint after `begin`. Only calls about the served file or about the state file are
+    traced if `about` is "file" or "state". After a fault about the state file, the server is killed
+    and started again.
     """
 
     turn: Callable[[FaultBench], None]
     turns: int = 1
     held: str = ""
     begin: Callable[[FaultBench], object] = FaultBench.ready
+    about: str = ""
 
 
 def upgrade(bench: FaultBench) -> None:
@@ -209,6 +256,19 @@ def begin_start(bench: FaultBench) -> None:
     bench.launch()
 
 
+def begin_anew(bench: FaultBench) -> None:
+    """Replace the server by another one, which serves."""
+    bench.stop()
+    bench.ready()
+
+
+def begin_restart(bench: FaultBench) -> None:
+    """Kill the server, rotate the file, and start another server for the same log."""
+    bench.stop()
+    bench.archive()
+    bench.launch(fresh=False)
+
+
 def await_start(bench: FaultBench) -> None:
     """Wait until the server serves or has ended."""
     server = bench.server
@@ -216,6 +276,14 @@ def await_start(bench: FaultBench) -> None:
     eventually(lambda: server.process.poll() is not None or server.lines("worker ready"))
     if server.process.poll() is None:
         bench.connect_clients()
+
+
+def await_restart(bench: FaultBench) -> None:
+    """Wait until the server has rolled to the file of the rotation, or has ended."""
+    server = bench.server
+    assert server is not None
+    eventually(lambda: server.process.poll() is not None or server.lines("rolled: "))
+    await_start(bench)
 
 
 def begin_asking(bench: FaultBench) -> None:
@@ -251,6 +319,14 @@ ACTS = {
     "proof": Act(FaultBench.await_upgrade, held="proof", begin=begin_upgrade),
     "takeover": Act(FaultBench.await_upgrade, held="main", begin=begin_upgrade),
     "answer": Act(await_answer, held="status", begin=begin_asking),
+    "slow rotation": Act(FaultBench.rotate_slowly, 1),
+    "first slow rotation": Act(FaultBench.rotate_slowly, 1, begin=begin_anew),
+    "truncation": Act(FaultBench.truncate, 1),
+    "file at start": Act(await_start, held="main", begin=begin_start, about="file"),
+    "state at start": Act(await_start, held="main", begin=begin_start, about="state"),
+    "state at restart": Act(await_restart, held="main", begin=begin_restart, about="state"),
+    "state at a roll": Act(FaultBench.archive, about="state"),
+    "state at the end": Act(drain, about="state"),
 }
 
 
@@ -288,6 +364,8 @@ def perform(bench: FaultBench, act: Act, process: str, tracer: Tracer) -> Trace:
 def run(bench: FaultBench, case: Case, path: Path) -> str:
     """Make the fault occur and return its outcome; strace writes its trace to `path`."""
     act = ACTS[case.act]
+    if act.about == "state":
+        return run_about_state(bench, act, case, path)
     # These lines are rate-limited in the log, so use a new server before they are suppressed.
     if bench.log().count(": client disconnected") >= 9:
         bench.stop()
@@ -303,7 +381,8 @@ def run(bench: FaultBench, case: Case, path: Path) -> str:
         len(bench.log()),
         bench.count_descriptors(),
     )
-    fired = perform(bench, act, case.process, lambda pid: fault(pid, case, path)).fired()
+    options = selection(bench, act)
+    fired = perform(bench, act, case.process, lambda pid: fault(pid, case, path, *options)).fired()
     outcome = bench.outcome()
     log = bench.log()[begin if bench.starts == starts else 0 :]
     assert "Traceback" not in log
@@ -319,6 +398,28 @@ def run(bench: FaultBench, case: Case, path: Path) -> str:
     if POLLING in log:
         bench.stop()
     return qualify(outcome, case, log) if fired else NOT_MADE
+
+
+def run_about_state(bench: FaultBench, act: Act, case: Case, path: Path) -> str:
+    """Do the same for a call about the state file, and restart the server afterwards."""
+    options = selection(bench, act)
+    starts, begin = bench.starts, len(bench.log())
+    trace = perform(bench, act, case.process, lambda pid: fault(pid, case, path, *options))
+    outcome = bench.outcome()
+    log = bench.log()[begin if bench.starts == starts else 0 :]
+    assert "Traceback" not in log
+    assert log.count(UNSAVED) <= 1
+    content = bench.state_file.read_bytes() if bench.state_file.exists() else None
+    # Only a server that starts for the first time may leave none.
+    assert act.begin is begin_start if content is None else decode(content, str(bench.path))
+    bench.restart()
+    if case.error == KILL and outcome == f"ends {-signal.SIGKILL}":
+        return "killed"
+    if not trace.fired():
+        return NOT_MADE
+    if LOCKED in log and outcome == "ends 1":
+        return "locked"
+    return "unsaved" if UNSAVED in log and outcome == "exact" else qualify(outcome, case, log)
 
 
 def qualify(outcome: str, case: Case, log: str) -> str:

@@ -1,8 +1,10 @@
 """Makes each system call of the tables in faults.md fail, and compares the outcome."""
 
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from faults.faults import (
     read_exempt,
     read_table,
     run,
+    selection,
     traced,
 )
 from support.strace import can_inject
@@ -26,7 +29,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 # Trying all cases takes minutes. Without the variable, later occurrences, and acts that run a whole
 # program, are tried only with the first error of each line.
 ALL = bool(os.environ.get("TAILSRV_TEST_FAULTS"))
-WHOLE = ("start", "takeover")
+WHOLE = ("start", "takeover", "state at start", "state at restart")
 
 
 def is_tried(case: Case) -> bool:
@@ -77,7 +80,7 @@ def test_each_call_is_in_a_table(
         bench,
         replace(act, turns=min(2, act.turns)),
         process,
-        lambda pid: traced(pid, tmp_path / "trace"),
+        lambda pid: traced(pid, tmp_path / "trace", *selection(bench, act)),
     ).calls()
     assert bench.outcome() == "exact"
     for case in cases:
@@ -87,3 +90,18 @@ def test_each_call_is_in_a_table(
     # The process continues as another program, whose interpreter starts.
     if (process, name) != ("supervisor", "upgrade"):
         assert set(made) <= {case.call for case in cases} | read_exempt()
+
+
+def test_no_descriptor_for_the_next_file(bench: FaultBench) -> None:
+    """A worker that has no descriptor left for the next file exits, and its successor has it.
+
+    recvmsg(2) reports no error in this case: the message lacks the descriptor.
+    """
+    bench.ready()
+    bench.rest()
+    used = set(os.listdir(f"/proc/{bench.worker}/fd"))
+    free = next(number for number in count() if str(number) not in used)
+    _, hard = resource.prlimit(bench.worker, resource.RLIMIT_NOFILE)
+    resource.prlimit(bench.worker, resource.RLIMIT_NOFILE, (free, hard))
+    bench.rotate()
+    assert bench.outcome() == "replaced"
