@@ -1,6 +1,7 @@
-"""The clients of a run, of several kinds. Each compares every byte it receives with the file."""
+"""The clients of a run, of several kinds. Each compares every byte it receives with the log."""
 
 import random
+import re
 import socket
 import struct
 import time
@@ -19,12 +20,10 @@ AHEAD = 64 << 10
 # Seconds within which a connection must succeed. This is long enough even for a busy server,
 # because the kernel completes the handshake.
 CONNECT = 10.0
-# The server's --grace, in seconds: after a rotation, clients that do not read have this much time.
-GRACE = 5.0
-# Seconds within which a server on a busy machine notices a rotation. Until then it serves the old
-# file to new clients.
-NOTICE = 0.5
-
+# The line that the server sends first to a client that asks for it: the log offsets of the first
+# byte that follows, and of the end.
+_PLACE = re.compile(rb"(\d{19}) (\d{19})\n")
+PLACE = 40
 # With this value of SO_LINGER, close(2) sends a reset instead of a FIN.
 _RESET = struct.pack("ii", 1, 0)
 
@@ -62,8 +61,8 @@ KINDS = (
     Kind("live", 10, "now"),
     Kind("replay", 2, "zero", stay=(2, 15)),
     Kind("tail", 5, "last", stay=(1, 30)),
-    Kind("slow", 4, "near", stay=(10, 60), chunk=4096, pause=0.05, receive_buffer=4096),
-    Kind("stalled", 4, "last", chunk=1 << 20, pause=7.0),
+    Kind("slow", 4, "near", stay=(5, 40), chunk=4096, pause=0.05, receive_buffer=4096),
+    Kind("stalled", 4, "last", stay=(10, 40), chunk=1 << 20, pause=7.0),
     Kind("half-closed", 4, "near", half_close=True),
     Kind("junk", 4, "last", junk=True),
     Kind("piecemeal", 3, "anywhere", stay=(1, 5), piecemeal=True),
@@ -74,8 +73,8 @@ KINDS = (
 )
 
 
-def start_of(where: str, size: int, dice: random.Random) -> bytes:
-    """Return the number to send in a header, for a file of `size` bytes.
+def start_of(where: str, oldest: int, size: int, dice: random.Random) -> bytes:
+    """Return the number to send in a header, for a log from `oldest` to `size`.
 
     `where` is `zero`, `now`, `anywhere`, `near`, `last` or `ahead`.
     """
@@ -85,9 +84,9 @@ def start_of(where: str, size: int, dice: random.Random) -> bytes:
         case "now":
             return b"-0"
         case "anywhere":
-            return b"%d" % dice.randrange(size + 1)
+            return b"%d" % dice.randrange(oldest, size + 1)
         case "near":
-            return b"%d" % max(0, size - dice.randrange(NEAR))
+            return b"%d" % max(oldest, size - dice.randrange(NEAR))
         case "last":
             return b"-%d" % dice.randrange(1, NEAR)
         case "ahead":
@@ -128,10 +127,20 @@ def half_close(sock: socket.socket) -> None:
 
 
 class Reader:
-    """A client that has requested a stream, and the position in it."""
+    """A client that has requested a stream, and the position in it.
+
+    `request` is the request without the newline. `seen` is a log offset that other clients had
+    reached some time ago, so all workers know that the log has this size at least.
+    """
 
     def __init__(
-        self, kind: Kind, sock: socket.socket, number: bytes, file: GrowingFile, tally: Tally
+        self,
+        kind: Kind,
+        sock: socket.socket,
+        request: bytes,
+        file: GrowingFile,
+        tally: Tally,
+        seen: int = 0,
     ) -> None:
         self.kind, self.sock, self.file, self.tally = kind, sock, file, tally
         self.pause = kind.pause
@@ -140,18 +149,19 @@ class Reader:
         # `got` is the time of the last bytes. `released` is when the client last began to read
         # again after it was held.
         self.connected = self.got = self.released = time.monotonic()
-        # Generation and size of the file before the server can have read the header.
-        self._generation, self._size = file.generation, file.size
-        # The server may not have noticed the last rotation yet.
-        unnoticed = self.connected - file.rotated < NOTICE
-        self._oldest = self._generation - unnoticed
+        number = request.removeprefix(b"?")
+        # Whether the server sends the place of the stream first.
+        self._asked = request.startswith(b"?")
+        # The end that the server may have seen at least, and the end of the log.
+        self._seen, self._size = seen, file.size
+        self._oldest = file.noticed
         # The number of bytes before the end, if the header asks for that.
         self._back = int(number[1:]) if number.startswith(b"-") else None
-        # The position of the next byte, once it is known.
-        self.position = int(number) if self._back is None else None
-        # The generation that the client reads, once it is known.
-        self.generation: int | None = None
-        # The bytes received before the generation is known.
+        # The position of the next byte, once it is known. 0 means the earliest byte.
+        self.position = int(number) or None if self._back is None else None
+        # Whether it is certain that the stream is at this position.
+        self.located = False
+        # The bytes received before that.
         self._head = bytearray()
 
     def __str__(self) -> str:
@@ -173,44 +183,71 @@ class Reader:
         if not data:
             return self._ended("end of stream")
         self.got = time.monotonic()
-        if self.generation is not None:
+        if self.located:
             return self._compare(data)
         self._head += data
+        if self._asked:
+            return len(self._head) < PLACE or self._read_place()
         return len(self._head) < LOCATE or self._locate()
 
+    def _read_place(self) -> bool:
+        """Read the line with the place of the stream, and check it."""
+        line, rest = bytes(self._head[:PLACE]), bytes(self._head[PLACE:])
+        self._head.clear()
+        if not (place := _PLACE.fullmatch(line)):
+            return self._wrong(f"the line with its place is {line!r}")
+        start, end = int(place[1]), int(place[2])
+        if not self._seen <= end <= self.file.size:
+            return self._wrong(
+                f"the log's end is said to be {end}, not from {self._seen} to {self.file.size}"
+            )
+        if self._back is not None:
+            requested = end - self._back
+            if start != requested and not (start > requested and self._is_earliest(start)):
+                return self._wrong(
+                    f"the stream is said to start at {start}, the log to end at {end}"
+                )
+        return self._begin(start, rest)
+
     def _locate(self) -> bool:
-        """Find out where the stream started, and whether it may start there."""
-        head, self._head = bytes(self._head), bytearray()
-        found = self.file.content.locate(head)
-        if found is None:
-            return self._wrong(f"received bytes that are in no file: {head[:40]!r}")
-        self.generation, start = found
-        if not self._may_begin(self.generation, start):
-            return self._wrong(f"its stream started at byte {start} of file {self.generation}")
-        self.position = start
-        return self._compare(head)
+        """Find out where the stream started."""
+        head = bytes(self._head)
+        self._head.clear()
+        if (start := self.file.content.locate(head)) is None:
+            return self._wrong(f"received bytes that are not in the log: {head[:40]!r}")
+        return self._begin(start, head)
 
-    def _may_begin(self, generation: int, start: int) -> bool:
-        """Return whether the stream may start at byte `start` of that generation.
+    def _begin(self, start: int, data: bytes) -> bool:
+        """Begin the stream at `start`, if it may start there."""
+        if not self._may_begin(start):
+            return self._wrong(f"its stream started at byte {start}")
+        self.position, self.located = start, True
+        return not data or self._compare(data)
 
-        For a start before the end of the file, the end that the server saw was between the size at
-        the time of the request and the size now.
+    def _may_begin(self, start: int) -> bool:
+        """Return whether the stream may start at the log offset `start`.
+
+        For a start before the end of the log, the end that the server saw was between the size that
+        all workers knew at the time of the request, and the size now.
         """
-        if not self._oldest <= generation <= self.file.generation:
-            return False
-        if self._back is None:
+        if self.position is not None:
             return start == self.position
-        # A later generation did not exist at the time of the request.
-        least = self._size if generation == self._generation else 0
-        return (
-            max(0, least - self._back) <= start <= max(0, self.file.sizes[generation] - self._back)
-        )
+        if self._back is None:
+            return self._is_earliest(start)
+        least, most = self._seen - self._back, self.file.size - self._back
+        return max(self._oldest, least) <= start <= max(self.file.oldest, most)
+
+    def _is_earliest(self, start: int) -> bool:
+        """Return whether the log may have begun at `start` since the request.
+
+        The server may not have noticed yet that the oldest file was deleted.
+        """
+        return self._oldest <= start <= self.file.oldest and self.file.is_base(start)
 
     def _compare(self, data: bytes) -> bool:
-        assert self.generation is not None
         assert self.position is not None
-        expected = self.file.content.read(self.generation, self.position, len(data))
-        if data != expected or self.position + len(data) > self.file.sizes[self.generation]:
+        expected = self.file.content.read(self.position, len(data))
+        if data != expected or self.position + len(data) > self.file.size:
             index = next(
                 (
                     i
@@ -219,57 +256,54 @@ class Reader:
                 ),
                 len(data),
             )
+            if self.position + index in self.file.truncated:
+                # The file's new bytes were sent before the server noticed that it was truncated.
+                return self._gone()
             return self._wrong(
-                f"byte {self.position + index} of file {self.generation} differs:"
-                f" {data[index : index + 16]!r}"
+                f"byte {self.position + index} differs: {data[index : index + 16]!r}"
             )
         self.position += len(data)
         self.tally.checked += len(data)
+        self.file.delivered = max(self.file.delivered, self.position)
         return True
 
     def _ended(self, how: str) -> bool:
         """Count the end of a stream that the client did not end itself, or report it as wrong."""
-        if self.file.generation > (self._oldest if self.generation is None else self.generation):
-            if self.generation is None or self.position == self.file.sizes[self.generation]:
-                self.tally.rotated += 1
-            elif self.pause or time.monotonic() - self.released < 2 * GRACE:
-                self.tally.cut_off += 1
-            else:
-                self._wrong(f"{how}, before the end of file {self.generation}")
-        elif self.generation is None and not self._head and self.tally.may_be_lost(self.connected):
-            self.tally.lost += 1
-        else:
-            self._wrong(how)
+        # Where the stream is if the server knows nothing of the last deletions.
+        position = self._oldest if self.position is None else self.position
+        if position < self.file.truncated.stop:
+            return self._gone()
+        if not self.located and not self._head:
+            if self.position is not None and position < self.file.oldest:
+                return self._gone()
+            if self.tally.may_be_lost(self.connected):
+                self.tally.lost += 1
+                return False
+        return self._wrong(how)
+
+    def _gone(self) -> bool:
+        self.tally.gone += 1
         return False
 
     def _wrong(self, what: str) -> bool:
         self.tally.note_wrong(f"{self}: {what}")
         return False
 
-    def waiting_since(self, history: Iterable[tuple[float, int, int]]) -> float | None:
-        """Return since when the server should have sent bytes, or the end; None if it need not.
+    def waiting_since(self, history: Iterable[tuple[float, int]]) -> float | None:
+        """Return since when the server should have sent bytes; None if it need not.
 
-        `history` has entries (time, generation, size) of the file, the oldest first.
+        `history` has entries (time, size) of the log, the oldest first.
         """
-        for when, generation, size in history:
-            if self._is_due(generation, size):
+        for when, size in history:
+            if size > (self._size if self.position is None else self.position):
                 return max(when, self.got, self.released)
         return None
 
-    def _is_due(self, generation: int, size: int) -> bool:
-        """Return whether the server has something to send if the file has this state."""
-        current = self._generation if self.generation is None else self.generation
-        if generation != current and self.generation is not None:
-            return generation > current
-        if self.position is not None:
-            return generation >= current and size > self.position
-        return generation >= current and size > (self._size if generation == current else 0)
-
     def caught_up(self) -> bool:
         """Return whether the client has all bytes; this includes one that starts beyond the end."""
-        if self.generation is None:
+        if not self.located:
             return self.position is not None and self.position >= self.file.size
-        return self.generation == self.file.generation and self.position == self.file.size
+        return self.position == self.file.size
 
 
 class InvalidClient:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def _look(pid: int) -> tuple[int, int, int] | None:
         return None
     pss = re.search(r"^Pss: *(\d+) kB$", rollup, re.MULTILINE)
     return (int(pss[1]) << 10, descriptors, threads) if pss else None
+
+
+def deleted_files(pids: Iterable[int], path: Path) -> list[str]:
+    """Return the files that these processes have open, and that were deleted.
+
+    Only files are returned whose path began with `path`.
+    """
+    return [link for pid in pids for link in _links(pid) if _is_deleted(link, path)]
+
+
+def _links(pid: int) -> list[str]:
+    found = []
+    with suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                found.append(os.readlink(entry.path))
+    return found
+
+
+def _is_deleted(link: str, path: Path) -> bool:
+    return link.startswith(str(path)) and link.endswith(" (deleted)")
 
 
 def _socket_memory() -> int:

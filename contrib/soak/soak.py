@@ -17,7 +17,7 @@ from pathlib import Path
 
 import samples
 from content import Content
-from growing import GrowingFile
+from growing import ROTATIONS, GrowingFile
 from samples import Sample
 from served import Server, ServerError, until
 from strikes import FAULTS, Faults
@@ -38,8 +38,10 @@ PROGRESS = 10.0
 # Bytes in the file at the start.
 BEGIN = 1 << 20
 MIB = 1 << 20
-# Texts that must not be in the log, whatever the faults.
-BAD = (" error: ", " critical: ", "Traceback")
+# Texts that must not be in the server's log, whatever the faults.
+BAD = (" error: ", " critical: ", "Traceback", "no client gets", "the log lacks", "are gone")
+# An error for which a truncated file is the reason.
+TRUNCATED = "its next bytes no longer exist"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,13 +66,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--rate",
         type=positive,
         default=256,
-        help="growth of the file in KiB per second (default: 256)",
+        help="growth of the log in KiB per second (default: 256)",
     )
     parser.add_argument(
         "--max-size",
         type=positive,
         default=2048,
-        help="largest size of the file in MiB, which may reduce the rate (default: 2048)",
+        help="largest size of a file that is not rotated in MiB, which may reduce the rate"
+        " (default: 2048)",
     )
     parser.add_argument(
         "--faults",
@@ -81,7 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rotate",
         action="store_true",
-        help="serve with --follow-name, and add the rotation of the file to the faults",
+        help="serve with --follow-name, and rotate the file every few seconds",
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="as --rotate, and truncate the file instead at some of the rotations",
     )
     parser.add_argument(
         "--seed",
@@ -97,6 +105,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="command that starts the server",
     )
     parser.add_argument("--folder", help="folder for the served file during the run")
+    parser.add_argument(
+        "--log", metavar="FILE", help="write the server's log to FILE (default: a temporary file)"
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -139,12 +150,19 @@ class Soak:
         dice = random.Random(arguments.seed)
         self.file = GrowingFile(folder / "file", Content(arguments.seed))
         self.file.append(BEGIN)
-        options = ["-w", str(arguments.workers), *(["--follow-name"] if arguments.rotate else [])]
-        self.server = Server(arguments.tailsrv, options, self.file.path, folder / "log")
-        rate = min(arguments.rate * 1024, arguments.max_size * (1 << 20) / self.seconds)
-        self.traffic = Traffic(self.server, self.file, self.tally, rate, dice)
-        names = [*arguments.faults, "rotate"] if arguments.rotate else arguments.faults
-        self.faults = Faults(names, self.server, self.traffic, self.tally, dice)
+        options = ["-w", str(arguments.workers)]
+        self.rotations: tuple[str, ...] = ()
+        rate = arguments.rate * 1024
+        if arguments.rotate or arguments.truncate:
+            options += ["--follow-name", "--state-file", str(folder / "state")]
+            self.rotations = ROTATIONS + (("truncate",) if arguments.truncate else ())
+        else:
+            rate = min(rate, arguments.max_size * MIB / self.seconds)
+        self.server = Server(
+            arguments.tailsrv, options, self.file.path, Path(arguments.log or folder / "log")
+        )
+        self.traffic = Traffic(self.server, self.file, self.tally, rate, self.rotations, dice)
+        self.faults = Faults(arguments.faults, self.server, self.traffic, self.tally, dice)
 
     def run(self) -> Summary:
         """Run the test, and return its summary."""
@@ -192,10 +210,15 @@ class Soak:
 
     def rest(self) -> None:
         """Let every stream catch up, disconnect all clients, and take a sample without clients."""
+        if self.rotations:
+            # A supervisor gets an inotify instance with the first rotation that it sees.
+            self.file.rotate("rename", self.traffic.dice)
         self.traffic.catch_up()
         self.check()
         self.traffic.clear()
         until(self.has_no_clients, "the server has noticed that all clients have left", REST)
+        self.file.delete_older()
+        until(self.has_no_deleted_files, "the server has closed all deleted files", REST)
         until(self.is_steady, "the server is at rest", REST)
         self.rests.append(self.samples[-1])
 
@@ -212,6 +235,10 @@ class Soak:
         """
         self.file.append(1)
         return self.server.is_whole() and self.server.status()["clients"] == 0
+
+    def has_no_deleted_files(self) -> bool:
+        """Return whether the server has no deleted file open."""
+        return not samples.deleted_files(self.server.processes(), self.file.path)
 
     def is_steady(self) -> bool:
         """Take a sample; return whether it is like the last one, except for the memory."""
@@ -236,8 +263,9 @@ class Soak:
         tally = self.tally
         print(
             f"{seconds:.0f} of {self.seconds:.0f} s: {tally.checked >> 20} MiB checked,"
-            f" {tally.faults.total()} faults, {len(self.traffic.readers)} clients,"
-            f" {self.samples[-1].pss / MIB:.1f} MiB, {len(tally.wrong)} wrong",
+            f" {tally.faults.total()} faults, {tally.rotations.total()} rotations,"
+            f" {len(self.traffic.readers)} clients, {self.samples[-1].pss / MIB:.1f} MiB,"
+            f" {self.samples[-1].descriptors} descriptors, {len(tally.wrong)} wrong",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
@@ -248,15 +276,20 @@ class Soak:
             command=shlex.join(self.server.command),
             seed=self.arguments.seed,
             seconds=seconds,
-            file_bytes=sum(self.file.sizes),
+            log_bytes=self.file.size,
             status=status,
             tally=self.tally,
             start=self.rests[0] if self.rests else None,
             end=self.rests[1] if len(self.rests) > 1 else None,
             peak=peak(self.samples),
             log_lines=len(log),
-            bad_lines=[line for line in log if any(bad in line for bad in BAD)][:20],
+            bad_lines=[line for line in log if self.is_bad(line)][:20],
         )
+
+    def is_bad(self, line: str) -> bool:
+        """Return whether `line` should not be in the server's log."""
+        expected = self.arguments.truncate and TRUNCATED in line
+        return not expected and any(bad in line for bad in BAD)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

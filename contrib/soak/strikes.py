@@ -48,7 +48,6 @@ class Faults:
             "stall": self.stall,
             "flood": self.flood,
             "nonsense": self.nonsense,
-            "rotate": self.rotate,
         }
 
     def strike(self) -> None:
@@ -120,10 +119,6 @@ class Faults:
         for _ in range(BURST):
             self._traffic.connect_invalid(clients.invalid_header(self._dice))
 
-    def rotate(self) -> None:
-        """Rename the file, and create the next one of its name."""
-        self._traffic.file.rotate()
 
-
-# The default faults: all but the rotation, for which the server needs an option.
+# The names of all faults.
 FAULTS = ("kill", "stop", "upgrade", "reset", "burst", "stall", "flood", "nonsense")

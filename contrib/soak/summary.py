@@ -23,7 +23,7 @@ class Summary:
     command: str
     seed: int
     seconds: float
-    file_bytes: int
+    log_bytes: int
     status: int | None
     tally: Tally
     start: Sample | None
@@ -66,18 +66,17 @@ class Summary:
             f" {minutes:.1f} minutes of {self.command}, seed {self.seed}",
             *(f"  {reason}" for reason in self.reasons()),
             "",
-            f"bytes checked      {tally.checked:,} of a file of {self.file_bytes:,}",
+            f"bytes checked      {tally.checked:,} of a log of {self.log_bytes:,}",
             f"connections        {tally.connections.total():,}: {_counts(tally.connections)}",
             f"faults survived    {tally.faults.total():,}: {_counts(tally.faults)}",
             f"longest wait       {tally.longest_wait:.0f} s until a client received waiting bytes",
             f"lost in accept     {tally.lost}, because their worker was killed"
             " after accepting the connection and before reporting it",
+            f"deleted            {tally.gone} connections that were closed because their bytes had"
+            " been deleted",
             *(
-                [
-                    f"ended by rotation  {tally.rotated},"
-                    f" and {tally.cut_off} that were closed for being too slow"
-                ]
-                if "rotate" in tally.faults
+                [f"rotations          {tally.rotations.total():,}: {_counts(tally.rotations)}"]
+                if tally.rotations
                 else []
             ),
             f"log                {self.log_lines:,} lines",

@@ -15,7 +15,7 @@ ACCEPTING = 10.0
 class Tally:
     """The figures of a run."""
 
-    # Bytes that were compared with the file.
+    # Bytes that were compared with the log.
     checked: int = 0
     # Connections by the kind of client.
     connections: Counter[str] = field(default_factory=Counter)
@@ -23,10 +23,10 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     # Connections whose worker was killed after accepting them and before reporting them.
     lost: int = 0
-    # Streams that ended correctly, at the end of a file that was renamed.
-    rotated: int = 0
-    # Streams that a rotation ended before the client had read all: it was too slow for --grace.
-    cut_off: int = 0
+    # Rotations of the file by kind.
+    rotations: Counter[str] = field(default_factory=Counter)
+    # Connections that the server closed because the bytes they asked for had been deleted.
+    gone: int = 0
     # The longest time in seconds that a client waited for bytes that the server could have sent.
     longest_wait: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -34,8 +34,8 @@ class Tally:
     _kills: deque[float] = field(default_factory=lambda: deque(maxlen=100))
 
     def note_wrong(self, what: str) -> None:
-        """Record an error."""
-        self.wrong.append(what)
+        """Record an error, with the time of day, so that it can be found in the server's log."""
+        self.wrong.append(f"{time.strftime('%X')} {what}")
 
     def hopeless(self) -> bool:
         """Return whether there are so many errors that the run should stop."""

@@ -5,12 +5,13 @@ import sched
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
 import clients
 from clients import KINDS, InvalidClient, Kind, Reader
+from content import LOCATE
 from growing import GrowingFile
 from served import Server
 from tally import Tally
@@ -19,6 +20,13 @@ from tally import Tally
 APPENDS = (1, 64 << 10)
 # Bytes of a rare large append: more than the server sends in one turn of its loop.
 OUTBURST = 3 << 20
+# Seconds of writing that the writer makes up for after a delay.
+BEHIND = 0.2
+# The largest number of appends at once, and the least time in seconds until the next ones.
+APPENDS_AT_ONCE = 50
+TURN = 0.001
+# The shortest and longest time between two rotations, in seconds.
+ROTATION = (0.5, 5.0)
 # Clients with an invalid header per second.
 INVALID_RATE = 5.0
 # A client that has waited this many seconds for bytes counts as forgotten by the server. A slot is
@@ -36,20 +44,34 @@ Client = Reader | InvalidClient
 class Traffic:
     """The writer and all clients, in one event loop: `run()` runs it.
 
-    `rate` is the growth of the file in bytes per second.
+    `rate` is the growth of the log in bytes per second, and `rotations` are the kinds of rotations.
     """
 
     def __init__(
-        self, server: Server, file: GrowingFile, tally: Tally, rate: float, dice: random.Random
+        self,
+        server: Server,
+        file: GrowingFile,
+        tally: Tally,
+        rate: float,
+        rotations: Sequence[str],
+        dice: random.Random,
     ) -> None:
+        self._rotations = rotations
+        # The kinds of the next rotations, and whether the file is to be truncated.
+        self._coming: list[str] = []
+        self._truncating = False
         self.server, self.file, self.tally, self.rate, self.dice = server, file, tally, rate, dice
         self.readers: set[Reader] = set()
         self.invalid_clients: set[InvalidClient] = set()
         # While this is set, the file grows, and each client that disconnects is replaced.
         self.busy = False
+        # The time of the next append.
+        self._due = 0.0
+        # The largest log offset that clients had reached two seconds ago, and one second ago.
+        self._known = self._reached = 0
         self._selector = selectors.DefaultSelector()
         self._timers = sched.scheduler(time.monotonic)
-        self._history: deque[tuple[float, int, int]] = deque(maxlen=int(2 * FORGOTTEN))
+        self._history: deque[tuple[float, int]] = deque(maxlen=int(2 * FORGOTTEN))
 
     # The loop
 
@@ -92,6 +114,8 @@ class Traffic:
         self._write()
         self._watch()
         self._connect_invalid_clients()
+        if self._rotations:
+            self.later(ROTATION[0], self._rotate)
         for kind in KINDS:
             for _ in range(max(1, round(kind.count * scale))):
                 self.connect(kind)
@@ -99,6 +123,20 @@ class Traffic:
     def _write(self) -> None:
         if not self.busy:
             return
+        if self._truncating:
+            self._truncate()
+            return
+        now = time.monotonic()
+        # A delay is made up for, but not one of more than a moment.
+        self._due = max(self._due, now - BEHIND)
+        # Clients must read between appends, also if the writer is too slow for the rate.
+        for _ in range(APPENDS_AT_ONCE):
+            self._append()
+            if self._due > now:
+                break
+        self.later(max(TURN, self._due - now), self._write)
+
+    def _append(self) -> None:
         least, most = APPENDS
         count = (
             OUTBURST
@@ -106,12 +144,43 @@ class Traffic:
             else int(least * (most / least) ** self.dice.random())
         )
         self.file.append(count)
-        self.later(self.dice.expovariate(1) * count / self.rate, self._write)
+        self._due += self.dice.expovariate(1) * count / self.rate
+
+    def _rotate(self) -> None:
+        """Rotate the file, and do it again in some seconds."""
+        if not self.busy:
+            return
+        self.later(self.dice.uniform(*ROTATION), self._rotate)
+        if self._truncating:
+            return
+        if not self._coming:
+            self._coming = self.dice.sample(self._rotations, len(self._rotations))
+        kind = self._coming.pop()
+        self.tally.rotations[kind] += 1
+        if kind == "truncate":
+            self._truncating = True
+        else:
+            self.file.rotate(kind, self.dice)
+
+    def _truncate(self) -> None:
+        """Truncate the file when a client has received all of it, and write no more until then.
+
+        Nor is anything but one byte written until a client has received that: the server could not
+        tell a file that was truncated and has grown beyond its old size from one that has grown.
+        """
+        if self.file.truncated.stop == self.file.base and self.file.size == self.file.base + 1:
+            self._truncating = self.file.delivered < self.file.size
+        elif self.file.delivered == self.file.size > self.file.base + 1:
+            self.file.truncate()
+            self.file.append(1)
+        self.later(0.01, self._write)
 
     def _watch(self) -> None:
         """Check once a second for clients that wait too long for bytes, or to be disconnected."""
         now = time.monotonic()
-        self._history.append((now, self.file.generation, self.file.size))
+        self._history.append((now, self.file.size))
+        # All workers know this size for a second now.
+        self._known, self._reached = self._reached, self.file.delivered
         for reader in list(self.readers):
             self._check_wait(reader, now)
         for client in list(self.invalid_clients):
@@ -141,7 +210,9 @@ class Traffic:
         if not self.busy:
             # The run has ended since this client was scheduled.
             return
-        number = clients.start_of(kind.start, self.file.size, self.dice)
+        request = clients.start_of(kind.start, self.file.oldest, self.file.size, self.dice)
+        if self.dice.random() < 0.5:
+            request = b"?" + request
         try:
             sock = clients.connect(self.server.port, kind.receive_buffer)
         except OSError as error:
@@ -149,10 +220,10 @@ class Traffic:
             self.later(1.0, partial(self.connect, kind))
             return
         self.tally.connections[kind.name] += 1
-        reader = Reader(kind, sock, number, self.file, self.tally)
+        reader = Reader(kind, sock, request, self.file, self.tally, self._known)
         self.readers.add(reader)
         self._selector.register(sock, selectors.EVENT_READ, reader)
-        self._send_header(reader, number + b"\n")
+        self._send_header(reader, request + b"\n")
         if kind.stay:
             self.later(self.dice.uniform(*kind.stay), partial(self.disconnect, reader))
 
@@ -248,7 +319,7 @@ class Traffic:
             self._release(reader)
         for _ in range(CATCH_UP_TRIES):
             # Clients that started beyond the end of the file receive something as well.
-            self.file.append(2 * clients.AHEAD)
+            self.file.append(2 * max(clients.AHEAD, LOCATE))
             if self.run(
                 CATCH_UP / CATCH_UP_TRIES,
                 lambda: all(reader.caught_up() for reader in self.readers),
@@ -258,7 +329,7 @@ class Traffic:
             if not reader.caught_up():
                 self.tally.note_wrong(
                     f"{reader}: not caught up after {CATCH_UP:g} seconds,"
-                    f" the file has {self.file.size} bytes"
+                    f" the log has {self.file.size} bytes"
                 )
 
     def clear(self) -> None:
