@@ -88,8 +88,8 @@ class FileMonitor:
         """Look at the file's size again: the log does not roll."""
         self._frozen = False
         self.deliver_appends()
-        # Clients that found the file shorter for a moment while it was frozen.
-        self._streams.set_end(self._streams.end)
+        # Clients may have found the file shorter for a moment while it was frozen.
+        self.resume_after_shrinking()
 
     def roll(self, size: int, lost: bool, file: int) -> None:
         """Seal the active segment at `size` bytes, and monitor `file` from now on.
@@ -110,7 +110,6 @@ class FileMonitor:
         self._identity = FileIdentity(file, self._path)
         self._watch.follow(following)
         self._register()
-        self.deliver_appends()
         self.begin()
 
     def set_following(self, following: bool) -> None:

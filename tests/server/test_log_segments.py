@@ -1,4 +1,4 @@
-"""Offsets across segments, segments that are deleted or truncated, and who keeps them open."""
+"""Offsets across segments, deleted and truncated segments, and which processes hold them open."""
 
 import os
 import shutil
@@ -405,7 +405,7 @@ def test_truncated_before_a_client_had_everything(serve: Serve, path: Path) -> N
 
 
 def test_truncated_in_a_rotation(server: Server, path: Path) -> None:
-    """An old file that is truncated before the roll is lost, and the log goes on with the next."""
+    """An old file truncated before the roll is lost, and the log continues with the next."""
     client = server.connect(b"0\n")
     expect(client, OLD)
     old = rotate(path)

@@ -89,7 +89,7 @@ def test_nocreate(server: Server, path: Path) -> None:
 
 @needs_logrotate
 def test_copytruncate(server: Server, path: Path) -> None:
-    """With `copytruncate`, a stream that had everything goes on with the new content."""
+    """With `copytruncate`, a stream that had everything continues with the new content."""
     stream = server.connect(b"0\n")
     expect(stream, OLD)
     logrotate(path, "copytruncate", "rotate 3")
