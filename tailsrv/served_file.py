@@ -74,6 +74,8 @@ class ServedFile:
         self.log.append(Segment(sealed.end, file))
         self.gone, self._identity = False, None
         self.open_error, self._lease_logged, self._missing_since = "", False, None
+        # The next file may be one that can be watched.
+        self.polling = None
         return sealed
 
     @property
@@ -254,6 +256,14 @@ def size_of(file: int) -> int | None:
         return os.fstat(file).st_size
     except OSError:
         return None
+
+
+def modified_at(file: int) -> int:
+    """Return when the open `file` was modified last, in nanoseconds; 0 if that is unknown."""
+    try:
+        return os.fstat(file).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def name_of(file: int) -> tuple[str | None, bool]:

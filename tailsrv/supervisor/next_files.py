@@ -1,6 +1,7 @@
 """Finds and opens the files that follow the active segment, because they got its name after it."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,14 @@ from tailsrv.linux.file_system_type import is_local
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE
-from tailsrv.served_file import CannotServeError, ServedFile, size_of
-from tailsrv.supervisor.segment_finder import find_next
+from tailsrv.served_file import CannotServeError, ServedFile, modified_at, size_of
+from tailsrv.supervisor.late_appends import LateAppends
+from tailsrv.supervisor.segment_finder import FilesRenamedError, Found, find_next, open_recent
 
 # Nanoseconds. A writer may append to a file for so long after the next one was complete.
 LATE_APPENDS = 10 * 1_000_000_000
+# Seconds for which files may be renamed during each look at the folder before this is an error.
+RENAMES = 5.0
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class NextFiles:
 
     Args:
         served_file: The path and the log.
+        late: The files that are not in the log any more.
 
     Attributes:
         active_opened_at: A modification time of the active segment in nanoseconds, from when it was
@@ -42,10 +47,12 @@ class NextFiles:
 
     """
 
-    def __init__(self, served_file: ServedFile) -> None:
-        self._served_file = served_file
+    def __init__(self, served_file: ServedFile, late: LateAppends) -> None:
+        self._served_file, self._late = served_file, late
         self._files: list[NextFile] = []
         self.active_opened_at = 0
+        # Since when files have been renamed during each look at the folder, 0 if they have not.
+        self._renamed_since = 0.0
 
     def __len__(self) -> int:
         return len(self._files)
@@ -60,6 +67,26 @@ class NextFiles:
 
     def begin(self, files: Sequence[int]) -> None:
         """Begin with the open `files`, which are known to follow the active segment."""
+        assert self._served_file.file is not None
+        self.active_opened_at = modified_at(self._served_file.file)
+        self._files = [self._examine(file) for file in files]
+        self._exclude_older()
+
+    def _exclude_older(self) -> None:
+        """Exclude files that were rotated before the log began, and may still be appended to."""
+        assert self._served_file.file is not None
+        if not is_local(self._served_file.file):
+            return
+        since = time.time_ns() - LATE_APPENDS
+        for file in open_recent(self._served_file.path, since):
+            if _identity(file) in {_identity(each) for each in self._known()}:
+                close_file(file)
+            else:
+                self._late.begin(file, size_of(file) or 0, owned=True)
+
+    def load(self, files: Sequence[int], active_opened_at: int) -> None:
+        """Continue with the open `files`, which an upgrade has passed on."""
+        self.active_opened_at = active_opened_at
         self._files = [self._examine(file) for file in files]
 
     def take(self) -> int:
@@ -82,16 +109,19 @@ class NextFiles:
         try:
             file = self._served_file.open_next()
             if file is not None and is_local(file):
-                # It was opened to find out whether it can be served. Others may come before it.
-                close_file(file)
-                self._find_all()
+                self._find_all(file)
             elif file is not None:
                 # Other files of the folder cannot be told apart: inode numbers may change.
                 self._files.append(self._examine(file))
+        except FilesRenamedError as error:
+            # This is part of a rotation, unless it lasts.
+            self._renamed_since = self._renamed_since or now
+            if now - self._renamed_since >= RENAMES:
+                self._note_error(str(error))
         except (CannotServeError, OSError) as error:
             self._note_error(str(error))
         else:
-            self._served_file.open_error = ""
+            self._served_file.open_error, self._renamed_since = "", 0.0
 
     def _forget_replaced(self, now: float) -> None:
         """Forget the empty files after one that has got the path's name again."""
@@ -113,25 +143,51 @@ class NextFiles:
             )
         self._served_file.open_error = reason
 
-    def _find_all(self) -> None:
-        """Look for the files among those in the folder, and open them. Raises OSError."""
+    def _find_all(self, named: int) -> None:
+        """Look for the files among those in the folder, and open them. Raises OSError.
+
+        `named` is the open file that the path named a moment ago. Others may come before it. It is
+        closed, unless the folder has no name for it any more.
+        """
+        try:
+            found = self._look()
+        except OSError:
+            close_file(named)
+            raise
+        for warning in found.warnings:
+            logger.warning("%s", warning)
+        files = [segment.file for segment in found.segments]
+        known = {_identity(file) for file in [*self._known(), *files]}
+        if _identity(named) in known:
+            close_file(named)
+        else:
+            # It was replaced in the meantime, so at least the last file came later.
+            later = [file for file in files[:-1] if modified_at(file) > modified_at(named)]
+            files.insert(max(0, len(files) - 1 - len(later)), named)
+        self._files += [self._examine(file) for file in files]
+
+    def _known(self) -> list[int]:
+        """Return the open files that are not new, the last one before the new ones at the end."""
         log = self._served_file.log
         assert log is not None
         files = [segment.file for segment in log if segment.file != NO_FILE]
-        files += [next_file.file for next_file in self._files]
+        return [*self._late.owned, *files, *(next_file.file for next_file in self._files)]
+
+    def _look(self) -> Found:
+        """Find the new files that have a name. Raises OSError."""
+        log = self._served_file.log
+        assert log is not None
+        known = self._known()
         opened_at = self._files[-1].opened_at if self._files else self.active_opened_at
         # The later files have been changed after the last one, apart from late appends to that. So
         # a copy of an older file, made before that, is none of them.
-        since = max(opened_at, modified(files[-1]) - LATE_APPENDS)
+        since = max(opened_at, modified_at(known[-1]) - LATE_APPENDS, self._late.since)
         end = self._served_file.end() or log.active.base
-        known = [_identity(file) for file in files]
-        found = find_next(self._served_file.path, known[:-1], known[-1], since, end)
-        for warning in found.warnings:
-            logger.warning("%s", warning)
-        self._files += [self._examine(segment.file) for segment in found.segments]
+        *sealed, active = [_identity(file) for file in known]
+        return find_next(self._served_file.path, sealed, active, since, end)
 
     def _examine(self, file: int) -> NextFile:
-        return NextFile(file, FileIdentity(file, self._served_file.path), modified(file))
+        return NextFile(file, FileIdentity(file, self._served_file.path), modified_at(file))
 
     def first_byte(self, now: float) -> float | None:
         """Return when a next file was found to have a byte, None as long as all are empty."""
@@ -150,11 +206,3 @@ def _identity(file: int) -> tuple[int, int]:
         # The file system of that file has died, so no other name leads to the file.
         return -1, -1
     return status.st_dev, status.st_ino
-
-
-def modified(file: int) -> int:
-    """Return the modification time of the open `file` in nanoseconds, 0 if it is not known."""
-    try:
-        return os.fstat(file).st_mtime_ns
-    except OSError:
-        return 0

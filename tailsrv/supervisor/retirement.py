@@ -85,7 +85,7 @@ class Retirement:
         )
         for segment in log.drop_before(needed):
             if segment.file != NO_FILE:
-                self._late.end(segment)
+                self._late.end(segment.file)
                 close_file(segment.file)
 
 

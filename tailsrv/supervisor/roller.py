@@ -24,11 +24,11 @@ from tailsrv.linux.files import close_file, has_writers
 from tailsrv.linux.inotify import Hints, steps_to
 from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE, Segment
-from tailsrv.served_file import ServedFile, size_of
+from tailsrv.served_file import ServedFile, modified_at, size_of
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.late_appends import LateAppends
 from tailsrv.supervisor.log_store import LogStore
-from tailsrv.supervisor.next_files import NextFiles, modified
+from tailsrv.supervisor.next_files import NextFiles
 from tailsrv.supervisor.retirement import Retirement
 from tailsrv.supervisor.sealing import QuietTime, quiet_at, seal_time
 from tailsrv.supervisor.slot import Slot
@@ -70,7 +70,8 @@ class Roller:
     ) -> None:
         self._loop, self._pool, self._served_file = loop, pool, served_file
         self.ends, self.store, self._timing = ends, store, timing
-        self._next = NextFiles(served_file)
+        self._late = LateAppends(loop, served_file, timing)
+        self._next = NextFiles(served_file, self._late)
         # The number of the last roll.
         self._number = 0
         # Whether the workers were ordered to freeze, whether that is because the file was
@@ -85,7 +86,6 @@ class Roller:
         self._gone_since = 0.0
         # Whether a worker has reported that the path does not name the active segment.
         self._reported = False
-        self._late = LateAppends(loop, served_file.path, timing)
         self._retirement = Retirement(pool, served_file, self._late)
         # Whether no next file has a byte yet.
         self._waiting = False
@@ -99,8 +99,8 @@ class Roller:
         self._complete = True
         if handed_on is not None:
             self._number = handed_on.number
-            self._next.active_opened_at = handed_on.opened_at
-            self._next.begin(handed_on.next_files)
+            self._next.load(handed_on.next_files, handed_on.opened_at)
+            self._late.load(handed_on.late)
             if served_file.log is not None:
                 self._loop.timers.set(self.check, loop.now)
             if handed_on.rolling:
@@ -116,13 +116,12 @@ class Roller:
             self._early,
             [next_file.file for next_file in self._next],
             self._next.active_opened_at,
+            self._late.save(),
         )
 
     def begin(self, next_files: Sequence[int] = ()) -> None:
         """Begin with the log, whose file is open now, and with files that are known to follow."""
         assert self._served_file.log is not None
-        assert self._served_file.file is not None
-        self._next.active_opened_at = modified(self._served_file.file)
         self._next.begin(next_files)
         self._loop.timers.set(self.check, self._loop.now)
         self._save()
@@ -365,7 +364,7 @@ class Roller:
         size, lost = self._sealed_size(log.active)
         replaced = log.active.file
         if self._truncated:
-            file, self._next.active_opened_at = replaced, modified(replaced)
+            file, self._next.active_opened_at = replaced, modified_at(replaced)
         else:
             file = self._next.take()
         sealed = self._served_file.roll(size, lost, file)
@@ -377,7 +376,8 @@ class Roller:
             "rolled: %s", fields(path=self._served_file.path, sealed=size, offset=log.active.base)
         )
         if not lost:
-            self._late.begin(sealed)
+            # An empty segment is not in the log.
+            self._late.begin(sealed.file, size, owned=not size)
         elif file != replaced:
             close_file(replaced)
         self._loop.timers.set(self.check_deleted, self._loop.now)

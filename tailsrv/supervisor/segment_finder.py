@@ -11,7 +11,9 @@ Only the folder of the served file is searched, so logrotate's `olddir` is not.
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tailsrv.linux.files import close_file
@@ -28,8 +30,12 @@ from tailsrv.supervisor.state_file import HEAD, SavedSegment, StateFileError
 
 # Most segments of a log. Each needs a descriptor in every process: 1024 is the usual soft limit.
 MAX_SEGMENTS = 1000
-# How often the folder is examined if files are renamed meanwhile.
+# How often the folder is examined if files are renamed meanwhile. At start, there is a pause in
+# seconds before the next attempt.
 _ATTEMPTS = 5
+_START_ATTEMPTS, _START_PAUSE = 50, 0.02
+# Most rotated files that are watched for late appends when the log begins.
+_MAX_RECENT = 16
 # O_NONBLOCK: open(2) must not wait for another program to release a lease on the file.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
 # Errors of open(2) that another attempt would not change. The segment is dropped with a warning.
@@ -71,6 +77,10 @@ class Found:
     warnings: list[str]
 
 
+class FilesRenamedError(OSError):
+    """Files were renamed during each look at the folder, so that some could be missed."""
+
+
 def find_segments(path: str, saved: Sequence[SavedSegment]) -> Found:
     """Find the segments of the log when the server starts.
 
@@ -91,7 +101,10 @@ def find_segments(path: str, saved: Sequence[SavedSegment]) -> Found:
     """
     try:
         return search(
-            path, lambda files, present: decide(files, present, _heads(files, saved), saved)
+            path,
+            lambda files, present: decide(files, present, _heads(files, saved), saved),
+            _START_ATTEMPTS,
+            _START_PAUSE,
         )
     except OSError as error:
         raise StateFileError(
@@ -121,6 +134,7 @@ def find_next(
 
     Raises:
         OSError: A system call failed for a reason that may be temporary.
+        FilesRenamedError: Files were renamed during each of several attempts.
 
     """
     known = {*sealed, active}
@@ -129,21 +143,57 @@ def find_next(
     )
 
 
-def search(path: str, decision: Callable[[list[File], File | None], Chain]) -> Found:
+def open_recent(path: str, since: int) -> list[int]:
+    """Open the rotated files that were changed lately, the last 16 of them at most.
+
+    Args:
+        path: The path of the served file, which is not opened.
+        since: The earliest modification time, in nanoseconds.
+
+    Returns:
+        The descriptors. Files that cannot be opened are left out.
+
+    """
+    try:
+        files, present, _ = _list(path)
+    except OSError:
+        return []
+    recent = [each for each in files if each.modified >= since and each != present]
+    recent.sort(key=lambda each: each.modified)
+    opened: list[int] = []
+    for file in recent[-_MAX_RECENT:]:
+        # They are opened only to notice late appends.
+        with suppress(OSError):
+            if not file.compressed and isinstance(fd := _open(file), int):
+                opened.append(fd)
+    return opened
+
+
+def search(
+    path: str,
+    decision: Callable[[list[File], File | None], Chain],
+    attempts: int = _ATTEMPTS,
+    pause: float = 0.0,
+) -> Found:
     """List the files, decide, and open them; again if files were renamed meanwhile.
 
     Args:
         path: The path of the served file.
         decision: Returns the chain, from the listed files and the one that the path names.
+        attempts: How often to look. If files are renamed each time, some could be missed.
+        pause: Seconds between two attempts.
 
     Returns:
-        What was found. After several attempts, there is a warning that files may be missing.
+        What was found.
 
     Raises:
         OSError: A system call failed for a reason that may be temporary.
+        FilesRenamedError: Files were renamed during each attempt.
 
     """
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(pause)
         files, present, warnings = _list(path)
         found = _open_all(decision(files, present), warnings)
         try:
@@ -153,12 +203,8 @@ def search(path: str, decision: Callable[[list[File], File | None], Chain]) -> F
             raise
         if _names(again) == _names(files) and _same(present, still):
             return found
-        if attempt < _ATTEMPTS - 1:
-            _close(found)
-    found.warnings.append(
-        f"files beside {path!r} are renamed all the time: segments of the log may be missing"
-    )
-    return found
+        _close(found)
+    raise FilesRenamedError(errno.EAGAIN, "files beside it are renamed all the time", path)
 
 
 def _same(before: File | None, after: File | None) -> bool:

@@ -71,6 +71,8 @@ class RollState:
     early: bool
     next_files: list[int]
     opened_at: int
+    # The files that are polled for late bytes: the fields of each `Old`.
+    late: list[list[int | float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class UpgradeState:
             found += [file for _, file, _ in self.log.segments if file not in (None, NO_FILE)]
         if self.roll is not None:
             found += self.roll.next_files
+            found += [int(file) for file, _, _, owned, *_ in self.roll.late if owned]
         for slot in self.slots:
             found += slot.listeners
             found += [] if slot.channel is None else [slot.channel]

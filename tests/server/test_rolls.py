@@ -447,6 +447,45 @@ def test_no_late_bytes(server: Server, path: Path) -> None:
     assert old.read_bytes() == OLD
 
 
+@with_timing(late_interval=0.05)
+def test_late_bytes_around_an_upgrade(server: Server, path: Path) -> None:
+    """Late bytes are counted through an upgrade, also those of a file that is not in the log."""
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    first = rotate(path, b"")
+    # The second file is empty when it is sealed.
+    second = rotate(path, NEW)
+    expect(stream, NEW)
+    server.signal(signal.SIGHUP)
+    server.logged("upgraded: ")
+    append(first, LATE)
+    append(second, MORE)
+    server.logged(LATE_BYTES, f" bytes={len(LATE)} ")
+    server.logged(LATE_BYTES, f" bytes={len(MORE)} ")
+    # The second file is not mistaken for a new one.
+    rotate(path, b"next")
+    expect(stream, b"next")
+    assert len(server.lines(LATE_BYTES)) == 2
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_file_that_was_rotated_before_the_start(serve: Serve, path: Path, late: bool) -> None:
+    """It never becomes part of the log, although it is changed after the first file of the log."""
+    path.write_bytes(OLD)
+    path.with_name(f"{path.name}.7").write_bytes(MORE)
+    timing = {"late_interval": 0.05, "late_patience": HOUR if late else 3.0}
+    server = serve(path, "--follow-name", program=hurried(**timing))
+    stream = server.connect(b"0\n")
+    expect(stream, OLD)
+    append(path.with_name(f"{path.name}.7"), LATE)
+    server.logged(LATE_BYTES, f" bytes={len(LATE)} ")
+    # It is kept open for a while, so that it is recognized, and later by its modification time.
+    eventually(lambda: len(held_files([server.pid], path)) == (2 if late else 1))
+    rotate(path, NEW)
+    expect(stream, NEW)
+    assert status(server)["log"]["end"] == len(OLD + NEW)
+
+
 # The next file cannot be served
 
 

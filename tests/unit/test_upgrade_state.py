@@ -65,7 +65,13 @@ LOG = Log(
 )
 LOG_STATE = LogState.of(LOG)
 ROLL = RollState(
-    number=7, rolling=True, truncated=False, early=True, next_files=[50, 51], opened_at=2**60
+    number=7,
+    rolling=True,
+    truncated=False,
+    early=True,
+    next_files=[50, 51],
+    opened_at=2**60,
+    late=[[42, 5, 90.5, False, 3, True], [54, 0, 95.25, True, 0, False]],
 )
 
 
@@ -103,7 +109,7 @@ def test_round_trip(state: UpgradeState) -> None:
 def test_descriptors() -> None:
     """Each descriptor that the successor needs is listed once."""
     found = make_state().descriptors()
-    slots, files = [10, 11, 12, 13, 20, 21, 22], [30, 31, 32, 33, 40, 42, 50, 51, 52, 53]
+    slots, files = [10, 11, 12, 13, 20, 21, 22], [30, 31, 32, 33, 40, 42, 50, 51, 52, 53, 54]
     assert sorted(found) == [*slots, *files]
 
 
