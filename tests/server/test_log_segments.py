@@ -21,7 +21,7 @@ from support.rotation import (
     rotated,
 )
 from support.server import HURRIED, Serve, Server, hurried
-from support.sockets import LINE_LENGTH, expect, expect_eof, outcome, recv_all, recv_exactly
+from support.sockets import LINE_LENGTH, expect, expect_eof, outcome, recv_all, recv_exactly, reset
 from support.status import await_protected, ready_workers, worker_pids
 from support.tools import NOT_INSTALLED
 from support.waiting import eventually
@@ -54,6 +54,7 @@ def segmented(serve: Serve, path: Path) -> Server:
     for number, data in enumerate(SEGMENTS[1:], 1):
         rotate(path, data)
         rotated(server, number)
+    await_end(server, len(LOG))
     return server
 
 
@@ -61,6 +62,19 @@ def recv_line(sock: socket.socket) -> tuple[int, int]:
     """Return the two offsets of the `?` line."""
     start, end = recv_exactly(sock, LINE_LENGTH).split()
     return int(start), int(end)
+
+
+def await_end(server: Server, end: int) -> None:
+    """Wait until all workers tell that `end`: one of them may roll a moment after the others."""
+
+    def tells() -> bool:
+        sock = server.connect(b"?-0\n")
+        line = recv_line(sock)
+        reset(sock)
+        return line == (end, end)
+
+    # Each connection gets to a worker at random.
+    eventually(lambda: all(tells() for _ in range(16)))
 
 
 # Offsets
@@ -122,8 +136,9 @@ def test_line_of_a_client_between_two_files(server: Server, path: Path) -> None:
     server.logged(MOVED)
     append(old, MORE)
     expect(early, MORE)
-    client = server.connect(b"?-0\n")
     end = len(OLD + MORE)
+    await_end(server, end)
+    client = server.connect(b"?-0\n")
     assert recv_line(client) == (end, end)
     append(path, NEW)
     expect(client, NEW)
@@ -169,6 +184,7 @@ def test_deleted_while_a_client_reads_it(serve: Serve, path: Path) -> None:
     base = rotated(server, 1)
     server.logged("log begins later, segments were deleted: ", f"start={base}")
     # Streams that begin now have no part of it.
+    await_end(server, base + len(NEW))
     later = server.connect(b"?0\n")
     assert recv_line(later) == (base, base + len(NEW))
     expect(later, NEW)
@@ -296,6 +312,7 @@ def test_truncated(server: Server, path: Path, size: int) -> None:
     for client in clients:
         expect(client, OLD[:size] + NEW)
     expect(beyond, NEW[10:])
+    await_end(server, len(OLD) + size + len(NEW))
     later = server.connect(b"?0\n")
     # The bytes before no longer exist.
     assert recv_line(later) == (len(OLD), len(OLD) + size + len(NEW))
@@ -333,6 +350,7 @@ def test_truncated_again_and_again(server: Server, path: Path) -> None:
     # A rotation after that rolls as usual, and the segment before it can be read.
     rotate(path, MORE)
     expect(client, MORE)
+    await_end(server, base + len(MORE))
     later = server.connect(b"?0\n")
     assert recv_line(later) == (base - len(data), base + len(MORE))
     expect(later, data + MORE)
@@ -414,6 +432,7 @@ def test_truncated_in_a_rotation(server: Server, path: Path) -> None:
     append(path, NEW)
     expect(client, NEW)
     assert rotated(server, 1) == len(OLD)
+    await_end(server, len(OLD + NEW))
     later = server.connect(b"?0\n")
     assert recv_line(later) == (len(OLD), len(OLD + NEW))
     expect(later, NEW)
