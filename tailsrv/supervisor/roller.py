@@ -432,6 +432,8 @@ class Roller:
         if watches == self._watched:
             return False
         self._watch(watches)
+        # A segment may have been deleted before there was a watch for it.
+        self._loop.timers.set(self.check_deleted, self._loop.now)
         return True
 
     def _watch(self, watches: set[tuple[str, int]]) -> None:

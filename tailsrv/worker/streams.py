@@ -205,9 +205,10 @@ class Streams:
         if client.line and not self._send_line(client):
             return EMPTY_SEND_COST
         segment = self.log.find(client.offset)
-        if segment.file == NO_FILE or (self.truncated and not segment.sealed):
-            raise BytesGoneError
         wanted = next_chunk(client.offset, self.end if segment.size is None else segment.end)
+        # A client that wants nothing of a truncated segment continues after it.
+        if segment.file == NO_FILE or (self.truncated and not segment.sealed and wanted):
+            raise BytesGoneError
         # The file was truncated after the client was queued: the client no longer waits for the
         # disk, but for the file to grow.
         if not wanted:

@@ -248,6 +248,16 @@ def test_deleted_without_readers(segmented: Server, path: Path) -> None:
     expect(client, MORE)
 
 
+def test_deleted_during_an_upgrade(segmented: Server, path: Path) -> None:
+    """A segment that is deleted while no process waits for that is closed all the same."""
+    segmented.signal(signal.SIGHUP)
+    segmented.logged("upgrade: old=")
+    for old in path.parent.glob(f"{path.name}.*"):
+        old.unlink()
+    segmented.logged("log begins later, segments were deleted: ", f"start={BASES[-2]}")
+    eventually(lambda: nothing_deleted_is_open(segmented, path))
+
+
 def test_hole(segmented: Server, path: Path) -> None:
     """If a segment in the middle is deleted, no stream begins before its end."""
     early = segmented.connect(b"0\n")

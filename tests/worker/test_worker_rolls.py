@@ -396,6 +396,24 @@ def test_truncation_before_all_was_sent(
     assert "its next bytes no longer exist" in caplog.text
 
 
+@pytest.mark.parametrize("header", [b"-0\n", b"?-0\n", b"12\n", b"?12\n", b"?10\n"])
+def test_client_that_comes_between_a_truncation_and_the_roll(
+    bench: WorkerBench, header: bytes
+) -> None:
+    """A client that asks for nothing from before the truncation continues with the new content."""
+    bench.connect(b"0\n")
+    os.truncate(bench.path, 0)
+    bench.until(lambda: truncated(bench) == [0])
+    far, _ = bench.connect(header)
+    bench.settle()
+    append(bench.path, b"news")
+    bench.order(Freeze(1))
+    bench.roll(bench.path, 10, lost=True)
+    start = 2 if b"12" in header else 0
+    line = offsets_line(10 + start, 10) if b"?" in header else b""
+    assert bench.receive(far, len(line) + 4 - start) == line + b"news"[start:]
+
+
 def test_truncated_file_is_closed(bench: WorkerBench) -> None:
     """A segment whose bytes no longer exist keeps no descriptor."""
     os.truncate(bench.path, 0)
