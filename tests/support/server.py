@@ -93,7 +93,9 @@ class Server:
 
     def lines(self, *parts: str) -> list[str]:
         """Return the lines of the log that contain all of `parts`."""
-        return [line for line in self.log.splitlines() if all(part in line for part in parts)]
+        # The kernel may show a part of a line that is being written.
+        complete = self.log.rpartition("\n")[0]
+        return [line for line in complete.splitlines() if all(part in line for part in parts)]
 
     def logged(self, *parts: str, count: int = 1) -> str:
         """Wait for `count` log lines that contain all of `parts`, and return the last one."""
