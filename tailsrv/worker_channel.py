@@ -6,7 +6,7 @@ begins with the version of this protocol and the kind of the message.
 In a report, the numbers and offsets of the clients follow as 64-bit integers in the byte order of
 the machine: a report is sent for every client that connects or leaves, so it must be cheap. The
 notices come last, as JSON, because they are rare. The sockets of the clients in `joined` travel
-with the same packet, in the same order, and the descriptor of the next file with Roll.
+with the same packet, in the same order, and the descriptor of the next file with Agree and Roll.
 """
 
 import json
@@ -108,14 +108,31 @@ class Freeze:
 
 
 @dataclass(frozen=True, slots=True)
+class Agree:
+    """Allows a frozen worker to roll by itself, to the file in this packet, when that has a byte.
+
+    It does so only if the active segment has exactly `size` bytes then. Otherwise it waits for the
+    supervisor. Freeze, Roll and Thaw withdraw this.
+    """
+
+    # The size of the active segment, in bytes.
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Thaw:
     """Orders a worker to look at size and path again: the log does not roll."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roll:
-    """Orders a worker to seal the active segment, and to continue with the file in this packet."""
+    """Orders a worker to seal the active segment, and to continue with the file in this packet.
 
+    A worker that has rolled by itself has done so already.
+    """
+
+    # The log offset of the sealed segment's first byte.
+    base: int
     # The number of bytes of the sealed segment.
     size: int
     # The bytes of the sealed segment no longer exist, because the file has been truncated.
@@ -138,7 +155,7 @@ class Ping:
     """Asks a worker whether its loop still runs. The worker answers with `Notices.alive`."""
 
 
-Order = Drain | Freeze | Thaw | Roll | Retire | Ping
+Order = Drain | Freeze | Agree | Thaw | Roll | Retire | Ping
 Message = WorkerReport | Order
 
 # The kind of each order, and its fields after version and kind. Clients wait for some orders, so
@@ -146,8 +163,9 @@ Message = WorkerReport | Order
 _ORDERS: dict[bytes, tuple[type[Order], struct.Struct]] = {
     b"drai": (Drain, struct.Struct("=d")),
     b"frez": (Freeze, struct.Struct("=q")),
+    b"agre": (Agree, struct.Struct("=q")),
     b"thaw": (Thaw, struct.Struct("=")),
-    b"roll": (Roll, struct.Struct("=q?")),
+    b"roll": (Roll, struct.Struct("=qq?")),
     b"reti": (Retire, struct.Struct("=q")),
     b"ping": (Ping, struct.Struct("=")),
 }

@@ -33,6 +33,8 @@ class WorkerContext:
     log: Log | None
     # With --follow-name: for each slot, the largest end of the log that its workers have acted on.
     ends: SharedCounts | None
+    # The end of the log if the worker starts frozen, because others may roll by themselves.
+    agreed: int | None
     listeners: Sequence[socket.socket]
     # Whether the workers of all slots share the same listeners.
     shared: bool

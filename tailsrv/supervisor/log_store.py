@@ -1,11 +1,10 @@
 """Saves the segments of the log at each roll, and restores the log when the server starts."""
 
 import os
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from tailsrv.log import fields, logger
-from tailsrv.segments import Log, Segment
+from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.supervisor.segment_finder import find_segments
 from tailsrv.supervisor.state_file import SavedSegment, StateFileError, describe, lock, read, write
 
@@ -61,17 +60,24 @@ class LogStore:
         # next one yet. If it was empty, its place is taken by the next one.
         if not found.segments:
             return Restored(None, [], found.end)
-        bases = [segment.base for segment in found.segments]
-        known = bisect_left(bases, saved[-1].base) + 1
+        known = len(found.segments) - found.later
         segments = [Segment(each.base, each.file, each.size) for each in found.segments[:known]]
         segments[-1] = replace(segments[-1], size=None)
         next_files = [segment.file for segment in found.segments[known:]]
         return Restored(Log(segments), next_files, found.end)
 
-    def save(self, log: Log) -> None:
-        """Write the segments of `log` to the state file, or log once why that is not possible."""
+    def save(self, log: Log, agreed: int | None = None, next_file: int = NO_FILE) -> None:
+        """Write the segments of `log` to the state file, or log once why that is not possible.
+
+        With `agreed`, save what the log will be if it rolls at that size to `next_file`, which is
+        empty. If it is empty at the next start as well, the log has not rolled.
+        """
+        segments = [segment for segment in log if segment.base >= log.start]
+        if agreed is not None:
+            segments[-1] = replace(log.active, size=agreed)
+            segments.append(Segment(segments[-1].end, next_file))
         try:
-            saved = [self._describe(segment) for segment in log if segment.base >= log.start]
+            saved = [self._describe(segment) for segment in segments]
             write(self._state_file, self._path, saved)
         except (OSError, StateFileError) as error:
             if not self.failed:

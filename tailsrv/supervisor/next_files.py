@@ -65,6 +65,11 @@ class NextFiles:
         """The file that the path names, or has named."""
         return self._files[-1]
 
+    @property
+    def first(self) -> int:
+        """The descriptor of the first file after the active segment."""
+        return self._files[0].file
+
     def begin(self, files: Sequence[int]) -> None:
         """Begin with the open `files`, which are known to follow the active segment."""
         assert self._served_file.file is not None

@@ -11,10 +11,17 @@ three steps:
 A worker may die at any step. Its successor inherits the log as the supervisor knows it, and is
 ordered to freeze like the others while the roll is not complete. A worker that does not acknowledge
 is killed, so that one that hangs delays a roll for a bounded time only.
+
+Usually the next file is empty at first, and the active segment is complete. Then the workers freeze
+early, agree on its size, and each of them rolls by itself when the next file has a byte, so that
+clients wait for no other process. If anything changes before, the agreement is withdrawn: all
+workers freeze anew. A worker that had rolled until then has recorded an end of the log beyond the
+agreed one, even if it has died since. Then the agreed size is the sealed size.
 """
 
 import os
 from collections.abc import Sequence
+from enum import Enum
 
 from inotify_simple import flags
 
@@ -34,12 +41,27 @@ from tailsrv.supervisor.sealing import QuietTime, quiet_at, seal_time
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.upgrade_state import RollState
 from tailsrv.supervisor.worker_pool import WorkerPool
-from tailsrv.worker_channel import Freeze, Notices, Roll, Thaw
+from tailsrv.worker_channel import Agree, Freeze, Notices, Roll, Thaw
 
 # Events after which the next file may have its first byte, or may have lost its name.
 _NEXT_EVENTS = flags.MODIFY | flags.MOVE_SELF | flags.ATTRIB
 # Events of a folder after which the path may name a file.
 _FOLDER_EVENTS = flags.CREATE | flags.MOVED_TO
+
+
+class Mode(Enum):
+    """What the workers have been ordered to do."""
+
+    # Look at the size of the active segment.
+    IDLE = 0
+    # Freeze, because the log will probably roll soon.
+    EARLY = 1
+    # Roll by themselves.
+    AGREED = 2
+    # Freeze anew: the agreement is withdrawn.
+    WITHDRAWN = 3
+    # Freeze. The log rolls when all have acknowledged.
+    ROLLING = 4
 
 
 class Roller:
@@ -74,12 +96,16 @@ class Roller:
         self._next = NextFiles(served_file, self._late)
         # The number of the last roll.
         self._number = 0
-        # Whether the workers were ordered to freeze, whether that is because the file was
-        # truncated, and whether it is only because the log will probably roll soon.
-        self._rolling = self._truncated = self._early = False
-        # The pids of the workers that were ordered to freeze, and of those that have acknowledged.
+        self._mode = Mode.IDLE
+        # Whether the log rolls because the file was truncated.
+        self._truncated = False
+        # The size of the active segment at which a worker may have rolled by itself.
+        self._agreed: int | None = None
+        # The pids of the workers that were ordered to freeze, of those that have acknowledged, and
+        # of those that may roll by themselves.
         self._ordered: set[int | None] = set()
         self._frozen: set[int | None] = set()
+        self._allowed: set[int | None] = set()
         self._quiet: QuietTime | None = None
         # When the active segment had been changed last as the workers were frozen early.
         self._changed = 0.0
@@ -103,17 +129,18 @@ class Roller:
             self._late.load(handed_on.late)
             if served_file.log is not None:
                 self._loop.timers.set(self.check, loop.now)
-            if handed_on.rolling:
+            self._agreed, self._truncated = handed_on.agreed, handed_on.truncated
+            if (mode := Mode[handed_on.mode]) is not Mode.IDLE:
                 # Start again: which workers have acknowledged is not handed on.
-                self._begin(handed_on.truncated, handed_on.early)
+                self._begin(Mode.WITHDRAWN if mode is Mode.AGREED else mode)
 
     def save(self) -> RollState:
         """Return the state for the next version of the program."""
         return RollState(
             self._number,
-            self._rolling,
+            self._mode.name,
             self._truncated,
-            self._early,
+            self._agreed,
             [next_file.file for next_file in self._next],
             self._next.active_opened_at,
             self._late.save(),
@@ -129,7 +156,10 @@ class Roller:
     def _save(self) -> None:
         """Save the log, and try again later if that is not possible now."""
         if self.store is not None and self._served_file.log is not None:
-            self.store.save(self._served_file.log)
+            if self._agreed is None:
+                self.store.save(self._served_file.log)
+            else:
+                self.store.save(self._served_file.log, self._agreed, self._next.first)
             if self.store.failed:
                 self._loop.timers.set(self._save, self._loop.now + self._timing.save_retry)
 
@@ -144,7 +174,7 @@ class Roller:
 
     def stop(self) -> None:
         """Do not roll any more: the server is ending."""
-        self._rolling = False
+        self._mode = Mode.IDLE
         for action in (
             self.check,
             self.check_deleted,
@@ -160,6 +190,9 @@ class Roller:
 
     def finish(self) -> None:
         """Save the log when all workers have exited: now the size of the last segment is known."""
+        if self._agreed is not None and self._has_gone_on():
+            self._served_file.roll(self._agreed, False, self._next.take())
+        self._agreed = None
         self._save()
 
     # Before a roll
@@ -167,7 +200,7 @@ class Roller:
     def check(self) -> None:
         """Check whether the path names another file, and roll if it is time to."""
         self._loop.timers.cancel(self.check)
-        if self._rolling and not self._early:
+        if self.rolling:
             # The end of the roll leads to another check.
             return
         now = self._loop.now
@@ -178,7 +211,10 @@ class Roller:
             self._loop.timers.set(self.check, now + self._timing.open_retry)
             return
         if not gone:
-            self._forget_next_files()
+            if self._mode is Mode.AGREED:
+                self._thaw()
+            else:
+                self._forget_next_files()
             return
         if self._quiet is None:
             self._note_gone()
@@ -196,11 +232,14 @@ class Roller:
             self._thaw()
             self._waiting = False
             self._await_change(when)
-        elif self._early:
-            self._commit()
+        elif self._mode is Mode.EARLY:
+            self._mode = Mode.ROLLING
+            self._limit_patience()
             self.advance()
+        elif self._mode is Mode.AGREED and self._is_sealed():
+            self._finish()
         else:
-            self._begin()
+            self._begin(Mode.ROLLING)
 
     def _await_first_byte(self, quiet: float) -> None:
         """Wait until the next file exists and has a byte.
@@ -215,9 +254,9 @@ class Roller:
         quiet = max(quiet, changed + self._timing.settle)
         if quiet > now or not self._next or changed != self._changed:
             self._thaw()
-        if quiet <= now and self._next and not self._early:
+        if quiet <= now and self._next and self._mode is Mode.IDLE:
             self._changed = changed
-            self._begin(early=True)
+            self._begin(Mode.EARLY)
         self._waiting = True
         self._await_change(quiet)
 
@@ -258,7 +297,7 @@ class Roller:
             # that the file was gone. Others may lead to it now.
             self._pool.order_all(Thaw())
         self._quiet = None
-        self._rolling = self._early = False
+        self._mode = Mode.IDLE
         self._served_file.gone = self._waiting = self._reported = False
         self._update_watches()
 
@@ -275,11 +314,31 @@ class Roller:
     @property
     def rolling(self) -> bool:
         """Whether a roll is under way, so that clients wait for it."""
-        return self._rolling and not self._early
+        return self._mode in (Mode.WITHDRAWN, Mode.ROLLING)
+
+    @property
+    def agreed_end(self) -> int | None:
+        """The end of the log at which a worker may have rolled by itself, None if none may have."""
+        if self._agreed is None or self._served_file.log is None:
+            return None
+        return self._served_file.log.active.base + self._agreed
+
+    def _has_gone_on(self) -> bool:
+        """Return whether a worker has rolled by itself."""
+        end = self.agreed_end
+        return end is not None and max(self.ends) > end
+
+    def _is_sealed(self) -> bool:
+        """Return whether the active segment has the agreed size, or a worker has rolled by itself.
+
+        If it has that size now, workers that roll by themselves later seal it at the same size.
+        """
+        assert self._served_file.file is not None
+        return size_of(self._served_file.file) == self._agreed or self._has_gone_on()
 
     def _roll_truncated(self, size: int) -> None:
         """Roll because a worker has found the active segment truncated to `size` bytes."""
-        if self._rolling and self._truncated:
+        if self._mode is not Mode.IDLE and self._truncated:
             # Another worker has reported it before.
             return
         logger.warning(
@@ -287,33 +346,68 @@ class Roller:
             "the others are disconnected: %s",
             fields(path=self._served_file.path, size=size, hint="rotate by renaming, if possible"),
         )
-        if not self._rolling:
-            self._begin(truncated=True)
-            return
         self._truncated = True
-        if self._early:
-            self._commit()
+        if self._mode in (Mode.IDLE, Mode.AGREED):
+            self._begin(Mode.ROLLING)
+        else:
+            self._mode = Mode.ROLLING
+            self._limit_patience()
 
-    def _begin(self, truncated: bool = False, early: bool = False) -> None:
-        """Order all workers to freeze. With `early`, it is not certain yet that the log rolls."""
+    def _begin(self, mode: Mode) -> None:
+        """Order all workers to freeze. `mode` says what for."""
         self._number += 1
-        self._rolling, self._truncated, self._early = True, truncated, early
+        self._mode = mode
         self._ordered.clear()
         self._frozen.clear()
-        if not early:
-            self._commit()
+        self._allowed.clear()
+        if self.rolling:
+            self._limit_patience()
         self.advance()
 
-    def _commit(self) -> None:
-        """Roll as soon as all workers have acknowledged. Clients wait for it from now on."""
-        self._early = False
+    def _limit_patience(self) -> None:
+        """Kill the workers that do not acknowledge soon: clients wait for them from now on."""
         self._loop.timers.set(self._kill_silent, self._loop.now + self._timing.freeze_patience)
 
     def _thaw(self) -> None:
         """Order the workers that have been frozen early to look at the size again."""
-        if self._early:
-            self._rolling = self._early = False
+        if self._mode is Mode.EARLY:
+            self._mode = Mode.IDLE
             self._pool.order_all(Thaw())
+        elif self._mode is Mode.AGREED:
+            self._begin(Mode.WITHDRAWN)
+
+    def _agree(self) -> None:
+        """Allow the workers to roll by themselves, now that all of them are frozen."""
+        log = self._served_file.log
+        assert log is not None
+        # An empty segment is not kept, so the next one would begin at the same offset.
+        if not (size := size_of(log.active.file)) or (self.store and self.store.failed):
+            return
+        self._agreed = size
+        if self._has_gone_on():
+            # The file is shorter than it was: it has been truncated, which a worker will report.
+            self._agreed = None
+            return
+        # Save before any client gets a byte of the next segment: if all processes are killed now,
+        # offsets keep their meaning.
+        self._save()
+        if self.store is not None and self.store.failed:
+            self._agreed = None
+            return
+        self._mode = Mode.AGREED
+
+    def _withdraw(self) -> None:
+        """End an agreement, now that all workers are frozen anew."""
+        if self._has_gone_on():
+            self._finish()
+            return
+        self._agreed = None
+        # The active segment will grow, perhaps beyond the size that has been saved.
+        self._save()
+        self._mode = Mode.IDLE
+        self._pool.order_all(Thaw())
+        self._loop.timers.cancel(self._kill_silent)
+        self._loop.timers.set(self.check, self._loop.now)
 
     def handle_notices(self, slot: Slot, notices: Notices) -> None:
         """Handle what the worker of `slot` has reported about the log."""
@@ -328,19 +422,37 @@ class Roller:
 
     def advance(self) -> None:
         """Do the next step of the roll that is under way. Call this in every turn."""
-        if not self._rolling:
+        if self._mode is Mode.IDLE:
             return
         slots = self._pool.running()
         # Another worker may get the pid of one that has died.
         self._ordered &= {slot.pid for slot in slots}
         self._frozen &= {slot.pid for slot in slots}
+        self._allowed &= {slot.pid for slot in slots}
         for slot in slots:
             assert slot.pid is not None
             if slot.pid not in self._ordered:
                 self._ordered.add(slot.pid)
                 self._pool.order(slot, Freeze(self._number))
-        if not self._early and all(slot.pid in self._frozen for slot in slots):
+        if not all(slot.pid in self._frozen for slot in slots):
+            return
+        if self._mode is Mode.ROLLING:
             self._finish()
+        elif self._mode is Mode.WITHDRAWN:
+            self._withdraw()
+        else:
+            self._allow(slots)
+
+    def _allow(self, slots: Sequence[Slot]) -> None:
+        """Let the workers, which are frozen early, roll by themselves as soon as that is agreed."""
+        if self._mode is Mode.EARLY:
+            self._agree()
+        if self._mode is Mode.AGREED:
+            assert self._agreed is not None
+            for slot in slots:
+                if slot.pid not in self._allowed:
+                    self._allowed.add(slot.pid)
+                    self._pool.order(slot, Agree(self._agreed), [self._next.first])
 
     def _kill_silent(self) -> None:
         """Kill the workers that have not acknowledged in time. Their successors will."""
@@ -356,22 +468,26 @@ class Roller:
 
     def _finish(self) -> None:
         """Seal the active segment, now that no worker looks at its size."""
-        self._rolling = self._waiting = False
-        self._quiet = self._writers = None
         self._loop.timers.cancel(self._kill_silent)
         log = self._served_file.log
         assert log is not None
-        size, lost = self._sealed_size(log.active)
-        replaced = log.active.file
-        if self._truncated:
+        truncated = self._truncated and not self._has_gone_on()
+        size, lost = self._sealed_size(log.active, truncated)
+        replaced, base = log.active.file, log.active.base
+        agreed = not truncated and self._agreed == size
+        if truncated:
             file, self._next.active_opened_at = replaced, modified_at(replaced)
         else:
             file = self._next.take()
         sealed = self._served_file.roll(size, lost, file)
-        # Save before any client gets a byte of the next segment: if all processes are killed now,
-        # offsets keep their meaning.
-        self._save()
-        self._pool.order_all(Roll(size, lost), [file])
+        self._mode, self._agreed, self._truncated = Mode.IDLE, None, False
+        self._waiting, self._quiet, self._writers = False, None, None
+        # Save before any client gets a byte of the next segment, unless that is saved already.
+        if not agreed:
+            self._save()
+        self._pool.order_all(Roll(base, size, lost), [file])
+        if agreed:
+            self._save()
         logger.info(
             "rolled: %s", fields(path=self._served_file.path, sealed=size, offset=log.active.base)
         )
@@ -384,11 +500,15 @@ class Roller:
         # There may be further files, or the path may have changed meanwhile.
         self._loop.timers.set(self.check, self._loop.now)
 
-    def _sealed_size(self, active: Segment) -> tuple[int, bool]:
+    def _sealed_size(self, active: Segment, truncated: bool) -> tuple[int, bool]:
         """Return the size to seal `active` at, in bytes, and whether its bytes no longer exist."""
+        if self._agreed is not None and (self._mode is Mode.AGREED or self._has_gone_on()):
+            # In the first case, it has been checked that the segment had that size: if it grows at
+            # this moment, another worker may still roll at the agreed size.
+            return self._agreed, False
         acted_on = max(0, max(self.ends) - active.base)
         size = size_of(active.file)
-        if self._truncated or (size is not None and size < acted_on):
+        if truncated or (size is not None and size < acted_on):
             return acted_on, True
         return acted_on if size is None else size, False
 
@@ -424,7 +544,7 @@ class Roller:
         if self._next and not self._waiting:
             # If it loses its name, open the one that follows: its own name may not last long.
             watches.add((_path_of(self._next.last.file), int(flags.MOVE_SELF | flags.ATTRIB)))
-        if self._early:
+        if self._mode in (Mode.EARLY, Mode.AGREED):
             watches.add((_path_of(log.active.file), int(flags.MODIFY)))
         if self._next and not self._waiting and self._writers:
             # The writer may close the active segment before its time is over.

@@ -18,6 +18,8 @@ The rules:
   used. After a crash this size may be too small, and then clients may have later offsets. A warning
   says so; the log continues at that offset, because no better one is known.
 - If that file has been truncated (`copytruncate`), it is a new segment at the last known end.
+- If the last saved segment is empty and has no byte now, the log has not gone on to it: the one
+  before it is still active. It was saved in advance, see LogStore.save().
 - A compressed file is skipped with a warning. No client has an offset in it, so the next file
   begins at the same offset.
 """
@@ -74,11 +76,15 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Files in order. `end` is the offset at which the next file begins if there is no link."""
+    """Files in order. `end` is the offset at which the next file begins if there is no link.
+
+    `later` is the number of files after the one that was active, or has taken its place.
+    """
 
     links: list[Link]
     end: int
     warnings: list[str]
+    later: int = 0
 
 
 def rotated(name: str, base: str) -> tuple[tuple[int, ...], bool] | None:
@@ -208,6 +214,7 @@ def decide(
         saved: The segments in the state file.
 
     """
+    saved = _without_agreement(files, saved)
     active, known = saved[-1], [segment for segment in saved if segment.size]
     matched, taken = _match(files, heads, known)
     first = max((index + 1 for index, file in enumerate(matched) if file is None), default=0)
@@ -236,7 +243,19 @@ def decide(
             f"offsets from {active.end} on may name other bytes than before if the server was"
             " killed: the file that was active is gone, and its last size is not known"
         )
-    return Chain(links + new.links, new.end, warnings + new.warnings)
+    later = max(0, len(new.links) - (0 if last else 1))
+    return Chain(links + new.links, new.end, warnings + new.warnings, later)
+
+
+def _without_agreement(
+    files: Iterable[File], saved: Sequence[SavedSegment]
+) -> Sequence[SavedSegment]:
+    """Return `saved` without a last segment that the log has not gone on to: it is still empty."""
+    last = saved[-1]
+    if len(saved) == 1 or last.size or any(f.size and f.identity[1] == last.inode for f in files):
+        return saved
+    *before, active, _ = saved
+    return [*before, replace(active, sealed=False)]
 
 
 def _match(

@@ -69,12 +69,14 @@ class Found:
             sealed before and the path names no file.
         end: The offset at which the next file begins if there are no segments.
         warnings: One line each.
+        later: How many of the segments come after the one that was active.
 
     """
 
     segments: list[FoundSegment]
     end: int
     warnings: list[str]
+    later: int
 
 
 class FilesRenamedError(OSError):
@@ -301,7 +303,7 @@ def _open(file: File) -> int | str:
 def _open_all(chain: Chain, warnings: list[str]) -> Found:
     """Open the files, the newest first, so that the oldest are dropped if one cannot be opened."""
     opened: list[FoundSegment] = []
-    found = Found(opened, chain.end, warnings + chain.warnings)
+    found = Found(opened, chain.end, warnings + chain.warnings, chain.later)
     for link in reversed(chain.links):
         try:
             fd = _open(link.file) if len(opened) < MAX_SEGMENTS else "the log has too many files"
@@ -311,7 +313,7 @@ def _open_all(chain: Chain, warnings: list[str]) -> Found:
         if isinstance(fd, str):
             end = link.base + (link.size or 0)
             warning = f"offsets before {end} are gone: {link.file.name!r} is not opened: {fd}"
-            return Found(opened, end, [*found.warnings, warning])
+            return Found(opened, end, [*found.warnings, warning], min(chain.later, len(opened)))
         opened.insert(0, FoundSegment(link.base, fd, link.size, link.file.name))
     return found
 

@@ -342,6 +342,7 @@ class Supervisor:
                     slot,
                     self.served_file.log,
                     self.roller.ends if self.roller else None,
+                    self.roller.agreed_end if self.roller else None,
                     channel,
                     self.endpoints,
                     self.client_limit,

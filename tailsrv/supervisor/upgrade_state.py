@@ -66,9 +66,11 @@ class RollState:
     """The roll that is under way, or the number of the last one, and the files that come next."""
 
     number: int
-    rolling: bool
+    # The name of the roller's mode.
+    mode: str
     truncated: bool
-    early: bool
+    # The size of the active segment at which a worker may have rolled by itself.
+    agreed: int | None
     next_files: list[int]
     opened_at: int
     # The files that are polled for late bytes: the fields of each `Old`.

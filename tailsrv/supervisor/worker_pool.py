@@ -243,6 +243,7 @@ class WorkerPool:
         slot: Slot,
         log: Log | None,
         ends: SharedCounts | None,
+        agreed: int | None,
         channel: socket.socket,
         endpoints: Sequence[str],
         client_limit: ClientLimit | None,
@@ -253,6 +254,7 @@ class WorkerPool:
             slot: The slot of the new worker.
             log: The segments of the log, None while there is no file.
             ends: With --follow-name, the shared ends of the log.
+            agreed: The end of the log if the worker starts frozen.
             channel: The worker's end of its channel.
             endpoints: The addresses that the server listens on.
             client_limit: The shared counts of --max-clients, None without that option.
@@ -267,6 +269,7 @@ class WorkerPool:
             slot.index,
             log,
             ends,
+            agreed,
             slot.listeners,
             slot.shared,
             channel,

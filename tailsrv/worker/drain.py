@@ -44,7 +44,6 @@ class Drainer:
 
     def begin(self) -> None:
         """End the streams at the log's current end."""
-        self._file_monitor.unfreeze()
         self._file_monitor.stop()
 
     def finish_caught_up(self) -> None:

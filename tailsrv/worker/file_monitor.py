@@ -7,6 +7,7 @@ compares the file with its path. Where inotify cannot be used, the worker polls 
 from tailsrv.config import Timing
 from tailsrv.file_identity import FileIdentity
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
+from tailsrv.linux.files import close_file
 from tailsrv.linux.inotify import UnwatchedFile, Watch
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.worker.reporter import Reporter
@@ -25,6 +26,8 @@ class FileMonitor:
         slot: The worker's slot.
         ends: With --follow-name, the shared ends of the log: the monitor records each end before
             the streams act on it. None without --follow-name.
+        agreed: The end of the log if other workers may roll by themselves at that end. Then the
+            monitor is frozen.
         insist: Report at every check that the file is gone, not only at the first. This is needed
             if the supervisor acts on the report. It ignores a report if it finds the file back at
             its path, and the file may disappear once more.
@@ -40,6 +43,7 @@ class FileMonitor:
         timing: Timing,
         slot: int,
         ends: SharedCounts | None,
+        agreed: int | None = None,
         insist: bool = True,
     ) -> None:
         self.gone = False
@@ -52,7 +56,11 @@ class FileMonitor:
         self._identity = FileIdentity(watch.file, watch.path)
         self._slot, self._ends = slot, ends
         # Whether the end of the log must not change for now, or ever again.
-        self._frozen = self._stopped = False
+        self._frozen, self._stopped = agreed is not None, False
+        # Whether other workers may have rolled at this end, so that it must not change in a drain.
+        self._held = agreed is not None
+        # The watch on the next file, and the size of the active segment at which to roll to it.
+        self._next: tuple[Watch, int] | None = None
         self._register()
 
     def _register(self) -> None:
@@ -61,21 +69,30 @@ class FileMonitor:
 
     def begin(self) -> None:
         """Check the file for the first time: it may have changed since it was opened."""
+        if self._held:
+            self._record(self._streams.end)
         self.deliver_appends()
         self.poll_if_needed()
         self.check_path()
 
     def stop(self) -> None:
         """Ignore from now on what is appended to the file, and what happens to its path."""
+        if not self._held:
+            self.unfreeze()
+        self._go_on()
+        self._withdraw()
         self._stopped = True
         self._disregard()
 
     def _disregard(self) -> None:
         """Do not wait for changes of the file or its path any more."""
-        if (fd := self._watch.fileno()) is not None:
-            self._loop.unregister(fd)
+        self._unregister(self._watch)
         self._loop.timers.cancel(self.poll_file)
         self._loop.timers.cancel(self.recheck_path)
+
+    def _unregister(self, watch: Watch) -> None:
+        if (fd := watch.fileno()) is not None:
+            self._loop.unregister(fd)
 
     def freeze(self) -> None:
         """Do not look at the file's size until `roll` or `unfreeze`."""
@@ -83,10 +100,60 @@ class FileMonitor:
         # file may be empty for hours, so its clients must get them before.
         self.deliver_appends()
         self._frozen = True
+        self._withdraw()
+
+    def agree(self, size: int, file: int | None) -> None:
+        """Roll to `file` when it has a byte, if the active segment has `size` bytes then.
+
+        If there is no `file`, or it cannot be watched, wait for the order of the supervisor. So
+        does a worker without clients: it would only compete with the others for a processor.
+        """
+        self._held = True
+        if file is None:
+            return
+        watch = Watch(file, self._path) if self._watch.following else UnwatchedFile(file)
+        watch.follow(True)
+        if watch.polling is not None or (fd := watch.fileno()) is None:
+            watch.close()
+            close_file(file)
+            return
+        self._next = watch, size
+        self._loop.register(fd, self.handle_next)
+        self._go_on()
+
+    def handle_next(self) -> None:
+        """Roll by itself if the next file has a byte."""
+        if not self._go_on() and self._next is not None:
+            self._next[0].read()
+            # A byte that was appended before read() has no further event.
+            self._go_on()
+
+    def _go_on(self) -> bool:
+        """Roll to the next file if that has been agreed, and return whether it was possible."""
+        if self._next is None or not self._next[0].size():
+            return False
+        watch, size = self._next
+        if self._watch.size() != size:
+            # The supervisor decides which bytes belong to the log.
+            return False
+        following, self._next = self._watch.following, None
+        self._unregister(watch)
+        self._replace(size, False, watch)
+        self._monitor(following)
+        return True
+
+    def _withdraw(self) -> None:
+        """Do not roll without an order."""
+        if self._next is not None:
+            watch, self._next = self._next[0], None
+            self._unregister(watch)
+            watch.close()
+            close_file(watch.file)
 
     def unfreeze(self) -> None:
-        """Look at the file's size again: the log does not roll."""
-        self._frozen = False
+        """Look at the file's size again: the log does not roll, or has rolled."""
+        self._withdraw()
+        self._frozen = self._held = False
         self.deliver_appends()
         # Clients may have found the file shorter for a moment while it was frozen.
         self.resume_after_shrinking()
@@ -96,18 +163,27 @@ class FileMonitor:
 
         With `lost`, the bytes of the sealed segment no longer exist.
         """
-        self._streams.roll(size, lost, file)
         following = self._watch.following
-        self._disregard()
-        self._frozen = False
-        # Clients wait for the first bytes. Look first: to replace the watch takes milliseconds.
-        replaced, self._watch = self._watch, UnwatchedFile(file)
-        self.deliver_appends()
-        replaced.close()
+        # Clients wait for the first bytes. Look first: to make a watch takes milliseconds.
+        self._replace(size, lost, UnwatchedFile(file))
+        self._withdraw()
         # If the size cannot be read now, the file must not seem to have been truncated.
         known = self._streams.end - self._streams.log.active.base
         self._watch = Watch(file, self._path, known)
-        self._identity = FileIdentity(file, self._path)
+        self._monitor(following)
+
+    def _replace(self, size: int, lost: bool, watch: Watch) -> None:
+        """Seal the active segment at `size` bytes, and deliver what the file of `watch` has."""
+        self._streams.roll(size, lost, watch.file)
+        self._disregard()
+        replaced, self._watch = self._watch, watch
+        self._frozen = self._held = False
+        self.deliver_appends()
+        replaced.close()
+
+    def _monitor(self, following: bool) -> None:
+        """Begin to use the watch on the file that has become active."""
+        self._identity = FileIdentity(self._watch.file, self._path)
         self._watch.follow(following)
         self._register()
         self.begin()

@@ -18,6 +18,7 @@ from setproctitle import setproctitle
 
 from tailsrv.config import Config, ExitStatus
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
+from tailsrv.linux.files import close_file
 from tailsrv.linux.inotify import NoFile, Watch
 from tailsrv.linux.process_title import ProcessTitle
 from tailsrv.linux.signals import STRAY, Wakeup, ignore_io_signals, unblock_all
@@ -43,6 +44,7 @@ from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import BytesGoneError, Streams
 from tailsrv.worker_channel import (
     MAX_PACKET,
+    Agree,
     Drain,
     Freeze,
     Message,
@@ -144,7 +146,7 @@ class Worker:
         # If the size cannot be read now, the file must not seem to have been truncated.
         known = max(0, context.ends[self.slot] - log.active.base) if context.ends is not None else 0
         watch = NoFile() if self.waiting else Watch(log.active.file, config.path, known)
-        end = log.active.base + watch.size()
+        end = log.active.base + watch.size() if context.agreed is None else context.agreed
         self.streams = Streams(log, end, self.drop, self.await_writable)
         self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.end)
         self.file_monitor = FileMonitor(
@@ -155,6 +157,7 @@ class Worker:
             config.timing,
             self.slot,
             context.ends,
+            context.agreed,
             insist=not config.linger,
         )
         self.header_reader = HeaderReader(
@@ -517,7 +520,7 @@ class Worker:
                 self.ended = True
 
     def handle_message(self, message: Message, files: list[int]) -> None:
-        """Act on an order of the supervisor. `files` holds the descriptor that came with Roll."""
+        """Act on an order of the supervisor. `files` holds the descriptor that came with it."""
         match message:
             case Drain(grace) if not self.draining:
                 self.drain(grace)
@@ -527,7 +530,13 @@ class Worker:
             case Thaw():
                 self.file_monitor.unfreeze()
                 self.file_monitor.recheck_path()
-            case Roll(size, lost) if files:
+            case Agree(size):
+                self.file_monitor.agree(size, files[0] if files else None)
+            case Roll(base, _, _) if files and base < self.streams.log.active.base:
+                # The worker has rolled by itself.
+                close_file(files[0])
+                self.file_monitor.unfreeze()
+            case Roll(_, size, lost) if files:
                 self.file_monitor.roll(size, lost, files[0])
                 self.close_unneeded()
             case Roll():

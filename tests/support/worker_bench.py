@@ -37,6 +37,7 @@ class WorkerBench:
         ends: The shared ends of the log, None for a worker without --follow-name.
         sealed: The segments before the active one. The worker closes their descriptors.
         clients: The clients that the worker adopts.
+        agreed: The end of the log if the worker starts frozen.
 
     """
 
@@ -49,6 +50,7 @@ class WorkerBench:
         ends: SharedCounts | None,
         sealed: Sequence[Segment],
         clients: Mapping[int, Entry],
+        agreed: int | None,
     ) -> None:
         self.stack = stack
         self.path = path
@@ -74,7 +76,16 @@ class WorkerBench:
         base = sealed[-1].end if sealed else 0
         self.log = Log([*sealed, Segment(base, os.open(path, os.O_RDONLY))])
         context = WorkerContext(
-            0, self.log, ends, self.listeners[0], False, theirs, ["127.0.0.1:0"], None, clients
+            slot=0,
+            log=self.log,
+            ends=ends,
+            agreed=agreed,
+            listeners=self.listeners[0],
+            shared=False,
+            channel=theirs,
+            endpoints=["127.0.0.1:0"],
+            client_limit=None,
+            clients=clients,
         )
         self.worker = Worker(context, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)
@@ -102,8 +113,12 @@ class WorkerBench:
 
     def roll(self, path: Path, size: int, lost: bool = False) -> None:
         """Order the worker to seal the active segment at `size`, and to continue with `path`."""
+        self.order_with_file(Roll(self.worker.streams.log.active.base, size, lost), path)
+
+    def order_with_file(self, order: Order, path: Path) -> None:
+        """Send `order` with the open file `path` to the worker, and let the worker act on it."""
         file = os.open(path, os.O_RDONLY)
-        socket.send_fds(self.channel, [encode(Roll(size, lost))], [file])
+        socket.send_fds(self.channel, [encode(order)], [file])
         os.close(file)
         self.worker.handle_channel()
 
@@ -191,7 +206,8 @@ def working(
     ends: SharedCounts | None = None,
     sealed: Sequence[Segment] = (),
     clients: Mapping[int, Entry] | None = None,
+    agreed: int | None = None,
 ) -> Iterator[WorkerBench]:
     """Yield a bench with a worker."""
     with ExitStack() as stack:
-        yield WorkerBench(stack, path, header_timeout, grace, ends, sealed, clients or {})
+        yield WorkerBench(stack, path, header_timeout, grace, ends, sealed, clients or {}, agreed)

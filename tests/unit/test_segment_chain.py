@@ -263,14 +263,21 @@ CASES = {
         [LOG3, LOG2, file("log.1", 5), file("log", 6)],
         f"{SEALED} 11000+10:log.1 11010+?:log end=11020",
     ),
-    "the empty active file is gone": Case(
-        EMPTY,
-        [LOG3, LOG2, file("log", 6)],
-        f"{SEALED} 11000+?:log end=11010",
-        ["offsets from 11000 on may name other bytes"],
+    "the empty file is gone, and another one follows": Case(
+        EMPTY, [LOG3, LOG2, file("log", 6)], f"{SEALED} 11000+?:log end=11010"
     ),
-    "no file follows the sealed ones": Case(
-        EMPTY, [LOG3, LOG2], f"{SEALED} end=11000", ["offsets from 11000 on may name other bytes"]
+    "the log has not gone on to the empty file": Case(
+        EMPTY,
+        [LOG3, file("log.1", 4, BIG + 7), file("log", 5, 0)],
+        "1000+5000:log.3 6000+5007:log.1 11007+?:log end=11007",
+    ),
+    "the log has not gone on to the empty file, which is gone": Case(
+        EMPTY, [LOG3, file("log", 4, BIG + 7)], "1000+5000:log.3 6000+?:log end=11007"
+    ),
+    "the log has gone on to the empty file": Case(
+        EMPTY,
+        [LOG3, file("log.2", 4, BIG + 7), file("log.1", 5, 1), file("log", 6)],
+        "1000+5000:log.3 6000+5000:log.2 11000+1:log.1 11001+?:log end=11011",
     ),
     "copytruncate": Case(
         SAVED,

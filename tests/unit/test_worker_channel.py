@@ -11,6 +11,7 @@ from tailsrv.worker_channel import (
     MAX_REPORTED_CLIENTS,
     MAX_REPORTED_SOCKETS,
     VERSION,
+    Agree,
     Drain,
     Freeze,
     Message,
@@ -65,8 +66,9 @@ reports = st.builds(
         Freeze(0),
         Freeze(2**40),
         Thaw(),
-        Roll(0, lost=False),
-        Roll(2**63 - 1, lost=True),
+        Agree(2**40),
+        Roll(0, 0, lost=False),
+        Roll(2**62, 2**63 - 1, lost=True),
         Retire(2**63 - 1),
         Ping(),
     ],
@@ -111,7 +113,7 @@ HEAD = struct.Struct("=B4sHHH")
         bytes([VERSION]) + b"drai",
         encode(Drain(1.0)) + b"\0",
         encode(Ping()) + b"\0",
-        encode(Roll(7, True))[:-1],
+        encode(Roll(5, 7, True))[:-1],
         encode(Freeze(7)) + b"\0",
         encode(Retire(7))[:-8],
         bytes([VERSION + 1]) + encode(Ping())[1:],
@@ -136,7 +138,7 @@ def test_junk(packet: bytes) -> None:
     [
         Drain(1.0),
         Freeze(12),
-        Roll(12, lost=True),
+        Roll(5, 12, lost=True),
         Ping(),
         WorkerReport([1], [(1, 2, None)], [3]),
         WorkerReport([1], [], [], Notices(ready=True)),
@@ -170,7 +172,7 @@ def test_any_bytes_at_all(packet: bytes) -> None:
 
 @given(
     st.binary(max_size=100),
-    st.sampled_from([b"rept", b"drai", b"frez", b"thaw", b"roll", b"reti", b"ping"]),
+    st.sampled_from([b"rept", b"drai", b"frez", b"agre", b"thaw", b"roll", b"reti", b"ping"]),
 )
 def test_any_bytes_after_a_valid_start(rest: bytes, kind: bytes) -> None:
     """Random bytes after a valid version and kind are a message, or raise MessageError."""

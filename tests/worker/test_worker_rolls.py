@@ -16,7 +16,7 @@ from tailsrv.protocol import offsets_line
 from tailsrv.segments import NO_FILE, Segment
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.worker.client import Client, ClientState
-from tailsrv.worker_channel import Drain, Freeze, Retire, Roll, Thaw, encode
+from tailsrv.worker_channel import Agree, Drain, Freeze, Retire, Roll, Thaw, encode
 from tailsrv.worker_context import Entry
 
 # 4 MiB are more than the buffers on loopback can hold.
@@ -188,6 +188,130 @@ def test_drain_while_frozen(bench: WorkerBench) -> None:
     assert bench.receive_to_the_end(far) == [b"late"]
 
 
+# Rolling without an order.
+
+
+def agree(bench: WorkerBench, next_data: bytes = b"") -> Path:
+    """Rotate, and let the worker roll by itself when the active segment has ten bytes."""
+    old = rotate(bench, next_data)
+    bench.order(Freeze(1))
+    bench.order_with_file(Agree(10), bench.path)
+    return old
+
+
+@pytest.mark.parametrize("count", [5, 2 << 20])
+def test_first_byte_after_an_agreement(bench: WorkerBench, ends: SharedCounts, count: int) -> None:
+    """The worker rolls when the next file has a byte, and ignores the order that comes later."""
+    far, _ = bench.connect(b"0\n")
+    assert bench.receive(far, 10) == b"0123456789"
+    old = agree(bench)
+    bench.settle()
+    assert open_files(bench.path) == 1
+    append(bench.path, BIG[:count])
+    assert bench.receive(far, count) == BIG[:count]
+    assert ends[0] == 10 + count
+    append(old, b"late")
+    # The supervisor does not know yet who has rolled, and lets the workers freeze anew.
+    bench.order(Freeze(2))
+    append(bench.path, b"more")
+    bench.settle()
+    assert not readable(far)
+    bench.order_with_file(Roll(0, 10, lost=False), bench.path)
+    assert bench.receive(far, 4) == b"more"
+    assert open_files(bench.path) == 1
+    roll(bench, b"third")
+    assert bench.receive(far, 5) == b"third"
+    late, _ = bench.connect(b"9\n")
+    assert bench.receive(late, count + 10) == b"9" + BIG[:count] + b"morethird"
+
+
+def test_next_file_has_a_byte_already(bench: WorkerBench) -> None:
+    """The worker rolls at once."""
+    far, _ = bench.connect(b"-0\n")
+    agree(bench, b"next")
+    assert bench.receive(far, 4) == b"next"
+
+
+def test_active_segment_grows_after_an_agreement(bench: WorkerBench) -> None:
+    """The worker does not roll by itself, because the supervisor has to decide the sealed size."""
+    far, _ = bench.connect(b"-0\n")
+    old = agree(bench)
+    append(old, b"late")
+    append(bench.path, b"next")
+    bench.settle()
+    assert not readable(far)
+    bench.order(Freeze(2))
+    assert open_files(bench.path) == 0
+    bench.roll(bench.path, 14)
+    assert bench.receive(far, 8) == b"latenext"
+
+
+@pytest.mark.parametrize("order", [Freeze(2), Thaw()])
+def test_agreement_is_withdrawn(bench: WorkerBench, order: Freeze | Thaw) -> None:
+    """The worker closes the next file, and does not roll."""
+    far, _ = bench.connect(b"-0\n")
+    old = agree(bench)
+    assert open_files(bench.path) == 1
+    bench.order(order)
+    assert open_files(bench.path) == 0
+    append(bench.path, b"next")
+    append(old, b"more")
+    bench.settle()
+    assert readable(far) == isinstance(order, Thaw)
+    bench.order(Thaw())
+    assert bench.receive(far, 4) == b"more"
+
+
+def test_agreement_without_clients_or_descriptor(bench: WorkerBench) -> None:
+    """A worker without clients does not compete with the others: it waits for the order."""
+    agree(bench)
+    assert open_files(bench.path) == 0
+    bench.order(Agree(10))
+    append(bench.path, b"next")
+    far, _ = bench.connect(b"8\n")
+    assert bench.receive(far, 2) == b"89"
+    bench.settle()
+    assert not readable(far)
+    bench.roll(bench.path, 10)
+    assert bench.receive(far, 4) == b"next"
+
+
+@pytest.mark.parametrize("data", [b"", b"next"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_drain_after_an_agreement(bench: WorkerBench, data: bytes, freeze: bool) -> None:
+    """The streams end at the agreed size, or in the next file: other workers may be there."""
+    far, _ = bench.connect(b"-0\n")
+    old = agree(bench)
+    if data:
+        append(bench.path, data)
+    else:
+        append(old, b"late")
+    if freeze:
+        bench.order(Freeze(2))
+    bench.order(Drain(bench.config.grace))
+    received = b"".join(bench.receive_to_the_end(far))
+    assert received == (b"" if freeze else data)
+
+
+def test_successor_after_an_agreement(path: Path, ends: SharedCounts) -> None:
+    """A worker that starts then is frozen at the agreed size."""
+    append(path, b"late")
+    with working(path, ends=ends, agreed=10) as bench:
+        bench.worker.file_monitor.begin()
+        far, _ = bench.connect(b"?8\n")
+        line = offsets_line(8, 10)
+        assert bench.receive(far, len(line) + 2) == line + b"89"
+        assert ends[0] == 10
+        bench.settle()
+        assert not readable(far)
+        bench.order(Freeze(3))
+        bench.until(lambda: frozen(bench) == [3])
+        rotate(bench)
+        bench.order_with_file(Agree(14), bench.path)
+        append(bench.path, b"next")
+        assert bench.receive(far, 8) == b"latenext"
+
+
 # Rolling.
 
 
@@ -306,7 +430,7 @@ def test_appends_after_a_roll_are_sent_at_once(bench: WorkerBench) -> None:
 def test_roll_without_a_descriptor(bench: WorkerBench) -> None:
     """A worker that had no descriptor left for the next file ends, and keeps its clients."""
     far, client = bench.connect(b"-0\n")
-    bench.order(Roll(10, lost=False))
+    bench.order(Roll(0, 10, lost=False))
     assert bench.worker.ended
     assert client.state is ClientState.STREAMING
     assert not readable(far)
