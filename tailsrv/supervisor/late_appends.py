@@ -90,7 +90,7 @@ class LateAppends:
 
     def load(self, saved: Iterable[Iterable[int | float]]) -> None:
         """Continue with what save() has returned."""
-        self._old = [Old(*fields) for fields in saved]  # type: ignore[arg-type]
+        self._old = [Old(*each) for each in saved]  # type: ignore[arg-type]
         self._poll_soon()
 
     def close_in_child(self) -> None:

@@ -12,6 +12,7 @@ from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE
 from tailsrv.served_file import CannotServeError, ServedFile, modified_at, size_of
 from tailsrv.supervisor.late_appends import LateAppends
+from tailsrv.supervisor.segment_chain import Identity
 from tailsrv.supervisor.segment_finder import FilesRenamedError, Found, find_next, open_recent
 
 # Nanoseconds. A writer may append to a file for so long after the next one was complete.
@@ -82,9 +83,9 @@ class NextFiles:
         assert self._served_file.file is not None
         if not is_local(self._served_file.file):
             return
-        since = time.time_ns() - LATE_APPENDS
+        since, known = time.time_ns() - LATE_APPENDS, self._known()
         for file in open_recent(self._served_file.path, since):
-            if _identity(file) in {_identity(each) for each in self._known()}:
+            if _identity(file) in known:
                 close_file(file)
             else:
                 self._late.begin(file, size_of(file) or 0, owned=True)
@@ -154,16 +155,16 @@ class NextFiles:
         `named` is the open file that the path named a moment ago. Others may come before it. It is
         closed, unless the folder has no name for it any more.
         """
+        known = self._known()
         try:
-            found = self._look()
+            found = self._look(known)
         except OSError:
             close_file(named)
             raise
         for warning in found.warnings:
             logger.warning("%s", warning)
         files = [segment.file for segment in found.segments]
-        known = {_identity(file) for file in [*self._known(), *files]}
-        if _identity(named) in known:
+        if _identity(named) in {*known, *map(_identity, files)}:
             close_file(named)
         else:
             # It was replaced in the meantime, so at least the last file came later.
@@ -171,25 +172,25 @@ class NextFiles:
             files.insert(max(0, len(files) - 1 - len(later)), named)
         self._files += [self._examine(file) for file in files]
 
-    def _known(self) -> list[int]:
-        """Return the open files that are not new, the last one before the new ones at the end."""
+    def _known(self) -> list[Identity]:
+        """Return the files that are not new, the last one before the new ones at the end."""
         log = self._served_file.log
         assert log is not None
         files = [segment.file for segment in log if segment.file != NO_FILE]
-        return [*self._late.owned, *files, *(next_file.file for next_file in self._files)]
+        files += [next_file.file for next_file in self._files]
+        return [_identity(file) for file in (*self._late.owned, *files)]
 
-    def _look(self) -> Found:
-        """Find the new files that have a name. Raises OSError."""
+    def _look(self, known: list[Identity]) -> Found:
+        """Find the files that are not `known` and have a name. Raises OSError."""
         log = self._served_file.log
         assert log is not None
-        known = self._known()
+        last = self._files[-1].file if self._files else log.active.file
         opened_at = self._files[-1].opened_at if self._files else self.active_opened_at
         # The later files have been changed after the last one, apart from late appends to that. So
         # a copy of an older file, made before that, is none of them.
-        since = max(opened_at, modified_at(known[-1]) - LATE_APPENDS, self._late.since)
+        since = max(opened_at, modified_at(last) - LATE_APPENDS, self._late.since)
         end = self._served_file.end() or log.active.base
-        *sealed, active = [_identity(file) for file in known]
-        return find_next(self._served_file.path, sealed, active, since, end)
+        return find_next(self._served_file.path, known[:-1], known[-1], since, end)
 
     def _examine(self, file: int) -> NextFile:
         return NextFile(file, FileIdentity(file, self._served_file.path), modified_at(file))
@@ -203,7 +204,7 @@ class NextFiles:
         return min(times, default=None)
 
 
-def _identity(file: int) -> tuple[int, int]:
+def _identity(file: int) -> Identity:
     """Return the device and inode number of the open `file`, (-1, -1) if they are not known."""
     try:
         status = os.fstat(file)

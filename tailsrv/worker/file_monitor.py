@@ -208,7 +208,7 @@ class FileMonitor:
     def deliver_appends(self) -> None:
         """Find the log's new end, and send new bytes to the caught-up clients at once.
 
-        Except at its start, the worker reads the size nowhere else.
+        Except at its start and when it rolls by itself, the worker reads the size nowhere else.
         """
         shrunk, self._streams.shrunk = self._streams.shrunk, False
         if self._frozen:
