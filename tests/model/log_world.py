@@ -8,7 +8,6 @@ timing is.
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from model.client import ModelClient
 from model.history import LogHistory, LogStream, Stream
 from model.world import FILE, WORKERS, Links, World
+from support.server import hurried
 from support.sockets import LINE_LENGTH, expect, recv_exactly
 from support.status import status
 from support.waiting import DEADLINE, eventually
@@ -30,13 +30,15 @@ HUNG = "worker does not take part in a roll"
 BYTES_GONE = "client disconnected: its next bytes no longer exist"
 
 # Seconds after which something happens to a worker in a race: later than the first byte of the next
-# file plus `seal_limit` of quick.py, and earlier than that plus `freeze_patience`.
+# file plus `seal_limit` of QUICK, and earlier than that plus `freeze_patience`.
 RACE = 0.4
 
-# Seconds after which the old file counts as complete: `settle` of quick.py, and some more.
+# Seconds after which the old file counts as complete: `settle` of QUICK, and some more.
 PAUSE = 0.3
 
-QUICK = (sys.executable, str(Path(__file__).with_name("quick.py")))
+# An example needs a few seconds. Some waits stay long enough for a busy machine: a worker that is
+# only slow must not be killed, and late bytes must be counted.
+QUICK = hurried(settle=0.15, seal_limit=0.3, late_patience=10.0)
 
 
 @dataclass
