@@ -13,7 +13,7 @@ from math import isfinite
 from typing import Any
 
 from tailsrv import __version__
-from tailsrv.config import DEFAULT_GRACE, MAX_WORKERS, Network
+from tailsrv.config import DEFAULT_GRACE, DEFAULT_ORPHAN_TIMEOUT, MAX_WORKERS, Network
 from tailsrv.linux.process import count_processors
 
 TSCAT_EPILOG = """\
@@ -100,6 +100,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grace", type=seconds, default=DEFAULT_GRACE, metavar="SECONDS",
         help="how long clients have to read the rest of the log when the server ends"
+        " (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--orphan-timeout", type=seconds, default=DEFAULT_ORPHAN_TIMEOUT, metavar="SECONDS",
+        help="how long workers serve on when the supervisor has been killed, until another tailsrv"
+        " for the same file and port takes over from them; 0: they end at once"
         " (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(

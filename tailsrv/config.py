@@ -11,6 +11,9 @@ from math import isfinite
 # Default of --grace, in seconds. Service managers give a service more time than this to stop.
 DEFAULT_GRACE = 5.0
 
+# Default of --orphan-timeout, in seconds. A service manager starts a service again in less time.
+DEFAULT_ORPHAN_TIMEOUT = 30.0
+
 # No server needs more workers. Without a limit, a typing error could become a fork bomb.
 MAX_WORKERS = 1024
 
@@ -85,6 +88,10 @@ class Timing:
     # Seconds for which late bytes are counted.
     late_patience: float = 60.0
 
+    # Seconds that orphaned workers have to answer a supervisor that takes over. Those that do not
+    # are killed.
+    takeover_patience: float = 5.0
+
     # Seconds between attempts to write the state file, if that has failed.
     save_retry: float = 10.0
 
@@ -128,6 +135,8 @@ class Config:
         workers: The number of worker processes, from 1 to MAX_WORKERS.
         bind: The addresses to listen on. Empty means every address of the machine.
         grace: Seconds that clients have to read the rest of the log when the server ends.
+        orphan_timeout: Seconds for which workers serve on when the supervisor has died. 0 makes
+            them end at once.
         header_timeout: Seconds that a client has to send its header. 0 means no limit.
         linger: Keep serving the open file when its path no longer names it.
         follow_name: Continue the log with the next file of that name when the path no longer names
@@ -148,6 +157,7 @@ class Config:
     workers: int = 1
     bind: tuple[str, ...] = ()
     grace: float = DEFAULT_GRACE
+    orphan_timeout: float = DEFAULT_ORPHAN_TIMEOUT
     header_timeout: float = 0.0
     linger: bool = False
     follow_name: bool = False
@@ -167,7 +177,11 @@ class Config:
                 " leave out --bind if the service manager passes the listening sockets"
             )
         _check_range("-w/--workers", self.workers, 1, MAX_WORKERS)
-        for option, seconds in (("--grace", self.grace), ("--header-timeout", self.header_timeout)):
+        for option, seconds in (
+            ("--grace", self.grace),
+            ("--orphan-timeout", self.orphan_timeout),
+            ("--header-timeout", self.header_timeout),
+        ):
             if not (isfinite(seconds) and seconds >= 0):
                 raise ConfigError(f"argument {option}: must be 0 or more seconds, not {seconds}")
         _check_range("--max-clients", self.max_clients, 0, MAX_CLIENTS)

@@ -3,14 +3,19 @@
 For each endpoint (address and port) the supervisor listens at two abstract unix sockets: one for
 its status and one for its list of clients. Their names are unique in a network namespace, so
 binding them is also a lock against a second server on the same endpoint.
+
+Each worker listens at such a socket, too. When its supervisor has died, the next one finds it there
+(see handover.py).
 """
 
 import errno
 import os
+import re
 import socket
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import count
 
 # Largest number of connections to accept at one socket in one turn. Every local user can connect,
 # and a flood of connections must not keep the supervisor from its other work.
@@ -19,9 +24,24 @@ ACCEPTS_PER_TURN = 16
 PREFIX = "tailsrv:"
 # The name of the socket for the list of clients ends with this.
 CLIENTS = "/clients"
+# The name of a worker's socket ends with this, its pid, a dot and a number.
+WORKER = "/worker/"
 
 # Largest number of bytes for the endpoint in a socket name: unix(7) allows 107 after the NUL byte.
-MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(CLIENTS)
+# A pid has at most 7 digits (PID_MAX_LIMIT of the kernel).
+MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(f"{WORKER}4194304.9999")
+
+# How often to read the kernel's list of sockets. The kernel produces it page by page and sometimes
+# skips a socket if other sockets are closed in between [measured: beside a process that creates and
+# closes sockets all the time, 1 of 100 servers is missing in every 20th reading].
+LIST_READS = 3
+# __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5).
+_LISTENS = 0x10000
+# Address, references, protocol, flags, type, state, inode, and name. Every user can choose a name,
+# so the name may hold any text.
+_SOCKET = re.compile(
+    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) ([0-9]+) [0-9A-F]+ +[0-9]+ @{PREFIX}(.*)"
+)
 
 # Number of users in a uid_map that maps every user, see user_namespaces(7).
 EVERY_USER = 0xFFFFFFFF
@@ -88,33 +108,115 @@ class Control:
             sock.close()
 
     def accept_authorized(self, sock: socket.socket) -> tuple[list[socket.socket], OSError | None]:
-        """Accept at most ACCEPTS_PER_TURN connections at `sock` and close the unauthorized ones.
+        """Accept connections at one of the control sockets, as the function of this name does."""
+        return accept_authorized(sock, self._unmapped_uid)
 
-        A caller is authorized if its uid is the supervisor's or 0. The uid that stands for unmapped
-        users (see overflow_uid) is never authorized: it does not identify a user.
 
-        Returns:
-            The authorized connections, which are non-blocking, and the error that ended the loop,
-            or None. An error means that accept(2) has found no descriptor or memory. `sock` then
-            stays readable until there is room, even if the next caller has already disconnected.
+def accept_authorized(
+    sock: socket.socket, unmapped_uid: int | None
+) -> tuple[list[socket.socket], OSError | None]:
+    """Accept at most ACCEPTS_PER_TURN connections at `sock` and close the unauthorized ones.
 
-        """
-        authorized: list[socket.socket] = []
-        for _ in range(ACCEPTS_PER_TURN):
-            try:
-                peer, _ = sock.accept()
-            except BlockingIOError:
-                # The queue is empty.
-                break
-            except OSError as error:
-                return authorized, error
-            peer.setblocking(False)
-            uid = credentials(peer)[1]
-            if uid in (0, os.geteuid()) and uid != self._unmapped_uid:
-                authorized.append(peer)
-            else:
-                peer.close()
-        return authorized, None
+    A caller is authorized if its uid is this process's or 0.
+
+    Args:
+        sock: A listening unix socket.
+        unmapped_uid: The result of `overflow_uid`. It is never authorized, because it does not
+            identify a user.
+
+    Returns:
+        The authorized connections, which are non-blocking, and the error that ended the loop, or
+        None. An error means that accept(2) has found no descriptor or memory. `sock` then stays
+        readable until there is room, even if the next caller has already disconnected.
+
+    """
+    authorized: list[socket.socket] = []
+    for _ in range(ACCEPTS_PER_TURN):
+        try:
+            peer, _ = sock.accept()
+        except BlockingIOError:
+            # The queue is empty.
+            break
+        except OSError as error:
+            return authorized, error
+        peer.setblocking(False)
+        uid = credentials(peer)[1]
+        if uid in (0, os.geteuid()) and uid != unmapped_uid:
+            authorized.append(peer)
+        else:
+            peer.close()
+    return authorized, None
+
+
+def listen_as_worker(endpoints: Sequence[str]) -> list[socket.socket]:
+    """Return listening sockets at which a supervisor finds this worker, one for each endpoint.
+
+    Raises OSError.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for endpoint in endpoints:
+            sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            _bind_worker(sockets[-1], endpoint)
+            sockets[-1].listen()
+            sockets[-1].setblocking(False)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind_worker(sock: socket.socket, endpoint: str) -> None:
+    for number in count():
+        try:
+            sock.bind(_address(f"{endpoint}{WORKER}{os.getpid()}.{number}"))
+        except OSError as error:
+            # A process of another pid namespace may have the same pid.
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return
+
+
+def connect_to_worker(name: str) -> socket.socket:
+    """Return a non-blocking connection to the worker socket `name`. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.setblocking(False)
+    try:
+        sock.connect(f"\0{PREFIX}{name}")
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def list_worker_sockets() -> dict[str, str]:
+    """Return the names of the workers' sockets, each with the (shortened) name of its endpoint.
+
+    Raises OSError if /proc/self/net/unix cannot be read.
+    """
+    parts = ((name, name.rpartition(WORKER)) for name in list_sockets(socket.SOCK_SEQPACKET))
+    return {name: endpoint for name, (endpoint, separator, _) in parts if separator}
+
+
+def list_sockets(kind: socket.SocketKind) -> set[str]:
+    """Return the names, without PREFIX, of the control sockets of this kind that any user has.
+
+    Raises OSError if /proc/self/net/unix cannot be read.
+    """
+    return set().union(*(_read_sockets(kind) for _ in range(LIST_READS)))
+
+
+def _read_sockets(kind: socket.SocketKind) -> set[str]:
+    # This path exists even where /proc shows nothing but processes (ProcSubset=pid of systemd).
+    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
+        matches = [_SOCKET.match(line) for line in file]
+    return {
+        match[3]
+        for match in matches
+        if match and int(match[1], 16) & _LISTENS and int(match[2], 16) == kind
+    }
 
 
 def find_supervisor(endpoint: str) -> int | None:
@@ -183,10 +285,10 @@ def socket_name(endpoint: str) -> str:
 
 
 def _address(name: str) -> str:
-    """Return the address of a control socket. `name` is an endpoint, with or without CLIENTS.
+    """Return the address of a control socket. `name` is an endpoint, or begins with one.
 
     The address is abstract: no socket file can be left over after a crash, and the name is unique
     in the network namespace, as the port is.
     """
-    endpoint = name.removesuffix(CLIENTS)
+    endpoint = name.partition("/")[0]
     return f"\0{PREFIX}{socket_name(endpoint)}{name[len(endpoint) :]}"

@@ -160,6 +160,58 @@ def open_listeners(bind: Sequence[str], port: int, slots: int) -> list[list[sock
     return [list(firsts.values()), *siblings]
 
 
+def extend_listeners(
+    bind: Sequence[str], port: int, slots: int, existing: Sequence[socket.socket]
+) -> tuple[list[list[socket.socket]], bool]:
+    """Return the listening sockets of each slot, as far as possible from those that exist already.
+
+    No existing socket is closed as long as its address is in `bind`: the kernel would reset the
+    connections in its accept queue. If there are more of them than slots, all slots share them.
+
+    Args:
+        bind: The values of `--bind`; empty for all addresses.
+        port: The TCP port.
+        slots: The number of slots.
+        existing: The sockets of the orphaned workers.
+
+    Returns:
+        The sockets of each slot, and whether all slots share the same sockets.
+
+    Raises:
+        ListenError: As for open_listeners().
+
+    """
+    addresses = resolve(bind)
+    found: dict[Address, list[socket.socket]] = {}
+    for sock in existing:
+        if (address := _address_of(sock)) in addresses and sock.getsockname()[1] == port:
+            _set_options(sock)
+            found.setdefault(address, []).append(sock)
+        else:
+            sock.close()
+    # Some of the addresses of a name may be missing on this machine.
+    names = {address.name for address in addresses if address.name and address in found}
+    missing = [each for each in addresses if each not in found and each.name not in names]
+    firsts = _listen_at_all(missing, port, None)
+    found |= {address: [sock] for address, sock in firsts.items()}
+    try:
+        for address, sockets in found.items():
+            while len(sockets) < slots:
+                sockets.append(_listen(address, port, exclusive=False))
+    except OSError:
+        # They belong to another user, so that the kernel lets no socket of this user join them.
+        pass
+    if all(len(sockets) == slots for sockets in found.values()):
+        return [list(row) for row in zip(*found.values(), strict=True)], False
+    return _share([sock for sockets in found.values() for sock in sockets], slots), True
+
+
+def _address_of(sock: socket.socket) -> Address:
+    """Return the address that `sock` listens at."""
+    host, _, *rest = sock.getsockname()
+    return Address(sock.family, host, rest[1] if rest else 0)
+
+
 def _listen_at_all(
     addresses: Sequence[Address], port: int, unfit: ExitStack | None
 ) -> dict[Address, socket.socket]:
@@ -232,11 +284,18 @@ def assign(
         return [[sock] for sock in listeners], False
     if slots == 1:
         return [list(listeners)], False
-    # Each slot gets duplicates of its own, which it can close without affecting the others.
+    return _share(listeners, slots), True
+
+
+def _share(listeners: Sequence[socket.socket], slots: int) -> list[list[socket.socket]]:
+    """Return duplicates of all `listeners` for each slot.
+
+    A slot can close its duplicates without affecting the others.
+    """
     copies = [[sock.dup() for sock in listeners] for _ in range(slots)]
     for sock in listeners:
         sock.close()
-    return copies, True
+    return copies
 
 
 def _take_listener(fd: int) -> socket.socket:

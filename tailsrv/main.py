@@ -10,7 +10,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from inotify_simple import INotify
@@ -25,11 +25,13 @@ from tailsrv.linux.process_title import make_room
 from tailsrv.linux.signals import block_all, ignore_io_signals, interruptible
 from tailsrv.linux.sockets import accept_queue
 from tailsrv.linux.systemd import is_service, passed_sockets, take_sockets
+from tailsrv.linux.tcp_info_check import counts_streams
 from tailsrv.listeners import (
     BACKLOG,
     ListenError,
     assign,
     endpoints,
+    extend_listeners,
     names_of,
     open_listeners,
     take_listeners,
@@ -42,6 +44,14 @@ from tailsrv.supervisor.report_reader import RESERVED_DESCRIPTORS
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.state_file import StateFileError, default_path
 from tailsrv.supervisor.supervisor import Supervisor
+from tailsrv.supervisor.takeover import (
+    Orphan,
+    TakeoverError,
+    collect,
+    compose,
+    find,
+    why_in_use,
+)
 from tailsrv.supervisor.upgrade import (
     answer_check,
     command,
@@ -87,6 +97,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, int]:
             workers=args.workers,
             bind=tuple(args.bind),
             grace=args.grace,
+            orphan_timeout=args.orphan_timeout,
             header_timeout=args.header_timeout,
             linger=args.linger_after_file_is_gone,
             follow_name=args.follow_name,
@@ -136,13 +147,14 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     try:
         occupy_standard_descriptors()
         state = read_state()
-        supervisor = prepare(config) if state is None else take_over(config, state)
+        supervisor = prepare(config) if state is None else continue_upgrade(config, state)
     except (
         CannotServeError,
         ListenError,
         AlreadyServedError,
         StateError,
         StateFileError,
+        TakeoverError,
         OSError,
     ) as error:
         # OSError: out of descriptors or memory.
@@ -151,8 +163,11 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     try:
         status = supervisor.run()
     except (OSError, MemoryError) as error:
-        # The workers notice that the supervisor is gone, and exit as well.
-        logger.critical("supervisor failed, all streams end: %s", describe_error(error))
+        # The workers notice that the supervisor is gone, and wait for another one.
+        logger.critical("supervisor failed: %s", describe_error(error))
+        status = ExitStatus.CANNOT_SERVE
+    except Exception:
+        logger.exception("supervisor failed with an internal error, please report this bug")
         status = ExitStatus.CANNOT_SERVE
     # The interpreter restores the default action of signals while it exits. Without this, another
     # SIGTERM at that moment would kill the process, and the exit status would be lost.
@@ -160,15 +175,105 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     return status
 
 
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """The listening sockets of a new server, or the orphaned workers that have them.
+
+    Attributes:
+        listeners: The sockets of each slot. If there are orphans, they are incomplete.
+        shared: Whether all slots share the same sockets.
+        names: The endpoints, as text.
+        control: The control sockets.
+        orphans: The workers to take over from.
+
+    """
+
+    listeners: list[list[socket.socket]]
+    shared: bool
+    names: list[str]
+    control: Control
+    orphans: Sequence[Orphan] = ()
+
+
 def prepare(config: Config) -> Supervisor:
     """Open the file and the listening sockets for a new server, and return its supervisor.
 
-    Raises CannotServeError, ListenError or AlreadyServedError.
+    If workers whose supervisor has died still serve the same endpoints, take over from them.
+
+    Raises CannotServeError, ListenError, AlreadyServedError, StateFileError or TakeoverError.
     """
     descriptors = raise_descriptor_limit()
     # Take the passed sockets before anything else is opened: they have fixed descriptor numbers.
     passed = take_listeners(take_sockets())
     store = LogStore(config.state_file, config.path) if config.state_file else None
+    # getaddrinfo(3) blocks while a name server does not answer.
+    with interruptible():
+        if config.port is None:
+            listening = listen_at_passed(config, passed)
+        else:
+            listening = listen_at_port(config, config.port)
+    supervisor = None
+    if listening.orphans:
+        supervisor = take_over_orphans(config, listening, store)
+    if supervisor is None:
+        supervisor = begin(config, listening, store)
+    listeners = [slot.listeners for slot in supervisor.pool.slots]
+    logger.info(
+        "listening: %s",
+        fields(
+            version=__version__,
+            endpoints=",".join(listening.names),
+            port=listeners[0][0].getsockname()[1],
+            workers=config.workers,
+            descriptors=descriptors,
+        ),
+    )
+    warn_of_limits(config, listeners, descriptors)
+    return supervisor
+
+
+def listen_at_passed(config: Config, passed: Sequence[socket.socket]) -> Listening:
+    """Listen at the sockets that a service manager has passed.
+
+    Raises AlreadyServedError or TakeoverError.
+    """
+    names = names_of(passed)
+    control = Control.lock(names)
+    # The port does not show whether there are orphans: the service manager has it.
+    found = find(names, config.timing.takeover_patience, trust_all=False)
+    return Listening(*assign(passed, config.workers), names, control, found.orphans)
+
+
+def listen_at_port(config: Config, port: int) -> Listening:
+    """Listen at `port`, or find the orphaned workers that do.
+
+    Raises AlreadyServedError if another tailsrv listens there, TakeoverError, and ListenError for
+    any other failure.
+    """
+    names = endpoints(config.bind, port)
+    try:
+        listeners = open_listeners(config.bind, port, config.workers)
+    except ListenError as error:
+        for endpoint in names:
+            if find_supervisor(endpoint) is not None:
+                raise AlreadyServedError(describe_holder(endpoint)) from None
+        control = Control.lock(names)
+        found = find(names, config.timing.takeover_patience, trust_all=True)
+        if found.orphans:
+            return Listening([], False, names, control, found.orphans)
+        if reason := why_in_use(names, found.foreign):
+            raise ListenError(f"{error}: {reason}") from None
+        # Orphans that do not answer have been killed.
+        return Listening(open_listeners(config.bind, port, config.workers), False, names, control)
+    names = endpoints(config.bind, listeners[0][0].getsockname()[1])
+    return Listening(listeners, False, names, Control.lock(names))
+
+
+def begin(config: Config, listening: Listening, store: LogStore | None) -> Supervisor:
+    """Return the supervisor of a server that begins with the file, or waits for it.
+
+    Raises CannotServeError or StateFileError.
+    """
     if config.follow_name and store is None:
         logger.info(
             "offsets begin at 0, because no state file keeps them: %s",
@@ -179,34 +284,58 @@ def prepare(config: Config) -> Supervisor:
         restored = store.restore() if store else Restored(None, [], 0)
         file = open_file(config.path) if restored.log is None else None
     prepare_to_fork()
-    if config.port is None:
-        names = names_of(passed)
-        listeners, shared = assign(passed, config.workers)
-    else:
-        # getaddrinfo(3) blocks while a name server does not answer.
-        with interruptible():
-            listeners, shared = listen(config, config.port), False
-        names = endpoints(config.bind, listeners[0][0].getsockname()[1])
-    control = Control.lock(names)
-    port = listeners[0][0].getsockname()[1]
-    logger.info(
-        "listening: %s",
-        fields(
-            version=__version__,
-            endpoints=",".join(names),
-            port=port,
-            workers=config.workers,
-            descriptors=descriptors,
-        ),
+    slots = [
+        Slot(index, sockets, listening.shared) for index, sockets in enumerate(listening.listeners)
+    ]
+    supervisor = Supervisor(
+        config, slots, listening.names, listening.control, partial(work, config=config), store
     )
-    warn_of_limits(config, listeners, descriptors)
-    slots = [Slot(index, sockets, shared) for index, sockets in enumerate(listeners)]
-    supervisor = Supervisor(config, slots, names, control, partial(work, config=config), store)
     supervisor.served_file.base = restored.end
     if restored.log is not None:
         supervisor.begin(restored.log, restored.next_files)
     elif file is not None:
         supervisor.begin(Log([Segment(restored.end, file)]))
+    return supervisor
+
+
+def take_over_orphans(
+    config: Config, listening: Listening, store: LogStore | None
+) -> Supervisor | None:
+    """Return a supervisor that continues what the orphaned workers serve.
+
+    Returns None if all of them have ended instead. Raises TakeoverError or ListenError.
+    """
+    if store is not None:
+        # A state file that belongs to something else must not be overwritten.
+        store.check()
+    counts = counts_streams()
+    prepare_to_fork()
+    # The clients wait from here on, until the new workers are ready.
+    orphans = collect(listening.orphans, config, counts, config.timing.takeover_patience)
+    handovers = [orphan.handover for orphan in orphans]
+    taken = [socket.socket(fileno=fd) for handover in handovers for fd in handover.listeners]
+    if config.port is not None:
+        listeners, shared = extend_listeners(config.bind, config.port, config.workers, taken)
+    else:
+        listeners, shared = listening.listeners, listening.shared
+        for sock in taken:
+            sock.close()
+    if not orphans:
+        listening.listeners[:] = listeners
+        return None
+    state, places = compose(handovers, listeners, shared, listening.names, config.follow_name)
+    supervisor = load(
+        config,
+        state,
+        listening.control,
+        store,
+        [
+            [orphan.sock for orphan, place in zip(orphans, places, strict=True) if place == index]
+            for index in range(len(listeners))
+        ],
+    )
+    if supervisor.roller is not None:
+        supervisor.roller.save_log()
     return supervisor
 
 
@@ -241,34 +370,35 @@ def warn_of_limits(
         )
 
 
-def take_over(config: Config, state: UpgradeState) -> Supervisor:
+def continue_upgrade(config: Config, state: UpgradeState) -> Supervisor:
     """Continue the server of the previous version from `state`, which an upgrade has passed on."""
     raise_descriptor_limit()
     keep_private(state.descriptors())
     prepare_to_fork()
-    slots = [Slot.load(index, saved) for index, saved in enumerate(state.slots)]
     control = Control([socket.socket(fileno=fd) for fd in state.control])
     store = (
         LogStore(config.state_file, config.path, *state.state_lock) if config.state_file else None
     )
+    return load(config, state, control, store)
+
+
+def load(
+    config: Config,
+    state: UpgradeState,
+    control: Control,
+    store: LogStore | None,
+    predecessors: Sequence[list[socket.socket]] = (),
+) -> Supervisor:
+    """Return the supervisor of a server that has the given `state`.
+
+    `predecessors` are the connections to the orphaned workers of each slot.
+    """
+    slots = [Slot.load(index, saved) for index, saved in enumerate(state.slots)]
+    for slot, orphans in zip(slots, predecessors, strict=False):
+        slot.predecessors = orphans
     return Supervisor(
         config, slots, state.endpoints, control, partial(work, config=config), store, state
     )
-
-
-def listen(config: Config, port: int) -> list[list[socket.socket]]:
-    """Return the listening sockets of each slot.
-
-    Raises AlreadyServedError if another tailsrv listens on the port, and ListenError for any other
-    failure.
-    """
-    try:
-        return open_listeners(config.bind, port, config.workers)
-    except ListenError:
-        for endpoint in endpoints(config.bind, port):
-            if find_supervisor(endpoint) is not None:
-                raise AlreadyServedError(describe_holder(endpoint)) from None
-        raise
 
 
 def prepare_to_fork() -> None:

@@ -98,3 +98,18 @@ def resume(start: int, end: int | None, sent: int) -> tuple[bytes, int]:
     """
     line = b"" if end is None else offsets_line(start, end)
     return line[sent:], start + max(0, sent - len(line))
+
+
+def began_at(offset: int, end: int | None, line: bytes, sent: int) -> int:
+    """Return the offset that a stream began at: with it, resume() returns `line` and `offset`.
+
+    Args:
+        offset: The offset of the next byte to send.
+        end: The second number of the client's `?` line, None if it did not ask for one.
+        line: What is left to send of that line.
+        sent: The number of bytes that the client has been sent, including those of the line.
+
+    """
+    if line or end is None:
+        return offset if line else offset - sent
+    return offset - (sent - len(offsets_line(0, end)))

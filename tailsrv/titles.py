@@ -33,7 +33,10 @@ def service_status(state: str, workers: int, clients: int) -> str:
 
 
 def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) -> str:
-    """Return the title of the worker in `slot`; `state` is empty, `starting` or `draining`."""
+    """Return the title of the worker in `slot`.
+
+    `state` is empty, `starting`, `orphaned` or `draining`.
+    """
     status = [state] if state else []
     if state != "starting":
         status.append(counted(clients, "client"))

@@ -33,8 +33,10 @@ class WorkerContext:
     log: Log | None
     # With --follow-name: for each slot, the largest end of the log that its workers have acted on.
     ends: SharedCounts | None
-    # The end of the log if the worker starts frozen, because others may roll by themselves.
-    agreed: int | None
+    # The end of the log if the worker starts frozen, because others may roll by themselves, or
+    # because the active segment was truncated.
+    frozen_end: int | None
+    truncated: bool
     listeners: Sequence[socket.socket]
     # Whether the workers of all slots share the same listeners.
     shared: bool
@@ -45,3 +47,5 @@ class WorkerContext:
     client_limit: ClientLimit | None
     # The clients that the worker adopts, by number.
     clients: Mapping[int, Entry]
+    # Connections to the orphaned workers that have these clients until they get COMMIT.
+    predecessors: Sequence[socket.socket]

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.control_socket import CLIENTS, PREFIX, credentials, overflow_uid
+from tailsrv.control_socket import CLIENTS, PREFIX, credentials, list_sockets, overflow_uid
 from tailsrv.health.report import STOPPED, Level, Server
 from tailsrv.health.user_names import user_names
 from tailsrv.linux.process import read_stat
@@ -42,23 +42,10 @@ MAX_STATUS = 1 << 22
 # MAX_LISTED_SEGMENTS of status_schema.py with the longest paths.
 MAX_CLIENTS = 1 << 28
 
-# How often to read the kernel's list of sockets. The kernel produces it page by page and sometimes
-# skips a socket if other sockets are closed in between [measured: beside a process that creates and
-# closes sockets all the time, 1 of 100 servers is missing in every 20th reading].
-LIST_READS = 3
-
-# __SO_ACCEPTCON in the flags of /proc/net/unix, see proc_net_unix(5).
-_LISTENS = 0x10000
-
 # Any user can take any socket name, so only the endpoints that a server can have are accepted:
 # `*`, a host name, an IPv4 address, or an IPv6 address in brackets with an optional scope; then a
 # port. A name with a comma would be mistaken for several endpoints.
-_ENDPOINT = r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}"
-# Address, references, protocol, flags, type (SOCK_STREAM), state, inode, and name. Every user can
-# choose a name, so the name may hold any text.
-_LISTENER = re.compile(
-    rf"[0-9a-f]+: [0-9A-F]+ [0-9A-F]+ ([0-9A-F]+) 0001 [0-9A-F]+ +[0-9]+ @{PREFIX}({_ENDPOINT})$"
-)
+_ENDPOINT = re.compile(r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}")
 
 REPLACED = "the server has ended and another server has replaced it"
 _OTHER_PID_NAMESPACE = "it may be in another pid namespace; run the check there"
@@ -132,18 +119,11 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
 def list_endpoints() -> list[str]:
     """Return, sorted, the endpoints for which a process of any user listens at a control socket."""
-    return sorted(set().union(*(_read_endpoints() for _ in range(LIST_READS))))
+    return sorted(filter(_is_endpoint, list_sockets(socket.SOCK_STREAM)))
 
 
-def _read_endpoints() -> set[str]:
-    # This path exists even where /proc shows nothing but processes (ProcSubset=pid of systemd).
-    with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
-        matches = [_LISTENER.match(line) for line in file]
-    return {
-        match[2]
-        for match in matches
-        if match and int(match[1], 16) & _LISTENS and _port(match[2]) <= 65535
-    }
+def _is_endpoint(name: str) -> bool:
+    return _ENDPOINT.fullmatch(name) is not None and _port(name) <= 65535
 
 
 def ports(server: Server) -> set[int]:

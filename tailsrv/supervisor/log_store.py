@@ -46,6 +46,13 @@ class LogStore:
         # Whether the last attempt to save has failed.
         self.failed = False
 
+    def check(self) -> None:
+        """Check that the state file can be overwritten.
+
+        Raises StateFileError if it cannot be read, or belongs to something else.
+        """
+        read(self._state_file, self._path)
+
     def restore(self) -> Restored:
         """Find the segments that were saved, and the files that came later.
 

@@ -151,9 +151,9 @@ class Roller:
         assert self._served_file.log is not None
         self._next.begin(next_files)
         self._loop.timers.set(self.check, self._loop.now)
-        self._save()
+        self.save_log()
 
-    def _save(self) -> None:
+    def save_log(self) -> None:
         """Save the log, and try again later if that is not possible now."""
         if self.store is not None and self._served_file.log is not None:
             if self._agreed is None:
@@ -161,7 +161,7 @@ class Roller:
             else:
                 self.store.save(self._served_file.log, self._agreed, self._next.first)
             if self.store.failed:
-                self._loop.timers.set(self._save, self._loop.now + self._timing.save_retry)
+                self._loop.timers.set(self.save_log, self._loop.now + self._timing.save_retry)
 
     def close_in_child(self) -> None:
         """In a forked child, close what only the supervisor uses."""
@@ -180,7 +180,7 @@ class Roller:
             self.check_deleted,
             self._kill_silent,
             self._poll_deleted,
-            self._save,
+            self.save_log,
         ):
             self._loop.timers.cancel(action)
         if self._hints is not None:
@@ -193,7 +193,7 @@ class Roller:
         if self._agreed is not None and self._has_gone_on():
             self._served_file.roll(self._agreed, False, self._next.take())
         self._agreed = None
-        self._save()
+        self.save_log()
 
     # Before a roll
 
@@ -317,6 +317,16 @@ class Roller:
         return self._mode in (Mode.WITHDRAWN, Mode.ROLLING)
 
     @property
+    def truncated(self) -> bool:
+        """Whether the log rolls because its active segment was truncated."""
+        return self._truncated and self.rolling and self._agreed is None
+
+    @property
+    def frozen_end(self) -> int | None:
+        """The end of the log at which a new worker starts frozen, None if it does not."""
+        return max(self.ends) if self.truncated else self.agreed_end
+
+    @property
     def agreed_end(self) -> int | None:
         """The end of the log at which a worker may have rolled by itself, None if none may have."""
         if self._agreed is None or self._served_file.log is None:
@@ -390,7 +400,7 @@ class Roller:
             return
         # Save before any client gets a byte of the next segment: if all processes are killed now,
         # offsets keep their meaning.
-        self._save()
+        self.save_log()
         if self.store is not None and self.store.failed:
             self._agreed = None
             return
@@ -403,7 +413,7 @@ class Roller:
             return
         self._agreed = None
         # The active segment will grow, perhaps beyond the size that has been saved.
-        self._save()
+        self.save_log()
         self._mode = Mode.IDLE
         self._pool.order_all(Thaw())
         self._loop.timers.cancel(self._kill_silent)
@@ -484,10 +494,10 @@ class Roller:
         self._waiting, self._quiet, self._writers = False, None, None
         # Save before any client gets a byte of the next segment, unless that is saved already.
         if not agreed:
-            self._save()
+            self.save_log()
         self._pool.order_all(Roll(base, size, lost), [file])
         if agreed:
-            self._save()
+            self.save_log()
         logger.info(
             "rolled: %s", fields(path=self._served_file.path, sealed=size, offset=log.active.base)
         )

@@ -36,6 +36,9 @@ class Slot:
     # Whether the worker has taken over clients of the worker before it.
     adopted: bool = False
     client_table: ClientTable = field(default_factory=ClientTable)
+    # Connections to the orphaned workers that had these clients before. The first worker of this
+    # slot takes over from them. Until then, they serve on if these connections are closed.
+    predecessors: list[socket.socket] = field(default_factory=list)
     # When the unanswered ping was sent, None if every ping has been answered. The fork counts as a
     # ping, which the worker answers when it is ready.
     ping_sent: float | None = None
@@ -46,6 +49,12 @@ class Slot:
     # When to spawn the next worker, None if the slot has a worker or is to stay empty.
     spawn_at: float | None = None
     failures: Failures = field(default_factory=Failures)
+
+    def forget_predecessors(self) -> None:
+        """Close the connections to the orphaned workers."""
+        for sock in self.predecessors:
+            sock.close()
+        self.predecessors = []
 
     def describe(self, now: float) -> dict[str, object]:
         """Return this slot's part of the status, at the time `now`. Durations are in seconds."""

@@ -3,9 +3,9 @@
 The supervisor also notices that the file is gone, and then drains or rolls to the next file. It
 runs upgrades and answers status requests.
 
-It never accepts a client, never reads a client's bytes and never sends a byte of the log. It does
-so little in order to be reliable, because all streams end if it dies. It has no threads. It does
-not share its epoll object with workers.
+It never accepts a client, never reads a client's bytes and never sends a byte of the log. If it
+dies, its workers serve on until another supervisor takes over from them (takeover.py). It has no
+threads. It does not share its epoll object with workers.
 """
 
 import logging
@@ -79,7 +79,8 @@ class Supervisor:
         control: The control sockets, which also lock the endpoints.
         work: Runs a worker. It is called in the forked child, and returns the child's exit status.
         store: Where the log is saved, None if it is not.
-        handed_on: The state of the previous version if an upgrade started this process, else None.
+        handed_on: The state of the previous version if an upgrade started this process, or the
+            state that the orphaned workers of another supervisor have handed over. None otherwise.
 
     """
 
@@ -113,9 +114,11 @@ class Supervisor:
             self.served_file.gone, self.served_file.polling = handed_on.file_gone, handed_on.polling
             self.served_file.log = handed_on.log.load() if handed_on.log else None
             self.served_file.base = handed_on.base
-        self.pool.started_up = handed_on is not None
+        # Whether orphaned workers still have clients of this server.
+        self.taking_over = self.pool.has_predecessors()
         # Whether workers of the previous version are still to be replaced.
-        self.replacing = handed_on is not None
+        self.replacing = handed_on is not None and not self.taking_over
+        self.pool.started_up = self.replacing
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
         self.ended = False
@@ -152,7 +155,11 @@ class Supervisor:
         self.stray_signals = StraySignals()
         self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
         self.upgrader = Upgrader(
-            self.loop.timers, self.save, self.wakeup.read, self.lifecycle, busy=self.replacing
+            self.loop.timers,
+            self.save,
+            self.wakeup.read,
+            self.lifecycle,
+            busy=self.replacing or self.taking_over,
         )
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.status_server = StatusServer(
@@ -199,6 +206,9 @@ class Supervisor:
             self.step()
         if self.roller is not None:
             self.roller.finish()
+        if self.exit_status is ExitStatus.DONE:
+            # Orphaned workers whose clients no worker has adopted yet are to end as well.
+            self.pool.dismiss_predecessors()
         logger.info("ended: %s", fields(status=int(self.exit_status)))
         return self.exit_status
 
@@ -342,7 +352,8 @@ class Supervisor:
                     slot,
                     self.served_file.log,
                     self.roller.ends if self.roller else None,
-                    self.roller.agreed_end if self.roller else None,
+                    self.roller.frozen_end if self.roller else None,
+                    self.roller is not None and self.roller.truncated,
                     channel,
                     self.endpoints,
                     self.client_limit,
@@ -411,6 +422,15 @@ class Supervisor:
             # Send the status text now. Otherwise it might be sent only after its interval.
             systemd.notify(f"STATUS={self.status.summary()}")
         self.continue_replacing()
+        self.continue_takeover(slot)
+
+    def continue_takeover(self, slot: Slot) -> None:
+        """Note that the worker of `slot` has taken over from the orphaned workers."""
+        slot.forget_predecessors()
+        if self.taking_over and not self.pool.has_predecessors():
+            self.taking_over = False
+            logger.info("took over: %s", fields(clients=self.pool.clients()))
+            self.upgrader.finish(self.loop.now)
 
     def give_up(self, reason: str) -> None:
         logger.critical("workers cannot start: %s", reason)

@@ -51,6 +51,10 @@ class LogState:
         """Return the state of `log`."""
         return cls([[segment.base, segment.file, segment.size] for segment in log], log.start)
 
+    def files(self) -> list[int]:
+        """Return the descriptors of the segments."""
+        return [file for _, file, _ in self.segments if file is not None and file != NO_FILE]
+
     def load(self) -> Log:
         """Return the log that of() was called with. Its descriptors must be open."""
         segments = []
@@ -105,7 +109,7 @@ class UpgradeState:
         """Return every descriptor that must stay open through exec(2)."""
         found = [*self.control, *self.quota, *self.ends, *self.state_lock]
         if self.log is not None:
-            found += [file for _, file, _ in self.log.segments if file not in (None, NO_FILE)]
+            found += self.log.files()
         if self.roll is not None:
             found += self.roll.next_files
             found += [int(file) for file, _, _, owned, *_ in self.roll.late if owned]

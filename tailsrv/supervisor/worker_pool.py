@@ -13,6 +13,7 @@ from functools import partial
 
 from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Timing
+from tailsrv.handover import commit
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import blocked
 from tailsrv.log import fields, logger
@@ -89,6 +90,16 @@ class WorkerPool:
     def clients(self) -> int:
         """Return the number of clients in all slots, including unprotected ones."""
         return sum(len(slot.client_table) for slot in self.slots)
+
+    def has_predecessors(self) -> bool:
+        """Return whether a slot has clients that an orphaned worker may still serve."""
+        return any(slot.predecessors for slot in self.slots)
+
+    def dismiss_predecessors(self) -> None:
+        """Let the orphaned workers end, because the server ends."""
+        for slot in self.slots:
+            commit(slot.predecessors)
+            slot.predecessors = []
 
     def ping_workers(self) -> None:
         """Ping every worker that has no unanswered ping."""
@@ -243,7 +254,8 @@ class WorkerPool:
         slot: Slot,
         log: Log | None,
         ends: SharedCounts | None,
-        agreed: int | None,
+        frozen_end: int | None,
+        truncated: bool,
         channel: socket.socket,
         endpoints: Sequence[str],
         client_limit: ClientLimit | None,
@@ -254,7 +266,8 @@ class WorkerPool:
             slot: The slot of the new worker.
             log: The segments of the log, None while there is no file.
             ends: With --follow-name, the shared ends of the log.
-            agreed: The end of the log if the worker starts frozen.
+            frozen_end: The end of the log if the worker starts frozen.
+            truncated: Whether the active segment is known to be truncated.
             channel: The worker's end of its channel.
             endpoints: The addresses that the server listens on.
             client_limit: The shared counts of --max-clients, None without that option.
@@ -269,13 +282,15 @@ class WorkerPool:
             slot.index,
             log,
             ends,
-            agreed,
+            frozen_end,
+            truncated,
             slot.listeners,
             slot.shared,
             channel,
             endpoints,
             client_limit,
             slot.client_table.clients,
+            slot.predecessors,
         )
 
     def close_in_child(self, keep: Slot | None = None) -> None:
@@ -286,6 +301,7 @@ class WorkerPool:
                 # end in another process would prevent this.
                 slot.channel.close()
             if slot is not keep:
+                slot.forget_predecessors()
                 for listener in slot.listeners:
                     # The kernel distributes new connections over all open listeners of a port. If
                     # this child kept the listener of another slot open after the worker there has

@@ -119,6 +119,15 @@ class Acceptor:
             self._accept(listener, 2 * BACKLOG)
             if refuse:
                 stop_listening(listener)
+        self.hand_over()
+
+    @property
+    def listeners(self) -> Sequence[socket.socket]:
+        """The listeners that the acceptor has not closed."""
+        return self._listeners
+
+    def hand_over(self) -> None:
+        """Close the listeners without emptying the accept queues, which another worker serves."""
         self.stop()
         for listener in self._listeners:
             listener.close()

@@ -23,10 +23,11 @@ class Client:
 
     `offset` is the next byte to send. It may be out of date while the client is caught up: the next
     byte is then at the end of the file, and `Streams` stores that offset once for all such clients.
-    `line` is what is left to send of its `?` line, before the byte at `offset`.
+    `line` is what is left to send of its `?` line, before the byte at `offset`. `end` is the second
+    number of that line, None if the client did not ask for one.
     """
 
-    __slots__ = ("fd", "line", "number", "offset", "peer", "sock", "state")
+    __slots__ = ("end", "fd", "line", "number", "offset", "peer", "sock", "state")
 
     def __init__(self, number: int, sock: socket.socket, peer: tuple[str, int] | None) -> None:
         # The client's key in the supervisor's client table. Unlike `fd`, a worker never uses it for
@@ -37,6 +38,7 @@ class Client:
         self.fd = sock.fileno()
         self.peer: str | None = endpoint(*peer) if peer else "unknown"
         self.state = ClientState.AWAITING_HEADER
+        self.end: int | None = None
         self.line = b""
         self.offset = 0
 

@@ -26,8 +26,7 @@ class FileMonitor:
         slot: The worker's slot.
         ends: With --follow-name, the shared ends of the log: the monitor records each end before
             the streams act on it. None without --follow-name.
-        agreed: The end of the log if other workers may roll by themselves at that end. Then the
-            monitor is frozen.
+        frozen_end: The end of the log at which the monitor starts frozen, None if it does not.
         insist: Report at every check that the file is gone, not only at the first. This is needed
             if the supervisor acts on the report. It ignores a report if it finds the file back at
             its path, and the file may disappear once more.
@@ -43,7 +42,7 @@ class FileMonitor:
         timing: Timing,
         slot: int,
         ends: SharedCounts | None,
-        agreed: int | None = None,
+        frozen_end: int | None = None,
         insist: bool = True,
     ) -> None:
         self.gone = False
@@ -56,9 +55,9 @@ class FileMonitor:
         self._identity = FileIdentity(watch.file, watch.path)
         self._slot, self._ends = slot, ends
         # Whether the end of the log must not change for now, or ever again.
-        self._frozen, self._stopped = agreed is not None, False
+        self._frozen, self._stopped = frozen_end is not None, False
         # Whether other workers may have rolled at this end, so that it must not change in a drain.
-        self._held = agreed is not None
+        self._held = frozen_end is not None
         # The watch on the next file, and the size of the active segment at which to roll to it.
         self._next: tuple[Watch, int] | None = None
         self._register()
@@ -101,6 +100,19 @@ class FileMonitor:
         self.deliver_appends()
         self._frozen = True
         self._withdraw()
+
+    def hold_roll(self) -> None:
+        """Do not change the end of the log any more if a roll is under way.
+
+        The supervisor has died, and may have told another worker to roll at an end that this worker
+        does not know. The next supervisor completes the roll.
+        """
+        self._held = self._frozen
+
+    @property
+    def next_file(self) -> int | None:
+        """The file to which the worker may roll by itself, None if there is none."""
+        return self._next[0].file if self._next is not None else None
 
     def agree(self, size: int, file: int | None) -> None:
         """Roll to `file` when it has a byte, if the active segment has `size` bytes then.

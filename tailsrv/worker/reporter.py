@@ -34,7 +34,7 @@ class Reporter:
         channel: The worker's end of the channel.
         loop: The worker's event loop.
         start: `start(client, offset, end)` is called when the start of a stream has been reported.
-        end: Called if the supervisor has exited.
+        lose_supervisor: Called if the supervisor has exited.
 
     """
 
@@ -43,7 +43,7 @@ class Reporter:
         channel: socket.socket,
         loop: EventLoop,
         start: Callable[[Client, int, int | None], None],
-        end: Callable[[], None],
+        lose_supervisor: Callable[[], None],
     ) -> None:
         # Clients that have connected.
         self.joined: list[Client] = []
@@ -54,7 +54,14 @@ class Reporter:
         self.left: list[int] = []
         self.notices = NO_NOTICES
         self._channel, self._loop = channel, loop
-        self._start, self._end = start, end
+        self._start, self._lose_supervisor = start, lose_supervisor
+        # Whether there is no supervisor any more.
+        self._orphaned = False
+
+    def stop_sending(self) -> None:
+        """Send nothing from now on, because the supervisor has exited."""
+        self._orphaned = True
+        self.send_and_start()
 
     def add_notice(self, **changes: Any) -> None:
         """Set fields of the next report's notices, given by their names."""
@@ -98,14 +105,10 @@ class Reporter:
                 notices=self.notices,
             )
             try:
-                socket.send_fds(
-                    self._channel,
-                    [encode(report)],
-                    [client.fd for client in joined],
-                    socket.MSG_DONTWAIT,
-                )
+                self._send(report, [client.fd for client in joined])
             except (BrokenPipeError, ConnectionResetError):
-                self._end()
+                # This starts the streams.
+                self._lose_supervisor()
                 return
             except OSError:
                 # The channel is full, or the kernel is short of memory.
@@ -116,6 +119,10 @@ class Reporter:
             for client, offset, end in starting:
                 if client.state is ClientState.AWAITING_HEADER:
                     self._start(client, offset, end)
+
+    def _send(self, report: WorkerReport, sockets: list[int]) -> None:
+        if not self._orphaned:
+            socket.send_fds(self._channel, [encode(report)], sockets, socket.MSG_DONTWAIT)
 
     def send_remaining(self) -> None:
         """Report the rest before the worker exits.

@@ -16,7 +16,19 @@ from itertools import count
 
 from setproctitle import setproctitle
 
+from tailsrv import __version__
 from tailsrv.config import Config, ExitStatus
+from tailsrv.control_socket import credentials
+from tailsrv.error_hints import absolute
+from tailsrv.handover import (
+    FORMAT,
+    Greeting,
+    HandedClient,
+    HandedSegment,
+    Handover,
+    Request,
+    commit,
+)
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.linux.files import close_file
 from tailsrv.linux.inotify import NoFile, Watch
@@ -30,7 +42,7 @@ from tailsrv.linux.sockets import (
     take_socket,
 )
 from tailsrv.log import RateLimited, fields, logger
-from tailsrv.protocol import Start, resume
+from tailsrv.protocol import Start, began_at, resume
 from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.stray_signals import StraySignals
 from tailsrv.titles import worker_title
@@ -40,6 +52,7 @@ from tailsrv.worker.dead_peers import DeadPeers
 from tailsrv.worker.drain import Drainer
 from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.header_reader import HeaderReader
+from tailsrv.worker.orphan import Orphan, hand_over
 from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import BytesGoneError, Streams
 from tailsrv.worker_channel import (
@@ -69,8 +82,8 @@ INPUT = select.EPOLLIN | select.EPOLLRDHUP
 def work(context: WorkerContext, config: Config) -> int:
     """Set up this forked process, serve one slot, and return the exit status.
 
-    The worker ends after the supervisor's order to drain, when the supervisor has exited, or on
-    SIGTERM.
+    The worker ends after the supervisor's order to drain or on SIGTERM. If the supervisor has died,
+    it ends when another one has taken over, or when the time for that is over.
 
     Returns:
         ExitStatus.DONE when the worker has ended as it should, EX_TEMPFAIL (75) if it could not
@@ -128,6 +141,9 @@ class Worker:
         self.dropped: list[Client] = []
         self.draining = False
         self.ended = False
+        # Whether the supervisor has died, and until when this worker serves without one.
+        self.orphaned, self.orphaned_until = False, 0.0
+        self.context = context
         # Numbers for new clients, above those of the clients that this worker adopts.
         self.numbers = count(max(context.clients, default=-1) + 1)
         self.title = ProcessTitle(self.loop.timers, self.render_title)
@@ -146,9 +162,11 @@ class Worker:
         # If the size cannot be read now, the file must not seem to have been truncated.
         known = max(0, context.ends[self.slot] - log.active.base) if context.ends is not None else 0
         watch = NoFile() if self.waiting else Watch(log.active.file, config.path, known)
-        end = log.active.base + watch.size() if context.agreed is None else context.agreed
+        frozen = context.frozen_end
+        end = log.active.base + watch.size() if frozen is None else frozen
         self.streams = Streams(log, end, self.drop, self.await_writable)
-        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.end)
+        self.streams.truncated = context.truncated
+        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.lose_supervisor)
         self.file_monitor = FileMonitor(
             watch,
             self.streams,
@@ -157,7 +175,7 @@ class Worker:
             config.timing,
             self.slot,
             context.ends,
-            context.agreed,
+            frozen,
             insist=not config.linger,
         )
         self.header_reader = HeaderReader(
@@ -183,11 +201,15 @@ class Worker:
             self.free_descriptor,
         )
         self.acceptor.start()
+        self.orphan = (
+            Orphan(self.loop, self.endpoints, self.greeting) if config.orphan_timeout else None
+        )
 
     # The loop
 
     def run(self) -> int:
         """Run the loop until the worker ends, and return the exit status."""
+        commit(self.context.predecessors)
         self.reporter.add_notice(ready=True)
         self.title.changed(self.loop.now)
         if not self.waiting:
@@ -225,6 +247,9 @@ class Worker:
         # Last: any of the calls above may deliver appends and leave a client waiting for memory.
         self.plan_retries()
         self.reporter.send_if_due()
+        # All clients of this turn are served: none is between two states.
+        if self.orphaned and self.orphan is not None:
+            self.answer_supervisor(self.orphan)
 
     def start_streams(self) -> None:
         """Start the streams of the clients whose headers have arrived.
@@ -306,6 +331,7 @@ class Worker:
         elif entry.start is not None:
             self.header_reader.forget(client)
             client.line, offset = resume(entry.start, entry.end, sent)
+            client.end = entry.end
             self.streams.add(client, offset)
             # Bytes that the previous worker has sent may still be unacknowledged.
             self.dead_peers.expect_acks()
@@ -423,6 +449,7 @@ class Worker:
         else:
             client.forget_peer()
         client.line, _ = resume(offset, end, sent=0)
+        client.end = end
         self.streams.add(client, offset)
 
     def drop(self, client: Client, error: Exception | None = None) -> None:
@@ -483,6 +510,116 @@ class Worker:
         if not self.clients:
             self.file_monitor.set_following(False)
 
+    # Without a supervisor
+
+    def lose_supervisor(self) -> None:
+        """Serve on for a while: the supervisor has died, and another one may take over."""
+        if self.orphaned or self.ended:
+            return
+        self.orphaned = True
+        self.loop.unregister(self.channel.fileno())
+        self.channel.close()
+        self.reporter.stop_sending()
+        self.title.changed(self.loop.now)
+        if self.draining:
+            return
+        if self.orphan is None:
+            self.ended = True
+            return
+        logger.warning(
+            "supervisor is gone, clients are served until another one takes over: %s",
+            fields(
+                slot=self.slot,
+                clients=len(self.clients),
+                seconds=f"{self.config.orphan_timeout:g}",
+                hint="start tailsrv again with the same options",
+            ),
+        )
+        self.file_monitor.hold_roll()
+        self.await_supervisor()
+        self.orphan.begin()
+
+    def await_supervisor(self) -> None:
+        """Drain if no supervisor has taken over when the time for that is over."""
+        self.orphaned_until = self.loop.now + self.config.orphan_timeout
+        self.loop.timers.set(self.end_orphan, self.orphaned_until)
+
+    def end_orphan(self) -> None:
+        self.drain_orphan("no supervisor has taken over")
+
+    def drain_orphan(self, reason: str) -> None:
+        logger.warning(
+            "draining: %s",
+            fields(slot=self.slot, clients=len(self.clients), reason=reason),
+        )
+        self.drain(self.config.grace)
+
+    def greeting(self) -> Greeting:
+        """Return how this worker introduces itself to a supervisor or a health check."""
+        return Greeting(
+            __version__,
+            FORMAT,
+            os.getpid(),
+            self.slot,
+            absolute(self.config.path),
+            list(self.endpoints),
+            len(self.clients),
+            max(0.0, self.orphaned_until - self.loop.clock()),
+        )
+
+    def answer_supervisor(self, orphan: Orphan) -> None:
+        """Hand everything over to a supervisor that has asked for it, and end if it takes over."""
+        if self.draining or self.ended or (asked := orphan.take_request()) is None:
+            return
+        peer, request = asked
+        supervisor = credentials(peer)[0]
+        self.reporter.send_and_start()
+        if not hand_over(peer, self.describe(request)):
+            # A supervisor has been started, so another attempt is likely.
+            logger.warning(
+                "supervisor has not taken over, clients are served on: %s",
+                fields(slot=self.slot, supervisor=supervisor),
+            )
+            self.await_supervisor()
+            return
+        logger.info(
+            "supervisor has taken over: %s",
+            fields(slot=self.slot, supervisor=supervisor, clients=len(self.clients)),
+        )
+        if request.clients:
+            self.ended = True
+        else:
+            self.acceptor.hand_over()
+            self.drain_orphan("these clients cannot be taken over")
+
+    def describe(self, request: Request) -> Handover:
+        """Return what to hand over. Nothing may be sent to a client after this."""
+        handover = Handover([listener.fileno() for listener in self.acceptor.listeners])
+        if not request.clients:
+            return handover
+        clients = (self.describe_client(client) for client in self.clients.values())
+        handover.clients = [client for client in clients if client is not None]
+        handover.start, handover.end = self.streams.log.start, self.streams.end
+        handover.truncated = self.streams.truncated
+        handover.next_file = self.file_monitor.next_file
+        if self.context.ends is not None:
+            handover.ends = self.context.ends.fd
+        if not self.waiting:
+            handover.segments = [
+                HandedSegment(each.base, each.size, None if each.file == NO_FILE else each.file)
+                for each in self.streams.log
+            ]
+        return handover
+
+    def describe_client(self, client: Client) -> HandedClient | None:
+        """Return what to hand over for `client`, None if its connection is not open any more."""
+        if (sent := bytes_streamed(client.sock)) is None:
+            return None
+        if client.state is not ClientState.STREAMING:
+            return HandedClient(client.fd, None, None)
+        offset = self.streams.offset_of(client)
+        return HandedClient(client.fd, began_at(offset, client.end, client.line, sent), client.end)
+
     # The end
 
     def handle_signal(self) -> None:
@@ -496,11 +633,14 @@ class Worker:
             self.stray_signals.note(number)
         if signal.SIGTERM in numbers:
             self.handle_channel()
+            if self.orphaned and not self.draining:
+                # There is no successor.
+                self.drain_orphan("SIGTERM")
             self.ended = self.ended or not self.draining
 
     def handle_channel(self) -> None:
         """Handle all messages that the supervisor has sent so far."""
-        while not self.ended:
+        while not self.ended and not self.orphaned:
             try:
                 packet, files, _, _ = socket.recv_fds(
                     self.channel, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
@@ -516,8 +656,7 @@ class Worker:
             if packet:
                 self.handle_message(decode(packet), files)
             else:
-                # The supervisor has exited, and its workers exit with it.
-                self.ended = True
+                self.lose_supervisor()
 
     def handle_message(self, message: Message, files: list[int]) -> None:
         """Act on an order of the supervisor. `files` holds the descriptor that came with it."""
@@ -566,6 +705,9 @@ class Worker:
         After `grace` seconds, the connections that are still open are closed.
         """
         self.draining = True
+        self.loop.timers.cancel(self.end_orphan)
+        if self.orphan is not None:
+            self.orphan.close()
         self.acceptor.close(refuse=self.config.port is not None)
         self.reporter.add_notice(emptied=True)
         for client in self.header_reader:
@@ -596,15 +738,10 @@ class Worker:
             )
         for client in list(self.clients.values()):
             self.drop(client)
-        self.end()
-
-    def end(self) -> None:
-        """End the worker after this turn."""
         self.ended = True
 
     # The process title
 
     def render_title(self) -> str:
-        return worker_title(
-            self.slot, self.endpoints, "draining" if self.draining else "", len(self.clients)
-        )
+        state = "draining" if self.draining else "orphaned" if self.orphaned else ""
+        return worker_title(self.slot, self.endpoints, state, len(self.clients))

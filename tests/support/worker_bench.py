@@ -79,13 +79,15 @@ class WorkerBench:
             slot=0,
             log=self.log,
             ends=ends,
-            agreed=agreed,
+            frozen_end=agreed,
+            truncated=False,
             listeners=self.listeners[0],
             shared=False,
             channel=theirs,
             endpoints=["127.0.0.1:0"],
             client_limit=None,
             clients=clients,
+            predecessors=(),
         )
         self.worker = Worker(context, config, wakeup, lambda: time.monotonic() + self.skew)
         stack.callback(self.close)

@@ -10,7 +10,7 @@ sys.path.insert(0, os.getcwd())
 
 from tailsrv import main as cli
 from tailsrv.control_socket import Control
-from tailsrv.listeners import endpoints
+from tailsrv.listeners import endpoints, open_listeners
 from tailsrv.log import logger, set_up
 from tailsrv.segments import Log, Segment
 from tailsrv.served_file import open_file
@@ -57,7 +57,7 @@ how = sys.argv.pop(1)
 config, verbosity = cli.parse(None)
 set_up(verbosity)
 file = open_file(config.path)
-listeners = cli.listen(config, config.port or 0)
+listeners = open_listeners(config.bind, config.port or 0, config.workers)
 port = listeners[0][0].getsockname()[1]
 names = endpoints(config.bind, port)
 logger.info("listening: port=%d", port)

@@ -1,0 +1,441 @@
+"""Takes over from the orphaned workers of a supervisor that has died.
+
+The workers are found by the names of their sockets. They are asked one after another for all that
+they have: listeners, clients and the log. From these, the state of a supervisor is composed, as an
+upgrade passes it on, but without workers. Until the new workers serve (see handover.py), the
+orphans can serve on, so this process may die at any moment.
+"""
+
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from tailsrv import __version__
+from tailsrv.config import Config
+from tailsrv.control_socket import (
+    connect_to_worker,
+    credentials,
+    find_supervisor,
+    list_worker_sockets,
+    overflow_uid,
+    socket_name,
+)
+from tailsrv.error_hints import absolute
+from tailsrv.handover import (
+    FORMAT,
+    MAX_FILES,
+    MAX_PACKET,
+    Greeting,
+    HandedSegment,
+    Handover,
+    HandoverError,
+    Request,
+)
+from tailsrv.linux.files import close_file
+from tailsrv.log import fields, logger
+from tailsrv.segments import NO_FILE
+from tailsrv.shared_counts import SharedCounts
+from tailsrv.supervisor.upgrade_state import LogState, RollState, SlotState, UpgradeState
+
+# Seconds between attempts to connect to a worker whose queue is full.
+CONNECT_RETRY = 0.01
+# Seconds that a killed worker has to end. In an uninterruptible sleep, it does not.
+KILL_PATIENCE = 1.0
+
+
+class TakeoverError(Exception):
+    """Orphaned workers cannot be taken over. The message is one line that says why."""
+
+
+@dataclass(slots=True)
+class Orphan:
+    """An orphaned worker, and the connection to it."""
+
+    name: str
+    sock: socket.socket
+    pid: int
+    uid: int
+    # A pidfd (pidfd_open(2)), None if the process is in another pid namespace.
+    process: int | None
+    greeting: Greeting | None = None
+    handover: Handover = field(default_factory=Handover)
+
+    def close(self) -> None:
+        """Close the connection. The worker serves on."""
+        self.sock.close()
+        self.close_process()
+
+    def close_process(self) -> None:
+        """Close the pidfd."""
+        if self.process is not None:
+            os.close(self.process)
+            self.process = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The workers of one endpoint whose supervisor has died.
+
+    Attributes:
+        orphans: Those that have answered.
+        foreign: Those of other users.
+
+    """
+
+    orphans: list[Orphan]
+    foreign: list[Orphan]
+
+
+def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
+    """Connect to the workers of `endpoints`, which must have no supervisor, and await a greeting.
+
+    A worker that does not answer is killed: it has the port, and would keep its clients waiting.
+
+    Args:
+        endpoints: Addresses and ports, such as `*:4321`.
+        patience: Seconds that a worker has for its greeting.
+        trust_all: Whether root takes over from workers of other users. Every user can take the name
+            of a worker's socket, so this requires that the port is in use.
+
+    Raises:
+        TakeoverError: A worker can neither be asked nor ended.
+
+    """
+    names = {socket_name(endpoint) for endpoint in endpoints}
+    try:
+        workers = {name for name, endpoint in list_worker_sockets().items() if endpoint in names}
+    except OSError:
+        # Without /proc, orphans cannot be found. Then the port is in use.
+        return Found([], [])
+    deadline = time.monotonic() + patience
+    # A worker that listens at several endpoints has a socket for each, whose names end alike.
+    unique = {name.rpartition("/")[2]: name for name in sorted(workers)}
+    connected = [orphan for name in unique.values() if (orphan := _connect(name, deadline))]
+    ours = [orphan for orphan in connected if _is_trusted(orphan.uid, trust_all)]
+    foreign = [orphan for orphan in connected if orphan not in ours]
+    for orphan in foreign:
+        orphan.close()
+    _await_greetings(ours, deadline)
+    answered = [orphan for orphan in ours if orphan.greeting is not None]
+    for orphan in ours:
+        if orphan.greeting is None:
+            orphan.close()
+    return Found(answered, foreign)
+
+
+def _is_trusted(uid: int, trust_all: bool) -> bool:
+    own = os.geteuid()
+    return uid != overflow_uid() and (uid == own or (own == 0 and trust_all))
+
+
+def why_in_use(endpoints: Sequence[str], foreign: Sequence[Orphan]) -> str | None:
+    """Return which orphaned workers have the port of `endpoints`, None if there are none.
+
+    Args:
+        endpoints: Addresses and ports.
+        foreign: The orphans of other users at these endpoints.
+
+    """
+    if foreign:
+        return (
+            f"workers of user {foreign[0].uid}, whose supervisor has died, still serve it: start"
+            " tailsrv as that user or as root to take over from them, or wait until they end"
+        )
+    port = endpoints[0].rpartition(":")[2]
+    with suppress(OSError):
+        for endpoint in list_worker_sockets().values():
+            if endpoint.rpartition(":")[2] == port and find_supervisor(endpoint) is None:
+                return (
+                    f"workers whose supervisor has died still serve {endpoint}: start tailsrv with"
+                    " the same --bind to take over from them, or wait until they end"
+                )
+    return None
+
+
+def _connect(name: str, deadline: float) -> Orphan | None:
+    """Connect to the worker that listens at `name`. Return None if there is none any more."""
+    while True:
+        try:
+            sock = connect_to_worker(name)
+        except BlockingIOError:
+            # Others have filled its queue, which it empties when it is orphaned.
+            if time.monotonic() >= deadline:
+                raise TakeoverError(
+                    f"cannot connect to the worker at {name}: its queue is full"
+                ) from None
+            time.sleep(CONNECT_RETRY)
+        except OSError:
+            return None
+        else:
+            break
+    pid, uid, _ = credentials(sock)
+    process = None
+    with suppress(OSError):
+        process = os.pidfd_open(pid) if pid else None
+    return Orphan(name, sock, pid, uid, process)
+
+
+def _await_greetings(orphans: Iterable[Orphan], deadline: float) -> None:
+    """Read the greetings that arrive before `deadline`. The kernel closes the other connections."""
+    waiting = {orphan.sock.fileno(): orphan for orphan in orphans}
+    poll = select.poll()
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    while waiting and (ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+        for fd, _ in ready:
+            orphan = waiting.pop(fd)
+            poll.unregister(fd)
+            with suppress(OSError, HandoverError):
+                orphan.greeting = Greeting.decode(orphan.sock.recv(MAX_PACKET))
+    for orphan in waiting.values():
+        _kill(orphan)
+
+
+def _kill(orphan: Orphan) -> None:
+    """Kill `orphan`, and wait until it has ended and its sockets are closed."""
+    logger.error(
+        "orphaned worker does not answer, killing it, its clients are lost: %s",
+        fields(pid=orphan.pid),
+    )
+    if orphan.process is None:
+        raise TakeoverError(f"a worker does not answer, and cannot be killed: pid {orphan.pid}")
+    # The pid of a process that has ended may belong to another one, its pidfd may not.
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(orphan.process, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(orphan.process, select.POLLIN)
+    poll.poll(KILL_PATIENCE * 1000)
+
+
+def why_not(orphan: Orphan, config: Config, counts_streams: bool) -> str | None:
+    """Return why the clients of `orphan` cannot be taken over, None if they can."""
+    greeting = orphan.greeting
+    assert greeting is not None
+    if greeting.format != FORMAT:
+        return f"version {greeting.version} hands over in another format"
+    if greeting.path != absolute(config.path):
+        return f"they get another file: {greeting.path}"
+    if not counts_streams:
+        return "this system does not tell how much of a stream has been sent"
+    return None
+
+
+def collect(
+    orphans: Sequence[Orphan], config: Config, counts: bool, patience: float
+) -> list[Orphan]:
+    """Ask the orphans for what they have. They serve nobody from now on, until they are closed.
+
+    Args:
+        orphans: The orphans.
+        config: The settings of this server.
+        counts: The result of `counts_streams`.
+        patience: Seconds that an orphan has for each packet.
+
+    Returns:
+        The orphans that have handed everything over.
+
+    Raises:
+        TakeoverError: This process has too few descriptors.
+
+    """
+    complete = []
+    for orphan in orphans:
+        if (reason := why_not(orphan, config, counts)) is not None:
+            logger.warning(
+                "clients of an orphaned worker cannot be taken over, it drains them: %s",
+                fields(
+                    pid=orphan.pid,
+                    clients=orphan.greeting and orphan.greeting.clients,
+                    reason=reason,
+                ),
+            )
+        try:
+            orphan.sock.send(Request(clients=reason is None).encode())
+            _receive(orphan, patience)
+        except HandoverError as error:
+            raise TakeoverError(f"cannot take over from worker {orphan.pid}: {error}") from error
+        except TimeoutError:
+            _kill(orphan)
+        except OSError as error:
+            logger.error(
+                "orphaned worker has not handed over: %s",
+                fields(pid=orphan.pid, reason=error.strerror),
+            )
+        else:
+            complete.append(orphan)
+            orphan.close_process()
+            continue
+        discard(orphan)
+    return complete
+
+
+def _receive(orphan: Orphan, patience: float) -> None:
+    """Receive the handover of `orphan`. Raises HandoverError, TimeoutError or OSError."""
+    poll = select.poll()
+    poll.register(orphan.sock, select.POLLIN)
+    while True:
+        if not poll.poll(patience * 1000):
+            raise TimeoutError
+        packet, files, _, _ = socket.recv_fds(
+            orphan.sock, MAX_PACKET, MAX_FILES, socket.MSG_CMSG_CLOEXEC
+        )
+        if not packet:
+            raise ConnectionResetError(0, "it has ended")
+        if orphan.handover.add(packet, files):
+            return
+
+
+def discard(orphan: Orphan) -> None:
+    """Close what `orphan` has handed over, and the connection."""
+    for file in orphan.handover.files():
+        close_file(file)
+    orphan.close()
+
+
+# The state
+
+
+def compose(
+    handovers: Sequence[Handover],
+    listeners: Sequence[Sequence[socket.socket]],
+    shared: bool,
+    endpoints: Sequence[str],
+    follow_name: bool,
+) -> tuple[UpgradeState, list[int]]:
+    """Compose the state of a server with the clients of all `handovers`.
+
+    Args:
+        handovers: What the orphans have handed over.
+        listeners: The listeners of each slot.
+        shared: Whether all slots share the same listeners.
+        endpoints: The addresses that the server listens on.
+        follow_name: Whether the log has shared ends, and may roll.
+
+    Returns:
+        The state, and for each handover the slot that its clients are in. The state has the
+        descriptors of the listeners and those of the handovers, but for the handovers' listeners.
+
+    """
+    end = end_of(handovers)
+    ends = SharedCounts(len(listeners), number=end) if follow_name else None
+    slots = [
+        SlotState(
+            listeners=[sock.detach() for sock in sockets],
+            shared=shared,
+            pid=None,
+            channel=None,
+            spawned=0.0,
+            ready=False,
+            adopted=False,
+            restarts=0,
+            restarted=None,
+            failures=[0, 0, 0],
+            clients=[],
+            unprotected=[],
+        )
+        for sockets in listeners
+    ]
+    places = []
+    for handover in handovers:
+        # The slot with the fewest clients, so that an orphan for each slot gets one for itself.
+        index = min(range(len(slots)), key=lambda slot: (len(slots[slot].clients), slot in places))
+        places.append(index)
+        clients = slots[index].clients
+        for client in handover.clients:
+            clients.append([len(clients), client.file, client.start, client.end])
+    log = merge_logs(handovers)
+    roll = _roll(handovers, log)
+    return (
+        UpgradeState(
+            version=__version__,
+            endpoints=list(endpoints),
+            started=time.time(),
+            log=log,
+            base=0,
+            roll=roll,
+            ends=[ends.fd] if ends else [],
+            state_lock=[],
+            file_gone=False,
+            polling=None,
+            control=[],
+            quota=[],
+            slots=slots,
+        ),
+        places,
+    )
+
+
+def end_of(handovers: Iterable[Handover]) -> int:
+    """Return the largest end of the log that any worker has acted on, also one that has died.
+
+    Closes the memory files.
+    """
+    ends = [0]
+    for handover in handovers:
+        ends.append(handover.end)
+        if handover.ends is not None:
+            data = os.pread(handover.ends, os.fstat(handover.ends).st_size, 0)
+            ends += [number for (number,) in struct.iter_unpack("q", data)]
+            os.close(handover.ends)
+            handover.ends = None
+    return max(ends)
+
+
+def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
+    """Return the state of the roll: the next file, and whether the log must roll at once.
+
+    It must if the active segment was truncated. Closes the next files that are not needed.
+    """
+    truncated = any(handover.truncated for handover in handovers)
+    # Another orphan may have rolled to a next file.
+    known = set() if log is None else {os.fstat(file).st_ino for file in log.files()}
+    next_files: list[int] = []
+    for file in (each.next_file for each in handovers if each.next_file is not None):
+        if (inode := os.fstat(file).st_ino) in known:
+            close_file(file)
+        else:
+            known.add(inode)
+            next_files.append(file)
+    mode = "ROLLING" if truncated else "IDLE"
+    return RollState(0, mode, truncated, None, next_files, 0, [])
+
+
+def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
+    """Return the log of all handovers, None if they have none.
+
+    An orphan may have closed segments that its clients do not read, and may have rolled before the
+    others. Closes the files that are not in the result.
+    """
+    segments: dict[int, HandedSegment] = {}
+    start = 0
+    for handover in handovers:
+        start = max(start, handover.start)
+        for segment in handover.segments:
+            known = segments.get(segment.base)
+            kept = segment if known is None else max(known, segment, key=_preference)
+            other = known if kept is segment else segment
+            segments[segment.base] = kept
+            if other is not None and other.file is not None:
+                close_file(other.file)
+    if not segments:
+        return None
+    ordered = [segments[base] for base in sorted(segments)]
+    return LogState(
+        [[each.base, NO_FILE if each.file is None else each.file, each.size] for each in ordered],
+        start,
+    )
+
+
+def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:
+    """Return a key that is largest for what is known best of the segment with one base offset.
+
+    Two files can have the same base offset if the first was empty when it was sealed.
+    """
+    size = 0 if segment.file is None else os.fstat(segment.file).st_size
+    return segment.size is not None, segment.file is not None, size
