@@ -551,8 +551,11 @@ class LogWorld(World):
         least = min(self.pending_ends | {self.history.size})
         if not crash:
             self.await_known(self.living)
-        self.server.expected_status = -signal.SIGKILL if crash else 0
-        self.server.signal(signal.SIGKILL if crash else signal.SIGTERM)
+        if crash:
+            self.server.kill_all()
+        else:
+            self.server.expected_status = 0
+            self.server.signal(signal.SIGTERM)
         for client in self.living:
             if not client.ended:
                 self.read_last(client, 0 if crash else least)

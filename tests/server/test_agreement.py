@@ -145,8 +145,7 @@ def test_all_processes_are_killed(serve: Serve, agreed: Agreed, path: Path, late
     append(path, NEW)
     agreed.receive(NEW)
     append(agreed.old, late)
-    server.expected_status = -signal.SIGKILL
-    server.signal(signal.SIGKILL)
+    server.kill_all()
     server.wait()
     server = start(serve, path)
     expect(server.connect(b"%d\n" % (len(OLD) - 5)), OLD[-5:] + NEW)
@@ -156,8 +155,7 @@ def test_all_processes_are_killed(serve: Serve, agreed: Agreed, path: Path, late
 def test_killed_before_the_first_byte(serve: Serve, agreed: Agreed, path: Path) -> None:
     """If no worker has rolled, the old file is still active after the next start."""
     server = agreed.server
-    server.expected_status = -signal.SIGKILL
-    server.signal(signal.SIGKILL)
+    server.kill_all()
     server.wait()
     append(agreed.old, LATE)
     server = start(serve, path)

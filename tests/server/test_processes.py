@@ -316,16 +316,16 @@ def test_worker_ignores(serve: Serve, path: Path, number: signal.Signals) -> Non
 
 @pytest.mark.slow
 def test_supervisor_killed(serve: Serve, path: Path) -> None:
-    """Workers end when their supervisor is killed, and the port becomes free."""
+    """With --orphan-timeout 0, workers end with their supervisor, and the port becomes free."""
     path.write_bytes(DATA)
-    server = serve(path, "-w", "3", status=-signal.SIGKILL)
+    server = serve(path, "-w", "3", "--orphan-timeout", "0")
     workers = server.workers(3)
     clients = [server.connect(b"0\n") for _ in range(10)]
     for client in clients:
         expect(client, DATA)
     # From here on, no process has a message to send.
     eventually(lambda: server.title().endswith("[3 workers, 10 clients]"))
-    server.signal(signal.SIGKILL)
+    server.kill_supervisor()
     eventually(lambda: all(gone(worker) for worker in workers))
     server.wait()
     restarted = serve(path, "-p", str(server.port))

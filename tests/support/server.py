@@ -134,6 +134,18 @@ class Server:
         """Send a signal to the supervisor."""
         self.process.send_signal(number)
 
+    def kill_supervisor(self) -> None:
+        """Kill the supervisor, and wait until it is gone. Its workers are orphaned."""
+        self.expected_status = -signal.SIGKILL
+        self.signal(signal.SIGKILL)
+        self.process.wait(DEADLINE)
+
+    def kill_all(self) -> None:
+        """Kill all processes of the server, as the end of a machine does."""
+        self.kill_supervisor()
+        for pid in session(self.pid):
+            os.kill(pid, signal.SIGKILL)
+
     def title(self, pid: int | None = None) -> str:
         """Return the title of a process, by default of the supervisor."""
         return title(pid or self.pid)

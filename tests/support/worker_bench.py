@@ -100,6 +100,8 @@ class WorkerBench:
     def close(self) -> None:
         """Close what a worker leaves open until its process ends."""
         worker = self.worker
+        if worker.orphan is not None:
+            worker.orphan.close()
         worker.loop.epoll.close()
         self.watch.close()
         for client in [*worker.clients.values(), *worker.dropped]:

@@ -850,12 +850,19 @@ def test_term_after_drain(bench: WorkerBench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
-def test_orphan_ends(bench: WorkerBench) -> None:
-    """A worker whose supervisor has gone ends."""
+def test_orphan(bench: WorkerBench) -> None:
+    """A worker whose supervisor has gone serves on for --orphan-timeout seconds, then drains."""
     bench.settle()
     bench.channel.close()
     bench.worker.step(DEADLINE)
-    assert bench.worker.ended
+    far, _ = bench.connect(b"8\n")
+    assert bench.receive(far, 2) == b"89"
+    assert bench.worker.render_title().endswith(" [orphaned, 1 client]")
+    append(bench.path, b"more")
+    bench.skew = bench.config.orphan_timeout + 1.0
+    bench.worker.step(DEADLINE)
+    assert bench.worker.draining
+    assert bench.receive_to_the_end(far) == [b"more"]
 
 
 def test_run(bench: WorkerBench) -> None:
