@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -137,9 +138,13 @@ class ReportReader:
             if slot.pid is not None:
                 self._loop.stall(slot.channel.fileno(), MEMORY_RETRY)
             return 0
-        # End of file: the worker is exiting. It is reaped on SIGCHLD.
+        # End of file: the worker is exiting. It is reaped on SIGCHLD. Should it live on, it would
+        # take this process for dead, and hand its clients to nobody.
         if not packet:
             self._loop.unregister(slot.channel.fileno())
+            if slot.pid is not None:
+                # A process that is exiting has its exit status already.
+                os.kill(slot.pid, signal.SIGKILL)
             return 0
         try:
             report = decode(packet)
