@@ -20,12 +20,14 @@ from support.processes import (
     AS_NOBODY,
     NO_CORE,
     as_root,
+    gone,
+    memory_cgroup,
     open_descriptors,
     session,
     stop,
 )
 from support.rotation import move_away, rotate
-from support.server import Serve, Server, hurried, run_tailsrv
+from support.server import TAILSRV, Serve, Server, hurried, run_tailsrv
 from support.sockets import connect, expect, expect_eof, outcome, recv_all, recv_exactly
 from support.status import ask, await_clients, ready_workers, status, worker_pids
 from support.strace import needs_strace
@@ -178,6 +180,58 @@ def test_fails(serve: Serve, path: Path, error: str) -> None:
     take_over(serve, server, path, "-w", "2")
     append(path, b"more")
     expect(client, b"more")
+
+
+def test_out_of_memory(serve: Serve, path: Path) -> None:
+    """A supervisor that the kernel kills because memory is short ends no stream."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", status=-signal.SIGKILL)
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    ready_workers(server)
+    with memory_cgroup(4096) as move:
+        move(server.pid)
+
+        def killed() -> bool:
+            # Each client needs some memory in the supervisor.
+            expect(server.connect(b"-10\n"), path.read_bytes()[-10:])
+            return server.process.poll() is not None
+
+        eventually(killed)
+        assert not [pid for pid in workers_of(server) if gone(pid)]
+    take_over(serve, server, path, "-w", "2")
+    append(path, b"more")
+    expect(client, b"more")
+
+
+@pytest.mark.parametrize("unread", [True, False])
+def test_closed_standard_error(serve: Serve, path: Path, unread: bool) -> None:
+    """A supervisor whose log cannot be written any more serves on, and can be taken over."""
+    path.write_bytes(SMALL)
+    reader, writer = os.pipe()
+    with open(writer, "wb") as pipe:
+        process = subprocess.Popen(
+            [*TAILSRV, "-v", "-p", "0", "-w", "2", path], stderr=pipe, start_new_session=True
+        )
+    try:
+        port = int(os.read(reader, 4096).decode().partition(" port=")[2].split()[0])
+        if not unread:
+            os.close(reader)
+        with connect(port, b"0\n") as client:
+            expect(client, SMALL)
+            # More than the pipe holds.
+            for _ in range(1000 if unread else 10):
+                with connect(port, b"junk\n") as junk:
+                    expect_eof(junk)
+            process.kill()
+            process.wait()
+            successor = serve(path, "-p", str(port))
+            successor.logged(TOOK_OVER)
+            append(path, b"more")
+            expect(client, b"more")
+    finally:
+        for pid in session(process.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 # Taking over
