@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -740,7 +741,7 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
                     killed = dice.choice(worker_pids(server))
                     os.kill(killed, signal.SIGKILL)
                     # Without worker and supervisor, a client is lost.
-                    load.run_until(lambda: replaced(load.server, killed))
+                    load.run_until(partial(replaced, server, killed))
                 case 1:
                     server.signal(signal.SIGHUP)
                 case 2:
