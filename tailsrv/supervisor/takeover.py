@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from tailsrv import __version__
 from tailsrv.config import Config
@@ -58,7 +59,6 @@ class TakeoverError(Exception):
 class Orphan:
     """An orphaned worker, and the connection to it."""
 
-    name: str
     sock: socket.socket
     pid: int
     uid: int
@@ -176,7 +176,7 @@ def _connect(name: str) -> Orphan | None:
     except OSError:
         return None
     pid, uid, _ = credentials(sock)
-    return Orphan(name, sock, pid, uid)
+    return Orphan(sock, pid, uid)
 
 
 def _await_greetings(orphans: Iterable[Orphan]) -> None:
@@ -240,7 +240,8 @@ def collect(
         The orphans that have handed everything over.
 
     Raises:
-        TakeoverError: There are too few descriptors, or no orphan is left.
+        TakeoverError: An orphan has ended, there are too few descriptors, or no orphan is left. The
+            other orphans serve on when this process ends.
 
     """
     complete = []
@@ -257,21 +258,18 @@ def collect(
         try:
             orphan.sock.send(Request(clients=reason is None).encode())
             _receive(orphan, patience)
-        except HandoverError as error:
-            raise TakeoverError(f"cannot take over from worker {orphan.pid}: {error}") from error
         except TimeoutError:
             _kill(orphan)
-        except OSError as error:
-            logger.error(
-                "orphaned worker has not handed over: %s",
-                fields(pid=orphan.pid, reason=error.strerror),
-            )
+            discard(orphan)
+        except (HandoverError, OSError) as error:
+            # If it lives, it serves on, but no other supervisor would come.
+            raise TakeoverError(
+                f"worker {orphan.pid} cannot be taken over: {error}: start again"
+            ) from error
         else:
             complete.append(orphan)
-            continue
-        discard(orphan)
     if not complete:
-        raise TakeoverError("the orphaned workers have ended meanwhile: start again")
+        raise TakeoverError("no orphaned worker is left: start again")
     return complete
 
 
@@ -282,11 +280,14 @@ def _receive(orphan: Orphan, patience: float) -> None:
     while True:
         if not poll.poll(patience * 1000):
             raise TimeoutError
-        packet, files, _, _ = socket.recv_fds(
-            orphan.sock, MAX_PACKET, MAX_FILES, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            packet, files, _, _ = socket.recv_fds(
+                orphan.sock, MAX_PACKET, MAX_FILES, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            continue
         if not packet:
-            raise ConnectionResetError(0, "it has ended")
+            raise HandoverError("it has ended")
         if orphan.handover.add(packet, files):
             return
 
@@ -426,6 +427,9 @@ def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
     if not segments:
         return None
     ordered = [segments[base] for base in sorted(segments)]
+    for index, (segment, following) in enumerate(pairwise(ordered)):
+        if segment.size is None:
+            ordered[index] = _seal(segment, following)
     return LogState(
         [
             [each.base, NO_FILE if each.file is None else reopen(each.file), each.size]
@@ -433,6 +437,19 @@ def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
         ],
         start,
     )
+
+
+def _seal(segment: HandedSegment, following: HandedSegment) -> HandedSegment:
+    """Return `segment` as a worker sealed it that has closed it since.
+
+    If the next segment has the same file, that was truncated, and the bytes are lost.
+    """
+    file, size = segment.file, following.base - segment.base
+    after = following.file
+    if file is not None and after is not None and os.path.sameopenfile(file, after):
+        close_file(file)
+        file = None
+    return HandedSegment(segment.base, size, file)
 
 
 def reopen(file: int) -> int:

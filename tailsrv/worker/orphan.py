@@ -118,11 +118,12 @@ def hand_over(peer: socket.socket, handover: Handover, patience: float) -> bool:
             return False
         poll = select.poll()
         poll.register(peer, select.POLLIN)
-        if not poll.poll(patience * 1000):
-            # From now on, sending COMMIT fails. It may have been sent before.
-            peer.shutdown(socket.SHUT_RD)
+        ready = poll.poll(patience * 1000)
         peer.setblocking(True)
         try:
+            if not ready:
+                # From now on, sending COMMIT fails. It may have been sent before.
+                peer.shutdown(socket.SHUT_RD)
             committed = peer.recv(MAX_PACKET) == COMMIT
             if not committed:
                 peer.send(REVOKED)

@@ -680,6 +680,36 @@ def test_truncation_meanwhile(serve: Serve, path: Path) -> None:
     expect(server.connect(b"%d\n" % (len(SMALL) + 10)), DATA[5010:8000])
 
 
+def test_no_file_yet(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """Clients that wait for the file wait on, and offsets continue where the state file ends."""
+    path.write_bytes(b"first")
+    options = ("--follow-name", "--state-file", str(tmp_path / "state"))
+    server = serve(path, *options)
+    server.workers(1)
+    server.finish()
+    path.unlink()
+    server = serve(path, "-w", "2", *options)
+    clients = [server.connect(b"?0\n") for _ in range(4)]
+    await_clients(server, 4)
+    orphan(server)
+    take_over(serve, server, path, "-w", "2", *options)
+    path.write_bytes(b"second")
+    for client in clients:
+        expect(client, b"%019d %019d\nsecond" % (5, 11))
+
+
+def test_file_comes_meanwhile(serve: Serve, path: Path) -> None:
+    """A file that comes while there is no supervisor is found by the next one."""
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    await_clients(server, 4)
+    orphan(server)
+    path.write_bytes(SMALL)
+    take_over(serve, server, path, "-w", "1")
+    for client in clients:
+        expect(client, SMALL)
+
+
 def test_settings_change(serve: Serve, path: Path) -> None:
     """A takeover may turn --follow-name on, and change limits."""
     path.write_bytes(SMALL)

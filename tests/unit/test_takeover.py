@@ -125,6 +125,28 @@ def test_closed_segments(files: Files) -> None:
         os.close(file)
 
 
+def test_sealed_segment_that_is_closed(files: Files) -> None:
+    """A segment that only workers have that have not rolled ends where the next one begins."""
+    behind = Handover(segments=[HandedSegment(0, None, files.open("1", 50))])
+    ahead = Handover(segments=[HandedSegment(40, None, files.open("2"))], start=40)
+    log = merge_logs([behind, ahead])
+    assert log is not None
+    assert [(base, files.name(file), size) for base, file, size in log.segments] == [
+        (0, "1", 40),
+        (40, "2", None),
+    ]
+    for file in log.files():
+        os.close(file)
+    truncated = Handover(segments=[HandedSegment(0, None, files.open("1"))])
+    ahead = Handover(segments=[HandedSegment(50, None, files.open("1"))], start=50)
+    log = merge_logs([truncated, ahead])
+    assert log is not None
+    assert [segment[1] == NO_FILE for segment in log.segments] == [True, False]
+    assert log.load().start == 50
+    for file in log.files():
+        os.close(file)
+
+
 def test_end() -> None:
     """The largest end counts, also that of a worker that has died."""
     numbers = memory_file_with(struct.pack("3q", 5, 90, 7))
