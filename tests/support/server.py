@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from signal import SIGKILL
 from typing import Protocol
 
 import pytest
@@ -134,10 +135,11 @@ class Server:
         """Send a signal to the supervisor."""
         self.process.send_signal(number)
 
-    def kill_supervisor(self) -> None:
+    def kill_supervisor(self, number: int = SIGKILL) -> None:
         """Kill the supervisor, and wait until it is gone. Its workers are orphaned."""
-        self.expected_status = -signal.SIGKILL
-        self.signal(signal.SIGKILL)
+        if self.process.poll() is None:
+            self.expected_status = -number
+            self.process.send_signal(number)
         self.process.wait(DEADLINE)
 
     def kill_all(self) -> None:
