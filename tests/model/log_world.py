@@ -493,6 +493,10 @@ class LogWorld(World):
                 self.await_active()
         super().supervisor_dies(how, settled)
 
+    def may_be_empty(self) -> bool:
+        """Tell whether there may be no worker, so that the port would be closed."""
+        return super().may_be_empty() or bool(self.server.lines(HUNG))
+
     def certain(self) -> int:
         """Return the number of files that are certainly sealed in all workers."""
         ends = min(self.pending_ends | {self.history.size})
@@ -515,7 +519,8 @@ class LogWorld(World):
     def takeover(self, workers: int, more: list[str], failing: list[int]) -> None:
         """Start another supervisor."""
         super().takeover(workers, more, failing)
-        self.note_log()
+        if self.file is not None:
+            self.note_log()
 
     def await_open(self, inode: int) -> None:
         """Wait until the supervisor has the file `inode` open, to serve it later.

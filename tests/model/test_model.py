@@ -119,6 +119,9 @@ class ClientRules(World, RuleBasedStateMachine):
                 self.finish()
             elif hasattr(self, "port") and error is not None:
                 error.add_note(self.describe())
+        except Exception as failure:
+            failure.add_note(self.describe())
+            raise
         finally:
             self.close()
 

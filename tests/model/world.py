@@ -31,6 +31,7 @@ from tailsrv.control_socket import CLIENTS
 # What processes have open, each with its number.
 Links = Counter[str]
 FILE = "file of this example"
+MEMORY = "/memfd:tailsrv (deleted)"
 
 # From linux/tcp.h: a socket that is closed with this option set sends no further packet.
 TCP_REPAIR = 19
@@ -91,7 +92,7 @@ class World:
         # Later servers may be rolling at this moment, which opens and closes files.
         if self.file is not None and self.launches == 1:
             ready_workers(self.server)
-            self.base = self.open_links()
+            self.base, self.base_listeners = self.open_links(), self.listeners()
 
     def spawn(self, port: int) -> Server:
         """Start a server at `port`."""
@@ -300,7 +301,7 @@ class World:
             settled: Whether to wait first until every slot has a worker.
 
         """
-        if settled:
+        if settled or self.may_be_empty():
             self.await_settled()
         self.deaths += 1
         number = signal.SIGKILL if how == "SIGSTOP" else signal.Signals[how]
@@ -314,6 +315,10 @@ class World:
         self.orphaned = True
         if self.unsettled:
             self.note_lost()
+
+    def may_be_empty(self) -> bool:
+        """Tell whether there may be no worker, so that the port would be closed."""
+        return self.unsettled and (self.workers == 1 or len(self.killed) >= self.workers)
 
     def kill_orphan(self, index: int, number: str) -> None:
         """Kill a worker that has no supervisor, but not the last one, which has the port."""
@@ -359,6 +364,7 @@ class World:
         self.orphaned, self.taking_over = False, True
         self.kills = self.upgrades = 0
         self.unsettled = False
+        self.killed.clear()
 
     def finish_takeover(self) -> None:
         """Wait until all orphaned workers have ended."""
@@ -377,6 +383,7 @@ class World:
             self.await_serving()
         eventually(self.is_settled)
         self.unsettled = False
+        self.killed.clear()
 
     def is_settled(self) -> bool:
         workers = status(self.server)["workers"]
@@ -396,8 +403,8 @@ class World:
         self.await_serving()
         self.await_known(self.living)
         for client in self.living:
-            # This detects clients that were lost.
-            self.read(client, 1)
+            # This detects clients that were lost. Some have received bytes before.
+            self.read(client, 1 << 40 if client.may_end else 1)
         self.living = [client for client in self.living if not client.ended]
         eventually(self.is_left_alone)
         for client in self.living:
@@ -577,15 +584,23 @@ class World:
         """Return `base` for the present number of workers and listeners."""
         assert self.base is not None
         supervisor, workers = self.base
-        listeners = status(self.server)["listeners"]
-        shared = any(listener["slot"] is None for listener in listeners)
-        more = len(listeners) * (self.workers if shared else 1) - WORKERS
+        more = self.listeners() - self.base_listeners
+        if "--max-clients" in self.more:
+            # The number of clients of each worker, in memory that Python has open twice.
+            supervisor += Links({MEMORY: 2})
+            workers += Links({MEMORY: 2 * WORKERS})
         each = {link: count // WORKERS for link, count in workers.items()}
         return (
             supervisor + Links({"socket": self.workers - WORKERS + more}),
             Links({link: count * self.workers for link, count in each.items()})
-            + Links({"socket": more - (self.workers - WORKERS)}),
+            + Links({"socket": more - (self.workers - WORKERS) * self.base_listeners // WORKERS}),
         )
+
+    def listeners(self) -> int:
+        """Return how many descriptors of listening sockets the supervisor has."""
+        listeners = status(self.server)["listeners"]
+        shared = any(listener["slot"] is None for listener in listeners)
+        return len(listeners) * (self.workers if shared else 1)
 
     def open_links(self) -> tuple[Links, Links]:
         """Return what the supervisor and all workers have open."""
