@@ -322,7 +322,8 @@ class LogWorld(World):
         if event != "none":
             self.note_risk()
             self.unsettled = True
-            self.killed.add(pid)
+            if event == "SIGKILL":
+                self.killed.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
         os.write(self.next, first)

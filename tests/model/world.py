@@ -355,7 +355,7 @@ class World:
         for pause in failing:
             taker = self.spawn(self.port)
             time.sleep(pause / 1000)
-            taker.kill_supervisor()
+            taker.kill_early()
             self.dead.append(taker)
         clients = self.server.clients
         self.server = self.spawn(self.port)

@@ -137,6 +137,12 @@ class Server:
 
     def kill_supervisor(self, number: int = SIGKILL) -> None:
         """Kill the supervisor, and wait until it is gone. Its workers are orphaned."""
+        # The log of a server that has died cannot be waited for.
+        assert self.port
+        self.kill_early(number)
+
+    def kill_early(self, number: int = SIGKILL) -> None:
+        """Do the same with a supervisor that may have only just been started, or has ended."""
         if self.process.poll() is None:
             self.expected_status = -number
             self.process.send_signal(number)
@@ -144,7 +150,7 @@ class Server:
 
     def kill_all(self) -> None:
         """Kill all processes of the server, as the end of a machine does."""
-        self.kill_supervisor()
+        self.kill_early()
         for pid in session(self.pid):
             os.kill(pid, signal.SIGKILL)
 
