@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ QUICK = hurried(settle=0.05)
 def take_over(serve: Serve, server: Server, path: Path, *options: str) -> Server:
     """Start another supervisor in place of the one that has died, and wait until it serves."""
     taker = serve(path, "-p", str(server.port), "--follow-name", *options, program=QUICK)
+    taker.take_clients(server)
     taker.logged("took over: ")
     ready_workers(taker)
     return taker
@@ -74,7 +74,7 @@ def test_file_that_left_the_log(serve: Serve, path: Path) -> None:
 
 
 def test_worker_that_dies_after_it_has_rolled(serve: Serve, path: Path) -> None:
-    """Workers roll by themselves at an agreed size. It is known if the one that has done so dies."""
+    """A worker may roll by itself at the agreed size, and die before the handover."""
     path.write_bytes(OLD)
     server = serve(path, "--follow-name", "-w", "2", program=QUICK)
     workers = server.workers(2)

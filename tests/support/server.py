@@ -154,6 +154,11 @@ class Server:
         for pid in session(self.pid):
             os.kill(pid, signal.SIGKILL)
 
+    def take_clients(self, other: "Server") -> None:
+        """Close the clients of `other`, which this server has taken over, when this server ends."""
+        self.clients += other.clients
+        other.clients = []
+
     def title(self, pid: int | None = None) -> str:
         """Return the title of a process, by default of the supervisor."""
         return title(pid or self.pid)
