@@ -332,7 +332,13 @@ def take_over_orphans(
     for orphan, place in zip(orphans, places, strict=True):
         predecessors[place].append(orphan.sock)
     supervisor = load(config, state, listening.control, store, predecessors)
-    if supervisor.roller is not None:
+    if state.log is None and store is not None:
+        # The orphans wait for the file. Only the state file tells the offset of its first byte.
+        restored = store.restore()
+        supervisor.served_file.base = restored.end
+        if restored.log is not None:
+            supervisor.begin(restored.log, restored.next_files)
+    elif supervisor.roller is not None:
         supervisor.roller.save_log()
     return supervisor
 
