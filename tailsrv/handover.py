@@ -121,8 +121,10 @@ class Handover:
     truncated: bool = False
     # The memory file of the shared ends of the log, None without --follow-name.
     ends: int | None = None
-    # The file to which the worker would have rolled.
+    # The file to which workers may have rolled by themselves, and the size of the active segment at
+    # which they have done so.
     next_file: int | None = None
+    agreed: int | None = None
 
     def packets(self) -> Iterator[tuple[bytes, list[int]]]:
         """Yield each packet and the descriptors that go with it. The last packet says so."""
@@ -144,7 +146,7 @@ class Handover:
         if self.ends is not None:
             yield ["ends", True], self.ends
         if self.next_file is not None:
-            yield ["next", True], self.next_file
+            yield ["next", True, self.agreed], self.next_file
         for client in self.clients:
             yield ["client", True, client.start, client.end], client.file
 
@@ -177,8 +179,8 @@ class Handover:
                 self.listeners.append(file)
             case "ends", int(), []:
                 self.ends = file
-            case "next", int(), []:
-                self.next_file = file
+            case "next", int(), [int(agreed)]:
+                self.next_file, self.agreed = file, agreed
             case _:
                 raise ValueError(kind)
 

@@ -110,28 +110,27 @@ class FileMonitor:
         self._held = self._frozen
 
     @property
-    def next_file(self) -> int | None:
-        """The file to which the worker may roll by itself, None if there is none."""
-        return self._next[0].file if self._next is not None else None
+    def agreed(self) -> tuple[int, int] | None:
+        """The file to which workers may roll by themselves, and the size at which they do so."""
+        return (self._next[0].file, self._next[1]) if self._next is not None else None
 
     def agree(self, size: int, file: int | None) -> None:
         """Roll to `file` when it has a byte, if the active segment has `size` bytes then.
 
         If there is no `file`, or it cannot be watched, wait for the order of the supervisor. So
-        does a worker without clients: it would only compete with the others for a processor.
+        does a worker without clients: it would only compete with the others for a processor. It
+        keeps the file for the next supervisor, which must know the size if another worker has
+        rolled.
         """
         self._held = True
         if file is None:
             return
         watch = Watch(file, self._path) if self._watch.following else UnwatchedFile(file)
         watch.follow(True)
-        if watch.polling is not None or (fd := watch.fileno()) is None:
-            watch.close()
-            close_file(file)
-            return
         self._next = watch, size
-        self._loop.register(fd, self.handle_next)
-        self._go_on()
+        if watch.polling is None and (fd := watch.fileno()) is not None:
+            self._loop.register(fd, self.handle_next)
+            self._go_on()
 
     def handle_next(self) -> None:
         """Roll by itself if the next file has a byte."""
