@@ -119,6 +119,8 @@ class Handover:
     end: int = 0
     # Whether the active segment was truncated, so that the log must roll.
     truncated: bool = False
+    # When the supervisor opened the active segment, as in RollState.
+    opened_at: int = 0
     # The memory file of the shared ends of the log, None without --follow-name.
     ends: int | None = None
     # The file to which workers may have rolled by themselves, and the size of the active segment at
@@ -137,7 +139,7 @@ class Handover:
 
     def _items(self) -> Iterator[tuple[list[Any], int | None]]:
         """Yield the content of each item, and its descriptor, if it has one."""
-        yield ["log", False, self.start, self.end, self.truncated], None
+        yield ["log", False, self.start, self.end, self.truncated, self.opened_at], None
         for listener in self.listeners:
             yield ["listener", True], listener
         for segment in self.segments:
@@ -169,8 +171,9 @@ class Handover:
 
     def _add(self, kind: str, file: int | None, values: list[Any]) -> None:
         match kind, file, values:
-            case "log", None, [int(start), int(end), bool(truncated)]:
-                self.start, self.end, self.truncated = start, end, truncated
+            case "log", None, [int(start), int(end), bool(truncated), int(opened_at)]:
+                self.start, self.end = start, end
+                self.truncated, self.opened_at = truncated, opened_at
             case "segment", _, [int(base), int() | None as size]:
                 self.segments.append(HandedSegment(base, size, file))
             case "client", int(), [int() | None as start, int() | None as end]:

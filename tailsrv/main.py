@@ -339,7 +339,7 @@ def take_over_orphans(
         if restored.log is not None:
             supervisor.begin(restored.log, restored.next_files)
     elif supervisor.roller is not None:
-        supervisor.roller.save_log()
+        supervisor.roller.take_over()
     return supervisor
 
 

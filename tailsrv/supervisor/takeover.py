@@ -421,7 +421,8 @@ def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
             next_files.append(reopen(file))
             agreed = size
     mode = "ROLLING" if truncated else "IDLE" if agreed is None else "AGREED"
-    return RollState(0, mode, truncated, agreed, next_files, 0, [])
+    opened_at = max((handover.opened_at for handover in handovers), default=0)
+    return RollState(0, mode, truncated, agreed, next_files, opened_at, [])
 
 
 def merge_logs(handovers: Iterable[Handover]) -> LogState | None:

@@ -603,6 +603,8 @@ class Worker:
             handover.next_file, handover.agreed = agreed
         if self.context.ends is not None:
             handover.ends = self.context.ends.fd
+        if self.context.opened_at is not None:
+            handover.opened_at = self.context.opened_at[0]
         if not self.waiting:
             handover.segments = [
                 HandedSegment(each.base, each.size, None if each.file == NO_FILE else each.file)
