@@ -146,6 +146,8 @@ class Server:
         if self.process.poll() is None:
             self.expected_status = -number
             self.process.send_signal(number)
+            # A stopped process does not die of another signal than SIGKILL.
+            self.process.send_signal(signal.SIGCONT)
         self.process.wait(DEADLINE)
 
     def kill_all(self) -> None:
