@@ -487,7 +487,7 @@ class LogWorld(World):
         if self.file is not None:
             if not self.served:
                 self.await_first()
-                self.await_serving()
+                self.await_settled()
             if settled and self.here:
                 self.await_rolled()
             elif any(file.path is None for file in self.files[self.certain() :]):

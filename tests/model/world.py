@@ -301,7 +301,9 @@ class World:
             settled: Whether to wait first until every slot has a worker.
 
         """
-        if settled or self.may_be_empty():
+        # All workers are replaced when the file appears.
+        appears = self.file is not None and not self.served
+        if settled or appears or self.may_be_empty():
             self.await_settled()
         self.deaths += 1
         number = signal.SIGKILL if how == "SIGSTOP" else signal.Signals[how]
@@ -388,6 +390,8 @@ class World:
     def is_settled(self) -> bool:
         workers = status(self.server)["workers"]
         pids = {worker["pid"] for worker in workers if worker["ready"]}
+        if self.file is not None and not all(links_of(pid)[FILE] for pid in pids):
+            return False
         return len(pids) == len(workers) and not pids & self.killed and not any(map(gone, pids))
 
     # The end of an example.
