@@ -123,10 +123,14 @@ class Handover:
     end: int = 0
     # Whether the active segment was truncated, so that the log must roll.
     truncated: bool = False
+    # When the supervisor opened the active segment, as in RollState.
+    opened_at: int = 0
     # The memory file of the shared ends of the log, None without --follow-name.
     ends: int | None = None
-    # The file to which the worker would have rolled.
+    # The file to which workers may have rolled by themselves, and the size of the active segment at
+    # which they have done so.
     next_file: int | None = None
+    agreed: int | None = None
 
     def packets(self) -> Iterator[tuple[bytes, list[int]]]:
         """Yield each packet and the descriptors that go with it. The last packet says so."""
@@ -139,7 +143,7 @@ class Handover:
 
     def _items(self) -> Iterator[tuple[list[Any], int | None]]:
         """Yield the content of each item, and its descriptor, if it has one."""
-        yield ["log", False, self.start, self.end, self.truncated], None
+        yield ["log", False, self.start, self.end, self.truncated, self.opened_at], None
         for listener in self.listeners:
             yield ["listener", True], listener
         for segment in self.segments:
@@ -148,7 +152,7 @@ class Handover:
         if self.ends is not None:
             yield ["ends", True], self.ends
         if self.next_file is not None:
-            yield ["next", True], self.next_file
+            yield ["next", True, self.agreed], self.next_file
         for client in self.clients:
             yield ["client", True, client.start, client.end], client.file
 
@@ -171,8 +175,9 @@ class Handover:
 
     def _add(self, kind: str, file: int | None, values: list[Any]) -> None:
         match kind, file, values:
-            case "log", None, [int(start), int(end), bool(truncated)]:
-                self.start, self.end, self.truncated = start, end, truncated
+            case "log", None, [int(start), int(end), bool(truncated), int(opened_at)]:
+                self.start, self.end = start, end
+                self.truncated, self.opened_at = truncated, opened_at
             case "segment", _, [int(base), int() | None as size]:
                 self.segments.append(HandedSegment(base, size, file))
             case "client", int(), [int() | None as start, int() | None as end]:
@@ -181,8 +186,8 @@ class Handover:
                 self.listeners.append(file)
             case "ends", int(), []:
                 self.ends = file
-            case "next", int(), []:
-                self.next_file = file
+            case "next", int(), [int(agreed)]:
+                self.next_file, self.agreed = file, agreed
             case _:
                 raise ValueError(kind)
 

@@ -358,7 +358,7 @@ def take_over_orphans(
         # The orphans have waited for the file.
         supervisor.begin(open_log(config, store))
     elif supervisor.roller is not None:
-        supervisor.roller.save_log()
+        supervisor.roller.take_over()
     return supervisor
 
 

@@ -358,6 +358,7 @@ class Supervisor:
                     slot,
                     self.served_file.log,
                     self.roller.ends if self.roller else None,
+                    self.roller.opened_at if self.roller else None,
                     self.roller.frozen_end if self.roller else None,
                     self.roller is not None and self.roller.truncated,
                     channel,

@@ -391,20 +391,26 @@ def end_of(handovers: Iterable[Handover]) -> int:
 def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
     """Return the state of the roll: the next file, and whether the log must roll at once.
 
-    It must if the active segment was truncated. Closes the next files that are not needed.
+    It must if the active segment was truncated, or if a worker that has died had rolled by itself.
+    Closes the next files that are not needed.
     """
     truncated = any(handover.truncated for handover in handovers)
     # Another orphan may have rolled to a next file.
     known = set() if log is None else {os.fstat(file).st_ino for file in log.files()}
     next_files: list[int] = []
-    for file in (each.next_file for each in handovers if each.next_file is not None):
+    agreed: int | None = None
+    for file, size in ((each.next_file, each.agreed) for each in handovers):
+        if file is None:
+            continue
         if (inode := os.fstat(file).st_ino) in known:
             close_file(file)
         else:
             known.add(inode)
             next_files.append(reopen(file))
-    mode = "ROLLING" if truncated else "IDLE"
-    return RollState(0, mode, truncated, None, next_files, 0, [])
+            agreed = size
+    mode = "ROLLING" if truncated else "IDLE" if agreed is None else "AGREED"
+    opened_at = max((handover.opened_at for handover in handovers), default=0)
+    return RollState(0, mode, truncated, agreed, next_files, opened_at, [])
 
 
 def merge_logs(handovers: Iterable[Handover]) -> LogState | None:

@@ -603,9 +603,12 @@ class Worker:
         handover.clients = [client for client in clients if client is not None]
         handover.start, handover.end = self.streams.log.start, self.streams.end
         handover.truncated = self.streams.truncated
-        handover.next_file = self.file_monitor.next_file
+        if (agreed := self.file_monitor.agreed) is not None:
+            handover.next_file, handover.agreed = agreed
         if self.context.ends is not None:
             handover.ends = self.context.ends.fd
+        if self.context.opened_at is not None:
+            handover.opened_at = self.context.opened_at[0]
         if not self.waiting:
             handover.segments = [
                 HandedSegment(each.base, each.size, None if each.file == NO_FILE else each.file)
