@@ -104,7 +104,7 @@ def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
             of a worker's socket, so this requires that the port is in use.
 
     Raises:
-        TakeoverError: A worker can neither be asked nor ended.
+        TakeoverError: A worker can neither be asked nor ended, or has not answered and serves on.
 
     """
     names = {socket_name(endpoint) for endpoint in endpoints}
@@ -126,6 +126,7 @@ def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
     for orphan in ours:
         if orphan.greeting is None:
             orphan.close()
+            _require_end(orphan, "it has closed the connection")
     return Found(answered, foreign)
 
 
@@ -213,6 +214,18 @@ def _kill(orphan: Orphan) -> None:
     poll.poll(KILL_PATIENCE * 1000)
 
 
+def _require_end(orphan: Orphan, reason: str) -> None:
+    """Raise TakeoverError if `orphan` still waits for a supervisor.
+
+    For lack of memory, it may close a connection. It must not serve beside this server until its
+    time is over: its clients would be disconnected then.
+    """
+    with suppress(ConnectionRefusedError):
+        with suppress(BlockingIOError):
+            connect_to_worker(orphan.name).close()
+        raise TakeoverError(f"worker {orphan.pid} does not hand over, try again: {reason}")
+
+
 def why_not(orphan: Orphan, config: Config, counts_streams: bool) -> str | None:
     """Return why the clients of `orphan` cannot be taken over, None if they can."""
     greeting = orphan.greeting
@@ -241,7 +254,7 @@ def collect(
         The orphans that have handed everything over.
 
     Raises:
-        TakeoverError: This process has too few descriptors.
+        TakeoverError: This process has too few descriptors, or an orphan serves on.
 
     """
     complete = []
@@ -263,9 +276,9 @@ def collect(
         except TimeoutError:
             _kill(orphan)
         except OSError as error:
+            _require_end(orphan, str(error.strerror))
             logger.error(
-                "orphaned worker has not handed over: %s",
-                fields(pid=orphan.pid, reason=error.strerror),
+                "orphaned worker has ended, its clients are lost: %s", fields(pid=orphan.pid)
             )
         else:
             complete.append(orphan)
@@ -286,7 +299,7 @@ def _receive(orphan: Orphan, patience: float) -> None:
             orphan.sock, MAX_PACKET, MAX_FILES, socket.MSG_CMSG_CLOEXEC
         )
         if not packet:
-            raise ConnectionResetError(0, "it has ended")
+            raise ConnectionResetError(0, "it has closed the connection")
         if orphan.handover.add(packet, files):
             return
 

@@ -41,19 +41,22 @@ class Orphan:
         self._peers: dict[int, socket.socket] = {}
         # The supervisor that has asked for a handover, and what it has asked for.
         self._requests: list[tuple[socket.socket, Request]] = []
+        for sock in self._sockets:
+            # An orphan that could not register them, for lack of epoll watches, would lose clients.
+            loop.register(sock.fileno(), self._accept, events=0)
 
     def begin(self) -> None:
         """Accept supervisors and health checks, now that the worker is orphaned."""
         self._unmapped_uid = overflow_uid()
-        self._register()
+        self._resume()
 
-    def _register(self) -> None:
+    def _resume(self) -> None:
         for sock in self._sockets:
-            self._loop.register(sock.fileno(), self._accept)
+            self._loop.resume(sock.fileno())
 
     def close(self) -> None:
         """Accept no supervisor any more."""
-        self._loop.timers.cancel(self._register)
+        self._loop.timers.cancel(self._resume)
         for sock in (*self._sockets, *self._peers.values()):
             self._loop.unregister(sock.fileno())
             sock.close()
@@ -73,8 +76,8 @@ class Orphan:
     def _pause(self) -> None:
         """Wait until there are descriptors or memory again."""
         for sock in self._sockets:
-            self._loop.unregister(sock.fileno())
-        self._loop.timers.set(self._register, self._loop.now + STALL_PAUSE)
+            self._loop.pause(sock.fileno())
+        self._loop.timers.set(self._resume, self._loop.now + STALL_PAUSE)
 
     def _greet(self, peer: socket.socket) -> None:
         try:

@@ -17,7 +17,6 @@ from support.sockets import LINE_LENGTH, connect, recv_exactly
 from support.status import ask
 from support.waiting import DEADLINE, eventually
 
-GONE = "supervisor is gone"
 TOOK_OVER = "took over: "
 # The clients of each worker, each with its header.
 KINDS = {
@@ -105,13 +104,12 @@ class OrphanBench:
         self.rotated = True
 
     def kill_supervisor(self) -> None:
-        """Kill the supervisor, and wait until its workers know that."""
+        """Kill the supervisor, and wait until its workers have closed their channels to it."""
         assert self.server is not None
-        server = self.server
-        before = len(server.lines(GONE))
-        server.kill_supervisor()
+        before = {pid: _sockets(pid) for pid in self.workers()}
+        self.server.kill_supervisor()
         self.server = None
-        eventually(lambda: len(server.lines(GONE)) >= before + self.WORKERS)
+        eventually(lambda: all(sockets - _sockets(pid) for pid, sockets in before.items()))
 
     def take_over(self) -> None:
         """Start a server that takes over, without a fault."""
@@ -280,7 +278,9 @@ class OrphanBench:
         segments = len(list(self.folder.glob("file.log*"))) - self.rotated
         used = {(kind, _descriptors(pid) - clients - segments) for pid, clients in served.items()}
         if self.server is not None:
-            used.add(("supervisor", _descriptors(self.server.pid) - sum(served.values()) - segments))
+            used.add(
+                ("supervisor", _descriptors(self.server.pid) - sum(served.values()) - segments)
+            )
         self.used = used
         return all(count == self.usual.setdefault(kind, count) for kind, count in used)
 
@@ -297,6 +297,14 @@ def _descriptors(pid: int) -> int:
     """Return how many descriptors a process has open, not counting an inotify instance."""
     opened = descriptors(pid)
     return len(opened) - min(1, opened.count("anon_inode:inotify"))
+
+
+def _sockets(pid: int) -> set[str]:
+    """Return the sockets of a process; none if it has ended."""
+    try:
+        return {what for what in descriptors(pid) if what.startswith("socket:")}
+    except OSError:
+        return set()
 
 
 def _name(client: FaultClient) -> str:

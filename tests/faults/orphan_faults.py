@@ -130,7 +130,9 @@ def run(bench: OrphanBench, scene: Scene, case: Case, path: Path) -> str:
     """Make the fault occur and return its outcome; strace writes its trace to `path`."""
     trace, taker = perform(bench, case.process, scene, lambda pid: fault(pid, case, path))
     fired = trace.fired() or (case.error == KILL and "killed by SIGKILL" in path.read_text())
-    outcome = settle(bench, taker, "" if case.error == KILL else os.strerror(getattr(errno, case.error)))
+    outcome = settle(
+        bench, taker, "" if case.error == KILL else os.strerror(getattr(errno, case.error))
+    )
     return outcome if fired else f"{NOT_MADE} ({outcome})"
 
 
