@@ -7,11 +7,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from faults.bench import FaultClient, activity
 from support.files import append, random_bytes
-from support.processes import children, descriptors, gone, session
+from support.processes import descriptors
 from support.server import HELD, Server
 from support.sockets import LINE_LENGTH, connect, recv_exactly
 from support.status import ask
@@ -118,13 +119,25 @@ class OrphanBench:
         self.rotated = False
 
     def workers(self) -> list[int]:
-        """Return the pids of the workers that listen for a supervisor."""
-        found = re.findall(
-            rf"00010000 0005 01 +\d+ @tailsrv:\*:{self.port}/worker/(\d+)\.\d+$",
+        """Return the pids of all workers, of whichever server."""
+        supervisors = {server.pid for server in self.servers}
+        return sorted(pid for pid in sessions(supervisors) if pid not in supervisors)
+
+    def greetings(self) -> dict[int, int]:
+        """Return the pid of each orphan, with the number of clients that it says it has."""
+        names = re.findall(
+            rf" 00010000 0005 01 +\d+ @(tailsrv:\*:{self.port}/worker/.+)$",
             Path("/proc/net/unix").read_text(),
             re.MULTILINE,
         )
-        return sorted(int(pid) for pid in found)
+        found = {}
+        for name in names:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.settimeout(DEADLINE)
+                sock.connect(f"\0{name}")
+                greeting = json.loads(sock.recv(1 << 16))
+                found[greeting["pid"]] = greeting["clients"]
+        return found
 
     def pids(self) -> list[int]:
         """Return the pids of all processes."""
@@ -135,9 +148,9 @@ class OrphanBench:
         for client in self.clients():
             client.sock.close()
         self.groups, self.server = [], None
+        for pid in sessions({server.pid for server in self.servers}):
+            os.kill(pid, signal.SIGKILL)
         for server in self.servers:
-            for pid in session(server.pid):
-                os.kill(pid, signal.SIGKILL)
             server.process.wait(DEADLINE)
         self.servers, self.usual = [], {}
 
@@ -268,7 +281,7 @@ class OrphanBench:
     def _has_usual_descriptors(self) -> bool:
         served: dict[int, int]
         if self.server is None:
-            served, kind = {pid: greeted(self.port, pid) for pid in self.workers()}, "orphan"
+            served, kind = self.greetings(), "orphan"
         else:
             status, kind = json.loads(ask(f"*:{self.port}")[0]), "worker"
             served = {worker["pid"]: worker["clients"] for worker in status["workers"]}
@@ -285,12 +298,16 @@ class OrphanBench:
         return all(count == self.usual.setdefault(kind, count) for kind, count in used)
 
 
-def greeted(port: int, pid: int) -> int:
-    """Return how many clients an orphan says that it has."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(DEADLINE)
-        sock.connect(f"\0tailsrv:*:{port}/worker/{pid}.0")
-        return int(json.loads(sock.recv(1 << 16))["clients"])
+def sessions(sids: set[int]) -> list[int]:
+    """Return the pids of the living processes of these sessions."""
+    found = []
+    for folder in os.listdir("/proc"):
+        if folder.isdigit():
+            with suppress(OSError):
+                fields = Path(f"/proc/{folder}/stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) in sids and fields[0] not in "ZX":
+                    found.append(int(folder))
+    return found
 
 
 def _descriptors(pid: int) -> int:
