@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tailsrv.control_socket import accept_authorized, credentials, overflow_uid
 from tailsrv.handover import COMMIT, MAX_PACKET, Greeting, Handover, HandoverError, Request
-from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
+from tailsrv.linux.event_loop import MEMORY_RETRY, STALL_PAUSE, EventLoop
 from tailsrv.log import fields, logger
 
 # Seconds that a supervisor has to read the next packet of a handover. Until it has read the last
@@ -82,10 +82,12 @@ class Orphan:
 
     def _greet(self, peer: socket.socket) -> None:
         try:
-            peer.send(self._greeting().encode())
+            # A supervisor that has a greeting must not find the connection closed.
             self._loop.register(peer.fileno(), lambda: self._read(peer))
+            peer.send(self._greeting().encode())
         except OSError:
             # It has left already, or memory is short. A supervisor tries again.
+            self._loop.unregister(peer.fileno())
             peer.close()
             return
         self._peers[peer.fileno()] = peer
@@ -96,8 +98,12 @@ class Orphan:
             packet = peer.recv(MAX_PACKET)
         except BlockingIOError:
             return
-        except OSError:
+        except ConnectionError:
             packet = b""
+        except OSError:
+            # The kernel has no memory for the packet now.
+            self._loop.stall(peer.fileno(), MEMORY_RETRY)
+            return
         self._loop.unregister(peer.fileno())
         del self._peers[peer.fileno()]
         try:
@@ -126,11 +132,10 @@ def hand_over(peer: socket.socket, handover: Handover) -> bool:
             poll.poll()
             try:
                 return peer.recv(MAX_PACKET) == COMMIT
-            except BlockingIOError:
-                # The kernel had no memory for the packet.
-                continue
             except OSError:
-                return False
+                # COMMIT may still come, or be there already: the kernel has no memory for it now,
+                # or first reports that the connection was closed with a packet unread.
+                time.sleep(MEMORY_RETRY)
 
 
 def _send(peer: socket.socket, handover: Handover) -> bool:
@@ -147,6 +152,10 @@ def _send(peer: socket.socket, handover: Handover) -> bool:
                     logger.error("supervisor does not read the handover: %s", _describe(peer))
                     return False
             except OSError as error:
+                # Memory may be short, or too many descriptors of this user may be on their way.
+                if not isinstance(error, ConnectionError) and time.monotonic() < deadline:
+                    time.sleep(MEMORY_RETRY)
+                    continue
                 logger.error("cannot hand over: %s", f"{_describe(peer)} {fields(reason=error)}")
                 return False
             else:
