@@ -184,12 +184,16 @@ class OrphanBench:
         ]:
             kind = missing[0][2]
             client = self.join(kind)
-            slot = eventually(lambda: self._slots().get(_name(client), -1) + 1) - 1
+            slot = self._slot_of(_name(client))
             group = self.groups[places.index(slot)]
             if kind in group:
                 client.reset()
             else:
                 group[kind] = client
+
+    def _slot_of(self, name: str) -> int:
+        eventually(lambda: name in self._slots())
+        return self._slots()[name]
 
     def _slots(self) -> dict[str, int]:
         """Return the slot of each client by its address."""
@@ -209,26 +213,26 @@ class OrphanBench:
         """Append, let all clients read, and let a new one connect; return how many have ended.
 
         A client that does not follow reads a part of what it can. Those that have ended are removed
-        from their group.
+        from their group. The others get not a single byte more than they should.
         """
         record = random_bytes(200, seed=len(self.data))
         self.data += record
         append(self.path, record)
+        if not self.rotated:
+            self.visit(b"-1000\n", 1000)
+        for group in self.groups:
+            for kind, client in group.items():
+                if kind == "stalled":
+                    client.read(self.data[: client.position + 10_000])
+                elif kind not in ("silent", "slow") and not self.rotated:
+                    client.read(self.data)
+        self.rest()
         lost = 0
         for group in self.groups:
             for kind, client in list(group.items()):
-                match kind:
-                    case "stalled":
-                        until = client.position + 10_000
-                    case "silent" | "slow":
-                        until = 0
-                    case _:
-                        until = 0 if self.rotated else len(self.data)
-                if not client.read(self.data[:until]) or _has_ended(client, kind):
+                if client.sock.fileno() < 0 or (kind != "stalled" and _has_ended(client)):
                     del group[kind]
                     lost += 1
-        if not self.rotated:
-            self.visit(b"-1000\n", 1000)
         return lost
 
     def visit(self, header: bytes, count: int) -> None:
@@ -331,16 +335,16 @@ def _name(client: FaultClient) -> str:
     return f"{host}:{port}"
 
 
-def _has_ended(client: FaultClient, kind: str) -> bool:
-    """Tell whether a client that cannot read now has reached the end of its stream."""
-    if kind == "stalled":
-        return False
+def _has_ended(client: FaultClient) -> bool:
+    """Tell whether a client that has read everything has reached the end of its stream."""
     client.sock.setblocking(False)
     try:
-        return client.sock.recv(1, socket.MSG_PEEK) == b""
+        more = client.sock.recv(100)
     except BlockingIOError:
         return False
     except ConnectionError:
         return True
     finally:
         client.sock.settimeout(DEADLINE)
+    assert not more, f"superfluous bytes at {client.position}: {more!r}"
+    return True

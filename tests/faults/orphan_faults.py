@@ -142,7 +142,6 @@ def settle(bench: OrphanBench, taker: Server, reason: str = "") -> str:
     word = "exact"
     if bench.server is None:
         word = _describe_end(taker, reason)
-        bench.rest()
         if not lost:
             bench.check_descriptors()
         bench.take_over()

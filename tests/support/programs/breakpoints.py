@@ -59,6 +59,6 @@ if __name__ == "__main__":
     Supervisor.enter_status_child = holding(  # type: ignore[method-assign]
         "status", Supervisor.enter_status_child
     )
-    cli.find = holding("find", cli.find)
+    cli.find = holding("find", cli.find)  # type: ignore[attr-defined]
     hold("proof" if upgrade.is_check() else "main")
     sys.exit(cli.main(timing=TIMING))
