@@ -245,7 +245,8 @@ class OrphanBench:
         try:
             while more := client.sock.recv(1 << 16):
                 expected = self.data[client.position : client.position + len(more)]
-                assert self.rotated and more == expected, f"wrong bytes at {client.position}"
+                assert self.rotated, f"superfluous bytes at {client.position}"
+                assert more == expected, f"wrong bytes at {client.position}"
                 client.position += len(more)
         except BlockingIOError:
             return False
@@ -317,22 +318,26 @@ class OrphanBench:
         return self._segments() > 8
 
     def _has_usual_descriptors(self) -> bool:
-        served: dict[int, int]
+        # A process that rests has noticed that earlier callers have left.
+        self.rest()
+        used = {pid: _descriptors(pid) - self._segments() for pid in self.pids()}
         if self.server is None:
-            served, kind = self.greetings(), "orphan"
+            served = self.greetings()
         else:
-            status, kind = json.loads(ask(f"*:{self.port}")[0]), "worker"
+            status = json.loads(ask(f"*:{self.port}")[0])
             served = {worker["pid"]: worker["clients"] for worker in status["workers"]}
-        # A client that has left counts until the worker has noticed that.
-        if sum(served.values()) != len(list(self.clients())):
+        total = sum(served.values())
+        if total != len(list(self.clients())):
             return False
-        segments = self._segments()
-        used = {(kind, _descriptors(pid) - clients - segments) for pid, clients in served.items()}
-        if self.server is not None:
-            used.add(
-                ("supervisor", _descriptors(self.server.pid) - sum(served.values()) - segments)
-            )
-        return all(count == self.usual.setdefault(kind, count) for kind, count in used)
+        if self.server is None:
+            # An orphan has no channel to a supervisor.
+            return all(used[pid] - served[pid] == self.usual["worker"] - 1 for pid in served)
+        return used[self.server.pid] - total == self.usual.setdefault(
+            "supervisor", used[self.server.pid] - total
+        ) and all(
+            used[pid] - clients == self.usual.setdefault("worker", used[pid] - clients)
+            for pid, clients in served.items()
+        )
 
 
 def sessions(sids: set[int]) -> list[int]:
