@@ -130,9 +130,10 @@ def _sleeps(pid: int) -> bool:
 def _await_takeover(bench: OrphanBench, taker: Server) -> None:
     """Wait until the taker has taken over or has ended, and all processes sleep."""
     eventually(lambda: taker.process.poll() is not None or taker.lines(TOOK_OVER))
-    if taker.process.poll() is None:
-        bench.server, bench.rotated = taker, False
+    bench.server = taker
     bench.rest()
+    # It may have died after it had taken over, and before the workers have rolled.
+    bench.rotated = bench.rotated and bench.server is None
 
 
 def run(bench: OrphanBench, scene: Scene, case: Case, path: Path) -> str:
