@@ -43,6 +43,7 @@ from tailsrv.segments import NO_FILE
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.upgrade_state import LogState, RollState, SlotState, UpgradeState
 
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
 # Seconds between attempts to find all workers.
 RETRY = 0.02
 # Seconds that a killed worker has to end. In an uninterruptible sleep, it does not.
@@ -61,8 +62,6 @@ class Orphan:
     sock: socket.socket
     pid: int
     uid: int
-    # A pidfd (pidfd_open(2)), None if the process is in another pid namespace.
-    process: int | None
     # Whether it has closed the connection without a greeting.
     ended: bool = False
     greeting: Greeting | None = None
@@ -71,13 +70,6 @@ class Orphan:
     def close(self) -> None:
         """Close the connection. The worker serves on."""
         self.sock.close()
-        self.close_process()
-
-    def close_process(self) -> None:
-        """Close the pidfd."""
-        if self.process is not None:
-            os.close(self.process)
-            self.process = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +177,7 @@ def _connect(name: str) -> Orphan | None:
     except OSError:
         return None
     pid, uid, _ = credentials(sock)
-    process = None
-    with suppress(OSError):
-        process = os.pidfd_open(pid) if pid else None
-    return Orphan(name, sock, pid, uid, process)
+    return Orphan(name, sock, pid, uid)
 
 
 def _await_greetings(orphans: Iterable[Orphan]) -> None:
@@ -214,14 +203,14 @@ def _kill(orphan: Orphan) -> None:
         "orphaned worker does not answer, killing it, its clients are lost: %s",
         fields(pid=orphan.pid),
     )
-    if orphan.process is None:
-        raise TakeoverError(f"a worker does not answer, and cannot be killed: pid {orphan.pid}")
-    # The pid of a process that has ended may belong to another one, its pidfd may not.
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(orphan.process, signal.SIGKILL)
+    if not orphan.pid:
+        raise TakeoverError("a worker of another pid namespace does not answer: kill it there")
     poll = select.poll()
-    poll.register(orphan.process, select.POLLIN)
-    poll.poll(KILL_PATIENCE * 1000)
+    poll.register(orphan.sock, 0)
+    # As long as the connection is open, the pid belongs to no other process.
+    if not poll.poll(0):
+        os.kill(orphan.pid, signal.SIGKILL)
+        poll.poll(KILL_PATIENCE * 1000)
 
 
 def _require_end(orphan: Orphan, reason: str) -> None:
@@ -264,7 +253,7 @@ def collect(
         The orphans that have handed everything over.
 
     Raises:
-        TakeoverError: This process has too few descriptors, or an orphan serves on.
+        TakeoverError: There are too few descriptors, an orphan serves on, or none is left.
 
     """
     complete = []
@@ -292,9 +281,10 @@ def collect(
             )
         else:
             complete.append(orphan)
-            orphan.close_process()
             continue
         discard(orphan)
+    if not complete:
+        raise TakeoverError("the orphaned workers have ended meanwhile: start again")
     return complete
 
 
@@ -424,7 +414,7 @@ def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
             close_file(file)
         else:
             known.add(inode)
-            next_files.append(file)
+            next_files.append(reopen(file))
     mode = "ROLLING" if truncated else "IDLE"
     return RollState(0, mode, truncated, None, next_files, 0, [])
 
@@ -450,9 +440,29 @@ def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
         return None
     ordered = [segments[base] for base in sorted(segments)]
     return LogState(
-        [[each.base, NO_FILE if each.file is None else each.file, each.size] for each in ordered],
+        [
+            [each.base, NO_FILE if each.file is None else reopen(each.file), each.size]
+            for each in ordered
+        ],
         start,
     )
+
+
+def reopen(file: int) -> int:
+    """Return a descriptor that this process has opened for the open `file`, and close that.
+
+    A service manager may give each start of a service a mount namespace of its own. When the last
+    process of the old one has ended, a file that was opened there has no path any more [measured:
+    readlink(2) of its name in /proc returns one without the folder of its mount]. If the file
+    cannot be opened by its path, return `file` itself.
+    """
+    try:
+        other = os.open(os.readlink(f"/proc/self/fd/{file}"), _OPEN_FLAGS)
+    except OSError:
+        return file
+    unneeded = file if os.path.sameopenfile(file, other) else other
+    close_file(unneeded)
+    return other if unneeded == file else file
 
 
 def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tailsrv.control_socket import accept_authorized, credentials, overflow_uid
-from tailsrv.handover import COMMIT, MAX_PACKET, Greeting, Handover, HandoverError, Request
+from tailsrv.handover import COMMIT, MAX_PACKET, REVOKED, Greeting, Handover, HandoverError, Request
 from tailsrv.linux.event_loop import MEMORY_RETRY, STALL_PAUSE, EventLoop
 from tailsrv.log import fields, logger
 
@@ -116,26 +116,50 @@ class Orphan:
         return self._requests.pop(0) if self._requests else None
 
 
-def hand_over(peer: socket.socket, handover: Handover) -> bool:
+def hand_over(peer: socket.socket, handover: Handover, patience: float) -> bool:
     """Send `handover` to the supervisor `peer`, and return whether it has taken over.
 
     The worker must send nothing to its clients from the moment when `handover` was made until this
-    returns False. When everything is sent, it can only wait: another worker may serve the clients
-    until all processes that have the connection have closed it. `peer` is closed.
+    returns False. `peer` is closed. `patience` is how many seconds the new worker has to start.
     """
     with peer:
         if not _send(peer, handover):
             return False
         poll = select.poll()
         poll.register(peer, select.POLLIN)
-        while True:
-            poll.poll()
-            try:
-                return peer.recv(MAX_PACKET) == COMMIT
-            except OSError:
-                # COMMIT may still come, or be there already: the kernel has no memory for it now,
-                # or first reports that the connection was closed with a packet unread.
-                time.sleep(MEMORY_RETRY)
+        if not poll.poll(patience * 1000):
+            # From now on, sending COMMIT fails. It may have been sent before.
+            peer.shutdown(socket.SHUT_RD)
+        peer.setblocking(True)
+        if _is_committed(peer):
+            return True
+        _revoke(peer)
+        return False
+
+
+def _is_committed(peer: socket.socket) -> bool:
+    """Wait for COMMIT or the end of the connection, and return whether it was COMMIT."""
+    while True:
+        try:
+            return peer.recv(MAX_PACKET) == COMMIT
+        except OSError:
+            # COMMIT may be there nevertheless: the kernel lacks memory for it now, or first reports
+            # that the connection was closed with a packet unread.
+            time.sleep(MEMORY_RETRY)
+
+
+def _revoke(peer: socket.socket) -> None:
+    """Send REVOKED, unless all processes that had the connection have closed it."""
+    while True:
+        try:
+            peer.send(REVOKED)
+        except ConnectionError:
+            return
+        except OSError:
+            # Without REVOKED, the new worker would take this process for dead.
+            time.sleep(MEMORY_RETRY)
+        else:
+            return
 
 
 def _send(peer: socket.socket, handover: Handover) -> bool:
