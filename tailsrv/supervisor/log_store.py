@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE, Log, Segment
@@ -39,6 +40,8 @@ class LogStore:
     """
 
     def __init__(self, state_file: str, path: str, lock_file: int | None = None) -> None:
+        # What state_file.py imports when it is needed: later, there may be no descriptor for that.
+        import_module("hashlib")
         self._state_file, self._path = state_file, path
         self.lock_file = lock(state_file) if lock_file is None else lock_file
         # The sealed segments do not change any more, so they are examined once.

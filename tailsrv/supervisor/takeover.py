@@ -62,10 +62,17 @@ class Orphan:
     sock: socket.socket
     pid: int
     uid: int
+    # Whether it may be taken over. If not, it is not asked.
+    trusted: bool
     # Whether it has closed the connection without a greeting.
     ended: bool = False
     greeting: Greeting | None = None
     handover: Handover = field(default_factory=Handover)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the worker has answered, or is not asked."""
+        return self.greeting is not None or not self.trusted
 
     def close(self) -> None:
         """Close the connection. The worker serves on."""
@@ -98,46 +105,66 @@ def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
             of a worker's socket, so this requires that the port is in use.
 
     Raises:
-        TakeoverError: A worker can neither be asked nor ended.
+        TakeoverError: A worker can neither be asked nor ended, or has not answered and serves on.
 
     """
     deadline = time.monotonic() + patience
     orphans: dict[str, Orphan] = {}
     while True:
         names = _names(endpoints)
-        for key in [key for key in orphans if key not in names or orphans[key].ended]:
-            orphans.pop(key).close()
-        for key, name in names.items():
-            # A worker that has just been forked does not listen yet.
-            if key not in orphans and (orphan := _connect(name)):
-                orphans[key] = orphan
-        ours = [each for each in orphans.values() if _is_trusted(each.uid, trust_all)]
-        _await_greetings(ours)
-        greeted = [orphan for orphan in ours if orphan.greeting is not None]
-        foreign = [orphan for orphan in orphans.values() if orphan not in ours]
-        if len(greeted) + len(foreign) == len(names) or time.monotonic() >= deadline:
+        _connect_to(names, orphans, trust_all)
+        _await_greetings(orphans.values())
+        if all(name in orphans and orphans[name].is_known for name in names):
+            break
+        if time.monotonic() >= deadline:
             break
         time.sleep(RETRY)
-    for orphan in orphans.values():
-        if orphan in foreign:
-            orphan.close()
-        elif orphan not in greeted:
-            if not orphan.ended:
-                _kill(orphan)
-            orphan.close()
-    return Found(greeted, foreign)
+    return _sort_out(orphans.values())
 
 
-def _names(endpoints: Iterable[str]) -> dict[str, str]:
-    """Return the names of the workers' sockets, one for each worker."""
+def _names(endpoints: Iterable[str]) -> set[str]:
+    """Return the names of the sockets of the workers of `endpoints`."""
     wanted = {socket_name(endpoint) for endpoint in endpoints}
     try:
-        workers = sorted(list_worker_sockets().items())
+        return {name for name, endpoint in list_worker_sockets().items() if endpoint in wanted}
     except OSError:
         # Without /proc, orphans cannot be found. Then the port is in use.
-        return {}
-    # A worker that listens at several endpoints has a socket for each. Their names end alike.
-    return {name.rpartition("/")[2]: name for name, endpoint in workers if endpoint in wanted}
+        return set()
+
+
+def _connect_to(names: set[str], orphans: dict[str, Orphan], trust_all: bool) -> None:
+    """Connect to the workers at `names` that are not in `orphans`, and forget those that ended."""
+    for name in [name for name, orphan in orphans.items() if name not in names or orphan.ended]:
+        orphans.pop(name).close()
+    for name in names - orphans.keys():
+        try:
+            sock = connect_to_worker(name)
+        except OSError:
+            # It has just been forked and does not listen yet, or its queue is full, or it has ended.
+            continue
+        pid, uid, _ = credentials(sock)
+        orphans[name] = Orphan(sock, pid, uid, _is_trusted(uid, trust_all))
+
+
+def _sort_out(orphans: Iterable[Orphan]) -> Found:
+    """Kill the orphans that have not answered, and return the others, each once.
+
+    A worker that listens at several endpoints has a socket for each.
+    """
+    greeted: dict[tuple[int, int], Orphan] = {}
+    foreign: list[Orphan] = []
+    for orphan in orphans:
+        if orphan.greeting is not None:
+            if greeted.setdefault((orphan.pid, orphan.greeting.pid), orphan) is orphan:
+                continue
+        elif not orphan.trusted:
+            foreign.append(orphan)
+        elif orphan.ended:
+            raise TakeoverError(f"worker {orphan.pid} does not answer: start again")
+        else:
+            _kill(orphan)
+        orphan.close()
+    return Found(list(greeted.values()), foreign)
 
 
 def _is_trusted(uid: int, trust_all: bool) -> bool:
@@ -169,19 +196,9 @@ def why_in_use(endpoints: Sequence[str], foreign: Sequence[Orphan]) -> str | Non
     return None
 
 
-def _connect(name: str) -> Orphan | None:
-    """Connect to the worker that listens at `name`. Return None if that is not possible now."""
-    try:
-        sock = connect_to_worker(name)
-    except OSError:
-        return None
-    pid, uid, _ = credentials(sock)
-    return Orphan(sock, pid, uid)
-
-
 def _await_greetings(orphans: Iterable[Orphan]) -> None:
     """Read the greetings of `orphans` that arrive within RETRY seconds."""
-    waiting = {orphan.sock.fileno(): orphan for orphan in orphans if orphan.greeting is None}
+    waiting = {orphan.sock.fileno(): orphan for orphan in orphans if not orphan.is_known}
     poll = select.poll()
     for fd in waiting:
         poll.register(fd, select.POLLIN)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tailsrv.control_socket import accept_authorized, credentials, overflow_uid
 from tailsrv.handover import COMMIT, MAX_PACKET, REVOKED, Greeting, Handover, HandoverError, Request
-from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
+from tailsrv.linux.event_loop import MEMORY_RETRY, STALL_PAUSE, EventLoop
 from tailsrv.log import fields, logger
 
 # Seconds that a supervisor has to read the next packet of a handover. Until it has read the last
@@ -42,19 +42,22 @@ class Orphan:
         self._peers: dict[int, socket.socket] = {}
         # The supervisor that has asked for a handover, and what it has asked for.
         self._requests: list[tuple[socket.socket, Request]] = []
+        for sock in self._sockets:
+            # An orphan that could not register them, for lack of epoll watches, would lose clients.
+            loop.register(sock.fileno(), self._accept, events=0)
 
     def begin(self) -> None:
         """Accept supervisors and health checks, now that the worker is orphaned."""
         self._unmapped_uid = overflow_uid()
-        self._register()
+        self._resume()
 
-    def _register(self) -> None:
+    def _resume(self) -> None:
         for sock in self._sockets:
-            self._loop.register(sock.fileno(), self._accept)
+            self._loop.resume(sock.fileno())
 
     def close(self) -> None:
         """Accept no supervisor any more."""
-        self._loop.timers.cancel(self._register)
+        self._loop.timers.cancel(self._resume)
         for sock in (*self._sockets, *self._peers.values()):
             self._loop.unregister(sock.fileno())
             sock.close()
@@ -74,15 +77,17 @@ class Orphan:
     def _pause(self) -> None:
         """Wait until there are descriptors or memory again."""
         for sock in self._sockets:
-            self._loop.unregister(sock.fileno())
-        self._loop.timers.set(self._register, self._loop.now + STALL_PAUSE)
+            self._loop.pause(sock.fileno())
+        self._loop.timers.set(self._resume, self._loop.now + STALL_PAUSE)
 
     def _greet(self, peer: socket.socket) -> None:
         try:
-            peer.send(self._greeting().encode())
+            # A supervisor that has a greeting must not find the connection closed.
             self._loop.register(peer.fileno(), lambda: self._read(peer))
+            peer.send(self._greeting().encode())
         except OSError:
             # It has left already, or memory is short. A supervisor tries again.
+            self._loop.unregister(peer.fileno())
             peer.close()
             return
         self._peers[peer.fileno()] = peer
@@ -93,8 +98,12 @@ class Orphan:
             packet = peer.recv(MAX_PACKET)
         except BlockingIOError:
             return
-        except OSError:
+        except ConnectionError:
             packet = b""
+        except OSError:
+            # The kernel has no memory for the packet now.
+            self._loop.stall(peer.fileno(), MEMORY_RETRY)
+            return
         self._loop.unregister(peer.fileno())
         del self._peers[peer.fileno()]
         try:
@@ -118,19 +127,39 @@ def hand_over(peer: socket.socket, handover: Handover, patience: float) -> bool:
             return False
         poll = select.poll()
         poll.register(peer, select.POLLIN)
-        ready = poll.poll(patience * 1000)
+        if not poll.poll(patience * 1000):
+            # From now on, sending COMMIT fails. It may have been sent before.
+            peer.shutdown(socket.SHUT_RD)
         peer.setblocking(True)
+        if _is_committed(peer):
+            return True
+        _revoke(peer)
+        return False
+
+
+def _is_committed(peer: socket.socket) -> bool:
+    """Wait for COMMIT or the end of the connection, and return whether it was COMMIT."""
+    while True:
         try:
-            if not ready:
-                # From now on, sending COMMIT fails. It may have been sent before.
-                peer.shutdown(socket.SHUT_RD)
-            committed = peer.recv(MAX_PACKET) == COMMIT
-            if not committed:
-                peer.send(REVOKED)
+            return peer.recv(MAX_PACKET) == COMMIT
         except OSError:
-            # All processes that had the connection have closed it.
-            return False
-        return committed
+            # COMMIT may be there nevertheless: the kernel lacks memory for it now, or first reports
+            # that the connection was closed with a packet unread.
+            time.sleep(MEMORY_RETRY)
+
+
+def _revoke(peer: socket.socket) -> None:
+    """Send REVOKED, unless all processes that had the connection have closed it."""
+    while True:
+        try:
+            peer.send(REVOKED)
+        except ConnectionError:
+            return
+        except OSError:
+            # Without REVOKED, the new worker would take this process for dead.
+            time.sleep(MEMORY_RETRY)
+        else:
+            return
 
 
 def _send(peer: socket.socket, handover: Handover) -> bool:
@@ -147,6 +176,10 @@ def _send(peer: socket.socket, handover: Handover) -> bool:
                     logger.error("supervisor does not read the handover: %s", _describe(peer))
                     return False
             except OSError as error:
+                # Memory may be short, or too many descriptors of this user may be on their way.
+                if not isinstance(error, ConnectionError) and time.monotonic() < deadline:
+                    time.sleep(MEMORY_RETRY)
+                    continue
                 logger.error("cannot hand over: %s", f"{_describe(peer)} {fields(reason=error)}")
                 return False
             else:

@@ -16,6 +16,9 @@ from support.sockets import connect, reset
 from support.status import ask, ready_workers
 from support.waiting import DEADLINE, eventually
 
+# Part of the log line of a worker whose supervisor has died.
+GONE = "supervisor is gone"
+
 
 class FaultClient:
     """A connection, and the position of its stream in the log."""
@@ -503,10 +506,19 @@ class FaultBench:
         )
 
     def end(self) -> str:
-        """Return how the server has ended, once none of its processes is left."""
+        """Return how the server has ended; its workers may serve on until a supervisor takes over.
+
+        All processes are killed.
+        """
         assert self.server is not None
-        server, lost = self.server, self.lost
+        server = self.server
         ended = server.process.wait(DEADLINE)
-        eventually(lambda: not session(server.pid))
+        eventually(lambda: not session(server.pid) or (ended and server.lines(GONE)))
+        served_on = bool(session(server.pid))
+        if served_on:
+            self.append()
+        lost = self.lost
         self.stop()
+        if served_on and ended == 1 and not lost:
+            return "served on"
         return f"ends {ended}" if ended or lost else "exact"

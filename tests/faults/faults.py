@@ -427,4 +427,5 @@ def qualify(outcome: str, case: Case, log: str) -> str:
     logged = os.strerror(getattr(errno, case.error)) in log
     if outcome == "closed":
         return "closed" if logged else "left"
-    return outcome if logged or not outcome.startswith("ends") else f"{outcome} without a log line"
+    silent = outcome.startswith(("ends", "served on")) and not logged
+    return f"{outcome} without a log line" if silent else outcome

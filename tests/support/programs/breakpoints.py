@@ -2,7 +2,8 @@
 
 A process stops itself at a breakpoint if $TAILSRV_TEST_HOLD contains a file with its name: `main`
 (the program starts, also in an upgrade), `proof` (the program checks whether it would start),
-`worker` and `status` (such a child starts its work).
+`find` (the program looks for orphaned workers), `worker` and `status` (such a child starts its
+work).
 """
 
 import os
@@ -32,6 +33,7 @@ TIMING = Timing(
     late_interval=0.05,
     late_patience=0.05,
     deletion_poll=0.05,
+    takeover_patience=3.0,
 )
 
 
@@ -41,12 +43,12 @@ def hold(name: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def holding(name: str, method: Callable[..., None]) -> Callable[..., None]:
-    """Return `method` with the breakpoint `name` before it."""
+def holding(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with the breakpoint `name` before it."""
 
-    def held(*arguments: Any) -> None:
+    def held(*arguments: Any, **named: Any) -> Any:
         hold(name)
-        method(*arguments)
+        return function(*arguments, **named)
 
     return held
 
@@ -57,5 +59,6 @@ if __name__ == "__main__":
     Supervisor.enter_status_child = holding(  # type: ignore[method-assign]
         "status", Supervisor.enter_status_child
     )
+    cli.find = holding("find", cli.find)  # type: ignore[attr-defined]
     hold("proof" if upgrade.is_check() else "main")
     sys.exit(cli.main(timing=TIMING))
