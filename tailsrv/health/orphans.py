@@ -56,14 +56,10 @@ def ask_orphans(server: Server) -> list[Orphan]:
         OSError: This process has no descriptor or memory left.
 
     """
-    if server.uid is None:
-        # The queues of these workers are full (see `find`).
-        found = [Orphan(pid) for pid in server.orphans]
-    elif os.geteuid() == 0 or server.ours:
-        found = _await_greetings(server)
-    else:
+    if server.uid is not None and os.geteuid() != 0 and not server.ours:
         raise not_ours(server.uid, server.user)
-    # Check last: while a supervisor takes over, some workers end, and others do not answer.
+    found = [] if has_supervisor(server) else _ask(server)
+    # While a supervisor takes over, some workers end, and others do not answer.
     if has_supervisor(server):
         raise EndedError(REPLACED, Level.CRITICAL)
     if not found:
@@ -71,8 +67,14 @@ def ask_orphans(server: Server) -> list[Orphan]:
     return found
 
 
-def _await_greetings(server: Server) -> list[Orphan]:
-    """Connect to the workers of `server`, and return those that have not ended."""
+def _ask(server: Server) -> list[Orphan]:
+    """Return the workers of `server` that have not ended, with the greetings that arrive in time.
+
+    Raises InspectError.
+    """
+    if server.uid is None:
+        # The queues of these workers are full (see `find`).
+        return [Orphan(pid) for pid in server.orphans]
     found = []
     deadline = time.monotonic() + STATUS_TIMEOUT
     with ExitStack() as connections:
