@@ -24,12 +24,13 @@ ACCEPTS_PER_TURN = 16
 PREFIX = "tailsrv:"
 # The name of the socket for the list of clients ends with this.
 CLIENTS = "/clients"
-# The name of a worker's socket ends with this, its pid, a dot and a number.
+# The name of a worker's socket ends with this, its supervisor's pid, a dot and a number.
 WORKER = "/worker/"
+_numbers = count()
 
 # Largest number of bytes for the endpoint in a socket name: unix(7) allows 107 after the NUL byte.
 # A pid has at most 7 digits (PID_MAX_LIMIT of the kernel).
-MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(f"{WORKER}4194304.9999")
+MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(f"{WORKER}4194304.999999999")
 
 # How often to read the kernel's list of sockets. The kernel produces it page by page and sometimes
 # skips a socket if other sockets are closed in between [measured: beside a process that creates and
@@ -148,17 +149,17 @@ def accept_authorized(
     return authorized, None
 
 
-def listen_as_worker(endpoints: Sequence[str]) -> list[socket.socket]:
-    """Return listening sockets at which a supervisor finds this worker, one for each endpoint.
+def bind_for_worker(endpoints: Sequence[str]) -> list[socket.socket]:
+    """Return sockets at which a supervisor will find a new worker, one for each endpoint.
 
-    Raises OSError.
+    They are made before the fork, so that no worker is ever without a name. The worker calls
+    listen(2), which also records its pid for SO_PEERCRED. Raises OSError.
     """
     sockets: list[socket.socket] = []
     try:
         for endpoint in endpoints:
             sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            _bind_worker(sockets[-1], endpoint)
-            sockets[-1].listen()
+            _bind_for_worker(sockets[-1], endpoint)
             sockets[-1].setblocking(False)
     except OSError:
         for sock in sockets:
@@ -167,12 +168,12 @@ def listen_as_worker(endpoints: Sequence[str]) -> list[socket.socket]:
     return sockets
 
 
-def _bind_worker(sock: socket.socket, endpoint: str) -> None:
-    for number in count():
+def _bind_for_worker(sock: socket.socket, endpoint: str) -> None:
+    while True:
         try:
-            sock.bind(_address(f"{endpoint}{WORKER}{os.getpid()}.{number}"))
+            sock.bind(_address(f"{endpoint}{WORKER}{os.getpid()}.{next(_numbers)}"))
         except OSError as error:
-            # A process of another pid namespace may have the same pid.
+            # A supervisor of another pid namespace may have had the same pid.
             if error.errno != errno.EADDRINUSE:
                 raise
         else:
@@ -194,28 +195,31 @@ def connect_to_worker(name: str) -> socket.socket:
 def list_worker_sockets() -> dict[str, str]:
     """Return the names of the workers' sockets, each with the (shortened) name of its endpoint.
 
-    Raises OSError if /proc/self/net/unix cannot be read.
+    A worker that has just been forked does not listen at its socket yet. Raises OSError if
+    /proc/self/net/unix cannot be read.
     """
-    parts = ((name, name.rpartition(WORKER)) for name in list_sockets(socket.SOCK_SEQPACKET))
+    names = list_sockets(socket.SOCK_SEQPACKET, listening=False)
+    parts = ((name, name.rpartition(WORKER)) for name in names)
     return {name: endpoint for name, (endpoint, separator, _) in parts if separator}
 
 
-def list_sockets(kind: socket.SocketKind) -> set[str]:
+def list_sockets(kind: socket.SocketKind, listening: bool) -> set[str]:
     """Return the names, without PREFIX, of the control sockets of this kind that any user has.
 
-    Raises OSError if /proc/self/net/unix cannot be read.
+    With `listening`, the result has only those that listen. Raises OSError if /proc/self/net/unix
+    cannot be read.
     """
-    return set().union(*(_read_sockets(kind) for _ in range(LIST_READS)))
+    return set().union(*(_read_sockets(kind, listening) for _ in range(LIST_READS)))
 
 
-def _read_sockets(kind: socket.SocketKind) -> set[str]:
+def _read_sockets(kind: socket.SocketKind, listening: bool) -> set[str]:
     # This path exists even where /proc shows nothing but processes (ProcSubset=pid of systemd).
     with open("/proc/self/net/unix", encoding="utf-8", errors="replace") as file:
         matches = [_SOCKET.match(line) for line in file]
     return {
         match[3]
         for match in matches
-        if match and int(match[1], 16) & _LISTENS and int(match[2], 16) == kind
+        if match and int(match[2], 16) == kind and (not listening or int(match[1], 16) & _LISTENS)
     }
 
 

@@ -47,5 +47,7 @@ class WorkerContext:
     client_limit: ClientLimit | None
     # The clients that the worker adopts, by number.
     clients: Mapping[int, Entry]
+    # The sockets at which the next supervisor finds this worker, if its own has died.
+    sockets: Sequence[socket.socket]
     # Connections to the orphaned workers that have these clients until they get COMMIT.
     predecessors: Sequence[socket.socket]

@@ -156,7 +156,7 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
 def list_endpoints() -> list[str]:
     """Return, sorted, the endpoints for which a process of any user listens at a control socket."""
-    return sorted(filter(_is_endpoint, list_sockets(socket.SOCK_STREAM)))
+    return sorted(filter(_is_endpoint, list_sockets(socket.SOCK_STREAM, listening=True)))
 
 
 def _is_endpoint(name: str) -> bool:

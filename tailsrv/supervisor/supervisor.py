@@ -102,6 +102,7 @@ class Supervisor:
         self.pool = WorkerPool(
             slots,
             self.loop,
+            endpoints if config.orphan_timeout else (),
             self.run_worker,
             self.handle_notices,
             self.give_up,
@@ -134,6 +135,10 @@ class Supervisor:
             if config.max_clients
             else None
         )
+        if self.client_limit is not None and self.taking_over:
+            # Clients that no worker has adopted yet count as well.
+            for slot in slots:
+                self.client_limit.record(slot.index, len(slot.client_table))
         self.roller = (
             Roller(
                 self.loop,
@@ -341,7 +346,9 @@ class Supervisor:
             logger.info("upgraded: %s", fields(version=__version__, clients=self.pool.clients()))
             self.upgrader.finish(self.loop.now)
 
-    def run_worker(self, slot: Slot, channel: socket.socket) -> None:
+    def run_worker(
+        self, slot: Slot, channel: socket.socket, sockets: Sequence[socket.socket]
+    ) -> None:
         """In a forked child, close what belongs to the supervisor, run the worker, and exit."""
         status = os.EX_SOFTWARE
         try:
@@ -355,6 +362,7 @@ class Supervisor:
                     self.roller.frozen_end if self.roller else None,
                     self.roller is not None and self.roller.truncated,
                     channel,
+                    sockets,
                     self.endpoints,
                     self.client_limit,
                 )

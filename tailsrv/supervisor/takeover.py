@@ -43,8 +43,8 @@ from tailsrv.segments import NO_FILE
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.upgrade_state import LogState, RollState, SlotState, UpgradeState
 
-# Seconds between attempts to connect to a worker whose queue is full.
-CONNECT_RETRY = 0.01
+# Seconds between attempts to find all workers.
+RETRY = 0.02
 # Seconds that a killed worker has to end. In an uninterruptible sleep, it does not.
 KILL_PATIENCE = 1.0
 
@@ -53,7 +53,7 @@ class TakeoverError(Exception):
     """Orphaned workers cannot be taken over. The message is one line that says why."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Orphan:
     """An orphaned worker, and the connection to it."""
 
@@ -63,6 +63,8 @@ class Orphan:
     uid: int
     # A pidfd (pidfd_open(2)), None if the process is in another pid namespace.
     process: int | None
+    # Whether it has closed the connection without a greeting.
+    ended: bool = False
     greeting: Greeting | None = None
     handover: Handover = field(default_factory=Handover)
 
@@ -107,26 +109,43 @@ def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
         TakeoverError: A worker can neither be asked nor ended.
 
     """
-    names = {socket_name(endpoint) for endpoint in endpoints}
+    deadline = time.monotonic() + patience
+    orphans: dict[str, Orphan] = {}
+    while True:
+        names = _names(endpoints)
+        for key in [key for key in orphans if key not in names or orphans[key].ended]:
+            orphans.pop(key).close()
+        for key, name in names.items():
+            # A worker that has just been forked does not listen yet.
+            if key not in orphans and (orphan := _connect(name)):
+                orphans[key] = orphan
+        ours = [each for each in orphans.values() if _is_trusted(each.uid, trust_all)]
+        _await_greetings(ours)
+        greeted = [orphan for orphan in ours if orphan.greeting is not None]
+        foreign = [orphan for orphan in orphans.values() if orphan not in ours]
+        if len(greeted) + len(foreign) == len(names) or time.monotonic() >= deadline:
+            break
+        time.sleep(RETRY)
+    for orphan in orphans.values():
+        if orphan in foreign:
+            orphan.close()
+        elif orphan not in greeted:
+            if not orphan.ended:
+                _kill(orphan)
+            orphan.close()
+    return Found(greeted, foreign)
+
+
+def _names(endpoints: Iterable[str]) -> dict[str, str]:
+    """Return the names of the workers' sockets, one for each worker."""
+    wanted = {socket_name(endpoint) for endpoint in endpoints}
     try:
-        workers = {name for name, endpoint in list_worker_sockets().items() if endpoint in names}
+        workers = sorted(list_worker_sockets().items())
     except OSError:
         # Without /proc, orphans cannot be found. Then the port is in use.
-        return Found([], [])
-    deadline = time.monotonic() + patience
-    # A worker that listens at several endpoints has a socket for each, whose names end alike.
-    unique = {name.rpartition("/")[2]: name for name in sorted(workers)}
-    connected = [orphan for name in unique.values() if (orphan := _connect(name, deadline))]
-    ours = [orphan for orphan in connected if _is_trusted(orphan.uid, trust_all)]
-    foreign = [orphan for orphan in connected if orphan not in ours]
-    for orphan in foreign:
-        orphan.close()
-    _await_greetings(ours, deadline)
-    answered = [orphan for orphan in ours if orphan.greeting is not None]
-    for orphan in ours:
-        if orphan.greeting is None:
-            orphan.close()
-    return Found(answered, foreign)
+        return {}
+    # A worker that listens at several endpoints has a socket for each. Their names end alike.
+    return {name.rpartition("/")[2]: name for name, endpoint in workers if endpoint in wanted}
 
 
 def _is_trusted(uid: int, trust_all: bool) -> bool:
@@ -158,22 +177,12 @@ def why_in_use(endpoints: Sequence[str], foreign: Sequence[Orphan]) -> str | Non
     return None
 
 
-def _connect(name: str, deadline: float) -> Orphan | None:
-    """Connect to the worker that listens at `name`. Return None if there is none any more."""
-    while True:
-        try:
-            sock = connect_to_worker(name)
-        except BlockingIOError:
-            # Others have filled its queue, which it empties when it is orphaned.
-            if time.monotonic() >= deadline:
-                raise TakeoverError(
-                    f"cannot connect to the worker at {name}: its queue is full"
-                ) from None
-            time.sleep(CONNECT_RETRY)
-        except OSError:
-            return None
-        else:
-            break
+def _connect(name: str) -> Orphan | None:
+    """Connect to the worker that listens at `name`. Return None if that is not possible now."""
+    try:
+        sock = connect_to_worker(name)
+    except OSError:
+        return None
     pid, uid, _ = credentials(sock)
     process = None
     with suppress(OSError):
@@ -181,20 +190,21 @@ def _connect(name: str, deadline: float) -> Orphan | None:
     return Orphan(name, sock, pid, uid, process)
 
 
-def _await_greetings(orphans: Iterable[Orphan], deadline: float) -> None:
-    """Read the greetings that arrive before `deadline`. The kernel closes the other connections."""
-    waiting = {orphan.sock.fileno(): orphan for orphan in orphans}
+def _await_greetings(orphans: Iterable[Orphan]) -> None:
+    """Read the greetings of `orphans` that arrive within RETRY seconds."""
+    waiting = {orphan.sock.fileno(): orphan for orphan in orphans if orphan.greeting is None}
     poll = select.poll()
     for fd in waiting:
         poll.register(fd, select.POLLIN)
-    while waiting and (ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+    while waiting and (ready := poll.poll(RETRY * 1000)):
         for fd, _ in ready:
             orphan = waiting.pop(fd)
             poll.unregister(fd)
-            with suppress(OSError, HandoverError):
+            try:
                 orphan.greeting = Greeting.decode(orphan.sock.recv(MAX_PACKET))
-    for orphan in waiting.values():
-        _kill(orphan)
+            except (OSError, HandoverError):
+                # It has ended, or does not answer this user.
+                orphan.ended = True
 
 
 def _kill(orphan: Orphan) -> None:

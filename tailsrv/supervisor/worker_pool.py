@@ -9,10 +9,12 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Timing
+from tailsrv.control_socket import bind_for_worker
 from tailsrv.handover import commit
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import blocked
@@ -35,7 +37,9 @@ class WorkerPool:
     Args:
         slots: The slots. After an upgrade, they may have workers of the previous version.
         loop: The supervisor's event loop.
-        enter: `enter(slot, channel)` is called in each forked child, and must not return.
+        endpoints: The addresses that the server listens on, empty if workers do not outlive the
+            supervisor.
+        enter: `enter(slot, channel, sockets)` is called in each forked child, and must not return.
         notice: `notice(slot, notices)` is called for the notices in a worker's report.
         give_up: `give_up(reason)` is called when workers cannot start.
         keep_old: `keep_old(reason)` is called instead if this happens in an upgrade, while workers
@@ -48,7 +52,8 @@ class WorkerPool:
         self,
         slots: Sequence[Slot],
         loop: EventLoop,
-        enter: Callable[[Slot, socket.socket], None],
+        endpoints: Sequence[str],
+        enter: Callable[[Slot, socket.socket, Sequence[socket.socket]], None],
         notice: Callable[[Slot, Notices], None],
         give_up: Callable[[str], None],
         keep_old: Callable[[str], None],
@@ -67,6 +72,7 @@ class WorkerPool:
         # Outdated workers that were sent SIGTERM. They are killed after REPLACE_PATIENCE.
         self._ending: list[tuple[Slot, int]] = []
         self._loop = loop
+        self._endpoints = endpoints
         self._enter, self._notice, self._give_up = enter, notice, give_up
         self._keep_old = keep_old
         # True in an upgrade until a worker of this version is ready.
@@ -232,21 +238,22 @@ class WorkerPool:
 
         Everything else that can fail is done before fork(2). Raises OSError.
         """
-        slot.channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            slot.channel.setblocking(False)
-            self._register_channel(slot)
-            with blocked():
-                # In the child, `_enter` does the work of a worker and never returns.
-                if (pid := os.fork()) == 0:
-                    self._enter(slot, worker_end)
-        except OSError:
-            self._loop.unregister(slot.channel.fileno())
-            slot.channel.close()
-            slot.channel = None
-            raise
-        finally:
-            worker_end.close()
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(sock) for sock in bind_for_worker(self._endpoints)]
+            slot.channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(worker_end)
+            try:
+                slot.channel.setblocking(False)
+                self._register_channel(slot)
+                with blocked():
+                    # In the child, `_enter` does the work of a worker and never returns.
+                    if (pid := os.fork()) == 0:
+                        self._enter(slot, worker_end, sockets)
+            except OSError:
+                self._loop.unregister(slot.channel.fileno())
+                slot.channel.close()
+                slot.channel = None
+                raise
         return pid
 
     def prepare_child(
@@ -257,6 +264,7 @@ class WorkerPool:
         frozen_end: int | None,
         truncated: bool,
         channel: socket.socket,
+        sockets: Sequence[socket.socket],
         endpoints: Sequence[str],
         client_limit: ClientLimit | None,
     ) -> WorkerContext:
@@ -269,6 +277,7 @@ class WorkerPool:
             frozen_end: The end of the log if the worker starts frozen.
             truncated: Whether the active segment is known to be truncated.
             channel: The worker's end of its channel.
+            sockets: The sockets at which the next supervisor finds the worker.
             endpoints: The addresses that the server listens on.
             client_limit: The shared counts of --max-clients, None without that option.
 
@@ -290,6 +299,7 @@ class WorkerPool:
             endpoints,
             client_limit,
             slot.client_table.clients,
+            sockets,
             slot.predecessors,
         )
 

@@ -7,9 +7,9 @@ worker has noticed that it is orphaned. It answers only when it is.
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
-from tailsrv.control_socket import accept_authorized, credentials, listen_as_worker, overflow_uid
+from tailsrv.control_socket import accept_authorized, credentials, overflow_uid
 from tailsrv.handover import COMMIT, MAX_PACKET, Greeting, Handover, HandoverError, Request
 from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
 from tailsrv.log import fields, logger
@@ -24,7 +24,7 @@ class Orphan:
 
     Args:
         loop: The worker's event loop.
-        sockets: The listening sockets, from `listen_as_worker`.
+        sockets: The sockets, from `bind_for_worker`.
         greeting: Returns how the worker introduces itself.
 
     """
@@ -32,11 +32,12 @@ class Orphan:
     def __init__(
         self,
         loop: EventLoop,
-        endpoints: Iterable[str],
+        sockets: Sequence[socket.socket],
         greeting: Callable[[], Greeting],
     ) -> None:
-        self._loop, self._greeting = loop, greeting
-        self._sockets = listen_as_worker(list(endpoints))
+        self._loop, self._sockets, self._greeting = loop, sockets, greeting
+        for sock in sockets:
+            sock.listen()
         self._unmapped_uid: int | None = None
         self._peers: dict[int, socket.socket] = {}
         # The supervisor that has asked for a handover, and what it has asked for.

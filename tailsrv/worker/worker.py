@@ -201,9 +201,7 @@ class Worker:
             self.free_descriptor,
         )
         self.acceptor.start()
-        self.orphan = (
-            Orphan(self.loop, self.endpoints, self.greeting) if config.orphan_timeout else None
-        )
+        self.orphan = Orphan(self.loop, context.sockets, self.greeting)
 
     # The loop
 
@@ -248,8 +246,8 @@ class Worker:
         self.plan_retries()
         self.reporter.send_if_due()
         # All clients of this turn are served: none is between two states.
-        if self.orphaned and self.orphan is not None:
-            self.answer_supervisor(self.orphan)
+        if self.orphaned:
+            self.answer_supervisor()
 
     def start_streams(self) -> None:
         """Start the streams of the clients whose headers have arrived.
@@ -523,7 +521,7 @@ class Worker:
         self.title.changed(self.loop.now)
         if self.draining:
             return
-        if self.orphan is None:
+        if not self.config.orphan_timeout:
             self.ended = True
             return
         logger.warning(
@@ -567,9 +565,9 @@ class Worker:
             max(0.0, self.orphaned_until - self.loop.clock()),
         )
 
-    def answer_supervisor(self, orphan: Orphan) -> None:
+    def answer_supervisor(self) -> None:
         """Hand everything over to a supervisor that has asked for it, and end if it takes over."""
-        if self.draining or self.ended or (asked := orphan.take_request()) is None:
+        if self.draining or self.ended or (asked := self.orphan.take_request()) is None:
             return
         peer, request = asked
         supervisor = credentials(peer)[0]
@@ -706,8 +704,7 @@ class Worker:
         """
         self.draining = True
         self.loop.timers.cancel(self.end_orphan)
-        if self.orphan is not None:
-            self.orphan.close()
+        self.orphan.close()
         self.acceptor.close(refuse=self.config.port is not None)
         self.reporter.add_notice(emptied=True)
         for client in self.header_reader:

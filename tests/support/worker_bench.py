@@ -15,6 +15,7 @@ from support.sockets import closing_all, readable, recv_all
 from support.waiting import DEADLINE
 from tailsrv.addresses import endpoint
 from tailsrv.config import Config
+from tailsrv.control_socket import bind_for_worker
 from tailsrv.linux.inotify import Watch
 from tailsrv.linux.signals import Wakeup
 from tailsrv.listeners import open_listeners
@@ -87,6 +88,7 @@ class WorkerBench:
             endpoints=["127.0.0.1:0"],
             client_limit=None,
             clients=clients,
+            sockets=bind_for_worker(["127.0.0.1:0"]),
             predecessors=(),
         )
         self.worker = Worker(context, config, wakeup, lambda: time.monotonic() + self.skew)
@@ -100,8 +102,7 @@ class WorkerBench:
     def close(self) -> None:
         """Close what a worker leaves open until its process ends."""
         worker = self.worker
-        if worker.orphan is not None:
-            worker.orphan.close()
+        worker.orphan.close()
         worker.loop.epoll.close()
         self.watch.close()
         for client in [*worker.clients.values(), *worker.dropped]:
