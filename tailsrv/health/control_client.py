@@ -14,7 +14,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -53,6 +53,8 @@ STATUS_TIMEOUT = 5.0
 CLIENTS_TIMEOUT = 10.0
 # Seconds between two attempts to connect to a control socket whose queue is full.
 CONNECT_RETRY = 0.02
+# Seconds in which a supervisor that has closed a connection must end if it was killed.
+EXIT_PATIENCE = 0.2
 # Largest size of a status in bytes: twice that of a thousand workers with ten addresses each.
 MAX_STATUS = 1 << 22
 # Largest size of the list of segments and clients in bytes: twice that of a million clients and
@@ -64,8 +66,8 @@ MAX_CLIENTS = 1 << 28
 # port. A name with a comma would be mistaken for several endpoints.
 _ENDPOINT = re.compile(r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}")
 
-# The end of the name of a worker's socket.
-_WORKER = re.compile(r"[0-9]{1,7}\.[0-9]{1,4}")
+# The end of the name of a worker's socket: the pid of the supervisor that started it, and a number.
+_WORKER = re.compile(r"[0-9]{1,7}\.[0-9]{1,9}")
 
 REPLACED = "the server has ended and another server has replaced it"
 _OTHER_PID_NAMESPACE = "it may be in another pid namespace; run the check there"
@@ -118,8 +120,8 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
     Args:
         port: Return only servers that listen on this TCP port.
-        pid: Return only the server whose supervisor has this process ID. If the supervisor has
-            died, the process ID of one of its workers selects the server.
+        pid: Return only the server whose supervisor has this process ID. If there is none, return
+            the server whose supervisor had it, or one of whose orphaned workers has it.
 
     Returns:
         The servers, in the order of their endpoints. The list is empty if there are none.
@@ -128,30 +130,48 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
         OSError: /proc/self/net/unix cannot be read, or descriptors or memory have run out.
 
     """
-    found: dict[object, tuple[Server, list[str]]] = {}
+    found: dict[object, tuple[_Found, list[str]]] = {}
     # The workers are listed first. So the supervisor of each worker in the list, if it still runs,
     # is found below.
     orphans = list_orphan_sockets()
     for endpoint in sorted({*list_endpoints(), *orphans}):
         # The third call finds the supervisor that has just taken over from the workers that the
         # second call did not find any more.
-        for key, server in (
+        for each in (
             _find_holder(endpoint)
             or _find_orphans(endpoint, orphans.get(endpoint, ()))
             or _find_holder(endpoint)
         ):
-            found.setdefault(key, (server, []))[1].append(endpoint)
-    servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
+            found.setdefault(each.key, (each, []))[1].append(endpoint)
     wanted = [
-        server
-        for server in servers
-        if pid in (None, server.pid, *server.orphans) and (port is None or port in ports(server))
+        replace(each.server, endpoints=tuple(endpoints))
+        for each, endpoints in found.values()
+        if (pid is None or pid in each.pids) and (port is None or port in map(_port, endpoints))
     ]
+    if pid is not None and any(server.pid == pid for server in wanted):
+        # Any user can choose a name with this pid for the socket of a false worker.
+        wanted = [server for server in wanted if not server.orphans]
     users = user_names({server.uid for server in wanted if server.uid is not None})
     return [
         server if server.uid is None else replace(server, user=users[server.uid])
         for server in wanted
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A server that was found at one endpoint.
+
+    Attributes:
+        server: The server.
+        key: The same for all endpoints of a server.
+        pids: The process IDs that select the server.
+
+    """
+
+    server: Server
+    key: object
+    pids: Collection[int]
 
 
 def list_endpoints() -> list[str]:
@@ -172,11 +192,8 @@ def _port(endpoint: str) -> int:
     return int(endpoint.rpartition(":")[2])
 
 
-def _find_holder(endpoint: str) -> list[tuple[object, Server]]:
-    """Return the server that listens at the control socket of `endpoint`, if there is one.
-
-    With it comes a key, which is the same for all endpoints of a server.
-    """
+def _find_holder(endpoint: str) -> list[_Found]:
+    """Return the server that listens at the control socket of `endpoint`, if there is one."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             connect(sock, endpoint, deadline=0.0)
@@ -185,11 +202,14 @@ def _find_holder(endpoint: str) -> list[tuple[object, Server]]:
         except OSError:
             # The queue is full, or the connection is not permitted. If the server is inspected,
             # `_ask` finds out which.
-            return [(endpoint, Server((endpoint,), None, None, None, ours=False))]
+            server = Server((endpoint,), None, None, None, ours=False)
+            return [_Found(server, endpoint, ())]
         pid, uid, _ = credentials(sock)
     # The pid is that of the process that called listen(2). That process may have ended, and a
     # server of another user may have the same pid now. So the user is part of the key.
-    return [((pid, uid) if pid else endpoint, Server((endpoint,), pid, uid, None, _is_ours(uid)))]
+    key = (pid, uid) if pid else endpoint
+    server = Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
+    return [_Found(server, key, {pid})]
 
 
 def has_supervisor(server: Server) -> bool:
@@ -215,10 +235,10 @@ def _worker_of(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _find_orphans(endpoint: str, names: Iterable[str]) -> list[tuple[object, Server]]:
+def _find_orphans(endpoint: str, names: Iterable[str]) -> list[_Found]:
     """Return for each user the server whose workers listen at the sockets `names`.
 
-    With it comes a key, as from `_find_holder`. `endpoint` must have no supervisor.
+    `endpoint` must have no supervisor.
     """
     found: dict[int | None, dict[str, int]] = {}
     for name in names:
@@ -233,16 +253,23 @@ def _find_orphans(endpoint: str, names: Iterable[str]) -> list[tuple[object, Ser
             except (EndedError, OSError):
                 continue
         found.setdefault(uid, {})[_worker_of(name)] = pid
-    return [
-        (
-            (frozenset(workers), uid),
-            Server(
-                (endpoint,), None, uid, None, uid is not None and _is_ours(uid),
-                tuple(sorted(workers.values())[:MAX_WORKERS]),
-            ),
-        )
-        for uid, workers in found.items()
-    ]  # fmt: skip
+    return [_describe_orphans(endpoint, uid, workers) for uid, workers in found.items()]
+
+
+def _describe_orphans(endpoint: str, uid: int | None, workers: Mapping[str, int]) -> _Found:
+    """Return the server of `workers`: the pids by the ends of the names of their sockets."""
+    pids = sorted(workers.values())
+    server = Server(
+        (endpoint,),
+        pid=None,
+        uid=uid,
+        user=None,
+        ours=uid is not None and _is_ours(uid),
+        orphans=tuple(pids[:MAX_WORKERS]),
+    )
+    # After a takeover that was cut short, not all workers have had the same supervisor.
+    supervisors = {int(name.partition(".")[0]) for name in workers}
+    return _Found(server, (frozenset(workers), uid), supervisors.union(pids) - {0})
 
 
 # Asking
@@ -339,12 +366,25 @@ def _explain_empty_answer(pid: int, uid: int, name: str | None) -> None:
     """Raise the InspectError for a supervisor that closed the connection without an answer."""
     if os.geteuid() != 0 and not _is_ours(uid):
         raise not_ours(uid, name)
-    if pid and (read_stat(pid) is None or state_of(pid) in ENDED_STATES):
+    if pid and _ends(pid):
         raise EndedError("the server has ended", Level.CRITICAL)
     raise InspectError(
         "supervisor closed the connection without an answer: it may be in another user namespace"
         " and unable to identify this user; run the check there"
     )
+
+
+def _ends(pid: int) -> bool:
+    """Return whether the process `pid` has ended, or does so now.
+
+    The kernel closes the sockets of a process a moment before it shows that the process has ended.
+    """
+    deadline = time.monotonic() + EXIT_PATIENCE
+    while read_stat(pid) is not None and state_of(pid) not in ENDED_STATES:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(CONNECT_RETRY)
+    return True
 
 
 def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from argparse import Namespace
@@ -127,6 +126,7 @@ def test_formats(serve: Serve, path: Path) -> None:
     assert entry["seconds"] == report["seconds"]
     assert entry["process"]["pid"] == worker
     assert entry["process"]["pss"] > 1 << 20
+    assert [found.orphans for found in find(pid=server.pid)] == [(worker,)]
     metrics = health("--pid", str(worker), "--format", "prometheus").stdout
     samples = {
         (sample.name, *sample.labels.values()): sample.value
@@ -177,6 +177,8 @@ def test_several_addresses(serve: Serve, path: Path) -> None:
     well = serve(path, "-w", "2", "-p", port, "--bind", "127.0.0.4")
     well.workers(2)
     workers = server.workers(2)
+    client = server.connect(b"0\n", host="127.0.0.3")
+    expect(client, DATA)
     server.kill_supervisor()
     one, two = find(port=server.port)
     assert one.endpoints == (f"127.0.0.2:{port}", f"127.0.0.3:{port}")
@@ -186,9 +188,14 @@ def test_several_addresses(serve: Serve, path: Path) -> None:
     assert done.returncode == Level.CRITICAL
     assert done.stdout.startswith(
         f"CRITICAL: 1 of 2 servers: tailsrv 127.0.0.2:{port},127.0.0.3:{port}: "
-        "no supervisor, 2 orphaned workers serve 0 clients"
+        "no supervisor, 2 orphaned workers serve 1 client "
     )
-    server.kill_all()
+    taker = serve(path, "-w", "2", "-p", port, "--bind", "127.0.0.2", "--bind", "127.0.0.3")
+    taker.workers(2)
+    assert ask(taker) == (Level.OK, "OK: 2 tailsrv servers serve 1 client")
+    append(path, DATA)
+    expect(client, DATA)
+    assert "warning" not in taker.log
 
 
 def test_ended_orphans(serve: Serve, path: Path) -> None:
@@ -201,12 +208,23 @@ def test_ended_orphans(serve: Serve, path: Path) -> None:
     taker.workers()
     with pytest.raises(EndedError, match="another server has replaced it"):
         inspect(found)
+    assert queued(taker) == 0
     taker.kill_supervisor()
     [found] = find(port=server.port)
     taker.kill_all()
     with pytest.raises(EndedError, match="the server has ended"):
         inspect(found)
     assert find(port=server.port) == []
+
+
+def queued(server: Server) -> int:
+    """Return how many connections are in the queues of the workers' sockets of `server`."""
+    name = f" @tailsrv:*:{server.port}/worker/"
+    lines = [line for line in Path("/proc/net/unix").read_text().splitlines() if name in line]
+    # __SO_ACCEPTCON: the socket listens. The others are its connections.
+    listeners = [line for line in lines if int(line.split()[3], 16) & 0x10000]
+    assert listeners
+    return len(lines) - len(listeners)
 
 
 @needs_nobody
@@ -391,28 +409,32 @@ def test_names_that_are_no_workers(name: str, port: int) -> None:
         assert find(port=port) == []
 
 
+@contextmanager
+def acting_as(user: int) -> Iterator[None]:
+    """Run the block with the effective user id `user`."""
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 @root_only
-def test_false_workers_of_another_user(serve: Serve, path: Path) -> None:
+def test_false_workers_beside_a_server(serve: Serve, path: Path) -> None:
     """Another user's false worker is ignored beside a supervisor, and UNKNOWN on its port."""
     path.write_bytes(DATA)
     server = serve(path)
     server.workers()
     answer = GREETING.encode()
     with ExitStack() as stack:
-        for name in (f"*:{server.port}/worker/7.0", f"a-name:{server.port}/worker/7.0"):
-            os.seteuid(3_000_000_001)
-            try:
-                stack.enter_context(false_worker(answer, name))
-            finally:
-                os.seteuid(0)
+        for endpoint in (f"*:{server.port}", f"a-name:{server.port}"):
+            with acting_as(3_000_000_001):
+                stack.enter_context(false_worker(answer, f"{endpoint}/worker/{server.pid}.9"))
         one, two = find(port=server.port)
         assert (one.pid, two.uid) == (server.pid, 3_000_000_001)
-        os.seteuid(3_000_000_002)
-        try:
-            with pytest.raises(NotOursError):
-                inspect(two)
-        finally:
-            os.seteuid(0)
+        assert find(pid=server.pid) == [one]
+        with acting_as(3_000_000_002), pytest.raises(NotOursError):
+            inspect(two)
         status, first = ask(server)
     assert status == Level.UNKNOWN
     assert first.startswith(
@@ -420,14 +442,30 @@ def test_false_workers_of_another_user(serve: Serve, path: Path) -> None:
     )
 
 
+@root_only
+def test_false_worker_beside_orphans(serve: Serve, path: Path) -> None:
+    """Another user's false worker at the endpoint of orphans is a server of its own."""
+    path.write_bytes(DATA)
+    server = serve(path)
+    orphaned(server, 1, clients=0)
+    with ExitStack() as stack:
+        with acting_as(3_000_000_001):
+            stack.enter_context(false_worker(GREETING.encode(), f"*:{server.port}/worker/7.0"))
+        status, first = ask(server)
+    assert status == Level.CRITICAL
+    sentence = "no supervisor, 1 orphaned worker serves"
+    assert first.startswith(
+        f"CRITICAL: 2 of 2 servers: tailsrv *:{server.port}: {sentence} 0 clients for another "
+    )
+    assert f"tailsrv *:{server.port} (user 3000000001): {sentence} 1 client for " in first
+    server.kill_all()
+
+
 def test_living_workers_are_not_connected_to(serve: Serve, path: Path) -> None:
     """Checks leave no connection in the queues of workers that have a supervisor."""
     path.write_bytes(DATA)
     server = serve(path)
-    [worker] = server.workers()
+    server.workers()
     for _ in range(3):
         assert ask(server)[0] == Level.OK
-    listed = subprocess.run(["ss", "-xaH"], capture_output=True, text=True, check=True).stdout
-    [line] = [line for line in listed.splitlines() if f"*:{server.port}/worker/{worker}.0" in line]
-    # The third column is the number of connections in the queue.
-    assert line.split()[:3] == ["u_seq", "LISTEN", "0"]
+    assert queued(server) == 0
