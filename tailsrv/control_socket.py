@@ -152,32 +152,26 @@ def accept_authorized(
 def bind_for_worker(endpoints: Sequence[str]) -> list[socket.socket]:
     """Return sockets at which a supervisor will find a new worker, one for each endpoint.
 
-    They are made before the fork, so that no worker is ever without a name. The worker calls
-    listen(2), which also records its pid for SO_PEERCRED. Raises OSError.
+    Their names end alike, so that the supervisor asks the worker only once. They are made before
+    the fork, so that no worker is ever without a name. The worker calls listen(2), which also
+    records its pid for SO_PEERCRED. Raises OSError.
     """
-    sockets: list[socket.socket] = []
-    try:
-        for endpoint in endpoints:
-            sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            _bind_for_worker(sockets[-1], endpoint)
-            sockets[-1].setblocking(False)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def _bind_for_worker(sock: socket.socket, endpoint: str) -> None:
     while True:
+        worker = f"{WORKER}{os.getpid()}.{next(_numbers)}"
+        sockets: list[socket.socket] = []
         try:
-            sock.bind(_address(f"{endpoint}{WORKER}{os.getpid()}.{next(_numbers)}"))
+            for endpoint in endpoints:
+                sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                sockets[-1].bind(_address(endpoint + worker))
+                sockets[-1].setblocking(False)
         except OSError as error:
+            for sock in sockets:
+                sock.close()
             # A supervisor of another pid namespace may have had the same pid.
             if error.errno != errno.EADDRINUSE:
                 raise
         else:
-            return
+            return sockets
 
 
 def connect_to_worker(name: str) -> socket.socket:
