@@ -70,6 +70,10 @@ _ENDPOINT = re.compile(r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]
 _WORKER = re.compile(r"[0-9]{1,7}\.[0-9]{1,9}")
 
 REPLACED = "the server has ended and another server has replaced it"
+REFUSED = (
+    "closed the connection without an answer: it may be in another user namespace and unable to"
+    " identify this user; run the check there"
+)
 _OTHER_PID_NAMESPACE = "it may be in another pid namespace; run the check there"
 _VERSION_MISMATCH = "unexpected answer from the supervisor (version mismatch?)"
 
@@ -366,15 +370,12 @@ def _explain_empty_answer(pid: int, uid: int, name: str | None) -> None:
     """Raise the InspectError for a supervisor that closed the connection without an answer."""
     if os.geteuid() != 0 and not _is_ours(uid):
         raise not_ours(uid, name)
-    if pid and _ends(pid):
+    if pid and ends(pid):
         raise EndedError("the server has ended", Level.CRITICAL)
-    raise InspectError(
-        "supervisor closed the connection without an answer: it may be in another user namespace"
-        " and unable to identify this user; run the check there"
-    )
+    raise InspectError(f"supervisor {REFUSED}")
 
 
-def _ends(pid: int) -> bool:
+def ends(pid: int) -> bool:
     """Return whether the process `pid` has ended, or does so now.
 
     The kernel closes the sockets of a process a moment before it shows that the process has ended.

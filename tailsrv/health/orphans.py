@@ -8,7 +8,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -17,11 +17,13 @@ from tailsrv.config import MAX_WORKERS
 from tailsrv.control_socket import credentials
 from tailsrv.handover import MAX_PACKET
 from tailsrv.health.control_client import (
+    REFUSED,
     REPLACED,
     STATUS_TIMEOUT,
     EndedError,
     InspectError,
     connect,
+    ends,
     has_supervisor,
     list_orphan_sockets,
     not_ours,
@@ -52,30 +54,32 @@ def ask_orphans(server: Server) -> list[Orphan]:
     Raises:
         NotOursError: They belong to another user, and this process is not root.
         EndedError: They have ended, or a supervisor has taken over from them.
-        InspectError: A greeting is not valid in this version.
+        InspectError: A greeting is not valid in this version, or the workers refuse to answer.
         OSError: This process has no descriptor or memory left.
 
     """
     if server.uid is not None and os.geteuid() != 0 and not server.ours:
         raise not_ours(server.uid, server.user)
-    found = [] if has_supervisor(server) else _ask(server)
+    found, closed = ([], []) if has_supervisor(server) else _ask(server)
     # While a supervisor takes over, some workers end, and others do not answer.
     if has_supervisor(server):
         raise EndedError(REPLACED, Level.CRITICAL)
     if not found:
+        _check_refusal(server, closed)
         raise EndedError("the server has ended", Level.CRITICAL)
     return found
 
 
-def _ask(server: Server) -> list[Orphan]:
-    """Return the workers of `server` that have not ended, with the greetings that arrive in time.
+def _ask(server: Server) -> tuple[list[Orphan], list[int]]:
+    """Return the workers of `server` with the greetings that arrive in time.
 
-    Raises InspectError.
+    Also return the pids of the workers that close the connection without a greeting. These have
+    ended, if they have not refused to answer. Raises InspectError.
     """
     if server.uid is None:
         # The queues of these workers are full (see `find`).
-        return [Orphan(pid) for pid in server.orphans]
-    found = []
+        return [Orphan(pid) for pid in server.orphans], []
+    found, closed = [], []
     deadline = time.monotonic() + STATUS_TIMEOUT
     with ExitStack() as connections:
         waiting = {}
@@ -91,7 +95,17 @@ def _ask(server: Server) -> list[Orphan]:
                 sock, pid = waiting.pop(fd)
                 if packet := _receive(sock):
                     found.append(_read(pid, packet))
-    return found + [Orphan(pid) for _, pid in waiting.values()]
+                else:
+                    closed.append(pid)
+    return found + [Orphan(pid) for _, pid in waiting.values()], closed
+
+
+def _check_refusal(server: Server, closed: Iterable[int]) -> None:
+    """Raise InspectError if the workers that have closed the connection still listen."""
+    if any(pid == 0 or not ends(pid) for pid in closed):
+        for sock, _ in _connect(server):
+            sock.close()
+            raise InspectError(f"orphaned worker {REFUSED}")
 
 
 def _connect(server: Server) -> Iterator[tuple[socket.socket, int]]:

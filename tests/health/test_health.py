@@ -786,6 +786,30 @@ def test_server_that_exits_with_an_unread_request() -> None:
             asked.result(DEADLINE)
 
 
+CLOSES_AND_ENDS = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0tailsrv:" + sys.argv[1])
+listener.listen()
+print(flush=True)
+for _ in range(2):
+    listener.accept()[0].close()
+# As long as the kernel could need to end the process.
+time.sleep(0.05)
+"""
+
+
+def test_server_that_is_killed_before_it_answers() -> None:
+    """A server whose process ends a moment after its sockets are closed has ended."""
+    with spare_port() as port:
+        command = [sys.executable, "-c", CLOSES_AND_ENDS, f"127.9.9.9:{port}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with pytest.raises(EndedError, match="the server has ended"):
+                inspect(find_only(port))
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

@@ -326,7 +326,8 @@ def _answer_all(listener: socket.socket, answer: bytes) -> None:
     with suppress(OSError):
         while True:
             with listener.accept()[0] as peer, suppress(OSError):
-                peer.send(answer)
+                if answer:
+                    peer.send(answer)
 
 
 @pytest.fixture
@@ -373,6 +374,14 @@ def test_invalid_greeting(answer: bytes, port: int) -> None:
     assert caught.value.level is Level.UNKNOWN
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+def test_refusal(port: int) -> None:
+    """A worker that listens, but closes each connection, may be in another user namespace."""
+    with false_worker(b"", f"a-name:{port}/worker/7.0"):
+        done = health("-p", str(port))
+    assert done.returncode == Level.UNKNOWN
+    assert "orphaned worker closed the connection without an answer: it may be in" in done.stdout
 
 
 def test_escape_sequences_are_escaped(port: int) -> None:
