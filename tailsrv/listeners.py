@@ -50,6 +50,10 @@ class ListenError(Exception):
     """A listening socket cannot be created or used; the message says which and why, in one line."""
 
 
+class PortInUseError(ListenError):
+    """A port is in use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """One numeric address to listen on.
@@ -183,7 +187,7 @@ def extend_listeners(
     """
     addresses = resolve(bind)
     found: dict[Address, list[socket.socket]] = {}
-    for sock in existing:
+    for sock in each_once(existing):
         if (address := _address_of(sock)) in addresses and sock.getsockname()[1] == port:
             _set_options(sock)
             found.setdefault(address, []).append(sock)
@@ -204,6 +208,15 @@ def extend_listeners(
     if all(len(sockets) == slots for sockets in found.values()):
         return [list(row) for row in zip(*found.values(), strict=True)], False
     return _share([sock for sockets in found.values() for sock in sockets], slots), True
+
+
+def each_once(sockets: Iterable[socket.socket]) -> list[socket.socket]:
+    """Return those of `sockets` that are not duplicates of others, and close the duplicates."""
+    kept: dict[int, socket.socket] = {}
+    for sock in sockets:
+        if kept.setdefault(os.fstat(sock.fileno()).st_ino, sock) is not sock:
+            sock.close()
+    return list(kept.values())
 
 
 def _address_of(sock: socket.socket) -> Address:
@@ -244,9 +257,8 @@ def _listen_at_all(
 
 
 def _refused(address: Address, port: int, error: OSError) -> ListenError:
-    return ListenError(
-        f"cannot listen on {endpoint(address.host, port)}: {cannot_bind(error, port)}"
-    )
+    kind = PortInUseError if error.errno == errno.EADDRINUSE else ListenError
+    return kind(f"cannot listen on {endpoint(address.host, port)}: {cannot_bind(error, port)}")
 
 
 def _warn_of_missing(addresses: Iterable[Address]) -> None:

@@ -29,7 +29,9 @@ from tailsrv.linux.tcp_info_check import counts_streams
 from tailsrv.listeners import (
     BACKLOG,
     ListenError,
+    PortInUseError,
     assign,
+    each_once,
     endpoints,
     extend_listeners,
     names_of,
@@ -180,19 +182,19 @@ class Listening:
     """The listening sockets of a new server, or the orphaned workers that have them.
 
     Attributes:
-        listeners: The sockets of each slot. If there are orphans, they are incomplete.
-        shared: Whether all slots share the same sockets.
         names: The endpoints, as text.
         control: The control sockets.
         orphans: The workers to take over from.
+        listeners: The sockets of each slot if there are no orphans.
+        shared: Whether all slots share the same sockets.
 
     """
 
-    listeners: list[list[socket.socket]]
-    shared: bool
     names: list[str]
     control: Control
     orphans: Sequence[Orphan] = ()
+    listeners: Sequence[list[socket.socket]] = ()
+    shared: bool = False
 
 
 def prepare(config: Config) -> Supervisor:
@@ -212,10 +214,9 @@ def prepare(config: Config) -> Supervisor:
             listening = listen_at_passed(config, passed)
         else:
             listening = listen_at_port(config, config.port)
-    supervisor = None
     if listening.orphans:
-        supervisor = take_over_orphans(config, listening, store)
-    if supervisor is None:
+        supervisor = take_over_orphans(config, listening, passed, store)
+    else:
         supervisor = begin(config, listening, store)
     listeners = [slot.listeners for slot in supervisor.pool.slots]
     logger.info(
@@ -241,7 +242,10 @@ def listen_at_passed(config: Config, passed: Sequence[socket.socket]) -> Listeni
     control = Control.lock(names)
     # The port does not show whether there are orphans: the service manager has it.
     found = find(names, config.timing.takeover_patience, trust_all=False)
-    return Listening(*assign(passed, config.workers), names, control, found.orphans)
+    if found.orphans:
+        return Listening(names, control, found.orphans)
+    listeners, shared = assign(passed, config.workers)
+    return Listening(names, control, (), listeners, shared)
 
 
 def listen_at_port(config: Config, port: int) -> Listening:
@@ -253,20 +257,20 @@ def listen_at_port(config: Config, port: int) -> Listening:
     names = endpoints(config.bind, port)
     try:
         listeners = open_listeners(config.bind, port, config.workers)
-    except ListenError as error:
+    except PortInUseError as error:
         for endpoint in names:
             if find_supervisor(endpoint) is not None:
                 raise AlreadyServedError(describe_holder(endpoint)) from None
         control = Control.lock(names)
         found = find(names, config.timing.takeover_patience, trust_all=True)
         if found.orphans:
-            return Listening([], False, names, control, found.orphans)
+            return Listening(names, control, found.orphans)
         if reason := why_in_use(names, found.foreign):
             raise ListenError(f"{error}: {reason}") from None
         # Orphans that do not answer have been killed.
-        return Listening(open_listeners(config.bind, port, config.workers), False, names, control)
+        return Listening(names, control, (), open_listeners(config.bind, port, config.workers))
     names = endpoints(config.bind, listeners[0][0].getsockname()[1])
-    return Listening(listeners, False, names, Control.lock(names))
+    return Listening(names, Control.lock(names), (), listeners)
 
 
 def begin(config: Config, listening: Listening, store: LogStore | None) -> Supervisor:
@@ -299,11 +303,15 @@ def begin(config: Config, listening: Listening, store: LogStore | None) -> Super
 
 
 def take_over_orphans(
-    config: Config, listening: Listening, store: LogStore | None
-) -> Supervisor | None:
+    config: Config,
+    listening: Listening,
+    passed: Sequence[socket.socket],
+    store: LogStore | None,
+) -> Supervisor:
     """Return a supervisor that continues what the orphaned workers serve.
 
-    Returns None if all of them have ended instead. Raises TakeoverError or ListenError.
+    `passed` are the sockets that a service manager has passed. Raises TakeoverError, ListenError or
+    StateFileError.
     """
     if store is not None:
         # A state file that belongs to something else must not be overwritten.
@@ -317,23 +325,13 @@ def take_over_orphans(
     if config.port is not None:
         listeners, shared = extend_listeners(config.bind, config.port, config.workers, taken)
     else:
-        listeners, shared = listening.listeners, listening.shared
-        for sock in taken:
-            sock.close()
-    if not orphans:
-        listening.listeners[:] = listeners
-        return None
+        # If the service manager has made new sockets, connections wait in the old ones as well.
+        listeners, shared = assign(each_once([*passed, *taken]), config.workers)
     state, places = compose(handovers, listeners, shared, listening.names, config.follow_name)
-    supervisor = load(
-        config,
-        state,
-        listening.control,
-        store,
-        [
-            [orphan.sock for orphan, place in zip(orphans, places, strict=True) if place == index]
-            for index in range(len(listeners))
-        ],
-    )
+    predecessors: list[list[socket.socket]] = [[] for _ in listeners]
+    for orphan, place in zip(orphans, places, strict=True):
+        predecessors[place].append(orphan.sock)
+    supervisor = load(config, state, listening.control, store, predecessors)
     if supervisor.roller is not None:
         supervisor.roller.save_log()
     return supervisor

@@ -43,6 +43,7 @@ from tailsrv.segments import NO_FILE
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.upgrade_state import LogState, RollState, SlotState, UpgradeState
 
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
 # Seconds between attempts to find all workers.
 RETRY = 0.02
 # Seconds that a killed worker has to end. In an uninterruptible sleep, it does not.
@@ -251,7 +252,7 @@ def collect(
         The orphans that have handed everything over.
 
     Raises:
-        TakeoverError: This process has too few descriptors.
+        TakeoverError: There are too few descriptors, or no orphan is left.
 
     """
     complete = []
@@ -282,6 +283,8 @@ def collect(
             orphan.close_process()
             continue
         discard(orphan)
+    if not complete:
+        raise TakeoverError("the orphaned workers have ended meanwhile: start again")
     return complete
 
 
@@ -411,7 +414,7 @@ def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
             close_file(file)
         else:
             known.add(inode)
-            next_files.append(file)
+            next_files.append(reopen(file))
     mode = "ROLLING" if truncated else "IDLE"
     return RollState(0, mode, truncated, None, next_files, 0, [])
 
@@ -437,9 +440,29 @@ def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
         return None
     ordered = [segments[base] for base in sorted(segments)]
     return LogState(
-        [[each.base, NO_FILE if each.file is None else each.file, each.size] for each in ordered],
+        [
+            [each.base, NO_FILE if each.file is None else reopen(each.file), each.size]
+            for each in ordered
+        ],
         start,
     )
+
+
+def reopen(file: int) -> int:
+    """Return a descriptor that this process has opened for the open `file`, and close that.
+
+    A service manager may give each start of a service a mount namespace of its own. When the last
+    process of the old one has ended, a file that was opened there has no path any more [measured:
+    readlink(2) of its name in /proc returns one without the folder of its mount]. If the file
+    cannot be opened by its path, return `file` itself.
+    """
+    try:
+        other = os.open(os.readlink(f"/proc/self/fd/{file}"), _OPEN_FLAGS)
+    except OSError:
+        return file
+    unneeded = file if os.path.sameopenfile(file, other) else other
+    close_file(unneeded)
+    return other if unneeded == file else file
 
 
 def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:

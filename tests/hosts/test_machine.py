@@ -190,17 +190,80 @@ def test_a_killed_worker_is_replaced(service: Service) -> None:
     assert service.show("ActiveState") == "active"
 
 
-def test_a_killed_supervisor_is_started_again(service: Service) -> None:
-    """After a killed supervisor, the service restarts with new workers, and clients can resume."""
-    sock, pid, workers = service.connect(PORT, b"0\n"), service.pid, service.workers()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_supervisor_costs_no_stream(service: Service, number: signal.Signals) -> None:
+    """systemd starts another supervisor, which takes over, as often as one is killed."""
+    sock = service.connect(PORT, b"0\n")
     expect(sock, b"first\n")
-    service.kill(pid, signal.SIGKILL)
-    eventually(lambda: service.pid not in (0, pid))
-    service.reaches("active")
-    assert not set(service.workers()) & set(workers)
-    assert service.show("NRestarts") == "1"
+    for kills in range(1, 4):
+        pid, workers = service.pid, service.workers()
+        service.kill(pid, number)
+        waiting = service.connect(PORT, b"-1\n")
+        eventually(lambda pid=pid: service.pid not in (0, pid))  # type: ignore[misc]
+        service.logged("took over: ", count=kills)
+        assert not set(eventually(service.workers)) & set(workers)
+        assert service.show("NRestarts") == str(kills)
+        expect(waiting, b"\n")
+        service.append(b"x\n")
+        expect(sock, b"x\n")
+    assert stop(service) < 10
+    expect_eof(sock)
+    assert processes(service) == []
+
+
+def test_a_restart_costs_no_stream(service: Service) -> None:
+    """A restart applies settings that have changed, and all clients stay."""
+    sock, pid = service.connect(PORT, b"0\n"), service.pid
+    expect(sock, b"first\n")
+    service.configure(PORT=str(PORT), WORKERS="3", OPTIONS="--grace 1 --max-clients 7")
+    service.machine.run("systemctl", "restart", service.unit)
+    assert service.pid not in (0, pid)
+    status = service.status(PORT)
+    assert status["max_clients"] == 7
+    assert len(status["workers"]) == 3
+    assert status["clients"] == 1
     service.append(b"second\n")
-    expect(service.connect(PORT, b"6\n"), b"second\n")
+    expect(sock, b"second\n")
+    service.machine.run("systemctl", "try-restart", service.unit)
+    service.append(b"third\n")
+    expect(sock, b"third\n")
+    assert stop(service) < 10
+    expect_eof(sock)
+    assert processes(service) == []
+
+
+def test_many_supervisors_are_killed(service: Service) -> None:
+    """The start limit allows for a supervisor that is killed every other second."""
+    sock = service.connect(PORT, b"0\n")
+    expect(sock, b"first\n")
+    for kills in range(1, 21):
+        service.machine.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", service.unit)
+        service.append(b"x")
+        expect(sock, b"x")
+        service.logged("took over: ", count=kills)
+    assert service.show("ActiveState") == "active"
+
+
+def test_a_stop_while_there_is_no_supervisor(make_service: MakeService) -> None:
+    """Workers that systemd has forgotten end by themselves, or at once by `systemctl kill`."""
+    service = make_service(PORT=str(PORT), OPTIONS="--orphan-timeout 2")
+    service.override("[Service]", "RestartSec=1h")
+    service.create(b"first\n")
+    service.start()
+    sock = service.connect(PORT, b"0\n")
+    expect(sock, b"first\n")
+    service.kill(service.pid, signal.SIGKILL)
+    service.reaches("activating")
+    service.machine.run("systemctl", "stop", service.unit)
+    service.append(b"second\n")
+    expect(sock, b"second\n")
+    expect_eof(sock)
+    eventually(lambda: processes(service) == [])
+
+
+def processes(service: Service) -> list[str]:
+    """Return the titles of the processes of tailsrv in the machine."""
+    return service.machine.ask("pgrep", "--list-full", "tailsrv").stdout.splitlines()
 
 
 def test_a_stop_ends_streams_in_time(service: Service) -> None:
@@ -294,7 +357,7 @@ def test_a_hung_worker_is_replaced(make_service: MakeService, reloaded: bool) ->
 
 
 def test_a_hung_supervisor_is_ended_by_the_watchdog(make_service: MakeService) -> None:
-    """systemd kills a hung supervisor and its workers, and starts the service again."""
+    """systemd kills a hung supervisor and starts another one, which takes over."""
     service = make_service(PORT=str(PORT))
     service.override("[Service]", "WatchdogSec=2")
     service.create(b"first\n")
@@ -302,10 +365,11 @@ def test_a_hung_supervisor_is_ended_by_the_watchdog(make_service: MakeService) -
     sock, pid = service.connect(PORT, b"0\n"), service.pid
     expect(sock, b"first\n")
     service.kill(pid, signal.SIGSTOP)
-    expect_eof(sock)
     eventually(lambda: service.pid not in (0, pid))
-    service.reaches("active")
-    expect(service.connect(PORT, b"0\n"), b"first\n")
+    service.logged("took over: ", "clients=1")
+    service.append(b"second\n")
+    expect(sock, b"second\n")
+    expect(service.connect(PORT, b"0\n"), b"first\nsecond\n")
 
 
 # Socket activation.
@@ -355,7 +419,7 @@ def workers_with(service: Service, clients: int) -> list[dict[str, int]]:
 
 def test_clients_wait_while_systemd_holds_the_socket(make_service: MakeService) -> None:
     """A client that connects while the service is down is served after its restart."""
-    service = make_service(PORT="")
+    service = make_service(PORT="", OPTIONS="--orphan-timeout 0")
     service.override("[Service]", "RestartSec=3")
     service.create(b"first\n")
     service.listen("ListenStream=4322")
@@ -364,6 +428,27 @@ def test_clients_wait_while_systemd_holds_the_socket(make_service: MakeService) 
     service.kill(service.pid, signal.SIGKILL)
     service.reaches("activating")
     expect(service.connect(4322, b"0\n"), b"first\n")
+
+
+def test_a_socket_is_no_obstacle_to_a_takeover(make_service: MakeService) -> None:
+    """With sockets of systemd, neither a killed supervisor nor a restart costs a stream."""
+    service = make_service(PORT="", WORKERS="2")
+    service.create(b"first\n")
+    service.listen("ListenStream=4322")
+    socks = [service.connect(4322, b"0\n") for _ in range(10)]
+    for sock in socks:
+        expect(sock, b"first\n")
+    service.reaches("active")
+    service.kill(service.pid, signal.SIGKILL)
+    socks.append(service.connect(4322, b"0\n"))
+    expect(socks[-1], b"first\n")
+    service.logged("took over: ")
+    service.machine.run("systemctl", "restart", service.unit)
+    service.logged("took over: ", "clients=11", count=1)
+    service.append(b"second\n")
+    for sock in socks:
+        expect(sock, b"second\n")
+    assert len(service.status(4322)["listeners"]) == 1
 
 
 def test_a_port_and_sockets_exclude_each_other(make_service: MakeService) -> None:

@@ -420,8 +420,11 @@ class Service:
         return sock
 
     def finish(self) -> None:
-        """Close the clients, and stop the units of the service that run."""
+        """Close the clients, and stop the units of the service that run, and orphaned workers."""
         for sock in self.clients:
             sock.close()
-        self.machine.ask("systemctl", "stop", self.socket_unit, self.unit)
+        # A unit that systemd has unloaded has no processes.
+        self.machine.ask("systemctl", "stop", self.socket_unit)
+        self.machine.ask("systemctl", "kill", "--signal=KILL", self.unit)
+        self.machine.ask("systemctl", "stop", self.unit)
         self.machine.ask("systemctl", "reset-failed", self.socket_unit, self.unit)

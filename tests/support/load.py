@@ -180,6 +180,6 @@ def loaded(server: Server, path: Path, seed: int, count: int = 50) -> Iterator[L
     try:
         yield load
         load.catch_up()
-        await_clients(server, count)
+        await_clients(load.server, count)
     finally:
         load.close()

@@ -3,10 +3,12 @@
 import os
 import signal
 import subprocess
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+import pytest
 
 from support.waiting import DEADLINE, eventually
 
@@ -80,6 +82,29 @@ def gone(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
+
+
+@contextmanager
+def memory_cgroup(limit: int) -> Iterator[Callable[[int], object]]:
+    """Yield a function that moves a process to a cgroup with at most `limit` bytes of memory.
+
+    Only pages that a process gets from then on count. Skips the test if there can be no such group.
+    """
+    roots = {"memory.limit_in_bytes": "/sys/fs/cgroup/memory", "memory.max": "/sys/fs/cgroup"}
+    for name, root in roots.items():
+        group = Path(root) / f"tailsrv-test-{os.getpid()}"
+        with suppress(OSError):
+            group.mkdir()
+            if (group / name).exists():
+                break
+            group.rmdir()
+    else:
+        pytest.skip("no memory cgroup can be made")
+    try:
+        (group / name).write_text(str(limit))
+        yield lambda pid: (group / "cgroup.procs").write_text(str(pid))
+    finally:
+        group.rmdir()
 
 
 def cpu_seconds(pid: int) -> float:

@@ -136,6 +136,8 @@ class Server:
 
     def kill_supervisor(self) -> None:
         """Kill the supervisor, and wait until it is gone. Its workers are orphaned."""
+        # The log of a server that has died cannot be waited for.
+        assert self.port
         self.expected_status = -signal.SIGKILL
         self.signal(signal.SIGKILL)
         self.process.wait(DEADLINE)
@@ -145,6 +147,11 @@ class Server:
         self.kill_supervisor()
         for pid in session(self.pid):
             os.kill(pid, signal.SIGKILL)
+
+    def take_clients(self, other: "Server") -> None:
+        """Close the clients of `other`, which this server has taken over, when this server ends."""
+        self.clients += other.clients
+        other.clients = []
 
     def title(self, pid: int | None = None) -> str:
         """Return the title of a process, by default of the supervisor."""

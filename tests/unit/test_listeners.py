@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -20,7 +21,10 @@ from tailsrv.listeners import (
     NOTSENT_LOWAT,
     Address,
     ListenError,
+    PortInUseError,
+    each_once,
     endpoints,
+    extend_listeners,
     open_listeners,
     resolve,
 )
@@ -264,3 +268,81 @@ def test_no_fast_open() -> None:
         command, capture_output=True, text=True, timeout=DEADLINE, env=environment()
     )
     assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")
+
+
+# Listeners of orphaned workers
+
+
+def inodes(sockets: list[socket.socket]) -> set[int]:
+    """Return what identifies the sockets."""
+    return {os.fstat(sock.fileno()).st_ino for sock in sockets}
+
+
+@contextmanager
+def extended(
+    existing: list[socket.socket], bind: list[str], port: int, slots: int
+) -> Iterator[tuple[list[list[socket.socket]], bool]]:
+    """Yield what extend_listeners() returns, and close the sockets."""
+    rows, shared = extend_listeners(bind, port, slots, existing)
+    with closing_all([sock for row in rows for sock in row]):
+        yield rows, shared
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 3), (3, 2), (2, 1)])
+def test_extend(before: int, after: int) -> None:
+    """No listener is lost, each slot has one for each address, and a connection reaches a slot."""
+    both = ["127.0.0.1", "127.0.0.2"]
+    existing = [sock for row in open_listeners(both, 0, before) for sock in row]
+    port, known = existing[0].getsockname()[1], inodes(existing)
+    with extended(existing, both, port, after) as (rows, shared):
+        assert shared is (before > after)
+        assert known <= inodes([sock for row in rows for sock in row])
+        for row in rows:
+            assert {sock.getsockname()[0] for sock in row} == set(both)
+            assert len(row) == (2 * before if shared else 2)
+        for host in both:
+            with socket.create_connection((host, port)), ready(rows) as listener:
+                listener.accept()[0].close()
+
+
+@contextmanager
+def ready(rows: list[list[socket.socket]]) -> Iterator[socket.socket]:
+    """Yield a listener at which a connection waits."""
+    found, _, _ = select.select([sock for row in rows for sock in row], [], [], DEADLINE)
+    yield found[0]
+
+
+def test_extend_by_an_address() -> None:
+    """Addresses may be added and taken away."""
+    existing = [sock for row in open_listeners(["127.0.0.1", "127.0.0.2"], 0, 2) for sock in row]
+    port = existing[0].getsockname()[1]
+    with extended(existing, ["127.0.0.2", "127.0.0.3"], port, 2) as (rows, shared):
+        assert not shared
+        for row in rows:
+            assert {sock.getsockname()[0] for sock in row} == {"127.0.0.2", "127.0.0.3"}
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+
+
+def test_extend_without_ipv6() -> None:
+    """One of the wildcard addresses may be missing, as at the start."""
+    existing = [sock for row in open_listeners(["0.0.0.0"], 0, 2) for sock in row]
+    port = existing[0].getsockname()[1]
+    with extended(existing, [], port, 2) as (rows, shared):
+        assert not shared
+        assert [len(row) for row in rows] == [1, 1]
+
+
+def test_each_once() -> None:
+    """Duplicates of one socket are closed."""
+    ((first,), (second,)) = open_listeners(LOOPBACK, 0, 2)
+    with first, second, first.dup() as copy:
+        assert each_once([first, second, copy]) == [first, second]
+        assert copy.fileno() == -1
+        assert first.fileno() != -1
+
+
+def test_port_in_use() -> None:
+    """A port in use has an error of its own."""
+    with listening(LOOPBACK, 0, 1) as ((sock,),), pytest.raises(PortInUseError):
+        open_listeners(LOOPBACK, sock.getsockname()[1], 1)

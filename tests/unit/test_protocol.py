@@ -11,6 +11,7 @@ from tailsrv.protocol import (
     PEEK,
     HeaderError,
     Start,
+    began_at,
     offsets_line,
     parse_header,
     resume,
@@ -262,3 +263,14 @@ def test_offsets_line(start: int, end: int, line: bytes) -> None:
 def test_resume(end: int | None, sent: int, rest: bytes, offset: int) -> None:
     """The bytes of the `?` line are sent once, and do not count as bytes of the file."""
     assert resume(100, end, sent) == (rest, offset)
+
+
+@given(
+    start=st.integers(0, 1 << 40),
+    end=st.none() | st.integers(0, 1 << 40),
+    sent=st.integers(0, 1 << 41) | st.integers(0, 50),
+)
+def test_began_at(start: int, end: int | None, sent: int) -> None:
+    """began_at() is the inverse of resume()."""
+    line, offset = resume(start, end, sent)
+    assert began_at(offset, end, line, sent) == start
