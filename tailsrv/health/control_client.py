@@ -139,13 +139,8 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
     # is found below.
     orphans = list_orphan_sockets()
     for endpoint in sorted({*list_endpoints(), *orphans}):
-        # The third call finds the supervisor that has just taken over from the workers that the
-        # second call did not find any more.
-        for each in (
-            _find_holder(endpoint)
-            or _find_orphans(endpoint, orphans.get(endpoint, ()))
-            or _find_holder(endpoint)
-        ):
+        # Workers are connected to only if they have no supervisor (see list_orphan_sockets).
+        for each in _find_holder(endpoint) or _find_orphans(endpoint, orphans.get(endpoint, ())):
             found.setdefault(each.key, (each, []))[1].append(endpoint)
     wanted = [
         replace(each.server, endpoints=tuple(endpoints))
