@@ -92,6 +92,10 @@ class Timing:
     # are killed.
     takeover_patience: float = 5.0
 
+    # Seconds that the next supervisor has to start a worker, when an orphaned worker has handed
+    # everything over. Then the orphan serves on.
+    commit_patience: float = 30.0
+
     # Seconds between attempts to write the state file, if that has failed.
     save_retry: float = 10.0
 

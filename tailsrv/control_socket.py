@@ -14,8 +14,7 @@ import re
 import socket
 import struct
 import zlib
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterator, Sequence
 
 # Largest number of connections to accept at one socket in one turn. Every local user can connect,
 # and a flood of connections must not keep the supervisor from its other work.
@@ -24,13 +23,11 @@ ACCEPTS_PER_TURN = 16
 PREFIX = "tailsrv:"
 # The name of the socket for the list of clients ends with this.
 CLIENTS = "/clients"
-# The name of a worker's socket ends with this, its supervisor's pid, a dot and a number.
+# The name of a worker's socket ends with this and a number.
 WORKER = "/worker/"
-_numbers = count()
 
 # Largest number of bytes for the endpoint in a socket name: unix(7) allows 107 after the NUL byte.
-# A pid has at most 7 digits (PID_MAX_LIMIT of the kernel).
-MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(f"{WORKER}4194304.999999999")
+MAX_ENDPOINT_NAME = 107 - len(PREFIX) - len(f"{WORKER}999999999")
 
 # How often to read the kernel's list of sockets. The kernel produces it page by page and sometimes
 # skips a socket if other sockets are closed in between [measured: beside a process that creates and
@@ -149,29 +146,37 @@ def accept_authorized(
     return authorized, None
 
 
-def bind_for_worker(endpoints: Sequence[str]) -> list[socket.socket]:
+def bind_for_worker(endpoints: Sequence[str], numbers: Iterator[int]) -> list[socket.socket]:
     """Return sockets at which a supervisor will find a new worker, one for each endpoint.
 
-    Their names end alike, so that the supervisor asks the worker only once. They are made before
-    the fork, so that no worker is ever without a name. The worker calls listen(2), which also
-    records its pid for SO_PEERCRED. Raises OSError.
+    Their names end with the same number, so that the next supervisor asks the worker only once.
+    They are made before the fork, so that no worker is ever without a name. The worker calls
+    listen(2), which also records its pid for SO_PEERCRED.
+
+    Args:
+        endpoints: The addresses that the server listens on.
+        numbers: An endless series of numbers that this process has not used for other workers.
+
+    Raises:
+        OSError: A socket cannot be created or bound.
+
     """
-    while True:
-        worker = f"{WORKER}{os.getpid()}.{next(_numbers)}"
+    for number in numbers:
         sockets: list[socket.socket] = []
         try:
             for endpoint in endpoints:
                 sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-                sockets[-1].bind(_address(endpoint + worker))
+                sockets[-1].bind(_address(f"{endpoint}{WORKER}{number}"))
                 sockets[-1].setblocking(False)
         except OSError as error:
             for sock in sockets:
                 sock.close()
-            # A supervisor of another pid namespace may have had the same pid.
+            # A worker of the supervisor before this one has it.
             if error.errno != errno.EADDRINUSE:
                 raise
         else:
             return sockets
+    raise AssertionError("the numbers are endless")
 
 
 def connect_to_worker(name: str) -> socket.socket:

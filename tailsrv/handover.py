@@ -10,15 +10,16 @@ A worker is orphaned when its supervisor has died. It listens at an abstract uni
    serve them, and the orphan ends. If the connection ends before, the orphan serves on.
 
 COMMIT is in the orphan's socket before the new worker sends its first byte. So, whatever process
-dies at whatever moment, a client is served by one worker at most.
+dies at whatever moment, a client is served by one worker at most. An orphan that has waited for too
+long first shuts its socket for COMMIT, and then sends REVOKED and serves on.
 
 Apart from commit(), this module is pure: bytes in, values out.
 """
 
 import json
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +31,9 @@ MAX_FILES = 253
 MAX_PACKET = 32 << 10
 
 COMMIT = b"commit"
+REVOKED = b"revoked"
+# Seconds between attempts to send COMMIT while the kernel is short of memory.
+SEND_RETRY = 0.01
 
 
 class HandoverError(ValueError):
@@ -192,15 +196,40 @@ class Handover:
         ]
 
 
-def commit(orphans: Iterable[socket.socket]) -> None:
+def commit(orphans: Sequence[socket.socket]) -> bool:
     """Let `orphans` end, whose clients this process has, and close the connections to them.
 
     Only after this may a process serve these clients.
+
+    Returns:
+        Whether all of them end, or have died. If one of them has lost patience and serves its
+        clients on, the result is False, and this process must not serve any client.
+
     """
     for orphan in orphans:
-        # An error means that the orphan has died, so it does not serve them either. The call does
-        # not wait for room: nothing else is in the orphan's socket.
-        with suppress(OSError):
-            orphan.setblocking(True)
-            orphan.send(COMMIT)
-        orphan.close()
+        orphan.setblocking(True)
+    if any(_has_revoked(orphan, socket.MSG_DONTWAIT) for orphan in orphans):
+        return False
+    return all(_commit(orphan) for orphan in orphans)
+
+
+def _commit(orphan: socket.socket) -> bool:
+    with orphan:
+        while True:
+            try:
+                orphan.send(COMMIT)
+            except (BrokenPipeError, ConnectionResetError):
+                # Either it has died, or it is about to send REVOKED.
+                return not _has_revoked(orphan)
+            except OSError:
+                # The kernel lacks memory for the packet.
+                time.sleep(SEND_RETRY)
+            else:
+                return True
+
+
+def _has_revoked(orphan: socket.socket, flags: int = 0) -> bool:
+    try:
+        return orphan.recv(MAX_PACKET, flags | socket.MSG_PEEK) == REVOKED
+    except OSError:
+        return False

@@ -28,6 +28,7 @@ from tailsrv.linux.systemd import is_service, passed_sockets, take_sockets
 from tailsrv.linux.tcp_info_check import counts_streams
 from tailsrv.listeners import (
     BACKLOG,
+    PORT_TRIES,
     ListenError,
     PortInUseError,
     assign,
@@ -254,6 +255,8 @@ def listen_at_port(config: Config, port: int) -> Listening:
     Raises AlreadyServedError if another tailsrv listens there, TakeoverError, and ListenError for
     any other failure.
     """
+    if port == 0:
+        return listen_at_free_port(config)
     names = endpoints(config.bind, port)
     try:
         listeners = open_listeners(config.bind, port, config.workers)
@@ -269,8 +272,21 @@ def listen_at_port(config: Config, port: int) -> Listening:
             raise ListenError(f"{error}: {reason}") from None
         # Orphans that do not answer have been killed.
         return Listening(names, control, (), open_listeners(config.bind, port, config.workers))
-    names = endpoints(config.bind, listeners[0][0].getsockname()[1])
     return Listening(names, Control.lock(names), (), listeners)
+
+
+def listen_at_free_port(config: Config, tries: int = PORT_TRIES) -> Listening:
+    """Listen at a port that the kernel chooses. Raises AlreadyServedError or ListenError."""
+    listeners = open_listeners(config.bind, 0, config.workers)
+    names = endpoints(config.bind, listeners[0][0].getsockname()[1])
+    try:
+        return Listening(names, Control.lock(names), (), listeners)
+    except AlreadyServedError:
+        # Another supervisor is about to take this port over, but its orphans have just ended. As
+        # long as the port is open here, the kernel chooses another one.
+        if tries == 1:
+            raise
+        return listen_at_free_port(config, tries - 1)
 
 
 def begin(config: Config, listening: Listening, store: LogStore | None) -> Supervisor:

@@ -14,7 +14,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -66,8 +66,8 @@ MAX_CLIENTS = 1 << 28
 # port. A name with a comma would be mistaken for several endpoints.
 _ENDPOINT = re.compile(r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}")
 
-# The end of the name of a worker's socket: the pid of the supervisor that started it, and a number.
-_WORKER = re.compile(r"[0-9]{1,7}\.[0-9]{1,9}")
+# The number at the end of the name of a worker's socket.
+_WORKER = re.compile(r"[0-9]{1,9}")
 
 REPLACED = "the server has ended and another server has replaced it"
 REFUSED = (
@@ -124,8 +124,8 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
     Args:
         port: Return only servers that listen on this TCP port.
-        pid: Return only the server whose supervisor has this process ID. If there is none, return
-            the server whose supervisor had it, or one of whose orphaned workers has it.
+        pid: Return only the server whose supervisor, or one of whose orphaned workers, has this
+            process ID.
 
     Returns:
         The servers, in the order of their endpoints. The list is empty if there are none.
@@ -145,11 +145,9 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
     wanted = [
         replace(each.server, endpoints=tuple(endpoints))
         for each, endpoints in found.values()
-        if (pid is None or pid in each.pids) and (port is None or port in map(_port, endpoints))
+        if pid in (None, each.server.pid, *each.server.orphans)
+        and (port is None or port in map(_port, endpoints))
     ]
-    if pid is not None and any(server.pid == pid for server in wanted):
-        # Any user can choose a name with this pid for the socket of a false worker.
-        wanted = [server for server in wanted if not server.orphans]
     users = user_names({server.uid for server in wanted if server.uid is not None})
     return [
         server if server.uid is None else replace(server, user=users[server.uid])
@@ -164,13 +162,11 @@ class _Found:
     Attributes:
         server: The server.
         key: The same for all endpoints of a server.
-        pids: The process IDs that select the server.
 
     """
 
     server: Server
     key: object
-    pids: Collection[int]
 
 
 def list_endpoints() -> list[str]:
@@ -202,13 +198,13 @@ def _find_holder(endpoint: str) -> list[_Found]:
             # The queue is full, or the connection is not permitted. If the server is inspected,
             # `_ask` finds out which.
             server = Server((endpoint,), None, None, None, ours=False)
-            return [_Found(server, endpoint, ())]
+            return [_Found(server, endpoint)]
         pid, uid, _ = credentials(sock)
     # The pid is that of the process that called listen(2). That process may have ended, and a
     # server of another user may have the same pid now. So the user is part of the key.
     key = (pid, uid) if pid else endpoint
     server = Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
-    return [_Found(server, key, {pid})]
+    return [_Found(server, key)]
 
 
 def has_supervisor(server: Server) -> bool:
@@ -224,14 +220,9 @@ def list_orphan_sockets() -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, endpoint in sorted(list_worker_sockets().items()):
-        if _is_endpoint(endpoint) and _WORKER.fullmatch(_worker_of(name)):
+        if _is_endpoint(endpoint) and _WORKER.fullmatch(name.rpartition("/")[2]):
             found.setdefault(endpoint, []).append(name)
     return found
-
-
-def _worker_of(name: str) -> str:
-    """Return the end of the name of a worker's socket. A worker has one for all its endpoints."""
-    return name.rpartition("/")[2]
 
 
 def _find_orphans(endpoint: str, names: Iterable[str]) -> list[_Found]:
@@ -239,7 +230,7 @@ def _find_orphans(endpoint: str, names: Iterable[str]) -> list[_Found]:
 
     `endpoint` must have no supervisor.
     """
-    found: dict[int | None, dict[str, int]] = {}
+    found: dict[int | None, list[int]] = {}
     for name in names:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             uid: int | None
@@ -251,13 +242,12 @@ def _find_orphans(endpoint: str, names: Iterable[str]) -> list[_Found]:
                 pid, uid = 0, None
             except (EndedError, OSError):
                 continue
-        found.setdefault(uid, {})[_worker_of(name)] = pid
-    return [_describe_orphans(endpoint, uid, workers) for uid, workers in found.items()]
+        found.setdefault(uid, []).append(pid)
+    return [_describe_orphans(endpoint, uid, sorted(pids)) for uid, pids in found.items()]
 
 
-def _describe_orphans(endpoint: str, uid: int | None, workers: Mapping[str, int]) -> _Found:
-    """Return the server of `workers`: the pids by the ends of the names of their sockets."""
-    pids = sorted(workers.values())
+def _describe_orphans(endpoint: str, uid: int | None, pids: Sequence[int]) -> _Found:
+    """Return the server of the workers with these pids, of which one that is unknown is 0."""
     server = Server(
         (endpoint,),
         pid=None,
@@ -266,9 +256,7 @@ def _describe_orphans(endpoint: str, uid: int | None, workers: Mapping[str, int]
         ours=uid is not None and _is_ours(uid),
         orphans=tuple(pids[:MAX_WORKERS]),
     )
-    # After a takeover that was cut short, not all workers have had the same supervisor.
-    supervisors = {int(name.partition(".")[0]) for name in workers}
-    return _Found(server, (frozenset(workers), uid), supervisors.union(pids) - {0})
+    return _Found(server, (*pids, uid) if all(pids) else (endpoint, uid))
 
 
 # Asking

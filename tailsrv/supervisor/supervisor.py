@@ -209,7 +209,7 @@ class Supervisor:
         while not self.ended:
             self.status.update()
             self.step()
-        if self.roller is not None:
+        if self.roller is not None and self.is_ending():
             self.roller.finish()
         if self.exit_status is ExitStatus.DONE:
             # Orphaned workers whose clients no worker has adopted yet are to end as well.
@@ -443,7 +443,11 @@ class Supervisor:
     def give_up(self, reason: str) -> None:
         logger.critical("workers cannot start: %s", reason)
         self.exit_status = ExitStatus.CANNOT_BOOT
-        self.terminate()
+        if self.taking_over:
+            # Orphaned workers and those that have started serve until the next attempt.
+            self.ended = True
+        else:
+            self.terminate()
 
     def keep_old_workers(self, reason: str) -> None:
         """Stop the replacement of old workers, because workers of this version do not start."""

@@ -62,8 +62,6 @@ class Orphan:
     sock: socket.socket
     pid: int
     uid: int
-    # A pidfd (pidfd_open(2)), None if the process is in another pid namespace.
-    process: int | None
     # Whether it has closed the connection without a greeting.
     ended: bool = False
     greeting: Greeting | None = None
@@ -72,13 +70,6 @@ class Orphan:
     def close(self) -> None:
         """Close the connection. The worker serves on."""
         self.sock.close()
-        self.close_process()
-
-    def close_process(self) -> None:
-        """Close the pidfd."""
-        if self.process is not None:
-            os.close(self.process)
-            self.process = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +176,7 @@ def _connect(name: str) -> Orphan | None:
     except OSError:
         return None
     pid, uid, _ = credentials(sock)
-    process = None
-    with suppress(OSError):
-        process = os.pidfd_open(pid) if pid else None
-    return Orphan(name, sock, pid, uid, process)
+    return Orphan(name, sock, pid, uid)
 
 
 def _await_greetings(orphans: Iterable[Orphan]) -> None:
@@ -214,14 +202,14 @@ def _kill(orphan: Orphan) -> None:
         "orphaned worker does not answer, killing it, its clients are lost: %s",
         fields(pid=orphan.pid),
     )
-    if orphan.process is None:
-        raise TakeoverError(f"a worker does not answer, and cannot be killed: pid {orphan.pid}")
-    # The pid of a process that has ended may belong to another one, its pidfd may not.
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(orphan.process, signal.SIGKILL)
+    if not orphan.pid:
+        raise TakeoverError("a worker of another pid namespace does not answer: kill it there")
     poll = select.poll()
-    poll.register(orphan.process, select.POLLIN)
-    poll.poll(KILL_PATIENCE * 1000)
+    poll.register(orphan.sock, 0)
+    # As long as the connection is open, the pid belongs to no other process.
+    if not poll.poll(0):
+        os.kill(orphan.pid, signal.SIGKILL)
+        poll.poll(KILL_PATIENCE * 1000)
 
 
 def why_not(orphan: Orphan, config: Config, counts_streams: bool) -> str | None:
@@ -280,7 +268,6 @@ def collect(
             )
         else:
             complete.append(orphan)
-            orphan.close_process()
             continue
         discard(orphan)
     if not complete:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import count
 
 from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Timing
@@ -73,6 +74,8 @@ class WorkerPool:
         self._ending: list[tuple[Slot, int]] = []
         self._loop = loop
         self._endpoints = endpoints
+        # Distinguishes the sockets of workers.
+        self._numbers = count()
         self._enter, self._notice, self._give_up = enter, notice, give_up
         self._keep_old = keep_old
         # True in an upgrade until a worker of this version is ready.
@@ -104,7 +107,8 @@ class WorkerPool:
     def dismiss_predecessors(self) -> None:
         """Let the orphaned workers end, because the server ends."""
         for slot in self.slots:
-            commit(slot.predecessors)
+            for orphan in slot.predecessors:
+                commit([orphan])
             slot.predecessors = []
 
     def ping_workers(self) -> None:
@@ -239,7 +243,9 @@ class WorkerPool:
         Everything else that can fail is done before fork(2). Raises OSError.
         """
         with ExitStack() as stack:
-            sockets = [stack.enter_context(sock) for sock in bind_for_worker(self._endpoints)]
+            sockets = bind_for_worker(self._endpoints, self._numbers)
+            for sock in sockets:
+                stack.enter_context(sock)
             slot.channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(worker_end)
             try:
@@ -430,7 +436,8 @@ class WorkerPool:
             self._loop.now - slot.spawned, slot.ready, kind, slot.adopted, self._timing
         )
         slot.ready = False
-        if slot.failures.poisoned():
+        # Clients that orphaned workers can still serve are better off with these.
+        if slot.failures.poisoned() and not slot.predecessors:
             closed = slot.client_table.close_connections()
             hint = "one of these clients seems to crash its worker: please report this bug"
             logger.error(

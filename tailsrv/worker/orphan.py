@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tailsrv.control_socket import accept_authorized, credentials, overflow_uid
-from tailsrv.handover import COMMIT, MAX_PACKET, Greeting, Handover, HandoverError, Request
+from tailsrv.handover import COMMIT, MAX_PACKET, REVOKED, Greeting, Handover, HandoverError, Request
 from tailsrv.linux.event_loop import STALL_PAUSE, EventLoop
 from tailsrv.log import fields, logger
 
@@ -107,27 +107,29 @@ class Orphan:
         return self._requests.pop(0) if self._requests else None
 
 
-def hand_over(peer: socket.socket, handover: Handover) -> bool:
+def hand_over(peer: socket.socket, handover: Handover, patience: float) -> bool:
     """Send `handover` to the supervisor `peer`, and return whether it has taken over.
 
     The worker must send nothing to its clients from the moment when `handover` was made until this
-    returns False. When everything is sent, it can only wait: another worker may serve the clients
-    until all processes that have the connection have closed it. `peer` is closed.
+    returns False. `peer` is closed. `patience` is how many seconds the new worker has to start.
     """
     with peer:
         if not _send(peer, handover):
             return False
         poll = select.poll()
         poll.register(peer, select.POLLIN)
-        while True:
-            poll.poll()
-            try:
-                return peer.recv(MAX_PACKET) == COMMIT
-            except BlockingIOError:
-                # The kernel had no memory for the packet.
-                continue
-            except OSError:
-                return False
+        if not poll.poll(patience * 1000):
+            # From now on, sending COMMIT fails. It may have been sent before.
+            peer.shutdown(socket.SHUT_RD)
+        peer.setblocking(True)
+        try:
+            committed = peer.recv(MAX_PACKET) == COMMIT
+            if not committed:
+                peer.send(REVOKED)
+        except OSError:
+            # All processes that had the connection have closed it.
+            return False
+        return committed
 
 
 def _send(peer: socket.socket, handover: Handover) -> bool:

@@ -207,7 +207,11 @@ class Worker:
 
     def run(self) -> int:
         """Run the loop until the worker ends, and return the exit status."""
-        commit(self.context.predecessors)
+        if not commit(self.context.predecessors):
+            logger.critical(
+                "an orphaned worker has not waited for this one: %s", fields(slot=self.slot)
+            )
+            return ExitStatus.CANNOT_BOOT
         self.reporter.add_notice(ready=True)
         self.title.changed(self.loop.now)
         if not self.waiting:
@@ -572,7 +576,7 @@ class Worker:
         peer, request = asked
         supervisor = credentials(peer)[0]
         self.reporter.send_and_start()
-        if not hand_over(peer, self.describe(request)):
+        if not hand_over(peer, self.describe(request), self.config.timing.commit_patience):
             # A supervisor has been started, so another attempt is likely.
             logger.warning(
                 "supervisor has not taken over, clients are served on: %s",

@@ -168,7 +168,7 @@ def test_server_is_killed_and_restarted(serve: Serve, tmp_path: Path) -> None:
         for name, (offset, before) in starts.items():
             path = tmp_path / name
             path.write_bytes(before)
-            server = serve(path, "-v", status=-signal.SIGKILL)
+            server = serve(path, "-v")
             reader = stack.enter_context(Reader(endpoint_of(server), offset))
             server.logged("client streams: ")
             cases.append((path, server, reader, b"" if offset == "-0" else before[int(offset) :]))
@@ -193,7 +193,7 @@ def test_server_is_killed_and_restarted(serve: Serve, tmp_path: Path) -> None:
 def test_much_is_appended_in_an_outage(serve: Serve, path: Path) -> None:
     """However much is appended during an outage, a stream from the end resumes exactly."""
     path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with Reader(endpoint_of(server), -10_000) as reader:
         reader.got(DATA[-10_000:])
         kill(server)
@@ -282,7 +282,7 @@ def test_slow_servers_get_more_time() -> None:
 def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
     """A different file at the same address is an error, yields no byte and ends the iteration."""
     path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with follow(endpoint_of(server), backoff=SHORT_BACKOFF) as stream:
         assert take(stream, len(DATA)) == DATA
         kill(server)
@@ -300,7 +300,7 @@ def test_other_file_is_an_error(serve: Serve, path: Path, size: int) -> None:
 def test_shorter_file_is_reported_and_retried(serve: Serve, path: Path) -> None:
     """A server with a shorter file is reported and retried until its file has grown."""
     path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with Reader(endpoint_of(server), 0) as reader:
         reader.got(DATA)
         kill(server)
@@ -314,7 +314,7 @@ def test_shorter_file_is_reported_and_retried(serve: Serve, path: Path) -> None:
 def test_next_address_is_tried(serve: Serve, path: Path) -> None:
     """A dead replica is skipped without a pause, at the start and after a lost connection."""
     path.write_bytes(DATA)
-    first, second = serve(path, status=-signal.SIGKILL), serve(path)
+    first, second = serve(path), serve(path)
     dead = f"127.0.0.1:{closed_port()}"
     with follow([dead, endpoint_of(first), endpoint_of(second)], backoff=Backoff(60, 60)) as stream:
         assert take(stream, len(DATA)) == DATA
@@ -520,7 +520,7 @@ def test_server_does_not_import_the_clients() -> None:
 def test_silent_log_that_grows_in_an_outage(serve: Serve, path: Path) -> None:
     """What is appended to an empty log while its server is down reaches a stream from -0."""
     path.write_bytes(b"")
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with Reader(endpoint_of(server), "-0") as reader:
         # Without an offset, the stream would begin after the bytes that are appended.
         eventually(lambda: reader.stream.offset == 0)

@@ -108,7 +108,7 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offs
     """Each byte is written once despite lost connections and a server that is restarted."""
     path.write_bytes(DATA)
     start = int(offset)
-    server = serve(path, "-v", status=-signal.SIGKILL)
+    server = serve(path, "-v")
     with (
         Cutter(server.port, cuts=15, longest=60_000) as cutter,
         Command(tmp_path, *TSCAT, *cutter.endpoints(), offset) as command,
@@ -127,7 +127,7 @@ def test_cuts_and_a_killed_server(serve: Serve, path: Path, tmp_path: Path, offs
 def test_server_that_starts_later(serve: Serve, path: Path, tmp_path: Path) -> None:
     """A refused connection is reported in one line and retried until a server is running."""
     path.write_bytes(LINES)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     endpoint = endpoint_of(server)
     kill(server)
     with Command(tmp_path, *TSCAT, endpoint) as command:
@@ -325,7 +325,7 @@ def test_usage_error(arguments: list[str]) -> None:
 def test_other_file_has_its_status(serve: Serve, path: Path, tmp_path: Path) -> None:
     """A different file after a lost connection has status 3."""
     path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with Command(tmp_path, *TSCAT, endpoint_of(server)) as command:
         command.wrote(DATA)
         kill(server)

@@ -76,7 +76,7 @@ def test_copy_is_made(serve: Serve, path: Path, copy: Path) -> None:
 def test_cuts_and_a_killed_server(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """The copy is exact despite lost connections and a server that is restarted."""
     path.write_bytes(DATA)
-    server = serve(path, "-v", status=-signal.SIGKILL)
+    server = serve(path, "-v")
     with (
         Cutter(server.port, cuts=15, longest=60_000) as cutter,
         Command(tmp_path, *TSSYNC, *cutter.endpoints(), copy) as command,
@@ -169,7 +169,7 @@ def test_mismatch_starts_a_new_copy(serve: Serve, path: Path, copy: Path, tmp_pa
 def test_rotation_starts_a_new_copy(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """A different remote file after a lost connection starts a new copy."""
     path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with Command(
         tmp_path, *TSSYNC, "--on-mismatch", "restart", endpoint_of(server), copy
     ) as command:
@@ -253,7 +253,7 @@ def test_copy_that_is_changed_while_it_is_kept(
 def test_copy_of_unexpected_length(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
     """A copy of unexpected length makes tssync exit when it reconnects, and gets no hole."""
     path.write_bytes(DATA)
-    server = serve(path, status=-signal.SIGKILL)
+    server = serve(path)
     with Command(tmp_path, *TSSYNC, endpoint_of(server), copy) as command:
         holds(copy, DATA)
         os.truncate(copy, 10)

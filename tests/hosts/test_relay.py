@@ -90,8 +90,7 @@ class Relay:
     def kill(self) -> None:
         """Kill both programs."""
         self.sync.end()
-        self.server.expected_status = -signal.SIGKILL
-        self.server.signal(signal.SIGKILL)
+        self.server.kill_all()
         self.server.wait()
 
     def finish(self) -> None:

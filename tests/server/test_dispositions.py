@@ -177,7 +177,7 @@ def test_only_some_of_a_flood_is_logged(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize("name", FATAL)
 def test_signals_that_end_the_supervisor(serve: Serve, path: Path, name: str) -> None:
     """A fault, the limit on CPU time, ABRT and KILL end the supervisor and its workers."""
-    server = serve(path, status=-signal.Signals[name], wrapper=NO_CORES)
+    server = serve(path, "--orphan-timeout", "0", status=-signal.Signals[name], wrapper=NO_CORES)
     server.workers(1)
     server.signal(signal.Signals[name])
     server.wait()

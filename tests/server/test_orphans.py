@@ -442,6 +442,66 @@ def outcome_is(client: socket.socket, data: bytes) -> bool:
         return False
 
 
+@needs_strace
+def test_slow_taker(serve: Serve, path: Path) -> None:
+    """An orphan waits for a bounded time. A worker that comes too late serves no client."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", program=hurried(commit_patience=0.2))
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    for client in clients:
+        expect(client, SMALL)
+    orphan(server)
+    taker = start_successor(
+        serve,
+        server,
+        path,
+        "-w",
+        "2",
+        status=3,
+        wrapper=("strace", "-o", os.devnull, "-e", "inject=clone:delay_enter=1000000"),
+    )
+    await_lines(server, NOT_TAKEN_OVER, count=2)
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
+    taker.logged("an orphaned worker has not waited for this one: ")
+    taker.process.wait(DEADLINE)
+    server.take_clients(taker)
+    take_over(serve, server, path, "-w", "2")
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
+
+
+def test_workers_that_cannot_start(serve: Serve, path: Path) -> None:
+    """If workers of the new supervisor do not start, the orphans serve on."""
+    path.write_bytes(SMALL)
+    code = (
+        "import sys; from tailsrv import main; from tailsrv.worker import worker\n"
+        "def fail(context): sys.exit(1)\n"
+        "worker.commit = fail\n"
+        "sys.exit(main.main())"
+    )
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    for client in clients:
+        expect(client, SMALL)
+    orphan(server)
+    program = (sys.executable, "-c", code)
+    taker = start_successor(serve, server, path, "-w", "2", status=3, program=program)
+    taker.traceback_expected = True
+    taker.process.wait(DEADLINE)
+    await_lines(server, NOT_TAKEN_OVER, count=2)
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
+    server.take_clients(taker)
+    take_over(serve, server, path, "-w", "2")
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
+
+
 # What cannot be taken over
 
 
@@ -651,6 +711,12 @@ def test_state_file(serve: Serve, path: Path, tmp_path: Path) -> None:
 # Many deaths
 
 
+def replaced(server: Server, pid: int) -> bool:
+    """Tell whether the worker with this pid has a successor that is ready."""
+    workers = status(server)["workers"]
+    return all(worker["ready"] and worker["pid"] != pid for worker in workers)
+
+
 @pytest.mark.parametrize("deaths", [12, pytest.param(200, marks=pytest.mark.thorough)])
 def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
     """Fifty clients lose nothing while supervisors die, workers die, and the log rolls."""
@@ -671,7 +737,10 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
             load.run_until(lambda: load.server.lines(TOOK_OVER))
             match dice.randrange(4):
                 case 0:
-                    os.kill(dice.choice(worker_pids(server)), signal.SIGKILL)
+                    killed = dice.choice(worker_pids(server))
+                    os.kill(killed, signal.SIGKILL)
+                    # Without worker and supervisor, a client is lost.
+                    load.run_until(lambda: replaced(load.server, killed))
                 case 1:
                     server.signal(signal.SIGHUP)
                 case 2:

@@ -483,7 +483,9 @@ def channel_of(worker: int) -> socket.socket:
             except OSError:
                 os.close(taken)
                 continue
-            if sock.type == socket.SOCK_SEQPACKET:
+            # The other one listens for the next supervisor.
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if sock.type == socket.SOCK_SEQPACKET and not listens:
                 return sock
             sock.close()
     finally:

@@ -108,8 +108,8 @@ def run_client(*command: str | Path) -> "subprocess.CompletedProcess[str]":
 
 
 def kill(server: Server) -> None:
-    """Kill a server that was started with status -SIGKILL, and wait until its workers end."""
-    server.signal(signal.SIGKILL)
+    """Kill all processes of a server, and wait until they have ended."""
+    server.kill_all()
     server.wait()
 
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
@@ -88,7 +89,7 @@ class WorkerBench:
             endpoints=["127.0.0.1:0"],
             client_limit=None,
             clients=clients,
-            sockets=bind_for_worker(["127.0.0.1:0"]),
+            sockets=bind_for_worker(["127.0.0.1:0"], count()),
             predecessors=(),
         )
         self.worker = Worker(context, config, wakeup, lambda: time.monotonic() + self.skew)

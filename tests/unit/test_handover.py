@@ -2,17 +2,21 @@
 
 import json
 import socket
+import threading
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.sockets import closing_all
 from support.waiting import DEADLINE
 from tailsrv.handover import (
     COMMIT,
     FORMAT,
     MAX_FILES,
     MAX_PACKET,
+    REVOKED,
     Greeting,
     HandedClient,
     HandedSegment,
@@ -107,14 +111,53 @@ def test_request(clients: bool) -> None:
     assert Request.decode(Request(clients).encode()) == Request(clients)
 
 
-def test_commit() -> None:
+@pytest.fixture
+def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
+    """Return three pairs of sockets, each of an orphan and of the process that takes over."""
+    made = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+    with closing_all([sock for pair in made for sock in pair]):
+        yield made
+
+
+Pairs = list[tuple[socket.socket, socket.socket]]
+
+
+def test_commit(pairs: Pairs) -> None:
     """Every orphan that lives is told, and the connections are closed."""
-    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
     pairs[1][0].close()
-    commit([ours for _, ours in pairs])
+    assert commit([ours for _, ours in pairs])
     for theirs in (pairs[0][0], pairs[2][0]):
         theirs.settimeout(DEADLINE)
         assert theirs.recv(100) == COMMIT
         assert theirs.recv(100) == b""
-        theirs.close()
     assert all(ours.fileno() == -1 for _, ours in pairs)
+
+
+def test_revoked(pairs: Pairs) -> None:
+    """If one orphan has revoked its handover, no other one ends."""
+    pairs[2][0].shutdown(socket.SHUT_RD)
+    pairs[2][0].send(REVOKED)
+    assert not commit([ours for _, ours in pairs])
+    for theirs, _ in pairs[:2]:
+        with pytest.raises(BlockingIOError):
+            theirs.recv(100, socket.MSG_DONTWAIT)
+
+
+def test_about_to_revoke(pairs: Pairs) -> None:
+    """An orphan that has shut its socket, and has not sent REVOKED yet, is waited for."""
+    orphan, ours = pairs[0]
+    orphan.shutdown(socket.SHUT_RD)
+    answer: list[bool] = []
+    thread = threading.Thread(target=lambda: answer.append(commit([ours])))
+    thread.start()
+    orphan.send(REVOKED)
+    thread.join()
+    assert answer == [False]
+
+
+def test_committed_first(pairs: Pairs) -> None:
+    """A COMMIT that was sent before the orphan has shut its socket is not lost."""
+    orphan, ours = pairs[0]
+    assert commit([ours])
+    orphan.shutdown(socket.SHUT_RD)
+    assert orphan.recv(100) == COMMIT
