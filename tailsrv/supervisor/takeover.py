@@ -140,7 +140,7 @@ def _connect_to(names: set[str], orphans: dict[str, Orphan], trust_all: bool) ->
         try:
             sock = connect_to_worker(name)
         except OSError:
-            # It has just been forked and does not listen yet, or its queue is full, or it has ended.
+            # It does not listen yet after its fork, or its queue is full, or it has ended.
             continue
         pid, uid, _ = credentials(sock)
         orphans[name] = Orphan(sock, pid, uid, _is_trusted(uid, trust_all))
