@@ -24,6 +24,7 @@ from tailsrv.handover import (
     FORMAT,
     Greeting,
     HandedClient,
+    HandedNext,
     HandedSegment,
     Handover,
     Request,
@@ -604,7 +605,7 @@ class Worker:
         handover.start, handover.end = self.streams.log.start, self.streams.end
         handover.truncated = self.streams.truncated
         if (agreed := self.file_monitor.agreed) is not None:
-            handover.next_file, handover.agreed = agreed
+            handover.next = HandedNext(*agreed)
         if self.context.ends is not None:
             handover.ends = self.context.ends.fd
         if self.context.opened_at is not None:
