@@ -167,7 +167,7 @@ class Worker:
         end = log.active.base + watch.size() if frozen is None else frozen
         self.streams = Streams(log, end, self.drop, self.await_writable)
         self.streams.truncated = context.truncated
-        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.lose_supervisor)
+        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.handle_channel)
         self.file_monitor = FileMonitor(
             watch,
             self.streams,
@@ -663,7 +663,8 @@ class Worker:
                     self.channel, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
-                packet, files = b"", []
+                # The supervisor has died before it read all reports. Its orders can still be read.
+                continue
             except BlockingIOError:
                 return
             except OSError:
