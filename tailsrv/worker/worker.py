@@ -510,7 +510,7 @@ class Worker:
             client.sock.close()
         self.dropped.clear()
         self.acceptor.update_count()
-        if not self.clients:
+        if not self.clients and not self.orphaned:
             self.file_monitor.set_following(False)
 
     # Without a supervisor
@@ -541,6 +541,9 @@ class Worker:
             ),
         )
         self.file_monitor.hold_roll()
+        # Nothing else tells a worker without clients that the file is truncated, and it may have
+        # grown again when the next client connects.
+        self.file_monitor.set_following(True)
         self.await_supervisor()
         self.orphan.begin()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.client import ModelClient
 from model.history import LogHistory, LogStream, Stream
-from model.world import FILE, Links, World
+from model.world import FILE, Links, World, peers_of
 from support.server import Server, hurried
 from support.sockets import LINE_LENGTH, expect, recv_exactly
 from support.status import status
@@ -81,9 +81,8 @@ class LogWorld(World):
         self.log_starts, self.pending_ends = {0}, set[int]()
         # The inode, the start and the end of each segment that was truncated.
         self.lost: list[tuple[int, int, int]] = []
-        # The end of the bytes that were truncated, and the size that the file had then while the
-        # workers have no supervisor. They would not notice a truncation if it grew beyond that.
-        self.lost_end, self.size_before = 0, 0
+        # The end of the bytes that were truncated while the workers had no supervisor.
+        self.lost_end = 0
         # Whether the server has opened the first file.
         self.opened = False
         # The path was changed and changed back, so workers may be frozen for a moment.
@@ -158,7 +157,7 @@ class LogWorld(World):
                 self.pending_ends.add(self.history.size)
             stream.note_log(self.log_starts, self.pending_ends | {self.history.size})
             client.may_end = client.may_end or stream.may_be_refused
-            if self.size_before and stream.may_be_before(self.lost_end):
+            if stream.may_be_before(self.lost_end):
                 client.may_end = True
             client.doomed = client.doomed or not stream.starts
 
@@ -435,15 +434,23 @@ class LogWorld(World):
         rest = os.pread(self.file, left, 0)
         self.note_truncation(left)
         os.ftruncate(self.file, left)
-        self.lost_end, self.size_before = end, size
+        self.lost_end = end
         self.continue_truncated(end, rest)
         self.leave(probe, "close")
+        self.await_noticed()
 
-    def append(self, count: int) -> None:
-        """Append `count` bytes, but fewer if the workers could not notice a truncation then."""
-        if self.orphaned and self.size_before and self.file_base == self.lost_end:
-            count = min(count, self.size_before - 1 - (self.history.size - self.file_base))
-        super().append(max(0, count))
+    def await_noticed(self) -> None:
+        """Wait until all workers have looked at the file: they have then if they get a client."""
+        probes: list[ModelClient] = []
+        for pid in self.worker_pids():
+            for _ in range(1000):
+                if {probe.sock.getsockname()[1] for probe in probes} & peers_of(pid):
+                    break
+                # By its port, the kernel decides which worker gets it.
+                probes.append(World.connect(self, b"?-0\n"))
+                self.read(probes[-1], LINE_LENGTH)
+        for probe in probes:
+            self.leave(probe, "close")
 
     def delete(self, count: int) -> None:
         """Delete the oldest files that the server has sealed."""
@@ -551,7 +558,7 @@ class LogWorld(World):
         if self.history.size == self.file_base:
             self.append(1)
         eventually(self.has_rolled)
-        self.size_before = 0
+        self.lost_end = 0
         if not self.moved_back and self.here:
             self.pending_ends.clear()
         self.await_start(max(self.log_starts))

@@ -11,6 +11,7 @@ import pytest
 
 from support.files import append, opened, random_bytes
 from support.sockets import readable, recv_all, recv_exactly, tcp_pair, wait_readable
+from support.waiting import DEADLINE
 from support.worker_bench import WorkerBench, working
 from tailsrv.protocol import offsets_line
 from tailsrv.segments import NO_FILE, Segment
@@ -260,6 +261,21 @@ def test_agreement_is_withdrawn(bench: WorkerBench, order: Freeze | Thaw) -> Non
     assert readable(far) == isinstance(order, Thaw)
     bench.order(Thaw())
     assert bench.receive(far, 4) == b"more"
+
+
+def test_orphan_without_clients(bench: WorkerBench) -> None:
+    """An orphan without clients notices that the file is truncated before it grows again."""
+    bench.settle()
+    bench.channel.close()
+    bench.worker.step(DEADLINE)
+    assert bench.worker.orphaned
+    os.truncate(bench.path, 0)
+    bench.worker.step(DEADLINE)
+    append(bench.path, b"more than before")
+    far, _ = bench.connect(b"?-0\n")
+    assert bench.receive(far, 40) == b"%019d %019d\n" % (10, 10)
+    bench.settle()
+    assert not readable(far)
 
 
 def test_agreement_without_clients_or_descriptor(bench: WorkerBench) -> None:
