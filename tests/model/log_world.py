@@ -439,6 +439,58 @@ class LogWorld(World):
         self.leave(probe, "close")
         self.await_noticed()
 
+    def die_agreed(self, count: int, late: int, alone: int | None) -> None:
+        """Kill the supervisor when workers may roll by themselves, and let them do so.
+
+        Args:
+            count: How many bytes to append to the next file.
+            late: How many bytes to append to the old file when a worker has rolled.
+            alone: The index of a worker that gets no clients, so that it does not roll. The others
+                are killed when they have. None if there is none.
+
+        """
+        self.await_rolled()
+        self.await_known(self.living)
+        self.append(1)
+        for client in self.living:
+            self.read(client, 1 << 40)
+        pids = sorted(self.worker_pids())
+        rolling = [pid for pid in pids if alone is None or pid != pids[alone % len(pids)]]
+        for pid in {*pids} - {*rolling}:
+            self.leave_all(pid)
+        self.rotate_silently()
+        assert self.next is not None
+        inode = os.fstat(self.next).st_ino
+        eventually(lambda: all(files_of(pid, self.folder.name)[inode] for pid in pids))
+        end = self.history.size
+        super().supervisor_dies("SIGKILL", settled=False)
+        self.switch(keep=True)
+        self.append(count)
+        rolled = []
+        for pid in rolling:
+            for client in self.clients_of(pid):
+                if client.stream and client.stream.stands_at(end) and not client.may_end:
+                    self.receive(client, 1)
+                    rolled.append(pid)
+                    break
+        if rolled:
+            os.pwrite(self.kept[-1], b"late" * late, os.fstat(self.kept[-1]).st_size)
+        if alone is not None and len(pids) > 1:
+            for pid in rolled:
+                self.end_orphan(pid, signal.SIGKILL)
+
+    def clients_of(self, pid: int) -> list[ModelClient]:
+        """Return the clients that the worker `pid` has."""
+        ports = peers_of(pid)
+        return [client for client in self.living if client.sock.getsockname()[1] in ports]
+
+    def leave_all(self, pid: int) -> None:
+        """Reset all connections to the worker `pid`, and wait until it has noticed that."""
+        for client in self.clients_of(pid):
+            self.leave(client, "reset")
+            client.ended = True
+        eventually(lambda: not peers_of(pid))
+
     def await_noticed(self) -> None:
         """Wait until all workers have looked at the file: they have then if they get a client."""
         probes: list[ModelClient] = []
