@@ -601,8 +601,8 @@ class World:
         more = self.listeners() - self.base_listeners
         if "--max-clients" in self.more:
             # The number of clients of each worker, in memory that Python has open twice.
-            supervisor += Links({MEMORY: 2})
-            workers += Links({MEMORY: 2 * WORKERS})
+            supervisor = supervisor + Links({MEMORY: 2})
+            workers = workers + Links({MEMORY: 2 * WORKERS})
         each = {link: count // WORKERS for link, count in workers.items()}
         return (
             supervisor + Links({"socket": self.workers - WORKERS + more}),
