@@ -55,6 +55,8 @@ class Watch:
         self.polling = why_poll(file)
         self._inotify: INotify | None = None
         self.following = False
+        # Whether a name of the path did not exist when it was to be watched.
+        self.incomplete = False
         self._size = size
         if self.polling is None:
             try:
@@ -149,12 +151,15 @@ class Watch:
     def _watch_path(self) -> None:
         """Watch the links and folders of the path. Those that cannot be watched are left out."""
         assert self._inotify is not None
+        self.incomplete = False
         for step in steps_to(self.path):
             try:
                 self._inotify.add_watch(step, _PATH_EVENTS)
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                # Either this name does not exist, which the caller finds out when it checks the
-                # path. Or it is a folder that this process may pass through but not read.
+            except (FileNotFoundError, NotADirectoryError):
+                # The caller finds this out when it checks the path, unless the name is back then.
+                self.incomplete = True
+            except PermissionError:
+                # It is a folder that this process may pass through but not read.
                 pass
 
 
@@ -163,7 +168,7 @@ class UnwatchedFile(Watch):
 
     def __init__(self, file: int) -> None:
         self.file, self.path, self.polling, self.following = file, "", None, False
-        self._inotify, self._size = None, 0
+        self.incomplete, self._inotify, self._size = False, None, 0
 
 
 class NoFile(UnwatchedFile):

@@ -273,7 +273,8 @@ class FileMonitor:
             self._reporter.add_notice(gone=True)
         # Check again later, because inotify may not report the next change. With --follow-name, the
         # supervisor watches the path from now on.
-        if gone is None or (self.gone and self._insist and self._ends is None):
+        missed = gone is False and self._watch.incomplete
+        if gone is None or missed or (self.gone and self._insist and self._ends is None):
             self._loop.timers.set(self.recheck_path, self._loop.now + self._timing.poll_interval)
 
     def recheck_path(self) -> None:

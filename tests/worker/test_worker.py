@@ -850,6 +850,25 @@ def test_term_after_drain(bench: WorkerBench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
+def test_link_that_is_gone_for_a_moment(path: Path) -> None:
+    """A link that comes back before the path is checked is watched again."""
+    link, fresh = path.with_name("link"), path.with_name("fresh")
+    link.symlink_to(path)
+    with working(link) as bench:
+        bench.settle()
+        link.unlink()
+        # What the worker does after the event, with a pause between the two steps.
+        bench.worker.file_monitor._watch.read()
+        link.symlink_to(path)
+        bench.worker.file_monitor.check_path()
+        bench.skew = 2.0
+        bench.until(lambda: bench.worker.file_monitor.recheck_path not in bench.worker.loop.timers)
+        assert not bench.worker.file_monitor.gone
+        fresh.symlink_to("x")
+        fresh.rename(link)
+        bench.until(lambda: bench.worker.file_monitor.gone)
+
+
 @pytest.mark.parametrize("signal_first", [True, False])
 def test_supervisor_dies_during_a_replacement(bench: WorkerBench, signal_first: bool) -> None:
     """A worker that was told to end serves on: there will be no successor."""
