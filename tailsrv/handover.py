@@ -110,6 +110,14 @@ class HandedSegment:
     file: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class HandedNext:
+    """The file that follows the active segment if that has the `agreed` size in bytes."""
+
+    file: int
+    agreed: int
+
+
 @dataclass(slots=True)
 class Handover:
     """What an orphaned worker hands over. All files are descriptors."""
@@ -127,10 +135,8 @@ class Handover:
     opened_at: int = 0
     # The memory file of the shared ends of the log, None without --follow-name.
     ends: int | None = None
-    # The file to which workers may have rolled by themselves, and the size of the active segment at
-    # which they have done so.
-    next_file: int | None = None
-    agreed: int | None = None
+    # The file to which workers may have rolled by themselves.
+    next: HandedNext | None = None
 
     def packets(self) -> Iterator[tuple[bytes, list[int]]]:
         """Yield each packet and the descriptors that go with it. The last packet says so."""
@@ -151,8 +157,8 @@ class Handover:
             yield ["segment", has_file, segment.base, segment.size], segment.file
         if self.ends is not None:
             yield ["ends", True], self.ends
-        if self.next_file is not None:
-            yield ["next", True, self.agreed], self.next_file
+        if self.next is not None:
+            yield ["next", True, self.next.agreed], self.next.file
         for client in self.clients:
             yield ["client", True, client.start, client.end], client.file
 
@@ -187,13 +193,17 @@ class Handover:
             case "ends", int(), []:
                 self.ends = file
             case "next", int(), [int(agreed)]:
-                self.next_file, self.agreed = file, agreed
+                self.next = HandedNext(file, agreed)
             case _:
                 raise ValueError(kind)
 
     def files(self) -> list[int]:
         """Return all descriptors."""
-        optional = [self.ends, self.next_file, *(segment.file for segment in self.segments)]
+        optional = [
+            self.ends,
+            None if self.next is None else self.next.file,
+            *(segment.file for segment in self.segments),
+        ]
         return [
             *self.listeners,
             *(client.file for client in self.clients),

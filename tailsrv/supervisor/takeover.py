@@ -416,15 +416,13 @@ def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
     known = set() if log is None else {os.fstat(file).st_ino for file in log.files()}
     next_files: list[int] = []
     agreed: int | None = None
-    for file, size in ((each.next_file, each.agreed) for each in handovers):
-        if file is None:
-            continue
-        if (inode := os.fstat(file).st_ino) in known:
-            close_file(file)
+    for each in (handover.next for handover in handovers if handover.next is not None):
+        if (inode := os.fstat(each.file).st_ino) in known:
+            close_file(each.file)
         else:
             known.add(inode)
-            next_files.append(reopen(file))
-            agreed = size
+            next_files.append(reopen(each.file))
+            agreed = each.agreed
     mode = "ROLLING" if truncated else "IDLE" if agreed is None else "AGREED"
     opened_at = max((handover.opened_at for handover in handovers), default=0)
     return RollState(0, mode, truncated, agreed, next_files, opened_at, [])

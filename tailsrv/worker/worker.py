@@ -24,6 +24,7 @@ from tailsrv.handover import (
     FORMAT,
     Greeting,
     HandedClient,
+    HandedNext,
     HandedSegment,
     Handover,
     Request,
@@ -519,6 +520,8 @@ class Worker:
         if self.orphaned or self.ended:
             return
         self.orphaned = True
+        # If SIGTERM has arrived by now, it is the supervisor's, see handle_signal().
+        self.is_told_to_end()
         self.loop.unregister(self.channel.fileno())
         self.channel.close()
         self.reporter.stop_sending()
@@ -604,7 +607,7 @@ class Worker:
         handover.start, handover.end = self.streams.log.start, self.streams.end
         handover.truncated = self.streams.truncated
         if (agreed := self.file_monitor.agreed) is not None:
-            handover.next_file, handover.agreed = agreed
+            handover.next = HandedNext(*agreed)
         if self.context.ends is not None:
             handover.ends = self.context.ends.fd
         if self.context.opened_at is not None:
@@ -633,15 +636,24 @@ class Worker:
         On SIGTERM, the worker drains if the channel holds the supervisor's order to drain.
         Otherwise it ends after this turn and leaves its clients to its successor, as after a crash.
         """
+        before = self.orphaned
+        if not self.is_told_to_end():
+            return
+        self.handle_channel()
+        if self.orphaned and not before:
+            # The supervisor wanted to replace this worker, and has died before that.
+            return
+        if self.orphaned and not self.draining:
+            # There is no successor.
+            self.drain_orphan("SIGTERM")
+        self.ended = self.ended or not self.draining
+
+    def is_told_to_end(self) -> bool:
+        """Read the signals that have arrived, and return whether SIGTERM is among them."""
         numbers = self.wakeup.read()
         for number in STRAY.intersection(numbers):
             self.stray_signals.note(number)
-        if signal.SIGTERM in numbers:
-            self.handle_channel()
-            if self.orphaned and not self.draining:
-                # There is no successor.
-                self.drain_orphan("SIGTERM")
-            self.ended = self.ended or not self.draining
+        return signal.SIGTERM in numbers
 
     def handle_channel(self) -> None:
         """Handle all messages that the supervisor has sent so far."""

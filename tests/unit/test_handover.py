@@ -19,6 +19,7 @@ from tailsrv.handover import (
     REVOKED,
     Greeting,
     HandedClient,
+    HandedNext,
     HandedSegment,
     Handover,
     HandoverError,
@@ -29,30 +30,17 @@ from tailsrv.handover import (
 GREETING = Greeting("2.0.0", FORMAT, 17, 2, "/var/log/a b\n\udcff", ["*:4321"], 35, 29.5)
 OFFSETS = st.integers(0, 2**63 - 1)
 FILES = st.integers(3, 1 << 20)
-
-
-def with_next(handover: Handover, following: tuple[int, int] | None) -> Handover:
-    """Return `handover` with the file to roll to, and the size at which to do so."""
-    handover.next_file, handover.agreed = following or (None, None)
-    return handover
-
-
 HANDOVERS = st.builds(
-    with_next,
-    st.builds(
-        Handover,
-        listeners=st.lists(FILES, max_size=600),
-        clients=st.lists(st.builds(HandedClient, FILES, st.none() | OFFSETS, st.none() | OFFSETS)),
-        segments=st.lists(
-            st.builds(HandedSegment, OFFSETS, st.none() | OFFSETS, st.none() | FILES)
-        ),
-        start=OFFSETS,
-        end=OFFSETS,
-        truncated=st.booleans(),
-        opened_at=OFFSETS,
-        ends=st.none() | FILES,
-    ),
-    st.none() | st.tuples(FILES, OFFSETS),
+    Handover,
+    st.lists(FILES, max_size=600),
+    st.lists(st.builds(HandedClient, FILES, st.none() | OFFSETS, st.none() | OFFSETS)),
+    st.lists(st.builds(HandedSegment, OFFSETS, st.none() | OFFSETS, st.none() | FILES)),
+    OFFSETS,
+    OFFSETS,
+    st.booleans(),
+    OFFSETS,
+    st.none() | FILES,
+    st.none() | st.builds(HandedNext, FILES, OFFSETS),
 )
 
 
