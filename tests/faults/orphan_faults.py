@@ -148,9 +148,9 @@ def run(bench: OrphanBench, scene: Scene, case: Case, path: Path) -> str:
 
     trace, taker = perform(bench, case.process, scene, tracer)
     fired = gone(traced[0]) if case.error == KILL else trace.fired()
-    outcome = settle(
-        bench, taker, "" if case.error == KILL else os.strerror(getattr(errno, case.error))
-    )
+    # If the call of another process has failed, the log of the taker has another reason.
+    known = case.process == "taker" and case.error != KILL
+    outcome = settle(bench, taker, os.strerror(getattr(errno, case.error)) if known else "")
     return outcome if fired else f"{NOT_MADE} ({outcome})"
 
 

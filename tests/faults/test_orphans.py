@@ -48,7 +48,7 @@ def test_fault(bench: OrphanBench, case: Case, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     try:
         outcome = run(bench, SCENES[case.process, case.act], case, trace)
-        assert outcome == case.expected, f"{bench.log()}\n{trace.read_text()[-3000:]}"
+        assert outcome in case.expected.split(" or "), f"{bench.log()}\n{trace.read_text()[-3000:]}"
     except BaseException:
         bench.stop()
         raise
