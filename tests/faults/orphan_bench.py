@@ -65,6 +65,9 @@ class OrphanBench:
 
     def start(self, port: int) -> Server:
         server = Server(self.command(port), self.folder / f"stderr-{len(self.servers)}", 0)
+        if port:
+            # Do not wait for the log line that has it: a fault may be about that.
+            server.port = port
         self.servers.append(server)
         return server
 
@@ -232,7 +235,7 @@ class OrphanBench:
         for group in self.groups:
             for kind, client in list(group.items()):
                 if client.sock.fileno() < 0 or (kind != "stalled" and self._has_ended(client)):
-                    del group[kind]
+                    group.pop(kind).sock.close()
                     lost += 1
         return lost
 
@@ -276,6 +279,7 @@ class OrphanBench:
                 try:
                     client.sock.sendall(rest)
                 except ConnectionError:
+                    client.sock.close()
                     lost += 1
                     continue
                 lost += not client.read(self.data)
