@@ -336,6 +336,22 @@ def test_upgrade_at_once(serve: Serve, path: Path) -> None:
     expect(client, b"more")
 
 
+def test_killed_before_an_upgrade(serve: Serve, path: Path) -> None:
+    """A supervisor that is killed while it checks the installed program costs nothing."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    for client in clients:
+        expect(client, SMALL)
+    server.signal(signal.SIGHUP)
+    server.logged("upgrade: checking ")
+    server.kill_supervisor()
+    take_over(serve, server, path, "-w", "2")
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_ended_at_once(serve: Serve, path: Path, number: signal.Signals) -> None:
     """A supervisor that is ended while it takes over ends the orphans as well."""
@@ -774,6 +790,9 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
                     load.run_until(partial(replaced, server, killed))
                 case 1:
                     server.signal(signal.SIGHUP)
+                    # Between the end of an old worker and the start of its successor, only the
+                    # supervisor has the clients.
+                    load.run_until(partial(server.lines, " upgraded: "))
                 case 2:
                     rotate(path)
         load.run_until(lambda: load.server.lines(TOOK_OVER))
