@@ -167,7 +167,7 @@ class Worker:
         end = log.active.base + watch.size() if frozen is None else frozen
         self.streams = Streams(log, end, self.drop, self.await_writable)
         self.streams.truncated = context.truncated
-        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.lose_supervisor)
+        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.handle_channel)
         self.file_monitor = FileMonitor(
             watch,
             self.streams,
@@ -510,7 +510,7 @@ class Worker:
             client.sock.close()
         self.dropped.clear()
         self.acceptor.update_count()
-        if not self.clients:
+        if not self.clients and not self.orphaned:
             self.file_monitor.set_following(False)
 
     # Without a supervisor
@@ -541,6 +541,9 @@ class Worker:
             ),
         )
         self.file_monitor.hold_roll()
+        # Nothing else tells a worker without clients that the file is truncated, and it may have
+        # grown again when the next client connects.
+        self.file_monitor.set_following(True)
         self.await_supervisor()
         self.orphan.begin()
 
@@ -663,7 +666,8 @@ class Worker:
                     self.channel, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
-                packet, files = b"", []
+                # The supervisor has died before it read all reports. Its orders can still be read.
+                continue
             except BlockingIOError:
                 return
             except OSError:

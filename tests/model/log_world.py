@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.client import ModelClient
 from model.history import LogHistory, LogStream, Stream
-from model.world import FILE, Links, World
+from model.world import FILE, Links, World, peers_of
 from support.server import Server, hurried
 from support.sockets import LINE_LENGTH, expect, recv_exactly
 from support.status import status
@@ -81,9 +81,8 @@ class LogWorld(World):
         self.log_starts, self.pending_ends = {0}, set[int]()
         # The inode, the start and the end of each segment that was truncated.
         self.lost: list[tuple[int, int, int]] = []
-        # The end of the bytes that were truncated, and the size that the file had then while the
-        # workers have no supervisor. They would not notice a truncation if it grew beyond that.
-        self.lost_end, self.size_before = 0, 0
+        # The end of the bytes that were truncated while the workers had no supervisor.
+        self.lost_end = 0
         # Whether the server has opened the first file.
         self.opened = False
         # The path was changed and changed back, so workers may be frozen for a moment.
@@ -158,7 +157,7 @@ class LogWorld(World):
                 self.pending_ends.add(self.history.size)
             stream.note_log(self.log_starts, self.pending_ends | {self.history.size})
             client.may_end = client.may_end or stream.may_be_refused
-            if self.size_before and stream.may_be_before(self.lost_end):
+            if stream.may_be_before(self.lost_end):
                 client.may_end = True
             client.doomed = client.doomed or not stream.starts
 
@@ -435,15 +434,75 @@ class LogWorld(World):
         rest = os.pread(self.file, left, 0)
         self.note_truncation(left)
         os.ftruncate(self.file, left)
-        self.lost_end, self.size_before = end, size
+        self.lost_end = end
         self.continue_truncated(end, rest)
         self.leave(probe, "close")
+        self.await_noticed()
 
-    def append(self, count: int) -> None:
-        """Append `count` bytes, but fewer if the workers could not notice a truncation then."""
-        if self.orphaned and self.size_before and self.file_base == self.lost_end:
-            count = min(count, self.size_before - 1 - (self.history.size - self.file_base))
-        super().append(max(0, count))
+    def die_agreed(self, count: int, late: int, alone: int | None) -> None:
+        """Kill the supervisor when workers may roll by themselves, and let them do so.
+
+        Args:
+            count: How many bytes to append to the next file.
+            late: How many bytes to append to the old file when a worker has rolled.
+            alone: The index of a worker that gets no clients, so that it does not roll. The others
+                are killed when they have. None if there is none.
+
+        """
+        self.await_rolled()
+        self.await_known(self.living)
+        self.append(1)
+        for client in self.living:
+            self.read(client, 1 << 40)
+        pids = sorted(self.worker_pids())
+        rolling = [pid for pid in pids if alone is None or pid != pids[alone % len(pids)]]
+        for pid in {*pids} - {*rolling}:
+            self.leave_all(pid)
+        self.rotate_silently()
+        assert self.next is not None
+        inode = os.fstat(self.next).st_ino
+        eventually(lambda: all(files_of(pid, self.folder.name)[inode] for pid in pids))
+        end = self.history.size
+        super().supervisor_dies("SIGKILL", settled=False)
+        self.switch(keep=True)
+        self.append(count)
+        rolled = []
+        for pid in rolling:
+            for client in self.clients_of(pid):
+                if client.stream and client.stream.stands_at(end) and not client.may_end:
+                    self.receive(client, 1)
+                    rolled.append(pid)
+                    break
+        if rolled:
+            os.pwrite(self.kept[-1], b"late" * late, os.fstat(self.kept[-1]).st_size)
+        if alone is not None and len(pids) > 1:
+            for pid in rolled:
+                self.end_orphan(pid, signal.SIGKILL)
+
+    def clients_of(self, pid: int) -> list[ModelClient]:
+        """Return the clients that the worker `pid` has."""
+        ports = peers_of(pid)
+        return [client for client in self.living if client.sock.getsockname()[1] in ports]
+
+    def leave_all(self, pid: int) -> None:
+        """Reset all connections to the worker `pid`, and wait until it has noticed that."""
+        for client in self.clients_of(pid):
+            self.leave(client, "reset")
+            client.ended = True
+        eventually(lambda: not peers_of(pid))
+
+    def await_noticed(self) -> None:
+        """Wait until all workers have looked at the file: they have then if they get a client."""
+        probes: list[ModelClient] = []
+        for pid in self.worker_pids():
+            for _ in range(1000):
+                if {probe.sock.getsockname()[1] for probe in probes} & peers_of(pid):
+                    break
+                # By its port, the kernel decides which worker gets it.
+                probes.append(World.connect(self, b"?-0\n"))
+                self.read(probes[-1], LINE_LENGTH)
+        for probe in probes:
+            self.leave(probe, "close")
 
     def delete(self, count: int) -> None:
         """Delete the oldest files that the server has sealed."""
@@ -551,7 +610,7 @@ class LogWorld(World):
         if self.history.size == self.file_base:
             self.append(1)
         eventually(self.has_rolled)
-        self.size_before = 0
+        self.lost_end = 0
         if not self.moved_back and self.here:
             self.pending_ends.clear()
         self.await_start(max(self.log_starts))

@@ -228,6 +228,15 @@ class LogModel(LogWorld, ClientRules):
         )
     )
     cut = supervised(if_here(rule(count=st.integers(1, 400_000))(LogWorld.cut)))
+    die_agreed = if_may_die(
+        if_here(
+            rule(
+                count=counts,
+                late=st.integers(0, 1000),
+                alone=st.one_of(st.integers(0, 2), st.none()),
+            )(LogWorld.die_agreed)
+        )
+    )
     cut_orphaned = orphaned(if_here(rule(count=st.integers(1, 400_000))(LogWorld.cut_orphaned)))
     delete = if_here(rule(count=st.integers(1, 2))(LogWorld.delete))
 

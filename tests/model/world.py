@@ -326,10 +326,12 @@ class World:
         """Kill a worker that has no supervisor, but not the last one, which has the port."""
         self.go_on()
         if len(pids := sorted(self.worker_pids())) > 1:
-            pid = pids[index % len(pids)]
-            os.kill(pid, signal.Signals[number])
-            eventually(lambda: gone(pid))
-            self.note_lost()
+            self.end_orphan(pids[index % len(pids)], signal.Signals[number])
+
+    def end_orphan(self, pid: int, number: signal.Signals) -> None:
+        os.kill(pid, number)
+        eventually(lambda: gone(pid))
+        self.note_lost()
 
     def note_lost(self) -> None:
         """Record that clients are lost that no living worker has.

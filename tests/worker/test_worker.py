@@ -871,6 +871,23 @@ def test_supervisor_dies_during_a_replacement(bench: WorkerBench, signal_first: 
     assert bench.worker.draining
 
 
+@pytest.mark.parametrize("reporting", [True, False])
+def test_last_orders_of_a_supervisor(bench: WorkerBench, reporting: bool) -> None:
+    """What the supervisor ordered before it died counts, although it has not read all reports."""
+    bench.settle()
+    bench.worker.reporter.add_notice(alive=True)
+    bench.worker.reporter.send_and_start()
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.channel.close()
+    if reporting:
+        bench.worker.reporter.add_notice(alive=True)
+        bench.worker.reporter.send_and_start()
+    else:
+        bench.worker.handle_channel()
+    assert bench.worker.draining
+    assert bench.worker.orphaned
+
+
 def test_orphan(bench: WorkerBench) -> None:
     """A worker whose supervisor has gone serves on for --orphan-timeout seconds, then drains."""
     bench.settle()
