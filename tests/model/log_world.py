@@ -787,6 +787,7 @@ class LogWorld(World):
         self.await_known(self.living)
         for client in self.living:
             self.read(client, 1 << 40)
+            self.read_what_is_there(client)
         self.living = [client for client in self.living if not client.ended]
         eventually(self.is_left_alone)
         for client in self.living:

@@ -409,8 +409,9 @@ class World:
         self.await_serving()
         self.await_known(self.living)
         for client in self.living:
-            # This detects clients that were lost. Some have received bytes before.
-            self.read(client, 1 << 40 if client.may_end else 1)
+            # This detects clients that were lost.
+            self.read(client, 1)
+            self.read_what_is_there(client)
         self.living = [client for client in self.living if not client.ended]
         eventually(self.is_left_alone)
         for client in self.living:
@@ -437,6 +438,13 @@ class World:
             self.server.signal(signal.SIGTERM)
         else:
             self.path.rename(self.path.with_name("moved.log"))
+
+    def read_what_is_there(self, client: ModelClient) -> None:
+        """Read what a client has received before it was lost, and notice that it was."""
+        if client.may_end:
+            with client.without_waiting():
+                while not client.ended:
+                    self.receive(client, 1 << 20)
 
     def is_left_alone(self) -> bool:
         """Append a byte and tell whether the server counts exactly the living clients.
@@ -593,8 +601,8 @@ class World:
         more = self.listeners() - self.base_listeners
         if "--max-clients" in self.more:
             # The number of clients of each worker, in memory that Python has open twice.
-            supervisor += Links({MEMORY: 2})
-            workers += Links({MEMORY: 2 * WORKERS})
+            supervisor = supervisor + Links({MEMORY: 2})
+            workers = workers + Links({MEMORY: 2 * WORKERS})
         each = {link: count // WORKERS for link, count in workers.items()}
         return (
             supervisor + Links({"socket": self.workers - WORKERS + more}),

@@ -55,7 +55,7 @@ def soak(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     """A correct server passes all faults: every byte is right, and no descriptor is left open."""
-    status, summary = soak(tmp_path, "--faults", "kill,upgrade,reset,flood")
+    status, summary = soak(tmp_path, "--faults", "kill,supervisor,upgrade,reset")
     assert (status, summary["reasons"]) == (0, [])
     assert summary["tally"]["checked"] > 1 << 20
     assert sum(summary["tally"]["faults"].values()) >= 3
@@ -70,7 +70,9 @@ def test_soak(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_soak_with_rotations(tmp_path: Path) -> None:
     """A correct server passes rotations and truncations, and has no deleted file open."""
-    status, summary = soak(tmp_path, "--truncate", "--minutes", "0.2", "--faults", "kill,upgrade")
+    status, summary = soak(
+        tmp_path, "--truncate", "--minutes", "0.2", "--faults", "kill,supervisor,upgrade"
+    )
     assert (status, summary["reasons"]) == (0, [])
     assert summary["tally"]["checked"] > 1 << 20
     assert sum(summary["tally"]["rotations"].values()) >= 4
