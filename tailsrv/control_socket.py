@@ -149,40 +149,34 @@ def accept_authorized(
 def bind_for_worker(endpoints: Sequence[str], numbers: Iterator[int]) -> list[socket.socket]:
     """Return sockets at which a supervisor will find a new worker, one for each endpoint.
 
+    Their names end with the same number, so that the next supervisor asks the worker only once.
     They are made before the fork, so that no worker is ever without a name. The worker calls
     listen(2), which also records its pid for SO_PEERCRED.
 
     Args:
         endpoints: The addresses that the server listens on.
-        numbers: Numbers that this process has not used for other workers.
+        numbers: An endless series of numbers that this process has not used for other workers.
 
     Raises:
         OSError: A socket cannot be created or bound.
 
     """
-    sockets: list[socket.socket] = []
-    try:
-        for endpoint in endpoints:
-            sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            _bind_for_worker(sockets[-1], endpoint, numbers)
-            sockets[-1].setblocking(False)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def _bind_for_worker(sock: socket.socket, endpoint: str, numbers: Iterator[int]) -> None:
     for number in numbers:
+        sockets: list[socket.socket] = []
         try:
-            sock.bind(_address(f"{endpoint}{WORKER}{number}"))
+            for endpoint in endpoints:
+                sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                sockets[-1].bind(_address(f"{endpoint}{WORKER}{number}"))
+                sockets[-1].setblocking(False)
         except OSError as error:
+            for sock in sockets:
+                sock.close()
             # A worker of the supervisor before this one has it.
             if error.errno != errno.EADDRINUSE:
                 raise
         else:
-            return
+            return sockets
+    raise AssertionError("the numbers are endless")
 
 
 def connect_to_worker(name: str) -> socket.socket:

@@ -110,6 +110,14 @@ class HandedSegment:
     file: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class HandedNext:
+    """The file that follows the active segment if that has the `agreed` size in bytes."""
+
+    file: int
+    agreed: int
+
+
 @dataclass(slots=True)
 class Handover:
     """What an orphaned worker hands over. All files are descriptors."""
@@ -123,10 +131,12 @@ class Handover:
     end: int = 0
     # Whether the active segment was truncated, so that the log must roll.
     truncated: bool = False
+    # When the supervisor opened the active segment, as in RollState.
+    opened_at: int = 0
     # The memory file of the shared ends of the log, None without --follow-name.
     ends: int | None = None
-    # The file to which the worker would have rolled.
-    next_file: int | None = None
+    # The file to which workers may have rolled by themselves.
+    next: HandedNext | None = None
 
     def packets(self) -> Iterator[tuple[bytes, list[int]]]:
         """Yield each packet and the descriptors that go with it. The last packet says so."""
@@ -139,7 +149,7 @@ class Handover:
 
     def _items(self) -> Iterator[tuple[list[Any], int | None]]:
         """Yield the content of each item, and its descriptor, if it has one."""
-        yield ["log", False, self.start, self.end, self.truncated], None
+        yield ["log", False, self.start, self.end, self.truncated, self.opened_at], None
         for listener in self.listeners:
             yield ["listener", True], listener
         for segment in self.segments:
@@ -147,8 +157,8 @@ class Handover:
             yield ["segment", has_file, segment.base, segment.size], segment.file
         if self.ends is not None:
             yield ["ends", True], self.ends
-        if self.next_file is not None:
-            yield ["next", True], self.next_file
+        if self.next is not None:
+            yield ["next", True, self.next.agreed], self.next.file
         for client in self.clients:
             yield ["client", True, client.start, client.end], client.file
 
@@ -171,8 +181,9 @@ class Handover:
 
     def _add(self, kind: str, file: int | None, values: list[Any]) -> None:
         match kind, file, values:
-            case "log", None, [int(start), int(end), bool(truncated)]:
-                self.start, self.end, self.truncated = start, end, truncated
+            case "log", None, [int(start), int(end), bool(truncated), int(opened_at)]:
+                self.start, self.end = start, end
+                self.truncated, self.opened_at = truncated, opened_at
             case "segment", _, [int(base), int() | None as size]:
                 self.segments.append(HandedSegment(base, size, file))
             case "client", int(), [int() | None as start, int() | None as end]:
@@ -181,14 +192,18 @@ class Handover:
                 self.listeners.append(file)
             case "ends", int(), []:
                 self.ends = file
-            case "next", int(), []:
-                self.next_file = file
+            case "next", int(), [int(agreed)]:
+                self.next = HandedNext(file, agreed)
             case _:
                 raise ValueError(kind)
 
     def files(self) -> list[int]:
         """Return all descriptors."""
-        optional = [self.ends, self.next_file, *(segment.file for segment in self.segments)]
+        optional = [
+            self.ends,
+            None if self.next is None else self.next.file,
+            *(segment.file for segment in self.segments),
+        ]
         return [
             *self.listeners,
             *(client.file for client in self.clients),

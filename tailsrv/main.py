@@ -299,10 +299,7 @@ def begin(config: Config, listening: Listening, store: LogStore | None) -> Super
             "offsets begin at 0, because no state file keeps them: %s",
             fields(path=config.path, hint="--state-file"),
         )
-    # open(2) blocks while a network file system does not answer.
-    with interruptible():
-        restored = store.restore() if store else Restored(None, [], 0)
-        file = open_file(config.path) if restored.log is None else None
+    restored = open_log(config, store)
     prepare_to_fork()
     slots = [
         Slot(index, sockets, listening.shared) for index, sockets in enumerate(listening.listeners)
@@ -310,12 +307,21 @@ def begin(config: Config, listening: Listening, store: LogStore | None) -> Super
     supervisor = Supervisor(
         config, slots, listening.names, listening.control, partial(work, config=config), store
     )
-    supervisor.served_file.base = restored.end
-    if restored.log is not None:
-        supervisor.begin(restored.log, restored.next_files)
-    elif file is not None:
-        supervisor.begin(Log([Segment(restored.end, file)]))
+    supervisor.begin(restored)
     return supervisor
+
+
+def open_log(config: Config, store: LogStore | None) -> Restored:
+    """Open the file, and those before and after it that the state file leads to.
+
+    Raises CannotServeError or StateFileError.
+    """
+    # open(2) blocks while a network file system does not answer.
+    with interruptible():
+        restored = store.restore() if store else Restored(None, [], 0)
+        if restored.log is None and (file := open_file(config.path)) is not None:
+            return Restored(Log([Segment(restored.end, file)]), [], restored.end)
+    return restored
 
 
 def take_over_orphans(
@@ -348,8 +354,11 @@ def take_over_orphans(
     for orphan, place in zip(orphans, places, strict=True):
         predecessors[place].append(orphan.sock)
     supervisor = load(config, state, listening.control, store, predecessors)
-    if supervisor.roller is not None:
-        supervisor.roller.save_log()
+    if state.log is None:
+        # The orphans have waited for the file.
+        supervisor.begin(open_log(config, store))
+    elif supervisor.roller is not None:
+        supervisor.roller.take_over()
     return supervisor
 
 

@@ -1,6 +1,7 @@
 """The server's status as dataclasses, and the strict reader of the JSON that carries it. Pure.
 
-The supervisor sends this JSON at its control sockets. The reader accepts an answer as a whole or
+The supervisor sends this JSON at its control sockets, an orphaned worker sends its greeting at a
+socket of its own. The reader accepts an answer as a whole or
 refuses it as a whole: any process can take the name of such a socket and send what it likes.
 """
 
@@ -224,6 +225,26 @@ class ServerStatus:
     listeners: tuple[ListenerStatus, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OrphanStatus:
+    """An orphaned worker, as it describes itself in its greeting (see handover.py).
+
+    Attributes:
+        version: Version of tailsrv that the worker runs.
+        slot: Number of its slot.
+        path: Absolute path of the served file.
+        clients: Number of its clients.
+        seconds: Seconds for which it still waits for a supervisor.
+
+    """
+
+    version: str
+    slot: int
+    path: str
+    clients: int
+    seconds: float
+
+
 def decode_status(answer: bytes) -> ServerStatus:
     """Return the status in `answer`, a JSON document. Raises AnswerError."""
     return _decode(answer, _read_status)
@@ -232,6 +253,11 @@ def decode_status(answer: bytes) -> ServerStatus:
 def decode_listing(answer: bytes) -> Listing:
     """Return the segments and clients in `answer`, a JSON document. Raises AnswerError."""
     return _decode(answer, _read_listing)
+
+
+def decode_greeting(answer: bytes) -> OrphanStatus:
+    """Return what a health check needs of the greeting in `answer`. Raises AnswerError."""
+    return _decode(answer, _read_greeting)
 
 
 def _decode(answer: bytes, read: Callable[[Any], Decoded]) -> Decoded:
@@ -337,6 +363,16 @@ def _read_client(data: Any, end: int | None) -> ClientStatus:
         position=position,
         lag=None if end is None or position is None else max(0, end - position),
         beyond=end is not None and position is not None and position > end,
+    )
+
+
+def _read_greeting(data: Any) -> OrphanStatus:
+    return OrphanStatus(
+        version=_string(data["version"]),
+        slot=_integer(data["slot"]),
+        path=_string(data["path"]),
+        clients=_integer(data["clients"]),
+        seconds=_float(data["seconds"]),
     )
 
 

@@ -33,6 +33,8 @@ class WorkerContext:
     log: Log | None
     # With --follow-name: for each slot, the largest end of the log that its workers have acted on.
     ends: SharedCounts | None
+    # With --follow-name: what only the supervisor needs to find the files after the active segment.
+    opened_at: SharedCounts | None
     # The end of the log if the worker starts frozen, because others may roll by themselves, or
     # because the active segment was truncated.
     frozen_end: int | None

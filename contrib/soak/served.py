@@ -39,11 +39,17 @@ class Server:
     ) -> None:
         self.command = [*command, "-p", "0", "--bind", "127.0.0.1", *options, str(path)]
         self._log = log
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
+        log.write_bytes(b"")
+        self.process = self._launch()
+        self.port = 0
+        # How often the supervisor was killed.
+        self.deaths = 0
+
+    def _launch(self) -> "subprocess.Popen[bytes]":
+        with self._log.open("ab") as stderr:
+            return subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
-        self.port = 0
 
     @property
     def pid(self) -> int:
@@ -66,8 +72,27 @@ class Server:
             raise ServerError("the server does not start:\n" + "\n".join(self.log[-5:]))
         self.port = int(listening[1])
 
+    def kill_supervisor(self) -> None:
+        """Kill the supervisor. Its workers serve on."""
+        self.deaths += 1
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        """Start another supervisor at the same port, which takes over."""
+        self.command[self.command.index("-p") + 1] = str(self.port)
+        self.process = self._launch()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the supervisor lives, and the takeover is complete if it is not the first one."""
+        return self._count(" took over: ") == self.deaths
+
     def _ready(self) -> int:
-        return sum("worker ready: " in line for line in self.log)
+        return self._count("worker ready: ")
+
+    def _count(self, text: str) -> int:
+        return sum(text in line for line in self.log)
 
     def workers(self) -> list[int]:
         """Return the pids of the current workers, without other children of the supervisor."""
@@ -102,7 +127,7 @@ class Server:
     def is_whole(self) -> bool:
         """Return whether every slot has a worker that is ready, and no upgrade is running."""
         status = self.status()
-        upgrading = len(children(self.pid)) > len(status["workers"])
+        upgrading = self._count("upgrade: checking ") > self._count("upgraded: ")
         return (
             not upgrading
             and status["state"] == "serving"
@@ -110,8 +135,8 @@ class Server:
         )
 
     def check_alive(self) -> None:
-        """Raise ServerError if the server has exited."""
-        if (status := self.process.poll()) is not None:
+        """Raise ServerError if the server has exited, other than by kill_supervisor()."""
+        if (status := self.process.poll()) not in (None, -signal.SIGKILL):
             raise ServerError(f"the server has exited unexpectedly, with status {status}")
 
     def end(self) -> int:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import clients
-from served import Server
+from served import Server, until
 from tally import Tally
 from traffic import Traffic
 
 # The shortest and longest time for which a worker is stopped, in seconds.
 STOPPED = (0.1, 0.9)
+# The longest time without a supervisor, in seconds.
+UNSUPERVISED = 1.0
+# Seconds between attempts to kill the supervisor, if a slot is without a worker.
+RETRY = 0.05
 # The shortest and longest time for which clients do not read, in seconds.
 STALLED = (0.5, 5.0)
 # Number of connections that are made at once.
@@ -34,6 +38,8 @@ class Faults:
     ) -> None:
         self._server, self._traffic, self._tally, self._dice = server, traffic, tally, dice
         self._names = names
+        # Whether the supervisor was killed, and another one is still to be started.
+        self._down = False
         self._coming: list[str] = []
 
     @property
@@ -42,6 +48,7 @@ class Faults:
         return {
             "kill": self.kill,
             "stop": self.stop,
+            "supervisor": self.supervisor,
             "upgrade": self.upgrade,
             "reset": self.reset,
             "burst": self.burst,
@@ -62,7 +69,10 @@ class Faults:
         self.known[name]()
 
     def calm(self) -> None:
-        """Continue workers that are still stopped."""
+        """Continue workers that are still stopped, and wait for the end of a takeover."""
+        if self._down:
+            self.restart()
+        until(lambda: self._server.supervised, "the supervisor has taken over")
         for pid in self._server.workers():
             self._server.signal(signal.SIGCONT, pid)
 
@@ -81,9 +91,31 @@ class Faults:
                 self._dice.uniform(*STOPPED), partial(self._server.signal, signal.SIGCONT, pid)
             )
 
+    def supervisor(self) -> None:
+        """Kill the supervisor, and start another one at once or a little later.
+
+        The supervisor alone has the clients of a worker that has died. So all slots must have one.
+        """
+        if not self._traffic.busy or not self._server.supervised:
+            return
+        if not self._server.is_whole():
+            self._traffic.later(RETRY, self.supervisor)
+            return
+        self._server.kill_supervisor()
+        self._down = True
+        pause = self._dice.choice([0.0, self._dice.uniform(0, UNSUPERVISED)])
+        self._traffic.later(pause, self.restart)
+
+    def restart(self) -> None:
+        """Start another supervisor, if the last one was killed."""
+        if self._down:
+            self._down = False
+            self._server.restart()
+
     def upgrade(self) -> None:
         """Send SIGHUP: the supervisor executes the installed program and replaces all workers."""
-        self._server.signal(signal.SIGHUP)
+        if self._server.supervised:
+            self._server.signal(signal.SIGHUP)
 
     def reset(self) -> None:
         """Reset the connections of half of the clients at once; new clients replace them."""
@@ -121,4 +153,4 @@ class Faults:
 
 
 # The names of all faults.
-FAULTS = ("kill", "stop", "upgrade", "reset", "burst", "stall", "flood", "nonsense")
+FAULTS = ("kill", "stop", "supervisor", "upgrade", "reset", "burst", "stall", "flood", "nonsense")

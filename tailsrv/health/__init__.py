@@ -9,11 +9,18 @@ Example:
 
 """
 
-from tailsrv.health.control_client import EndedError, InspectError, NotOursError, find
+from tailsrv.health.control_client import (
+    EndedError,
+    InspectError,
+    NoSupervisorError,
+    NotOursError,
+    find,
+)
 from tailsrv.health.inspection import inspect
 from tailsrv.health.report import HealthReport as Report
 from tailsrv.health.report import HealthVerdict as Verdict
-from tailsrv.health.report import Level, Process, Server, Totals, judge
+from tailsrv.health.report import Level, OrphanReport, Process, Server, Totals, judge
+from tailsrv.health.report import OrphanHealth as Orphan
 from tailsrv.health.report import WorkerHealth as Worker
 from tailsrv.status_schema import ClientStatus as Client
 from tailsrv.status_schema import FileStatus as ServedFile
@@ -28,7 +35,10 @@ __all__ = [
     "Level",
     "Listener",
     "Log",
+    "NoSupervisorError",
     "NotOursError",
+    "Orphan",
+    "OrphanReport",
     "Process",
     "Report",
     "Segment",

@@ -1,10 +1,12 @@
 """Finds the servers of this machine and asks them for their status and clients.
 
-It finds servers by the names of their control sockets in /proc/net/unix. To ask a question, it
-connects to a control socket. It sends nothing: each question has a socket of its own. It never
-connects to the TCP port, because a health check must not be a client. It trusts an answer only if
-it comes from this process's user or from root; root trusts all users. It trusts a process ID only
-after it has compared the start time of the process with the one reported.
+It finds servers by the names of their control sockets in /proc/net/unix. If there is no control
+socket for an endpoint, its supervisor has died, and it looks for workers that serve on. To ask a
+question, it connects to a control socket, or to the socket of an orphaned worker. It sends nothing:
+each question has a socket of its own, and a worker that is sent nothing hands nothing over. It
+never connects to the TCP port, because a health check must not be a client. It trusts an answer
+only if it comes from this process's user or from root; root trusts all users. It trusts a process
+ID that a supervisor reports only after it has compared the start times.
 """
 
 import os
@@ -12,14 +14,29 @@ import re
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from tailsrv.control_socket import CLIENTS, PREFIX, credentials, list_sockets, overflow_uid
-from tailsrv.health.report import STOPPED, Level, Server
+from tailsrv.config import MAX_WORKERS
+from tailsrv.control_socket import (
+    CLIENTS,
+    PREFIX,
+    credentials,
+    list_sockets,
+    list_worker_sockets,
+    overflow_uid,
+)
+from tailsrv.health.report import (
+    ENDED_STATES,
+    STOPPED,
+    Level,
+    OrphanReport,
+    Server,
+    describe_orphans,
+)
 from tailsrv.health.user_names import user_names
 from tailsrv.linux.process import read_stat
 from tailsrv.status_schema import (
@@ -36,6 +53,8 @@ STATUS_TIMEOUT = 5.0
 CLIENTS_TIMEOUT = 10.0
 # Seconds between two attempts to connect to a control socket whose queue is full.
 CONNECT_RETRY = 0.02
+# Seconds in which a supervisor that has closed a connection must end if it was killed.
+EXIT_PATIENCE = 0.2
 # Largest size of a status in bytes: twice that of a thousand workers with ten addresses each.
 MAX_STATUS = 1 << 22
 # Largest size of the list of segments and clients in bytes: twice that of a million clients and
@@ -47,7 +66,14 @@ MAX_CLIENTS = 1 << 28
 # port. A name with a comma would be mistaken for several endpoints.
 _ENDPOINT = re.compile(r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}")
 
+# The number at the end of the name of a worker's socket.
+_WORKER = re.compile(r"[0-9]{1,9}")
+
 REPLACED = "the server has ended and another server has replaced it"
+REFUSED = (
+    "closed the connection without an answer: it may be in another user namespace and unable to"
+    " identify this user; run the check there"
+)
 _OTHER_PID_NAMESPACE = "it may be in another pid namespace; run the check there"
 _VERSION_MISMATCH = "unexpected answer from the supervisor (version mismatch?)"
 
@@ -73,6 +99,19 @@ class EndedError(InspectError):
     """The server has ended since it was found, or another server has replaced it."""
 
 
+class NoSupervisorError(InspectError):
+    """The supervisor of the server has died, and its workers serve on for a while.
+
+    Attributes:
+        report: What is known about them.
+
+    """
+
+    def __init__(self, report: OrphanReport) -> None:
+        super().__init__(describe_orphans(report), Level.CRITICAL)
+        self.report = report
+
+
 # Finding
 
 
@@ -85,7 +124,8 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
 
     Args:
         port: Return only servers that listen on this TCP port.
-        pid: Return only the server whose supervisor has this process ID.
+        pid: Return only the server whose supervisor, or one of whose orphaned workers, has this
+            process ID.
 
     Returns:
         The servers, in the order of their endpoints. The list is empty if there are none.
@@ -94,27 +134,39 @@ def find(port: int | None = None, pid: int | None = None) -> list[Server]:
         OSError: /proc/self/net/unix cannot be read, or descriptors or memory have run out.
 
     """
-    found: dict[object, tuple[Server, list[str]]] = {}
-    for endpoint in list_endpoints():
-        try:
-            server = _find_holder(endpoint)
-        except EndedError:
-            continue
-        # The pid is that of the process that called listen(2). That process may have ended, and a
-        # server of another user may have the same pid now. So the user is part of the key.
-        key = (server.pid, server.uid) if server.pid else endpoint
-        found.setdefault(key, (server, []))[1].append(endpoint)
-    servers = [replace(server, endpoints=tuple(endpoints)) for server, endpoints in found.values()]
+    found: dict[object, tuple[_Found, list[str]]] = {}
+    # The workers are listed first. So the supervisor of each worker in the list, if it still runs,
+    # is found below.
+    orphans = list_orphan_sockets()
+    for endpoint in sorted({*list_endpoints(), *orphans}):
+        # Workers are connected to only if they have no supervisor (see list_orphan_sockets).
+        for each in _find_holder(endpoint) or _find_orphans(endpoint, orphans.get(endpoint, ())):
+            found.setdefault(each.key, (each, []))[1].append(endpoint)
     wanted = [
-        server
-        for server in servers
-        if pid in (None, server.pid) and (port is None or port in ports(server))
+        replace(each.server, endpoints=tuple(endpoints))
+        for each, endpoints in found.values()
+        if pid in (None, each.server.pid, *each.server.orphans)
+        and (port is None or port in map(_port, endpoints))
     ]
     users = user_names({server.uid for server in wanted if server.uid is not None})
     return [
         server if server.uid is None else replace(server, user=users[server.uid])
         for server in wanted
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A server that was found at one endpoint.
+
+    Attributes:
+        server: The server.
+        key: The same for all endpoints of a server.
+
+    """
+
+    server: Server
+    key: object
 
 
 def list_endpoints() -> list[str]:
@@ -135,17 +187,76 @@ def _port(endpoint: str) -> int:
     return int(endpoint.rpartition(":")[2])
 
 
-def _find_holder(endpoint: str) -> Server:
-    """Return the server that listens at the control socket of `endpoint`. Raises EndedError."""
+def _find_holder(endpoint: str) -> list[_Found]:
+    """Return the server that listens at the control socket of `endpoint`, if there is one."""
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            _connect(sock, endpoint, deadline=0.0)
+            connect(sock, endpoint, deadline=0.0)
+        except EndedError:
+            return []
         except OSError:
             # The queue is full, or the connection is not permitted. If the server is inspected,
             # `_ask` finds out which.
-            return Server((endpoint,), None, None, None, ours=False)
+            server = Server((endpoint,), None, None, None, ours=False)
+            return [_Found(server, endpoint)]
         pid, uid, _ = credentials(sock)
-        return Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
+    # The pid is that of the process that called listen(2). That process may have ended, and a
+    # server of another user may have the same pid now. So the user is part of the key.
+    key = (pid, uid) if pid else endpoint
+    server = Server((endpoint,), pid, uid, None, ours=_is_ours(uid))
+    return [_Found(server, key)]
+
+
+def has_supervisor(server: Server) -> bool:
+    """Return whether a process listens at a control socket of `server`."""
+    return any(_find_holder(endpoint) for endpoint in server.endpoints)
+
+
+def list_orphan_sockets() -> dict[str, list[str]]:
+    """Return, by endpoint, the names of all workers' sockets.
+
+    Only the workers of an endpoint without a supervisor are orphaned. The others must not be
+    connected to: they accept nothing, so the connection would stay in their queue.
+    """
+    found: dict[str, list[str]] = {}
+    for name, endpoint in sorted(list_worker_sockets().items()):
+        if _is_endpoint(endpoint) and _WORKER.fullmatch(name.rpartition("/")[2]):
+            found.setdefault(endpoint, []).append(name)
+    return found
+
+
+def _find_orphans(endpoint: str, names: Iterable[str]) -> list[_Found]:
+    """Return for each user the server whose workers listen at the sockets `names`.
+
+    `endpoint` must have no supervisor.
+    """
+    found: dict[int | None, list[int]] = {}
+    for name in names:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            uid: int | None
+            try:
+                connect(sock, name, deadline=0.0)
+                pid, uid, _ = credentials(sock)
+            except BlockingIOError:
+                # The queue is full.
+                pid, uid = 0, None
+            except (EndedError, OSError):
+                continue
+        found.setdefault(uid, []).append(pid)
+    return [_describe_orphans(endpoint, uid, sorted(pids)) for uid, pids in found.items()]
+
+
+def _describe_orphans(endpoint: str, uid: int | None, pids: Sequence[int]) -> _Found:
+    """Return the server of the workers with these pids, of which one that is unknown is 0."""
+    server = Server(
+        (endpoint,),
+        pid=None,
+        uid=uid,
+        user=None,
+        ours=uid is not None and _is_ours(uid),
+        orphans=tuple(pids[:MAX_WORKERS]),
+    )
+    return _Found(server, (*pids, uid) if all(pids) else (endpoint, uid))
 
 
 # Asking
@@ -157,7 +268,7 @@ class _Answer:
     data: bytes
 
 
-def _connect(sock: socket.socket, name: str, deadline: float) -> None:
+def connect(sock: socket.socket, name: str, deadline: float) -> None:
     """Connect to a control socket. While its queue is full, try again.
 
     The last attempt is before `deadline`, a time of time.monotonic(); there is at least one. Raises
@@ -188,7 +299,7 @@ def _ask(server: Server, suffix: str, deadline: float, largest: int) -> _Answer:
     """
     with socket.socket(socket.AF_UNIX) as sock:
         try:
-            _connect(sock, server.endpoints[0] + suffix, deadline)
+            connect(sock, server.endpoints[0] + suffix, deadline)
         except BlockingIOError:
             raise InspectError(
                 "supervisor does not answer: the queue of its control socket is full",
@@ -217,7 +328,7 @@ def _check_user(uid: int, name: str | None) -> None:
     Abstract socket names are not protected: the first process that binds a name has it.
     """
     if os.geteuid() != 0 and uid != 0 and not _is_ours(uid):
-        raise _not_ours(uid, name)
+        raise not_ours(uid, name)
 
 
 def _is_ours(uid: int) -> bool:
@@ -228,7 +339,8 @@ def _is_ours(uid: int) -> bool:
     return uid == os.geteuid() and uid != overflow_uid()
 
 
-def _not_ours(uid: int, name: str | None) -> NotOursError:
+def not_ours(uid: int, name: str | None) -> NotOursError:
+    """Return the error for a server of the user `uid`, whose name is `name` if it is known."""
     if uid == overflow_uid():
         return NotOursError(
             "belongs to a user that this user namespace does not map: run the check in the"
@@ -240,13 +352,23 @@ def _not_ours(uid: int, name: str | None) -> NotOursError:
 def _explain_empty_answer(pid: int, uid: int, name: str | None) -> None:
     """Raise the InspectError for a supervisor that closed the connection without an answer."""
     if os.geteuid() != 0 and not _is_ours(uid):
-        raise _not_ours(uid, name)
-    if pid and read_stat(pid) is None:
+        raise not_ours(uid, name)
+    if pid and ends(pid):
         raise EndedError("the server has ended", Level.CRITICAL)
-    raise InspectError(
-        "supervisor closed the connection without an answer: it may be in another user namespace"
-        " and unable to identify this user; run the check there"
-    )
+    raise InspectError(f"supervisor {REFUSED}")
+
+
+def ends(pid: int) -> bool:
+    """Return whether the process `pid` has ended, or does so now.
+
+    The kernel closes the sockets of a process a moment before it shows that the process has ended.
+    """
+    deadline = time.monotonic() + EXIT_PATIENCE
+    while read_stat(pid) is not None and state_of(pid) not in ENDED_STATES:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(CONNECT_RETRY)
+    return True
 
 
 def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:

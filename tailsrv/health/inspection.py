@@ -17,16 +17,20 @@ from tailsrv.health.control_client import (
     REPLACED,
     STATUS_TIMEOUT,
     EndedError,
+    NoSupervisorError,
     ask_listing,
     ask_status,
     attempt,
     state_of,
 )
+from tailsrv.health.orphans import Orphan, ask_orphans
 from tailsrv.health.report import (
     HUNG_AFTER,
     STOPPED,
     HealthReport,
     Level,
+    OrphanHealth,
+    OrphanReport,
     Process,
     Server,
     Totals,
@@ -137,12 +141,16 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
     Raises:
         NotOursError: The server belongs to another user, and this process is not root.
         EndedError: The server has ended, or another server has replaced it.
+        NoSupervisorError: The supervisor has died, and the workers serve on for a while. The
+            attribute `report` describes them.
         InspectError: With level CRITICAL: the supervisor does not answer. With level UNKNOWN: its
-            answer is not valid in this version, or it is in another namespace. The two errors
+            answer is not valid in this version, or it is in another namespace. The three errors
             above are subclasses of this one.
         OSError: This process cannot ask, for example because it has no descriptor or memory left.
 
     """
+    if server.orphans:
+        raise NoSupervisorError(_inspect_orphans(ask_orphans(server)))
     deadline = time.monotonic() + 2 * STATUS_TIMEOUT
     status = ask_status(server, deadline)
     samples = _sample([status.pid, *(worker.pid for worker in status.workers if worker.pid)])
@@ -171,6 +179,33 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
         ),
         segments=listing.segments if listing else None,
         clients=listing.clients if listing else None,
+    )
+
+
+def _inspect_orphans(orphans: Sequence[Orphan]) -> OrphanReport:
+    until = time.monotonic() + MEMORY_TIMEOUT
+    workers = tuple(_inspect_orphan(orphan, until) for orphan in orphans)
+    answers = [orphan.status for orphan in orphans if orphan.status is not None]
+    seconds = [worker.seconds for worker in workers if worker.seconds is not None]
+    return OrphanReport(
+        version=answers[0].version if answers else None,
+        path=answers[0].path if answers else None,
+        clients=sum(status.clients for status in answers) if answers else None,
+        seconds=min(seconds, default=None),
+        workers=tuple(sorted(workers, key=lambda worker: (worker.slot is None, worker.slot or 0))),
+    )
+
+
+def _inspect_orphan(orphan: Orphan, until: float) -> OrphanHealth:
+    status = orphan.status
+    # The parent of an orphan depends on the system: init, or a subreaper (PR_SET_CHILD_SUBREAPER).
+    stat = read_stat(orphan.pid) if orphan.pid else None
+    return OrphanHealth(
+        pid=orphan.pid,
+        slot=None if status is None else status.slot,
+        clients=None if status is None else status.clients,
+        seconds=None if status is None else max(0.0, orphan.until - time.monotonic()),
+        process=None if stat is None else _inspect_process(orphan.pid, stat, None, until),
     )
 
 

@@ -20,11 +20,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tailsrv.arguments import make_health_parser
-from tailsrv.health.control_client import EndedError, InspectError, NotOursError, find, ports
+from tailsrv.health.control_client import (
+    EndedError,
+    InspectError,
+    NoSupervisorError,
+    NotOursError,
+    find,
+    ports,
+)
 from tailsrv.health.inspection import inspect
 from tailsrv.health.prometheus import render_metrics
 from tailsrv.health.report import Finding, HealthReport, HealthVerdict, Level, Server, judge
 from tailsrv.health.text import render_text, summarize
+from tailsrv.linux.process import raise_descriptor_limit
 
 # Number of servers that are inspected in parallel. An inspection mostly waits for answers.
 PARALLEL_INSPECTIONS = 32
@@ -32,6 +40,10 @@ PARALLEL_INSPECTIONS = 32
 # Seconds after which no further inspection is started. Any user can make a check find thousands of
 # servers.
 START_LIMIT = 10.0
+# Seconds between two inspections of a server that has ended, or has been replaced, meanwhile.
+LOOK_AGAIN = 0.05
+
+Outcome = HealthReport | InspectError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_at_interrupt()
     try:
         options = parse(make_health_parser(), argv)
+        # Each orphaned worker is asked on a connection of its own.
+        raise_descriptor_limit()
         level, text = check(options)
     except SystemExit as end:
         # argparse exits with 2 after a usage error, which would mean CRITICAL.
@@ -72,20 +86,19 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
 def check(options: Namespace) -> tuple[Level, str]:
     """Return the worst level of the servers that `options` select, and the text to print."""
     try:
-        servers = find(options.port, options.pid)
+        outcomes = find_and_examine(options)
     except OSError as error:
         return Level.UNKNOWN, render(
             [], options.format, Level.UNKNOWN, f"cannot look for servers: {error}"
         )
-    outcomes = examine_all(servers, options.clients)
-    doubtful = doubtful_servers(servers)
+    doubtful = doubtful_servers(list(outcomes))
     asked_for = options.port is not None or options.pid is not None
     findings = [
         finding
-        for server, outcome in zip(servers, outcomes, strict=True)
+        for server, outcome in outcomes.items()
         if (finding := to_finding(server, outcome, asked_for, server in doubtful)) is not None
     ]
-    others = sum(isinstance(outcome, NotOursError) for outcome in outcomes)
+    others = sum(isinstance(outcome, NotOursError) for outcome in outcomes.values())
     level, summary = summarize(findings, none_found_message(options, others))
     return level, render(findings, options.format, level, summary)
 
@@ -101,9 +114,34 @@ def render(findings: Sequence[Finding], form: str, level: Level, summary: str) -
             return render_text(findings, level, summary, wants_colour(os.environ))
 
 
-def examine_all(servers: Sequence[Server], clients: bool) -> list[HealthReport | InspectError]:
+def find_and_examine(options: Namespace) -> dict[Server, Outcome]:
+    """Return the servers that `options` select, in the order of their endpoints.
+
+    With each comes the report or the error of its inspection. If a server has ended meanwhile,
+    another one may have replaced it, or its workers may serve on. Then look again, but not beyond
+    START_LIMIT. Raises OSError, as `find` does.
+    """
+    until = time.monotonic() + START_LIMIT
+    outcomes = examine_all(find(options.port, options.pid), options.clients, until)
+    while ended := [server for server, it in outcomes.items() if isinstance(it, EndedError)]:
+        endpoints = {endpoint for server in ended for endpoint in server.endpoints}
+        again = [
+            server
+            for server in find(options.port, options.pid)
+            if endpoints.intersection(server.endpoints)
+        ]
+        if not again or time.monotonic() > until:
+            break
+        for server in ended:
+            del outcomes[server]
+        outcomes |= examine_all(again, options.clients, until)
+        time.sleep(LOOK_AGAIN)
+    return dict(sorted(outcomes.items(), key=lambda item: item[0].endpoints))
+
+
+def examine_all(servers: Sequence[Server], clients: bool, until: float) -> dict[Server, Outcome]:
     """Return for each of `servers`, in their order, the report or the error of its inspection."""
-    ask = partial(examine, clients=clients, until=time.monotonic() + START_LIMIT)
+    ask = partial(examine, clients=clients, until=until)
     turns = in_turns(servers)
     try:
         with ThreadPoolExecutor(PARALLEL_INSPECTIONS) as pool:
@@ -111,7 +149,7 @@ def examine_all(servers: Sequence[Server], clients: bool) -> list[HealthReport |
     except RuntimeError:
         # The system cannot start another thread.
         outcomes = {server: ask(server) for server in turns}
-    return [outcomes[server] for server in servers]
+    return {server: outcomes[server] for server in servers}
 
 
 def in_turns(servers: Sequence[Server]) -> list[Server]:
@@ -127,7 +165,7 @@ def in_turns(servers: Sequence[Server]) -> list[Server]:
     return sorted(servers, key=turns.__getitem__)
 
 
-def examine(server: Server, clients: bool, until: float) -> HealthReport | InspectError:
+def examine(server: Server, clients: bool, until: float) -> Outcome:
     """Return the report on `server`, or the error if it cannot be inspected.
 
     After `until`, a time of time.monotonic(), `server` is not inspected any more.
@@ -152,7 +190,7 @@ def examine(server: Server, clients: bool, until: float) -> HealthReport | Inspe
 
 
 def to_finding(
-    server: Server, outcome: HealthReport | InspectError, asked_for: bool, doubtful: bool = False
+    server: Server, outcome: Outcome, asked_for: bool, doubtful: bool = False
 ) -> Finding | None:
     """Return the finding on `server`, None if the check should not mention it.
 
@@ -170,7 +208,9 @@ def to_finding(
             # If the user is unknown, the queue of the socket may be full because the socket belongs
             # to an impostor, which wants to cause a false alarm.
             doubtful = doubtful or (server.uid is None and not asked_for)
-            return Finding(server, soften(HealthVerdict(outcome.level, (str(outcome),)), doubtful))
+            verdict = HealthVerdict(outcome.level, (str(outcome),))
+            orphan_report = outcome.report if isinstance(outcome, NoSupervisorError) else None
+            return Finding(server, soften(verdict, doubtful), orphan_report=orphan_report)
 
 
 def doubtful_servers(servers: Sequence[Server]) -> set[Server]:
@@ -228,6 +268,7 @@ def render_json(findings: Sequence[Finding], level: Level, summary: str) -> str:
                 for name, value in dataclasses.asdict(finding.report).items()
                 if name != "server"
             },
+            "orphan_report": finding.orphan_report and dataclasses.asdict(finding.orphan_report),
         }
         for finding in findings
     ]

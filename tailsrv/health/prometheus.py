@@ -7,10 +7,12 @@ the metrics follow https://prometheus.io/docs/practices/naming/: base units, and
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tailsrv.health.report import Finding, HealthReport, Process, ready
+from tailsrv.health.report import Finding, HealthReport, OrphanReport, Process, ready
 from tailsrv.status_schema import ClientStatus
 
-STATES = ("serving", "starting", "waiting for file", "draining")
+# The state of a server whose supervisor has died and whose workers serve on.
+ORPHANED = "orphaned"
+STATES = ("serving", "starting", "waiting for file", "draining", ORPHANED)
 
 Labels = Mapping[str, str]
 # Name of a family in FAMILIES, labels, and value. A sample whose value is None is left out.
@@ -125,12 +127,13 @@ def _measure(finding: Finding) -> Iterator[Sample]:
         yield from _measure_workers(server, report)
         yield from _measure_listeners(server, report)
         yield from _measure_clients(server, report.clients or ())
+    if finding.orphan_report is not None:
+        yield from _measure_orphans(server, finding.orphan_report)
 
 
 def _measure_server(server: Labels, report: HealthReport) -> Iterator[Sample]:
     yield "tailsrv_info", {**server, "version": report.version, "path": report.file.path}, 1
-    for state in dict.fromkeys([*STATES, report.state]):
-        yield "tailsrv_state", {**server, "state": state}, state == report.state
+    yield from _measure_state(server, report.state)
     yield "tailsrv_start_time_seconds", server, report.started
     yield "tailsrv_file_size_bytes", server, report.file.size
     yield "tailsrv_file_gone", server, report.file.gone
@@ -149,6 +152,26 @@ def _measure_server(server: Labels, report: HealthReport) -> Iterator[Sample]:
     yield "tailsrv_workers", server, len(report.workers)
     yield "tailsrv_workers_ready", server, ready(report)
     yield from _measure_process({**server, "process": "supervisor"}, report.supervisor)
+
+
+def _measure_state(server: Labels, current: str) -> Iterator[Sample]:
+    for state in dict.fromkeys([*STATES, current]):
+        yield "tailsrv_state", {**server, "state": state}, state == current
+
+
+def _measure_orphans(server: Labels, report: OrphanReport) -> Iterator[Sample]:
+    if report.version is not None and report.path is not None:
+        yield "tailsrv_info", {**server, "version": report.version, "path": report.path}, 1
+    yield from _measure_state(server, ORPHANED)
+    yield "tailsrv_clients", server, report.clients
+    for worker in report.workers:
+        if worker.slot is None:
+            continue
+        yield "tailsrv_worker_clients", {**server, "slot": str(worker.slot)}, worker.clients
+        if worker.process is not None:
+            yield from _measure_process(
+                {**server, "process": f"worker {worker.slot}"}, worker.process
+            )
 
 
 def _measure_workers(server: Labels, report: HealthReport) -> Iterator[Sample]:

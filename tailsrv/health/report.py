@@ -70,11 +70,13 @@ class Server:
             for all addresses, `127.0.0.1:4321`, `[::1]:4321`.
         pid: Process ID of its supervisor. 0 if the supervisor is in another pid namespace
             (pid_namespaces(7)), where this process cannot see it. None if it is unknown, because
-            the connection to the control socket failed.
-        uid: User ID of its supervisor. None if it is unknown.
+            the connection to the control socket failed, or if the supervisor has died.
+        uid: User ID of its supervisor or its orphaned workers. None if it is unknown.
         user: Name of that user. If no name was found within half a second, it is `uid` as text.
             None if `uid` is unknown.
         ours: Whether the server certainly belongs to the user of this process.
+        orphans: Process IDs of its workers if its supervisor has died and they serve on. 0 stands
+            for a worker in another pid namespace. Empty if there is a supervisor.
 
     """
 
@@ -83,6 +85,7 @@ class Server:
     uid: int | None
     user: str | None
     ours: bool
+    orphans: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,48 @@ class HealthReport:
 
 
 @dataclass(frozen=True, slots=True)
+class OrphanHealth:
+    """One orphaned worker. All fields but the first and the last are None if it does not answer.
+
+    Attributes:
+        pid: Process ID. 0 if the worker is in another pid namespace.
+        slot: Number of its slot.
+        clients: Number of its clients.
+        seconds: Seconds for which it still serves, unless a supervisor takes over.
+        process: The worker's process, without its CPU use. None if it cannot be seen.
+
+    """
+
+    pid: int
+    slot: int | None
+    clients: int | None
+    seconds: float | None
+    process: Process | None
+
+
+@dataclass(frozen=True, slots=True)
+class OrphanReport:
+    """What is known about a server whose supervisor has died and whose workers serve on.
+
+    Attributes:
+        version: Version of tailsrv that the workers run. This field and the next three are None if
+            no worker answers.
+        path: Absolute path of the served file.
+        clients: Number of clients of the workers that answer.
+        seconds: Seconds until the first of these workers begins to drain, unless a supervisor takes
+            over.
+        workers: The workers.
+
+    """
+
+    version: str | None
+    path: str | None
+    clients: int | None
+    seconds: float | None
+    workers: tuple[OrphanHealth, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HealthVerdict:
     """The verdict on a server.
 
@@ -237,12 +282,14 @@ class HealthVerdict:
 class Finding:
     """A server, the verdict on it, and the report that is the basis of the verdict.
 
-    `report` is None if the server could not be inspected.
+    `report` is None if the server could not be inspected, or has no supervisor. In the second case,
+    `orphan_report` describes its workers.
     """
 
     server: Server
     verdict: HealthVerdict
     report: HealthReport | None = None
+    orphan_report: OrphanReport | None = None
 
 
 def worst(levels: Iterable[Level]) -> Level:
@@ -263,6 +310,22 @@ def judge(report: HealthReport) -> HealthVerdict:
     critical, warning = tuple(_critical(report)), tuple(_warning(report))
     level = Level.CRITICAL if critical else Level.WARNING if warning else Level.OK
     return HealthVerdict(level, critical + warning)
+
+
+def describe_orphans(report: OrphanReport) -> str:
+    """Return the sentence about a server without a supervisor."""
+    workers = counted(len(report.workers), "orphaned worker")
+    several = len(report.workers) > 1
+    silent = sum(worker.clients is None for worker in report.workers)
+    if report.clients is None or report.seconds is None:
+        return f"no supervisor, {workers} {'do' if several else 'does'} not answer"
+    sentence = (
+        f"no supervisor, {workers} {'serve' if several else 'serves'}"
+        f" {counted(report.clients, 'client')} for another {counted(int(report.seconds), 'second')}"
+    )
+    if silent:
+        sentence += f", {silent} of them {'does' if silent == 1 else 'do'} not answer"
+    return sentence
 
 
 def ready(report: HealthReport) -> int:

@@ -9,6 +9,8 @@ from tailsrv.health.report import (
     Finding,
     HealthReport,
     Level,
+    OrphanHealth,
+    OrphanReport,
     Process,
     WorkerHealth,
     ready,
@@ -40,6 +42,8 @@ def render_text(findings: Sequence[Finding], level: Level, summary: str, colour:
             lines += ["", f"{_paint_level(finding.verdict.level, colour)}: {describe(finding)}"]
         if finding.report:
             lines += _render_report(finding.report, colour)
+        if finding.orphan_report:
+            lines += _render_orphans(finding.orphan_report, colour)
     return "\n".join(lines) + "\n"
 
 
@@ -221,6 +225,35 @@ def _render_processes(report: HealthReport, colour: bool) -> list[str]:
         if (working and not worker.alive) or worker.stopped or worker.hung
     }
     return _table(head, rows, left={0, 2}, colour=colour, bad=bad)
+
+
+def _render_orphans(report: OrphanReport, colour: bool) -> list[str]:
+    head = ("process", "pid", "state", "uptime", "CPU", "PSS", "descriptors", "clients")
+    rows = [
+        (
+            f"worker {_number(worker.slot)}",
+            *_orphan_cells(worker),
+            _number(worker.clients),
+        )
+        for worker in report.workers
+    ]
+    file = [] if report.path is None else [printable(report.path)]
+    version = [] if report.version is None else [f"version {printable(report.version)}"]
+    bad = {index for index, worker in enumerate(report.workers) if worker.clients is None}
+    return [
+        "",
+        *_fact("file", file),
+        *_fact("state", ["no supervisor", *version]),
+        "",
+        *_table(head, rows, left={0, 2}, colour=colour, bad=bad),
+    ]
+
+
+def _orphan_cells(worker: OrphanHealth) -> Row:
+    process = worker.process
+    if process is None:
+        return (str(worker.pid) if worker.pid else "-", *_process_cells(None, "-")[1:])
+    return _process_cells(process, process.state or "-")
 
 
 def _process_cells(process: Process | None, state: str) -> Row:

@@ -106,6 +106,10 @@ class Watch:
             pass
         return self._size
 
+    def note_size(self, size: int) -> None:
+        """Let `size()` return at least `size`, which the file has had, if it cannot be read."""
+        self._size = max(self._size, size)
+
     def read(self) -> bool:
         """Read the pending events, and return whether the path might no longer name the file.
 

@@ -11,6 +11,7 @@ from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE
 from tailsrv.served_file import CannotServeError, ServedFile, modified_at, size_of
+from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.late_appends import LateAppends
 from tailsrv.supervisor.segment_chain import Identity
 from tailsrv.supervisor.segment_finder import FilesRenamedError, Found, find_next, open_recent
@@ -41,17 +42,13 @@ class NextFiles:
     Args:
         served_file: The path and the log.
         late: The files that are not in the log any more.
-
-    Attributes:
-        active_opened_at: A modification time of the active segment in nanoseconds, from when it was
-            opened. The files after it have later ones.
+        opened_at: Holds `active_opened_at` for all processes.
 
     """
 
-    def __init__(self, served_file: ServedFile, late: LateAppends) -> None:
-        self._served_file, self._late = served_file, late
+    def __init__(self, served_file: ServedFile, late: LateAppends, opened_at: SharedCounts) -> None:
+        self._served_file, self._late, self._opened_at = served_file, late, opened_at
         self._files: list[NextFile] = []
-        self.active_opened_at = 0
         # Since when files have been renamed during each look at the folder, 0 if they have not.
         self._renamed_since = 0.0
 
@@ -60,6 +57,18 @@ class NextFiles:
 
     def __iter__(self) -> Iterator[NextFile]:
         return iter(self._files)
+
+    @property
+    def active_opened_at(self) -> int:
+        """A modification time of the active segment in nanoseconds, from when it was opened.
+
+        The files after it have later ones.
+        """
+        return self._opened_at[0]
+
+    @active_opened_at.setter
+    def active_opened_at(self, modified: int) -> None:
+        self._opened_at[0] = modified
 
     @property
     def last(self) -> NextFile:
@@ -76,9 +85,9 @@ class NextFiles:
         assert self._served_file.file is not None
         self.active_opened_at = modified_at(self._served_file.file)
         self._files = [self._examine(file) for file in files]
-        self._exclude_older()
+        self.exclude_older()
 
-    def _exclude_older(self) -> None:
+    def exclude_older(self) -> None:
         """Exclude files that were rotated before the log began, and may still be appended to."""
         assert self._served_file.file is not None
         if not is_local(self._served_file.file):

@@ -93,7 +93,9 @@ class Roller:
         self._loop, self._pool, self._served_file = loop, pool, served_file
         self.ends, self.store, self._timing = ends, store, timing
         self._late = LateAppends(loop, served_file, timing)
-        self._next = NextFiles(served_file, self._late)
+        # When the active segment was opened: the workers pass it on if the supervisor dies.
+        self.opened_at = SharedCounts(1)
+        self._next = NextFiles(served_file, self._late, self.opened_at)
         # The number of the last roll.
         self._number = 0
         self._mode = Mode.IDLE
@@ -152,6 +154,14 @@ class Roller:
         self._next.begin(next_files)
         self._loop.timers.set(self.check, self._loop.now)
         self.save_log()
+
+    def take_over(self) -> None:
+        """Begin with the log of a supervisor that has died."""
+        if self._served_file.log is not None:
+            if self._served_file.has_gone(self._loop.now) is False:
+                # That supervisor knew which files were not in the log any more.
+                self._next.exclude_older()
+            self.save_log()
 
     def save_log(self) -> None:
         """Save the log, and try again later if that is not possible now."""

@@ -32,11 +32,10 @@ from tailsrv.linux.sockets import lacks_room
 from tailsrv.linux.tcp_info_check import counts_streams
 from tailsrv.linux.terminal import is_hung_up, remember_nohup
 from tailsrv.log import describe_error, fields, logger
-from tailsrv.segments import Log
 from tailsrv.served_file import CannotServeError, ServedFile
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.stray_signals import StraySignals
-from tailsrv.supervisor.log_store import LogStore
+from tailsrv.supervisor.log_store import LogStore, Restored
 from tailsrv.supervisor.roller import Roller
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.status_server import StatusServer, StatusWriter
@@ -178,11 +177,11 @@ class Supervisor:
 
     # The loop
 
-    def begin(self, log: Log, next_files: Sequence[int] = ()) -> None:
-        """Serve `log`, whose last file is open, and `next_files`, which are known to follow it."""
-        self.served_file.log = log
-        if self.roller is not None:
-            self.roller.begin(next_files)
+    def begin(self, restored: Restored) -> None:
+        """Serve the log that was found at the start, or wait for its file."""
+        self.served_file.base, self.served_file.log = restored.end, restored.log
+        if self.roller is not None and restored.log is not None:
+            self.roller.begin(restored.next_files)
 
     def run(self) -> int:
         """Serve until the server ends, and return the exit status."""
@@ -359,6 +358,7 @@ class Supervisor:
                     slot,
                     self.served_file.log,
                     self.roller.ends if self.roller else None,
+                    self.roller.opened_at if self.roller else None,
                     self.roller.frozen_end if self.roller else None,
                     self.roller is not None and self.roller.truncated,
                     channel,

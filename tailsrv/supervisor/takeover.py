@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from tailsrv import __version__
 from tailsrv.config import Config
@@ -58,14 +59,20 @@ class TakeoverError(Exception):
 class Orphan:
     """An orphaned worker, and the connection to it."""
 
-    name: str
     sock: socket.socket
     pid: int
     uid: int
+    # Whether it may be taken over. If not, it is not asked.
+    trusted: bool
     # Whether it has closed the connection without a greeting.
     ended: bool = False
     greeting: Greeting | None = None
     handover: Handover = field(default_factory=Handover)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the worker has answered, or is not asked."""
+        return self.greeting is not None or not self.trusted
 
     def close(self) -> None:
         """Close the connection. The worker serves on."""
@@ -105,40 +112,59 @@ def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
     orphans: dict[str, Orphan] = {}
     while True:
         names = _names(endpoints)
-        for key in [key for key in orphans if key not in names or orphans[key].ended]:
-            orphans.pop(key).close()
-        for key, name in names.items():
-            # A worker that has just been forked does not listen yet.
-            if key not in orphans and (orphan := _connect(name)):
-                orphans[key] = orphan
-        ours = [each for each in orphans.values() if _is_trusted(each.uid, trust_all)]
-        _await_greetings(ours)
-        greeted = [orphan for orphan in ours if orphan.greeting is not None]
-        foreign = [orphan for orphan in orphans.values() if orphan not in ours]
-        if len(greeted) + len(foreign) == len(names) or time.monotonic() >= deadline:
+        _connect_to(names, orphans, trust_all)
+        _await_greetings(orphans.values())
+        if all(name in orphans and orphans[name].is_known for name in names):
+            break
+        if time.monotonic() >= deadline:
             break
         time.sleep(RETRY)
-    for orphan in orphans.values():
-        if orphan in foreign:
-            orphan.close()
-        elif orphan not in greeted:
-            if not orphan.ended:
-                _kill(orphan)
-            orphan.close()
-            _require_end(orphan, "it does not answer")
-    return Found(greeted, foreign)
+    return _sort_out(orphans.values())
 
 
-def _names(endpoints: Iterable[str]) -> dict[str, str]:
-    """Return the names of the workers' sockets, one for each worker."""
+def _names(endpoints: Iterable[str]) -> set[str]:
+    """Return the names of the sockets of the workers of `endpoints`."""
     wanted = {socket_name(endpoint) for endpoint in endpoints}
     try:
-        workers = sorted(list_worker_sockets().items())
+        return {name for name, endpoint in list_worker_sockets().items() if endpoint in wanted}
     except OSError:
         # Without /proc, orphans cannot be found. Then the port is in use.
-        return {}
-    # A worker that listens at several endpoints has a socket for each. Their names end alike.
-    return {name.rpartition("/")[2]: name for name, endpoint in workers if endpoint in wanted}
+        return set()
+
+
+def _connect_to(names: set[str], orphans: dict[str, Orphan], trust_all: bool) -> None:
+    """Connect to the workers at `names` that are not in `orphans`, and forget those that ended."""
+    for name in [name for name, orphan in orphans.items() if name not in names or orphan.ended]:
+        orphans.pop(name).close()
+    for name in names - orphans.keys():
+        try:
+            sock = connect_to_worker(name)
+        except OSError:
+            # It does not listen yet after its fork, or its queue is full, or it has ended.
+            continue
+        pid, uid, _ = credentials(sock)
+        orphans[name] = Orphan(sock, pid, uid, _is_trusted(uid, trust_all))
+
+
+def _sort_out(orphans: Iterable[Orphan]) -> Found:
+    """Kill the orphans that have not answered, and return the others, each once.
+
+    A worker that listens at several endpoints has a socket for each.
+    """
+    greeted: dict[tuple[int, int], Orphan] = {}
+    foreign: list[Orphan] = []
+    for orphan in orphans:
+        if orphan.greeting is not None:
+            if greeted.setdefault((orphan.pid, orphan.greeting.pid), orphan) is orphan:
+                continue
+        elif not orphan.trusted:
+            foreign.append(orphan)
+        elif orphan.ended:
+            raise TakeoverError(f"worker {orphan.pid} does not answer: start again")
+        else:
+            _kill(orphan)
+        orphan.close()
+    return Found(list(greeted.values()), foreign)
 
 
 def _is_trusted(uid: int, trust_all: bool) -> bool:
@@ -170,19 +196,9 @@ def why_in_use(endpoints: Sequence[str], foreign: Sequence[Orphan]) -> str | Non
     return None
 
 
-def _connect(name: str) -> Orphan | None:
-    """Connect to the worker that listens at `name`. Return None if that is not possible now."""
-    try:
-        sock = connect_to_worker(name)
-    except OSError:
-        return None
-    pid, uid, _ = credentials(sock)
-    return Orphan(name, sock, pid, uid)
-
-
 def _await_greetings(orphans: Iterable[Orphan]) -> None:
     """Read the greetings of `orphans` that arrive within RETRY seconds."""
-    waiting = {orphan.sock.fileno(): orphan for orphan in orphans if orphan.greeting is None}
+    waiting = {orphan.sock.fileno(): orphan for orphan in orphans if not orphan.is_known}
     poll = select.poll()
     for fd in waiting:
         poll.register(fd, select.POLLIN)
@@ -213,18 +229,6 @@ def _kill(orphan: Orphan) -> None:
         poll.poll(KILL_PATIENCE * 1000)
 
 
-def _require_end(orphan: Orphan, reason: str) -> None:
-    """Raise TakeoverError if `orphan` still waits for a supervisor.
-
-    For lack of memory, it may close a connection. It must not serve beside this server until its
-    time is over: its clients would be disconnected then.
-    """
-    with suppress(ConnectionRefusedError):
-        with suppress(BlockingIOError):
-            connect_to_worker(orphan.name).close()
-        raise TakeoverError(f"worker {orphan.pid} does not hand over, try again: {reason}")
-
-
 def why_not(orphan: Orphan, config: Config, counts_streams: bool) -> str | None:
     """Return why the clients of `orphan` cannot be taken over, None if they can."""
     greeting = orphan.greeting
@@ -253,7 +257,8 @@ def collect(
         The orphans that have handed everything over.
 
     Raises:
-        TakeoverError: There are too few descriptors, an orphan serves on, or none is left.
+        TakeoverError: An orphan has ended, there are too few descriptors, or no orphan is left. The
+            other orphans serve on when this process ends.
 
     """
     complete = []
@@ -270,21 +275,18 @@ def collect(
         try:
             orphan.sock.send(Request(clients=reason is None).encode())
             _receive(orphan, patience)
-        except HandoverError as error:
-            raise TakeoverError(f"cannot take over from worker {orphan.pid}: {error}") from error
         except TimeoutError:
             _kill(orphan)
-        except OSError as error:
-            _require_end(orphan, str(error.strerror))
-            logger.error(
-                "orphaned worker has ended, its clients are lost: %s", fields(pid=orphan.pid)
-            )
+            discard(orphan)
+        except (HandoverError, OSError) as error:
+            # If it lives, it serves on, but no other supervisor would come.
+            raise TakeoverError(
+                f"worker {orphan.pid} cannot be taken over: {error}: start again"
+            ) from error
         else:
             complete.append(orphan)
-            continue
-        discard(orphan)
     if not complete:
-        raise TakeoverError("the orphaned workers have ended meanwhile: start again")
+        raise TakeoverError("no orphaned worker is left: start again")
     return complete
 
 
@@ -295,11 +297,14 @@ def _receive(orphan: Orphan, patience: float) -> None:
     while True:
         if not poll.poll(patience * 1000):
             raise TimeoutError
-        packet, files, _, _ = socket.recv_fds(
-            orphan.sock, MAX_PACKET, MAX_FILES, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            packet, files, _, _ = socket.recv_fds(
+                orphan.sock, MAX_PACKET, MAX_FILES, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            continue
         if not packet:
-            raise ConnectionResetError(0, "it has closed the connection")
+            raise HandoverError("it has ended")
         if orphan.handover.add(packet, files):
             return
 
@@ -403,20 +408,24 @@ def end_of(handovers: Iterable[Handover]) -> int:
 def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
     """Return the state of the roll: the next file, and whether the log must roll at once.
 
-    It must if the active segment was truncated. Closes the next files that are not needed.
+    It must if the active segment was truncated, or if a worker that has died had rolled by itself.
+    Closes the next files that are not needed.
     """
     truncated = any(handover.truncated for handover in handovers)
     # Another orphan may have rolled to a next file.
     known = set() if log is None else {os.fstat(file).st_ino for file in log.files()}
     next_files: list[int] = []
-    for file in (each.next_file for each in handovers if each.next_file is not None):
-        if (inode := os.fstat(file).st_ino) in known:
-            close_file(file)
+    agreed: int | None = None
+    for each in (handover.next for handover in handovers if handover.next is not None):
+        if (inode := os.fstat(each.file).st_ino) in known:
+            close_file(each.file)
         else:
             known.add(inode)
-            next_files.append(reopen(file))
-    mode = "ROLLING" if truncated else "IDLE"
-    return RollState(0, mode, truncated, None, next_files, 0, [])
+            next_files.append(reopen(each.file))
+            agreed = each.agreed
+    mode = "ROLLING" if truncated else "IDLE" if agreed is None else "AGREED"
+    opened_at = max((handover.opened_at for handover in handovers), default=0)
+    return RollState(0, mode, truncated, agreed, next_files, opened_at, [])
 
 
 def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
@@ -439,6 +448,9 @@ def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
     if not segments:
         return None
     ordered = [segments[base] for base in sorted(segments)]
+    for index, (segment, following) in enumerate(pairwise(ordered)):
+        if segment.size is None:
+            ordered[index] = _seal(segment, following)
     return LogState(
         [
             [each.base, NO_FILE if each.file is None else reopen(each.file), each.size]
@@ -446,6 +458,19 @@ def merge_logs(handovers: Iterable[Handover]) -> LogState | None:
         ],
         start,
     )
+
+
+def _seal(segment: HandedSegment, following: HandedSegment) -> HandedSegment:
+    """Return `segment` as a worker sealed it that has closed it since.
+
+    If the next segment has the same file, that was truncated, and the bytes are lost.
+    """
+    file, size = segment.file, following.base - segment.base
+    after = following.file
+    if file is not None and after is not None and os.path.sameopenfile(file, after):
+        close_file(file)
+        file = None
+    return HandedSegment(segment.base, size, file)
 
 
 def reopen(file: int) -> int:

@@ -267,6 +267,7 @@ class WorkerPool:
         slot: Slot,
         log: Log | None,
         ends: SharedCounts | None,
+        opened_at: SharedCounts | None,
         frozen_end: int | None,
         truncated: bool,
         channel: socket.socket,
@@ -280,6 +281,7 @@ class WorkerPool:
             slot: The slot of the new worker.
             log: The segments of the log, None while there is no file.
             ends: With --follow-name, the shared ends of the log.
+            opened_at: With --follow-name, when the active segment was opened.
             frozen_end: The end of the log if the worker starts frozen.
             truncated: Whether the active segment is known to be truncated.
             channel: The worker's end of its channel.
@@ -297,6 +299,7 @@ class WorkerPool:
             slot.index,
             log,
             ends,
+            opened_at,
             frozen_end,
             truncated,
             slot.listeners,

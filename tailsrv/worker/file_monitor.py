@@ -110,28 +110,27 @@ class FileMonitor:
         self._held = self._frozen
 
     @property
-    def next_file(self) -> int | None:
-        """The file to which the worker may roll by itself, None if there is none."""
-        return self._next[0].file if self._next is not None else None
+    def agreed(self) -> tuple[int, int] | None:
+        """The file to which workers may roll by themselves, and the size at which they do so."""
+        return (self._next[0].file, self._next[1]) if self._next is not None else None
 
     def agree(self, size: int, file: int | None) -> None:
         """Roll to `file` when it has a byte, if the active segment has `size` bytes then.
 
         If there is no `file`, or it cannot be watched, wait for the order of the supervisor. So
-        does a worker without clients: it would only compete with the others for a processor.
+        does a worker without clients: it would only compete with the others for a processor. It
+        keeps the file for the next supervisor, which must know the size if another worker has
+        rolled.
         """
         self._held = True
         if file is None:
             return
         watch = Watch(file, self._path) if self._watch.following else UnwatchedFile(file)
         watch.follow(True)
-        if watch.polling is not None or (fd := watch.fileno()) is None:
-            watch.close()
-            close_file(file)
-            return
         self._next = watch, size
-        self._loop.register(fd, self.handle_next)
-        self._go_on()
+        if watch.polling is None and (fd := watch.fileno()) is not None:
+            self._loop.register(fd, self.handle_next)
+            self._go_on()
 
     def handle_next(self) -> None:
         """Roll by itself if the next file has a byte."""
@@ -225,34 +224,42 @@ class FileMonitor:
         shrunk, self._streams.shrunk = self._streams.shrunk, False
         if self._frozen:
             return
-        size, before = self._watch.size(), self._streams.end
-        end = self._streams.log.active.base + size
+        base, before, known = self._streams.log.active.base, self._streams.end, 0
+        if self._ends is not None:
+            # Read this before the size: then the file has had this size, whichever worker saw it.
+            # The own slot is not enough, because a worker without clients does not follow the file.
+            known = max(self._ends)
+            self._watch.note_size(known - base)
+        size = self._watch.size()
+        end, self._streams.truncated = base + size, base + size < known
         if self._stopped:
             end = min(end, before)
         # The file was shorter for a moment, and has its old size again. Pause before the retry, so
         # that the loop does not spin if the bytes are missing again.
         if shrunk and end == before:
             self._loop.timers.set(self.resume_after_shrinking, self._loop.now + MEMORY_RETRY)
-        self._streams.truncated = self._ends is not None and not self._record(end)
         if self._streams.truncated:
             self._frozen = True
             self._reporter.add_notice(truncated=size)
-        elif end != before:
+            # No new stream may begin before the bytes that are lost.
+            self._streams.set_end(max(before, known))
+            return
+        if self._ends is not None:
+            self._record(end)
+        if end != before:
             self.size_changed_at = self._loop.now
             self._streams.set_end(end)
             if end < before:
                 self._reporter.add_notice(truncated=size)
 
-    def _record(self, end: int) -> bool:
-        """Record that the streams act on `end`. Return False if the file has been truncated.
+    def _record(self, end: int) -> None:
+        """Record that the streams act on `end`.
 
         The recorded end is the largest that any worker of this slot has acted on.
         """
         assert self._ends is not None
-        recorded = self._ends[self._slot]
-        if end > recorded:
+        if end > self._ends[self._slot]:
             self._ends[self._slot] = end
-        return end >= recorded
 
     def resume_after_shrinking(self) -> None:
         """Retry the clients whose next bytes were missing while the file was shorter."""

@@ -34,7 +34,7 @@ class Reporter:
         channel: The worker's end of the channel.
         loop: The worker's event loop.
         start: `start(client, offset, end)` is called when the start of a stream has been reported.
-        lose_supervisor: Called if the supervisor has exited.
+        lose_supervisor: Called if the supervisor has exited. Its last orders can still be read.
 
     """
 

@@ -130,7 +130,8 @@ class Streams:
     def set_end(self, end: int) -> None:
         """Store the log's new end, and send new bytes to the caught-up clients at once."""
         start, self.end = self.end, end
-        if start < end <= start + SEND_CHUNK and self.log.active.file != NO_FILE:
+        readable = self.log.active.file != NO_FILE and not self.truncated
+        if start < end <= start + SEND_CHUNK and readable:
             self._fan_out(start, end - start)
         elif start != end:
             # The log has grown by more than one chunk, or the file was truncated: queue each client

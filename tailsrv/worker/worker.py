@@ -24,6 +24,7 @@ from tailsrv.handover import (
     FORMAT,
     Greeting,
     HandedClient,
+    HandedNext,
     HandedSegment,
     Handover,
     Request,
@@ -166,7 +167,7 @@ class Worker:
         end = log.active.base + watch.size() if frozen is None else frozen
         self.streams = Streams(log, end, self.drop, self.await_writable)
         self.streams.truncated = context.truncated
-        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.lose_supervisor)
+        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.handle_channel)
         self.file_monitor = FileMonitor(
             watch,
             self.streams,
@@ -509,7 +510,7 @@ class Worker:
             client.sock.close()
         self.dropped.clear()
         self.acceptor.update_count()
-        if not self.clients:
+        if not self.clients and not self.orphaned:
             self.file_monitor.set_following(False)
 
     # Without a supervisor
@@ -519,6 +520,8 @@ class Worker:
         if self.orphaned or self.ended:
             return
         self.orphaned = True
+        # If SIGTERM has arrived by now, it is the supervisor's, see handle_signal().
+        self.is_told_to_end()
         self.loop.unregister(self.channel.fileno())
         self.channel.close()
         self.reporter.stop_sending()
@@ -538,6 +541,9 @@ class Worker:
             ),
         )
         self.file_monitor.hold_roll()
+        # Nothing else tells a worker without clients that the file is truncated, and it may have
+        # grown again when the next client connects.
+        self.file_monitor.set_following(True)
         self.await_supervisor()
         self.orphan.begin()
 
@@ -603,9 +609,12 @@ class Worker:
         handover.clients = [client for client in clients if client is not None]
         handover.start, handover.end = self.streams.log.start, self.streams.end
         handover.truncated = self.streams.truncated
-        handover.next_file = self.file_monitor.next_file
+        if (agreed := self.file_monitor.agreed) is not None:
+            handover.next = HandedNext(*agreed)
         if self.context.ends is not None:
             handover.ends = self.context.ends.fd
+        if self.context.opened_at is not None:
+            handover.opened_at = self.context.opened_at[0]
         if not self.waiting:
             handover.segments = [
                 HandedSegment(each.base, each.size, None if each.file == NO_FILE else each.file)
@@ -630,15 +639,24 @@ class Worker:
         On SIGTERM, the worker drains if the channel holds the supervisor's order to drain.
         Otherwise it ends after this turn and leaves its clients to its successor, as after a crash.
         """
+        before = self.orphaned
+        if not self.is_told_to_end():
+            return
+        self.handle_channel()
+        if self.orphaned and not before:
+            # The supervisor wanted to replace this worker, and has died before that.
+            return
+        if self.orphaned and not self.draining:
+            # There is no successor.
+            self.drain_orphan("SIGTERM")
+        self.ended = self.ended or not self.draining
+
+    def is_told_to_end(self) -> bool:
+        """Read the signals that have arrived, and return whether SIGTERM is among them."""
         numbers = self.wakeup.read()
         for number in STRAY.intersection(numbers):
             self.stray_signals.note(number)
-        if signal.SIGTERM in numbers:
-            self.handle_channel()
-            if self.orphaned and not self.draining:
-                # There is no successor.
-                self.drain_orphan("SIGTERM")
-            self.ended = self.ended or not self.draining
+        return signal.SIGTERM in numbers
 
     def handle_channel(self) -> None:
         """Handle all messages that the supervisor has sent so far."""
@@ -648,7 +666,8 @@ class Worker:
                     self.channel, MAX_PACKET, 1, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
-                packet, files = b"", []
+                # The supervisor has died before it read all reports. Its orders can still be read.
+                continue
             except BlockingIOError:
                 return
             except OSError:

@@ -15,17 +15,17 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.files import append, random_bytes
+from support.health import HEALTH, ask, ask_json, health
 from support.hooks import install_hook
 from support.interpreter import program, run_program
 from support.processes import AS_NOBODY, NOBODY, as_root, runs, stop
@@ -47,8 +47,6 @@ from tailsrv.health import Server as Found
 from tailsrv.health.control_client import ask_status, list_endpoints
 from tailsrv.linux.process import start_ticks
 
-HEALTH = (sys.executable, "-W", "error", "-m", "tailsrv.health")
-
 # The prefix of a command that sees only processes in /proc.
 HIDDEN = (
     "unshare",
@@ -64,41 +62,6 @@ needs_nobody = pytest.mark.skipif(
     not runs(*AS_NOBODY, sys.executable, "-c", "import tailsrv"),
     reason="not root, or nobody cannot run this Python",
 )
-
-
-def health(
-    *arguments: str,
-    wrapper: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    stdout: int = subprocess.PIPE,
-) -> "subprocess.CompletedProcess[str]":
-    """Run tailsrv-health to its end, and require that it prints no traceback."""
-    done = subprocess.run(
-        [*wrapper, *HEALTH, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **(env or {})},
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def ask(server: Server, *arguments: str) -> tuple[int, str]:
-    """Return the exit status of a check of `server`, and its first line."""
-    done = health("-p", str(server.port), *arguments)
-    assert done.stderr == ""
-    return done.returncode, done.stdout.partition("\n")[0]
-
-
-def ask_json(server: Server, *arguments: str) -> dict[str, Any]:
-    """Return the JSON entry of `server`, which must be the only one on its port."""
-    output = json.loads(health("-p", str(server.port), "--format", "json", *arguments).stdout)
-    [found] = output["servers"]
-    assert isinstance(found, dict)
-    return found
 
 
 def inspect_server(server: Server, *, clients: bool = False) -> Report:
@@ -821,6 +784,30 @@ def test_server_that_exits_with_an_unread_request() -> None:
         listener.close()
         with pytest.raises(EndedError, match="the server has ended"):
             asked.result(DEADLINE)
+
+
+CLOSES_AND_ENDS = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0tailsrv:" + sys.argv[1])
+listener.listen()
+print(flush=True)
+for _ in range(2):
+    listener.accept()[0].close()
+# As long as the kernel could need to end the process.
+time.sleep(0.05)
+"""
+
+
+def test_server_that_is_killed_before_it_answers() -> None:
+    """A server whose process ends a moment after its sockets are closed has ended."""
+    with spare_port() as port:
+        command = [sys.executable, "-c", CLOSES_AND_ENDS, f"127.9.9.9:{port}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with pytest.raises(EndedError, match="the server has ended"):
+                inspect(find_only(port))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tailsrv.formatting import size
-from tailsrv.health import EndedError, InspectError, NotOursError
+from tailsrv.health import EndedError, InspectError, NoSupervisorError, NotOursError
 from tailsrv.health.main import doubtful_servers, examine, in_turns, to_finding
 from tailsrv.health.prometheus import render_metrics
 from tailsrv.health.report import (
@@ -14,10 +14,13 @@ from tailsrv.health.report import (
     HealthReport,
     HealthVerdict,
     Level,
+    OrphanHealth,
+    OrphanReport,
     Process,
     Server,
     Totals,
     WorkerHealth,
+    describe_orphans,
     judge,
     total,
     worst,
@@ -209,6 +212,64 @@ def test_worst(levels: list[Level], expected: Level) -> None:
     assert worst(levels) is expected
 
 
+ORPHAN = OrphanHealth(4712, 0, 35, 29.9, PROCESS)
+SILENT = OrphanHealth(4713, None, None, None, None)
+ORPHANS = OrphanReport("1.0.0", "/var/log/app.log", 35, 29.9, (ORPHAN,))
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence"),
+    [
+        (ORPHANS, "1 orphaned worker serves 35 clients for another 29 seconds"),
+        (
+            replace(ORPHANS, workers=(ORPHAN, ORPHAN), clients=1, seconds=1.9),
+            "2 orphaned workers serve 1 client for another 1 second",
+        ),
+        (
+            replace(ORPHANS, workers=(ORPHAN, SILENT), clients=0, seconds=0.0),
+            "2 orphaned workers serve 0 clients for another 0 seconds, 1 of them does not answer",
+        ),
+        (
+            replace(ORPHANS, workers=(ORPHAN, SILENT, SILENT)),
+            "3 orphaned workers serve 35 clients for another 29 seconds, 2 of them do not answer",
+        ),
+        (OrphanReport(None, None, None, None, (SILENT,)), "1 orphaned worker does not answer"),
+        (OrphanReport(None, None, None, None, (SILENT,) * 2), "2 orphaned workers do not answer"),
+    ],
+)
+def test_orphans(report: OrphanReport, sentence: str) -> None:
+    """The sentence about orphans has their number, their clients and the time that is left."""
+    assert describe_orphans(report) == f"no supervisor, {sentence}"
+
+
+def test_table_of_orphans() -> None:
+    """Each orphan has a row; what is unknown is a dash, and rows of silent ones are coloured."""
+    report = replace(ORPHANS, workers=(ORPHAN, SILENT, replace(SILENT, pid=0)))
+    finding = to_finding(SERVER, NoSupervisorError(report), asked_for=False)
+    assert finding is not None
+    lines = render_text([finding], Level.CRITICAL, "", colour=True).splitlines()
+    assert "file     /var/log/app.log" in lines
+    assert "state    no supervisor, version 1.0.0" in lines
+    assert [line.split() for line in lines[-3:]] == [
+        ["worker", "0", "4711", "sleeping", "1m", "40s", "0", "%", "1.0", "MiB", "20/1000", "35"],
+        ["\x1b[31mworker", "-", "4713", "-", "-", "-", "-", "-", "-\x1b[0m"],
+        ["\x1b[31mworker", "-", "-", "-", "-", "-", "-", "-", "-\x1b[0m"],
+    ]
+
+
+def test_metrics_of_orphans_that_do_not_answer() -> None:
+    """Without a greeting, only the state of orphans is known."""
+    report = OrphanReport(None, None, None, None, (SILENT,))
+    finding = to_finding(SERVER, NoSupervisorError(report), asked_for=False)
+    assert finding is not None
+    lines = render_metrics([finding]).splitlines()
+    assert [line for line in lines if not line.startswith("#") and not line.endswith(" 0")] == [
+        "tailsrv_servers 1",
+        'tailsrv_health_status{server="*:4321"} 2',
+        'tailsrv_state{server="*:4321",state="orphaned"} 1',
+    ]
+
+
 UNHEALTHY = replace(REPORT, workers=())
 
 
@@ -226,6 +287,8 @@ UNHEALTHY = replace(REPORT, workers=())
         (InspectError("no answer", Level.CRITICAL), False, False, Level.CRITICAL),
         (InspectError("no answer", Level.CRITICAL), True, False, Level.CRITICAL),
         (InspectError("no answer", Level.CRITICAL), True, True, Level.UNKNOWN),
+        (NoSupervisorError(ORPHANS), False, False, Level.CRITICAL),
+        (NoSupervisorError(ORPHANS), False, True, Level.UNKNOWN),
     ],
 )
 def test_finding(

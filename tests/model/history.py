@@ -98,13 +98,19 @@ class LogHistory(History):
 
     def __init__(self) -> None:
         super().__init__()
-        # The truncated parts. For bytes in flight, sendfile(2) sends pages of the file. A page that
-        # contains its new end, which may be a large one, then has zeros or the next appends.
-        self.uncertain: list[tuple[int, int]] = []
+        # The truncated parts, and the number of changes before each. For bytes in flight,
+        # sendfile(2) sends pages of the file. A page that contains its new end, which may be a
+        # large one, then has zeros or the next appends. Later clients get none of these.
+        self.uncertain: list[tuple[int, int, int]] = []
+
+    def note_truncation(self, parts: Iterable[tuple[int, int]]) -> None:
+        """Record that a file was truncated which has had the bytes of these `parts` of the log."""
+        self.uncertain += [(*part, self.now) for part in parts]
+        self.changes.append(Change(self.size, b"", cut=True))
 
     def versions(self, offset: int, since: int) -> set[int]:
         """Return all values that a client may receive for the byte at `offset`."""
-        if any(start <= offset < end for start, end in self.uncertain):
+        if any(start <= offset < end and since <= when for start, end, when in self.uncertain):
             return set(range(256))
         return super().versions(offset, since)
 
@@ -167,6 +173,10 @@ class Stream:
     def stands_at(self, offset: int) -> bool:
         """Tell whether the position of this stream is certainly `offset`."""
         return {start + self.count for start in self.starts} == {offset}
+
+    def may_be_before(self, offset: int) -> bool:
+        """Tell whether the next byte of this stream may be before `offset`."""
+        return any(start + self.count < offset for start in self.starts)
 
     def take(self, received: bytes, history: History) -> None:
         """Check and count the next received bytes.

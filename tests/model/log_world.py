@@ -17,8 +17,8 @@ from pathlib import Path
 
 from model.client import ModelClient
 from model.history import LogHistory, LogStream, Stream
-from model.world import FILE, WORKERS, Links, World
-from support.server import hurried
+from model.world import FILE, Links, World, peers_of
+from support.server import Server, hurried
 from support.sockets import LINE_LENGTH, expect, recv_exactly
 from support.status import status
 from support.waiting import DEADLINE, eventually
@@ -61,7 +61,7 @@ class LogFile:
 
 
 class LogWorld(World):
-    """A server with --follow-name and a state file, and the log that it serves."""
+    """A server with --follow-name, with a state file or without, and the log that it serves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,15 +81,24 @@ class LogWorld(World):
         self.log_starts, self.pending_ends = {0}, set[int]()
         # The inode, the start and the end of each segment that was truncated.
         self.lost: list[tuple[int, int, int]] = []
+        # The end of the bytes that were truncated while the workers had no supervisor.
+        self.lost_end = 0
         # Whether the server has opened the first file.
         self.opened = False
         # The path was changed and changed back, so workers may be frozen for a moment.
         self.moved_back = False
         self.rotations = self.truncations = self.restarts = 0
 
-    def begin_log(self, naming: str, size: int | None) -> None:
-        """Start the server. `naming` says how rotated files are named."""
-        self.naming = naming
+    def begin_log(self, naming: str, size: int | None, saved: bool) -> None:
+        """Start the server.
+
+        Args:
+            naming: How rotated files are named.
+            size: The size of the file at first, None if there is none yet.
+            saved: Whether there is a state file.
+
+        """
+        self.naming, self.saved = naming, saved
         self.start(linger=False, size=size)
 
     def program(self) -> Sequence[str | Path]:
@@ -99,7 +108,8 @@ class LogWorld(World):
     def options(self) -> list[str]:
         """Return options with a grace period that is long enough to read every stream."""
         state_file = Path(self.folder.name, "state", "log.json")
-        return ["--follow-name", "--grace", str(DEADLINE), "--state-file", str(state_file)]
+        saved = ["--state-file", str(state_file)] if self.saved else []
+        return ["--follow-name", "--grace", str(DEADLINE), *saved]
 
     # The log.
 
@@ -147,6 +157,8 @@ class LogWorld(World):
                 self.pending_ends.add(self.history.size)
             stream.note_log(self.log_starts, self.pending_ends | {self.history.size})
             client.may_end = client.may_end or stream.may_be_refused
+            if stream.may_be_before(self.lost_end):
+                client.may_end = True
             client.doomed = client.doomed or not stream.starts
 
     def new_stream(self, header: bytes, number: int) -> Stream:
@@ -163,6 +175,9 @@ class LogWorld(World):
     def move_away(self, how: str) -> None:
         """Remove the path; the writer still has its file open."""
         self.await_first()
+        if how == "unlink" and self.orphaned and self.pending_ends:
+            # Only workers have files open now, and they may not have this one.
+            how = "rename"
         if self.naming != "link":
             if how == "unlink":
                 self.await_open(self.current.inode)
@@ -257,7 +272,7 @@ class LogWorld(World):
         """Rotate at once, for each of `counts`, and append so many bytes to the next file."""
         self.await_first()
         for count in counts:
-            if how == "replace" and self.naming != "link":
+            if how == "replace" and self.naming != "link" and not self.orphaned:
                 # The server cannot find a file that has no name any more.
                 self.await_open(self.current.inode)
                 aside = self.path.with_name("next")
@@ -302,9 +317,12 @@ class LogWorld(World):
         first = random.Random(f"{self.history.size} next").randbytes(count)
         assert self.next is not None
         rolled = len(self.server.lines("rolled: "))
-        pid = self.worker_pids()[count % WORKERS]
+        pid = self.worker_pids()[count % self.workers]
         if event != "none":
             self.note_risk()
+            self.unsettled = True
+            if event == "SIGKILL":
+                self.killed.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
         os.write(self.next, first)
@@ -356,14 +374,7 @@ class LogWorld(World):
                 client.may_end = True
         rolled, end = len(self.server.lines("rolled: ")), self.history.size
         rest = os.pread(self.file, left, 0)
-        # The bytes in flight may also be those of an earlier segment in the same file.
-        self.lost.append((self.current.inode, self.file_base, end))
-        self.history.uncertain += [
-            (base + left, lost_end)
-            for inode, base, lost_end in self.lost
-            if inode == self.current.inode
-        ]
-        self.truncations += 1
+        self.note_truncation(left)
         os.ftruncate(self.file, left)
         line = self.server.logged("rolled: ", count=rolled + 1)
         assert line.endswith(f" offset={end}"), line
@@ -373,8 +384,24 @@ class LogWorld(World):
         assert probe.stream.stands_at(self.history.size), probe
         self.leave(probe, "close")
 
+    def note_truncation(self, left: int) -> None:
+        """Record that the writer's file is truncated to `left` bytes."""
+        # The bytes in flight may also be those of an earlier segment in the same file.
+        self.lost.append((self.current.inode, self.file_base, self.history.size))
+        self.history.note_truncation(
+            (base + left, lost_end)
+            for inode, base, lost_end in self.lost
+            if inode == self.current.inode
+        )
+        self.truncations += 1
+
     def truncated(self, end: int, rest: bytes) -> None:
         """Record that the log ended at `end` and continues with `rest`, in the same file."""
+        self.continue_truncated(end, rest)
+        self.await_start(end)
+        self.await_rolled()
+
+    def continue_truncated(self, end: int, rest: bytes) -> None:
         self.files.pop()
         assert self.file is not None
         self.enter(self.file)
@@ -382,15 +409,114 @@ class LogWorld(World):
         self.log_starts.add(end)
         self.history.append(rest)
         self.note_size()
-        self.await_start(end)
+
+    def cut_orphaned(self, count: int) -> None:
+        """Truncate the last `count` bytes while the workers have no supervisor.
+
+        The workers hold the log at its end until the next one takes over.
+        """
+        assert self.file is not None
+        size = self.history.size - self.file_base
+        if self.pending_ends or not size:
+            # It is not certain which file the workers have.
+            return
+        self.go_on()
+        left = max(0, size - count)
+        for client in self.living:
+            self.read(client, 1 << 16)
+        # Its worker has seen the end, so that the base of the next segment is certain.
+        probe = World.connect(self, b"?-0\n")
+        self.read(probe, LINE_LENGTH)
+        end = self.history.size
+        for client in self.living:
+            if client.stream and client.stream.may_be_before(end):
+                client.may_end = True
+        rest = os.pread(self.file, left, 0)
+        self.note_truncation(left)
+        os.ftruncate(self.file, left)
+        self.lost_end = end
+        self.continue_truncated(end, rest)
+        self.leave(probe, "close")
+        self.await_noticed()
+
+    def die_agreed(self, count: int, late: int, alone: int | None) -> None:
+        """Kill the supervisor when workers may roll by themselves, and let them do so.
+
+        Args:
+            count: How many bytes to append to the next file.
+            late: How many bytes to append to the old file when a worker has rolled.
+            alone: The index of a worker that gets no clients, so that it does not roll. The others
+                are killed when they have. None if there is none.
+
+        """
         self.await_rolled()
+        self.await_known(self.living)
+        self.append(1)
+        for client in self.living:
+            self.read(client, 1 << 40)
+        pids = sorted(self.worker_pids())
+        rolling = [pid for pid in pids if alone is None or pid != pids[alone % len(pids)]]
+        for pid in {*pids} - {*rolling}:
+            self.leave_all(pid)
+        self.rotate_silently()
+        assert self.next is not None
+        inode = os.fstat(self.next).st_ino
+        eventually(lambda: all(files_of(pid, self.folder.name)[inode] for pid in pids))
+        end = self.history.size
+        super().supervisor_dies("SIGKILL", settled=False)
+        self.switch(keep=True)
+        self.append(count)
+        rolled = []
+        for pid in rolling:
+            for client in self.clients_of(pid):
+                if client.stream and client.stream.stands_at(end) and not client.may_end:
+                    self.receive(client, 1)
+                    rolled.append(pid)
+                    break
+        if rolled:
+            os.pwrite(self.kept[-1], b"late" * late, os.fstat(self.kept[-1]).st_size)
+        if alone is not None and len(pids) > 1:
+            for pid in rolled:
+                self.end_orphan(pid, signal.SIGKILL)
+
+    def clients_of(self, pid: int) -> list[ModelClient]:
+        """Return the clients that the worker `pid` has."""
+        ports = peers_of(pid)
+        return [client for client in self.living if client.sock.getsockname()[1] in ports]
+
+    def leave_all(self, pid: int) -> None:
+        """Reset all connections to the worker `pid`, and wait until it has noticed that."""
+        for client in self.clients_of(pid):
+            self.leave(client, "reset")
+            client.ended = True
+        eventually(lambda: not peers_of(pid))
+
+    def await_noticed(self) -> None:
+        """Wait until all workers have looked at the file: they have then if they get a client."""
+        probes: list[ModelClient] = []
+        for pid in self.worker_pids():
+            for _ in range(1000):
+                if {probe.sock.getsockname()[1] for probe in probes} & peers_of(pid):
+                    break
+                # By its port, the kernel decides which worker gets it.
+                probes.append(World.connect(self, b"?-0\n"))
+                self.read(probes[-1], LINE_LENGTH)
+        for probe in probes:
+            self.leave(probe, "close")
 
     def delete(self, count: int) -> None:
         """Delete the oldest files that the server has sealed."""
-        self.await_rolled()
-        self.log_starts.add(self.delete_files(self.sealed_files()[:count]))
+        if self.orphaned:
+            # No other file is certain to be sealed in all workers.
+            reach = self.reach()
+            sealed = [file for file in self.sealed_files() if reach and file.end < reach]
+        else:
+            self.await_rolled()
+            sealed = self.sealed_files()
+        self.log_starts.add(self.delete_files(sealed[:count]))
         self.note_log()
-        self.await_start(max(self.log_starts))
+        if not self.orphaned:
+            self.await_start(max(self.log_starts))
 
     def sealed_files(self) -> list[LogFile]:
         """Return the files before the writer's one that still have a name."""
@@ -406,13 +532,63 @@ class LogWorld(World):
 
     # The server.
 
+    def reach(self) -> int | None:
+        """Return the least offset up to which every worker serves the log, None if none does.
+
+        Without a supervisor, workers do not roll, except to a file for which that was agreed.
+        """
+        if not self.orphaned:
+            return self.history.size
+        return min(self.pending_ends | {self.history.size}) if self.served else None
+
+    def supervisor_dies(self, how: str, settled: bool) -> None:
+        """Kill the supervisor alone. Files that only the supervisor could find must be open."""
+        if self.file is not None:
+            if not self.served:
+                self.await_first()
+                self.await_settled()
+            if settled and self.here:
+                self.await_rolled()
+            elif any(file.path is None for file in self.files[self.certain() :]):
+                self.await_active()
+        super().supervisor_dies(how, settled)
+
+    def may_be_empty(self) -> bool:
+        """Tell whether there may be no worker, so that the port would be closed."""
+        return super().may_be_empty() or bool(self.server.lines(HUNG))
+
+    def certain(self) -> int:
+        """Return the number of files that are certainly sealed in all workers."""
+        ends = min(self.pending_ends | {self.history.size})
+        return sum(file.size is not None and file.end < ends for file in self.files)
+
+    def await_active(self) -> None:
+        """Wait until all workers have the writer's file."""
+        self.await_serving()
+        if self.history.size == self.file_base:
+            self.append(1)
+        eventually(self.is_active)
+
+    def is_active(self) -> bool:
+        """Tell whether all workers have the writer's file."""
+        pids = self.worker_pids()
+        return len(pids) == self.workers and all(
+            files_of(pid, self.folder.name)[self.current.inode] for pid in pids
+        )
+
+    def takeover(self, workers: int, more: list[str], failing: list[int]) -> None:
+        """Start another supervisor."""
+        super().takeover(workers, more, failing)
+        if self.file is not None:
+            self.note_log()
+
     def await_open(self, inode: int) -> None:
         """Wait until the supervisor has the file `inode` open, to serve it later.
 
         It opens a file once more before that, only to examine it. Thus one look is not enough.
         """
         looks = 0
-        while looks < 3:
+        while looks < 3 and not self.orphaned:
             if files_of(self.server.pid, self.folder.name)[inode]:
                 looks += 1
                 time.sleep(0.01)
@@ -434,16 +610,17 @@ class LogWorld(World):
         if self.history.size == self.file_base:
             self.append(1)
         eventually(self.has_rolled)
+        self.lost_end = 0
         if not self.moved_back and self.here:
             self.pending_ends.clear()
         self.await_start(max(self.log_starts))
 
     def has_rolled(self) -> bool:
         """Tell whether the writer's file is the active segment in all processes."""
-        pids = [pid for pid in self.worker_pids() if pid]
+        pids = self.worker_pids()
         return (
             status(self.server)["log"]["end"] == self.history.size
-            and len(pids) == WORKERS
+            and len(pids) == self.workers
             and all(files_of(pid, self.folder.name)[self.current.inode] for pid in pids)
         )
 
@@ -476,6 +653,11 @@ class LogWorld(World):
         self.await_serving()
         super().upgrade()
 
+    def stop(self) -> None:
+        """Stop all workers. One that delays a roll is killed."""
+        super().stop()
+        self.unsettled = True
+
     def stop_supervisor(self) -> None:
         """Stop the supervisor, so that several rotations occur before its next turn."""
         self.stopping = True
@@ -491,6 +673,7 @@ class LogWorld(World):
         down: list[int],
         delete: int,
         reuse: bool,
+        orphaned: bool,
     ) -> None:
         """End the server, rotate while it is down, and start it again.
 
@@ -502,6 +685,7 @@ class LogWorld(World):
             down: The same as `before` for the rotations meanwhile.
             delete: How many old files to delete meanwhile.
             reuse: Whether the first rotation is to give a deleted file's inode to the new file.
+            orphaned: Whether the supervisor dies before these rotations.
 
         """
         self.restarts += 1
@@ -512,10 +696,12 @@ class LogWorld(World):
         # A file that has no name any more must be sealed: a new server could not find it.
         self.await_rolled()
         deleted = self.sealed_files()[:delete]
+        if orphaned:
+            self.supervisor_dies("SIGKILL", settled=False)
         self.rotate("rename", before, keep=False)
         if away:
             self.move_away("rename")
-        self.end_server(crash)
+        self.end_server(crash or orphaned)
         self.log_starts = {self.delete_files(deleted)}
         for index, count in enumerate(down):
             if not self.here:
@@ -552,7 +738,8 @@ class LogWorld(World):
         if not crash:
             self.await_known(self.living)
         if crash:
-            self.server.kill_all()
+            for server in (*self.dead, self.server):
+                server.kill_all()
         else:
             self.server.expected_status = 0
             self.server.signal(signal.SIGTERM)
@@ -563,8 +750,11 @@ class LogWorld(World):
         self.living.clear()
         for sock in self.server.clients:
             sock.close()
-        self.server.wait()
-        self.check_log()
+        for server in {*self.dead, self.server}:
+            server.wait()
+            self.check_log(server)
+        self.dead.clear()
+        self.orphaned = self.unsettled = False
         self.kills = self.upgrades = 0
 
     def read_last(self, client: ModelClient, least: int) -> None:
@@ -584,6 +774,8 @@ class LogWorld(World):
     def finish(self) -> None:
         """Bring every stream to an end that is known exactly, and read the log once more."""
         self.go_on()
+        if self.orphaned:
+            self.takeover(self.workers, self.more, [])
         if self.file is None:
             self.create()
         if not self.here:
@@ -609,7 +801,7 @@ class LogWorld(World):
         self.check_descriptors()
         self.server.signal(signal.SIGTERM)
         self.server.wait()
-        self.check_log()
+        self.check_log(self.server)
 
     def check_all_offsets(self) -> None:
         """Start streams at the ends of the files, and just before and after them."""
@@ -631,12 +823,12 @@ class LogWorld(World):
             assert recv_exactly(sock, LINE_LENGTH) == line
             expect(sock, bytes(self.history.data[start:]))
 
-    def check_log(self) -> None:
-        """Assert that no error was logged, except for those that the model has caused."""
-        expected = set(self.server.lines(HUNG))
+    def expected_errors(self, server: Server) -> set[str]:
+        """Return the errors in the log of `server` that the model has caused."""
+        expected = super().expected_errors(server) | set(server.lines(HUNG))
         if self.truncations:
-            expected.update(self.server.lines(BYTES_GONE))
-        assert set(self.server.lines("error")) <= expected, self.server.log
+            expected.update(server.lines(BYTES_GONE))
+        return expected
 
     def describe(self) -> str:
         """Return what helps to explain a failure."""
@@ -668,7 +860,7 @@ class LogWorld(World):
             return []
         found = []
         for name, links, base in zip(
-            ("supervisor", "workers"), self.open_links(), self.base, strict=True
+            ("supervisor", "workers"), self.open_links(), self.expected_links(), strict=True
         ):
             extra, missing = without_files(links - base), without_files(base - links)
             # The supervisor needs inotify since the first rotation.

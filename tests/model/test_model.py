@@ -51,6 +51,9 @@ OPTIONS = settings(
 # The maximum for one example: after more deaths, the supervisor delays successors.
 MAX_KILLS = 4
 
+# The maximum of deaths of the supervisor in one example.
+MAX_DEATHS = 3
+
 counts = st.one_of(
     st.integers(1, 60), st.integers(1, 6000), st.sampled_from([70_000, 300_000, (1 << 20) + 5])
 )
@@ -75,6 +78,10 @@ bad_headers = st.sampled_from(
 
 if_there = precondition(lambda self: self.file is not None)
 
+# Whether the server has a supervisor.
+supervised = precondition(lambda self: not self.orphaned)
+orphaned = precondition(lambda self: self.orphaned)
+
 
 class ClientRules(World, RuleBasedStateMachine):
     """The rules for clients and workers, and the end of an example."""
@@ -98,7 +105,7 @@ class ClientRules(World, RuleBasedStateMachine):
             World.leave
         )
     )
-    settle = rule(client=clients)(World.settle)
+    settle = supervised(rule(client=clients)(World.settle))
     append = if_there(rule(count=counts)(World.append))
     stop = precondition(lambda self: self.file is not None and not self.stopping)(
         rule()(World.stop)
@@ -112,6 +119,9 @@ class ClientRules(World, RuleBasedStateMachine):
                 self.finish()
             elif hasattr(self, "port") and error is not None:
                 error.add_note(self.describe())
+        except Exception as failure:
+            failure.add_note(self.describe())
+            raise
         finally:
             self.close()
 
@@ -121,7 +131,19 @@ kill_rule = rule(
     number=st.sampled_from(["SIGKILL", "SIGKILL", "SIGTERM"]),
     known=st.booleans(),
 )
-if_may_kill = precondition(lambda self: self.kills < MAX_KILLS)
+if_may_kill = precondition(lambda self: self.kills < MAX_KILLS and not self.orphaned)
+
+death_rule = rule(
+    how=st.sampled_from(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGABRT", "SIGSTOP"]),
+    settled=st.booleans(),
+)
+if_may_die = precondition(lambda self: self.deaths < MAX_DEATHS and not self.orphaned)
+orphan_rule = rule(index=st.integers(0, 2), number=st.sampled_from(["SIGKILL", "SIGSEGV"]))
+takeover_rule = rule(
+    workers=st.sampled_from([WORKERS, WORKERS, 1, 3]),
+    more=st.sampled_from([[], [], ["-v"], ["--grace", "30"], ["--max-clients", "1000"]]),
+    failing=st.lists(st.integers(50, 600), max_size=2),
+)
 
 
 class Model(ClientRules):
@@ -146,17 +168,29 @@ class Model(ClientRules):
     create = precondition(lambda self: self.file is None)(rule()(World.create))
     truncate = if_there(rule(count=numbers)(World.truncate))
     overwrite = if_there(rule(before_end=numbers, count=st.integers(1, 6000))(World.overwrite))
-    move = precondition(lambda self: self.file is not None and self.linger and not self.moved)(
-        rule(how=st.sampled_from(["rename", "unlink", "replace"]))(World.move)
-    )
+    move = precondition(
+        lambda self: (
+            self.file is not None
+            and self.linger
+            and not self.moved
+            and (self.served or not self.orphaned)
+        )
+    )(rule(how=st.sampled_from(["rename", "unlink", "replace"]))(World.move))
     kill = if_may_kill(kill_rule(World.kill))
-    upgrade = precondition(lambda self: self.upgrades < 1)(rule()(World.upgrade))
+    upgrade = precondition(lambda self: self.upgrades < 1 and not self.orphaned)(
+        rule()(World.upgrade)
+    )
     go_on = precondition(lambda self: self.stopping)(rule()(World.go_on))
+    supervisor_dies = if_may_die(death_rule(World.supervisor_dies))
+    kill_orphan = orphaned(orphan_rule(World.kill_orphan))
+    takeover = orphaned(takeover_rule(World.takeover))
 
 
 several = st.lists(counts, min_size=1, max_size=3)
 ways = st.sampled_from(["rename", "rename", "replace"])
-if_here = precondition(lambda self: self.file is not None and self.here)
+if_here = precondition(
+    lambda self: self.file is not None and self.here and (self.served or not self.orphaned)
+)
 
 
 class LogModel(LogWorld, ClientRules):
@@ -166,10 +200,11 @@ class LogModel(LogWorld, ClientRules):
         target=ClientRules.clients,
         naming=st.sampled_from(["numbered", "dated", "link"]),
         size=st.one_of(numbers, numbers, st.none(), numbers),
+        saved=st.sampled_from([True, True, False]),
     )
-    def begin(self, naming: str, size: int | None) -> MultipleResults[ModelClient]:
+    def begin(self, naming: str, size: int | None, saved: bool) -> MultipleResults[ModelClient]:
         """Start the server, and two clients that want the whole log and all appends."""
-        self.begin_log(naming, size)
+        self.begin_log(naming, size, saved)
         return multiple(World.connect(self, b"0\n"), World.connect(self, b"-0\n"))
 
     create = precondition(lambda self: self.file is None)(rule()(LogWorld.create))
@@ -182,20 +217,38 @@ class LogModel(LogWorld, ClientRules):
     move_back = precondition(lambda self: not self.here and self.current.path is not None)(
         rule()(LogWorld.move_back)
     )
-    hesitate = if_here(rule(count=counts, upgrade=st.booleans())(LogWorld.hesitate))
+    hesitate = supervised(if_here(rule(count=counts, upgrade=st.booleans())(LogWorld.hesitate)))
     switch = precondition(lambda self: self.next is not None)(
         rule(keep=st.booleans())(LogWorld.switch)
     )
-    append_late = precondition(lambda self: self.file is not None and self.here)(
-        rule(count=st.integers(1, 2000))(LogWorld.append_late)
+    append_late = supervised(if_here(rule(count=st.integers(1, 2000))(LogWorld.append_late)))
+    race = supervised(
+        if_here(
+            rule(count=counts, event=st.sampled_from(["none", "SIGKILL", "SIGCONT"]))(LogWorld.race)
+        )
     )
-    race = if_here(
-        rule(count=counts, event=st.sampled_from(["none", "SIGKILL", "SIGCONT"]))(LogWorld.race)
+    cut = supervised(if_here(rule(count=st.integers(1, 400_000))(LogWorld.cut)))
+    die_agreed = if_may_die(
+        if_here(
+            rule(
+                count=counts,
+                late=st.integers(0, 1000),
+                alone=st.one_of(st.integers(0, 2), st.none()),
+            )(LogWorld.die_agreed)
+        )
     )
-    cut = if_here(rule(count=st.integers(1, 400_000))(LogWorld.cut))
+    cut_orphaned = orphaned(if_here(rule(count=st.integers(1, 400_000))(LogWorld.cut_orphaned)))
     delete = if_here(rule(count=st.integers(1, 2))(LogWorld.delete))
 
-    restart = precondition(lambda self: self.file is not None and self.here and self.restarts < 2)(
+    restart = precondition(
+        lambda self: (
+            self.file is not None
+            and self.here
+            and self.saved
+            and self.restarts < 2
+            and not self.orphaned
+        )
+    )(
         rule(
             crash=st.booleans(),
             first=st.sampled_from(["", "late", "cut"]),
@@ -204,16 +257,20 @@ class LogModel(LogWorld, ClientRules):
             down=st.lists(counts, max_size=3),
             delete=st.integers(0, 2),
             reuse=st.booleans(),
+            orphaned=st.booleans(),
         )(LogWorld.restart)
     )
-    stop_supervisor = precondition(lambda self: self.file is not None and not self.stopping)(
-        rule()(LogWorld.stop_supervisor)
-    )
+    stop_supervisor = precondition(
+        lambda self: self.file is not None and not self.stopping and not self.orphaned
+    )(rule()(LogWorld.stop_supervisor))
     go_on = precondition(lambda self: self.stopping)(rule()(LogWorld.go_on))
     kill = if_may_kill(kill_rule(LogWorld.kill))
-    upgrade = precondition(lambda self: self.file is not None and self.upgrades < 1)(
-        rule()(LogWorld.upgrade)
-    )
+    upgrade = precondition(
+        lambda self: self.file is not None and self.upgrades < 1 and not self.orphaned
+    )(rule()(LogWorld.upgrade))
+    supervisor_dies = if_may_die(death_rule(LogWorld.supervisor_dies))
+    kill_orphan = orphaned(orphan_rule(LogWorld.kill_orphan))
+    takeover = orphaned(takeover_rule(LogWorld.takeover))
 
 
 def numbers_of_examples(few: int, many: int, asked_for: int) -> list[object]:

@@ -7,6 +7,7 @@ import atexit
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import tempfile
@@ -16,8 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from model.client import ModelClient
 from model.history import History, Stream, in_pages
+from support.processes import gone, session, title
 from support.server import TAILSRV, Server
 from support.sockets import reset
 from support.status import ask, ready_workers, status
@@ -27,10 +31,18 @@ from tailsrv.control_socket import CLIENTS
 # What processes have open, each with its number.
 Links = Counter[str]
 FILE = "file of this example"
+MEMORY = "/memfd:tailsrv (deleted)"
 
 # From linux/tcp.h: a socket that is closed with this option set sends no further packet.
 TCP_REPAIR = 19
+# The number of workers of the first server.
 WORKERS = 2
+
+# What an orphaned worker logs if the supervisor that takes over is killed halfway.
+TAKER_DIED = ("cannot hand over: ",)
+
+# Seconds for which workers serve without a supervisor: until the example takes them over.
+ORPHAN_TIMEOUT = "600"
 
 
 class World:
@@ -51,6 +63,16 @@ class World:
         self.furthest = 0
         self.stopping, self.stopped = False, list[int]()
         self.launches, self.kills, self.upgrades, self.moved = 0, 0, 0, False
+        # The number of workers, and further options of the present server.
+        self.workers, self.more = WORKERS, list[str]()
+        # Whether the server has the file, and whether the supervisor has died.
+        self.served = self.orphaned = False
+        # How often the supervisor was killed, and the killed ones whose workers may still serve.
+        self.deaths, self.dead = 0, list[Server]()
+        # Whether another supervisor may not have finished to take over.
+        self.taking_over = False
+        # Whether a slot may be without a worker, and the workers that were killed.
+        self.unsettled, self.killed = False, set[int]()
         # What the supervisor and all workers have open without clients; see `open_links`.
         self.base: tuple[Links, Links] | None = None
 
@@ -64,15 +86,21 @@ class World:
 
     def launch(self) -> None:
         """Start a server, and record what it has open without clients."""
-        command = [*self.program(), "-p", "0", "-w", str(WORKERS), *self.options(), self.path]
-        log = Path(self.folder.name, f"stderr-{self.launches}")
-        self.launches += 1
-        self.server = Server(command, log, 0)
+        self.workers, self.more, self.served = WORKERS, [], False
+        self.server = self.spawn(0)
         self.port = self.server.port
         # Later servers may be rolling at this moment, which opens and closes files.
         if self.file is not None and self.launches == 1:
             ready_workers(self.server)
-            self.base = self.open_links()
+            self.base, self.base_listeners = self.open_links(), self.listeners()
+
+    def spawn(self, port: int) -> Server:
+        """Start a server at `port`."""
+        options = ["-w", str(self.workers), "--orphan-timeout", ORPHAN_TIMEOUT, *self.options()]
+        command = [*self.program(), "-p", str(port), *options, *self.more, self.path]
+        log = Path(self.folder.name, f"stderr-{self.launches}")
+        self.launches += 1
+        return Server(command, log, 0)
 
     def program(self) -> Sequence[str | Path]:
         """Return the command of the server."""
@@ -132,9 +160,9 @@ class World:
         self.go_on()
         if client.ended:
             return
-        while not client.ended and (left := min(count, client.due(self.history.size))):
+        while not client.ended and (left := min(count, self.due(client))):
             count -= self.receive(client, left)
-        if client.doomed and not client.ended and self.file is not None:
+        if client.doomed and not client.ended and self.file is not None and not self.orphaned:
             assert self.receive(client, 1) == 0
         elif count and not client.ended:
             with client.without_waiting():
@@ -161,6 +189,15 @@ class World:
     def settle(self, client: ModelClient) -> None:
         """Wait until the supervisor knows the client and the start of any requested stream."""
         self.await_known([client])
+
+    def due(self, client: ModelClient) -> int:
+        """Return how many more bytes `client` must receive at least, before anything changes."""
+        reach = self.reach()
+        return 0 if reach is None else client.due(reach)
+
+    def reach(self) -> int | None:
+        """Return the least offset up to which every worker serves the log, None if none does."""
+        return self.history.size if self.served or not self.orphaned else None
 
     # Actions of the writer.
 
@@ -203,7 +240,8 @@ class World:
     def move(self, how: str) -> None:
         """Remove the name of the file, which is still written and served."""
         # The server must have opened the file before.
-        self.server.logged("serving: ")
+        if not self.served:
+            self.await_serving()
         self.moved = True
         if how == "unlink":
             self.path.unlink()
@@ -239,7 +277,10 @@ class World:
             self.await_known(self.living)
         for client in self.living:
             client.may_be_lost = client.may_be_lost or not client.known
-        if (pid := status(self.server)["workers"][slot]["pid"]) is not None:
+        workers = status(self.server)["workers"]
+        if (pid := workers[slot % len(workers)]["pid"]) is not None:
+            self.unsettled = True
+            self.killed.add(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.Signals[number])
 
@@ -247,21 +288,129 @@ class World:
         """Upgrade the program while everything else continues."""
         self.go_on()
         self.upgrades += 1
+        self.unsettled = True
         self.server.signal(signal.SIGHUP)
+
+    # The death of the supervisor.
+
+    def supervisor_dies(self, how: str, settled: bool) -> None:
+        """Kill the supervisor alone.
+
+        Args:
+            how: The signal, or SIGSTOP for a supervisor that hangs before it is killed.
+            settled: Whether to wait first until every slot has a worker.
+
+        """
+        # All workers are replaced when the file appears.
+        appears = self.file is not None and not self.served
+        if settled or appears or self.may_be_empty():
+            self.await_settled()
+        self.deaths += 1
+        number = signal.SIGKILL if how == "SIGSTOP" else signal.Signals[how]
+        resource.prlimit(self.server.pid, resource.RLIMIT_CORE, (0, 0))
+        if how == "SIGSTOP":
+            self.server.signal(signal.SIGSTOP)
+        if self.server.pid in self.stopped:
+            self.stopped.remove(self.server.pid)
+        self.server.kill_supervisor(number)
+        self.dead.append(self.server)
+        self.orphaned = True
+        if self.unsettled:
+            self.note_lost()
+
+    def may_be_empty(self) -> bool:
+        """Tell whether there may be no worker, so that the port would be closed."""
+        return self.unsettled and (self.workers == 1 or len(self.killed) >= self.workers)
+
+    def kill_orphan(self, index: int, number: str) -> None:
+        """Kill a worker that has no supervisor, but not the last one, which has the port."""
+        self.go_on()
+        if len(pids := sorted(self.worker_pids())) > 1:
+            self.end_orphan(pids[index % len(pids)], signal.Signals[number])
+
+    def end_orphan(self, pid: int, number: signal.Signals) -> None:
+        os.kill(pid, number)
+        eventually(lambda: gone(pid))
+        self.note_lost()
+
+    def note_lost(self) -> None:
+        """Record that clients are lost that no living worker has.
+
+        Those in an accept queue are not, but that cannot be seen from outside.
+        """
+        self.go_on()
+        eventually(lambda: all("orphaned" in title(pid) for pid in self.worker_pids()))
+        held = {port for pid in self.worker_pids() for port in peers_of(pid)}
+        for client in self.living:
+            if client.sock.getsockname()[1] not in held:
+                client.may_end = True
+
+    def takeover(self, workers: int, more: list[str], failing: list[int]) -> None:
+        """Start another supervisor.
+
+        Args:
+            workers: The number of its workers.
+            more: Further options.
+            failing: Milliseconds after which others, which are started before that, are killed.
+
+        """
+        self.go_on()
+        self.workers, self.more = workers, more
+        for pause in failing:
+            taker = self.spawn(self.port)
+            time.sleep(pause / 1000)
+            taker.kill_early()
+            self.dead.append(taker)
+        clients = self.server.clients
+        self.server = self.spawn(self.port)
+        self.server.clients = clients
+        assert self.server.port == self.port
+        self.orphaned, self.taking_over = False, True
+        self.kills = self.upgrades = 0
+        self.unsettled = False
+        self.killed.clear()
+
+    def finish_takeover(self) -> None:
+        """Wait until all orphaned workers have ended."""
+        if self.taking_over:
+            self.server.logged("took over: ")
+            for server in self.dead:
+                server.wait()
+                self.check_log(server)
+            self.dead.clear()
+            self.taking_over = False
+
+    def await_settled(self) -> None:
+        """Wait until every slot has a worker that is ready."""
+        self.go_on()
+        if self.file is not None:
+            self.await_serving()
+        eventually(self.is_settled)
+        self.unsettled = False
+        self.killed.clear()
+
+    def is_settled(self) -> bool:
+        workers = status(self.server)["workers"]
+        pids = {worker["pid"] for worker in workers if worker["ready"]}
+        if self.file is not None and not all(links_of(pid)[FILE] for pid in pids):
+            return False
+        return len(pids) == len(workers) and not pids & self.killed and not any(map(gone, pids))
 
     # The end of an example.
 
     def finish(self) -> None:
         """Bring every stream to an end that is known exactly."""
         self.go_on()
+        if self.orphaned:
+            self.takeover(self.workers, self.more, [])
         if self.file is None:
             self.create()
         self.append(max(0, self.furthest - self.history.size) + 100)
         self.await_serving()
         self.await_known(self.living)
         for client in self.living:
-            # This detects clients that were lost.
-            self.read(client, 1)
+            # This detects clients that were lost. Some have received bytes before.
+            self.read(client, 1 << 40 if client.may_end else 1)
         self.living = [client for client in self.living if not client.ended]
         eventually(self.is_left_alone)
         for client in self.living:
@@ -272,7 +421,15 @@ class World:
         for client in self.living:
             assert client.sock.recv(1 << 16) == b"", client
         self.server.wait()
-        assert not self.server.lines("error"), self.server.log
+        self.check_log(self.server)
+
+    def check_log(self, server: Server) -> None:
+        """Assert that no error was logged, except for those that the model has caused."""
+        assert set(server.lines("error")) <= self.expected_errors(server), server.log
+
+    def expected_errors(self, server: Server) -> set[str]:
+        """Return the errors in the log of `server` that the model has caused."""
+        return {line for text in TAKER_DIED for line in server.lines(text)}
 
     def end(self) -> None:
         """Make the server end, in the way that its options allow."""
@@ -291,7 +448,9 @@ class World:
 
     def describe(self) -> str:
         """Return what helps to explain a failure."""
-        return f"The server's log:\n{self.server.log[-8000:]}"
+        logs = sorted(Path(self.folder.name).glob("stderr-*"))[:-1]
+        before = "\n".join(log.read_text(errors="replace")[-4000:] for log in logs)
+        return f"Earlier logs:\n{before}\nThe server's log:\n{self.server.log[-8000:]}"
 
     def close(self) -> None:
         """End the server and remove all files."""
@@ -300,9 +459,8 @@ class World:
         if hasattr(self, "server"):
             for client in self.server.clients:
                 client.close()
-            if self.server.process.poll() is None:
-                self.server.process.kill()
-                self.server.process.wait(DEADLINE)
+            for server in (*self.dead, self.server):
+                server.kill_all()
         if self.file is not None:
             os.close(self.file)
         self.folder.cleanup()
@@ -326,6 +484,8 @@ class World:
         """Wait until the server has found its file and finished its upgrades."""
         self.go_on()
         eventually(lambda: status(self.server)["state"] == "serving")
+        self.served = True
+        self.finish_takeover()
         if self.upgrades:
             self.server.logged("upgraded: version=", count=self.upgrades)
 
@@ -389,6 +549,9 @@ class World:
             stream.note_change(self.history)
 
     def worker_pids(self) -> list[int]:
+        if self.orphaned:
+            pids = [pid for server in self.dead for pid in session(server.pid)]
+            return [pid for pid in pids if title(pid).startswith("tailsrv: worker ")]
         return [
             worker["pid"] for worker in status(self.server)["workers"] if worker["pid"] is not None
         ]
@@ -416,12 +579,34 @@ class World:
             return []
         clients = Links({"socket": len(self.living)})
         found = self.open_links()
-        expected = [base + clients for base in self.base]
+        expected = [base + clients for base in self.expected_links()]
         return [
             f"{name}: too many {dict(links - right)}, too few {dict(right - links)}"
             for name, links, right in zip(("supervisor", "workers"), found, expected, strict=True)
             if links != right
         ]
+
+    def expected_links(self) -> tuple[Links, Links]:
+        """Return `base` for the present number of workers and listeners."""
+        assert self.base is not None
+        supervisor, workers = self.base
+        more = self.listeners() - self.base_listeners
+        if "--max-clients" in self.more:
+            # The number of clients of each worker, in memory that Python has open twice.
+            supervisor += Links({MEMORY: 2})
+            workers += Links({MEMORY: 2 * WORKERS})
+        each = {link: count // WORKERS for link, count in workers.items()}
+        return (
+            supervisor + Links({"socket": self.workers - WORKERS + more}),
+            Links({link: count * self.workers for link, count in each.items()})
+            + Links({"socket": more - (self.workers - WORKERS) * self.base_listeners // WORKERS}),
+        )
+
+    def listeners(self) -> int:
+        """Return how many descriptors of listening sockets the supervisor has."""
+        listeners = status(self.server)["listeners"]
+        shared = any(listener["slot"] is None for listener in listeners)
+        return len(listeners) * (self.workers if shared else 1)
 
     def open_links(self) -> tuple[Links, Links]:
         """Return what the supervisor and all workers have open."""
@@ -443,3 +628,12 @@ def links_of(pid: int) -> Links:
             # A file may have been renamed or deleted.
             found[FILE if "/tailsrv-model-" in kind else kind.replace(str(pid), "PID")] += 1
     return found
+
+
+def peers_of(pid: int) -> set[int]:
+    """Return the ports of the clients that the process `pid` has, empty if it has ended."""
+    try:
+        found = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return set()
+    return {connection.raddr.port for connection in found if connection.raddr}

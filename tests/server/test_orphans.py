@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,22 @@ def test_upgrade_at_once(serve: Serve, path: Path) -> None:
     assert server.lines(TOOK_OVER)
     append(path, b"more")
     expect(client, b"more")
+
+
+def test_killed_before_an_upgrade(serve: Serve, path: Path) -> None:
+    """A supervisor that is killed while it checks the installed program costs nothing."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    for client in clients:
+        expect(client, SMALL)
+    server.signal(signal.SIGHUP)
+    server.logged("upgrade: checking ")
+    server.kill_supervisor()
+    take_over(serve, server, path, "-w", "2")
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
@@ -679,6 +696,36 @@ def test_truncation_meanwhile(serve: Serve, path: Path) -> None:
     expect(server.connect(b"%d\n" % (len(SMALL) + 10)), DATA[5010:8000])
 
 
+def test_no_file_yet(serve: Serve, path: Path, tmp_path: Path) -> None:
+    """Clients that wait for the file wait on, and offsets continue where the state file ends."""
+    path.write_bytes(b"first")
+    options = ("--follow-name", "--state-file", str(tmp_path / "state"))
+    server = serve(path, *options)
+    server.workers(1)
+    server.finish()
+    path.unlink()
+    server = serve(path, "-w", "2", *options)
+    clients = [server.connect(b"?0\n") for _ in range(4)]
+    await_clients(server, 4)
+    orphan(server)
+    take_over(serve, server, path, "-w", "2", *options)
+    path.write_bytes(b"second")
+    for client in clients:
+        expect(client, b"%019d %019d\nsecond" % (5, 11))
+
+
+def test_file_comes_meanwhile(serve: Serve, path: Path) -> None:
+    """A file that comes while there is no supervisor is found by the next one."""
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    await_clients(server, 4)
+    orphan(server)
+    path.write_bytes(SMALL)
+    take_over(serve, server, path, "-w", "1")
+    for client in clients:
+        expect(client, SMALL)
+
+
 def test_settings_change(serve: Serve, path: Path) -> None:
     """A takeover may turn --follow-name on, and change limits."""
     path.write_bytes(SMALL)
@@ -740,9 +787,12 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
                     killed = dice.choice(worker_pids(server))
                     os.kill(killed, signal.SIGKILL)
                     # Without worker and supervisor, a client is lost.
-                    load.run_until(lambda: replaced(load.server, killed))
+                    load.run_until(partial(replaced, server, killed))
                 case 1:
                     server.signal(signal.SIGHUP)
+                    # Between the end of an old worker and the start of its successor, only the
+                    # supervisor has the clients.
+                    load.run_until(partial(server.lines, " upgraded: "))
                 case 2:
                     rotate(path)
         load.run_until(lambda: load.server.lines(TOOK_OVER))

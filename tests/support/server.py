@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from signal import SIGKILL
 from typing import Protocol
 
 import pytest
@@ -134,17 +135,24 @@ class Server:
         """Send a signal to the supervisor."""
         self.process.send_signal(number)
 
-    def kill_supervisor(self) -> None:
+    def kill_supervisor(self, number: int = SIGKILL) -> None:
         """Kill the supervisor, and wait until it is gone. Its workers are orphaned."""
         # The log of a server that has died cannot be waited for.
         assert self.port
-        self.expected_status = -signal.SIGKILL
-        self.signal(signal.SIGKILL)
+        self.kill_early(number)
+
+    def kill_early(self, number: int = SIGKILL) -> None:
+        """Do the same with a supervisor that may have only just been started, or has ended."""
+        if self.process.poll() is None:
+            self.expected_status = -number
+            self.process.send_signal(number)
+            # A stopped process does not die of another signal than SIGKILL.
+            self.process.send_signal(signal.SIGCONT)
         self.process.wait(DEADLINE)
 
     def kill_all(self) -> None:
         """Kill all processes of the server, as the end of a machine does."""
-        self.kill_supervisor()
+        self.kill_early()
         for pid in session(self.pid):
             os.kill(pid, signal.SIGKILL)
 

@@ -81,6 +81,7 @@ class WorkerBench:
             slot=0,
             log=self.log,
             ends=ends,
+            opened_at=None,
             frozen_end=agreed,
             truncated=False,
             listeners=self.listeners[0],

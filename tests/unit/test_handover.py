@@ -19,6 +19,7 @@ from tailsrv.handover import (
     REVOKED,
     Greeting,
     HandedClient,
+    HandedNext,
     HandedSegment,
     Handover,
     HandoverError,
@@ -37,8 +38,9 @@ HANDOVERS = st.builds(
     OFFSETS,
     OFFSETS,
     st.booleans(),
+    OFFSETS,
     st.none() | FILES,
-    st.none() | FILES,
+    st.none() | st.builds(HandedNext, FILES, OFFSETS),
 )
 
 

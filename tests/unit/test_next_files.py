@@ -10,6 +10,7 @@ from support.files import append
 from tailsrv.config import Timing
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.served_file import ServedFile
+from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.late_appends import LateAppends
 from tailsrv.supervisor.next_files import NextFiles
 
@@ -26,6 +27,10 @@ class Changing(ServedFile):
         file = super().open_next()
         self.change()
         return file
+
+
+# Made once, because its descriptors are never closed.
+OPENED_AT = SharedCounts(1)
 
 
 @pytest.fixture
@@ -52,7 +57,7 @@ def served_file(path: Path) -> Iterator[Changing]:
 def next_files(served_file: Changing) -> Iterator[NextFiles]:
     """Give the files after it."""
     loop = EventLoop()
-    next_files = NextFiles(served_file, LateAppends(loop, served_file, Timing()))
+    next_files = NextFiles(served_file, LateAppends(loop, served_file, Timing()), OPENED_AT)
     next_files.begin([])
     yield next_files
     next_files.close()

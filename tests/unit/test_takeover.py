@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tailsrv.handover import HandedClient, HandedSegment, Handover
+from tailsrv.handover import HandedClient, HandedNext, HandedSegment, Handover
 from tailsrv.linux.files import memory_file_with
 from tailsrv.segments import NO_FILE
 from tailsrv.shared_counts import SharedCounts
@@ -125,6 +125,28 @@ def test_closed_segments(files: Files) -> None:
         os.close(file)
 
 
+def test_sealed_segment_that_is_closed(files: Files) -> None:
+    """A segment that only workers have that have not rolled ends where the next one begins."""
+    behind = Handover(segments=[HandedSegment(0, None, files.open("1", 50))])
+    ahead = Handover(segments=[HandedSegment(40, None, files.open("2"))], start=40)
+    log = merge_logs([behind, ahead])
+    assert log is not None
+    assert [(base, files.name(file), size) for base, file, size in log.segments] == [
+        (0, "1", 40),
+        (40, "2", None),
+    ]
+    for file in log.files():
+        os.close(file)
+    truncated = Handover(segments=[HandedSegment(0, None, files.open("1"))])
+    ahead = Handover(segments=[HandedSegment(50, None, files.open("1"))], start=50)
+    log = merge_logs([truncated, ahead])
+    assert log is not None
+    assert [segment[1] == NO_FILE for segment in log.segments] == [True, False]
+    assert log.load().start == 50
+    for file in log.files():
+        os.close(file)
+
+
 def test_end() -> None:
     """The largest end counts, also that of a worker that has died."""
     numbers = memory_file_with(struct.pack("3q", 5, 90, 7))
@@ -153,16 +175,18 @@ def test_compose(files: Files) -> None:
 def test_next_file(files: Files) -> None:
     """The next file is kept once, unless a worker has rolled to it."""
     waiting = Handover(segments=[HandedSegment(0, None, files.open("1"))])
-    waiting.next_file, other = files.open("2"), files.open("2")
-    also_waiting = Handover(next_file=other)
+    waiting.next = HandedNext(files.open("2"), agreed=7)
+    also_waiting = Handover(next=HandedNext(files.open("2"), agreed=7))
     state, _ = compose([waiting, also_waiting], [[]], False, [], follow_name=False)
     assert state.roll is not None
     assert [files.name(file) for file in state.roll.next_files] == ["2"]
+    assert (state.roll.mode, state.roll.agreed) == ("AGREED", 7)
     rolled = Handover(segments=[HandedSegment(0, 1, None), HandedSegment(1, None, files.open("2"))])
-    also_waiting.next_file = files.open("2")
+    also_waiting.next = HandedNext(files.open("2"), agreed=1)
     state, _ = compose([rolled, also_waiting], [[]], False, [], follow_name=False)
     assert state.roll is not None
     assert state.roll.next_files == []
+    assert (state.roll.mode, state.roll.agreed) == ("IDLE", None)
 
 
 def test_truncation() -> None:

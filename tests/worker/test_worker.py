@@ -850,6 +850,44 @@ def test_term_after_drain(bench: WorkerBench) -> None:
     assert bench.receive_to_the_end(far) == [b"89"]
 
 
+@pytest.mark.parametrize("signal_first", [True, False])
+def test_supervisor_dies_during_a_replacement(bench: WorkerBench, signal_first: bool) -> None:
+    """A worker that was told to end serves on: there will be no successor."""
+    bench.settle()
+    bench.channel.close()
+    signal.raise_signal(signal.SIGTERM)
+    if signal_first:
+        bench.worker.handle_signal()
+    else:
+        bench.worker.handle_channel()
+        bench.worker.handle_signal()
+    assert bench.worker.orphaned
+    assert not bench.worker.draining
+    assert not bench.worker.ended
+    client, _ = bench.connect(b"0\n")
+    assert bench.receive(client, 10) == b"0123456789"
+    signal.raise_signal(signal.SIGTERM)
+    bench.worker.handle_signal()
+    assert bench.worker.draining
+
+
+@pytest.mark.parametrize("reporting", [True, False])
+def test_last_orders_of_a_supervisor(bench: WorkerBench, reporting: bool) -> None:
+    """What the supervisor ordered before it died counts, although it has not read all reports."""
+    bench.settle()
+    bench.worker.reporter.add_notice(alive=True)
+    bench.worker.reporter.send_and_start()
+    bench.channel.sendall(encode(Drain(bench.config.grace)))
+    bench.channel.close()
+    if reporting:
+        bench.worker.reporter.add_notice(alive=True)
+        bench.worker.reporter.send_and_start()
+    else:
+        bench.worker.handle_channel()
+    assert bench.worker.draining
+    assert bench.worker.orphaned
+
+
 def test_orphan(bench: WorkerBench) -> None:
     """A worker whose supervisor has gone serves on for --orphan-timeout seconds, then drains."""
     bench.settle()

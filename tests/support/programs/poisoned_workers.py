@@ -14,6 +14,7 @@ from tailsrv.listeners import endpoints, open_listeners
 from tailsrv.log import logger, set_up
 from tailsrv.segments import Log, Segment
 from tailsrv.served_file import open_file
+from tailsrv.supervisor.log_store import Restored
 from tailsrv.supervisor.slot import Slot
 from tailsrv.supervisor.supervisor import Supervisor
 from tailsrv.worker import worker
@@ -64,5 +65,5 @@ logger.info("listening: port=%d", port)
 slots = [Slot(index, sockets) for index, sockets in enumerate(listeners)]
 supervisor = Supervisor(config, slots, names, Control.lock(names), work)
 assert file is not None
-supervisor.begin(Log([Segment(0, file)]))
+supervisor.begin(Restored(Log([Segment(0, file)]), [], 0))
 sys.exit(supervisor.run())
