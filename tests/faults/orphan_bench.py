@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from faults.bench import FaultClient, activity
 from support.files import append, random_bytes
@@ -258,6 +259,19 @@ class OrphanBench:
         finally:
             client.sock.settimeout(DEADLINE)
         return True
+
+    def uncounted(self) -> int:
+        """Return how many of the clients the supervisor does not count, once visitors have left.
+
+        A request for the status pings the workers. Their answers include all earlier departures.
+        """
+        ask(f"*:{self.port}")
+
+        def look() -> dict[str, Any]:
+            status: dict[str, Any] = json.loads(ask(f"*:{self.port}")[0])
+            return {} if any(worker["silent"] for worker in status["workers"]) else status
+
+        return len(list(self.clients())) - int(eventually(look)["clients"])
 
     def visit(self, header: bytes, count: int) -> None:
         """Connect, read the last `count` bytes, and reset the connection."""
