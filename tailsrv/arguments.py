@@ -252,7 +252,9 @@ def make_health_parser() -> argparse.ArgumentParser:
         help="check the servers that listen on this TCP port, at any address",
     )  # fmt: skip
     which.add_argument(
-        "--pid", type=whole, help="check the server whose supervisor has this process ID"
+        "--pid",
+        type=whole,
+        help="check the server whose supervisor, or orphaned worker, has this process ID",
     )
     parser.add_argument(
         "--format",

@@ -515,7 +515,8 @@ class FaultBench:
         ended = server.process.wait(DEADLINE)
         eventually(lambda: not session(server.pid) or (ended and server.lines(GONE)))
         served_on = bool(session(server.pid))
-        if served_on:
+        # A worker without a supervisor does not roll by itself, so followers would wait there.
+        if served_on and ended == 1:
             self.append()
         lost = self.lost
         self.stop()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from faults.bench import FaultClient, activity
 from support.files import append, random_bytes
@@ -65,6 +66,9 @@ class OrphanBench:
 
     def start(self, port: int) -> Server:
         server = Server(self.command(port), self.folder / f"stderr-{len(self.servers)}", 0)
+        if port:
+            # Do not wait for the log line that has it: a fault may be about that.
+            server.port = port
         self.servers.append(server)
         return server
 
@@ -232,7 +236,7 @@ class OrphanBench:
         for group in self.groups:
             for kind, client in list(group.items()):
                 if client.sock.fileno() < 0 or (kind != "stalled" and self._has_ended(client)):
-                    del group[kind]
+                    group.pop(kind).sock.close()
                     lost += 1
         return lost
 
@@ -256,6 +260,19 @@ class OrphanBench:
             client.sock.settimeout(DEADLINE)
         return True
 
+    def uncounted(self) -> int:
+        """Return how many of the clients the supervisor does not count, once visitors have left.
+
+        A request for the status pings the workers. Their answers include all earlier departures.
+        """
+        ask(f"*:{self.port}")
+
+        def look() -> dict[str, Any]:
+            status: dict[str, Any] = json.loads(ask(f"*:{self.port}")[0])
+            return {} if any(worker["silent"] for worker in status["workers"]) else status
+
+        return len(list(self.clients())) - int(eventually(look)["clients"])
+
     def visit(self, header: bytes, count: int) -> None:
         """Connect, read the last `count` bytes, and reset the connection."""
         visitor = FaultClient(connect(self.port, header), len(self.data) - count)
@@ -276,6 +293,7 @@ class OrphanBench:
                 try:
                     client.sock.sendall(rest)
                 except ConnectionError:
+                    client.sock.close()
                     lost += 1
                     continue
                 lost += not client.read(self.data)

@@ -16,6 +16,8 @@ from support.server import Server
 from support.status import ask
 from support.waiting import eventually
 
+# Part of the log line about a port that is in use.
+IN_USE = os.strerror(errno.EADDRINUSE)
 TABLE = Path(__file__).with_name("orphans.md")
 
 
@@ -146,9 +148,9 @@ def run(bench: OrphanBench, scene: Scene, case: Case, path: Path) -> str:
 
     trace, taker = perform(bench, case.process, scene, tracer)
     fired = gone(traced[0]) if case.error == KILL else trace.fired()
-    outcome = settle(
-        bench, taker, "" if case.error == KILL else os.strerror(getattr(errno, case.error))
-    )
+    # If the call of another process has failed, the log of the taker has another reason.
+    known = case.process == "taker" and case.error != KILL
+    outcome = settle(bench, taker, os.strerror(getattr(errno, case.error)) if known else "")
     return outcome if fired else f"{NOT_MADE} ({outcome})"
 
 
@@ -163,11 +165,14 @@ def settle(bench: OrphanBench, taker: Server, reason: str = "") -> str:
         bench.take_over()
         lost += bench.check_streams()
     assert all("Traceback" not in server.log for server in bench.servers)
+    if not lost:
+        # A stalled client can still read bytes after its end.
+        lost = bench.uncounted()
     status = json.loads(ask(f"*:{bench.port}")[0])
     if any(worker["restarts"] for worker in status["workers"]):
         word = "replaced" if word == "exact" else f"{word}, replaced"
-    elif lost:
-        word = "lost"
+    elif lost and word in ("exact", "killed"):
+        word = "closed" if lost == 1 else "lost"
     # An orphan that still serves beside the new supervisor would be one too many.
     if sorted(worker["pid"] for worker in status["workers"]) != bench.workers():
         word += ", left behind"
@@ -176,7 +181,8 @@ def settle(bench: OrphanBench, taker: Server, reason: str = "") -> str:
     if lost or late or word.endswith("left behind"):
         bench.stop()
         # Only one worker may have lost its clients.
-        return word if word == "lost" and affected == 1 and not late else f"{word}, {lost} lost"
+        expected = word in ("closed", "lost") and affected <= 1 and not late
+        return word if expected else f"{word}, {lost} lost"
     bench.rest()
     bench.check_descriptors()
     return word
@@ -186,7 +192,10 @@ def _describe_end(taker: Server, reason: str) -> str:
     status = taker.process.returncode
     if status == -signal.SIGKILL:
         return "killed"
+    # The status is 3 if workers cannot start. Then each of them has logged the reason as well.
     critical = taker.lines(" critical: ")
-    if status == 1 and len(critical) == 1:
-        return "served on" if reason in critical[0] else f"served on ({critical[0]})"
-    return f"ends {status}, {len(critical)} lines"
+    if status not in (1, 3) or not critical or (status == 1 and len(critical) > 1):
+        return f"ends {status}, {len(critical)} lines"
+    if any(reason in line for line in critical):
+        return "served on"
+    return "in use" if IN_USE in critical[0] else f"served on ({critical})"

@@ -15,15 +15,19 @@ from support.strace import can_inject
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-# Trying all cases takes minutes. Without the variable, some of the occurrences are tried, and those
-# of a KILL in a row, without a takeover in between.
+# Trying all cases takes minutes. Without the variable, some of them are tried.
 ALL = bool(os.environ.get("TAILSRV_TEST_FAULTS"))
 CASES = [case for case in read_table(TABLE) if case.expected not in (NOT_TRIED, NOT_MADE)]
+TAKEOVER = ("taker", "takeover")
+# The takers that are killed, one after another.
+KILLS = [case for case in CASES if (case.process, case.act, case.error) == (*TAKEOVER, KILL)]
 
 
 def is_tried(case: Case) -> bool:
-    """Tell whether `case` is tried."""
-    return ALL or (case.first and (case.occurrence == 1 or "lost" in case.expected))
+    """Tell whether `case` is tried by itself."""
+    if case.occurrence > 1 and case in KILLS:
+        return False
+    return ALL or (case.first and (case.occurrence == 1 or case.expected == "lost"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def test_fault(bench: OrphanBench, case: Case, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     try:
         outcome = run(bench, SCENES[case.process, case.act], case, trace)
-        assert outcome == case.expected, f"{bench.log()}\n{trace.read_text()[-3000:]}"
+        assert outcome in case.expected.split(" or "), f"{bench.log()}\n{trace.read_text()[-3000:]}"
     except BaseException:
         bench.stop()
         raise
@@ -67,13 +71,11 @@ def test_each_call_is_in_a_table(
 
 def test_takers_that_die_one_after_another(bench: OrphanBench, tmp_path: Path) -> None:
     """Takers that are killed one after another, each at a later call, cost no client anything."""
-    key = "taker", "takeover"
-    kills = [case for case in CASES if (case.process, case.act, case.error) == (*key, KILL)]
     bench.ready()
     bench.kill_supervisor()
-    for case in kills if ALL else kills[::8]:
+    for case in KILLS if ALL else KILLS[::8]:
         tracer = partial(fault, case=case, path=tmp_path / "trace")
-        _, taker = start_taker(bench, "taker", SCENES[key], tracer)
+        _, taker = start_taker(bench, "taker", SCENES[TAKEOVER], tracer)
         assert taker.process.poll() == -signal.SIGKILL, case
         assert bench.check_streams() == 0, case
         bench.check_descriptors()

@@ -114,6 +114,7 @@ def test_orphan_drains_on_sigterm(serve: Serve, path: Path) -> None:
     server.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_orphans_ignore_other_signals(serve: Serve, path: Path, number: signal.Signals) -> None:
     """Ctrl-C, a closed terminal and stray signals do not end an orphan, as they end no worker."""
@@ -147,6 +148,7 @@ def test_drain_outlives_the_supervisor(serve: Serve, path: Path) -> None:
 # How a supervisor may die
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
 def test_killed(serve: Serve, path: Path, number: signal.Signals) -> None:
     """No signal that ends a supervisor by force ends a stream."""
@@ -161,6 +163,7 @@ def test_killed(serve: Serve, path: Path, number: signal.Signals) -> None:
     expect(client, b"more")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("error", ["OSError(28, 'No space')", "MemoryError()", "KeyError('x')"])
 def test_fails(serve: Serve, path: Path, error: str) -> None:
     """An exception in the supervisor's loop ends no stream. Exit status and log tell of it."""
@@ -238,6 +241,7 @@ def test_closed_standard_error(serve: Serve, path: Path, unread: bool) -> None:
 # Taking over
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 3), (3, 1), (4, 3), (2, 4)])
 def test_take_over(serve: Serve, path: Path, before: int, after: int) -> None:
     """Clients of all kinds lose nothing in a takeover, however many workers there are."""
@@ -336,6 +340,23 @@ def test_upgrade_at_once(serve: Serve, path: Path) -> None:
     expect(client, b"more")
 
 
+def test_killed_before_an_upgrade(serve: Serve, path: Path) -> None:
+    """A supervisor that is killed while it checks the installed program costs nothing."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2")
+    clients = [server.connect(b"0\n") for _ in range(4)]
+    for client in clients:
+        expect(client, SMALL)
+    server.signal(signal.SIGHUP)
+    server.logged("upgrade: checking ")
+    server.kill_supervisor()
+    take_over(serve, server, path, "-w", "2")
+    append(path, b"more")
+    for client in clients:
+        expect(client, b"more")
+
+
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_ended_at_once(serve: Serve, path: Path, number: signal.Signals) -> None:
     """A supervisor that is ended while it takes over ends the orphans as well."""
@@ -381,6 +402,7 @@ def test_nobody_is_refused(serve: Serve, path: Path) -> None:
 # A taker that dies
 
 
+@pytest.mark.sample(2)
 @needs_strace
 @pytest.mark.parametrize("call", ["sendto", "recvmsg", "clone", "listen", "memfd_create"])
 def test_taker_dies(serve: Serve, path: Path, call: str) -> None:
@@ -582,6 +604,7 @@ def test_another_user(serve: Serve, open_folder: Path) -> None:
     expect(client, b"more")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(not as_root, reason="needs two users")
 @pytest.mark.parametrize("workers", ["1", "2", "4"])
 def test_root_takes_over(serve: Serve, open_folder: Path, workers: str) -> None:
@@ -774,6 +797,9 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
                     load.run_until(partial(replaced, server, killed))
                 case 1:
                     server.signal(signal.SIGHUP)
+                    # Between the end of an old worker and the start of its successor, only the
+                    # supervisor has the clients.
+                    load.run_until(partial(server.lines, " upgraded: "))
                 case 2:
                     rotate(path)
         load.run_until(lambda: load.server.lines(TOOK_OVER))
