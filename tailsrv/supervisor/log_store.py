@@ -40,10 +40,10 @@ class LogStore:
     """
 
     def __init__(self, state_file: str, path: str, lock_file: int | None = None) -> None:
-        # What state_file.py imports when it is needed: later, there may be no descriptor for that.
-        import_module("hashlib")
         self._state_file, self._path = state_file, path
         self.lock_file = lock(state_file) if lock_file is None else lock_file
+        # What state_file.py imports when it is needed: later, there may be no descriptor for that.
+        import_module("hashlib")
         # The sealed segments do not change any more, so they are examined once.
         self._sealed: dict[Segment, SavedSegment] = {}
         # Whether the last attempt to save has failed.
