@@ -582,7 +582,14 @@ class Worker:
         peer, request = asked
         supervisor = credentials(peer)[0]
         self.reporter.send_and_start()
-        if not hand_over(peer, self.describe(request), self.config.timing.commit_patience):
+        try:
+            handover = self.describe(request)
+        except Exception:
+            # Whatever the error is, the clients must not be affected.
+            logger.exception("cannot hand over, please report this bug: %s", fields(slot=self.slot))
+            peer.close()
+            return
+        if not hand_over(peer, handover, self.config.timing.commit_patience):
             # A supervisor has been started, so another attempt is likely.
             logger.warning(
                 "supervisor has not taken over, clients are served on: %s",

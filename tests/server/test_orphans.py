@@ -18,7 +18,6 @@ import pytest
 from support.files import append, random_bytes
 from support.load import loaded
 from support.processes import (
-    AS_NOBODY,
     NO_CORE,
     as_root,
     gone,
@@ -28,7 +27,7 @@ from support.processes import (
     stop,
 )
 from support.rotation import move_away, rotate
-from support.server import TAILSRV, Serve, Server, hurried, run_tailsrv
+from support.server import TAILSRV, Serve, Server, hurried, run_tailsrv, wrapper_without_rights
 from support.sockets import connect, expect, expect_eof, outcome, recv_all, recv_exactly
 from support.status import ask, await_clients, ready_workers, status, worker_pids
 from support.strace import needs_strace
@@ -590,11 +589,12 @@ def test_another_address(serve: Serve, path: Path) -> None:
 def test_another_user(serve: Serve, open_folder: Path) -> None:
     """Only the same user and root take over. The error of others says whose workers they are."""
     (path := open_folder / "log").write_bytes(SMALL)
+    nobody = wrapper_without_rights()
     server = serve(path, "-w", "2")
     client = server.connect(b"0\n")
     expect(client, SMALL)
     orphan(server)
-    result = run_tailsrv("-p", str(server.port), path, wrapper=AS_NOBODY)
+    result = run_tailsrv("-p", str(server.port), path, wrapper=nobody)
     assert result.returncode == 1
     assert "workers of user 0, whose supervisor has died, still serve it: " in result.stderr
     append(path, b"more")
@@ -610,7 +610,7 @@ def test_another_user(serve: Serve, open_folder: Path) -> None:
 def test_root_takes_over(serve: Serve, open_folder: Path, workers: str) -> None:
     """Root takes over from any user, although no socket of root can join that user's port."""
     (path := open_folder / "log").write_bytes(SMALL)
-    server = serve(path, "-w", "2", wrapper=AS_NOBODY)
+    server = serve(path, "-w", "2", wrapper=wrapper_without_rights())
     clients = [server.connect(b"0\n") for _ in range(4)]
     for client in clients:
         expect(client, SMALL)
@@ -638,7 +638,7 @@ def test_names_of_another_user(serve: Serve, path: Path) -> None:
         "import socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
         f"s.bind(chr(0) + {name!r}); s.listen(); print(flush=True); input()"
     )
-    command = [*AS_NOBODY, sys.executable, "-c", code]
+    command = [*wrapper_without_rights(), sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
         assert squatter.stdout is not None
         squatter.stdout.readline()
