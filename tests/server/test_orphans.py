@@ -20,6 +20,7 @@ from support.load import loaded
 from support.processes import (
     NO_CORE,
     as_root,
+    descriptors,
     gone,
     memory_cgroup,
     open_descriptors,
@@ -782,6 +783,9 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
         for _ in range(deaths):
             load.run(dice.uniform(0, 0.1))
             server.kill_supervisor()
+            # Nobody is refused.
+            with connect(server.port, b"-1\n") as visitor:
+                expect(visitor, bytes(load.data[-1:]))
             load.run(dice.choice([0, 0, dice.random()]))
             options = ("-w", str(dice.randrange(1, 5)), "--follow-name", "--grace", "1")
             load.server = server = start_successor(serve, server, path, *options, program=hurried())
@@ -802,4 +806,12 @@ def test_many_deaths(serve: Serve, path: Path, deaths: int) -> None:
                     load.run_until(partial(server.lines, " upgraded: "))
                 case 2:
                     rotate(path)
-        load.run_until(lambda: load.server.lines(TOOK_OVER))
+        sockets = set()
+        for _ in range(2):
+            load.run_until(lambda: load.server.lines(TOOK_OVER))
+            server.kill_supervisor()
+            options = ("-w", "4", "--follow-name", "--grace", "1")
+            load.server = server = start_successor(serve, server, path, *options, program=hurried())
+            load.run_until(partial(server.lines, TOOK_OVER))
+            sockets.add(sum(name.startswith("socket:") for name in descriptors(server.pid)))
+        assert len(sockets) == 1
