@@ -93,6 +93,7 @@ def test_orphans_end_in_time(serve: Serve, path: Path) -> None:
     """Without a successor, orphans drain, and the port becomes free."""
     path.write_bytes(DATA)
     server = serve(path, "-w", "2", "--orphan-timeout", "0.2")
+    server.workers(2)
     clients = [server.connect(b"0\n", receive_buffer=4096) for _ in range(6)]
     orphan(server)
     await_lines(server, "draining: ", "reason='no supervisor has taken over'", count=2)
