@@ -199,7 +199,12 @@ def list_worker_sockets() -> dict[str, str]:
     """
     names = list_sockets(socket.SOCK_SEQPACKET, listening=False)
     parts = ((name, name.rpartition(WORKER)) for name in names)
-    return {name: endpoint for name, (endpoint, separator, _) in parts if separator}
+    # Every user can take any name, so accept only those that a worker can have.
+    return {
+        name: endpoint
+        for name, (endpoint, separator, number) in parts
+        if separator and number.isdecimal() and name.isascii()
+    }
 
 
 def list_sockets(kind: socket.SocketKind, listening: bool) -> set[str]:

@@ -3,8 +3,9 @@
 A worker is orphaned when its supervisor has died. It listens at an abstract unix socket
 (SOCK_SEQPACKET) for the next supervisor. Each message is one packet:
 
-1. The worker sends a `Greeting` to everyone who may connect. A health check reads no more.
-2. The supervisor sends a `Request`. From now on the worker serves nobody.
+1. The worker sends a `Greeting` on each connection of an authorized process. A health check reads
+   no more.
+2. The supervisor sends a `Request`. From now on the worker sends nothing to its clients.
 3. The worker sends its `Handover`, in as many packets as its descriptors need.
 4. The worker that the new supervisor has forked for these clients sends COMMIT when it is about to
    serve them, and the orphan ends. If the connection ends before, the orphan serves on.
@@ -16,6 +17,7 @@ long first shuts its socket for COMMIT, and then sends REVOKED and serves on.
 Apart from commit(), this module is pure: bytes in, values out.
 """
 
+import errno
 import json
 import socket
 import time
@@ -23,7 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# The format of these messages. A greeting can be read by every version.
+# The format of a handover. Greeting, Request, COMMIT, REVOKED and the listeners of a handover are
+# the same in all formats, so that a version that cannot take over the clients can take the port.
 FORMAT = 1
 # Most descriptors in one packet: SCM_MAX_FD of unix(7).
 MAX_FILES = 253
@@ -34,6 +37,8 @@ COMMIT = b"commit"
 REVOKED = b"revoked"
 # Seconds between attempts to send COMMIT while the kernel is short of memory.
 SEND_RETRY = 0.01
+# Seconds after which an orphan that has shut its socket, and says nothing, is left alone.
+COMMIT_TIMEOUT = 5.0
 
 
 class HandoverError(ValueError):
@@ -65,7 +70,10 @@ class Greeting:
         try:
             values = json.loads(packet)
             # Another version may have further fields.
-            return cls(**{name: values[name] for name in cls.__match_args__})
+            greeting = cls(**{name: values[name] for name in cls.__match_args__})
+            if not isinstance(greeting.pid, int):
+                raise TypeError("pid")
+            return greeting
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HandoverError(f"not a greeting: {packet[:80]!r}") from error
 
@@ -137,6 +145,8 @@ class Handover:
     ends: int | None = None
     # The file to which workers may have rolled by themselves.
     next: HandedNext | None = None
+    # Whether the packets have only the listeners, which every format describes in the same way.
+    only_listeners: bool = False
 
     def packets(self) -> Iterator[tuple[bytes, list[int]]]:
         """Yield each packet and the descriptors that go with it. The last packet says so."""
@@ -149,9 +159,11 @@ class Handover:
 
     def _items(self) -> Iterator[tuple[list[Any], int | None]]:
         """Yield the content of each item, and its descriptor, if it has one."""
-        yield ["log", False, self.start, self.end, self.truncated, self.opened_at], None
         for listener in self.listeners:
             yield ["listener", True], listener
+        if self.only_listeners:
+            return
+        yield ["log", False, self.start, self.end, self.truncated, self.opened_at], None
         for segment in self.segments:
             has_file = segment.file is not None
             yield ["segment", has_file, segment.base, segment.size], segment.file
@@ -217,34 +229,47 @@ def commit(orphans: Sequence[socket.socket]) -> bool:
     Only after this may a process serve these clients.
 
     Returns:
-        Whether all of them end, or have died. If one of them has lost patience and serves its
-        clients on, the result is False, and this process must not serve any client.
+        Whether all of them end, or have died. If one of them has revoked its handover, the result
+        is False, and this process must not serve any client.
 
     """
     for orphan in orphans:
         orphan.setblocking(True)
-    if any(_has_revoked(orphan, socket.MSG_DONTWAIT) for orphan in orphans):
+    if any(_has_revoked(orphan) for orphan in orphans):
         return False
     return all(_commit(orphan) for orphan in orphans)
 
 
 def _commit(orphan: socket.socket) -> bool:
+    deadline = time.monotonic() + COMMIT_TIMEOUT
     with orphan:
-        while True:
+        while time.monotonic() < deadline:
             try:
                 orphan.send(COMMIT)
-            except (BrokenPipeError, ConnectionResetError):
-                # Either it has died, or it is about to send REVOKED.
-                return not _has_revoked(orphan)
-            except OSError:
+            except OSError as error:
+                if isinstance(error, ConnectionError) or error.errno == errno.ENOTCONN:
+                    # Either it has died, or it is about to send REVOKED.
+                    return _has_died(orphan)
                 # The kernel lacks memory for the packet.
                 time.sleep(SEND_RETRY)
             else:
                 return True
+    return False
 
 
-def _has_revoked(orphan: socket.socket, flags: int = 0) -> bool:
+def _has_died(orphan: socket.socket) -> bool:
+    """Return whether the connection ends without REVOKED within COMMIT_TIMEOUT seconds."""
+    orphan.settimeout(COMMIT_TIMEOUT)
     try:
-        return orphan.recv(MAX_PACKET, flags | socket.MSG_PEEK) == REVOKED
+        return orphan.recv(MAX_PACKET) != REVOKED
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def _has_revoked(orphan: socket.socket) -> bool:
+    try:
+        return orphan.recv(MAX_PACKET, socket.MSG_DONTWAIT | socket.MSG_PEEK) == REVOKED
     except OSError:
         return False

@@ -7,6 +7,7 @@ version that an upgrade has replaced, and runs the supervisor until the server e
 import gc
 import os
 import socket
+import struct
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -349,11 +350,14 @@ def take_over_orphans(
     else:
         # If the service manager has made new sockets, connections wait in the old ones as well.
         listeners, shared = assign(each_once([*passed, *taken]), config.workers)
-    state, places = compose(handovers, listeners, shared, listening.names, config.follow_name)
-    predecessors: list[list[socket.socket]] = [[] for _ in listeners]
-    for orphan, place in zip(orphans, places, strict=True):
-        predecessors[place].append(orphan.sock)
-    supervisor = load(config, state, listening.control, store, predecessors)
+    try:
+        state, places = compose(handovers, listeners, shared, listening.names, config.follow_name)
+        predecessors: list[list[socket.socket]] = [[] for _ in listeners]
+        for orphan, place in zip(orphans, places, strict=True):
+            predecessors[place].append(orphan.sock)
+        supervisor = load(config, state, listening.control, store, predecessors)
+    except (ValueError, OverflowError, struct.error) as error:
+        raise TakeoverError(f"orphaned workers do not serve the same log: {error}") from error
     if state.log is None:
         # The orphans have waited for the file.
         supervisor.begin(open_log(config, store))

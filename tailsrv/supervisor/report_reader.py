@@ -139,7 +139,7 @@ class ReportReader:
                 self._loop.stall(slot.channel.fileno(), MEMORY_RETRY)
             return 0
         # End of file: the worker is exiting. It is reaped on SIGCHLD. Should it live on, it would
-        # take this process for dead, and hand its clients to nobody.
+        # take this process for dead, and keep its clients for another supervisor.
         if not packet:
             self._loop.unregister(slot.channel.fileno())
             if slot.pid is not None:

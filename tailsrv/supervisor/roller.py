@@ -210,8 +210,8 @@ class Roller:
     def check(self) -> None:
         """Check whether the path names another file, and roll if it is time to."""
         self._loop.timers.cancel(self.check)
-        if self.rolling:
-            # The end of the roll leads to another check.
+        if self.rolling or self._pool.has_predecessors():
+            # The end of the roll, or of the takeover, leads to another check.
             return
         now = self._loop.now
         gone = self._served_file.has_gone(now)
@@ -442,7 +442,8 @@ class Roller:
 
     def advance(self) -> None:
         """Do the next step of the roll that is under way. Call this in every turn."""
-        if self._mode is Mode.IDLE:
+        # An orphaned worker may still roll by itself.
+        if self._mode is Mode.IDLE or self._pool.has_predecessors():
             return
         slots = self._pool.running()
         # Another worker may get the pid of one that has died.
@@ -477,7 +478,7 @@ class Roller:
     def _kill_silent(self) -> None:
         """Kill the workers that have not acknowledged in time. Their successors will."""
         now, patience = self._loop.now, self._timing.freeze_patience
-        for slot in self._pool.running():
+        for slot in self._pool.running() if not self._pool.has_predecessors() else ():
             if slot.pid not in self._frozen and now - slot.spawned >= patience:
                 logger.error(
                     "worker does not take part in a roll, killing it: %s",

@@ -438,6 +438,8 @@ class Supervisor:
         if self.taking_over and not self.pool.has_predecessors():
             self.taking_over = False
             logger.info("took over: %s", fields(clients=self.pool.clients()))
+            if self.roller is not None and self.served_file.log is not None:
+                self.loop.timers.set(self.roller.check, self.loop.now)
             self.upgrader.finish(self.loop.now)
 
     def give_up(self, reason: str) -> None:

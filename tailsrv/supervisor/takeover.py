@@ -6,10 +6,12 @@ upgrade passes it on, but without workers. Until the new workers serve (see hand
 orphans can serve on, so this process may die at any moment.
 """
 
+import fcntl
 import os
 import select
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -44,9 +46,13 @@ from tailsrv.segments import NO_FILE
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.upgrade_state import LogState, RollState, SlotState, UpgradeState
 
+# In place of the device and inode number of a file that cannot be examined.
+_UNKNOWN = (-1, -1)
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
 # Seconds between attempts to find all workers.
 RETRY = 0.02
+# Seconds that a worker has after its fork until it listens.
+LISTEN_PATIENCE = 1.0
 # Seconds that a killed worker has to end. In an uninterruptible sleep, it does not.
 KILL_PATIENCE = 1.0
 
@@ -116,7 +122,13 @@ def find(endpoints: Sequence[str], patience: float, trust_all: bool) -> Found:
         _await_greetings(orphans.values())
         if all(name in orphans and orphans[name].is_known for name in names):
             break
-        if time.monotonic() >= deadline:
+        # A worker that has just been forked listens soon.
+        missing = names - orphans.keys()
+        asked = all(orphan.is_known for orphan in orphans.values())
+        now = time.monotonic()
+        if now >= deadline or (asked and now >= deadline - patience + LISTEN_PATIENCE):
+            for name in missing:
+                logger.warning("cannot connect to an orphaned worker: %s", fields(name=name))
             break
         time.sleep(RETRY)
     return _sort_out(orphans.values())
@@ -214,13 +226,19 @@ def _await_greetings(orphans: Iterable[Orphan]) -> None:
 
 
 def _kill(orphan: Orphan) -> None:
-    """Kill `orphan`, and wait until it has ended and its sockets are closed."""
+    """Kill `orphan`, and wait until it has ended and its sockets are closed.
+
+    Raises TakeoverError if it may not be killed. A process of another user may claim any pid.
+    """
+    if not orphan.pid or orphan.uid != os.geteuid():
+        raise TakeoverError(
+            f"worker {orphan.pid or 'of another pid namespace'} of user {orphan.uid} does not"
+            " answer: end it, then start again"
+        )
     logger.error(
         "orphaned worker does not answer, killing it, its clients are lost: %s",
         fields(pid=orphan.pid),
     )
-    if not orphan.pid:
-        raise TakeoverError("a worker of another pid namespace does not answer: kill it there")
     poll = select.poll()
     poll.register(orphan.sock, 0)
     # As long as the connection is open, the pid belongs to no other process.
@@ -245,7 +263,9 @@ def why_not(orphan: Orphan, config: Config, counts_streams: bool) -> str | None:
 def collect(
     orphans: Sequence[Orphan], config: Config, counts: bool, patience: float
 ) -> list[Orphan]:
-    """Ask the orphans for what they have. They serve nobody from now on, until they are closed.
+    """Ask the orphans for what they have.
+
+    From now on they send nothing to their clients, until their connections are closed.
 
     Args:
         orphans: The orphans.
@@ -305,8 +325,25 @@ def _receive(orphan: Orphan, patience: float) -> None:
             continue
         if not packet:
             raise HandoverError("it has ended")
-        if orphan.handover.add(packet, files):
+        last = orphan.handover.add(packet, files)
+        _check_files(orphan)
+        if last:
             return
+
+
+def _check_files(orphan: Orphan) -> None:
+    """Raise HandoverError if a process of another user has handed over files that it cannot read.
+
+    This process opens them again, see reopen().
+    """
+    if orphan.uid == os.geteuid():
+        return
+    handover = orphan.handover
+    files = [segment.file for segment in handover.segments if segment.file is not None]
+    for file in [*files, *([handover.next.file] if handover.next else [])]:
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        if flags & (os.O_PATH | os.O_WRONLY) or not stat.S_ISREG(os.fstat(file).st_mode):
+            raise HandoverError("it cannot read the files that it serves")
 
 
 def discard(orphan: Orphan) -> None:
@@ -368,7 +405,7 @@ def compose(
         for client in handover.clients:
             clients.append([len(clients), client.file, client.start, client.end])
     log = merge_logs(handovers)
-    roll = _roll(handovers, log)
+    roll = _roll(handovers, log, follow_name)
     return (
         UpgradeState(
             version=__version__,
@@ -405,7 +442,7 @@ def end_of(handovers: Iterable[Handover]) -> int:
     return max(ends)
 
 
-def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
+def _roll(handovers: Iterable[Handover], log: LogState | None, follow_name: bool) -> RollState:
     """Return the state of the roll: the next file, and whether the log must roll at once.
 
     It must if the active segment was truncated, or if a worker that has died had rolled by itself.
@@ -413,14 +450,14 @@ def _roll(handovers: Iterable[Handover], log: LogState | None) -> RollState:
     """
     truncated = any(handover.truncated for handover in handovers)
     # Another orphan may have rolled to a next file.
-    known = set() if log is None else {os.fstat(file).st_ino for file in log.files()}
+    known = set() if log is None else {_examine(file)[:2] for file in log.files()}
     next_files: list[int] = []
     agreed: int | None = None
     for each in (handover.next for handover in handovers if handover.next is not None):
-        if (inode := os.fstat(each.file).st_ino) in known:
+        if (identity := _examine(each.file)[:2]) in known or not follow_name:
             close_file(each.file)
         else:
-            known.add(inode)
+            known.add(identity)
             next_files.append(reopen(each.file))
             agreed = each.agreed
     mode = "ROLLING" if truncated else "IDLE" if agreed is None else "AGREED"
@@ -466,10 +503,11 @@ def _seal(segment: HandedSegment, following: HandedSegment) -> HandedSegment:
     If the next segment has the same file, that was truncated, and the bytes are lost.
     """
     file, size = segment.file, following.base - segment.base
-    after = following.file
-    if file is not None and after is not None and os.path.sameopenfile(file, after):
-        close_file(file)
-        file = None
+    if file is not None and following.file is not None:
+        identity = _examine(file)[:2]
+        if identity == _examine(following.file)[:2] != _UNKNOWN:
+            close_file(file)
+            file = None
     return HandedSegment(segment.base, size, file)
 
 
@@ -485,9 +523,21 @@ def reopen(file: int) -> int:
         other = os.open(os.readlink(f"/proc/self/fd/{file}"), _OPEN_FLAGS)
     except OSError:
         return file
-    unneeded = file if os.path.sameopenfile(file, other) else other
-    close_file(unneeded)
-    return other if unneeded == file else file
+    if _examine(other)[:2] == _examine(file)[:2] != _UNKNOWN:
+        close_file(file)
+        return other
+    close_file(other)
+    return file
+
+
+def _examine(file: int) -> tuple[int, int, int]:
+    """Return device, inode number and size of `file`, -1, -1 and 0 if they are not known."""
+    try:
+        status = os.fstat(file)
+    except OSError:
+        # The file has been deleted on a file server, for example.
+        return *_UNKNOWN, 0
+    return status.st_dev, status.st_ino, status.st_size
 
 
 def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:
@@ -495,5 +545,5 @@ def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:
 
     Two files can have the same base offset if the first was empty when it was sealed.
     """
-    size = 0 if segment.file is None else os.fstat(segment.file).st_size
+    size = 0 if segment.file is None else _examine(segment.file)[2]
     return segment.size is not None, segment.file is not None, size

@@ -139,7 +139,7 @@ def decode(data: bytes) -> UpgradeState:
             raise StateError(
                 f"state and channel have format {formats}, this version reads "
                 f"{(FORMAT, worker_channel.VERSION)}: "
-                "restart the server instead (this ends all streams)"
+                "restart the server instead"
             )
         slots = [SlotState(**slot) for slot in values.pop("slots")]
         log, roll = values.pop("log"), values.pop("roll")

@@ -251,8 +251,8 @@ class Worker:
         self.plan_retries()
         self.reporter.send_if_due()
         # All clients of this turn are served: none is between two states.
-        if self.orphaned:
-            self.answer_supervisor()
+        while self.orphaned and self.answer_supervisor():
+            pass
 
     def start_streams(self) -> None:
         """Start the streams of the clients whose headers have arrived.
@@ -520,8 +520,8 @@ class Worker:
         if self.orphaned or self.ended:
             return
         self.orphaned = True
-        # If SIGTERM has arrived by now, it is the supervisor's, see handle_signal().
-        self.is_told_to_end()
+        # Forget a SIGTERM that has arrived by now: it is the supervisor's, see handle_signal().
+        self.read_signals()
         self.loop.unregister(self.channel.fileno())
         self.channel.close()
         self.reporter.stop_sending()
@@ -549,7 +549,8 @@ class Worker:
 
     def await_supervisor(self) -> None:
         """Drain if no supervisor has taken over when the time for that is over."""
-        self.orphaned_until = self.loop.now + self.config.orphan_timeout
+        # A handover that failed may have taken longer than this.
+        self.orphaned_until = self.loop.clock() + self.config.orphan_timeout
         self.loop.timers.set(self.end_orphan, self.orphaned_until)
 
     def end_orphan(self) -> None:
@@ -575,10 +576,13 @@ class Worker:
             max(0.0, self.orphaned_until - self.loop.clock()),
         )
 
-    def answer_supervisor(self) -> None:
-        """Hand everything over to a supervisor that has asked for it, and end if it takes over."""
+    def answer_supervisor(self) -> bool:
+        """Hand everything over to a supervisor that has asked for it, and end if it takes over.
+
+        Returns whether a supervisor had asked and has not taken over.
+        """
         if self.draining or self.ended or (asked := self.orphan.take_request()) is None:
-            return
+            return False
         peer, request = asked
         supervisor = credentials(peer)[0]
         self.reporter.send_and_start()
@@ -588,7 +592,7 @@ class Worker:
             # Whatever the error is, the clients must not be affected.
             logger.exception("cannot hand over, please report this bug: %s", fields(slot=self.slot))
             peer.close()
-            return
+            return True
         if not hand_over(peer, handover, self.config.timing.commit_patience):
             # A supervisor has been started, so another attempt is likely.
             logger.warning(
@@ -596,7 +600,7 @@ class Worker:
                 fields(slot=self.slot, supervisor=supervisor),
             )
             self.await_supervisor()
-            return
+            return True
         logger.info(
             "supervisor has taken over: %s",
             fields(slot=self.slot, supervisor=supervisor, clients=len(self.clients)),
@@ -606,11 +610,13 @@ class Worker:
         else:
             self.acceptor.hand_over()
             self.drain_orphan("these clients cannot be taken over")
+        return False
 
     def describe(self, request: Request) -> Handover:
         """Return what to hand over. Nothing may be sent to a client after this."""
         handover = Handover([listener.fileno() for listener in self.acceptor.listeners])
         if not request.clients:
+            handover.only_listeners = True
             return handover
         clients = (self.describe_client(client) for client in self.clients.values())
         handover.clients = [client for client in clients if client is not None]
@@ -647,7 +653,7 @@ class Worker:
         Otherwise it ends after this turn and leaves its clients to its successor, as after a crash.
         """
         before = self.orphaned
-        if not self.is_told_to_end():
+        if signal.SIGTERM not in self.read_signals():
             return
         self.handle_channel()
         if self.orphaned and not before:
@@ -658,12 +664,12 @@ class Worker:
             self.drain_orphan("SIGTERM")
         self.ended = self.ended or not self.draining
 
-    def is_told_to_end(self) -> bool:
-        """Read the signals that have arrived, and return whether SIGTERM is among them."""
+    def read_signals(self) -> list[int]:
+        """Return the numbers of the signals that have arrived, and log those that are stray."""
         numbers = self.wakeup.read()
         for number in STRAY.intersection(numbers):
             self.stray_signals.note(number)
-        return signal.SIGTERM in numbers
+        return numbers
 
     def handle_channel(self) -> None:
         """Handle all messages that the supervisor has sent so far."""

@@ -470,7 +470,9 @@ def outcome_is(client: socket.socket, data: bytes) -> bool:
 def test_slow_taker(serve: Serve, path: Path) -> None:
     """An orphan waits for a bounded time. A worker that comes too late serves no client."""
     path.write_bytes(SMALL)
-    server = serve(path, "-w", "2", program=hurried(commit_patience=0.2))
+    # This time is longer than that for which orphans wait, which begins anew after it.
+    patience = hurried(commit_patience=2.2)
+    server = serve(path, "-w", "2", "--orphan-timeout", "2", program=patience)
     clients = [server.connect(b"0\n") for _ in range(4)]
     for client in clients:
         expect(client, SMALL)
@@ -482,7 +484,7 @@ def test_slow_taker(serve: Serve, path: Path) -> None:
         "-w",
         "2",
         status=3,
-        wrapper=("strace", "-o", os.devnull, "-e", "inject=clone:delay_enter=1000000"),
+        wrapper=("strace", "-o", os.devnull, "-e", "inject=clone:delay_enter=4000000"),
     )
     await_lines(server, NOT_TAKEN_OVER, count=2)
     append(path, b"more")

@@ -177,13 +177,20 @@ def test_next_file(files: Files) -> None:
     waiting = Handover(segments=[HandedSegment(0, None, files.open("1"))])
     waiting.next = HandedNext(files.open("2"), agreed=7)
     also_waiting = Handover(next=HandedNext(files.open("2"), agreed=7))
-    state, _ = compose([waiting, also_waiting], [[]], False, [], follow_name=False)
+    state, _ = compose([waiting, also_waiting], [[]], False, [], follow_name=True)
     assert state.roll is not None
     assert [files.name(file) for file in state.roll.next_files] == ["2"]
+    os.close(*state.ends)
     assert (state.roll.mode, state.roll.agreed) == ("AGREED", 7)
     rolled = Handover(segments=[HandedSegment(0, 1, None), HandedSegment(1, None, files.open("2"))])
     also_waiting.next = HandedNext(files.open("2"), agreed=1)
-    state, _ = compose([rolled, also_waiting], [[]], False, [], follow_name=False)
+    state, _ = compose([rolled, also_waiting], [[]], False, [], follow_name=True)
+    assert state.roll is not None
+    assert state.roll.next_files == []
+    os.close(*state.ends)
+    # Without --follow-name, the log does not roll.
+    also_waiting.next = HandedNext(files.open("2"), 0)
+    state, _ = compose([also_waiting], [[]], False, [], follow_name=False)
     assert state.roll is not None
     assert state.roll.next_files == []
     assert (state.roll.mode, state.roll.agreed) == ("IDLE", None)
