@@ -482,9 +482,9 @@ def test_slow_taker(serve: Serve, path: Path) -> None:
         server,
         path,
         "-w",
-        "2",
+        "1",
         status=3,
-        wrapper=("strace", "-o", os.devnull, "-e", "inject=clone:delay_enter=4000000"),
+        wrapper=("strace", "-o", os.devnull, "-e", "inject=clone:delay_enter=2800000"),
     )
     await_lines(server, NOT_TAKEN_OVER, count=2)
     append(path, b"more")
