@@ -172,6 +172,9 @@ def extend_listeners(
     No existing socket is closed as long as its address is in `bind`: the kernel would reset the
     connections in its accept queue. If there are more of them than slots, all slots share them.
 
+    New ones do not listen before their workers let them: if this process dies before that, no
+    connection may wait in a socket that no worker has.
+
     Args:
         bind: The values of `--bind`; empty for all addresses.
         port: The TCP port.
@@ -201,7 +204,7 @@ def extend_listeners(
     try:
         for address, sockets in found.items():
             while len(sockets) < slots:
-                sockets.append(_listen(address, port, exclusive=False))
+                sockets.append(_bind(address, port, exclusive=False))
     except OSError:
         # They belong to another user, so that the kernel lets no socket of this user join them.
         pass
@@ -366,6 +369,26 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
     on the port, even one that starts at the same moment. If the option were set first, a second
     server would get a share of the clients.
     """
+    sock = _bind(address, port, exclusive)
+    try:
+        listen(sock)
+        if exclusive:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Let `sock` listen, if it does not yet. Raises OSError."""
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.listen(BACKLOG)
+        _forbid_fast_open(sock)
+
+
+def _bind(address: Address, port: int, exclusive: bool) -> socket.socket:
+    """Create a socket for `_listen` that does not listen yet."""
     sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if (other := _other_protocol(sock)) is not None:
@@ -381,10 +404,6 @@ def _listen(address: Address, port: int, exclusive: bool) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         _set_options(sock)
         sock.bind(address.sockaddr(port))
-        sock.listen(BACKLOG)
-        _forbid_fast_open(sock)
-        if exclusive:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     except (OSError, ListenError):
         sock.close()
         raise

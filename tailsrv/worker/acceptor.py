@@ -18,7 +18,7 @@ from tailsrv.linux.sockets import (
     is_readable,
     stop_listening,
 )
-from tailsrv.listeners import BACKLOG
+from tailsrv.listeners import BACKLOG, listen
 from tailsrv.log import RateLimited
 from tailsrv.worker_context import WorkerContext
 
@@ -97,6 +97,11 @@ class Acceptor:
         self._failing = RateLimited(logging.WARNING, burst=1)
         self._full = RateLimited(logging.WARNING, burst=1, interval=FULL_INTERVAL)
         self.update_count()
+
+    def listen(self) -> None:
+        """Let the listeners listen that do not yet: those that a takeover has added."""
+        for listener in self._listeners:
+            listen(listener)
 
     def start(self) -> None:
         """Accept connections from now on."""

@@ -213,6 +213,7 @@ class Worker:
                 "an orphaned worker has not waited for this one: %s", fields(slot=self.slot)
             )
             return ExitStatus.CANNOT_BOOT
+        self.acceptor.listen()
         self.reporter.add_notice(ready=True)
         self.title.changed(self.loop.now)
         if not self.waiting:

@@ -287,7 +287,7 @@ def test_model(examples: int) -> None:
     run_state_machine_as_test(Model, settings=settings(OPTIONS, max_examples=examples))
 
 
-@pytest.mark.parametrize("examples", numbers_of_examples(5, 15, EXAMPLES))
+@pytest.mark.parametrize("examples", numbers_of_examples(5, 8, EXAMPLES))
 def test_model_of_the_log(examples: int) -> None:
     """Whatever else happens to the path, the clients receive exactly the log."""
     # A failing example often waits for 20 seconds, so finding a shorter one takes minutes.

@@ -30,6 +30,7 @@ from tailsrv.listeners import (
 )
 
 LOOPBACK = ["127.0.0.1"]
+ACCEPTS = socket.SO_ACCEPTCONN
 
 
 @contextmanager
@@ -300,6 +301,10 @@ def test_extend(before: int, after: int) -> None:
         for row in rows:
             assert {sock.getsockname()[0] for sock in row} == set(both)
             assert len(row) == (2 * before if shared else 2)
+        every = [sock for row in rows for sock in row]
+        listening = [sock for sock in every if sock.getsockopt(socket.SOL_SOCKET, ACCEPTS)]
+        # The others wait for their workers.
+        assert inodes(listening) == known
         for host in both:
             with socket.create_connection((host, port)), ready(rows) as listener:
                 listener.accept()[0].close()
