@@ -72,10 +72,11 @@ def held_files(pids: Sequence[int], path: Path) -> list[str]:
     """Return the files whose names begin like `path` that any of the processes has open."""
     links = []
     for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            # The process may have closed it by now.
-            with suppress(FileNotFoundError):
-                links.append(os.readlink(link))
+        # The process may have ended, or have closed the file by now.
+        with suppress(FileNotFoundError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    links.append(os.readlink(link))
     return [link for link in links if link.startswith(str(path))]
 
 
