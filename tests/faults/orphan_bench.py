@@ -1,4 +1,4 @@
-"""A server that loses its supervisor again and again, its clients, and who serves them."""
+"""A server that loses its supervisor again and again, its clients, and its processes."""
 
 import json
 import os
