@@ -55,7 +55,6 @@ class Greeting:
     slot: int
     # The absolute path of the served file.
     path: str
-    endpoints: list[str]
     clients: int
     # Seconds for which the worker still waits for a supervisor.
     seconds: float

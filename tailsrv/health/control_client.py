@@ -66,9 +66,6 @@ MAX_CLIENTS = 1 << 28
 # port. A name with a comma would be mistaken for several endpoints.
 _ENDPOINT = re.compile(r"(?:\*|[\w.~-]+|\[[0-9A-Fa-f:.]+(?:%[^][\s,:/%\"\\]+)?\]):[1-9][0-9]{0,4}")
 
-# The number at the end of the name of a worker's socket.
-_WORKER = re.compile(r"[0-9]{1,9}")
-
 REPLACED = "the server has ended and another server has replaced it"
 REFUSED = (
     "closed the connection without an answer: it may be in another user namespace and unable to"
@@ -220,7 +217,7 @@ def list_orphan_sockets() -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, endpoint in sorted(list_worker_sockets().items()):
-        if _is_endpoint(endpoint) and _WORKER.fullmatch(name.rpartition("/")[2]):
+        if _is_endpoint(endpoint):
             found.setdefault(endpoint, []).append(name)
     return found
 

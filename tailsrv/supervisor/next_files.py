@@ -94,7 +94,7 @@ class NextFiles:
             return
         since, known = time.time_ns() - LATE_APPENDS, self._known()
         for file in open_recent(self._served_file.path, since):
-            if _identity(file) in known:
+            if identity_of(file) in known:
                 close_file(file)
             else:
                 self._late.begin(file, size_of(file) or 0, owned=True)
@@ -173,7 +173,7 @@ class NextFiles:
         for warning in found.warnings:
             logger.warning("%s", warning)
         files = [segment.file for segment in found.segments]
-        if _identity(named) in {*known, *map(_identity, files)}:
+        if identity_of(named) in {*known, *map(identity_of, files)}:
             close_file(named)
         else:
             # It was replaced in the meantime, so at least the last file came later.
@@ -187,7 +187,7 @@ class NextFiles:
         assert log is not None
         files = [segment.file for segment in log if segment.file != NO_FILE]
         files += [next_file.file for next_file in self._files]
-        return [_identity(file) for file in (*self._late.owned, *files)]
+        return [identity_of(file) for file in (*self._late.owned, *files)]
 
     def _look(self, known: list[Identity]) -> Found:
         """Find the files that are not `known` and have a name. Raises OSError."""
@@ -213,7 +213,7 @@ class NextFiles:
         return min(times, default=None)
 
 
-def _identity(file: int) -> Identity:
+def identity_of(file: int) -> Identity:
     """Return the device and inode number of the open `file`, (-1, -1) if they are not known."""
     try:
         status = os.fstat(file)

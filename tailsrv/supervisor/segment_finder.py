@@ -37,7 +37,7 @@ _START_ATTEMPTS, _START_PAUSE = 50, 0.02
 # Most rotated files that are watched for late appends when the log begins.
 _MAX_RECENT = 16
 # O_NONBLOCK: open(2) must not wait for another program to release a lease on the file.
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
 # Errors of open(2) that another attempt would not change. The segment is dropped with a warning.
 _LASTING = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP})
 
@@ -284,7 +284,7 @@ def _head(file: File) -> bytes | None:
 def _open(file: File) -> int | str:
     """Return a descriptor, or the reason why there is none. Raises OSError."""
     try:
-        fd = os.open(file.name, _FLAGS)
+        fd = os.open(file.name, OPEN_FLAGS)
     except OSError as error:
         if error.errno in _LASTING:
             return os.strerror(error.errno)

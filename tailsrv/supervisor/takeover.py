@@ -43,12 +43,13 @@ from tailsrv.handover import (
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE
+from tailsrv.served_file import size_of
 from tailsrv.shared_counts import SharedCounts
-from tailsrv.supervisor.upgrade_state import LogState, RollState, SlotState, UpgradeState
+from tailsrv.supervisor.next_files import identity_of
+from tailsrv.supervisor.segment_finder import OPEN_FLAGS
+from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.upgrade_state import LogState, RollState, UpgradeState
 
-# In place of the device and inode number of a file that cannot be examined.
-_UNKNOWN = (-1, -1)
-_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
 # Seconds between attempts to find all workers.
 RETRY = 0.02
 # Seconds that a worker has after its fork until it listens.
@@ -379,23 +380,10 @@ def compose(
     """
     end = end_of(handovers)
     ends = SharedCounts(len(listeners), number=end) if follow_name else None
-    slots = [
-        SlotState(
-            listeners=[sock.detach() for sock in sockets],
-            shared=shared,
-            pid=None,
-            channel=None,
-            spawned=0.0,
-            ready=False,
-            adopted=False,
-            restarts=0,
-            restarted=None,
-            failures=[0, 0, 0],
-            clients=[],
-            unprotected=[],
-        )
-        for sockets in listeners
-    ]
+    slots = [Slot(index, list(row), shared).save() for index, row in enumerate(listeners)]
+    for sock in (sock for row in listeners for sock in row):
+        # The state has the descriptors now.
+        sock.detach()
     places = []
     for handover in handovers:
         # The slot with the fewest clients, so that an orphan for each slot gets one for itself.
@@ -450,11 +438,11 @@ def _roll(handovers: Iterable[Handover], log: LogState | None, follow_name: bool
     """
     truncated = any(handover.truncated for handover in handovers)
     # Another orphan may have rolled to a next file.
-    known = set() if log is None else {_examine(file)[:2] for file in log.files()}
+    known = set() if log is None else {identity_of(file) for file in log.files()}
     next_files: list[int] = []
     agreed: int | None = None
     for each in (handover.next for handover in handovers if handover.next is not None):
-        if (identity := _examine(each.file)[:2]) in known or not follow_name:
+        if (identity := identity_of(each.file)) in known or not follow_name:
             close_file(each.file)
         else:
             known.add(identity)
@@ -503,11 +491,9 @@ def _seal(segment: HandedSegment, following: HandedSegment) -> HandedSegment:
     If the next segment has the same file, that was truncated, and the bytes are lost.
     """
     file, size = segment.file, following.base - segment.base
-    if file is not None and following.file is not None:
-        identity = _examine(file)[:2]
-        if identity == _examine(following.file)[:2] != _UNKNOWN:
-            close_file(file)
-            file = None
+    if file is not None and following.file is not None and _are_same(file, following.file):
+        close_file(file)
+        file = None
     return HandedSegment(segment.base, size, file)
 
 
@@ -520,24 +506,23 @@ def reopen(file: int) -> int:
     cannot be opened by its path, return `file` itself.
     """
     try:
-        other = os.open(os.readlink(f"/proc/self/fd/{file}"), _OPEN_FLAGS)
+        other = os.open(os.readlink(f"/proc/self/fd/{file}"), OPEN_FLAGS)
     except OSError:
         return file
-    if _examine(other)[:2] == _examine(file)[:2] != _UNKNOWN:
+    if _are_same(file, other):
         close_file(file)
         return other
     close_file(other)
     return file
 
 
-def _examine(file: int) -> tuple[int, int, int]:
-    """Return device, inode number and size of `file`, -1, -1 and 0 if they are not known."""
+def _are_same(file: int, other: int) -> bool:
+    """Return whether two descriptors certainly lead to the same file."""
     try:
-        status = os.fstat(file)
+        return os.path.sameopenfile(file, other)
     except OSError:
         # The file has been deleted on a file server, for example.
-        return *_UNKNOWN, 0
-    return status.st_dev, status.st_ino, status.st_size
+        return False
 
 
 def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:
@@ -545,5 +530,5 @@ def _preference(segment: HandedSegment) -> tuple[bool, bool, int]:
 
     Two files can have the same base offset if the first was empty when it was sealed.
     """
-    size = 0 if segment.file is None else _examine(segment.file)[2]
+    size = 0 if segment.file is None else size_of(segment.file) or 0
     return segment.size is not None, segment.file is not None, size

@@ -572,7 +572,6 @@ class Worker:
             os.getpid(),
             self.slot,
             absolute(self.config.path),
-            list(self.endpoints),
             len(self.clients),
             max(0.0, self.orphaned_until - self.loop.clock()),
         )

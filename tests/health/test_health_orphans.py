@@ -352,7 +352,7 @@ def port() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
-GREETING = Greeting("9.9", FORMAT, 1, 0, "/log", ["x:1"], 1, 1.9)
+GREETING = Greeting("9.9", FORMAT, 1, 0, "/log", 1, 1.9)
 VALUES = json.loads(GREETING.encode())
 
 

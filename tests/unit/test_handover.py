@@ -27,7 +27,7 @@ from tailsrv.handover import (
     commit,
 )
 
-GREETING = Greeting("2.0.0", FORMAT, 17, 2, "/var/log/a b\n\udcff", ["*:4321"], 35, 29.5)
+GREETING = Greeting("2.0.0", FORMAT, 17, 2, "/var/log/a b\n\udcff", 35, 29.5)
 OFFSETS = st.integers(0, 2**63 - 1)
 FILES = st.integers(3, 1 << 20)
 HANDOVERS = st.builds(
