@@ -199,7 +199,8 @@ class NextFiles:
         # a copy of an older file, made before that, is none of them.
         since = max(opened_at, modified_at(last) - LATE_APPENDS, self._late.since)
         end = self._served_file.end() or log.active.base
-        return find_next(self._served_file.path, known[:-1], known[-1], since, end)
+        unsealed = known[-1 - len(self._files) :]
+        return find_next(self._served_file.path, known, unsealed, since, end)
 
     def _examine(self, file: int) -> NextFile:
         return NextFile(file, FileIdentity(file, self._served_file.path), modified_at(file))

@@ -215,6 +215,12 @@ class Roller:
             return
         now = self._loop.now
         gone = self._served_file.has_gone(now)
+        if gone:
+            if self._quiet is None:
+                self._note_gone()
+            self._next.find(now)
+            # It may have got its name back between these calls.
+            gone = self._served_file.has_gone(now)
         if gone is None:
             # It is not known whether the log will roll: deliver what is appended meanwhile.
             self._thaw()
@@ -226,9 +232,6 @@ class Roller:
             else:
                 self._forget_next_files()
             return
-        if self._quiet is None:
-            self._note_gone()
-        self._next.find(now)
         self._named = bool(self._next) and self._next.last.identity.is_gone(now) is False
         quiet = self._quiet_at(now)
         if (first_byte := self._next.first_byte(now)) is not None:

@@ -158,7 +158,7 @@ def following(
     files: Iterable[File],
     present: File | None,
     known: Collection[Identity],
-    active: Identity | None,
+    unsealed: Collection[Identity],
     since: int,
     base: int,
 ) -> Chain:
@@ -169,12 +169,13 @@ def following(
         present: The file that the path names now. If a sealed segment has got the path's name
             again, it is a new segment too: a writer may append to it.
         known: See above.
-        active: The last active file, None if it is gone. Nothing follows if the path names it.
+        unsealed: The known files that are not sealed: the last active one, and those after it.
+            Nothing follows if the path names one of them.
         since: See above.
         base: The end of the last active segment.
 
     """
-    if present and present.identity == active:
+    if present and present.identity in unsealed:
         return Chain([], base, [])
     new = files_between(files, known, since, present.identity if present else None)
     if present and present.numbers:
@@ -226,8 +227,8 @@ def decide(
     # The file that was active, unless it was empty: then no link is for it.
     last = links[-1].file if active.size and links else None
     end = active.base + last.size if last else active.end
-    identity = last.identity if last else None
-    new = following(files, present, taken, identity, active.modified, end)
+    unsealed = [last.identity] if last else []
+    new = following(files, present, taken, unsealed, active.modified, end)
     if last:
         links[-1] = replace(links[-1], size=last.size if new.links else None)
     warnings = []

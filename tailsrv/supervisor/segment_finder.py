@@ -117,31 +117,34 @@ def find_segments(path: str, saved: Sequence[SavedSegment]) -> Found:
 
 
 def find_next(
-    path: str, sealed: Collection[Identity], active: Identity, since: int, base: int
+    path: str,
+    known: Collection[Identity],
+    unsealed: Collection[Identity],
+    since: int,
+    base: int,
 ) -> Found:
-    """Find the files after the active one, while the server runs.
+    """Find the files after the last known one, while the server runs.
 
     Args:
         path: The path of the served file.
-        sealed: Device and inode number of the file of each sealed segment.
-        active: Device and inode number of the active segment's file.
-        since: The latest modification time of the active file, in nanoseconds, that was seen while
-            the path named it; see files_between().
+        known: Device and inode number of each file that is not new.
+        unsealed: Those of the active segment's file and of the known files after it.
+        since: The latest modification time of the last known file, in nanoseconds, that was seen
+            while the path named it; see files_between().
         base: The end of the active segment. As for find_segments(), a caller that seals the segment
             later computes the base offsets anew.
 
     Returns:
-        The open files after the active one, in order. There are none if the path names the active
-        file.
+        The open files after the last known one, in order. There are none if the path names an
+        unsealed file.
 
     Raises:
         OSError: A system call failed for a reason that may be temporary.
         FilesRenamedError: Files were renamed during each of several attempts.
 
     """
-    known = {*sealed, active}
     return search(
-        path, lambda files, present: following(files, present, known, active, since, base)
+        path, lambda files, present: following(files, present, known, unsealed, since, base)
     )
 
 

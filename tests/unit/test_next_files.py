@@ -124,3 +124,15 @@ def test_name_comes_back_when_the_next_file_was_opened(
     assert contents(next_files) == [b"second"]
     append(path, b"more")
     assert served_file.has_gone(2.0) is False
+
+
+@pytest.mark.parametrize("data", [b"", b"second"])
+def test_name_comes_back_before_the_search(path: Path, next_files: NextFiles, data: bytes) -> None:
+    """The active segment is no next file, although it has got its name again after another one."""
+    rotate(path, data)
+    next_files.find(1.0)
+    path.rename(path.with_name("other"))
+    path.with_name("app.log.1").rename(path)
+    append(path, b"more")
+    next_files.find(2.0)
+    assert contents(next_files) == [data]

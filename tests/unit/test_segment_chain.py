@@ -124,16 +124,20 @@ def test_following() -> None:
     """While the server runs, the new files follow the end of the active one."""
     old, between, present = file("log.2", 5), file("log.1", 6), file("log", 7)
     files, active = [old, between, present], old.identity
-    chain = following(files, present, {active}, active, 5, 100)
+    chain = following(files, present, {active}, [active], 5, 100)
     assert shown(chain) == "100+10:log.1 110+?:log end=120"
     assert not chain.warnings
     # The path names the active file (again), or no file.
-    assert shown(following(files, old, {active}, active, 5, 100)) == "end=100"
-    assert shown(following(files[:1], None, {active}, active, 5, 100)) == "end=100"
-    assert shown(following(files[:2], None, {active}, active, 5, 100)) == "100+?:log.1 end=110"
+    assert shown(following(files, old, {active}, [active], 5, 100)) == "end=100"
+    assert shown(following(files[:1], None, {active}, [active], 5, 100)) == "end=100"
+    assert shown(following(files[:2], None, {active}, [active], 5, 100)) == "100+?:log.1 end=110"
     # A sealed segment has got the name of the path again.
     known = {active, present.identity}
-    assert shown(following([old, present], present, known, active, 5, 100)) == "100+?:log end=110"
+    chain = following([old, present], present, known, [active], 5, 100)
+    assert shown(chain) == "100+?:log end=110"
+    # The active file has got it again, after another file had it.
+    chain = following(files, present, known, [present.identity, active], 5, 100)
+    assert shown(chain) == "end=100"
 
 
 def head(text: str) -> bytes:
@@ -427,5 +431,5 @@ def test_newer_file_that_the_link_does_not_name_yet() -> None:
         File(f"/{name}", (DEVICE, inode), 10, inode, dated(name))
         for inode, name in enumerate(names, 5)
     ]
-    chain = following(files, files[2], {files[0].identity}, files[0].identity, 0, 10)
+    chain = following(files, files[2], {files[0].identity}, [files[0].identity], 0, 10)
     assert [link.file for link in chain.links] == files[1:3]

@@ -339,15 +339,15 @@ def test_find_next(path: Path) -> None:
     path.write_bytes(b"sealed\n")
     rotate(path, b"active\n")
     sealed, active, since = path.with_name("app.log.1"), identity(path), path.stat().st_mtime_ns
-    known = [identity(sealed)]
-    found = find_next(str(path), known, active, since, 14)
+    known = [identity(sealed), active]
+    found = find_next(str(path), known, [active], since, 14)
     assert (found.segments, found.end) == ([], 14)
     for data in (b"a\n", b"", b"b\n"):
         rotate(path, data)
     # Writers append to files after they were renamed.
     append(path.with_name("app.log.3"), b"late\n")
     append(path.with_name("app.log.4"), b"late\n")
-    found = find_next(str(path), known, active, since, 14)
+    found = find_next(str(path), known, [active], since, 14)
     assert names(found) == ["app.log.2", "app.log.1", "app.log"]
     assert [segment.size for segment in found.segments] == [2, 0, None]
     assert close(found) == [(14, b"a\n"), (16, b""), (16, b"b\n")]
@@ -355,7 +355,7 @@ def test_find_next(path: Path) -> None:
     # The active file was deleted, and another file is absent for a moment.
     path.with_name("app.log.3").unlink()
     path.rename(path.with_name("app.log.0"))
-    found = find_next(str(path), known, active, since, 14)
+    found = find_next(str(path), known, [active], since, 14)
     assert names(found) == ["app.log.2", "app.log.1", "app.log.0"]
     close(found)
 
@@ -388,7 +388,7 @@ def test_rotations_during_the_search(path: Path, times: int, attempts: int) -> N
     calls = itertools.count(2)
 
     def decision(files: list[File], present: File | None) -> Chain:
-        chain = following(files, present, {active}, active, since, 2)
+        chain = following(files, present, {active}, [active], since, 2)
         if (number := next(calls)) < 2 + times:
             rotate(path, b"%d " % number, keep=30)
         return chain
