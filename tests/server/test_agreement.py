@@ -25,7 +25,7 @@ OLD, LATE, NEW, MORE = (
     random_bytes(7_000, 4),
 )
 # Clients of each server: enough for every worker to have some.
-COUNT = 12
+COUNT = 24
 
 
 def start(serve: Serve, path: Path, **timing: float) -> Server:

@@ -33,7 +33,7 @@ OLD, LATE, NEW, MORE = (
 )
 BIG = random_bytes(20_000_000)
 # Clients of each server.
-COUNT = 12
+COUNT = 24
 # Seconds in which a worker that is not frozen delivers an append.
 QUIET = 0.5
 
