@@ -210,16 +210,21 @@ def extend_listeners(
         pass
     if all(len(sockets) == slots for sockets in found.values()):
         return [list(row) for row in zip(*found.values(), strict=True)], False
-    return _share([sock for sockets in found.values() for sock in sockets], slots), True
+    return share([sock for sockets in found.values() for sock in sockets], slots)
 
 
 def each_once(sockets: Iterable[socket.socket]) -> list[socket.socket]:
     """Return those of `sockets` that are not duplicates of others, and close the duplicates."""
     kept: dict[int, socket.socket] = {}
     for sock in sockets:
-        if kept.setdefault(os.fstat(sock.fileno()).st_ino, sock) is not sock:
+        if kept.setdefault(inode(sock.fileno()), sock) is not sock:
             sock.close()
     return list(kept.values())
+
+
+def inode(fd: int) -> int:
+    """Return the number that all descriptors of one socket have in common."""
+    return os.fstat(fd).st_ino
 
 
 def _address_of(sock: socket.socket) -> Address:
@@ -299,18 +304,18 @@ def assign(
         return [[sock] for sock in listeners], False
     if slots == 1:
         return [list(listeners)], False
-    return _share(listeners, slots), True
+    return share(listeners, slots)
 
 
-def _share(listeners: Sequence[socket.socket], slots: int) -> list[list[socket.socket]]:
-    """Return duplicates of all `listeners` for each slot.
+def share(listeners: Sequence[socket.socket], slots: int) -> tuple[list[list[socket.socket]], bool]:
+    """Return duplicates of all `listeners` for each slot, and that the slots share them.
 
     A slot can close its duplicates without affecting the others.
     """
     copies = [[sock.dup() for sock in listeners] for _ in range(slots)]
     for sock in listeners:
         sock.close()
-    return copies
+    return copies, True
 
 
 def _take_listener(fd: int) -> socket.socket:

@@ -36,8 +36,10 @@ from tailsrv.listeners import (
     each_once,
     endpoints,
     extend_listeners,
+    inode,
     names_of,
     open_listeners,
+    share,
     take_listeners,
 )
 from tailsrv.log import describe_error, fields, logger, set_up
@@ -54,6 +56,7 @@ from tailsrv.supervisor.takeover import (
     collect,
     compose,
     find,
+    find_homes,
     why_in_use,
 )
 from tailsrv.supervisor.upgrade import (
@@ -344,14 +347,26 @@ def take_over_orphans(
     # The clients wait from here on, until the new workers are ready.
     orphans = collect(listening.orphans, config, counts, config.timing.takeover_patience)
     handovers = [orphan.handover for orphan in orphans]
+    owned = [list(map(inode, handover.listeners)) for handover in handovers]
     taken = [socket.socket(fileno=fd) for handover in handovers for fd in handover.listeners]
     if config.port is not None:
         listeners, shared = extend_listeners(config.bind, config.port, config.workers, taken)
     else:
         # If the service manager has made new sockets, connections wait in the old ones as well.
         listeners, shared = assign(each_once([*passed, *taken]), config.workers)
+    rows = [[inode(sock.fileno()) for sock in row] for row in listeners]
+    homes = None if shared else find_homes(owned, rows)
+    if homes is None and not shared:
+        listeners, shared = share([sock for row in listeners for sock in row], config.workers)
     try:
-        state, places = compose(handovers, listeners, shared, listening.names, config.follow_name)
+        state, places = compose(
+            handovers,
+            listeners,
+            shared,
+            homes or [None] * len(orphans),
+            listening.names,
+            config.follow_name,
+        )
         predecessors: list[list[socket.socket]] = [[] for _ in listeners]
         for orphan, place in zip(orphans, places, strict=True):
             predecessors[place].append(orphan.sock)

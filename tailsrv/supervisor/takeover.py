@@ -14,7 +14,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -357,10 +357,40 @@ def discard(orphan: Orphan) -> None:
 # The state
 
 
+Homes = list[int | None]
+
+
+def find_homes(owned: Sequence[Collection[int]], rows: Sequence[Collection[int]]) -> Homes | None:
+    """Return the slot in which the listeners of each orphan are, if there is one for each of them.
+
+    An orphan ends as soon as the new worker of its clients serves. If that worker lacked one of the
+    orphan's listeners, only the supervisor might have it, and would take the connections in its
+    queue with it if it died now.
+
+    Args:
+        owned: The listeners of each orphan, as inode numbers.
+        rows: The listeners of each slot, as inode numbers.
+
+    Returns:
+        The slots, with None for an orphan of whose listeners no slot has any. Or None if an orphan
+        has listeners in two slots, or in the same slot as another orphan: then all slots must share
+        all listeners.
+
+    """
+    homes: Homes = []
+    for own in owned:
+        slots = [slot for slot, row in enumerate(rows) if not set(row).isdisjoint(own)]
+        if len(slots) > 1 or (slots and slots[0] in homes):
+            return None
+        homes.append(slots[0] if slots else None)
+    return homes
+
+
 def compose(
     handovers: Sequence[Handover],
     listeners: Sequence[Sequence[socket.socket]],
     shared: bool,
+    homes: Homes,
     endpoints: Sequence[str],
     follow_name: bool,
 ) -> tuple[UpgradeState, list[int]]:
@@ -370,6 +400,7 @@ def compose(
         handovers: What the orphans have handed over.
         listeners: The listeners of each slot.
         shared: Whether all slots share the same listeners.
+        homes: For each handover the slot that its clients must be in, None if it can be any.
         endpoints: The addresses that the server listens on.
         follow_name: Whether the log has shared ends, and may roll.
 
@@ -385,9 +416,10 @@ def compose(
         # The state has the descriptors now.
         sock.detach()
     places = []
-    for handover in handovers:
+    for handover, home in zip(handovers, homes, strict=True):
         # The slot with the fewest clients, so that an orphan for each slot gets one for itself.
-        index = min(range(len(slots)), key=lambda slot: (len(slots[slot].clients), slot in places))
+        fewest = min(range(len(slots)), key=lambda slot: (len(slots[slot].clients), slot in places))
+        index = fewest if home is None else home
         places.append(index)
         clients = slots[index].clients
         for client in handover.clients:

@@ -436,6 +436,51 @@ def test_taker_dies(serve: Serve, path: Path, call: str) -> None:
         expect(client, b"more")
 
 
+def listening(port: int) -> int:
+    """Return the number of sockets that listen at this port."""
+    lines = Path("/proc/net/tcp").read_text().split("\n") + Path(
+        "/proc/net/tcp6"
+    ).read_text().split("\n")
+    return sum(f":{port:04X} " in line and " 0A " in line for line in lines)
+
+
+@needs_strace
+@pytest.mark.parametrize("before", ["1", "2"])
+def test_taker_dies_when_some_workers_have_started(serve: Serve, path: Path, before: str) -> None:
+    """A listener that one orphan has with others does not end with that orphan."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "3")
+    client = server.connect(b"0\n")
+    expect(client, SMALL)
+    orphan(server)
+    # Now one worker has several listeners.
+    server = take_over(serve, server, path, "-w", before)
+    count = listening(server.port)
+    assert count == 6
+    workers = server.workers(int(before))
+    orphan(server)
+    # The first new worker takes over from the first orphan, and the second one does not exist.
+    taker = start_successor(
+        serve,
+        server,
+        path,
+        "-w",
+        "3",
+        wrapper=("strace", "-o", os.devnull, "-e", "inject=clone:signal=SIGKILL:when=2"),
+    )
+    taker.process.wait(DEADLINE)
+    taker.expected_status = taker.process.returncode
+    server.take_clients(taker)
+    eventually(lambda: not all(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert listening(server.port) == count
+    for _ in range(20):
+        with connect(server.port, b"0\n") as visitor:
+            expect(visitor, SMALL)
+    take_over(serve, server, path, "-w", "3")
+    append(path, b"more")
+    expect(client, b"more")
+
+
 def test_stopped_orphan(serve: Serve, path: Path) -> None:
     """An orphan that does not answer costs its own clients, and delays no others."""
     path.write_bytes(SMALL)

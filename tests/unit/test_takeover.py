@@ -12,7 +12,10 @@ from tailsrv.handover import HandedClient, HandedNext, HandedSegment, Handover
 from tailsrv.linux.files import memory_file_with
 from tailsrv.segments import NO_FILE
 from tailsrv.shared_counts import SharedCounts
-from tailsrv.supervisor.takeover import compose, end_of, merge_logs, reopen
+from tailsrv.supervisor.takeover import compose, end_of, find_homes, merge_logs, reopen
+
+# The homes of two orphans that may come to any slot.
+ANY: list[int | None] = [None, None]
 
 
 class Files:
@@ -155,15 +158,42 @@ def test_end() -> None:
     assert end_of([Handover(end=40)]) == 40
 
 
+@pytest.mark.parametrize(
+    ("owned", "rows", "homes"),
+    [
+        # Each orphan has a listener of its own, here for two addresses.
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], [0, 1]),
+        ([[3, 4], [1, 2]], [[1, 2], [3, 4]], [1, 0]),
+        # More slots than orphans, and an orphan at another address.
+        ([[1]], [[5], [1], [6]], [1]),
+        ([[1], [9]], [[1], [5]], [0, None]),
+        # One orphan has the listeners of several slots.
+        ([[1, 2, 3]], [[1], [2], [3]], None),
+        ([[1, 2], [2]], [[1], [2]], None),
+        # Two orphans have the same listener.
+        ([[1], [1]], [[1], [2]], None),
+        # The listeners of one orphan for two addresses have come to different slots.
+        ([[2], [3, 4]], [[3, 2], [5, 4]], None),
+    ],
+)
+def test_find_homes(
+    owned: list[list[int]], rows: list[list[int]], homes: list[int | None] | None
+) -> None:
+    """The slot of an orphan's clients has all listeners of the orphan, or all slots share them."""
+    assert find_homes(owned, rows) == homes
+
+
 def test_compose(files: Files) -> None:
-    """Each slot gets an orphan, later ones go to the slot with the fewest clients."""
+    """Each slot gets an orphan. Later ones have a home, or go to the slot with fewest clients."""
     handovers = [
         Handover(clients=[HandedClient(files.open("socket"), 1, None)] * count, end=3)
         for count in (1, 5, 2, 1)
     ]
-    state, places = compose(handovers, [[], []], False, ["*:1"], follow_name=True)
-    assert places == [0, 1, 0, 0]
-    assert [len(slot.clients) for slot in state.slots] == [4, 5]
+    state, places = compose(
+        handovers, [[], []], False, [None, None, 1, None], ["*:1"], follow_name=True
+    )
+    assert places == [0, 1, 1, 0]
+    assert [len(slot.clients) for slot in state.slots] == [2, 7]
     for slot in state.slots:
         numbers = [client[0] for client in slot.clients]
         assert len(set(numbers)) == len(numbers)
@@ -177,20 +207,20 @@ def test_next_file(files: Files) -> None:
     waiting = Handover(segments=[HandedSegment(0, None, files.open("1"))])
     waiting.next = HandedNext(files.open("2"), agreed=7)
     also_waiting = Handover(next=HandedNext(files.open("2"), agreed=7))
-    state, _ = compose([waiting, also_waiting], [[]], False, [], follow_name=True)
+    state, _ = compose([waiting, also_waiting], [[]], False, ANY, [], follow_name=True)
     assert state.roll is not None
     assert [files.name(file) for file in state.roll.next_files] == ["2"]
     os.close(*state.ends)
     assert (state.roll.mode, state.roll.agreed) == ("AGREED", 7)
     rolled = Handover(segments=[HandedSegment(0, 1, None), HandedSegment(1, None, files.open("2"))])
     also_waiting.next = HandedNext(files.open("2"), agreed=1)
-    state, _ = compose([rolled, also_waiting], [[]], False, [], follow_name=True)
+    state, _ = compose([rolled, also_waiting], [[]], False, ANY, [], follow_name=True)
     assert state.roll is not None
     assert state.roll.next_files == []
     os.close(*state.ends)
     # Without --follow-name, the log does not roll.
     also_waiting.next = HandedNext(files.open("2"), 0)
-    state, _ = compose([also_waiting], [[]], False, [], follow_name=False)
+    state, _ = compose([also_waiting], [[]], False, [None], [], follow_name=False)
     assert state.roll is not None
     assert state.roll.next_files == []
     assert (state.roll.mode, state.roll.agreed) == ("IDLE", None)
@@ -198,7 +228,9 @@ def test_next_file(files: Files) -> None:
 
 def test_truncation() -> None:
     """If any worker has found the active segment truncated, the log rolls."""
-    state, _ = compose([Handover(), Handover(truncated=True)], [[]], False, [], follow_name=False)
+    state, _ = compose(
+        [Handover(), Handover(truncated=True)], [[]], False, ANY, [], follow_name=False
+    )
     assert state.roll is not None
     assert (state.roll.mode, state.roll.truncated) == ("ROLLING", True)
 
