@@ -127,9 +127,14 @@ class Server:
     def is_whole(self) -> bool:
         """Return whether every slot has a worker that is ready, and no upgrade is running."""
         status = self.status()
-        upgrading = self._count("upgrade: checking ") > self._count("upgraded: ")
+        # One upgrade may check several times, and ends with the supervisor if that is killed.
+        steps = [
+            line
+            for line in self.log
+            if re.search(r"upgrade: |upgrade failed|upgraded: |took over: ", line)
+        ]
         return (
-            not upgrading
+            not (steps and " upgrade: " in steps[-1])
             and status["state"] == "serving"
             and all(worker["ready"] for worker in status["workers"])
         )
