@@ -60,7 +60,6 @@ from tailsrv.supervisor.takeover import (
     why_in_use,
 )
 from tailsrv.supervisor.upgrade import (
-    answer_check,
     command,
     is_check,
     is_upgrade,
@@ -69,6 +68,7 @@ from tailsrv.supervisor.upgrade import (
 )
 from tailsrv.supervisor.upgrade_state import StateError, UpgradeState
 from tailsrv.titles import longest_title
+from tailsrv.upgrade_check import answer_check
 from tailsrv.worker.worker import work
 
 NO_PORT = "the following arguments are required: -p/--port"
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None, timing: Timing | None = None) -> int
     if timing is not None:
         config = replace(config, timing=timing)
     if is_check():
-        return answer_check()
+        return answer_check(config)
     # make_room() may execute the command line of this process again. If the caller has passed
     # arguments, that is not the command to execute.
     if argv is None:

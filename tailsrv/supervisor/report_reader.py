@@ -3,14 +3,13 @@
 import logging
 import os
 import resource
-import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tailsrv.linux.event_loop import MEMORY_RETRY, EventLoop
 from tailsrv.log import RateLimited, fields, logger
-from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.slot import Slot, WorkerProcess
 from tailsrv.worker_channel import (
     MAX_PACKET,
     MAX_REPORTED_SOCKETS,
@@ -42,14 +41,11 @@ REPORT_PAUSE = 0.002
 class ReportReader:
     """Reads the channels of all `slots`.
 
-    What reports say about clients goes into the slots' client tables. For notices about the worker
-    or the file, `notice(slot, notices)` is called.
+    What reports say about clients goes into the slots' client tables.
     """
 
-    def __init__(
-        self, slots: Sequence[Slot], loop: EventLoop, notice: Callable[[Slot, Notices], None]
-    ) -> None:
-        self._slots, self._loop, self._notice = slots, loop, notice
+    def __init__(self, slots: Sequence[Slot], loop: EventLoop) -> None:
+        self._slots, self._loop = slots, loop
         # Whether any reports were read in this turn.
         self._busy = False
         # Whether a channel may hold more reports than were read in this turn.
@@ -88,15 +84,20 @@ class ReportReader:
             slot.client_table.remove(clients)
             slot.client_table.unprotected.update(clients)
 
-    def read_reports(self, slot: Slot) -> None:
-        """Read reports of the worker of `slot`, up to the limit of one turn."""
+    def read_reports(self, slot: Slot, worker: WorkerProcess) -> list[Notices]:
+        """Read reports of the `worker` of `slot`, up to the limit of one turn.
+
+        Returns what they say about the worker or the file.
+        """
+        notices: list[Notices] = []
         left = CLIENTS_PER_TURN
         while left > 0:
-            if not (cost := self._read_packet(slot)):
-                return
+            if not (cost := self._read_packet(slot, worker, notices)):
+                return notices
             left -= cost
             self._busy = True
         self._more_pending = True
+        return notices
 
     def yield_to_workers(self) -> None:
         """At the end of a turn with reports, let the workers run before the supervisor continues.
@@ -110,21 +111,26 @@ class ReportReader:
             time.sleep(REPORT_PAUSE)
         self._busy = self._more_pending = False
 
-    def read_remaining(self, slot: Slot) -> None:
-        """Read all remaining reports of the worker of `slot`, which has exited."""
-        for _ in range(FINAL_READS):
-            while self._read_packet(slot):
-                pass
+    def read_remaining(self, slot: Slot, worker: WorkerProcess) -> list[Notices]:
+        """Read all remaining reports of the `worker` of `slot`, which has exited.
 
-    def _read_packet(self, slot: Slot) -> int:
-        """Read one packet from the channel of `slot`.
+        Returns what they say about the worker or the file.
+        """
+        notices: list[Notices] = []
+        for _ in range(FINAL_READS):
+            while self._read_packet(slot, worker, notices):
+                pass
+        return notices
+
+    def _read_packet(self, slot: Slot, worker: WorkerProcess, notices: list[Notices]) -> int:
+        """Read one packet from the channel of `worker`, and add what it says to `notices`.
 
         Returns what it counts against `CLIENTS_PER_TURN`, at least 1, or 0 if there was no packet.
         """
-        assert slot.channel is not None
+        channel = worker.channel
         try:
             packet, sockets, _, _ = socket.recv_fds(
-                slot.channel, MAX_PACKET, MAX_REPORTED_SOCKETS, socket.MSG_CMSG_CLOEXEC
+                channel, MAX_PACKET, MAX_REPORTED_SOCKETS, socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError:
             # The worker has exited without reading the supervisor's last message. The kernel
@@ -135,16 +141,15 @@ class ReportReader:
         except OSError:
             # The kernel lacks memory for the packet. Retry soon. If the worker has been reaped,
             # read_remaining() retries instead, and then the channel is closed.
-            if slot.pid is not None:
-                self._loop.stall(slot.channel.fileno(), MEMORY_RETRY)
+            if not worker.dead:
+                self._loop.stall(channel.fileno(), MEMORY_RETRY)
             return 0
         # End of file: the worker is exiting. It is reaped on SIGCHLD. Should it live on, it would
         # take this process for dead, and keep its clients for another supervisor.
         if not packet:
-            self._loop.unregister(slot.channel.fileno())
-            if slot.pid is not None:
-                # A process that is exiting has its exit status already.
-                os.kill(slot.pid, signal.SIGKILL)
+            self._loop.unregister(channel.fileno())
+            # A process that is exiting has its exit status already.
+            worker.kill()
             return 0
         try:
             report = decode(packet)
@@ -159,6 +164,8 @@ class ReportReader:
                 os.close(fd)
             return 1
         self._apply_report(slot, report, sockets)
+        if report.notices != NO_NOTICES:
+            notices.append(report.notices)
         return 1 + len(report.joined) + len(report.left)
 
     def _apply_report(self, slot: Slot, report: WorkerReport, sockets: Sequence[int]) -> None:
@@ -174,8 +181,6 @@ class ReportReader:
         for client, start, end in report.started:
             slot.client_table.set_start(client, start, end)
         slot.client_table.remove(report.left)
-        if report.notices != NO_NOTICES:
-            self._notice(slot, report.notices)
 
     def _below_reserve(self, fd: int) -> int:
         """Return `fd`, or a lower descriptor in its place if `fd` is above the highest for clients.

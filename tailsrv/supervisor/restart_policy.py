@@ -60,6 +60,21 @@ class Failures:
             return 0.0
         return float(min(timing.max_delay, timing.first_delay * 2 ** min(self.short - 2, 30)))
 
+    def next_delay(self, end: "ExitKind", started_up: bool, timing: Timing) -> float | None:
+        """Return the seconds to wait before the slot gets its next worker, None to give up.
+
+        A server gives up only while it starts. Later its clients are better off if they wait.
+
+        Args:
+            end: How the worker has ended that has died last.
+            started_up: Whether all slots have had ready workers at the same time.
+            timing: The server's timing.
+
+        """
+        if not started_up and (self.hopeless() or end in (ExitKind.CANNOT_BOOT, ExitKind.NO_ROOM)):
+            return None
+        return timing.max_delay if end is ExitKind.CANNOT_BOOT else self.delay(timing)
+
     def poisoned(self) -> bool:
         """Return whether the slot's clients must be disconnected.
 

@@ -13,7 +13,7 @@ from tailsrv.segments import NO_FILE
 from tailsrv.served_file import ServedFile
 from tailsrv.supervisor.late_appends import LateAppends
 from tailsrv.supervisor.segment_finder import MAX_SEGMENTS
-from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.slot import WorkerProcess
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.worker_channel import Retire
 
@@ -30,17 +30,12 @@ class Retirement:
 
     def __init__(self, pool: WorkerPool, served_file: ServedFile, late: LateAppends) -> None:
         self._pool, self._served_file, self._late = pool, served_file, late
-        # For each worker that has reported it, by pid: the end of the segments that it does not
-        # need.
-        self._needs: dict[int, int] = {}
         self._too_many = RateLimited(logging.WARNING, burst=1)
 
-    def note_needs(self, slot: Slot, needs: int) -> None:
-        """Record that the worker of `slot` does not need the segments that end at `needs`."""
-        # A worker that has been reaped has no pid any more.
-        if slot.pid is not None:
-            self._needs[slot.pid] = needs
-            self._close_unneeded()
+    def note_needs(self, worker: WorkerProcess, needs: int) -> None:
+        """Record that `worker` does not need the segments that end at `needs`."""
+        worker.needs = needs
+        self._close_unneeded()
 
     def check(self) -> None:
         """Find the segments that were deleted, and order the workers to close them.
@@ -72,14 +67,12 @@ class Retirement:
         """Close the deleted segments that no worker needs."""
         log = self._served_file.log
         assert log is not None
-        pids = {slot.pid for slot in self._pool.running()}
-        self._needs = {pid: needs for pid, needs in self._needs.items() if pid in pids}
         # A slot without a worker may have clients that read any segment.
         needed = min(
             (
-                self._needs.get(slot.pid, 0) if slot.pid is not None else 0
+                slot.worker.needs if slot.worker is not None else 0
                 for slot in self._pool.slots
-                if slot.pid is not None or slot.client_table.clients
+                if slot.worker is not None or slot.client_table.clients
             ),
             default=log.start,
         )

@@ -38,7 +38,7 @@ from tailsrv.supervisor.log_store import LogStore
 from tailsrv.supervisor.next_files import NextFiles
 from tailsrv.supervisor.retirement import Retirement
 from tailsrv.supervisor.sealing import QuietTime, quiet_at, seal_time
-from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.slot import WorkerProcess
 from tailsrv.supervisor.upgrade_state import RollState
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.worker_channel import Agree, Freeze, Notices, Roll, Thaw
@@ -103,11 +103,6 @@ class Roller:
         self._truncated = False
         # The size of the active segment at which a worker may have rolled by itself.
         self._agreed: int | None = None
-        # The pids of the workers that were ordered to freeze, of those that have acknowledged, and
-        # of those that may roll by themselves.
-        self._ordered: set[int | None] = set()
-        self._frozen: set[int | None] = set()
-        self._allowed: set[int | None] = set()
         self._quiet: QuietTime | None = None
         # When the active segment had been changed last as the workers were frozen early.
         self._changed = 0.0
@@ -380,9 +375,6 @@ class Roller:
         """Order all workers to freeze. `mode` says what for."""
         self._number += 1
         self._mode = mode
-        self._ordered.clear()
-        self._frozen.clear()
-        self._allowed.clear()
         if self.rolling:
             self._limit_patience()
         self.advance()
@@ -432,62 +424,56 @@ class Roller:
         self._loop.timers.cancel(self._kill_silent)
         self._loop.timers.set(self.check, self._loop.now)
 
-    def handle_notices(self, slot: Slot, notices: Notices) -> None:
-        """Handle what the worker of `slot` has reported about the log."""
+    def handle_notices(self, worker: WorkerProcess, notices: Notices) -> None:
+        """Handle what `worker` has reported about the log."""
         self._reported = self._reported or notices.gone
         if notices.truncated is not None:
             self._roll_truncated(notices.truncated)
-        # A worker that has been reaped has no pid any more. It does not take part in a roll.
-        if notices.frozen == self._number and slot.pid is not None:
-            self._frozen.add(slot.pid)
+        if notices.frozen is not None:
+            worker.frozen = notices.frozen
         if notices.needs is not None:
-            self._retirement.note_needs(slot, notices.needs)
+            self._retirement.note_needs(worker, notices.needs)
 
     def advance(self) -> None:
         """Do the next step of the roll that is under way. Call this in every turn."""
         # An orphaned worker may still roll by itself.
         if self._mode is Mode.IDLE or self._pool.has_predecessors():
             return
-        slots = self._pool.running()
-        # Another worker may get the pid of one that has died.
-        self._ordered &= {slot.pid for slot in slots}
-        self._frozen &= {slot.pid for slot in slots}
-        self._allowed &= {slot.pid for slot in slots}
-        for slot in slots:
-            assert slot.pid is not None
-            if slot.pid not in self._ordered:
-                self._ordered.add(slot.pid)
-                self._pool.order(slot, Freeze(self._number))
-        if not all(slot.pid in self._frozen for slot in slots):
+        workers = self._pool.workers()
+        for worker in workers:
+            if worker.freeze_ordered != self._number:
+                worker.freeze_ordered = self._number
+                worker.order(Freeze(self._number))
+        if not all(worker.frozen == self._number for worker in workers):
             return
         if self._mode is Mode.ROLLING:
             self._finish()
         elif self._mode is Mode.WITHDRAWN:
             self._withdraw()
         else:
-            self._allow(slots)
+            self._allow(workers)
 
-    def _allow(self, slots: Sequence[Slot]) -> None:
+    def _allow(self, workers: Sequence[WorkerProcess]) -> None:
         """Let the workers, which are frozen early, roll by themselves as soon as that is agreed."""
         if self._mode is Mode.EARLY:
             self._agree()
         if self._mode is Mode.AGREED:
             assert self._agreed is not None
-            for slot in slots:
-                if slot.pid not in self._allowed:
-                    self._allowed.add(slot.pid)
-                    self._pool.order(slot, Agree(self._agreed), [self._next.first])
+            for worker in workers:
+                if worker.allowed != self._number:
+                    worker.allowed = self._number
+                    worker.order(Agree(self._agreed), [self._next.first])
 
     def _kill_silent(self) -> None:
         """Kill the workers that have not acknowledged in time. Their successors will."""
         now, patience = self._loop.now, self._timing.freeze_patience
-        for slot in self._pool.running() if not self._pool.has_predecessors() else ():
-            if slot.pid not in self._frozen and now - slot.spawned >= patience:
+        for worker in self._pool.workers() if not self._pool.has_predecessors() else ():
+            if worker.frozen != self._number and now - worker.spawned >= patience:
                 logger.error(
                     "worker does not take part in a roll, killing it: %s",
-                    fields(slot=slot.index, pid=slot.pid),
+                    fields(slot=worker.slot, pid=worker.pid),
                 )
-                self._pool.kill_worker(slot)
+                worker.kill()
         self._loop.timers.set(self._kill_silent, now + patience)
 
     def _finish(self) -> None:

@@ -201,14 +201,14 @@ class StatusWriter:
 
     def summary(self) -> str:
         """Return the status as the service manager shows it, in a few words."""
-        return service_status(self._state(), len(self._pool.running()), self._pool.clients())
+        return service_status(self._state(), len(self._pool.workers()), self._pool.clients())
 
     def _render_title(self) -> str:
         return supervisor_title(
             self._endpoints,
             self._config.path,
             self._state(),
-            len(self._pool.running()),
+            len(self._pool.workers()),
             self._pool.clients(),
         )
 

@@ -37,12 +37,19 @@ from tailsrv.shared_counts import SharedCounts
 from tailsrv.stray_signals import StraySignals
 from tailsrv.supervisor.log_store import LogStore, Restored
 from tailsrv.supervisor.roller import Roller
-from tailsrv.supervisor.slot import Slot
+from tailsrv.supervisor.rolling_restart import RollingRestart
+from tailsrv.supervisor.slot import Slot, WorkerProcess
 from tailsrv.supervisor.status_server import StatusServer, StatusWriter
 from tailsrv.supervisor.upgrade import Upgrader
 from tailsrv.supervisor.upgrade_state import LogState, UpgradeState
 from tailsrv.supervisor.watchdog import Watchdog
-from tailsrv.supervisor.worker_pool import WorkerPool
+from tailsrv.supervisor.worker_pool import (
+    CannotStart,
+    PoolEvent,
+    Reported,
+    StartedUp,
+    WorkerPool,
+)
 from tailsrv.titles import status_title
 from tailsrv.worker_channel import Notices
 from tailsrv.worker_context import WorkerContext
@@ -98,27 +105,25 @@ class Supervisor:
         self.control = control
         self.work = work
         self.loop = EventLoop()
+        # Whether orphaned workers still have clients of this server.
+        self.taking_over = any(slot.predecessors for slot in slots)
+        # Whether an upgrade started this process, and it still has workers to replace.
+        replacing = handed_on is not None and not self.taking_over
         self.pool = WorkerPool(
             slots,
             self.loop,
             endpoints if config.orphan_timeout else (),
             self.run_worker,
-            self.handle_notices,
-            self.give_up,
-            self.keep_old_workers,
             config.timing,
+            started_up=replacing,
         )
+        self.restart = RollingRestart(self.pool, replacing)
         self.started = handed_on.started if handed_on else time.time()
         self.served_file = ServedFile(config.path)
         if handed_on:
             self.served_file.gone, self.served_file.polling = handed_on.file_gone, handed_on.polling
             self.served_file.log = handed_on.log.load() if handed_on.log else None
             self.served_file.base = handed_on.base
-        # Whether orphaned workers still have clients of this server.
-        self.taking_over = self.pool.has_predecessors()
-        # Whether workers of the previous version are still to be replaced.
-        self.replacing = handed_on is not None and not self.taking_over
-        self.pool.started_up = self.replacing
         self.phase = Phase.WAITING
         self.exit_status = ExitStatus.DONE
         self.ended = False
@@ -163,7 +168,7 @@ class Supervisor:
             self.save,
             self.wakeup.read,
             self.lifecycle,
-            busy=self.replacing or self.taking_over,
+            busy=replacing or self.taking_over,
         )
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
         self.status_server = StatusServer(
@@ -191,17 +196,17 @@ class Supervisor:
         self.reap()
         if not counts_streams():
             self.pool.report_reader.stop_protecting()
-        if self.replacing:
+        if self.restart.under_way:
             # Notify again: the previous version may have been replaced before its message was sent.
             self.lifecycle.reloading()
         if self.served_file.log is None:
             self.wait_for_file()
-            if not self.replacing:
+            if not self.restart.under_way:
                 # Clients can connect, so the service is ready, although there is no file yet.
                 self.lifecycle.ready()
             self.continue_replacing()
         else:
-            self.pool.fill_slots()
+            self.pool.run()
             self.start_serving()
         if (interval := systemd.watchdog_seconds()) is not None:
             Watchdog(self.loop, self.pool, interval).ping()
@@ -219,6 +224,7 @@ class Supervisor:
     def step(self) -> None:
         """Run one turn of the loop: wait for events, then handle them."""
         self.loop.turn()
+        self.handle_events()
         # Clients of all workers wait while the log rolls.
         if self.roller is None or not self.roller.rolling:
             self.pool.report_reader.yield_to_workers()
@@ -249,7 +255,7 @@ class Supervisor:
         not adopt the clients, which are safe in the accept queues.
         """
         if self.pool.report_reader.protects_clients:
-            self.pool.fill_slots()
+            self.pool.run()
 
     def retry_open(self) -> None:
         try:
@@ -260,7 +266,7 @@ class Supervisor:
         if opened:
             if self.roller is not None:
                 self.roller.begin()
-            self.pool.replace_all()
+            self.pool.run_anew()
             self.start_serving()
         else:
             self.loop.timers.set(self.retry_open, self.loop.now + self.config.timing.open_retry)
@@ -340,8 +346,7 @@ class Supervisor:
 
         If none is left, and all new workers are ready, the upgrade is finished.
         """
-        if self.replacing and not self.pool.replace_next() and self.pool.all_ready():
-            self.replacing = False
+        if self.restart.advance():
             logger.info("upgraded: %s", fields(version=__version__, clients=self.pool.clients()))
             self.upgrader.finish(self.loop.now)
 
@@ -353,18 +358,25 @@ class Supervisor:
         try:
             raise_oom_score()
             self.close_in_child()
+            self.pool.close_in_child(keep=slot)
+            channel.setblocking(False)
+            roller = self.roller
             status = self.work(
-                self.pool.prepare_child(
-                    slot,
+                WorkerContext(
+                    slot.index,
                     self.served_file.log,
-                    self.roller.ends if self.roller else None,
-                    self.roller.opened_at if self.roller else None,
-                    self.roller.frozen_end if self.roller else None,
-                    self.roller is not None and self.roller.truncated,
+                    roller.ends if roller else None,
+                    roller.opened_at if roller else None,
+                    roller.frozen_end if roller else None,
+                    roller is not None and roller.truncated,
+                    slot.listeners,
+                    slot.shared,
                     channel,
-                    sockets,
                     self.endpoints,
                     self.client_limit,
+                    slot.client_table.clients,
+                    sockets,
+                    slot.predecessors,
                 )
             )
         except (OSError, MemoryError) as error:
@@ -390,9 +402,29 @@ class Supervisor:
         if self.roller is not None:
             self.roller.close_in_child()
 
-    def handle_notices(self, slot: Slot, notices: Notices) -> None:
-        if notices.ready:
-            self.handle_ready(slot)
+    def handle_events(self) -> None:
+        """Handle what has happened to the workers, and what they have reported."""
+        while events := self.pool.take_events():
+            for event in events:
+                self.handle_event(event)
+            # Once for all workers, because all of them notice it.
+            if any(isinstance(event, Reported) and event.notices.gone for event in events):
+                self.handle_gone()
+
+    def handle_event(self, event: PoolEvent) -> None:
+        match event:
+            case Reported(slot, worker, notices):
+                if notices.ready:
+                    self.handle_ready(slot, worker)
+                self.handle_notices(worker, notices)
+            case StartedUp():
+                self.lifecycle.ready()
+                # Send the status text now. Otherwise it might be sent only after its interval.
+                systemd.notify(f"STATUS={self.status.summary()}")
+            case CannotStart(reason) if not self.is_ending():
+                self.give_up(reason)
+
+    def handle_notices(self, worker: WorkerProcess, notices: Notices) -> None:
         if notices.polling is not None and self.served_file.polling is None:
             self.served_file.polling = notices.polling
             logger.warning(
@@ -400,7 +432,7 @@ class Supervisor:
                 fields(reason=notices.polling),
             )
         if self.roller is not None and not self.is_ending():
-            self.roller.handle_notices(slot, notices)
+            self.roller.handle_notices(worker, notices)
         elif (
             notices.truncated is not None
             and self.loop.now - self.truncation_logged >= TRUNCATION_INTERVAL
@@ -410,25 +442,15 @@ class Supervisor:
                 "file was truncated, clients beyond its new end wait until it grows past them: %s",
                 fields(path=self.config.path, size=notices.truncated),
             )
-        if notices.gone and self.handle_gone not in self.loop.timers:
-            # Check at the end of the turn. This method may run within the pool's handle_exit(), and
-            # a drain must not start in the middle of that.
-            self.loop.timers.set(self.handle_gone, self.loop.now)
 
-    def handle_ready(self, slot: Slot) -> None:
-        slot.ready = True
+    def handle_ready(self, slot: Slot, worker: WorkerProcess) -> None:
         # While the server waits for its file, "waiting for file" should stay the last line of the
         # log.
         level = logging.DEBUG if self.phase is Phase.WAITING else logging.INFO
-        adopted = len(slot.client_table) if slot.adopted else None
+        adopted = len(slot.client_table) if worker.adopted else None
         logger.log(
-            level, "worker ready: %s", fields(slot=slot.index, pid=slot.pid, adopted=adopted)
+            level, "worker ready: %s", fields(slot=slot.index, pid=worker.pid, adopted=adopted)
         )
-        if not self.pool.started_up and self.pool.all_ready() and not self.is_ending():
-            self.pool.started_up = True
-            self.lifecycle.ready()
-            # Send the status text now. Otherwise it might be sent only after its interval.
-            systemd.notify(f"STATUS={self.status.summary()}")
         self.continue_replacing()
         self.continue_takeover(slot)
 
@@ -450,21 +472,6 @@ class Supervisor:
             self.ended = True
         else:
             self.terminate()
-
-    def keep_old_workers(self, reason: str) -> None:
-        """Stop the replacement of old workers, because workers of this version do not start."""
-        logger.error(
-            "workers of this version do not start: "
-            "old workers continue to serve their clients, all other clients wait: %s %s",
-            reason,
-            fields(
-                old_workers=len(self.pool.running()),
-                hint="install a version that works, then send SIGHUP",
-            ),
-        )
-        if self.replacing:
-            self.replacing = False
-            self.upgrader.finish(self.loop.now)
 
     # Signals and exit
 
@@ -544,7 +551,7 @@ class Supervisor:
         self.loop.timers.set(self.abandon_workers, self.loop.now + KILL_PATIENCE)
 
     def cancel_pending(self) -> None:
-        self.replacing = False
+        self.restart.cancel()
         self.loop.timers.cancel(self.retry_open)
         self.loop.timers.cancel(self.terminate)
         self.upgrader.cancel()
@@ -554,7 +561,7 @@ class Supervisor:
     def abandon_workers(
         self,
     ) -> None:  # pragma: no cover: needs a process that SIGKILL does not end
-        pids = [slot.pid for slot in self.pool.running()]
+        pids = [worker.pid for worker in self.pool.workers()]
         logger.error("workers have not exited after SIGKILL, exiting anyway: %s", fields(pids=pids))
         self.ended = True
 

@@ -3,8 +3,9 @@
 In both steps, the supervisor runs the command line that it was itself started with. The environment
 variable TAILSRV_UPGRADE tells the program what to do:
 
-- `check`: parse the arguments, read a state from standard input, write the version to standard
-  output, and exit with status 0. This runs in a child, while the old version serves.
+- `check`: parse the arguments, read a state from standard input, boot a worker, write the version
+  to standard output, and exit with status 0. This runs in a child, while the old version serves:
+  see upgrade_check.py.
 - A number: continue from the state in the file with this descriptor. This is for execve(2), which
   replaces the program of the supervisor. Its pid, sockets and workers stay.
 """
@@ -50,21 +51,6 @@ def read_state() -> upgrade_state.UpgradeState | None:
         return None
     with open(int(value), "rb") as file:
         return upgrade_state.decode(file.read())
-
-
-def answer_check() -> int:
-    """Answer the check of a running server, which asks whether this version can take over.
-
-    Reads the server's state from standard input. If it can be read, writes this version to standard
-    output and returns 0. Otherwise, writes the reason to standard error and returns 1.
-    """
-    try:
-        upgrade_state.decode(sys.stdin.buffer.read())
-    except upgrade_state.StateError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(json.dumps({"version": __version__, "format": upgrade_state.FORMAT}) + "\n")
-    return 0
 
 
 def is_upgrade() -> bool:

@@ -11,11 +11,22 @@ from tailsrv import worker_channel
 from tailsrv.segments import NO_FILE, Log, Segment
 
 # The format of this state. The supervisor must not exec a program that reads another format.
-FORMAT = 4
+FORMAT = 5
 
 
 class StateError(ValueError):
     """A state that this version cannot read. The message says why, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """A worker. `channel` is a descriptor, `spawned` a time of the monotonic clock."""
+
+    pid: int
+    channel: int
+    spawned: float
+    ready: bool
+    adopted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +35,9 @@ class SlotState:
 
     listeners: list[int]
     shared: bool
-    pid: int | None
-    channel: int | None
-    # Seconds of the monotonic clock, like `restarted`. The clock continues through exec(2).
-    spawned: float
-    ready: bool
-    adopted: bool
+    worker: WorkerState | None
     restarts: int
+    # Seconds of the monotonic clock, which continues through exec(2).
     restarted: float | None
     # The fields of `Failures`, in their order.
     failures: list[int]
@@ -115,7 +122,7 @@ class UpgradeState:
             found += [int(file) for file, _, _, owned, *_ in self.roll.late if owned]
         for slot in self.slots:
             found += slot.listeners
-            found += [] if slot.channel is None else [slot.channel]
+            found += [slot.worker.channel] if slot.worker else []
             found += [fd for _, fd, *_ in slot.clients if fd is not None]
         return found
 
@@ -141,7 +148,7 @@ def decode(data: bytes) -> UpgradeState:
                 f"{(FORMAT, worker_channel.VERSION)}: "
                 "restart the server instead"
             )
-        slots = [SlotState(**slot) for slot in values.pop("slots")]
+        slots = [_decode_slot(**slot) for slot in values.pop("slots")]
         log, roll = values.pop("log"), values.pop("roll")
         return UpgradeState(
             slots=slots,
@@ -153,3 +160,7 @@ def decode(data: bytes) -> UpgradeState:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StateError(f"malformed state: {error!r}") from error
+
+
+def _decode_slot(worker: dict[str, Any] | None, **values: Any) -> SlotState:
+    return SlotState(worker=None if worker is None else WorkerState(**worker), **values)

@@ -4,9 +4,6 @@ The service manager is notified (WATCHDOG=1) only if every worker has answered. 
 itself hangs, or a killed worker does not exit, the notifications stop and systemd ends the service.
 """
 
-import os
-import signal
-
 from tailsrv.linux import systemd
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.log import fields, logger
@@ -29,30 +26,23 @@ class Watchdog:
     def __init__(self, loop: EventLoop, pool: WorkerPool, interval: float) -> None:
         self._loop, self._pool = loop, pool
         self._pause = max(interval / PINGS_PER_INTERVAL, MIN_PING_INTERVAL)
-        self._killed: set[int] = set()
 
     def ping(self) -> None:
         """Kill the workers that have not answered the last ping, then ping all workers again."""
         now = self._loop.now
-        hung = [
-            slot
-            for slot in self._pool.running()
-            if slot.ping_sent is not None and now - slot.ping_sent >= self._pause
-        ]
-        self._killed &= {slot.pid for slot in hung if slot.pid is not None}
-        for slot in hung:
-            assert slot.pid is not None
-            assert slot.ping_sent is not None
+        hung = False
+        for worker in self._pool.workers():
+            if worker.ping_sent is None or (silent := now - worker.ping_sent) < self._pause:
+                continue
+            hung = True
             # A worker that still exists although it was killed is in an uninterruptible sleep, for
-            # example waiting for a disk. Killing it again has no effect.
-            if slot.pid not in self._killed:
+            # example waiting for a disk.
+            if not worker.dead:
                 logger.error(
                     "worker does not answer, killing it: %s",
-                    fields(slot=slot.index, pid=slot.pid, seconds=f"{now - slot.ping_sent:.1f}"),
+                    fields(slot=worker.slot, pid=worker.pid, seconds=f"{silent:.1f}"),
                 )
-                # The pid cannot belong to another process: the worker has not been reaped yet.
-                os.kill(slot.pid, signal.SIGKILL)
-                self._killed.add(slot.pid)
+                worker.kill()
         if not hung:
             systemd.notify("WATCHDOG=1")
         self._pool.ping_workers()

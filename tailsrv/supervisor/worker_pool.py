@@ -1,35 +1,137 @@
 """The pool of workers: forks a worker for each slot, replaces workers, and drains or kills them.
 
 A worker may die at any time. Its clients stay in the client table of the slot, and the next worker
-of the slot adopts them.
+of the slot adopts them. What happens to a slot is decided by one table, and done in one place.
 """
 
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from itertools import count
 
-from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Timing
 from tailsrv.control_socket import bind_for_worker
 from tailsrv.handover import commit
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import blocked
 from tailsrv.log import fields, logger
-from tailsrv.segments import Log
-from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor.report_reader import ReportReader
 from tailsrv.supervisor.restart_policy import ExitKind, Failures, classify_exit, describe_exit
-from tailsrv.supervisor.slot import Slot
-from tailsrv.worker_channel import Drain, Notices, Order, Ping, encode
-from tailsrv.worker_context import WorkerContext
+from tailsrv.supervisor.slot import Slot, State, WorkerProcess
+from tailsrv.worker_channel import Drain, Notices, Order, Ping
 
-# Seconds between SIGTERM and SIGKILL for an outdated worker, in which it can finish its turn.
+# Seconds between SIGTERM and SIGKILL for a worker that is replaced. It can finish its turn.
 REPLACE_PATIENCE = 1.0
+
+
+class Mode(Enum):
+    """What the pool is for."""
+
+    # It does not serve yet.
+    IDLE = "idle"
+    # Each slot has a worker. One that dies is replaced.
+    RUN = "run"
+    # The workers send what is in the log, and exit. One that dies before is replaced.
+    DRAIN = "drain"
+    # No worker is left, or will be soon.
+    KILL = "kill"
+
+
+class Event(Enum):
+    """What can happen to a slot."""
+
+    # The pool has got its mode.
+    ENTERED = 1
+    # Its next worker is due.
+    DUE = 2
+    # Its worker is to be replaced now.
+    REPLACE = 3
+    # Its worker was asked to exit, and has not done so in time.
+    OVERDUE = 4
+    # Its worker has exited.
+    EXITED = 5
+
+
+class Action(Enum):
+    """What the pool does then. The slot is EMPTY after an exit without an action."""
+
+    # Fork a worker, which is SERVING or DRAINING, as the mode says. If that fails, one is DUE.
+    FORK = 1
+    # A worker is DUE after the delay of the restart policy, or the server gives up.
+    RESPAWN = 2
+    # As long as clients of the slot need one, a worker is DUE after a short delay.
+    FINISH = 3
+    # No worker is due any more.
+    FORGET = 4
+    # Send SIGTERM to the worker, which is LEAVING.
+    TERMINATE = 5
+    # Order the worker to drain: it is DRAINING.
+    ORDER_DRAIN = 6
+    # Kill the worker.
+    KILL = 7
+    # Close the listeners.
+    CLOSE = 8
+
+
+IDLE, RUN, DRAIN, KILL = Mode
+EMPTY, DUE, SERVING, OUTDATED, LEAVING, DRAINING = State
+
+# Everything that is not in this table has no consequence.
+TABLE = {
+    (RUN, EMPTY, Event.ENTERED): Action.FORK,
+    (RUN, DUE, Event.ENTERED): Action.FORK,
+    (RUN, DUE, Event.DUE): Action.FORK,
+    (RUN, SERVING, Event.REPLACE): Action.TERMINATE,
+    (RUN, SERVING, Event.EXITED): Action.RESPAWN,
+    (RUN, OUTDATED, Event.REPLACE): Action.TERMINATE,
+    (RUN, OUTDATED, Event.EXITED): Action.FORK,
+    (RUN, LEAVING, Event.OVERDUE): Action.KILL,
+    (RUN, LEAVING, Event.EXITED): Action.FORK,
+    (DRAIN, EMPTY, Event.ENTERED): Action.CLOSE,
+    # Clients and connections in its accept queue wait for this worker.
+    (DRAIN, DUE, Event.ENTERED): Action.FORK,
+    (DRAIN, DUE, Event.DUE): Action.FORK,
+    (DRAIN, SERVING, Event.ENTERED): Action.ORDER_DRAIN,
+    (DRAIN, OUTDATED, Event.ENTERED): Action.ORDER_DRAIN,
+    # It may have begun to exit, so the order goes to its successor.
+    (DRAIN, LEAVING, Event.OVERDUE): Action.KILL,
+    (DRAIN, LEAVING, Event.EXITED): Action.FINISH,
+    (DRAIN, DRAINING, Event.EXITED): Action.FINISH,
+    (KILL, DUE, Event.ENTERED): Action.FORGET,
+    (KILL, SERVING, Event.ENTERED): Action.KILL,
+    (KILL, OUTDATED, Event.ENTERED): Action.KILL,
+    (KILL, LEAVING, Event.ENTERED): Action.KILL,
+    (KILL, DRAINING, Event.ENTERED): Action.KILL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A worker has reported something that is not about single clients. It may be dead by now."""
+
+    slot: Slot
+    worker: WorkerProcess
+    notices: Notices
+
+
+@dataclass(frozen=True, slots=True)
+class StartedUp:
+    """For the first time, all slots have workers that are ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class CannotStart:
+    """Workers cannot start, and the server has not started up before. `reason` says why."""
+
+    reason: str
+
+
+PoolEvent = Reported | StartedUp | CannotStart
 
 
 class WorkerPool:
@@ -40,12 +142,11 @@ class WorkerPool:
         loop: The supervisor's event loop.
         endpoints: The addresses that the server listens on, empty if workers do not outlive the
             supervisor.
-        enter: `enter(slot, channel, sockets)` is called in each forked child, and must not return.
-        notice: `notice(slot, notices)` is called for the notices in a worker's report.
-        give_up: `give_up(reason)` is called when workers cannot start.
-        keep_old: `keep_old(reason)` is called instead if this happens in an upgrade, while workers
-            of the previous version are still serving.
+        run_worker: `run_worker(slot, channel, sockets)` is called in each forked child, and must
+            not return. It is a function because fork(2) has two returns, and only one of them may
+            go on with the pool.
         timing: The server's timing, for delays.
+        started_up: Whether all slots have had ready workers at the same time.
 
     """
 
@@ -54,47 +155,41 @@ class WorkerPool:
         slots: Sequence[Slot],
         loop: EventLoop,
         endpoints: Sequence[str],
-        enter: Callable[[Slot, socket.socket, Sequence[socket.socket]], None],
-        notice: Callable[[Slot, Notices], None],
-        give_up: Callable[[str], None],
-        keep_old: Callable[[str], None],
+        run_worker: Callable[[Slot, socket.socket, Sequence[socket.socket]], None],
         timing: Timing,
+        started_up: bool = False,
     ) -> None:
-        self._timing = timing
         self.slots = list(slots)
-        # Whether a worker that dies is replaced.
-        self.respawning = False
-        # Whether all slots have had ready workers at the same time.
-        self.started_up = False
-        # When the grace period of the drain ends, None if there is no drain.
-        self.drain_deadline: float | None = None
-        # Workers that are to be replaced, by slot and pid.
-        self.outdated = self._workers()
-        # Outdated workers that were sent SIGTERM. They are killed after REPLACE_PATIENCE.
-        self._ending: list[tuple[Slot, int]] = []
-        self._loop = loop
-        self._endpoints = endpoints
+        self.started_up = started_up
+        self.report_reader = ReportReader(self.slots, loop)
+        self._loop, self._endpoints, self._run_worker = loop, endpoints, run_worker
+        self._timing = timing
+        self._mode = IDLE
+        # When the grace period of the drain ends.
+        self._deadline = 0.0
         # Distinguishes the sockets of workers.
         self._numbers = count()
-        self._enter, self._notice, self._give_up = enter, notice, give_up
-        self._keep_old = keep_old
-        # True in an upgrade until a worker of this version is ready.
-        self._unproven = bool(self.outdated)
-        self.report_reader = ReportReader(self.slots, loop, self._handle_notices)
-        for slot, _ in self.outdated:
-            self._register_channel(slot)
+        self._events: list[PoolEvent] = []
+        for slot in self.slots:
+            if slot.worker is not None:
+                self._register_channel(slot, slot.worker)
 
-    def running(self) -> list[Slot]:
-        """Return the slots that have a worker."""
-        return [slot for slot in self.slots if slot.pid is not None]
+    def take_events(self) -> list[PoolEvent]:
+        """Return what has happened since the last call. Call this in every turn."""
+        events, self._events = self._events, []
+        return events
+
+    def workers(self) -> list[WorkerProcess]:
+        """Return the workers, in the order of their slots."""
+        return [slot.worker for slot in self.slots if slot.worker is not None]
 
     def finished(self) -> bool:
         """Return whether no slot has a worker, and none is to be spawned."""
-        return all(slot.pid is None and slot.spawn_at is None for slot in self.slots)
+        return all(slot.state is EMPTY for slot in self.slots)
 
     def all_ready(self) -> bool:
         """Return whether every slot has a worker that is ready."""
-        return all(slot.pid is not None and slot.ready for slot in self.slots)
+        return all(slot.worker is not None and slot.worker.ready for slot in self.slots)
 
     def clients(self) -> int:
         """Return the number of clients in all slots, including unprotected ones."""
@@ -113,332 +208,148 @@ class WorkerPool:
 
     def ping_workers(self) -> None:
         """Ping every worker that has no unanswered ping."""
-        for slot in self.running():
+        for worker in self.workers():
             # If the ping was not sent, no answer is expected.
-            if slot.ping_sent is None and self._send(slot, Ping()):
-                slot.ping_sent = self._loop.now
-
-    def order(self, slot: Slot, order: Order, files: Sequence[int] = ()) -> None:
-        """Send `order`, with the descriptors `files`, to the worker of `slot`.
-
-        A worker that cannot be told is killed. Its successor starts from the new state.
-        """
-        if not self._send(slot, order, files):
-            self.kill_worker(slot)
+            if worker.ping_sent is None and worker.send(Ping()):
+                worker.ping_sent = self._loop.now
 
     def order_all(self, order: Order, files: Sequence[int] = ()) -> None:
-        """Send `order`, with the descriptors `files`, to every worker, as with `order`."""
-        for slot in self.running():
-            self.order(slot, order, files)
+        """Send `order`, with the descriptors `files`, to every worker."""
+        for worker in self.workers():
+            worker.order(order, files)
 
-    def kill_worker(self, slot: Slot) -> None:
-        """Kill the worker of `slot` with SIGKILL."""
-        assert slot.pid is not None
-        # The pid cannot belong to another process: the worker has not been reaped yet.
-        os.kill(slot.pid, signal.SIGKILL)
+    # The modes
 
-    def _send(self, slot: Slot, order: Order, files: Sequence[int] = ()) -> bool:
-        """Send `order` to the worker of `slot`, and return whether that was possible."""
-        assert slot.channel is not None
-        try:
-            socket.send_fds(slot.channel, [encode(order)], files)
-        except OSError:
-            # The worker is exiting and SIGCHLD follows, or it does not read its channel, or the
-            # kernel is out of memory.
-            return False
-        return True
+    def run(self) -> None:
+        """Spawn a worker for every slot without one, and replace workers that die from now on."""
+        self._enter(RUN)
 
-    # Spawning and replacing
-
-    def fill_slots(self) -> None:
-        """Spawn a worker for every empty slot, and replace workers that die from now on."""
-        self.respawning, self.drain_deadline = True, None
-        self.outdated = self._still_outdated()
-        # If no worker of the previous version is left, nothing else can serve when workers of this
-        # version fail to start.
-        self._unproven = bool(self.outdated)
+    def run_anew(self) -> None:
+        """As run(), and replace all workers that exist, because they lack the file."""
+        self._mode = RUN
         for slot in self.slots:
-            if slot.pid is None:
-                self.spawn(slot)
+            self._handle(slot, Event.ENTERED if slot.worker is None else Event.REPLACE)
 
-    def replace_all(self) -> None:
-        """Spawn workers for the empty slots, and replace all existing workers, which lack the file.
+    def drain(self, until: float) -> None:
+        """Let all workers send what is in the log now, and exit, by the time `until`."""
+        self._deadline = until
+        self._enter(DRAIN)
 
-        The replacements have the file, and adopt the clients.
-        """
-        without_file = self._workers()
-        self.fill_slots()
-        self.outdated = without_file
-        self._terminate(without_file)
+    def kill(self) -> None:
+        """Kill every worker with SIGKILL, and spawn no more."""
+        self._enter(KILL)
 
-    def replace_next(self) -> bool:
-        """Ask the next outdated worker to exit, if all replacements so far are ready.
+    def _enter(self, mode: Mode) -> None:
+        self._mode = mode
+        for slot in self.slots:
+            self._handle(slot, Event.ENTERED)
 
-        Its replacement adopts its clients. Returns whether any outdated worker is left.
+    # What happens to a slot
+
+    def replace(self, slot: Slot) -> None:
+        """Ask the worker of `slot` to exit. Its replacement adopts its clients.
 
         The worker is sent SIGTERM first, so that it can finish its turn and report the connections
         that it has accepted in this turn. SIGKILL would lose them.
         """
-        self.outdated = self._still_outdated()
-        replaced = [slot for slot in self.slots if not self._is_outdated(slot)]
-        if self.outdated and all(slot.pid is not None and slot.ready for slot in replaced):
-            self._terminate(self.outdated[:1])
-        return bool(self.outdated)
+        self._handle(slot, Event.REPLACE)
 
-    def _terminate(self, workers: Sequence[tuple[Slot, int]]) -> None:
-        """Ask outdated workers to exit. Kill those that still run after REPLACE_PATIENCE."""
-        self._ending = [
-            *(worker for worker in self._still_ending() if worker not in workers),
-            *workers,
-        ]
-        for _, pid in workers:
-            os.kill(pid, signal.SIGTERM)
-        self._loop.timers.set(self._kill_overdue, self._loop.now + REPLACE_PATIENCE)
-
-    def _workers(self) -> list[tuple[Slot, int]]:
-        """Return the slots that have a worker, each with its pid."""
-        return [(slot, slot.pid) for slot in self.slots if slot.pid is not None]
-
-    def _is_outdated(self, slot: Slot) -> bool:
-        """Return whether the worker of `slot` is to be replaced.
-
-        Call this only after updating `outdated` with `_still_outdated()`.
-        """
-        return any(other is slot for other, _ in self.outdated)
-
-    def _still_outdated(self) -> list[tuple[Slot, int]]:
-        """Return the workers that are still to be replaced."""
-        return [(slot, pid) for slot, pid in self.outdated if slot.pid == pid]
-
-    def _still_ending(self) -> list[tuple[Slot, int]]:
-        """Return the outdated workers that were asked to exit, and have not exited yet."""
-        return [(slot, pid) for slot, pid in self._ending if slot.pid == pid]
-
-    def _kill_overdue(self) -> None:
-        """Kill the outdated workers that were asked to exit, and have not exited yet."""
-        for _, pid in self._still_ending():
-            os.kill(pid, signal.SIGKILL)
-
-    def spawn(self, slot: Slot) -> None:
-        """Spawn a worker for the empty `slot`, or schedule a retry if fork(2) fails."""
-        slot.spawn_at = None
-        try:
-            pid = self._fork(slot)
-        except OSError as error:
-            self._postpone(slot, error)
-            return
-        slot.pid, slot.spawned, slot.ready = pid, self._loop.now, False
-        slot.ping_sent = self._loop.now
-        slot.adopted = bool(slot.client_table.clients)
-        logger.debug(
-            "worker spawned: %s",
-            fields(slot=slot.index, pid=pid, adopts=len(slot.client_table.clients)),
-        )
-        if self.drain_deadline is not None:
-            self._order_drain(slot, self.drain_deadline)
-
-    def _fork(self, slot: Slot) -> int:
-        """Fork a worker for `slot`, with a channel to it, and return its pid.
-
-        Everything else that can fail is done before fork(2). Raises OSError.
-        """
-        with ExitStack() as stack:
-            sockets = bind_for_worker(self._endpoints, self._numbers)
-            for sock in sockets:
-                stack.enter_context(sock)
-            slot.channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            stack.enter_context(worker_end)
-            try:
-                slot.channel.setblocking(False)
-                self._register_channel(slot)
-                with blocked():
-                    # In the child, `_enter` does the work of a worker and never returns.
-                    if (pid := os.fork()) == 0:
-                        self._enter(slot, worker_end, sockets)
-            except OSError:
-                self._loop.unregister(slot.channel.fileno())
-                slot.channel.close()
-                slot.channel = None
-                raise
-        return pid
-
-    def prepare_child(
-        self,
-        slot: Slot,
-        log: Log | None,
-        ends: SharedCounts | None,
-        opened_at: SharedCounts | None,
-        frozen_end: int | None,
-        truncated: bool,
-        channel: socket.socket,
-        sockets: Sequence[socket.socket],
-        endpoints: Sequence[str],
-        client_limit: ClientLimit | None,
-    ) -> WorkerContext:
-        """In a forked child, close what belongs to other slots, and return what its worker needs.
-
-        Args:
-            slot: The slot of the new worker.
-            log: The segments of the log, None while there is no file.
-            ends: With --follow-name, the shared ends of the log.
-            opened_at: With --follow-name, when the active segment was opened.
-            frozen_end: The end of the log if the worker starts frozen.
-            truncated: Whether the active segment is known to be truncated.
-            channel: The worker's end of its channel.
-            sockets: The sockets at which the next supervisor finds the worker.
-            endpoints: The addresses that the server listens on.
-            client_limit: The shared counts of --max-clients, None without that option.
-
-        """
-        self.close_in_child(keep=slot)
-        for other in self.slots:
-            if other is not slot:
-                other.client_table.close_in_child()
-        channel.setblocking(False)
-        return WorkerContext(
-            slot.index,
-            log,
-            ends,
-            opened_at,
-            frozen_end,
-            truncated,
-            slot.listeners,
-            slot.shared,
-            channel,
-            endpoints,
-            client_limit,
-            slot.client_table.clients,
-            sockets,
-            slot.predecessors,
-        )
-
-    def close_in_child(self, keep: Slot | None = None) -> None:
-        """In a forked child, close all channels and listeners, except the listeners of `keep`."""
+    def _handle_due(self) -> None:
         for slot in self.slots:
-            if slot.channel is not None:
-                # A worker exits when the supervisor's end of its channel is closed. A copy of that
-                # end in another process would prevent this.
-                slot.channel.close()
-            if slot is not keep:
-                slot.forget_predecessors()
-                for listener in slot.listeners:
-                    # The kernel distributes new connections over all open listeners of a port. If
-                    # this child kept the listener of another slot open after the worker there has
-                    # closed it, connections would wait in its queue forever.
-                    listener.close()
+            if slot.due is not None and slot.due <= self._loop.now:
+                self._handle(slot, Event.DUE)
+        self._set_due_timer()
 
-    def _register_channel(self, slot: Slot) -> None:
-        assert slot.channel is not None
-        self._loop.register(slot.channel.fileno(), partial(self.report_reader.read_reports, slot))
-
-    def _postpone(self, slot: Slot, error: OSError) -> None:
-        slot.ready = False
-        hint = "raise TasksMax=, LimitNOFILE= or the memory limit, as the reason says"
-        logger.error(
-            "cannot spawn a worker, clients of its slot wait: %s",
-            fields(slot=slot.index, reason=error.strerror, hint=hint),
-        )
-        self._spawn_at(slot, self._loop.now + self._timing.fork_retry)
-
-    def _spawn_at(self, slot: Slot, when: float) -> None:
-        slot.spawn_at = when
-        self._set_spawn_timer()
-
-    def _set_spawn_timer(self) -> None:
-        if planned := [slot.spawn_at for slot in self.slots if slot.spawn_at is not None]:
-            self._loop.timers.set(self._spawn_due, min(planned))
-
-    def _spawn_due(self) -> None:
-        """Spawn a worker for each slot whose `spawn_at` has passed."""
+    def _handle_overdue(self) -> None:
         for slot in self.slots:
-            if slot.spawn_at is not None and slot.spawn_at <= self._loop.now:
-                self.spawn(slot)
-        self._set_spawn_timer()
+            self._handle(slot, Event.OVERDUE)
 
-    # Exits of workers
+    def _handle(self, slot: Slot, event: Event) -> None:
+        """Do what the table says, except if a worker has exited: see handle_exit()."""
+        worker = slot.worker
+        match TABLE.get((self._mode, slot.state, event)):
+            case Action.FORK:
+                self._spawn(slot)
+            case Action.FORGET:
+                slot.due = None
+            case Action.CLOSE:
+                slot.close_listeners()
+            case Action.TERMINATE if worker is not None:
+                worker.state = LEAVING
+                worker.terminate()
+                self._loop.timers.set(self._handle_overdue, self._loop.now + REPLACE_PATIENCE)
+            case Action.ORDER_DRAIN if worker is not None:
+                self._order_drain(worker)
+            case Action.KILL if worker is not None:
+                worker.kill()
 
     def handle_exit(self, pid: int, status: int) -> None:
         """Handle the exit of the child `pid`, with its wait `status`.
 
         If it was a worker, decide whether its slot gets another worker, and when.
         """
-        slot = next((slot for slot in self.slots if slot.pid == pid), None)
+        for slot in self.slots:
+            if (worker := slot.worker) is not None and worker.pid == pid:
+                self._handle_exit(slot, worker, status)
+                return
         # Not a worker. As PID 1, the supervisor also reaps orphans of other programs.
-        if slot is None:
-            return
-        assert slot.channel is not None
-        # Compute this before reading the worker's last reports. A report with `ready` may start the
-        # replacement of the next worker, which removes this one from `outdated`.
-        expected = not self.respawning or (slot, pid) in self.outdated
-        # Clear the pid first: from now on it may belong to another process.
-        slot.pid = None
-        self.report_reader.read_remaining(slot)
-        self._loop.unregister(slot.channel.fileno())
-        slot.channel.close()
-        slot.channel = None
-        lost = slot.client_table.forget_unprotected()
-        kind = classify_exit(status)
-        if expected and kind is ExitKind.DONE:
-            slot.failures = Failures()
-        detail = fields(slot=slot.index, pid=pid, keeps=len(slot.client_table), lost=lost or None)
+
+    def _handle_exit(self, slot: Slot, worker: WorkerProcess, status: int) -> None:
+        action = TABLE.get((self._mode, worker.state, Event.EXITED))
+        # From now on, the pid may belong to another process.
+        slot.worker, worker.dead = None, True
+        self._handle_reports(slot, worker, self.report_reader.read_remaining(slot, worker))
+        self._loop.unregister(worker.channel.fileno())
+        worker.channel.close()
+        kind, lost = classify_exit(status), slot.client_table.forget_unprotected()
+        expected = action is not Action.RESPAWN
         logger.log(
             logging.DEBUG if expected and not lost else logging.WARNING,
             "worker %s: %s %s",
             kind.value,
-            detail,
+            fields(
+                slot=slot.index, pid=worker.pid, keeps=len(slot.client_table), lost=lost or None
+            ),
             describe_exit(status),
         )
-        if not expected:
-            self._respawn_later(slot, kind, status)
-        elif self.respawning:
-            self.spawn(slot)
-        elif (
-            self.drain_deadline is not None
-            and (slot.client_table.clients or slot.listeners)
-            and self._loop.now < self.drain_deadline
-        ):
-            # The clients of this slot still need a worker. The delay is short, because the end of
-            # the grace period bounds the number of attempts.
-            self._record_failure(slot, kind)
-            self._spawn_at(
-                slot,
-                self._loop.now + min(slot.failures.delay(self._timing), self._timing.first_delay),
-            )
+        if expected and kind is ExitKind.DONE:
+            slot.failures = Failures()
+        match action:
+            case Action.FORK:
+                self._spawn(slot)
+            case Action.RESPAWN:
+                self._respawn(slot, worker, kind, status)
+            case Action.FINISH:
+                self._finish(slot, worker, kind)
 
-    def _respawn_later(self, slot: Slot, kind: ExitKind, status: int) -> None:
-        """Schedule the next worker of a slot whose worker has died, or give up."""
-        # If no worker of the new version has been ready yet, the program is at fault, not the
-        # clients. Stop the upgrade. Only the empty slot gets another worker, after the longest
-        # delay.
-        if self._unproven and not slot.ready and kind not in (ExitKind.KILLED, ExitKind.NO_ROOM):
-            self.outdated = []
-            slot.restarts += 1
-            self._spawn_at(slot, self._loop.now + self._timing.max_delay)
-            self._keep_old(f"slot={slot.index} {describe_exit(status)}")
-            return
-        self._record_failure(slot, kind)
-        if (
-            kind is ExitKind.CANNOT_BOOT
-            or (kind is ExitKind.NO_ROOM and not self.started_up)
-            or slot.failures.hopeless()
-        ):
-            self._give_up(f"slot={slot.index} {describe_exit(status)}")
+    def _respawn(self, slot: Slot, worker: WorkerProcess, kind: ExitKind, status: int) -> None:
+        self._record_failure(slot, worker, kind)
+        delay = slot.failures.next_delay(kind, self.started_up, self._timing)
+        if delay is None:
+            self._events.append(CannotStart(f"slot={slot.index} {describe_exit(status)}"))
             return
         slot.restarts += 1
         slot.restarted = self._loop.now
-        if delay := slot.failures.delay(self._timing):
+        if delay:
             logger.warning("respawning after a delay: %s", fields(slot=slot.index, seconds=delay))
-        self._spawn_at(slot, self._loop.now + delay)
+        self._plan(slot, delay)
 
-    def _record_failure(self, slot: Slot, kind: ExitKind) -> None:
+    def _finish(self, slot: Slot, worker: WorkerProcess, kind: ExitKind) -> None:
+        """Plan another worker for the drain, if clients still need one and there is time."""
+        needed = slot.client_table.clients or slot.listeners
+        if needed and self._loop.now < self._deadline:
+            self._record_failure(slot, worker, kind)
+            # The delay is short, because the end of the grace period bounds the attempts.
+            self._plan(slot, min(slot.failures.delay(self._timing), self._timing.first_delay))
+
+    def _record_failure(self, slot: Slot, worker: WorkerProcess, kind: ExitKind) -> None:
         """Add a worker's death to the slot's record.
 
         If one of the slot's clients seems to be the cause, close all of its connections.
         """
         slot.failures = slot.failures.after_life(
-            self._loop.now - slot.spawned, slot.ready, kind, slot.adopted, self._timing
+            self._loop.now - worker.spawned, worker.ready, kind, worker.adopted, self._timing
         )
-        slot.ready = False
         # Clients that orphaned workers can still serve are better off with these.
         if slot.failures.poisoned() and not slot.predecessors:
             closed = slot.client_table.close_connections()
@@ -448,60 +359,113 @@ class WorkerPool:
                 fields(slot=slot.index, clients=closed, hint=hint),
             )
 
-    # Drain and end
+    def _plan(self, slot: Slot, delay: float) -> None:
+        """Let the next worker of `slot` be due in `delay` seconds."""
+        slot.due = self._loop.now + delay
+        self._set_due_timer()
 
-    def stop_respawning(self) -> None:
-        """From now on, do not replace workers that die. Existing workers are not affected."""
-        self.respawning = False
-        self.outdated = []
-        self._loop.timers.cancel(self._spawn_due)
+    def _set_due_timer(self) -> None:
+        if planned := [slot.due for slot in self.slots if slot.due is not None]:
+            self._loop.timers.set(self._handle_due, min(planned))
 
-    def drain(self, until: float) -> None:
-        """Let all workers send what is in the log now, and exit, by the time `until`."""
-        # These workers were asked to exit before, so the order goes to their replacements.
-        ending = self._still_ending()
-        self.stop_respawning()
-        self.outdated = ending
-        self.drain_deadline = until
-        for slot in self.slots:
-            # During the backoff, the slot's clients and the connections in its accept queue wait
-            # for a worker. Spawn it now, so that it can serve them before it exits.
-            if slot.spawn_at is not None:
-                self.spawn(slot)
-            elif slot.pid is None:
-                self._close_listeners(slot)
-            elif (slot, slot.pid) not in ending:
-                self._order_drain(slot, until)
-
-    def _order_drain(self, slot: Slot, until: float) -> None:
-        assert slot.pid is not None
+    def _order_drain(self, worker: WorkerProcess) -> None:
+        worker.state = DRAINING
         # If the order cannot be sent, the worker exits without draining, and its replacement gets
         # the order.
-        self._send(slot, Drain(max(0.0, until - self._loop.now)))
-        # The pid cannot belong to another process: the worker has not been reaped yet.
-        os.kill(slot.pid, signal.SIGTERM)
+        worker.send(Drain(max(0.0, self._deadline - self._loop.now)))
+        worker.terminate()
 
-    def _close_listeners(self, slot: Slot) -> None:
-        """Close the listeners of `slot`, whose accept queues are empty."""
-        for listener in slot.listeners:
-            listener.close()
-        slot.listeners = []
+    # Forking
 
-    def kill(self) -> None:
-        """Kill every worker with SIGKILL, and spawn no more."""
-        self.stop_respawning()
-        self.drain_deadline = None
+    def _spawn(self, slot: Slot) -> None:
+        """Spawn a worker for the empty `slot`, or plan another attempt if fork(2) fails."""
+        slot.due = None
+        try:
+            worker = slot.worker = self._fork(slot)
+        except OSError as error:
+            logger.error(
+                "cannot spawn a worker, clients of its slot wait: %s",
+                fields(
+                    slot=slot.index,
+                    reason=error.strerror,
+                    hint="raise TasksMax=, LimitNOFILE= or the memory limit, as the reason says",
+                ),
+            )
+            self._plan(slot, self._timing.fork_retry)
+            return
+        logger.debug(
+            "worker spawned: %s",
+            fields(slot=slot.index, pid=worker.pid, adopts=len(slot.client_table.clients)),
+        )
+        if self._mode is DRAIN:
+            self._order_drain(worker)
+
+    def _fork(self, slot: Slot) -> WorkerProcess:
+        """Fork a worker for `slot`, with a channel to it. Raises OSError.
+
+        Everything else that can fail is done before fork(2).
+        """
+        with ExitStack() as stack:
+            sockets = bind_for_worker(self._endpoints, self._numbers)
+            for sock in sockets:
+                stack.enter_context(sock)
+            channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(worker_end)
+            now = self._loop.now
+            worker = WorkerProcess(slot.index, 0, channel, now, ping_sent=now)
+            worker.adopted = bool(slot.client_table.clients)
+            try:
+                channel.setblocking(False)
+                self._register_channel(slot, worker)
+                with blocked():
+                    if (pid := os.fork()) == 0:
+                        channel.close()
+                        self._run_worker(slot, worker_end, sockets)
+            except OSError:
+                self._loop.unregister(channel.fileno())
+                channel.close()
+                raise
+            worker.pid = pid
+        return worker
+
+    def close_in_child(self, keep: Slot | None = None) -> None:
+        """In a forked child, close the channels and the listeners, except those of the slot `keep`.
+
+        The child that is the worker of that slot does not need the clients of the others either.
+        """
+        for worker in self.workers():
+            # A worker exits when the supervisor's end of its channel is closed. A copy of that end
+            # in another process would prevent this.
+            worker.channel.close()
         for slot in self.slots:
-            slot.spawn_at = None
-            if slot.pid is not None:
-                os.kill(slot.pid, signal.SIGKILL)
+            if slot is not keep:
+                slot.forget_predecessors()
+                # The kernel distributes new connections over all open listeners of a port. If this
+                # child kept the listener of another slot open after the worker there has closed it,
+                # connections would wait in its queue forever.
+                slot.close_listeners()
+                if keep is not None:
+                    slot.client_table.close_in_child()
 
-    def _handle_notices(self, slot: Slot, notices: Notices) -> None:
-        """Handle the notices about the worker itself, then pass all of them to `notice`."""
-        if notices.ready or notices.alive:
-            slot.ping_sent = None
-        if notices.ready and slot.pid is not None and (slot, slot.pid) not in self.outdated:
-            self._unproven = False
-        if notices.emptied:
-            self._close_listeners(slot)
-        self._notice(slot, notices)
+    # Reports
+
+    def _register_channel(self, slot: Slot, worker: WorkerProcess) -> None:
+        self._loop.register(worker.channel.fileno(), partial(self._read_reports, slot, worker))
+
+    def _read_reports(self, slot: Slot, worker: WorkerProcess) -> None:
+        self._handle_reports(slot, worker, self.report_reader.read_reports(slot, worker))
+
+    def _handle_reports(
+        self, slot: Slot, worker: WorkerProcess, reported: Sequence[Notices]
+    ) -> None:
+        """Note what concerns the worker itself, and pass everything on as events."""
+        for notices in reported:
+            if notices.ready or notices.alive:
+                worker.ping_sent = None
+            worker.ready = worker.ready or notices.ready
+            if notices.emptied:
+                slot.close_listeners()
+            self._events.append(Reported(slot, worker, notices))
+            if notices.ready and self._mode is RUN and not self.started_up and self.all_ready():
+                self.started_up = True
+                self._events.append(StartedUp())

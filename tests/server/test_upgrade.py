@@ -309,6 +309,9 @@ def test_sigterm_between_two_replacements(
     assert len(server.lines("worker spawned")) == len(workers) + 1
 
 
+# The beginning of a worker's work.
+WORKER_BEGINS = "    try:\n        wakeup ="
+
 BREAKS = {
     "syntax": ("worker/worker.py", "import gc", "import gc gc", "SyntaxError"),
     "import": (
@@ -323,25 +326,49 @@ BREAKS = {
         "    sys.exit(0)\n    return config, args.verbose",
         "NameError",
     ),
-    "silence": ("supervisor/upgrade.py", "    sys.stdout.write(", "    str(", "did not answer"),
+    "silence": ("upgrade_check.py", "    sys.stdout.write(", "    str(", "did not answer"),
     "option gone": ("arguments.py", '"-w", "--workers"', '"--workers"', "unrecognized arguments"),
     "crash": (
-        "supervisor/upgrade.py",
+        "upgrade_check.py",
         "    sys.stdout.write(",
         "    os.abort()\n    str(",
         "did not answer",
     ),
     "state": (
         "supervisor/upgrade_state.py",
-        "FORMAT = 4",
+        "FORMAT = 5",
         "FORMAT = 1000",
-        r"format \(4, \d+\).*\(1000, \d+\)",
+        r"format \(5, \d+\).*\(1000, \d+\)",
     ),
     "channel": (
         "worker_channel.py",
         "VERSION = 4",
         "VERSION = 100",
         r"format \(\d+, 4\).*\(\d+, 100\)",
+    ),
+    "worker raises": (
+        "worker/worker.py",
+        WORKER_BEGINS,
+        f'    raise RuntimeError("no worker")\n{WORKER_BEGINS}',
+        "its workers do not start: RuntimeError: no worker",
+    ),
+    "worker cannot boot": (
+        "worker/worker.py",
+        WORKER_BEGINS,
+        f"    return ExitStatus.CANNOT_BOOT\n{WORKER_BEGINS}",
+        "its workers do not start: status=3",
+    ),
+    "worker crashes": (
+        "worker/worker.py",
+        WORKER_BEGINS,
+        f"    os.abort()\n{WORKER_BEGINS}",
+        "its workers do not start: signal=SIGABRT",
+    ),
+    "worker has no epoll": (
+        "linux/event_loop.py",
+        "        self.epoll = select.epoll()",
+        '        raise OSError(24, "no more")',
+        "its workers do not start: worker cannot boot: slot=0 .*no more",
     ),
 }
 
@@ -384,78 +411,63 @@ def test_program_that_was_removed(serve: Serve, path: Path, installed: Installed
     check_nothing_changed(server, path, client, workers, "can't open file")
 
 
-@pytest.mark.thorough
 @pytest.mark.slow
-def test_workers_that_do_not_start(serve: Serve, path: Path, installed: Installed) -> None:
-    """If new workers cannot start, only the first is replaced, and the next version is accepted."""
+@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT", "1"])
+def test_workers_that_do_not_start_after_the_check(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path, status: str
+) -> None:
+    """If new workers fail after all, the old ones serve until there is one that does not."""
     path.write_bytes(SMALL)
     server = serve(path, "-w", "2", program=installed.hurried)
-    server.traceback_expected = True
     workers = ready_workers(server)
     clients = [server.connect(b"0\n") for _ in range(20)]
     for client in clients:
         expect(client, SMALL)
     await_clients(server, 20)
+    (broken := tmp_path / "broken").touch()
+    # A worker of the check has no clients to adopt.
     installed.edit(
         "worker/worker.py",
-        "    try:\n        wakeup =",
-        '    raise RuntimeError("no worker")\n    try:\n        wakeup =',
+        WORKER_BEGINS,
+        f"    if os.access({str(broken)!r}, os.F_OK) and context.clients:\n"
+        f"        return {status}\n{WORKER_BEGINS}",
     )
     server.signal(signal.SIGHUP)
-    server.logged("workers of this version do not start", "slot=0", count=2)
-    assert [worker["pid"] for worker in status(server)["workers"]][1] == workers[1]
-    assert status(server)["clients"] == 20
-    installed.install("98.0")
-    upgrade(server)
+    server.logged("respawning after a delay: slot=0")
+    assert server.workers(1) == workers[1:]
+    broken.unlink()
+    server.logged("upgraded: version=")
     append(path, APPENDED)
     for client in clients:
         expect(client, APPENDED)
 
 
 @pytest.mark.slow
-def test_shortage_in_the_first_new_worker(
-    serve: Serve, path: Path, installed: Installed, tmp_path: Path
+@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT", "1"])
+def test_workers_that_do_not_start_any_more(
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path, status: str
 ) -> None:
-    """If the first new worker lacks descriptors or memory, another one is started instead."""
-    server = serve(path, "-w", "2", program=installed.hurried)
-    workers = ready_workers(server)
-    client = server.connect(b"0\n")
-    await_clients(server, 1)
-    short, old = tmp_path / "short", "    try:\n        wakeup ="
-    short.touch()
-    refused = (
-        f"    if os.access({str(short)!r}, os.F_OK):\n"
-        f"        os.unlink({str(short)!r})\n        return os.EX_TEMPFAIL\n"
-    )
-    installed.edit("worker/worker.py", old, refused + old)
-    upgrade(server)
-    assert not short.exists()
-    ready_workers(server, besides=workers)
-    path.write_bytes(SMALL)
-    expect(client, SMALL)
-
-
-@pytest.mark.slow
-def test_workers_that_do_not_start_after_an_upgrade(
-    serve: Serve, path: Path, installed: Installed, tmp_path: Path
-) -> None:
-    """After a complete upgrade, workers that cannot start end the server as usual."""
+    """A server that has started goes on, although workers of one slot cannot start for a while."""
     path.write_bytes(SMALL)
     broken = tmp_path / "broken"
-    old = "    try:\n        wakeup ="
     installed.edit(
         "worker/worker.py",
-        old,
-        f"    if os.access({str(broken)!r}, os.F_OK):\n"
-        f"        return ExitStatus.CANNOT_BOOT\n{old}",
+        WORKER_BEGINS,
+        f"    if os.access({str(broken)!r}, os.F_OK):\n        return {status}\n{WORKER_BEGINS}",
     )
-    server = serve(path, "-w", "2", status=3, program=installed.hurried)
-    ready_workers(server)
-    upgrade(server)
+    server = serve(path, "-w", "2", program=installed.hurried)
+    workers = ready_workers(server)
+    clients = [server.connect(b"0\n") for _ in range(20)]
+    for client in clients:
+        expect(client, SMALL)
+    await_clients(server, 20)
     broken.touch()
-    os.kill(ready_workers(server)[0], signal.SIGKILL)
-    server.logged("workers cannot start: slot=0 status=3")
-    server.wait()
+    os.kill(workers[0], signal.SIGKILL)
+    server.logged("respawning after a delay: slot=0", count=6)
+    broken.unlink()
+    append(path, APPENDED)
+    for client in clients:
+        expect(client, APPENDED)
 
 
 @pytest.mark.build

@@ -197,7 +197,7 @@ def test_compose(files: Files) -> None:
     for slot in state.slots:
         numbers = [client[0] for client in slot.clients]
         assert len(set(numbers)) == len(numbers)
-        assert slot.pid is None
+        assert slot.worker is None
     assert list(SharedCounts(2, *state.ends)) == [3, 3]
     os.close(*state.ends)
 

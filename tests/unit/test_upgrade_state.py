@@ -17,6 +17,7 @@ from tailsrv.supervisor.upgrade_state import (
     SlotState,
     StateError,
     UpgradeState,
+    WorkerState,
     decode,
     encode,
 )
@@ -25,11 +26,7 @@ SLOTS = [
     SlotState(
         listeners=[10, 11],
         shared=False,
-        pid=4711,
-        channel=12,
-        spawned=17.25,
-        ready=True,
-        adopted=True,
+        worker=WorkerState(pid=4711, channel=12, spawned=17.25, ready=True, adopted=True),
         restarts=3,
         restarted=18.5,
         failures=[1, 0, 1],
@@ -39,11 +36,7 @@ SLOTS = [
     SlotState(
         listeners=[13],
         shared=True,
-        pid=None,
-        channel=None,
-        spawned=0.0,
-        ready=False,
-        adopted=False,
+        worker=None,
         restarts=0,
         restarted=None,
         failures=[0, 0, 0],
