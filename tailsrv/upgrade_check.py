@@ -1,9 +1,9 @@
 """Answers the check before an upgrade, in which the installed program shows that it can take over.
 
 The running server starts the program with its own command line, and with its state at standard
-input: see upgrade.py. The program reads that state, and boots a worker until this is ready to
-serve. It has no listeners and no clients, so nobody notices. A version whose workers do not start is
-found before anything is replaced.
+input: see upgrade.py. The program reads that state, and boots a worker until this is ready. The
+worker has no listeners, and adopts one client, which is the program itself. So a version whose
+workers do not start, or cannot adopt clients, is found before anything is replaced.
 """
 
 import json
@@ -11,21 +11,25 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import traceback
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import BinaryIO
 
 from tailsrv import __version__
 from tailsrv.config import Config
+from tailsrv.linux.files import memory_file_with
 from tailsrv.segments import Log, Segment
 from tailsrv.served_file import CannotServeError, open_file
 from tailsrv.shared_counts import SharedCounts
 from tailsrv.supervisor import upgrade_state
 from tailsrv.supervisor.restart_policy import describe_exit
 from tailsrv.worker import worker
-from tailsrv.worker_channel import MAX_PACKET, WorkerReport, decode
-from tailsrv.worker_context import WorkerContext
+from tailsrv.worker_channel import MAX_PACKET, MessageError, WorkerReport, decode
+from tailsrv.worker_context import Entry, WorkerContext
+
+# Seconds that a worker may need until it is ready. The running server waits 30 seconds.
+BOOT_TIMEOUT = 20.0
 
 
 def answer_check(config: Config) -> int:
@@ -35,10 +39,9 @@ def answer_check(config: Config) -> int:
     """
     try:
         upgrade_state.decode(sys.stdin.buffer.read())
-    except upgrade_state.StateError as error:
-        reason = str(error)
-    else:
         reason = boot_worker(config)
+    except (upgrade_state.StateError, OSError) as error:
+        reason = str(error)
     if reason:
         sys.stderr.write(f"{reason}\n")
         return 1
@@ -49,18 +52,19 @@ def answer_check(config: Config) -> int:
 def boot_worker(config: Config) -> str:
     """Boot a worker, and return why it does not get ready, an empty text if it does.
 
-    It ends when it finds that it has no supervisor.
+    It ends when it finds that it has no supervisor. Raises OSError.
     """
-    ours, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with tempfile.TemporaryFile() as errors, ours:
+    with ExitStack() as stack:
+        errors = stack.enter_context(open(memory_file_with(b""), "rb"))
+        ours, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(ours)
+        client = _connect(stack)
         if (pid := os.fork()) == 0:
             ours.close()
-            _run_worker(config, its_end, errors)
+            _run_worker(config, its_end, client, errors)
         its_end.close()
-        packet = ours.recv(MAX_PACKET)
-        report = decode(packet) if packet else None
-        if isinstance(report, WorkerReport) and report.notices.ready:
-            # Its end does not matter. It is killed if it does not end by itself.
+        if _reports_ready(ours):
+            # The worker ends now. How it does so is of no interest.
             ours.close()
             os.waitpid(pid, 0)
             return ""
@@ -71,13 +75,38 @@ def boot_worker(config: Config) -> str:
         return ": ".join(["its workers do not start", *(lines[-1:] or [describe_exit(status)])])
 
 
-def _run_worker(config: Config, channel: socket.socket, errors: BinaryIO) -> None:
+def _connect(stack: ExitStack) -> socket.socket | None:
+    """Return the server's end of a connection to this process. `stack` closes both ends.
+
+    Returns None if there is no IPv4 loopback address.
+    """
+    try:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stack.enter_context(socket.create_connection(listener.getsockname()))
+        return stack.enter_context(listener.accept()[0])
+    except OSError:
+        return None
+
+
+def _reports_ready(channel: socket.socket) -> bool:
+    """Wait for the worker's first report, and return whether it is ready."""
+    channel.settimeout(BOOT_TIMEOUT)
+    try:
+        report = decode(channel.recv(MAX_PACKET))
+    except (OSError, MessageError):
+        return False
+    return isinstance(report, WorkerReport) and report.notices.ready
+
+
+def _run_worker(
+    config: Config, channel: socket.socket, client: socket.socket | None, errors: BinaryIO
+) -> None:
     """In the forked child, do the work of a worker, and exit."""
     status = os.EX_SOFTWARE
     try:
         os.dup2(errors.fileno(), 2)
         channel.setblocking(False)
-        status = worker.work(_context(config, channel), replace(config, orphan_timeout=0.0))
+        status = worker.work(_context(config, channel, client), replace(config, orphan_timeout=0.0))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -85,7 +114,7 @@ def _run_worker(config: Config, channel: socket.socket, errors: BinaryIO) -> Non
         os._exit(status)
 
 
-def _context(config: Config, channel: socket.socket) -> WorkerContext:
+def _context(config: Config, channel: socket.socket, client: socket.socket | None) -> WorkerContext:
     try:
         file = open_file(config.path)
     except CannotServeError:
@@ -103,7 +132,8 @@ def _context(config: Config, channel: socket.socket) -> WorkerContext:
         channel=channel,
         endpoints=["upgrade check"],
         client_limit=None,
-        clients={},
+        # Its stream has begun at byte 0, if there is a file.
+        clients={0: Entry(client.detach(), None if file is None else 0)} if client else {},
         sockets=[],
         predecessors=[],
     )

@@ -290,11 +290,13 @@ def test_sigterm_between_two_replacements(
     for client in clients:
         expect(client, SMALL)
     (hold := tmp_path / "hold").touch()
+    # The worker of the check has no listeners.
     ready = "        self.reporter.add_notice(ready=True)\n"
     installed.edit(
         "worker/worker.py",
         ready,
-        f"        while os.path.exists({str(hold)!r}):\n            time.sleep(0.01)\n{ready}",
+        f"        while self.acceptor.listeners and os.path.exists({str(hold)!r}):\n"
+        f"            time.sleep(0.01)\n{ready}",
     )
     server.signal(signal.SIGHUP)
     server.logged("worker ended: slot=0")
@@ -364,6 +366,12 @@ BREAKS = {
         f"    os.abort()\n{WORKER_BEGINS}",
         "its workers do not start: signal=SIGABRT",
     ),
+    "worker cannot adopt": (
+        "worker/worker.py",
+        "        for number, entry in entries.items():\n",
+        "        for number, entry in entries:\n",
+        "its workers do not start: TypeError: ",
+    ),
     "worker has no epoll": (
         "linux/event_loop.py",
         "        self.epoll = select.epoll()",
@@ -412,7 +420,7 @@ def test_program_that_was_removed(serve: Serve, path: Path, installed: Installed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT", "1"])
+@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT"])
 def test_workers_that_do_not_start_after_the_check(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path, status: str
 ) -> None:
@@ -425,11 +433,11 @@ def test_workers_that_do_not_start_after_the_check(
         expect(client, SMALL)
     await_clients(server, 20)
     (broken := tmp_path / "broken").touch()
-    # A worker of the check has no clients to adopt.
+    # The worker of the check has no listeners.
     installed.edit(
         "worker/worker.py",
         WORKER_BEGINS,
-        f"    if os.access({str(broken)!r}, os.F_OK) and context.clients:\n"
+        f"    if os.access({str(broken)!r}, os.F_OK) and context.listeners:\n"
         f"        return {status}\n{WORKER_BEGINS}",
     )
     server.signal(signal.SIGHUP)
@@ -443,7 +451,7 @@ def test_workers_that_do_not_start_after_the_check(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT", "1"])
+@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT"])
 def test_workers_that_do_not_start_any_more(
     serve: Serve, path: Path, installed: Installed, tmp_path: Path, status: str
 ) -> None:
