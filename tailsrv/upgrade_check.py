@@ -83,9 +83,11 @@ def _connect(stack: ExitStack) -> socket.socket | None:
     try:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.enter_context(socket.create_connection(listener.getsockname()))
-        return stack.enter_context(listener.accept()[0])
+        client = stack.enter_context(listener.accept()[0])
     except OSError:
         return None
+    client.setblocking(False)
+    return client
 
 
 def _reports_ready(channel: socket.socket) -> bool:

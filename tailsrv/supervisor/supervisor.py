@@ -165,8 +165,7 @@ class Supervisor:
         self.lifecycle = systemd.Lifecycle(self.loop.timers.set)
         self.upgrader = Upgrader(
             self.loop.timers,
-            self.save,
-            self.wakeup.read,
+            self.wakeup,
             self.lifecycle,
             busy=replacing or self.taking_over,
         )
@@ -228,7 +227,8 @@ class Supervisor:
         # Clients of all workers wait while the log rolls.
         if self.roller is None or not self.roller.rolling:
             self.pool.report_reader.yield_to_workers()
-        self.upgrader.execute_if_checked(self.loop.now)
+        if self.upgrader.needs_state():
+            self.upgrader.advance(self.save(), self.loop.now)
         if self.is_ending() and self.pool.finished():
             self.ended = True
         elif self.roller is not None:
@@ -348,7 +348,7 @@ class Supervisor:
         """
         if self.restart.advance():
             logger.info("upgraded: %s", fields(version=__version__, clients=self.pool.clients()))
-            self.upgrader.finish(self.loop.now)
+            self.upgrader.finish()
 
     def run_worker(
         self, slot: Slot, channel: socket.socket, sockets: Sequence[socket.socket]
@@ -462,7 +462,7 @@ class Supervisor:
             logger.info("took over: %s", fields(clients=self.pool.clients()))
             if self.roller is not None and self.served_file.log is not None:
                 self.loop.timers.set(self.roller.check, self.loop.now)
-            self.upgrader.finish(self.loop.now)
+            self.upgrader.finish()
 
     def give_up(self, reason: str) -> None:
         logger.critical("workers cannot start: %s", reason)
@@ -503,7 +503,7 @@ class Supervisor:
                 case signal.SIGHUP if not self.is_ending() and is_hung_up():
                     self.drain_on_signal(number, "terminal closed; nohup would prevent this")
                 case signal.SIGHUP if not self.is_ending():
-                    self.upgrader.request(self.loop.now)
+                    self.upgrader.request()
                 case _ if number in STRAY:
                     self.stray_signals.note(number)
 
@@ -526,7 +526,7 @@ class Supervisor:
             if pid == 0:
                 return
             known = self.status_server.handle_exit(pid) or self.upgrader.handle_exit(
-                pid, status, self.loop.now, ending=self.is_ending()
+                pid, status, ending=self.is_ending()
             )
             if not known:
                 self.pool.handle_exit(pid, status)

@@ -14,14 +14,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 
 from tailsrv import __version__
 from tailsrv.linux import systemd
 from tailsrv.linux.event_loop import Timers
 from tailsrv.linux.files import memory_file_with
-from tailsrv.linux.signals import block_all, unblock_all
+from tailsrv.linux.signals import Wakeup, block_all, unblock_all
 from tailsrv.log import fields, logger
 from tailsrv.supervisor import upgrade_state
 
@@ -142,11 +141,11 @@ class Check:
         return None, lines[-1]
 
 
-def execute(handed_on: upgrade_state.UpgradeState, pending: Callable[[], Iterable[int]]) -> None:
+def execute(handed_on: upgrade_state.UpgradeState, wakeup: Wakeup, again: bool) -> None:
     """Replace this program with the installed one, which continues from `handed_on`.
 
-    `pending()` returns the signals that were caught but not handled. They are sent again, so that
-    the new program handles them.
+    Signals that `wakeup` has caught, but that were not handled, are sent again, so that the new
+    program handles them. With `again`, it also gets a request for another upgrade.
 
     Never returns. Raises an exception if the program could not be replaced, usually OSError; this
     process then continues as before.
@@ -160,7 +159,7 @@ def execute(handed_on: upgrade_state.UpgradeState, pending: Callable[[], Iterabl
     try:
         for descriptor in descriptors:
             os.set_inheritable(descriptor, True)
-        for number in pending():
+        for number in [*wakeup.read(), *([signal.SIGHUP] if again else [])]:
             os.kill(os.getpid(), number)
         os.execve(executable, arguments, environment(str(fd)))  # noqa: S606 our own command
     finally:
@@ -186,12 +185,12 @@ def keep_private(descriptors: list[int]) -> None:
 class Upgrader:
     """Runs one upgrade at a time: first the check, then exec.
 
-    Any number of requests during an upgrade lead to one more upgrade after it.
+    Any number of requests during an upgrade lead to one more upgrade after it. Both steps need the
+    supervisor's state: when needs_state() says so, the supervisor passes it to advance().
 
     Args:
         timers: The timers of the supervisor's loop.
-        snapshot: Returns the state for the new program.
-        pending: Returns the signals that were caught but not handled.
+        wakeup: The pipe that reports signals.
         lifecycle: Notifies the service manager.
         busy: Whether this process was itself started by an upgrade, which lasts until the workers
             have been replaced and `finish` is called.
@@ -201,17 +200,13 @@ class Upgrader:
     def __init__(
         self,
         timers: Timers,
-        snapshot: Callable[[], upgrade_state.UpgradeState],
-        pending: Callable[[], list[int]],
+        wakeup: Wakeup,
         lifecycle: systemd.Lifecycle,
         busy: bool,
     ) -> None:
-        self._timers, self._snapshot, self._pending, self._lifecycle = (
-            timers,
-            snapshot,
-            pending,
-            lifecycle,
-        )
+        self._timers, self._wakeup, self._lifecycle = timers, wakeup, lifecycle
+        # Whether a check is to start.
+        self._check_due = False
         self._check: Check | None = None
         # The version that has passed the check, to be exec'd at the end of this turn.
         self._checked_version: str | None = None
@@ -223,22 +218,41 @@ class Upgrader:
         # Whether an upgrade is under way.
         self._busy = busy
 
-    def request(self, now: float) -> None:
+    def request(self) -> None:
         """Start an upgrade, or let one follow the upgrade that is under way."""
         if self._busy:
             self._requested = self._stale = True
             return
+        self._busy = self._check_due = True
         self._lifecycle.reloading()
-        self._start_check(now)
 
-    def _start_check(self, now: float) -> None:
-        self._stale = False
-        try:
-            self._check = Check(upgrade_state.encode(self._snapshot()))
-        except Exception as error:
-            self._fail(_reason(error), now)
+    def needs_state(self) -> bool:
+        """Return whether the next step of an upgrade can be done now."""
+        return self._check_due or self._checked_version is not None
+
+    def advance(self, state: upgrade_state.UpgradeState, now: float) -> None:
+        """Start the check, or replace this program with the version that has passed it.
+
+        Call this only when every signal that has been read is handled: exec would lose the others.
+        """
+        version, self._checked_version = self._checked_version, None
+        if version is None or self._stale:
+            self._start_check(state, now)
             return
-        self._busy = True
+        logger.info("upgrade: %s", fields(old=__version__, new=version))
+        try:
+            execute(state, self._wakeup, self._requested)
+        # Catch every error: this program can still serve, and an upgrade must never end the server.
+        except Exception as error:
+            self._fail(_reason(error))
+
+    def _start_check(self, state: upgrade_state.UpgradeState, now: float) -> None:
+        self._check_due = self._stale = False
+        try:
+            self._check = Check(upgrade_state.encode(state))
+        except Exception as error:
+            self._fail(_reason(error))
+            return
         self._timers.set(self.kill_check, now + CHECK_TIMEOUT)
         logger.info("upgrade: checking whether the installed program starts")
 
@@ -249,7 +263,7 @@ class Upgrader:
 
     def cancel(self) -> None:
         """Cancel the upgrade, because the server is ending."""
-        self._checked_version = None
+        self._check_due, self._checked_version = False, None
         self.kill_check()
         self._timers.cancel(self.kill_check)
 
@@ -258,7 +272,7 @@ class Upgrader:
         if self._check is not None:
             self._check.close()
 
-    def handle_exit(self, pid: int, status: int, now: float, ending: bool) -> bool:
+    def handle_exit(self, pid: int, status: int, ending: bool) -> bool:
         """Return whether `pid` was the child of the check. If so, record the result of the check.
 
         The result is ignored while the server is `ending`. `status` is the child's wait status.
@@ -271,41 +285,20 @@ class Upgrader:
         if ending:
             return True
         if version is None:
-            self._fail(reason, now)
+            self._fail(reason)
         self._checked_version = version
         return True
 
-    def execute_if_checked(self, now: float) -> None:
-        """Replace this program with the version that has passed the check, if there is one.
-
-        Call this only when every signal that has been read is handled: exec would lose the others.
-        """
-        version, self._checked_version = self._checked_version, None
-        if version is None:
-            return
-        if self._stale:
-            self._start_check(now)
-            return
-        logger.info("upgrade: %s", fields(old=__version__, new=version))
-        try:
-            execute(self._snapshot(), self._pending_signals)
-        # Catch every error: this program can still serve, and an upgrade must never end the server.
-        except Exception as error:
-            self._fail(_reason(error), now)
-
-    def finish(self, now: float) -> None:
+    def finish(self) -> None:
         """Record that the upgrade has succeeded or failed, and start the next one if requested."""
         self._busy = False
         self._lifecycle.ready()
         if self._requested:
             self._requested = False
-            self.request(now)
+            self.request()
 
-    def _pending_signals(self) -> list[int]:
-        return [*self._pending(), *([signal.SIGHUP] if self._requested else [])]
-
-    def _fail(self, reason: str, now: float) -> None:
+    def _fail(self, reason: str) -> None:
         logger.error(
             "upgrade failed, the running version continues to serve: %s", fields(reason=reason)
         )
-        self.finish(now)
+        self.finish()
