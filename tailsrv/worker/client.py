@@ -1,9 +1,15 @@
 """A worker's record of one client: its socket, its state and its offset in the file."""
 
+import select
 import socket
 from enum import Enum
 
 from tailsrv.addresses import endpoint
+
+# Edge-triggered, so that one registration is enough and a socket that stays readable is reported
+# only once. EPOLLOUT is added only when a client blocks: otherwise every new socket would cause one
+# more event.
+CLIENT_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 
 
 class ClientState(Enum):
@@ -56,3 +62,30 @@ class Client:
         except OSError:
             # The connection does not exist any more.
             return "unknown"
+
+
+class Departures:
+    """The clients that the worker stops serving at the end of a step, each with the reason.
+
+    Until then their sockets stay open, so that no new client gets the same descriptor.
+    """
+
+    def __init__(self) -> None:
+        self._departures: list[tuple[Client, Exception | None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._departures)
+
+    def add(self, client: Client, error: Exception | None = None) -> None:
+        """Let `client` leave, unless it does so already. From now on it is CLOSED.
+
+        `error` is None if the client has left itself, or if the reason has been logged.
+        """
+        if client.state is not ClientState.CLOSED:
+            client.state = ClientState.CLOSED
+            self._departures.append((client, error))
+
+    def take(self) -> list[tuple[Client, Exception | None]]:
+        """Return the clients that have been added since the last call."""
+        departures, self._departures = self._departures, []
+        return departures

@@ -7,13 +7,13 @@ because the window of such a client stays closed.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tailsrv.config import DeadPeerLimits
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Unacknowledged, unacknowledged
 from tailsrv.log import RateLimited
-from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.client import Client, ClientState, Departures
 
 # Clients examined in one turn. This takes about 0.3 ms, by which it may delay the next append.
 BATCH = 64
@@ -42,7 +42,7 @@ class DeadPeers:
         slot: The worker's slot, for the log.
         clients: The worker's clients, by descriptor.
         loop: The worker's event loop.
-        drop: Called for each client that is found dead.
+        departures: Gets each client that is found dead.
         limits: When a client counts as dead.
 
     """
@@ -52,11 +52,11 @@ class DeadPeers:
         slot: int,
         clients: Mapping[int, Client],
         loop: EventLoop,
-        drop: Callable[[Client], None],
+        departures: Departures,
         limits: DeadPeerLimits,
     ) -> None:
-        self._slot, self._clients, self._loop, self._drop = slot, clients, loop, drop
-        self._limits = limits
+        self._slot, self._clients, self._loop = slot, clients, loop
+        self._departures, self._limits = departures, limits
         # The clients that the current check has not examined yet. Some may have left.
         self._unexamined: list[Client] = []
         self._dropped = RateLimited(logging.INFO)
@@ -94,6 +94,6 @@ class DeadPeers:
                 retransmits=peer.retransmits,
                 probes=peer.probes,
             )
-            self._drop(client)
+            self._departures.add(client)
         else:
             self.expect_acks()

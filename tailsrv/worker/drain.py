@@ -1,10 +1,8 @@
 """Ends the streams in a drain: each client gets the rest of the log, and then a FIN."""
 
-from collections.abc import Callable
-
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import discard, shut_down_writing, unsent
-from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.client import Client, ClientState, Departures
 from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.streams import Streams
 
@@ -22,7 +20,7 @@ class Drainer:
         loop: The worker's event loop.
         streams: The worker's streams.
         file_monitor: The worker's file monitor.
-        drop: Called for each client that has acknowledged everything.
+        departures: Gets each client that has acknowledged everything.
 
     """
 
@@ -31,14 +29,10 @@ class Drainer:
         loop: EventLoop,
         streams: Streams,
         file_monitor: FileMonitor,
-        drop: Callable[[Client], None],
+        departures: Departures,
     ) -> None:
-        self._loop, self._streams, self._file_monitor, self._drop = (
-            loop,
-            streams,
-            file_monitor,
-            drop,
-        )
+        self._loop, self._streams, self._file_monitor = loop, streams, file_monitor
+        self._departures = departures
         # Clients that have been sent everything and a FIN, but have not acknowledged all of it.
         self._finished: dict[int, Client] = {}
 
@@ -62,7 +56,7 @@ class Drainer:
         for client in list(self._finished.values()):
             discard(client.sock)
             if unsent(client.sock) == 0:
-                self._drop(client)
+                self._departures.add(client)
         if self._finished:
             self._loop.timers.set(
                 self._check_finished,

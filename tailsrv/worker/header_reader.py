@@ -1,13 +1,13 @@
 """Reads the clients' headers, and disconnects clients that send a bad one or none in time."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Outcome, peek
 from tailsrv.log import RateLimited
 from tailsrv.protocol import PEEK, HeaderError, Start, parse_header
-from tailsrv.worker.client import Client
+from tailsrv.worker.client import Client, ClientState, Departures
 from tailsrv.worker.file_monitor import FileMonitor
 from tailsrv.worker.reporter import Reporter
 from tailsrv.worker.streams import Streams
@@ -26,7 +26,7 @@ class HeaderReader:
         file_monitor: The worker's file monitor.
         streams: The worker's streams.
         reporter: The worker's reporter.
-        drop: Called for a client that has hung up, or whose header is invalid or late.
+        departures: Gets each client that has hung up, or whose header is invalid or late.
 
     """
 
@@ -38,16 +38,11 @@ class HeaderReader:
         file_monitor: FileMonitor,
         streams: Streams,
         reporter: Reporter,
-        drop: Callable[[Client], None],
+        departures: Departures,
     ) -> None:
         self._slot, self._timeout = slot, timeout
-        self._loop, self._file_monitor, self._streams, self._reporter, self._drop = (
-            loop,
-            file_monitor,
-            streams,
-            reporter,
-            drop,
-        )
+        self._loop, self._file_monitor, self._streams = loop, file_monitor, streams
+        self._reporter, self._departures = reporter, departures
         # Each client with the time at which the worker began to wait, the oldest first.
         self._awaited: dict[Client, float] = {}
         self._refused = RateLimited(logging.WARNING)
@@ -60,7 +55,10 @@ class HeaderReader:
         return iter(list(self._awaited))
 
     def oldest(self) -> Client | None:
-        """Return the client that has waited longest, None if there is none."""
+        """Return the client that has waited longest, None if there is none.
+
+        Call this only while no client is leaving.
+        """
         return next(iter(self._awaited), None)
 
     def add(self, client: Client) -> None:
@@ -82,7 +80,7 @@ class HeaderReader:
         """
         received = peek(client.sock, PEEK)
         if received is Outcome.HUNG_UP:
-            self._drop(client)
+            self._departures.add(client)
             return None
         try:
             return parse_header(b"" if isinstance(received, Outcome) else received, ended)
@@ -109,6 +107,8 @@ class HeaderReader:
     def _expire(self) -> None:
         """Drop the clients whose header has not arrived in time."""
         for client, since in list(self._awaited.items()):
+            if client.state is ClientState.CLOSED:
+                continue
             if (due := since + self._timeout) > self._loop.now:
                 self._loop.timers.set(self._expire, due)
                 return
@@ -116,4 +116,4 @@ class HeaderReader:
 
     def _refuse(self, client: Client, reason: str) -> None:
         self._refused("client refused", slot=self._slot, peer=client, reason=reason)
-        self._drop(client)
+        self._departures.add(client)

@@ -2,7 +2,6 @@
 
 import select
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,18 +32,13 @@ class Reporter:
     Args:
         channel: The worker's end of the channel.
         loop: The worker's event loop.
-        start: `start(client, offset, end)` is called when the start of a stream has been reported.
-        lose_supervisor: Called if the supervisor has exited. Its last orders can still be read.
+
+    Attributes:
+        supervisor_gone: Whether the supervisor has exited. Its last orders can still be read.
 
     """
 
-    def __init__(
-        self,
-        channel: socket.socket,
-        loop: EventLoop,
-        start: Callable[[Client, int, int | None], None],
-        lose_supervisor: Callable[[], None],
-    ) -> None:
+    def __init__(self, channel: socket.socket, loop: EventLoop) -> None:
         # Clients that have connected.
         self.joined: list[Client] = []
         # Clients whose stream is to start, each with the offset to start from, and with the second
@@ -54,14 +48,9 @@ class Reporter:
         self.left: list[int] = []
         self.notices = NO_NOTICES
         self._channel, self._loop = channel, loop
-        self._start, self._lose_supervisor = start, lose_supervisor
-        # Whether there is no supervisor any more.
-        self._orphaned = False
-
-    def stop_sending(self) -> None:
-        """Send nothing from now on, because the supervisor has exited."""
-        self._orphaned = True
-        self.send_and_start()
+        self.supervisor_gone = False
+        # Whether a report is due because its time has come.
+        self._due = False
 
     def add_notice(self, **changes: Any) -> None:
         """Set fields of the next report's notices, given by their names."""
@@ -74,21 +63,35 @@ class Reporter:
         else:
             self.left.append(client.number)
 
-    def send_if_due(self) -> None:
-        """Report notices now, and departed clients within DEPARTURE_DELAY."""
-        if self.notices is not NO_NOTICES:
-            self.send_and_start()
-        elif self.left and self.send_and_start not in self._loop.timers:
-            self._loop.timers.set(self.send_and_start, self._loop.now + DEPARTURE_DELAY)
+    def is_due(self) -> bool:
+        """Return whether to report now: notices at once, departed clients within DEPARTURE_DELAY.
 
-    def send_and_start(self) -> None:
-        """Report everything now, in one packet if it fits, then start the reported streams.
+        Call this in every turn.
+        """
+        if self.left and self._set_due not in self._loop.timers and not self._due:
+            self._loop.timers.set(self._set_due, self._loop.now + DEPARTURE_DELAY)
+        return self._due or self.notices is not NO_NOTICES
+
+    def _set_due(self) -> None:
+        self._due = True
+
+    def flush(self) -> list[tuple[Client, int, int | None]]:
+        """Report everything now, in one packet if it fits, and return the streams to start.
 
         This order lets another worker continue each stream if this worker dies. Before the report,
         the header is still in the client's socket; after it, the supervisor knows the offset that
         the stream started from.
+
+        If the supervisor is gone, nothing is sent.
+
+        Returns:
+            Each client whose stream is to start now, the offset to start from, and the second
+            number of its `?` line, None if it did not ask for one.
+
         """
-        self._loop.timers.cancel(self.send_and_start)
+        self._loop.timers.cancel(self._set_due)
+        self._due = False
+        started: list[tuple[Client, int, int | None]] = []
         while self.left or self.joined or self.starting or self.notices is not NO_NOTICES:
             joined, left = self.joined[:MAX_REPORTED_SOCKETS], self.left[:MAX_REPORTED_CLIENTS]
             starting = (
@@ -107,21 +110,18 @@ class Reporter:
             try:
                 self._send(report, [client.fd for client in joined])
             except (BrokenPipeError, ConnectionResetError):
-                # This starts the streams.
-                self._lose_supervisor()
-                return
+                self.supervisor_gone = True
             except OSError:
                 # The channel is full, or the kernel is short of memory.
-                self._loop.timers.set(self.send_and_start, self._loop.now + REPORT_RETRY)
-                return
+                self._loop.timers.set(self._set_due, self._loop.now + REPORT_RETRY)
+                break
             del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]
             self.notices = NO_NOTICES
-            for client, offset, end in starting:
-                if client.state is ClientState.AWAITING_HEADER:
-                    self._start(client, offset, end)
+            started += [each for each in starting if each[0].state is ClientState.AWAITING_HEADER]
+        return started
 
     def _send(self, report: WorkerReport, sockets: list[int]) -> None:
-        if not self._orphaned:
+        if not self.supervisor_gone:
             socket.send_fds(self._channel, [encode(report)], sockets, socket.MSG_DONTWAIT)
 
     def send_remaining(self) -> None:
@@ -129,10 +129,10 @@ class Reporter:
 
         Clients whose sockets have not been passed to the supervisor are lost with the worker.
         """
-        self.send_and_start()
+        self.flush()
         # If this could not be sent, wait until the channel has room.
         if self.joined or self.notices.emptied:
             poll = select.poll()
             poll.register(self._channel, select.POLLOUT)
             poll.poll(LAST_REPORT_TIMEOUT * 1000)
-            self.send_and_start()
+            self.flush()

@@ -2,10 +2,12 @@
 
 import heapq
 import itertools
+import select
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import count as counter
 
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.files import (
     Sent,
     close_file,
@@ -17,7 +19,7 @@ from tailsrv.linux.files import (
 )
 from tailsrv.linux.sockets import Outcome, unsent
 from tailsrv.segments import NO_FILE, Log, Segment
-from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.client import CLIENT_EVENTS, Client, ClientState, Departures
 from tailsrv.worker.readahead import READ_AHEAD, ReadAhead
 
 # The largest number of bytes that one sendfile(2) sends. Larger chunks need fewer system calls, but
@@ -52,20 +54,13 @@ class Streams:
     Args:
         log: The segments of the log.
         end: The end of the log, as an offset in bytes.
-        drop: `drop(client, error)` is called for a client that has hung up (`error` is None) or
-            that cannot be served because of `error`.
-        await_writable: Called for a client whose socket is full. `writable` must be called when the
-            socket has room again.
+        loop: The worker's event loop. When it reports that the socket of a client has room again,
+            `writable` must be called.
+        departures: Gets the clients that have hung up, or that cannot be served.
 
     """
 
-    def __init__(
-        self,
-        log: Log,
-        end: int,
-        drop: Callable[[Client, Exception | None], None],
-        await_writable: Callable[[Client], None],
-    ) -> None:
+    def __init__(self, log: Log, end: int, loop: EventLoop, departures: Departures) -> None:
         self.log = log
         # The end of the log that FileMonitor.deliver_appends() has found last.
         self.end = end
@@ -80,7 +75,7 @@ class Streams:
         self._ahead: list[tuple[int, int, Client]] = []
         self._sweep_at = 64
         self._tie_breaker = counter()
-        self._drop, self._await_writable = drop, await_writable
+        self._loop, self._departures = loop, departures
         # Whether sendfile(2) found the active segment shorter than `end` says. Its size must then
         # be read again.
         self.shrunk = False
@@ -107,7 +102,8 @@ class Streams:
     def without_work(self) -> list[Client]:
         """Return the clients that there is nothing to send to."""
         waiting = [client for _, _, client in self._ahead if client.state is ClientState.STREAMING]
-        return [*self.caught_up.values(), *waiting]
+        caught_up = self.caught_up.values()
+        return [client for client in caught_up if client.state is ClientState.STREAMING] + waiting
 
     def offset_of(self, client: Client) -> int:
         """Return the offset of the next byte to send to `client`."""
@@ -184,7 +180,7 @@ class Streams:
             try:
                 self._apply_send(client, sent)
             except Exception as error:
-                self._drop(client, error)
+                self._departures.add(client, error)
 
     def pump(self, budget: int = TURN_BUDGET) -> None:
         """Send one chunk to each client that is behind, until about `budget` bytes were sent."""
@@ -199,7 +195,7 @@ class Streams:
             except Exception as error:
                 # An error with one client must not keep the other clients from their bytes.
                 budget -= EMPTY_SEND_COST
-                self._drop(client, error)
+                self._departures.add(client, error)
 
     def _send(self, client: Client) -> int:
         """Send one chunk to `client`, and return the bytes to charge to the turn's budget."""
@@ -260,10 +256,12 @@ class Streams:
             # event will report that it has room, so the send must be retried after a pause.
             self.awaiting_memory.append(client)
         elif sent is Outcome.WOULD_BLOCK:
-            self._await_writable(client)
+            # Set the events before the client counts as blocked: this may fail. If there is room
+            # already, it is reported at once.
+            self._loop.epoll.modify(client.fd, CLIENT_EVENTS | select.EPOLLOUT)
             self.blocked[client.fd] = client
         else:
-            self._drop(client, sent if isinstance(sent, OSError) else None)
+            self._departures.add(client, sent if isinstance(sent, OSError) else None)
 
     def _enqueue(self, client: Client) -> None:
         if client.line or client.offset < self.end:

@@ -48,7 +48,7 @@ from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.stray_signals import StraySignals
 from tailsrv.titles import worker_title
 from tailsrv.worker.acceptor import Acceptor
-from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.client import CLIENT_EVENTS, Client, ClientState, Departures
 from tailsrv.worker.dead_peers import DeadPeers
 from tailsrv.worker.drain import Drainer
 from tailsrv.worker.file_monitor import FileMonitor
@@ -70,10 +70,6 @@ from tailsrv.worker_channel import (
 )
 from tailsrv.worker_context import Entry, WorkerContext
 
-# Edge-triggered, so that one registration is enough and a socket that stays readable is reported
-# only once. EPOLLOUT is added only when a client blocks: otherwise every new socket would cause one
-# more event.
-CLIENT_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 # Seconds between checks whether clients still read segments that have been deleted.
 NEEDS_INTERVAL = 1.0
 HUNG_UP = select.EPOLLHUP | select.EPOLLERR
@@ -138,8 +134,7 @@ class Worker:
         self.config = config
         self.loop = EventLoop(clock)
         self.clients: dict[int, Client] = {}
-        # Clients whose sockets are closed at the end of the turn.
-        self.dropped: list[Client] = []
+        self.departures = Departures()
         self.draining = False
         self.ended = False
         # Whether the supervisor has died, and until when this worker serves without one.
@@ -165,9 +160,9 @@ class Worker:
         watch = NoFile() if self.waiting else Watch(log.active.file, config.path, known)
         frozen = context.frozen_end
         end = log.active.base + watch.size() if frozen is None else frozen
-        self.streams = Streams(log, end, self.drop, self.await_writable)
+        self.streams = Streams(log, end, self.loop, self.departures)
         self.streams.truncated = context.truncated
-        self.reporter = Reporter(self.channel, self.loop, self.start_stream, self.handle_channel)
+        self.reporter = Reporter(self.channel, self.loop)
         self.file_monitor = FileMonitor(
             watch,
             self.streams,
@@ -186,11 +181,11 @@ class Worker:
             self.file_monitor,
             self.streams,
             self.reporter,
-            self.drop,
+            self.departures,
         )
-        self.drainer = Drainer(self.loop, self.streams, self.file_monitor, self.drop)
+        self.drainer = Drainer(self.loop, self.streams, self.file_monitor, self.departures)
         self.dead_peers = DeadPeers(
-            self.slot, self.clients, self.loop, self.drop, config.timing.dead_peers
+            self.slot, self.clients, self.loop, self.departures, config.timing.dead_peers
         )
         self.adopt(context.clients)
         self.acceptor = Acceptor(
@@ -219,7 +214,7 @@ class Worker:
         if not self.waiting:
             self.file_monitor.begin()
             self.close_unneeded()
-        self.reporter.send_and_start()
+        self.report()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
         self.reporter.send_remaining()
@@ -242,15 +237,15 @@ class Worker:
             self.pump()
         if self.draining:
             self.drainer.finish_caught_up()
-            self.ended = self.ended or not self.clients
-        if self.dropped:
-            self.close_dropped()
+        self.drop_departures()
+        self.ended = self.ended or (self.draining and not self.clients)
         # If the file's size has changed in this turn, caught-up clients may have been sent bytes.
         if self.file_monitor.size_changed_at == self.loop.now:
             self.dead_peers.expect_acks()
         # Last: any of the calls above may deliver appends and leave a client waiting for memory.
         self.plan_retries()
-        self.reporter.send_if_due()
+        if self.reporter.is_due():
+            self.report()
         # All clients of this turn are served: none is between two states.
         while self.orphaned and self.answer_supervisor():
             pass
@@ -265,8 +260,18 @@ class Worker:
             # both the connection and the start.
             if client in self.header_reader:
                 self.handle_client(client, select.EPOLLIN)
+        # Those that have left already are not reported.
+        self.drop_departures()
         if self.reporter.joined or self.reporter.starting:
-            self.reporter.send_and_start()
+            self.report()
+
+    def report(self) -> None:
+        """Report to the supervisor, and start the streams whose start it knows now."""
+        started = self.reporter.flush()
+        if self.reporter.supervisor_gone:
+            self.handle_channel()
+        for client, offset, end in started:
+            self.start_stream(client, offset, end)
 
     def pump(self) -> None:
         """Send one turn's share of bytes to the clients that are behind."""
@@ -323,7 +328,7 @@ class Worker:
                 # enough, and no client is lost. Any other error concerns only this client.
                 if lacks_room(error):
                     raise
-                self.drop(client, error)
+                self.departures.add(client, error)
 
     def resume_stream(self, client: Client, entry: Entry) -> None:
         """Continue the stream of `client`, which began as `entry` says.
@@ -331,7 +336,7 @@ class Worker:
         If it has not begun, the worker waits for the client's header.
         """
         if (sent := bytes_streamed(client.sock)) is None:
-            self.drop(client)
+            self.departures.add(client)
         elif entry.start is not None:
             self.header_reader.forget(client)
             client.line, offset = resume(entry.start, entry.end, sent)
@@ -362,30 +367,23 @@ class Worker:
         self.title.changed(self.loop.now)
         return True
 
-    def await_writable(self, client: Client) -> None:
-        """Have the kernel report when the full socket of `client` has room.
-
-        If it already has room again, the kernel reports that at once.
-        """
-        self.loop.epoll.modify(client.fd, CLIENT_EVENTS | select.EPOLLOUT)
-
     def free_descriptor(self) -> bool:
         """Drop the client that has waited longest without sending a header.
 
         Returns whether a descriptor will be free at the end of this turn.
         """
-        while not self.dropped and (oldest := self.header_reader.oldest()) is not None:
+        while not self.departures and (oldest := self.header_reader.oldest()) is not None:
             # Its header may have arrived in this turn: then it stays, and the next client is tried.
             self.handle_client(oldest, select.EPOLLIN)
-            if oldest in self.header_reader:
+            if oldest in self.header_reader and not self.departures:
                 self.short_of_room(
                     "out of file descriptors: disconnected the oldest client without a header",
                     slot=self.slot,
                     peer=oldest,
                     hint="raise LimitNOFILE= or ulimit -Hn",
                 )
-                self.drop(oldest)
-        return bool(self.dropped)
+                self.departures.add(oldest)
+        return bool(self.departures)
 
     def handle_client(self, client: Client, mask: int) -> None:
         """Serve one client after an event on its socket.
@@ -393,6 +391,8 @@ class Worker:
         An error with this client disconnects only this client. An error while the file's size is
         read is not caught and ends the worker, because it could cost other clients bytes.
         """
+        if client.state is ClientState.CLOSED:
+            return
         if mask & ~select.EPOLLOUT:
             # Deliver appends before each header or disconnect: in a burst of them, an append waits
             # for one of them at most.
@@ -401,7 +401,7 @@ class Worker:
             start = self.handle_events(client, mask)
         except Exception as error:
             # Whatever the error is, the other clients must not be affected.
-            self.drop(client, error)
+            self.departures.add(client, error)
             return
         if start is not None and self.waiting:
             self.header_reader.forget(client)
@@ -414,7 +414,7 @@ class Worker:
         Returns the start that the client asks for if its header is now complete, otherwise None.
         """
         if mask & HUNG_UP:
-            self.drop(client)
+            self.departures.add(client)
             return None
         start = None
         if mask & INPUT:
@@ -442,7 +442,7 @@ class Worker:
             self.begin_stream(client, offset, end)
         except Exception as error:
             # Whatever the error is, the other clients must not be affected.
-            self.drop(client, error)
+            self.departures.add(client, error)
 
     def begin_stream(self, client: Client, offset: int, end: int | None) -> None:
         """Do the work of `start_stream` that may fail for a single client."""
@@ -456,14 +456,39 @@ class Worker:
         client.end = end
         self.streams.add(client, offset)
 
-    def drop(self, client: Client, error: Exception | None = None) -> None:
-        """Stop serving `client`.
-
-        Its socket is closed at the end of the turn, so that no new client gets the same descriptor
-        within the turn.
-        """
-        if client.state is ClientState.CLOSED:
+    def drop_departures(self) -> None:
+        """Drop the clients that leave."""
+        if not self.departures:
             return
+        while departures := self.departures.take():
+            for client, error in departures:
+                # Closing many sockets takes as long as the rest of the turn: deliver appends in
+                # between. This may add departures.
+                self.file_monitor.deliver_appends()
+                self.log_departure(client, error)
+                self.drop(client)
+        self.acceptor.update_count()
+        self.title.changed(self.loop.now)
+        if not self.clients and not self.orphaned:
+            self.file_monitor.set_following(False)
+
+    def drop(self, client: Client) -> None:
+        """Stop serving `client`, and close its socket. This is the only place that does so."""
+        self.streams.remove(client)
+        self.header_reader.forget(client)
+        self.drainer.forget(client)
+        self.reporter.add_departure(client)
+        del self.clients[client.fd]
+        # close(2) alone would not unregister the socket from epoll, because the supervisor holds a
+        # duplicate of it.
+        self.loop.epoll.unregister(client.fd)
+        # Unread input would turn the close into a reset, which destroys what is queued for the
+        # client.
+        discard(client.sock)
+        shut_down_writing(client.sock)
+        client.sock.close()
+
+    def log_departure(self, client: Client, error: Exception | None) -> None:
         if isinstance(error, BytesGoneError):
             self.failed(
                 "client disconnected: its next bytes no longer exist",
@@ -486,33 +511,6 @@ class Worker:
                 "client left: %s",
                 fields(slot=self.slot, peer=client, offset=self.streams.offset_of(client)),
             )
-        client.state = ClientState.CLOSED
-        self.streams.remove(client)
-        self.header_reader.forget(client)
-        self.drainer.forget(client)
-        del self.clients[client.fd]
-        # close(2) alone would not unregister the socket from epoll, because the supervisor holds a
-        # duplicate of it.
-        self.loop.epoll.unregister(client.fd)
-        self.dropped.append(client)
-        self.reporter.add_departure(client)
-        self.title.changed(self.loop.now)
-
-    def close_dropped(self) -> None:
-        """Close the sockets of the clients that were dropped in this turn."""
-        for client in self.dropped:
-            # Closing many sockets takes as long as the rest of the turn: deliver appends in
-            # between.
-            self.file_monitor.deliver_appends()
-            # Unread input would turn the close into a reset, which destroys what is queued for the
-            # client.
-            discard(client.sock)
-            shut_down_writing(client.sock)
-            client.sock.close()
-        self.dropped.clear()
-        self.acceptor.update_count()
-        if not self.clients and not self.orphaned:
-            self.file_monitor.set_following(False)
 
     # Without a supervisor
 
@@ -525,7 +523,8 @@ class Worker:
         self.read_signals()
         self.loop.unregister(self.channel.fileno())
         self.channel.close()
-        self.reporter.stop_sending()
+        self.reporter.supervisor_gone = True
+        self.report()
         self.title.changed(self.loop.now)
         if self.draining:
             return
@@ -585,7 +584,8 @@ class Worker:
             return False
         peer, request = asked
         supervisor = credentials(peer)[0]
-        self.reporter.send_and_start()
+        self.report()
+        self.drop_departures()
         try:
             handover = self.describe(request)
         except Exception:
@@ -746,11 +746,11 @@ class Worker:
         for client in self.header_reader:
             self.handle_client(client, select.EPOLLIN)
         # This starts the streams of the clients whose headers have just been read.
-        self.reporter.send_and_start()
+        self.report()
         # Clients without a complete header are dropped. While the server waits for the file, no
         # client has a stream, and this applies to all of them.
-        for client in list(self.clients.values()) if self.waiting else self.header_reader:
-            self.drop(client)
+        for client in self.clients.values() if self.waiting else self.header_reader:
+            self.departures.add(client)
         self.drainer.begin()
         self.loop.timers.set(self.end_drain, self.loop.now + grace)
         self.title.changed(self.loop.now)
@@ -769,8 +769,8 @@ class Worker:
                     hint="raise --grace if clients need longer",
                 ),
             )
-        for client in list(self.clients.values()):
-            self.drop(client)
+        for client in self.clients.values():
+            self.departures.add(client)
         self.ended = True
 
     # The process title

@@ -107,7 +107,7 @@ class WorkerBench:
         worker.orphan.close()
         worker.loop.epoll.close()
         self.watch.close()
-        for client in [*worker.clients.values(), *worker.dropped]:
+        for client in worker.clients.values():
             client.sock.close()
         for segment in self.log:
             if segment.file != NO_FILE:
@@ -143,7 +143,7 @@ class WorkerBench:
                 not (
                     readable(self.worker.loop.epoll.fileno())
                     or self.worker.streams.behind
-                    or self.worker.dropped
+                    or self.worker.departures
                 )
             )
         )

@@ -10,7 +10,7 @@ from support.waiting import eventually
 from tailsrv.config import DeadPeerLimits
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.sockets import Unacknowledged, unacknowledged
-from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.client import Client, Departures
 from tailsrv.worker.dead_peers import BATCH, DeadPeers, is_dead
 
 
@@ -94,23 +94,21 @@ class DeadPeersBench:
             near, far = stack.enter_context(tcp_pair(receive=4096, send=4096))
             self.fars.append(far)
             self.clients[near.fileno()] = Client(number, near, None)
+        self.departures = Departures()
         self.dropped: list[Client] = []
 
     def check(self, limits: DeadPeerLimits) -> DeadPeers:
         """Return a DeadPeers for these clients and limits."""
-        return DeadPeers(0, self.clients, self.loop, self.drop, limits)
-
-    def drop(self, client: Client) -> None:
-        """Drop a client, as a worker does."""
-        client.state = ClientState.CLOSED
-        del self.clients[client.fd]
-        self.dropped.append(client)
+        return DeadPeers(0, self.clients, self.loop, self.departures, limits)
 
     def turn(self, seconds: float = 0.0) -> None:
         """Advance the clock by `seconds`, and run one turn."""
         self.now += seconds
         self.loop.wait(0)
         self.loop.timers.run(self.loop.now)
+        for client, _ in self.departures.take():
+            del self.clients[client.fd]
+            self.dropped.append(client)
 
 
 # Any client with unacknowledged bytes is dead.
@@ -147,7 +145,7 @@ def test_only_unacknowledged_clients_are_dropped(caplog: pytest.LogCaptureFixtur
         for client in (unacked, left):
             fill(client.sock)
         bench.check(AT_ONCE).expect_acks()
-        bench.drop(left)
+        bench.departures.add(left)
         bench.turn(30)
         assert bench.dropped == [left, unacked]
         assert list(bench.clients.values()) == [stays]
@@ -167,7 +165,7 @@ def test_many_clients_are_checked_in_several_turns() -> None:
         assert len(bench.dropped) == BATCH
         assert bench.loop.timeout() == 0
         leaves, stays = bench.clients.values()
-        bench.drop(leaves)
+        bench.departures.add(leaves)
         bench.turn()
         assert bench.dropped[-2:] == [leaves, stays]
         assert bench.loop.timeout() is None

@@ -11,8 +11,9 @@ import pytest
 
 from support.files import append, opened
 from support.sockets import readable, recv_all, reset, tcp_pair, wait_for
+from tailsrv.linux.event_loop import EventLoop
 from tailsrv.segments import Log, Segment
-from tailsrv.worker.client import Client, ClientState
+from tailsrv.worker.client import CLIENT_EVENTS, Client, ClientState, Departures
 from tailsrv.worker.readahead import MAX_READERS, ReadAhead
 from tailsrv.worker.streams import EMPTY_SEND_COST, SEND_CHUNK, TURN_BUDGET, Streams, next_chunk
 
@@ -28,19 +29,20 @@ class StreamsBench:
         self.path = path
         self.path.write_bytes(b"")
         self.file = stack.enter_context(opened(path))
-        self.dropped: list[tuple[Client, Exception | None]] = []
-        # Clients whose socket was reported as full.
-        self.awaiting_room: list[Client] = []
-        self.streams = Streams(
-            Log([Segment(0, self.file)]), 0, self.drop, self.awaiting_room.append
-        )
+        self.loop = EventLoop()
+        stack.callback(self.loop.epoll.close)
+        self.departures = Departures()
+        self._dropped: list[tuple[Client, Exception | None]] = []
+        self.streams = Streams(Log([Segment(0, self.file)]), 0, self.loop, self.departures)
         self.fars: dict[Client, socket.socket] = {}
 
-    def drop(self, client: Client, error: Exception | None) -> None:
-        """Drop a client, as a worker does."""
-        self.dropped.append((client, error))
-        client.state = ClientState.CLOSED
-        self.streams.remove(client)
+    @property
+    def dropped(self) -> list[tuple[Client, Exception | None]]:
+        """The clients that have left. Drops them, as a worker does."""
+        for client, error in self.departures.take():
+            self.streams.remove(client)
+            self._dropped.append((client, error))
+        return self._dropped
 
     def client(
         self, offset: int, receive: int | None = None, send: int | None = None, line: bytes = b""
@@ -50,6 +52,7 @@ class StreamsBench:
         client = Client(0, near, far.getsockname())
         client.line = line
         self.fars[client] = far
+        self.loop.epoll.register(client.fd, CLIENT_EVENTS)
         self.streams.add(client, offset)
         return client
 
@@ -145,7 +148,7 @@ def test_line_for_a_full_socket(bench: StreamsBench) -> None:
     line = os.urandom(1 << 22)
     client = bench.client(4, send=4096, line=line)
     bench.streams.pump()
-    assert bench.awaiting_room == [client]
+    assert list(bench.streams.blocked.values()) == [client]
     assert 0 < len(client.line) < len(line)
     assert bench.serve(client)[client] == line + b"456789"
 
@@ -456,16 +459,13 @@ def test_error_of_one_client(bench: StreamsBench, offset: int) -> None:
 @pytest.mark.parametrize("behind", [True, False])
 def test_exception_with_one_client(bench: StreamsBench, behind: bool) -> None:
     """Any exception while one client is served drops that client and no other."""
-
-    def fail(_: Client) -> None:
-        raise ZeroDivisionError("poison")
-
-    bench.streams = Streams(Log([Segment(0, bench.file)]), 0, bench.drop, fail)
     bench.grow(BIG if behind else b"")
     stalled, healthy = (
         bench.client(0, receive=4096, send=4096),
         bench.client(len(BIG) if behind else 0),
     )
+    # So that the worker cannot wait until there is room.
+    bench.loop.epoll.unregister(stalled.fd)
     count = 0
     while not bench.dropped:
         if behind:
@@ -476,7 +476,7 @@ def test_exception_with_one_client(bench: StreamsBench, behind: bool) -> None:
             assert not bench.streams.behind
     [(client, error)] = bench.dropped
     assert client is stalled
-    assert isinstance(error, ZeroDivisionError)
+    assert isinstance(error, FileNotFoundError)
     bench.grow(b"more")
     assert bench.received(healthy) == b"x" * count + b"more"
 

@@ -422,7 +422,7 @@ def test_error_with_one_adopted_client_ends_that_client_only(
             patch.setattr("tailsrv.worker.worker.bytes_streamed", poison)
             bench.worker.adopt({1: Entry(near.detach(), 0)})
         bench.worker.adopt({2: Entry(healthy.detach(), 0)})
-        bench.until(lambda: not bench.worker.reporter.left)
+        bench.until(lambda: not (bench.worker.departures or bench.worker.reporter.left))
         assert far.recv(1) == b""
         assert recv_exactly(its_far, 10) == b"0123456789"
     assert "poison" in caplog.records[0].getMessage()
@@ -804,7 +804,7 @@ def test_queued_bytes_survive_the_grace_period(path: Path) -> None:
         far.sendall(b"stray")
         wait_readable(client.sock)
         bench.worker.end_drain()
-        bench.worker.close_dropped()
+        bench.worker.drop_departures()
         assert recv_all(far) == (b"0123456789" + BIG)[: client.offset]
 
 
@@ -895,12 +895,12 @@ def test_last_orders_of_a_supervisor(bench: WorkerBench, reporting: bool) -> Non
     """What the supervisor ordered before it died counts, although it has not read all reports."""
     bench.settle()
     bench.worker.reporter.add_notice(alive=True)
-    bench.worker.reporter.send_and_start()
+    bench.worker.report()
     bench.channel.sendall(encode(Drain(bench.config.grace)))
     bench.channel.close()
     if reporting:
         bench.worker.reporter.add_notice(alive=True)
-        bench.worker.reporter.send_and_start()
+        bench.worker.report()
     else:
         bench.worker.handle_channel()
     assert bench.worker.draining

@@ -723,7 +723,7 @@ def test_reader_that_disconnects(bench: WorkerBench) -> None:
     old.unlink()
     bench.order(Retire(10))
     assert open_files(old) == 1
-    bench.worker.drop(client)
+    bench.worker.departures.add(client)
     bench.settle()
     bench.skew += 2.0
     bench.until(lambda: open_files(old) == 0)
