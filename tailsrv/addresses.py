@@ -1,5 +1,7 @@
 """Formats and parses `HOST:PORT`. Pure: no name is looked up."""
 
+from tailsrv.formatting import parse_digits
+
 
 class EndpointError(ValueError):
     """A text is not a valid HOST:PORT; the message says why, in one line."""
@@ -24,10 +26,9 @@ def parse_endpoint(text: str) -> tuple[str, int]:
         raise EndpointError(
             f"not HOST:PORT: {text!r}; write an IPv6 address in brackets: [::1]:4321"
         )
-    if not (digits.isascii() and digits.isdigit()):
+    if (port := parse_digits(digits)) is None:
         raise EndpointError(f"not a port: {digits!r} in {text!r}")
-    # Nine digits are too large for a port, and int() refuses strings of thousands of digits.
-    return check_port(bare, int(digits[:9]))
+    return check_port(bare, port)
 
 
 def check_port(host: str, port: int) -> tuple[str, int]:

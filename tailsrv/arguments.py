@@ -5,7 +5,6 @@ manual pages and the shell completions from them.
 """
 
 import argparse
-import re
 from contextlib import suppress
 from enum import IntEnum
 from ipaddress import IPv6Network, ip_network
@@ -14,6 +13,7 @@ from typing import Any
 
 from tailsrv import __version__
 from tailsrv.config import DEFAULT_GRACE, DEFAULT_ORPHAN_TIMEOUT, MAX_WORKERS, Network
+from tailsrv.formatting import parse_digits
 from tailsrv.linux.process import count_processors
 
 TSCAT_EPILOG = """\
@@ -156,15 +156,10 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def whole(text: str) -> int:
-    """Parse a whole number of 0 or more.
-
-    int() alone would also accept `1_000` and digits that are not ASCII. It refuses strings of
-    thousands of digits, so only the first 20 are used: a number of 20 digits exceeds every limit.
-    Raises ArgumentTypeError.
-    """
-    if not (text.isascii() and text.isdigit()):
+    """Parse a whole number of 0 or more. Raises ArgumentTypeError."""
+    if (number := parse_digits(text)) is None:
         raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!r}")
-    return int(text.lstrip("0")[:20] or "0")
+    return number
 
 
 def port(text: str) -> int | None:
@@ -393,6 +388,6 @@ def split_offset(servers: list[str]) -> tuple[list[str], str]:
 
     The last argument is the offset if it is an integer. A server always contains `:PORT`.
     """
-    if re.fullmatch(r"[+-]?[0-9]+", servers[-1]):
+    if parse_digits(servers[-1].lstrip("+-")) is not None:
         return servers[:-1], servers[-1]
     return servers, "0"

@@ -1,4 +1,4 @@
-"""Formats sizes and counts for people to read. Pure."""
+"""Formats sizes and counts for people to read, and parses digits. Pure."""
 
 
 def size(count: float | None) -> str:
@@ -22,3 +22,12 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def parse_digits(text: str) -> int | None:
+    """Return the number that `text` consists of, or None if it is empty or not only digits.
+
+    int() alone would also accept `1_000` and digits that are not ASCII. It refuses strings of
+    thousands of digits, so only the first 20 are used: a number of 20 digits exceeds every limit.
+    """
+    return int(text.lstrip("0")[:20] or "0") if text.isascii() and text.isdigit() else None

@@ -11,6 +11,8 @@ This module is pure: it makes no system calls.
 import re
 from collections.abc import Callable
 
+from tailsrv.formatting import parse_digits
+
 # Number of bytes before the offset that a new connection must confirm.
 CONTEXT = 4096
 
@@ -216,9 +218,8 @@ def position_at(
     """
     text = str(offset)
     digits = text[1:] if text[:1] in ("-", "+") else text
-    if not (digits.isascii() and digits.isdigit()):
+    if (count := parse_digits(digits)) is None:
         raise OffsetError(f"not an offset: {text!r}; expected N, -N or -0")
-    count = int(digits.lstrip("0")[:20] or "0")
     if count > _INT64_MAX:
         raise OffsetError(f"offset does not fit 64 bits: {text}")
     from_end = text.startswith("-")

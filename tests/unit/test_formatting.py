@@ -1,8 +1,8 @@
-"""Tests of formatting numbers with their nouns, and durations."""
+"""Tests of formatting numbers with their nouns, and durations, and of parsing digits."""
 
 import pytest
 
-from tailsrv.formatting import clock, counted
+from tailsrv.formatting import clock, counted, parse_digits
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,27 @@ def test_counted(number: int, words: str) -> None:
 def test_clock(seconds: float, text: str) -> None:
     """Hours are shown only if there are any."""
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("007", 7),
+        ("18446744073709551616", 2**64),
+        ("1" * 5000, int("1" * 20)),
+        ("0" * 5000 + "5", 5),
+        ("", None),
+        ("+1", None),
+        ("-1", None),
+        (" 1", None),
+        ("1\n", None),
+        ("1_000", None),
+        ("0x1", None),
+        ("\u0663", None),
+        ("\u00b2", None),
+    ],
+)
+def test_parse_digits(text: str, number: int | None) -> None:
+    """Only ASCII digits are a number, and any amount of them is accepted."""
+    assert parse_digits(text) == number
