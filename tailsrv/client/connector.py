@@ -17,8 +17,7 @@ from typing import Any
 
 from tailsrv.addresses import endpoint
 from tailsrv.client.name_lookup import Found, Lookup
-from tailsrv.linux.event_loop import MAX_WAIT
-from tailsrv.linux.sockets import KEEPALIVE_OPTIONS
+from tailsrv.linux.sockets import KEEPALIVE_OPTIONS, poll_once
 
 # A function that waits for poll(2) events of a descriptor (-1: of none), for at most a number of
 # seconds (None: without a limit), and returns whether one of them occurred. A caller of `follow`
@@ -59,15 +58,7 @@ class Backoff:
 
 def wait(fd: int, events: int, seconds: float | None) -> bool:
     """Wait for events of a descriptor, as a `Wait` does, and for nothing else."""
-    poll = select.poll()
-    if fd >= 0:
-        poll.register(fd, events)
-    return bool(poll.poll(milliseconds(seconds)))
-
-
-def milliseconds(seconds: float | None) -> float | None:
-    """Return the timeout for poll(2): milliseconds, at most a day, None for no limit."""
-    return None if seconds is None else min(max(0.0, seconds), MAX_WAIT) * 1000
+    return bool(poll_once({fd: events}, seconds))
 
 
 # The connection ended without an error, so errno has no text for it.

@@ -11,8 +11,8 @@ from functools import partial
 from tailsrv.arguments import make_tscat_parser, split_offset
 from tailsrv.client import follow
 from tailsrv.client.command_runner import RunError, print_message, run
-from tailsrv.client.connector import milliseconds
 from tailsrv.linux.process import occupy_standard_descriptors
+from tailsrv.linux.sockets import poll_once
 
 STDOUT = 1
 
@@ -52,12 +52,7 @@ def copy(options: Namespace) -> None:
 
 def wait_with_reader(fd: int, events: int, seconds: float | None) -> bool:
     """Wait as a `Wait` does. Raises ReaderGoneError as soon as standard output has no reader."""
-    poll = select.poll()
-    # poll(2) reports POLLERR and POLLHUP even if no events are requested.
-    poll.register(STDOUT, 0)
-    if fd >= 0:
-        poll.register(fd, events)
-    seen = dict(poll.poll(milliseconds(seconds)))
+    seen = poll_once({STDOUT: 0, fd: events}, seconds)
     if STDOUT in seen:
         raise ReaderGoneError
     return fd in seen
@@ -73,9 +68,7 @@ def write(data: bytes) -> None:
         try:
             rest = rest[os.write(STDOUT, rest) :]
         except BlockingIOError:
-            poll = select.poll()
-            poll.register(STDOUT, select.POLLOUT)
-            poll.poll()
+            poll_once({STDOUT: select.POLLOUT}, None)
         except BrokenPipeError:
             raise ReaderGoneError from None
         except OSError as error:

@@ -39,6 +39,7 @@ from tailsrv.health.report import (
 )
 from tailsrv.health.user_names import user_names
 from tailsrv.linux.process import read_stat
+from tailsrv.linux.sockets import poll_once
 from tailsrv.status_schema import (
     AnswerError,
     Listing,
@@ -375,9 +376,7 @@ def _receive(sock: socket.socket, deadline: float, largest: int) -> bytes:
     InspectError if more than `largest` bytes arrive.
     """
     received = bytearray()
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+    while poll_once({sock.fileno(): select.POLLIN}, deadline - time.monotonic()):
         chunk = sock.recv(1 << 20)
         if not chunk:
             return bytes(received)

@@ -29,6 +29,7 @@ from tailsrv.health.control_client import (
     not_ours,
 )
 from tailsrv.health.report import Level, Server
+from tailsrv.linux.sockets import poll_once
 from tailsrv.status_schema import AnswerError, OrphanStatus, decode_greeting
 
 
@@ -86,12 +87,10 @@ def _ask(server: Server) -> tuple[list[Orphan], list[int]]:
         for sock, pid in islice(_connect(server), MAX_WORKERS):
             connections.enter_context(sock)
             waiting[sock.fileno()] = sock, pid
-        poll = select.poll()
-        for fd in waiting:
-            poll.register(fd, select.POLLIN)
-        while waiting and (ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
-            for fd, _ in ready:
-                poll.unregister(fd)
+        while waiting and (
+            ready := poll_once(dict.fromkeys(waiting, select.POLLIN), deadline - time.monotonic())
+        ):
+            for fd in ready:
                 sock, pid = waiting.pop(fd)
                 if packet := _receive(sock):
                     found.append(_read(pid, packet))

@@ -11,10 +11,12 @@ import socket
 import struct
 import sys
 import termios
+from collections.abc import Mapping
 from enum import Enum
 from socket import IPPROTO_TCP, SO_KEEPALIVE, SOL_SOCKET, TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL
 from typing import NamedTuple
 
+from tailsrv.linux.event_loop import MAX_WAIT
 from tailsrv.linux.libc_fallbacks import SO_PROTOCOL
 
 # Options that make the kernel end a connection about two minutes after its peer has vanished. The
@@ -77,9 +79,20 @@ def stop_listening(listener: socket.socket) -> None:
 
 def is_readable(sock: socket.socket) -> bool:
     """Return whether `sock` has data, a connection to accept, or an end of input."""
+    return bool(poll_once({sock.fileno(): select.POLLIN}, 0))
+
+
+def poll_once(wanted: Mapping[int, int], seconds: float | None) -> dict[int, int]:
+    """Wait for poll(2) events, and return the descriptors that have some, each with its events.
+
+    `wanted` has the events to wait for; the kernel adds POLLERR and POLLHUP. Negative descriptors
+    are ignored. The wait ends after `seconds` (None: no limit), or after MAX_WAIT if that is less.
+    """
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    for fd, events in wanted.items():
+        if fd >= 0:
+            poll.register(fd, events)
+    return dict(poll.poll(None if seconds is None else min(max(0.0, seconds), MAX_WAIT) * 1000))
 
 
 def peek(sock: socket.socket, count: int) -> bytes | Outcome:

@@ -19,6 +19,7 @@ from functools import partial
 from setproctitle import setproctitle
 
 from tailsrv.linux.files import close_file
+from tailsrv.linux.sockets import poll_once
 from tailsrv.linux.systemd import FIRST_SOCKET, passed_sockets
 
 STDERR = 2
@@ -128,11 +129,9 @@ def _write_if_ready(line: bytes) -> None:
     This is for files and devices, where a write never waits for long, and for a standard error that
     cannot be opened again.
     """
-    poll = select.poll()
-    poll.register(STDERR, select.POLLOUT)
     # If poll(2) reports that a pipe is writable, it has room for PIPE_BUF bytes, but perhaps no
     # more.
     for start in range(0, len(line), select.PIPE_BUF):
-        if not any(events & select.POLLOUT for _, events in poll.poll(0)):
+        if not poll_once({STDERR: select.POLLOUT}, 0).get(STDERR, 0) & select.POLLOUT:
             return
         os.write(STDERR, line[start : start + select.PIPE_BUF])

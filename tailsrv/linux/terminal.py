@@ -9,6 +9,8 @@ import select
 import signal
 import stat
 
+from tailsrv.linux.sockets import poll_once
+
 # This environment variable says that every SIGHUP is a request. It is set if SIGHUP was ignored
 # when the program started, as nohup(1) and `trap '' HUP` arrange. It is also set if there was no
 # controlling terminal, as with setsid(1), because the kernel then sends no SIGHUP. The program
@@ -54,9 +56,6 @@ def _is_closed_terminal(fd: int) -> bool:
     try:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
             return False
-        poll = select.poll()
-        # POLLHUP is always reported.
-        poll.register(fd, 0)
-        return any(events & select.POLLHUP for _, events in poll.poll(0))
+        return bool(poll_once({fd: 0}, 0).get(fd, 0) & select.POLLHUP)
     except OSError:
         return False

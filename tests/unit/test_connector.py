@@ -1,28 +1,10 @@
 """Tests of waiting for a connection's bytes."""
 
-import select
 import socket
 
 import pytest
 
-from tailsrv.client.connector import fetch, milliseconds, wait
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(None, None), (-1.0, 0.0), (0.5, 500.0), (3e6, 86_400_000.0)]
-)
-def test_milliseconds(seconds: float | None, expected: float | None) -> None:
-    """A wait is never negative, and never longer than poll(2) can count."""
-    assert milliseconds(seconds) == expected
-
-
-def test_wait() -> None:
-    """A wait of a year ends with the first byte, and a wait of 0 s ends at once without any."""
-    near, far = socket.socketpair()
-    with near, far:
-        assert not wait(near.fileno(), select.POLLIN, 0)
-        far.send(b"x")
-        assert wait(near.fileno(), select.POLLIN, 365 * 86400.0)
+from tailsrv.client.connector import fetch, wait
 
 
 def test_fetch_of_a_slow_drip() -> None:

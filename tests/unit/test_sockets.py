@@ -13,7 +13,7 @@ from support.files import EVERY_BYTE
 from support.interpreter import run_program
 from support.sockets import recv_all, reset, wait_for, wait_readable
 from tailsrv.linux.files import send_chunk
-from tailsrv.linux.sockets import Outcome, discard, peek, shut_down_writing, unsent
+from tailsrv.linux.sockets import Outcome, discard, peek, poll_once, shut_down_writing, unsent
 from tailsrv.protocol import PEEK
 from tailsrv.worker.acceptor import ACCEPT_TRIES, accept
 
@@ -233,3 +233,23 @@ def test_shut_down_writing_despite_a_duplicate(
         reset(far)
         wait_for(near, select.POLLHUP)
         shut_down_writing(near)
+
+
+def test_poll_once() -> None:
+    """A wait ends with the first event, and reports each descriptor that has one."""
+    near, far = socket.socketpair()
+    with near, far:
+        wanted = {near.fileno(): select.POLLIN, far.fileno(): select.POLLIN, -1: select.POLLIN}
+        assert poll_once(wanted, 0) == {}
+        far.send(b"x")
+        # poll(2) would not accept a timeout of a year.
+        assert poll_once(wanted, 365 * 86400) == {near.fileno(): select.POLLIN}
+        assert poll_once({**wanted, far.fileno(): select.POLLOUT}, None) == {
+            near.fileno(): select.POLLIN,
+            far.fileno(): select.POLLOUT,
+        }
+
+
+def test_poll_once_after_the_deadline() -> None:
+    """A negative wait ends at once. For poll(2) itself, it would have no limit."""
+    assert poll_once({}, -1.0) == {}
