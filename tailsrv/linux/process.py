@@ -15,7 +15,7 @@ _MAX_OOM_SCORE = 1000
 # kernel still killed the parent when a memory cgroup was full].
 _OOM_SCORE_INCREMENT = 500
 
-# Where the cgroup file systems are mounted, and the file that names the cgroups of this process.
+# Where cgroup version 2 is mounted, and the file that names the cgroups of this process.
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -45,8 +45,9 @@ def raise_descriptor_limit() -> int:
 def count_processors(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int:
     """Return the number of processors that this process may use, at least 1.
 
-    The limits are the CPU affinity (sched_setaffinity(2)) and the CPU quotas of cgroups(7). A quota
-    that cannot be read is no limit.
+    The limits are the CPU affinity (sched_setaffinity(2)) and the CPU quotas of cgroups(7), version
+    2. A quota that cannot be read is no limit. If version 1 has the controller `cpu`, also with
+    version 2 mounted beside it, quotas do not count.
     """
     return usable_processors(len(os.sched_getaffinity(0)), list(_quotas(membership, cgroups)))
 
@@ -54,20 +55,12 @@ def count_processors(membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> 
 def _quotas(membership: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
     """Yield the quota and period of every cgroup of this process, including the outer ones."""
     for line in _read(membership).splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        # Lines of version 1 begin with another number.
+        if not line.startswith("0::"):
             continue
-        root = cgroups / controllers if controllers else cgroups
-        for folder in _with_parents(root, group):
-            # Version 1 has two files. A quota of -1 means that there is none.
-            if controllers:
-                words = [
-                    _read(folder / "cpu.cfs_quota_us").strip(),
-                    _read(folder / "cpu.cfs_period_us").strip(),
-                ]
-            else:
-                # Version 2 has one file. A quota of "max" means that there is none.
-                words = _read(folder / "cpu.max").split()
+        for folder in _with_parents(cgroups, line.removeprefix("0::")):
+            # A quota of "max" means that there is none.
+            words = _read(folder / "cpu.max").split()
             if len(words) == 2 and all(word.isdigit() for word in words):
                 yield int(words[0]), int(words[1])
 

@@ -73,13 +73,13 @@ def test_this_machine() -> None:
         ("junk\n", []),
     ],
 )
-def test_version_2(tree: Tree, words: str, quotas: list[int]) -> None:
-    """Version 2 has quota and period in one file, and `max` means no quota."""
+def test_quota_and_period(tree: Tree, words: str, quotas: list[int]) -> None:
+    """Quota and period are in one file, and `max` means no quota."""
     tree.write("a/b/cpu.max", words)
     assert tree.quotas("0::/a/b\n") == quotas
 
 
-def test_version_2_outer_groups_count(tree: Tree) -> None:
+def test_outer_groups_count(tree: Tree) -> None:
     """The quotas of a group and of all groups above it are found."""
     tree.write("a/b/c/cpu.max", "400000 100000\n")
     tree.write("a/b/cpu.max", "max 100000\n")
@@ -88,7 +88,7 @@ def test_version_2_outer_groups_count(tree: Tree) -> None:
     assert tree.quotas("0::/a/b/c\n") == [4000, 3000, 2000]
 
 
-def test_version_2_other_groups_do_not_count(tree: Tree) -> None:
+def test_other_groups_do_not_count(tree: Tree) -> None:
     """The quotas of sibling groups and of groups below are ignored."""
     for group in ("b", "a/below"):
         tree.write(f"{group}/cpu.max", "100000 100000\n")
@@ -102,37 +102,14 @@ def test_group_that_is_not_in_the_tree(tree: Tree, group: str) -> None:
     assert tree.quotas(f"0::{group}\n") == [5000]
 
 
-@pytest.mark.parametrize(
-    ("quota", "period", "quotas"),
-    [
-        ("200000\n", "100000\n", [2000]),
-        ("-1\n", "100000\n", []),
-        ("50000\n", "100000\n", [500]),
-        ("", "100000\n", []),
-        ("200000\n", "", []),
-    ],
-)
-def test_version_1(tree: Tree, quota: str, period: str, quotas: list[int]) -> None:
-    """Version 1 has one file for the quota, where -1 means none, and one for the period."""
-    tree.write("cpu,cpuacct/a/cpu.cfs_quota_us", quota)
-    tree.write("cpu,cpuacct/a/cpu.cfs_period_us", period)
-    assert tree.quotas("12:memory:/m\n4:cpu,cpuacct:/a\n1:name=systemd:/s\n0::/\n") == quotas
-
-
-def test_version_1_other_controllers_do_not_count(tree: Tree) -> None:
-    """Only the controller `cpu` counts, not `cpuset`."""
-    for controller in ("cpuset", "cpuacct", "cpu"):
-        tree.write(f"{controller}/a/cpu.cfs_quota_us", "100000\n")
-        tree.write(f"{controller}/a/cpu.cfs_period_us", "100000\n")
-    assert tree.quotas("4:cpuset:/a\n3:cpuacct:/a\n") == []
-
-
-def test_both_versions(tree: Tree) -> None:
-    """If both versions are mounted, both count, and a group's name may contain colons."""
-    tree.write("cpu/a:b/cpu.cfs_quota_us", "300000\n")
-    tree.write("cpu/a:b/cpu.cfs_period_us", "100000\n")
+def test_version_1_is_ignored(tree: Tree) -> None:
+    """The quotas of version 1 do not count, and a group's name may contain colons."""
+    tree.write("cpu/a/cpu.cfs_quota_us", "300000\n")
+    tree.write("cpu/a/cpu.cfs_period_us", "100000\n")
+    tree.write("a/cpu.max", "100000 100000\n")
     tree.write("x:y/cpu.max", "200000 100000\n")
-    assert tree.quotas("4:cpu:/a:b\n0::/x:y\n") == [3000, 2000]
+    tree.write("cpu.max", "500000 100000\n")
+    assert tree.quotas("4:cpu:/a\n1:name=systemd:/a\n0::/x:y\n") == [2000, 5000]
 
 
 @pytest.mark.parametrize(
