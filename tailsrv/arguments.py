@@ -1,8 +1,4 @@
-"""The command-line parsers of all four commands.
-
-Nothing here runs a command, so that the build (setup.py) can import the parsers to generate the
-manual pages and the shell completions from them.
-"""
+"""The command-line parsers of all four commands."""
 
 import argparse
 from contextlib import suppress

@@ -1,24 +1,21 @@
-"""Generates the manual pages and shell completions from the parsers, at build time.
+"""Generates the manual pages and shell completions in share/ from the parsers.
 
-Everything else about the build is in pyproject.toml.
+Run it after a change of the parsers, the version or the date of its release. A test compares the
+files. It needs the extra `test`, with the Python that `target-version` in pyproject.toml names.
 """
 
 import argparse
-import os
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from setuptools import Command, setup
-from setuptools.command.build import build
+import shtab
+from argparse_manpage.manpage import Manpage
 
-ROOT = Path(__file__).resolve().parent
-# A build backend does not put the project itself on the import path.
-sys.path.insert(0, str(ROOT))
+from tailsrv import __version__, arguments
 
-from tailsrv import __version__, arguments  # noqa: E402 - needs the path from above
+ROOT = Path(__file__).resolve().parents[1]
 
 # One parser for each command that the package installs. Its `prog` gives the files their names.
 PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
@@ -58,9 +55,6 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
 
     `others` are the names of the other commands, for the section SEE ALSO.
     """
-    # Imported here, because a source distribution and an editable wheel are built without it.
-    from argparse_manpage.manpage import Manpage
-
     # The default formatter wraps lines at $COLUMNS.
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     description, epilog = parser.description or "", sections(parser.epilog or "")
@@ -71,10 +65,8 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
     page.description = re.split(r"[:.]", description[:1].lower() + description[1:])[0]
     page.source = f"tailsrv {__version__}"
     page.manual = "User Commands"
-    # The date that Manpage sets depends on the time zone.
-    page.date = time.strftime(
-        "%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
-    )
+    # Manpage sets today's date.
+    page.date = release_date()
 
     def paragraphs(texts: list[str]) -> str:
         return "\n.PP\n".join(paragraph(text) for text in texts)
@@ -102,11 +94,14 @@ def manual_page(parser: argparse.ArgumentParser, others: list[str]) -> str:
     return str(page).replace(page.date.replace("-", r"\-"), page.date, 1)
 
 
+def release_date() -> str:
+    """Return the date of this version in the changelog."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return changelog.partition(f"\n## [{__version__}] - ")[2][:10]
+
+
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     """Return the script that completes the command's options and file names in `shell`."""
-    # Imported here, because a source distribution and an editable wheel are built without it.
-    import shtab
-
     for action in parser._actions:
         if action.nargs == argparse.ONE_OR_MORE:
             # shtab would treat all arguments after this one as further values of it.
@@ -130,39 +125,14 @@ def shared_files() -> dict[str, str]:
     return files
 
 
-class BuildShared(Command):
-    """Build step that generates the shared files and adds them to the data files to install."""
-
-    description = "make manual pages and shell completions"
-    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 - as setuptools defines it
-    # setuptools sets this. An editable wheel installs no data files.
-    editable_mode = False
-
-    def initialize_options(self) -> None:
-        # None means unset: finalize_options() copies the value of `build`.
-        self.build_base: str | None = None
-
-    def finalize_options(self) -> None:
-        self.set_undefined_options("build", ("build_base", "build_base"))
-
-    def run(self) -> None:
-        if self.editable_mode:
-            return
-        assert self.build_base is not None
-        for path, text in shared_files().items():
-            file = Path(self.build_base, path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-            self.distribution.data_files = [
-                *(self.distribution.data_files or []),
-                (str(Path(path).parent), [str(file)]),
-            ]
+def main() -> None:
+    """Write the files below the folder that is given, by default that of the checkout."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    for path, text in shared_files().items():
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
-class Build(build):
-    """The standard `build`, followed by `build_shared`."""
-
-    sub_commands = [*build.sub_commands, ("build_shared", None)]  # noqa: RUF012 - as in setuptools
-
-
-setup(cmdclass={"build": Build, "build_shared": BuildShared})
+if __name__ == "__main__":
+    main()
