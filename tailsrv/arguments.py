@@ -287,11 +287,8 @@ def make_tscat_parser() -> argparse.ArgumentParser:
         "offset", metavar="OFFSET", nargs="?", help="where to start: N, -N or -0 (default: 0)"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--follow",
-        action="store_true",
-        help="reconnect after a lost connection (this is the default)",
-    )
+    # This is the default. It is accepted because users of tail(1) write it.
+    which.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
     _add_no_follow(which)
     parser.add_argument(
         "--lines",

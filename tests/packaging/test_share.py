@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import tomllib
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def texts(parser: ArgumentParser) -> list[str]:
     helps = [
         (action.help or "") % {**vars(action), "prog": parser.prog}
         for action in parser._actions
-        if action.dest != "help"
+        if action.dest != "help" and action.help != SUPPRESS
     ]
     return [parser.description or "", parser.epilog or "", *helps]
 
