@@ -17,13 +17,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def clock(seconds: float) -> str:
-    """Format a duration as minutes and seconds, with hours if there are any: `0:11`, `2:05:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def parse_digits(text: str) -> int | None:
     """Return the number that `text` consists of, or None if it is empty or not only digits.
 

@@ -1,7 +1,6 @@
 """The command `tssync`: the copy is always a prefix of the remote file, whatever fails."""
 
 import os
-import pty
 import random
 import signal
 import subprocess
@@ -13,17 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import TSSYNC, Command, closed_port, holds, kill, restart, run_client, started
+from support.commands import TSSYNC, Command, closed_port, holds, kill, restart, run_client
 from support.cutter import Cutter
 from support.fake_server import FakeServer
 from support.files import append, random_bytes
-from support.interpreter import run_program
 from support.processes import as_root, runs
 from support.server import Serve, Server
 from support.strace import needs_strace
 from support.waiting import DEADLINE, eventually
 from tailsrv import __version__
-from tailsrv.client.tssync import progress_text
 
 DATA = random_bytes(300_000)
 
@@ -380,60 +377,6 @@ def test_nohup(serve: Serve, path: Path, copy: Path, tmp_path: Path) -> None:
         append(path, b"more")
         holds(copy, DATA + b"more")
         assert command.end(signal.SIGTERM) == 0
-
-
-@pytest.mark.parametrize(
-    ("length", "end", "rate", "text"),
-    [
-        (1288490189, 3650722202, 220200960, "1.2 GiB of 3.4 GiB (35%), 210.0 MiB/s, 0:11 left"),
-        (99, 100, 1000, "99 B of 100 B (99%), 1000 B/s, 0:00 left"),
-        (0, 100, 0, "0 B of 100 B (0%), 0 B/s"),
-        (100, 100, 5, "100 B, 5 B/s"),
-        (200, 100, 5, "200 B, 5 B/s"),
-        (200, None, 5, "200 B, 5 B/s"),
-    ],
-)
-def test_progress_text(length: int, end: int | None, rate: float, text: str) -> None:
-    """The total and the time left are shown until the copy has reached the total."""
-    assert progress_text(length, end, rate) == text
-
-
-@pytest.mark.thorough
-def test_progress_on_a_terminal(serve: Serve, path: Path, copy: Path) -> None:
-    """On a terminal, a line shows the size and the rate, and is erased when the copy is idle."""
-    path.write_bytes(DATA)
-    near, far = pty.openpty()
-    server = serve(path)
-    with started(*TSSYNC, endpoint_of(server), copy, stdout=far, stderr=far) as process:
-        os.close(far)
-        shown = b""
-        # The rate is shown after half a second of growth.
-        while b"iB/s" not in shown:
-            append(path, DATA)
-            shown += _read_now(near)
-            time.sleep(0.02)
-        while not shown.endswith(b"\r\x1b[K"):
-            shown += os.read(near, 1000)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(DEADLINE) == 0
-    os.close(near)
-    assert str(copy).encode() in shown
-
-
-def test_terminal_that_is_closed() -> None:
-    """After the terminal is closed, no more progress is written, and that is not an error."""
-    done = run_program("progress_on_closed_terminal")
-    assert (done.stdout, done.returncode) == (r"b'\r\x1b[Kcopy: 1000 B, 1000 B/s'" + "\n", 0)
-
-
-def _read_now(fd: int) -> bytes:
-    os.set_blocking(fd, False)
-    try:
-        return os.read(fd, 1000)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.set_blocking(fd, True)
 
 
 @pytest.mark.sample(3)

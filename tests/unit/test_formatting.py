@@ -1,8 +1,8 @@
-"""Tests of formatting numbers with their nouns, and durations, and of parsing digits."""
+"""Tests of formatting numbers with their nouns, and of parsing digits."""
 
 import pytest
 
-from tailsrv.formatting import clock, counted, parse_digits
+from tailsrv.formatting import counted, parse_digits
 
 
 @pytest.mark.parametrize(
@@ -12,15 +12,6 @@ from tailsrv.formatting import clock, counted, parse_digits
 def test_counted(number: int, words: str) -> None:
     """Only 1 is followed by the singular."""
     assert words == counted(number, "client")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (10.6, "0:11"), (59.6, "1:00"), (754, "12:34"), (7500, "2:05:00")],
-)
-def test_clock(seconds: float, text: str) -> None:
-    """Hours are shown only if there are any."""
-    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize(
