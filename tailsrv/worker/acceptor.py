@@ -3,7 +3,7 @@
 import errno
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from ipaddress import ip_address
 
@@ -50,7 +50,9 @@ SHARED_ACCEPTS_PER_TURN = 4
 # it may last for years.
 FULL_INTERVAL = 600.0
 
-Peer = tuple[str, int]
+# A socket and the address of its peer. None: the worker has run out of descriptors, and can accept
+# no more connections in this turn. It should disconnect a client that can be spared, or wait.
+Accepted = tuple[socket.socket, tuple[str, int]] | None
 
 
 class Acceptor:
@@ -64,10 +66,7 @@ class Acceptor:
         context: The slot, its listeners, and the limit on clients, if any.
         loop: The worker's event loop.
         allow: The networks that clients may come from. If empty, all clients are accepted.
-        handle_accepted: Called with the socket and the address of each accepted connection.
-        count: Returns how many clients the worker has.
-        free_descriptor: Called when the worker has run out of descriptors. Closes a connection that
-            can be spared, and returns whether a descriptor will be free after this turn.
+        clients: The worker's clients, which the limit counts.
 
     """
 
@@ -76,9 +75,7 @@ class Acceptor:
         context: WorkerContext,
         loop: EventLoop,
         allow: Sequence[Network],
-        handle_accepted: Callable[[socket.socket, Peer], None],
-        count: Callable[[], int],
-        free_descriptor: Callable[[], bool],
+        clients: Collection[object],
     ) -> None:
         self._slot, self._listeners, self._shared = (
             context.slot,
@@ -86,12 +83,9 @@ class Acceptor:
             context.shared,
         )
         self._client_limit = context.client_limit
-        self._loop, self._allow = loop, allow
-        self._handle_accepted, self._count, self._free_descriptor = (
-            handle_accepted,
-            count,
-            free_descriptor,
-        )
+        self._loop, self._allow, self._clients = loop, allow, clients
+        # The listeners whose accept queues are not empty.
+        self._readable: list[socket.socket] = []
         self._not_allowed = RateLimited(logging.WARNING, burst=1)
         self._short_of_room = RateLimited(logging.WARNING, burst=1)
         self._failing = RateLimited(logging.WARNING, burst=1)
@@ -114,14 +108,15 @@ class Acceptor:
         for listener in self._listeners:
             self._loop.unregister(listener.fileno())
 
-    def close(self, refuse: bool) -> None:
+    def close(self, refuse: bool) -> Iterator[Accepted]:
         """Empty the accept queues, then stop accepting for good and close the listeners.
 
         `refuse` makes the kernel refuse later connections at once. Pass False if the sockets come
-        from a service manager, which listens on them itself to start the server again.
+        from a service manager, which listens on them itself to start the server again. Yields the
+        connections.
         """
         for listener in self._listeners:
-            self._accept(listener, 2 * BACKLOG)
+            yield from self._accept(listener, 2 * BACKLOG)
             if refuse:
                 stop_listening(listener)
         self.hand_over()
@@ -141,25 +136,41 @@ class Acceptor:
     def update_count(self) -> None:
         """Write the number of this slot's clients to the shared memory, if --max-clients is set."""
         if self._client_limit is not None:
-            self._client_limit.record(self._slot, self._count())
+            self._client_limit.record(self._slot, len(self._clients))
 
     def _register(self, listener: socket.socket) -> None:
         # For each connection, wake only one of the workers that share the listener.
         flags = EPOLLEXCLUSIVE if self._shared else 0
-        self._loop.register(listener.fileno(), partial(self._handle, listener), flags)
+        self._loop.register(listener.fileno(), partial(self._readable.append, listener), flags)
 
-    def _handle(self, listener: socket.socket) -> None:
-        self._accept(listener, SHARED_ACCEPTS_PER_TURN if self._shared else ACCEPTS_PER_TURN)
-        if self._shared and listener.fileno() in self._loop.handlers:
-            # The kernel wakes the worker that registered first, which would get all connections.
-            # Registering again puts this worker at the end of the kernel's list.
-            self._loop.unregister(listener.fileno())
-            self._register(listener)
+    def accept(self) -> Iterable[Accepted]:
+        """Accept connections from the listeners that the loop has reported as readable.
 
-    def _accept(self, listener: socket.socket, limit: int) -> None:
+        Yields each of them as soon as it is accepted, so that the caller can do other work between
+        two of them. Call this in every turn.
+        """
+        return self._accept_all() if self._readable else ()
+
+    def _accept_all(self) -> Iterator[Accepted]:
+        readable = self._readable[:]
+        self._readable.clear()
+        for listener in readable:
+            if listener.fileno() not in self._loop.handlers:
+                # The acceptor has stopped in this turn.
+                continue
+            yield from self._accept(
+                listener, SHARED_ACCEPTS_PER_TURN if self._shared else ACCEPTS_PER_TURN
+            )
+            if self._shared and listener.fileno() in self._loop.handlers:
+                # The kernel wakes the worker that registered first, which would get all
+                # connections. Registering again puts this worker at the end of the kernel's list.
+                self._loop.unregister(listener.fileno())
+                self._register(listener)
+
+    def _accept(self, listener: socket.socket, limit: int) -> Iterator[Accepted]:
         for attempt in range(limit):
             if self._client_limit is not None and not self._client_limit.claim(
-                self._slot, self._count() + 1
+                self._slot, len(self._clients) + 1
             ):
                 # In the first attempt, a connection is waiting: the listener was reported as
                 # readable. In later attempts, the queue may be empty. If it is not, the next event
@@ -174,7 +185,7 @@ class Acceptor:
                 break
             accepted = accept(listener)
             if isinstance(accepted, Outcome | OSError):
-                self._handle_failure(accepted)
+                yield from self._handle_failure(accepted)
                 break
             sock, peer = accepted
             if self._allow and not is_allowed(peer[0], self._allow):
@@ -185,10 +196,10 @@ class Acceptor:
                 )
                 sock.close()
             else:
-                self._handle_accepted(sock, peer)
+                yield sock, peer
         self.update_count()
 
-    def _handle_failure(self, reason: Outcome | OSError) -> None:
+    def _handle_failure(self, reason: Outcome | OSError) -> Iterator[Accepted]:
         """Pause if the next accept(2) would fail for the same reason.
 
         Otherwise the next event on the listener says when to accept again.
@@ -203,18 +214,23 @@ class Acceptor:
             self._pause()
         # Disconnecting a client helps at once if this process has reached its own limit of
         # descriptors (NO_DESCRIPTOR), but not if the whole system has run out (NO_ROOM).
-        elif reason is Outcome.NO_ROOM or (
-            reason is Outcome.NO_DESCRIPTOR and not self._free_descriptor()
-        ):
-            self._short_of_room(
-                "out of file descriptors or memory: new clients wait, and the worker retries",
-                slot=self._slot,
-                clients=self._count(),
-                hint="raise LimitNOFILE= or ulimit -Hn"
-                if reason is Outcome.NO_DESCRIPTOR
-                else "raise fs.file-max, or free memory",
-            )
-            self._pause()
+        elif reason is Outcome.NO_DESCRIPTOR:
+            yield None
+        elif reason is Outcome.NO_ROOM:
+            self._wait_for_room("raise fs.file-max, or free memory")
+
+    def wait_for_descriptor(self) -> None:
+        """Pause, because accept() has yielded None, and no client can be spared."""
+        self._wait_for_room("raise LimitNOFILE= or ulimit -Hn")
+
+    def _wait_for_room(self, hint: str) -> None:
+        self._short_of_room(
+            "out of file descriptors or memory: new clients wait, and the worker retries",
+            slot=self._slot,
+            clients=len(self._clients),
+            hint=hint,
+        )
+        self._pause()
 
     def _pause(self) -> None:
         self.stop()

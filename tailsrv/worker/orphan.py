@@ -7,7 +7,8 @@ worker has noticed that it is orphaned. It answers only when it is.
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from tailsrv.control_socket import accept_authorized, credentials, overflow_uid
 from tailsrv.handover import COMMIT, MAX_PACKET, REVOKED, Greeting, Handover, HandoverError, Request
@@ -25,20 +26,16 @@ class Orphan:
     Args:
         loop: The worker's event loop.
         sockets: The sockets, from `bind_for_worker`.
-        greeting: Returns how the worker introduces itself.
 
     """
 
-    def __init__(
-        self,
-        loop: EventLoop,
-        sockets: Sequence[socket.socket],
-        greeting: Callable[[], Greeting],
-    ) -> None:
-        self._loop, self._sockets, self._greeting = loop, sockets, greeting
+    def __init__(self, loop: EventLoop, sockets: Sequence[socket.socket]) -> None:
+        self._loop, self._sockets = loop, sockets
         for sock in sockets:
             sock.listen()
         self._unmapped_uid: int | None = None
+        # The supervisors and health checks that have connected, and those that have been greeted.
+        self._callers: list[socket.socket] = []
         self._peers: dict[int, socket.socket] = {}
         # The supervisor that has asked for a handover, and what it has asked for.
         self._requests: list[tuple[socket.socket, Request]] = []
@@ -58,18 +55,18 @@ class Orphan:
     def close(self) -> None:
         """Accept no supervisor any more."""
         self._loop.timers.cancel(self._resume)
-        for sock in (*self._sockets, *self._peers.values()):
+        for sock in (*self._sockets, *self._callers, *self._peers.values()):
             self._loop.unregister(sock.fileno())
             sock.close()
         self._sockets = []
+        self._callers.clear()
         self._peers.clear()
         self._requests.clear()
 
     def _accept(self) -> None:
         for sock in self._sockets:
             peers, error = accept_authorized(sock, self._unmapped_uid)
-            for peer in peers:
-                self._greet(peer)
+            self._callers += peers
             if error is not None:
                 self._pause()
                 return
@@ -80,11 +77,21 @@ class Orphan:
             self._loop.pause(sock.fileno())
         self._loop.timers.set(self._resume, self._loop.now + STALL_PAUSE)
 
-    def _greet(self, peer: socket.socket) -> None:
+    def has_callers(self) -> bool:
+        """Return whether greet() must be called. Ask this in every turn."""
+        return bool(self._callers)
+
+    def greet(self, greeting: Greeting) -> None:
+        """Send `greeting`, by which the worker introduces itself, to those that have connected."""
+        callers, self._callers = self._callers, []
+        for peer in callers:
+            self._greet(peer, greeting.encode())
+
+    def _greet(self, peer: socket.socket, greeting: bytes) -> None:
         try:
             # A supervisor that has a greeting must not find the connection closed.
-            self._loop.register(peer.fileno(), lambda: self._read(peer))
-            peer.send(self._greeting().encode())
+            self._loop.register(peer.fileno(), partial(self._read, peer))
+            peer.send(greeting)
         except OSError:
             # It has left already, or memory is short. A supervisor tries again.
             self._loop.unregister(peer.fileno())

@@ -47,7 +47,7 @@ from tailsrv.protocol import Start, began_at, resume
 from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.stray_signals import StraySignals
 from tailsrv.titles import worker_title
-from tailsrv.worker.acceptor import Acceptor
+from tailsrv.worker.acceptor import Accepted, Acceptor
 from tailsrv.worker.client import CLIENT_EVENTS, Client, ClientState, Departures
 from tailsrv.worker.dead_peers import DeadPeers
 from tailsrv.worker.drain import Drainer
@@ -188,16 +188,9 @@ class Worker:
             self.slot, self.clients, self.loop, self.departures, config.timing.dead_peers
         )
         self.adopt(context.clients)
-        self.acceptor = Acceptor(
-            context,
-            self.loop,
-            config.allow,
-            self.handle_accepted,
-            lambda: len(self.clients),
-            self.free_descriptor,
-        )
+        self.acceptor = Acceptor(context, self.loop, config.allow, self.clients)
         self.acceptor.start()
-        self.orphan = Orphan(self.loop, context.sockets, self.greeting)
+        self.orphan = Orphan(self.loop, context.sockets)
 
     # The loop
 
@@ -232,6 +225,8 @@ class Worker:
                 # A descriptor without a handler was unregistered earlier in this turn.
                 handler()
         self.loop.timers.run(self.loop.now)
+        for accepted in self.acceptor.accept():
+            self.handle_accepted(accepted)
         self.start_streams()
         if self.streams.behind:
             self.pump()
@@ -298,11 +293,15 @@ class Worker:
 
     # Connections
 
-    def handle_accepted(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+    def handle_accepted(self, accepted: Accepted) -> None:
         """Begin to serve a connection that has just been accepted."""
+        if accepted is None:
+            if not self.free_descriptor():
+                self.acceptor.wait_for_descriptor()
+            return
         # Deliver appends before each connection: in a burst, an append waits for one at most.
         self.file_monitor.deliver_appends()
-        client = Client(next(self.numbers), sock, peer)
+        client = Client(next(self.numbers), *accepted)
         if self.add_client(client):
             self.reporter.joined.append(client)
 
@@ -580,6 +579,8 @@ class Worker:
 
         Returns whether a supervisor had asked and has not taken over.
         """
+        if self.orphan.has_callers():
+            self.orphan.greet(self.greeting())
         if self.draining or self.ended or (asked := self.orphan.take_request()) is None:
             return False
         peer, request = asked
@@ -741,7 +742,8 @@ class Worker:
         self.draining = True
         self.loop.timers.cancel(self.end_orphan)
         self.orphan.close()
-        self.acceptor.close(refuse=self.config.port is not None)
+        for accepted in self.acceptor.close(refuse=self.config.port is not None):
+            self.handle_accepted(accepted)
         self.reporter.add_notice(emptied=True)
         for client in self.header_reader:
             self.handle_client(client, select.EPOLLIN)
