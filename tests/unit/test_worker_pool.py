@@ -109,6 +109,25 @@ drain  due       kill         empty
 kill   killed    killed       empty
 """
 
+SERVES = ["serve", "other-ready"]
+# What must happen for a slot to be in a state of the table.
+WAYS = {
+    "idle empty": [],
+    "idle outdated": ["serve", "upgrade"],
+    "run outdated": ["serve", "upgrade", "serve"],
+    "run leaving": ["serve", "upgrade", "serve", "replace"],
+    "drain leaving": ["serve", "upgrade", "serve", "replace", "drain"],
+    "run starting": SERVES,
+    "run ready": [*SERVES, "ready"],
+    "run due": [*SERVES, "ready", "fault"],
+    "run again": [*SERVES, "ready", "fault", "time"],
+    "drain draining": [*SERVES, "ready", "drain"],
+    "drain unneeded": [*SERVES, "ready", "drain", "emptied"],
+    "drain late": [*SERVES, "ready", "drain", "grace-over"],
+    "drain due": [*SERVES, "ready", "drain", "fault"],
+    "kill killed": [*SERVES, "ready", "kill"],
+}
+
 
 class Bench:
     """A pool of two slots. The first one is the slot of the table, the other one is ready."""
@@ -172,7 +191,8 @@ class Bench:
     def end(self, slot: Slot, status: int) -> None:
         """End the worker of `slot`: with the exit `status`, or by the signal `-status`."""
         self.read_journal()
-        assert (worker := slot.worker) is not None
+        worker = slot.worker
+        assert worker is not None
         if status < 0:
             os.kill(worker.pid, -status)
         else:
@@ -224,9 +244,11 @@ class Bench:
         self.pool.drain(DEADLINE)
 
     def kill(self) -> None:
-        """Kill all workers."""
+        """Kill all workers, and wait until the worker of the slot is dead."""
         self.mode = "kill"
         self.pool.kill()
+        if self.slot.worker is not None:
+            os.waitid(os.P_PID, self.slot.worker.pid, os.WEXITED | os.WNOWAIT)
 
     def refuse(self) -> None:
         """Let the kernel refuse a worker that is due now."""
@@ -242,14 +264,12 @@ class Bench:
     def happen(self, event: str) -> None:
         """Let `event` happen to the slot."""
         match event:
-            case "serve" | "drain" | "kill":
+            case "serve" | "drain" | "kill" | "upgrade":
                 getattr(self, event)()
             case "serve-anew":
                 self.serve_anew()
-            case "ready":
-                self.report(self.slot, Notices(ready=True))
-            case "emptied":
-                self.report(self.slot, Notices(emptied=True))
+            case "ready" | "emptied":
+                self.report(self.slot, Notices(ready=event == "ready", emptied=event == "emptied"))
             case "replace":
                 RollingRestart(self.pool, under_way=True).advance()
             case "time":
@@ -258,54 +278,14 @@ class Bench:
                 self.refuse()
             case "overdue":
                 self.pass_time(REPLACE_PATIENCE)
+            case "other-ready":
+                self.report(self.slots[1], Notices(ready=True))
+            case "grace-over":
+                self.clock = self.loop.now = DEADLINE
             case _:
                 self.end(self.slot, ENDS[event])
 
-    # How the slot gets into its state
-
-    def enter(self, mode: str, state: str) -> None:
-        """Bring the slot into the `state` of a pool in this `mode`."""
-        match mode, state:
-            case "idle", "empty":
-                pass
-            case _, "outdated" | "leaving":
-                self.serve()
-                self.make_old()
-                if mode == "idle":
-                    return
-                self.serve()
-                if state == "leaving":
-                    self.happen("replace")
-                if mode == "drain":
-                    self.drain()
-            case "run", "starting":
-                self.serve()
-                self.report(self.slots[1], Notices(ready=True))
-            case "run", "ready":
-                self.enter("run", "starting")
-                self.happen("ready")
-            case "run", "due":
-                self.enter("run", "ready")
-                self.happen("fault")
-            case "run", "again":
-                self.enter("run", "due")
-                self.happen("time")
-            case "drain", _:
-                self.enter("run", "ready")
-                self.drain()
-                if state == "unneeded":
-                    self.happen("emptied")
-                elif state == "late":
-                    self.clock = self.loop.now = DEADLINE
-                elif state == "due":
-                    self.happen("fault")
-            case "kill", "killed":
-                self.enter("run", "ready")
-                self.kill()
-                assert self.slot.worker is not None
-                os.waitid(os.P_PID, self.slot.worker.pid, os.WEXITED | os.WNOWAIT)
-
-    def make_old(self) -> None:
+    def upgrade(self) -> None:
         """Make a new pool, whose slots have the workers of the old one, as an upgrade does."""
         self.mode = "idle"
         for slot in self.slots:
@@ -357,7 +337,8 @@ def bench() -> Iterator[Bench]:
 def test_table(bench: Bench, row: list[str]) -> None:
     """Each event leads to the state and the actions of the table."""
     mode, state, event, new_state, *actions = row
-    bench.enter(mode, state)
+    for step in WAYS[f"{mode} {state}"]:
+        bench.happen(step)
     assert (bench.mode, bench.state().partition("+")[0]) == (
         mode,
         state.replace("late", "draining"),
