@@ -9,6 +9,7 @@ import json
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from tailsrv.config import MAX_WORKERS
@@ -31,6 +32,15 @@ Decoded = TypeVar("Decoded")
 
 class AnswerError(ValueError):
     """An answer is not valid in this version of tailsrv. The message is one line that says why."""
+
+
+class ServerState(StrEnum):
+    """The state of a server, as the status and the process title show it."""
+
+    SERVING = "serving"
+    STARTING = "starting"
+    WAITING = "waiting for file"
+    DRAINING = "draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +209,7 @@ class ServerStatus:
         version: Version of tailsrv that the supervisor runs.
         pid: Process ID of the supervisor, as the supervisor itself sees it.
         ticks: When the supervisor started, in clock ticks since boot.
-        state: `serving`, `starting`, `waiting for file` or `draining`.
+        state: A `ServerState`. Another version may have further ones.
         started: When the server started, in seconds of Unix time.
         file: The served file.
         log: The log. None while there is no file.

@@ -4,15 +4,13 @@ from collections.abc import Sequence
 
 from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
 from tailsrv.formatting import counted
+from tailsrv.status_schema import ServerState
 
 
 def supervisor_title(
-    endpoints: Sequence[str], path: str, state: str, workers: int, clients: int
+    endpoints: Sequence[str], path: str, state: ServerState, workers: int, clients: int
 ) -> str:
-    """Return the supervisor's title.
-
-    `state` is empty, `starting`, `waiting for file` or `draining`.
-    """
+    """Return the supervisor's title."""
     # A title must be one line of decodable text.
     name = path if path.isprintable() else ascii(path)
     status = service_status(state, workers, clients)
@@ -24,10 +22,10 @@ def status_title(endpoints: Sequence[str]) -> str:
     return f"tailsrv: status {','.join(endpoints)}"
 
 
-def service_status(state: str, workers: int, clients: int) -> str:
+def service_status(state: ServerState, workers: int, clients: int) -> str:
     """Return the text for `systemctl status`, which the title also shows in brackets."""
-    status = [state] if state else []
-    if state not in ("starting", "waiting for file"):
+    status = [] if state is ServerState.SERVING else [str(state)]
+    if state not in (ServerState.STARTING, ServerState.WAITING):
         status += [counted(workers, "worker"), counted(clients, "client")]
     return ", ".join(status)
 
@@ -45,4 +43,5 @@ def worker_title(slot: int, endpoints: Sequence[str], state: str, clients: int) 
 
 def longest_title(endpoints: Sequence[str], path: str) -> int:
     """Return the largest length of the supervisor's title in bytes; a worker's is shorter."""
-    return len(supervisor_title(endpoints, path, "draining", MAX_WORKERS, MAX_CLIENTS).encode())
+    title = supervisor_title(endpoints, path, ServerState.DRAINING, MAX_WORKERS, MAX_CLIENTS)
+    return len(title.encode())

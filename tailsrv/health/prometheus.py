@@ -8,11 +8,11 @@ the metrics follow https://prometheus.io/docs/practices/naming/: base units, and
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tailsrv.health.report import Finding, HealthReport, OrphanReport, Process, ready
-from tailsrv.status_schema import ClientStatus
+from tailsrv.status_schema import ClientStatus, ServerState
 
 # The state of a server whose supervisor has died and whose workers serve on.
 ORPHANED = "orphaned"
-STATES = ("serving", "starting", "waiting for file", "draining", ORPHANED)
+STATES = (*ServerState, ORPHANED)
 
 Labels = Mapping[str, str]
 # Name of a family in FAMILIES, labels, and value. A sample whose value is None is left out.

@@ -12,6 +12,7 @@ from tailsrv.status_schema import (
     ListenerStatus,
     LogStatus,
     SegmentStatus,
+    ServerState,
 )
 
 # Largest share of a process's descriptors, or of an accept queue, that may be in use without a
@@ -27,7 +28,7 @@ RECENTLY = 60.0
 LONG_MISSING = 5
 
 # The states in which there must be workers and the file must exist.
-WORKING = frozenset({"serving", "starting"})
+WORKING = frozenset({ServerState.SERVING, ServerState.STARTING})
 # The value of psutil.STATUS_STOPPED. This module does not import psutil, because it is pure.
 STOPPED = "stopped"
 # States of a process that has ended, but has not been reaped yet.

@@ -22,6 +22,7 @@ from tailsrv.status_schema import (
     ListenerStatus,
     LogStatus,
     SegmentStatus,
+    ServerState,
 )
 
 WIDTH = 100
@@ -76,7 +77,11 @@ def describe(finding: Finding) -> str:
     user = f" (user {server.user})" if server.user and not server.ours else ""
     name = f"tailsrv {','.join(server.endpoints)}{user}"
     if report is None or verdict.level is not Level.OK:
-        state = f" ({printable(report.state)})" if report and report.state != "serving" else ""
+        state = (
+            f" ({printable(report.state)})"
+            if report and report.state != ServerState.SERVING
+            else ""
+        )
         return f"{name}{state}: {'; '.join(map(printable, verdict.reasons))}"
     before, after = _state_words(report)
     room = WIDTH - len(f"{verdict.level.name}: {name} {before} {after}")
@@ -90,13 +95,13 @@ def _state_words(report: HealthReport) -> tuple[str, str]:
         counted(len(report.workers), "worker"),
     )
     match report.state:
-        case "serving":
+        case ServerState.SERVING:
             return "serves", f" to {clients} with {workers}"
-        case "starting":
+        case ServerState.STARTING:
             return "starts to serve", f" with {workers}"
-        case "waiting for file":
+        case ServerState.WAITING:
             return "waits for file", ""
-        case "draining":
+        case ServerState.DRAINING:
             return "is draining", f", {clients} left"
         case other:
             return f"is {printable(other)},", f", {clients}"
@@ -183,7 +188,7 @@ def _size_words(file: FileStatus, state: str) -> str:
         return size(file.size)
     if file.error is not None:
         return "cannot be opened"
-    return "not there yet" if state == "waiting for file" else "cannot be read"
+    return "not there yet" if state == ServerState.WAITING else "cannot be read"
 
 
 def _fact(name: str, parts: Iterable[str]) -> list[str]:

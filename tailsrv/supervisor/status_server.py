@@ -24,7 +24,7 @@ from tailsrv.linux.process_title import ProcessTitle
 from tailsrv.linux.signals import blocked, unblock_all
 from tailsrv.log import RateLimited
 from tailsrv.served_file import ServedFile
-from tailsrv.status_schema import MAX_LISTED_SEGMENTS
+from tailsrv.status_schema import MAX_LISTED_SEGMENTS, ServerState
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import service_status, supervisor_title
 
@@ -168,8 +168,8 @@ class StatusServer:
 class StatusWriter:
     """Composes the status: as JSON, as the supervisor's process title, and for the service manager.
 
-    `state()` returns the state of the server, empty while it serves normally. `started` is the time
-    of its start, in seconds since the epoch.
+    `state()` returns the state of the server. `started` is the time of its start, in seconds since
+    the epoch.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class StatusWriter:
         started: float,
         pool: WorkerPool,
         served_file: ServedFile,
-        state: Callable[[], str],
+        state: Callable[[], ServerState],
         loop: EventLoop,
     ) -> None:
         self._config, self._endpoints, self._started = config, endpoints, started
@@ -227,7 +227,7 @@ class StatusWriter:
             "command": sys.orig_argv,
             "pid": os.getpid(),
             "ticks": start_ticks(os.getpid()),
-            "state": self._state() or "serving",
+            "state": self._state(),
             "started": self._started,
             "endpoints": list(self._endpoints),
             "file": {

@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import Enum, auto
 
 from setproctitle import setproctitle
 
@@ -34,6 +34,7 @@ from tailsrv.linux.terminal import is_hung_up, remember_nohup
 from tailsrv.log import describe_error, fields, logger
 from tailsrv.served_file import CannotServeError, ServedFile
 from tailsrv.shared_counts import SharedCounts
+from tailsrv.status_schema import ServerState
 from tailsrv.stray_signals import StraySignals
 from tailsrv.supervisor.log_store import LogStore, Restored
 from tailsrv.supervisor.roller import Roller
@@ -67,12 +68,13 @@ CAUGHT = ACTED_ON | STRAY | {signal.SIGCHLD}
 class Phase(Enum):
     """The phases of the server's life."""
 
-    WAITING = "waiting for file"
-    RUNNING = "running"
+    # The server waits for the file.
+    WAITING = auto()
+    RUNNING = auto()
     # All streams are being drained. After that, the server exits.
-    DRAINING = "draining"
+    DRAINING = auto()
     # All workers have been killed. The server exits when they have been reaped.
-    KILLING = "killing"
+    KILLING = auto()
 
 
 class Supervisor:
@@ -585,15 +587,14 @@ class Supervisor:
 
     # Status
 
-    def state(self) -> str:
-        """Return the state as titles and the status show it, empty while serving normally."""
+    def state(self) -> ServerState:
         match self.phase:
             case Phase.WAITING:
-                return "waiting for file"
+                return ServerState.WAITING
             case Phase.RUNNING:
-                return "" if self.pool.started_up else "starting"
+                return ServerState.SERVING if self.pool.started_up else ServerState.STARTING
             case _:
-                return "draining"
+                return ServerState.DRAINING
 
     def enter_status_child(self) -> None:
         """Prepare a child that answers status requests.

@@ -3,7 +3,10 @@
 import pytest
 
 from tailsrv.config import MAX_CLIENTS, MAX_WORKERS
+from tailsrv.status_schema import ServerState
 from tailsrv.titles import longest_title, service_status, supervisor_title, worker_title
+
+SERVING, STARTING, WAITING, DRAINING = ServerState
 
 
 @pytest.mark.parametrize(
@@ -12,17 +15,17 @@ from tailsrv.titles import longest_title, service_status, supervisor_title, work
         (
             ["*:4321"],
             "/log",
-            "",
+            SERVING,
             4,
             137,
             "tailsrv: supervisor *:4321 /log [4 workers, 137 clients]",
         ),
-        (["*:4321"], "/log", "", 1, 1, "tailsrv: supervisor *:4321 /log [1 worker, 1 client]"),
-        (["*:4321"], "/log", "starting", 1, 0, "tailsrv: supervisor *:4321 /log [starting]"),
+        (["*:4321"], "/log", SERVING, 1, 1, "tailsrv: supervisor *:4321 /log [1 worker, 1 client]"),
+        (["*:4321"], "/log", STARTING, 1, 0, "tailsrv: supervisor *:4321 /log [starting]"),
         (
             ["*:4321"],
             "/log",
-            "waiting for file",
+            WAITING,
             0,
             0,
             "tailsrv: supervisor *:4321 /log [waiting for file]",
@@ -30,7 +33,7 @@ from tailsrv.titles import longest_title, service_status, supervisor_title, work
         (
             ["*:4321"],
             "/log",
-            "draining",
+            DRAINING,
             2,
             1,
             "tailsrv: supervisor *:4321 /log [draining, 2 workers, 1 client]",
@@ -38,19 +41,26 @@ from tailsrv.titles import longest_title, service_status, supervisor_title, work
         (
             ["127.0.0.1:1", "[::1]:1"],
             "/log",
-            "",
+            SERVING,
             1,
             0,
             "tailsrv: supervisor 127.0.0.1:1,[::1]:1 /log [1 worker, 0 clients]",
         ),
-        (["*:1"], "a b", "", 1, 0, "tailsrv: supervisor *:1 a b [1 worker, 0 clients]"),
-        (["*:1"], "a\nb", "", 1, 0, "tailsrv: supervisor *:1 'a\\nb' [1 worker, 0 clients]"),
-        (["*:1"], "a\udcff", "", 1, 0, "tailsrv: supervisor *:1 'a\\udcff' [1 worker, 0 clients]"),
-        (["*:1"], "/lög", "", 1, 0, "tailsrv: supervisor *:1 /lög [1 worker, 0 clients]"),
+        (["*:1"], "a b", SERVING, 1, 0, "tailsrv: supervisor *:1 a b [1 worker, 0 clients]"),
+        (["*:1"], "a\nb", SERVING, 1, 0, "tailsrv: supervisor *:1 'a\\nb' [1 worker, 0 clients]"),
+        (
+            ["*:1"],
+            "a\udcff",
+            SERVING,
+            1,
+            0,
+            "tailsrv: supervisor *:1 'a\\udcff' [1 worker, 0 clients]",
+        ),
+        (["*:1"], "/lög", SERVING, 1, 0, "tailsrv: supervisor *:1 /lög [1 worker, 0 clients]"),
     ],
 )
 def test_supervisor_title(
-    endpoints: list[str], path: str, state: str, workers: int, clients: int, title: str
+    endpoints: list[str], path: str, state: ServerState, workers: int, clients: int, title: str
 ) -> None:
     """The supervisor's title gives endpoints, path and state on one line that can be encoded."""
     assert title == supervisor_title(endpoints, path, state, workers, clients)
@@ -74,19 +84,19 @@ def test_worker_title(slot: int, state: str, clients: int, title: str) -> None:
 @pytest.mark.parametrize(
     ("state", "workers", "clients", "status"),
     [
-        ("", 4, 137, "4 workers, 137 clients"),
-        ("waiting for file", 0, 0, "waiting for file"),
-        ("draining", 2, 1, "draining, 2 workers, 1 client"),
+        (SERVING, 4, 137, "4 workers, 137 clients"),
+        (WAITING, 0, 0, "waiting for file"),
+        (DRAINING, 2, 1, "draining, 2 workers, 1 client"),
     ],
 )
-def test_service_status(state: str, workers: int, clients: int, status: str) -> None:
+def test_service_status(state: ServerState, workers: int, clients: int, status: str) -> None:
     """The service manager shows what the title has in its brackets."""
     assert service_status(state, workers, clients) == status
 
 
-@pytest.mark.parametrize("state", ["", "starting", "waiting for file", "draining"])
+@pytest.mark.parametrize("state", ServerState)
 @pytest.mark.parametrize("path", ["/log", "/l\xf6g", "a\nb", "a\udcff"])
-def test_longest_title(state: str, path: str) -> None:
+def test_longest_title(state: ServerState, path: str) -> None:
     """No title is longer than the space that is reserved for it."""
     endpoints = ["127.0.0.1:65535", "[::1]:65535"]
     supervisor = supervisor_title(endpoints, path, state, MAX_WORKERS, MAX_CLIENTS)
