@@ -14,6 +14,7 @@ from tailsrv.file_identity import FileIdentity
 from tailsrv.linux.files import close_file
 from tailsrv.log import fields, logger
 from tailsrv.segments import NO_FILE, Log, Segment
+from tailsrv.status_schema import FileStatus, LogStatus, SegmentStatus
 
 
 class ServedFile:
@@ -113,18 +114,19 @@ class ServedFile:
         size = self.size()
         return None if self.log is None or size is None else self.log.active.base + size
 
-    def describe(self, now: float) -> dict[str, object]:
+    def describe(self, now: float, follow_name: bool) -> FileStatus:
         """Return the status of the active file at `now`, a time of the monotonic clock."""
         since = self._missing_since if self.gone else None
-        return {
-            "path": absolute(self.path),
-            "gone": self.gone,
-            "missing": None if since is None else max(0.0, now - since),
-            "error": self.open_error or None,
-            "size": self.size(),
-        }
+        return FileStatus(
+            path=absolute(self.path),
+            size=self.size(),
+            gone=self.gone,
+            error=self.open_error or None,
+            follow_name=follow_name,
+            missing=None if since is None else max(0.0, now - since),
+        )
 
-    def describe_log(self) -> dict[str, object] | None:
+    def describe_log(self) -> LogStatus | None:
         """Return the status of the log, None while there is no file.
 
         This makes one system call, however many segments there are.
@@ -134,16 +136,16 @@ class ServedFile:
         end = self.end()
         sealed = [segment for segment in log.sealed_segments if segment.file != NO_FILE]
         retired = [segment for segment in sealed if segment.end <= log.start]
-        return {
-            "start": log.start,
-            "end": end,
-            "segments": len(sealed) + 1,
-            "size": None if end is None else end - log.active.base + _total_size(sealed),
-            "retired": len(retired),
-            "retired_size": _total_size(retired),
-        }
+        return LogStatus(
+            start=log.start,
+            end=end,
+            segments=len(sealed) + 1,
+            size=None if end is None else end - log.active.base + _total_size(sealed),
+            retired=len(retired),
+            retired_size=_total_size(retired),
+        )
 
-    def describe_segments(self, positions: Iterable[int], most: int) -> list[dict[str, object]]:
+    def describe_segments(self, positions: Iterable[int], most: int) -> tuple[SegmentStatus, ...]:
         """Return the status of each segment, of the last `most` ones if there are more.
 
         This makes a few system calls for each segment, and its time grows with the number of
@@ -155,27 +157,27 @@ class ServedFile:
 
         """
         if (log := self.log) is None:
-            return []
+            return ()
         # A client may be at an offset that this process does not know of yet, but not before the
         # first segment: the supervisor would still hold the one before.
         clients = Counter(log.find(max(position, log.first)).base for position in positions)
-        return [_describe_segment(segment, clients) for segment in list(log)[-most:]]
+        return tuple(_describe_segment(segment, clients) for segment in list(log)[-most:])
 
 
 def _total_size(sealed: Iterable[Segment]) -> int:
     return sum(segment.end - segment.base for segment in sealed)
 
 
-def _describe_segment(segment: Segment, clients: Counter[int]) -> dict[str, object]:
+def _describe_segment(segment: Segment, clients: Counter[int]) -> SegmentStatus:
     path, deleted = (None, True) if segment.file == NO_FILE else name_of(segment.file)
-    return {
-        "base": segment.base,
-        "size": segment.size if segment.sealed else size_of(segment.file),
-        "sealed": segment.sealed,
-        "clients": clients[segment.base],
-        "path": path,
-        "deleted": deleted,
-    }
+    return SegmentStatus(
+        base=segment.base,
+        size=segment.size if segment.sealed else size_of(segment.file),
+        sealed=segment.sealed,
+        clients=clients[segment.base],
+        path=path,
+        deleted=deleted,
+    )
 
 
 class CannotServeError(Exception):

@@ -1,31 +1,41 @@
-"""The server's status as dataclasses, and the strict reader of the JSON that carries it. Pure.
+"""The server's status as dataclasses, which are the schema of the JSON that carries it. Pure.
 
 The supervisor sends this JSON at its control sockets, an orphaned worker sends its greeting at a
-socket of its own. The reader accepts an answer as a whole or
-refuses it as a whole: any process can take the name of such a socket and send what it likes.
+socket of its own. The reader accepts an answer as a whole or refuses it as a whole: any process can
+take the name of such a socket and send what it likes.
+
+An object of the JSON has the fields of its class, and the reader requires all of them. It ignores
+further fields, which another version may send.
 """
 
 import json
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from tailsrv.config import MAX_WORKERS
 
 # Bounds of a valid answer. Without them an impostor could send an answer that takes long to
 # process, fills the screen, or holds a number that is too large for a system call.
+# `Annotated[int, 1, 9]` is an integer from 1 to 9. `Annotated[str, 9]` is a text of at most 9
+# characters, and `Annotated[tuple[int, ...], 9]` a list of at most 9 integers. If these numbers are
+# left out, an integer is from 0 to MAX_INTEGER, a text has at most MAX_TEXT characters, and a list
+# has any length.
 
 # Largest integer, and largest absolute value of any number.
 MAX_INTEGER = (1 << 63) - 1
-# Largest process ID, see proc_sys_kernel(5), pid_max.
-MAX_PID = 1 << 22
 # Longest text in characters. A path has at most 4096 bytes (PATH_MAX of open(2)).
 MAX_TEXT = 1 << 14
 # Largest number of segments in a list. A server keeps 1000 open, and more of them only as long as
 # clients read the oldest ones.
 MAX_LISTED_SEGMENTS = 2000
+# A process ID. For the largest one, see proc_sys_kernel(5), pid_max.
+Pid = Annotated[int, 1, 1 << 22]
+# An argument of a command. For the longest one, see execve(2): 32 pages, of at most 64 KiB each.
+Argument = Annotated[str, 1 << 21]
 
 Decoded = TypeVar("Decoded")
 
@@ -141,10 +151,6 @@ class ClientStatus:
         start: Log offset at which its stream started. None until its header has been read.
         position: Log offset that it has reached, or None if it is unknown. Bytes that the kernel
             has accepted for the client count, even if they are not delivered yet.
-        lag: Bytes between `position` and the end of the log, 0 if the position is beyond the end.
-            None if the position or the end of the log is unknown.
-        beyond: Whether the position is beyond the end of the log. Such a client waits until the
-            log has grown that far.
 
     """
 
@@ -152,8 +158,6 @@ class ClientStatus:
     peer: str | None
     start: int | None
     position: int | None
-    lag: int | None
-    beyond: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +166,16 @@ class Listing:
 
     Attributes:
         pid: Process ID of the supervisor.
+        end: The end of the log as an offset. None if it is unknown, or while there is no file.
         segments: The segments of the log in order, without the oldest ones if there are more than
             MAX_LISTED_SEGMENTS. Empty while there is no file.
         clients: The protected clients.
 
     """
 
-    pid: int
-    segments: tuple[SegmentStatus, ...]
+    pid: Pid
+    end: int | None
+    segments: Annotated[tuple[SegmentStatus, ...], MAX_LISTED_SEGMENTS]
     clients: tuple[ClientStatus, ...]
 
 
@@ -191,7 +197,7 @@ class SlotStatus:
     """
 
     slot: int
-    pid: int | None
+    pid: Pid | None
     ticks: int | None
     ready: bool
     clients: int
@@ -207,10 +213,12 @@ class ServerStatus:
 
     Attributes:
         version: Version of tailsrv that the supervisor runs.
+        command: The command line of the supervisor.
         pid: Process ID of the supervisor, as the supervisor itself sees it.
-        ticks: When the supervisor started, in clock ticks since boot.
+        ticks: When the supervisor started, in clock ticks since boot. None if it cannot read /proc.
         state: A `ServerState`. Another version may have further ones.
         started: When the server started, in seconds of Unix time.
+        endpoints: The addresses and ports that it listens on, as in its process title.
         file: The served file.
         log: The log. None while there is no file.
         clients: Number of clients, including the unprotected ones.
@@ -222,16 +230,18 @@ class ServerStatus:
     """
 
     version: str
-    pid: int
-    ticks: int
+    command: tuple[Argument, ...]
+    pid: Pid
+    ticks: int | None
     state: str
     started: float
+    endpoints: tuple[str, ...]
     file: FileStatus
     log: LogStatus | None
     clients: int
     unprotected: int
     max_clients: int
-    workers: tuple[SlotStatus, ...]
+    workers: Annotated[tuple[SlotStatus, ...], MAX_WORKERS]
     listeners: tuple[ListenerStatus, ...]
 
 
@@ -255,152 +265,74 @@ class OrphanStatus:
     seconds: float
 
 
+# The order of the fields of `file` in the JSON. Their order in FileStatus is the one in which
+# `tailsrv-health --format json` shows them.
+_FILE_FIELDS = ("path", "gone", "missing", "error", "size", "follow_name")
+
+
+def encode(answer: ServerStatus | Listing) -> bytes:
+    """Return `answer` as a JSON document on one line."""
+    return (json.dumps(answer, default=_to_object) + "\n").encode()
+
+
+def _to_object(part: Any) -> dict[str, Any]:
+    """Return the object of the JSON for `part`, one of the dataclasses above."""
+    names = _FILE_FIELDS if isinstance(part, FileStatus) else part.__match_args__
+    return {name: getattr(part, name) for name in names}
+
+
 def decode_status(answer: bytes) -> ServerStatus:
     """Return the status in `answer`, a JSON document. Raises AnswerError."""
-    return _decode(answer, _read_status)
+    return _decode(answer, ServerStatus)
 
 
 def decode_listing(answer: bytes) -> Listing:
     """Return the segments and clients in `answer`, a JSON document. Raises AnswerError."""
-    return _decode(answer, _read_listing)
+    return _decode(answer, Listing)
 
 
 def decode_greeting(answer: bytes) -> OrphanStatus:
     """Return what a health check needs of the greeting in `answer`. Raises AnswerError."""
-    return _decode(answer, _read_greeting)
+    return _decode(answer, OrphanStatus)
 
 
-def _decode(answer: bytes, read: Callable[[Any], Decoded]) -> Decoded:
+def _decode(answer: bytes, kind: type[Decoded]) -> Decoded:
     try:
-        return read(json.loads(answer))
+        decoded: Decoded = _reader(kind)(json.loads(answer))
     except KeyError as error:
         raise AnswerError(f"field {error} is missing") from error
     except (ValueError, TypeError, RecursionError) as error:
         # JSON errors and text that is not UTF-8 are ValueErrors.
         raise AnswerError(f"invalid data: {str(error)[:200]!a}") from error
+    return decoded
 
 
-def _read_status(data: Any) -> ServerStatus:
-    return ServerStatus(
-        version=_string(data["version"]),
-        pid=_pid(data["pid"]),
-        ticks=_integer(data["ticks"]),
-        state=_string(data["state"]),
-        started=_float(data["started"]),
-        file=_read_file(data["file"]),
-        log=_optional(_read_log, data["log"]),
-        clients=_integer(data["clients"]),
-        unprotected=_integer(data["unprotected"]),
-        max_clients=_integer(data["max_clients"]),
-        workers=tuple(_read_slot(worker) for worker in _list(data["workers"], MAX_WORKERS)),
-        listeners=tuple(_read_listener(listener) for listener in _list(data["listeners"])),
-    )  # fmt: skip
+def _reader(kind: Any, *bounds: int) -> Callable[[Any], Any]:
+    """Return the function that makes a value of the type `kind` of a value of the JSON.
+
+    It raises KeyError or TypeError if that is not possible. This is a function that returns
+    functions, because an answer can have a million clients: their type is looked at only once.
+    """
+    arguments = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _reader(*arguments)
+    if NoneType in arguments:
+        read = _reader(arguments[0])
+        return lambda value: None if value is None else read(value)
+    if get_origin(kind) is tuple:
+        read = _reader(arguments[0])
+        return lambda value: tuple(map(read, _list(value, *bounds)))
+    if kind in _SIMPLE:
+        return lambda value: _SIMPLE[kind](value, *bounds)
+    readers = {field.name: _reader(field.type) for field in fields(kind)}
+    return lambda value: kind(**{name: read(value[name]) for name, read in readers.items()})
 
 
-def _read_file(data: Any) -> FileStatus:
-    return FileStatus(
-        path=_string(data["path"]),
-        size=_optional(_integer, data["size"]),
-        gone=_bool(data["gone"]),
-        error=_optional(_string, data["error"]),
-        follow_name=_bool(data["follow_name"]),
-        missing=_optional(_float, data["missing"]),
-    )
-
-
-def _read_log(data: Any) -> LogStatus:
-    return LogStatus(
-        start=_integer(data["start"]),
-        end=_optional(_integer, data["end"]),
-        segments=_integer(data["segments"]),
-        size=_optional(_integer, data["size"]),
-        retired=_integer(data["retired"]),
-        retired_size=_integer(data["retired_size"]),
-    )
-
-
-def _read_slot(data: Any) -> SlotStatus:
-    return SlotStatus(
-        slot=_integer(data["slot"]),
-        pid=_optional(_pid, data["pid"]),
-        ticks=_optional(_integer, data["ticks"]),
-        ready=_bool(data["ready"]),
-        clients=_integer(data["clients"]),
-        unprotected=_integer(data["unprotected"]),
-        restarts=_integer(data["restarts"]),
-        restarted=_optional(_float, data["restarted"]),
-        silent=_float(data["silent"]),
-    )
-
-
-def _read_listener(data: Any) -> ListenerStatus:
-    return ListenerStatus(
-        slot=_optional(_integer, data["slot"]),
-        endpoint=_string(data["endpoint"]),
-        queued=_integer(data["queued"]),
-        backlog=_integer(data["backlog"]),
-    )
-
-
-def _read_listing(data: Any) -> Listing:
-    end = _optional(_integer, data["end"])
-    return Listing(
-        pid=_pid(data["pid"]),
-        segments=tuple(
-            _read_segment(segment) for segment in _list(data["segments"], MAX_LISTED_SEGMENTS)
-        ),
-        clients=tuple(_read_client(client, end) for client in _list(data["clients"])),
-    )
-
-
-def _read_segment(data: Any) -> SegmentStatus:
-    return SegmentStatus(
-        base=_integer(data["base"]),
-        size=_optional(_integer, data["size"]),
-        sealed=_bool(data["sealed"]),
-        clients=_integer(data["clients"]),
-        path=_optional(_string, data["path"]),
-        deleted=_bool(data["deleted"]),
-    )
-
-
-def _read_client(data: Any, end: int | None) -> ClientStatus:
-    position = _optional(_integer, data["position"])
-    return ClientStatus(
-        slot=_integer(data["slot"]),
-        peer=_optional(_string, data["peer"]),
-        start=_optional(_integer, data["start"]),
-        position=position,
-        lag=None if end is None or position is None else max(0, end - position),
-        beyond=end is not None and position is not None and position > end,
-    )
-
-
-def _read_greeting(data: Any) -> OrphanStatus:
-    return OrphanStatus(
-        version=_string(data["version"]),
-        slot=_integer(data["slot"]),
-        path=_string(data["path"]),
-        clients=_integer(data["clients"]),
-        seconds=_float(data["seconds"]),
-    )
-
-
-def _optional(read: Callable[[Any], Decoded], value: Any) -> Decoded | None:
-    return None if value is None else read(value)
-
-
-def _integer(value: Any) -> int:
+def _integer(value: Any, least: int = 0, most: int = MAX_INTEGER) -> int:
     # isinstance() would accept a bool, which is an int in Python.
-    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
-        raise TypeError(f"not an integer from 0 to {MAX_INTEGER}: {reprlib.repr(value)}")
+    if type(value) is not int or not least <= value <= most:
+        raise TypeError(f"not an integer from {least} to {most}: {reprlib.repr(value)}")
     return value
-
-
-def _pid(value: Any) -> int:
-    if not 1 <= _integer(value) <= MAX_PID:
-        raise ValueError(f"not a process ID: {value}")
-    return int(value)
 
 
 def _float(value: Any) -> float:
@@ -409,8 +341,8 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _string(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
+def _string(value: Any, most: int = MAX_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > most:
         raise TypeError(f"not a string, or too long: {reprlib.repr(value)}")
     return value
 
@@ -421,7 +353,15 @@ def _bool(value: Any) -> bool:
     return value
 
 
-def _list(value: Any, most: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or (most is not None and len(value) > most):
+def _list(value: Any, most: int = MAX_INTEGER) -> list[Any]:
+    if not isinstance(value, list) or len(value) > most:
         raise TypeError(f"not a list, or too long: {reprlib.repr(value)}")
     return value
+
+
+_SIMPLE: dict[Any, Callable[..., Any]] = {
+    int: _integer,
+    float: _float,
+    str: _string,
+    bool: _bool,
+}

@@ -17,12 +17,12 @@ from tailsrv.health.control_client import (
     find,
 )
 from tailsrv.health.inspection import inspect
+from tailsrv.health.report import ClientHealth as Client
 from tailsrv.health.report import HealthReport as Report
 from tailsrv.health.report import HealthVerdict as Verdict
 from tailsrv.health.report import Level, OrphanReport, Process, Server, Totals, judge
 from tailsrv.health.report import OrphanHealth as Orphan
 from tailsrv.health.report import WorkerHealth as Worker
-from tailsrv.status_schema import ClientStatus as Client
 from tailsrv.status_schema import FileStatus as ServedFile
 from tailsrv.status_schema import ListenerStatus as Listener
 from tailsrv.status_schema import LogStatus as Log

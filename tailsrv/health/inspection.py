@@ -27,6 +27,7 @@ from tailsrv.health.orphans import Orphan, ask_orphans
 from tailsrv.health.report import (
     HUNG_AFTER,
     STOPPED,
+    ClientHealth,
     HealthReport,
     Level,
     OrphanHealth,
@@ -178,7 +179,9 @@ def inspect(server: Server, *, clients: bool = False) -> HealthReport:
             status, [supervisor, *(worker.process for worker in workers if worker.process)]
         ),
         segments=listing.segments if listing else None,
-        clients=listing.clients if listing else None,
+        clients=tuple(ClientHealth.of(client, listing.end) for client in listing.clients)
+        if listing
+        else None,
     )
 
 

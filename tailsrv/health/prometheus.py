@@ -7,8 +7,8 @@ the metrics follow https://prometheus.io/docs/practices/naming/: base units, and
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tailsrv.health.report import Finding, HealthReport, OrphanReport, Process, ready
-from tailsrv.status_schema import ClientStatus, ServerState
+from tailsrv.health.report import ClientHealth, Finding, HealthReport, OrphanReport, Process, ready
+from tailsrv.status_schema import ServerState
 
 # The state of a server whose supervisor has died and whose workers serve on.
 ORPHANED = "orphaned"
@@ -208,7 +208,7 @@ def _measure_listeners(server: Labels, report: HealthReport) -> Iterator[Sample]
         yield "tailsrv_listener_backlog", labels, listener.backlog
 
 
-def _measure_clients(server: Labels, clients: Iterable[ClientStatus]) -> Iterator[Sample]:
+def _measure_clients(server: Labels, clients: Iterable[ClientHealth]) -> Iterator[Sample]:
     """Yield the samples of all clients whose peer address is known.
 
     If several clients have the same address, only the one with the largest lag is included.

@@ -160,6 +160,36 @@ class WorkerHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientHealth(ClientStatus):
+    """One client and its progress: the fields of `ClientStatus`, and what follows from them.
+
+    Attributes:
+        lag: Bytes between `position` and the end of the log, 0 if the position is beyond the end.
+            None if the position or the end of the log is unknown.
+        beyond: Whether the position is beyond the end of the log. Such a client waits until the
+            log has grown that far.
+
+    """
+
+    lag: int | None
+    beyond: bool = False
+
+    @classmethod
+    def of(cls, client: ClientStatus, end: int | None) -> "ClientHealth":
+        """Return what is known about `client` in a log with this `end`."""
+        position = client.position
+        lag = None if end is None or position is None else end - position
+        return cls(
+            client.slot,
+            client.peer,
+            client.start,
+            position,
+            lag=None if lag is None else max(0, lag),
+            beyond=lag is not None and lag < 0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """Sums over all slots, listeners or processes of a server.
 
@@ -219,7 +249,7 @@ class HealthReport:
     listeners: tuple[ListenerStatus, ...]
     totals: Totals
     segments: tuple[SegmentStatus, ...] | None
-    clients: tuple[ClientStatus, ...] | None
+    clients: tuple[ClientHealth, ...] | None
 
 
 @dataclass(frozen=True, slots=True)

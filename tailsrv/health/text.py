@@ -6,6 +6,7 @@ from itertools import groupby
 from tailsrv.formatting import counted, size
 from tailsrv.health.report import (
     WORKING,
+    ClientHealth,
     Finding,
     HealthReport,
     Level,
@@ -17,7 +18,6 @@ from tailsrv.health.report import (
     worst,
 )
 from tailsrv.status_schema import (
-    ClientStatus,
     FileStatus,
     ListenerStatus,
     LogStatus,
@@ -343,7 +343,7 @@ def _segment_words(segment: SegmentStatus) -> str:
     return f"{state}, deleted" if segment.deleted else state
 
 
-def _render_clients(clients: Iterable[ClientStatus], colour: bool) -> list[str]:
+def _render_clients(clients: Iterable[ClientHealth], colour: bool) -> list[str]:
     """Return a table with one row for each client.
 
     The client with the largest lag comes first. Clients whose lag is unknown come last.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from tailsrv.addresses import endpoint
 from tailsrv.linux.sockets import bytes_streamed
 from tailsrv.protocol import resume
+from tailsrv.status_schema import ClientStatus
 from tailsrv.worker_context import Entry
 
 # The number of each protected client, and the fields of its `Entry`, as JSON can hold them.
@@ -99,13 +100,13 @@ class ClientTable:
         self.unprotected.clear()
         return lost
 
-    def describe(self) -> list[dict[str, object]]:
-        """Describe each protected client for the status: its peer address, start and position.
+    def describe(self, slot: int) -> list[ClientStatus]:
+        """Return the status of each protected client. `slot` is the number of their slot.
 
         This makes a few system calls for each client, because only the kernel knows the number of
         bytes sent. `peer` and `position` are None if the connection is closed already.
         """
-        return [_describe(entry) for entry in self.clients.values()]
+        return [_describe(slot, entry) for entry in self.clients.values()]
 
     def close_connections(self) -> int:
         """Close the connections of all protected clients. Return how many there were."""
@@ -152,7 +153,7 @@ class ClientTable:
         return client_table
 
 
-def _describe(entry: Entry) -> dict[str, object]:
+def _describe(slot: int, entry: Entry) -> ClientStatus:
     sock = socket.socket(fileno=entry.fd)
     try:
         peer, sent = endpoint(*sock.getpeername()[:2]), bytes_streamed(sock)
@@ -165,7 +166,7 @@ def _describe(entry: Entry) -> dict[str, object]:
     position = None
     if entry.start is not None and sent is not None:
         _, position = resume(entry.start, entry.end, sent)
-    return {"peer": peer, "start": entry.start, "position": position}
+    return ClientStatus(slot, peer, entry.start, position)
 
 
 def _close_connection(entry: Entry) -> None:

@@ -13,6 +13,7 @@ from enum import Enum
 from tailsrv.addresses import endpoint
 from tailsrv.linux.process import start_ticks
 from tailsrv.linux.sockets import accept_queue
+from tailsrv.status_schema import ListenerStatus, SlotStatus
 from tailsrv.supervisor.client_table import ClientTable
 from tailsrv.supervisor.restart_policy import Failures
 from tailsrv.supervisor.upgrade_state import SlotState, WorkerState
@@ -162,22 +163,22 @@ class Slot:
             sock.close()
         self.predecessors = []
 
-    def describe(self, now: float) -> dict[str, object]:
+    def describe(self, now: float) -> SlotStatus:
         """Return this slot's part of the status, at the time `now`. Durations are in seconds."""
         worker = self.worker
-        return {
-            "slot": self.index,
-            "pid": worker.pid if worker else None,
-            "ticks": start_ticks(worker.pid) if worker else None,
-            "ready": worker.ready if worker else False,
-            "clients": len(self.client_table),
-            "unprotected": len(self.client_table.unprotected),
-            "restarts": self.restarts,
-            "restarted": now - self.restarted if self.restarted is not None else None,
-            "silent": now - worker.ping_sent if worker and worker.ping_sent is not None else 0.0,
-        }
+        return SlotStatus(
+            slot=self.index,
+            pid=worker.pid if worker else None,
+            ticks=start_ticks(worker.pid) if worker else None,
+            ready=worker.ready if worker else False,
+            clients=len(self.client_table),
+            unprotected=len(self.client_table.unprotected),
+            restarts=self.restarts,
+            restarted=now - self.restarted if self.restarted is not None else None,
+            silent=now - worker.ping_sent if worker and worker.ping_sent is not None else 0.0,
+        )
 
-    def describe_listeners(self) -> list[dict[str, object]]:
+    def describe_listeners(self) -> list[ListenerStatus]:
         """Return the listeners' part of the status.
 
         Shared listeners are listed only once, by the first slot, and with None as their slot.
@@ -216,11 +217,6 @@ class Slot:
         )
 
 
-def _describe(listener: socket.socket, slot: int | None) -> dict[str, object]:
+def _describe(listener: socket.socket, slot: int | None) -> ListenerStatus:
     queued, backlog = accept_queue(listener)
-    return {
-        "slot": slot,
-        "endpoint": endpoint(*listener.getsockname()[:2]),
-        "queued": queued,
-        "backlog": backlog,
-    }
+    return ListenerStatus(slot, endpoint(*listener.getsockname()[:2]), queued, backlog)

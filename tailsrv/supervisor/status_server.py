@@ -4,7 +4,6 @@ The supervisor must not wait for a caller. It sends a short status itself, and f
 answer that is long or takes time.
 """
 
-import json
 import logging
 import os
 import signal
@@ -24,7 +23,7 @@ from tailsrv.linux.process_title import ProcessTitle
 from tailsrv.linux.signals import blocked, unblock_all
 from tailsrv.log import RateLimited
 from tailsrv.served_file import ServedFile
-from tailsrv.status_schema import MAX_LISTED_SEGMENTS, ServerState
+from tailsrv.status_schema import MAX_LISTED_SEGMENTS, Listing, ServerState, ServerStatus, encode
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.titles import service_status, supervisor_title
 
@@ -217,32 +216,28 @@ class StatusWriter:
 
         The next status shows the pings that have not been answered by then.
         """
-        status = (json.dumps(self._describe()) + "\n").encode()
+        status = encode(self._describe())
         self._pool.ping_workers()
         return status
 
-    def _describe(self) -> dict[str, object]:
-        return {
-            "version": __version__,
-            "command": sys.orig_argv,
-            "pid": os.getpid(),
-            "ticks": start_ticks(os.getpid()),
-            "state": self._state(),
-            "started": self._started,
-            "endpoints": list(self._endpoints),
-            "file": {
-                **self._served_file.describe(self._loop.now),
-                "follow_name": self._config.follow_name,
-            },
-            "log": self._served_file.describe_log(),
-            "clients": self._pool.clients(),
-            "unprotected": self._pool.report_reader.unprotected(),
-            "max_clients": self._config.max_clients,
-            "workers": [slot.describe(self._loop.now) for slot in self._pool.slots],
-            "listeners": [
-                listener for slot in self._pool.slots for listener in slot.describe_listeners()
-            ],
-        }
+    def _describe(self) -> ServerStatus:
+        now, slots = self._loop.now, self._pool.slots
+        return ServerStatus(
+            version=__version__,
+            command=tuple(sys.orig_argv),
+            pid=os.getpid(),
+            ticks=start_ticks(os.getpid()),
+            state=self._state(),
+            started=self._started,
+            endpoints=tuple(self._endpoints),
+            file=self._served_file.describe(now, self._config.follow_name),
+            log=self._served_file.describe_log(),
+            clients=self._pool.clients(),
+            unprotected=self._pool.report_reader.unprotected(),
+            max_clients=self._config.max_clients,
+            workers=tuple(slot.describe(now) for slot in slots),
+            listeners=tuple(listener for slot in slots for listener in slot.describe_listeners()),
+        )
 
     def render_clients(self) -> bytes:
         """Return the segments and all protected clients as JSON, with the clients' positions.
@@ -250,19 +245,15 @@ class StatusWriter:
         This needs some system calls for each segment and client. Call it only in a child of the
         supervisor: the answer holds the parent's pid.
         """
-        clients = [
-            {"slot": slot.index, **client}
-            for slot in self._pool.slots
-            for client in slot.client_table.describe()
-        ]
-        positions = [
-            position for client in clients if isinstance(position := client["position"], int)
-        ]
-        answer = {
-            "pid": os.getppid(),
+        clients = tuple(
+            client for slot in self._pool.slots for client in slot.client_table.describe(slot.index)
+        )
+        positions = [client.position for client in clients if client.position is not None]
+        listing = Listing(
+            pid=os.getppid(),
             # Read after the positions: no client can have reached bytes beyond this end.
-            "end": self._served_file.end(),
-            "segments": self._served_file.describe_segments(positions, MAX_LISTED_SEGMENTS),
-            "clients": clients,
-        }
-        return (json.dumps(answer) + "\n").encode()
+            end=self._served_file.end(),
+            segments=self._served_file.describe_segments(positions, MAX_LISTED_SEGMENTS),
+            clients=clients,
+        )
+        return encode(listing)

@@ -607,7 +607,8 @@ LOG = {"start": 0, "end": 1, "segments": 1, "size": 1, "retired": 0, "retired_si
 def status_of(pid: int, **changes: object) -> bytes:
     """Return a status as the process `pid` could send it."""
     status = {
-        "version": "1.0.0", "pid": pid, "ticks": start_ticks(pid), "state": "serving",
+        "version": "1.0.0", "command": ["tailsrv"], "pid": pid, "ticks": start_ticks(pid),
+        "state": "serving",
         "started": 1767225600.0, "endpoints": ["*:1"], "file": FILE, "log": LOG,
         "clients": 0, "unprotected": 0, "max_clients": 0, "workers": [], "listeners": [],
     }  # fmt: skip
@@ -676,6 +677,8 @@ def test_invalid_status(answer: bytes) -> None:
 # A status with the largest values that the check accepts from an impostor.
 LARGEST = (1 << 63) - 1
 EXTREME = {
+    "command": ["x" * (1 << 20)],
+    "endpoints": ["\n" * 16_384] * 2,
     "pid": os.getpid(),
     "ticks": start_ticks(os.getpid()),
     "clients": LARGEST,

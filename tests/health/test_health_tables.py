@@ -10,6 +10,7 @@ from tailsrv.health import EndedError, InspectError, NoSupervisorError, NotOursE
 from tailsrv.health.main import doubtful_servers, examine, in_turns, to_finding
 from tailsrv.health.prometheus import render_metrics
 from tailsrv.health.report import (
+    ClientHealth,
     Finding,
     HealthReport,
     HealthVerdict,
@@ -626,14 +627,31 @@ def test_metrics_leave_out_what_is_not_known() -> None:
     assert not any(name.startswith("tailsrv_process_") for name in names)
 
 
+@pytest.mark.parametrize(
+    ("position", "end", "lag", "beyond"),
+    [
+        (90, 100, 10, False),
+        (100, 100, 0, False),
+        (101, 100, 0, True),
+        (0, 0, 0, False),
+        (None, 100, None, False),
+        (100, None, None, False),
+    ],
+)
+def test_lag(position: int | None, end: int | None, lag: int | None, beyond: bool) -> None:
+    """The lag of a client is what it lacks of the log, and unknown if one of the two is unknown."""
+    client = ClientHealth.of(ClientStatus(1, "192.0.2.7:1", 7, position), end)
+    assert client == ClientHealth(1, "192.0.2.7:1", 7, position, lag, beyond)
+
+
 def test_metrics_name_each_peer_once() -> None:
     """Clients without a peer are left out; of two with one peer, the larger lag is shown."""
     peer = "192.0.2.7:41234"
     clients = (
-        ClientStatus(0, peer, 0, 90, 10),
-        ClientStatus(0, peer, 0, 1, 99),
-        ClientStatus(0, None, 0, 1, 99),
-        ClientStatus(0, "[::1]:1", None, None, None),
+        ClientHealth(0, peer, 0, 90, 10),
+        ClientHealth(0, peer, 0, 1, 99),
+        ClientHealth(0, None, 0, 1, 99),
+        ClientHealth(0, "[::1]:1", None, None, None),
     )
     families = {
         family.name: family
@@ -649,7 +667,7 @@ def test_metrics_name_each_peer_once() -> None:
 
 def test_metrics_have_each_label_set_once() -> None:
     """If an impostor repeats entries, each set of labels is printed once, with the first value."""
-    worker, client = replace(WORKER, clients=1), ClientStatus(0, "192.0.2.7:1", 0, 1, 1)
+    worker, client = replace(WORKER, clients=1), ClientHealth(0, "192.0.2.7:1", 0, 1, 1)
     report = replace(
         REPORT,
         state="serving",

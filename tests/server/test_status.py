@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -96,6 +97,30 @@ def test_status(server: Server, path: Path) -> None:
     assert all(
         listener["queued"] == 0 and listener["backlog"] == 4096 for listener in found["listeners"]
     )
+
+
+HEALTH_PAGE = Path(__file__).parents[2] / "docs" / "health.md"
+
+
+def shape(data: Any) -> Any:
+    """Return the names in `data` in their order, with the shape of the first item of each list."""
+    if isinstance(data, dict):
+        return [(name, shape(value)) for name, value in data.items()]
+    return [shape(data[0])] if isinstance(data, list) else None
+
+
+def test_documented_fields(server: Server) -> None:
+    """The answers have the fields that the manual shows, in the same order, on one line each."""
+    expect(server.connect(b"0\n"), DATA[:1000])
+    eventually(lambda: len(clients(server)) == 1)
+    documented = re.findall("```json\n(.*?)```", HEALTH_PAGE.read_text(), re.DOTALL)
+    answers = [ask(f"*:{server.port}{name}")[0].decode() for name in ("", CLIENTS)]
+    assert [shape(json.loads(answer)) for answer in answers] == [
+        shape(json.loads(text)) for text in documented
+    ]
+    assert [answer.splitlines(keepends=True) for answer in answers] == [
+        [json.dumps(json.loads(answer)) + "\n"] for answer in answers
+    ]
 
 
 def test_path_is_absolute(serve: Serve, path: Path) -> None:

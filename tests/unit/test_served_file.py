@@ -3,6 +3,7 @@
 import os
 import stat
 import time
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.interpreter import run_program
 from support.processes import as_root
 from tailsrv.segments import NO_FILE, Log, Segment
 from tailsrv.served_file import CannotServeError, ServedFile, open_file
+from tailsrv.status_schema import LogStatus
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_open_file_refuses_what_cannot_be_sent() -> None:
 
 def missing(served: ServedFile, later: float = 0.0) -> object:
     """Return `missing` of the status, as it is `later` seconds from now."""
-    return served.describe(time.monotonic() + later)["missing"]
+    return served.describe(time.monotonic() + later, follow_name=True).missing
 
 
 def test_missing(path: Path) -> None:
@@ -203,13 +205,13 @@ def segment_fields(
     served: ServedFile, *positions: int, most: int = 100
 ) -> list[tuple[object, ...]]:
     """Return the fields of each segment in the status."""
-    return [tuple(fields.values()) for fields in served.describe_segments(positions, most)]
+    return [astuple(segment) for segment in served.describe_segments(positions, most)]
 
 
 def test_describe_log(tmp_path: Path) -> None:
     """Each segment has its path now, or is deleted; each client counts where its next byte is."""
     served = ServedFile("/log")
-    assert (served.describe_log(), served.describe_segments([], 1)) == (None, [])
+    assert (served.describe_log(), served.describe_segments([], 1)) == (None, ())
     paths = [tmp_path / name for name in ("deleted", "moved", "linked", "log (deleted)")]
     files = []
     for path in paths:
@@ -238,22 +240,9 @@ def test_describe_log(tmp_path: Path) -> None:
         (112, 4, False, 3, str(paths[3]), False),
     ]
     assert [fields[0] for fields in segment_fields(served, most=2)] == [110, 112]
-    assert served.describe_log() == {
-        "start": 107,
-        "end": 116,
-        "segments": 4,
-        "size": 13,
-        "retired": 1,
-        "retired_size": 4,
-    }
+    log = LogStatus(start=107, end=116, segments=4, size=13, retired=1, retired_size=4)
+    assert served.describe_log() == log
     for file in files:
         os.close(file)
-    assert served.describe_log() == {
-        "start": 107,
-        "end": None,
-        "segments": 4,
-        "size": None,
-        "retired": 1,
-        "retired_size": 4,
-    }
+    assert served.describe_log() == replace(log, end=None, size=None)
     assert segment_fields(served)[-1] == (112, None, False, 0, None, False)
