@@ -10,8 +10,8 @@ further fields, which another version may send.
 
 import json
 import reprlib
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -273,6 +273,17 @@ _FILE_FIELDS = ("path", "gone", "missing", "error", "size", "follow_name")
 def encode(answer: ServerStatus | Listing) -> bytes:
     """Return `answer` as a JSON document on one line."""
     return (json.dumps(answer, default=_to_object) + "\n").encode()
+
+
+def encode_client(client: ClientStatus) -> str:
+    """Return the part for `client` of what encode_listing() returns."""
+    return json.dumps(client, default=_to_object)
+
+
+def encode_listing(listing: Listing, clients: Iterable[str]) -> bytes:
+    """Return `listing` as encode() does, with `clients` from encode_client() instead of its own."""
+    document = encode(replace(listing, clients=()))
+    return document.removesuffix(b"]}\n") + ", ".join(clients).encode() + b"]}\n"
 
 
 def _to_object(part: Any) -> dict[str, Any]:

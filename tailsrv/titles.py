@@ -17,11 +17,6 @@ def supervisor_title(
     return f"tailsrv: supervisor {','.join(endpoints)} {name} [{status}]"
 
 
-def status_title(endpoints: Sequence[str]) -> str:
-    """Return the title of a child process that answers requests at a control socket."""
-    return f"tailsrv: status {','.join(endpoints)}"
-
-
 def service_status(state: ServerState, workers: int, clients: int) -> str:
     """Return the text for `systemctl status`, which the title also shows in brackets."""
     status = [] if state is ServerState.SERVING else [str(state)]

@@ -100,13 +100,17 @@ class ClientTable:
         self.unprotected.clear()
         return lost
 
-    def describe(self, slot: int) -> list[ClientStatus]:
-        """Return the status of each protected client. `slot` is the number of their slot.
+    def describe(self, slot: int, clients: Iterable[int]) -> list[ClientStatus]:
+        """Return the status of those of `clients` that are protected. `slot` is their slot.
 
         This makes a few system calls for each client, because only the kernel knows the number of
         bytes sent. `peer` and `position` are None if the connection is closed already.
         """
-        return [_describe(slot, entry) for entry in self.clients.values()]
+        return [
+            _describe(slot, entry)
+            for client in clients
+            if (entry := self.clients.get(client)) is not None
+        ]
 
     def close_connections(self) -> int:
         """Close the connections of all protected clients. Return how many there were."""

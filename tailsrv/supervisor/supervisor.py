@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
-from setproctitle import setproctitle
-
 from tailsrv import __version__
 from tailsrv.client_limit import ClientLimit
 from tailsrv.config import Config, ExitStatus
@@ -51,7 +49,6 @@ from tailsrv.supervisor.worker_pool import (
     StartedUp,
     WorkerPool,
 )
-from tailsrv.titles import status_title
 from tailsrv.worker_channel import Notices
 from tailsrv.worker_context import WorkerContext
 
@@ -159,7 +156,7 @@ class Supervisor:
             else None
         )
         self.status = StatusWriter(
-            config, endpoints, self.started, self.pool, self.served_file, self.state, self.loop
+            config, endpoints, self.started, self.pool, self.served_file, self.loop
         )
         remember_nohup()
         self.wakeup = Wakeup(CAUGHT)
@@ -172,13 +169,7 @@ class Supervisor:
             busy=replacing or self.taking_over,
         )
         self.loop.register(self.wakeup.fileno(), self.handle_signals)
-        self.status_server = StatusServer(
-            self.loop,
-            control,
-            self.status.render_status,
-            self.status.render_clients,
-            self.enter_status_child,
-        )
+        self.status_server = StatusServer(self.loop, control, self.status)
         self.mounts = Mounts(self.loop, self.handle_mount)
 
     # The loop
@@ -212,7 +203,7 @@ class Supervisor:
         if (interval := systemd.watchdog_seconds()) is not None:
             Watchdog(self.loop, self.pool, interval).ping()
         while not self.ended:
-            self.status.update()
+            self.status.update(self.state())
             self.step()
         if self.roller is not None and self.is_ending():
             self.roller.finish()
@@ -399,6 +390,7 @@ class Supervisor:
         self.wakeup.close()
         self.loop.epoll.close()
         self.control.close()
+        self.status_server.close_in_child()
         self.upgrader.close_in_child()
         self.mounts.close()
         if self.roller is not None:
@@ -527,10 +519,7 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            known = self.status_server.handle_exit(pid) or self.upgrader.handle_exit(
-                pid, status, ending=self.is_ending()
-            )
-            if not known:
+            if not self.upgrader.handle_exit(pid, status, ending=self.is_ending()):
                 self.pool.handle_exit(pid, status)
 
     def drain(self) -> None:
@@ -595,12 +584,3 @@ class Supervisor:
                 return ServerState.SERVING if self.pool.started_up else ServerState.STARTING
             case _:
                 return ServerState.DRAINING
-
-    def enter_status_child(self) -> None:
-        """Prepare a child that answers status requests.
-
-        It closes what must be free for another server once the supervisor has exited.
-        """
-        setproctitle(status_title(self.endpoints))
-        self.close_in_child()
-        self.pool.close_in_child()

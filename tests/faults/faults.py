@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import signal
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from faults.bench import FaultBench
-from support.sockets import recv_all
 from support.strace import attached
 from support.waiting import DEADLINE, eventually
 from tailsrv.supervisor.state_file import decode
@@ -298,20 +296,6 @@ def roll(bench: FaultBench) -> None:
         bench.follow()
 
 
-def begin_asking(bench: FaultBench) -> None:
-    """Ask for the clients."""
-    bench.asker = socket.socket(socket.AF_UNIX)
-    bench.asker.settimeout(DEADLINE)
-    bench.asker.connect(f"\0tailsrv:*:{bench.ready().port}/clients")
-
-
-def await_answer(bench: FaultBench) -> None:
-    """Wait for the answer, or for the end of the connection."""
-    assert bench.asker is not None
-    with bench.asker:
-        bench.lost += not recv_all(bench.asker).endswith(b"\n")
-
-
 ACTS = {
     "append": Act(FaultBench.append, 500),
     "visit": Act(FaultBench.visit, 100),
@@ -330,7 +314,6 @@ ACTS = {
     "start": Act(await_start, held="main", begin=begin_start),
     "proof": Act(FaultBench.await_upgrade, held="proof", begin=begin_upgrade),
     "takeover": Act(FaultBench.await_upgrade, held="main", begin=begin_upgrade),
-    "answer": Act(await_answer, held="status", begin=begin_asking),
     "slow rotation": Act(FaultBench.rotate_slowly, 1),
     "first slow rotation": Act(FaultBench.rotate_slowly, 1, begin=begin_anew),
     "truncation": Act(FaultBench.truncate, 1),

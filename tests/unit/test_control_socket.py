@@ -90,33 +90,6 @@ def test_overflow_uid(users: str, expected: int | None) -> None:
     assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
 
 
-def test_long_status_is_sent_by_a_child(endpoint: str) -> None:
-    """A child sends a status that may exceed the socket buffer, with one child at a time."""
-    done = run_program("long_status", "one after another", endpoint, "")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.skipif(not as_root, reason="only root can become a user without processes")
-def test_long_status_without_a_child(endpoint: str) -> None:
-    """If no child can be forked, the peer gets no answer, and may connect again."""
-    done = run_program("long_status", "no child", endpoint, "")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.sample(1)
-@pytest.mark.slow
-@pytest.mark.parametrize("socket", ["", "/clients"])
-def test_no_descriptor_to_accept(endpoint: str, socket: str) -> None:
-    """Without a free descriptor the loop does not spin, and peers are answered once one is free."""
-    done = run_program("long_status", "no descriptor", endpoint, socket)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [
-        "out of file descriptors or memory: health checks must wait, clients are not affected: "
-        "reason='Too many open files' "
-        "hint='raise LimitNOFILE=, fs.file-max or the memory limit, as the reason says'"
-    ]
-
-
 def test_name_too_long_for_a_socket(endpoint: str) -> None:
     """A name that is too long for a socket raises OSError, and no socket stays open."""
     with pytest.raises(OSError, match="path too long") as caught:

@@ -2,8 +2,7 @@
 
 A process stops itself at a breakpoint if $TAILSRV_TEST_HOLD contains a file with its name: `main`
 (the program starts, also in an upgrade), `proof` (the program checks whether it would start),
-`find` (the program looks for orphaned workers), `worker` and `status` (such a child starts its
-work).
+`find` (the program looks for orphaned workers) and `worker` (such a child starts its work).
 """
 
 import os
@@ -56,9 +55,6 @@ def holding(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 if __name__ == "__main__":
     worker.NEEDS_INTERVAL = 0.05
     Supervisor.run_worker = holding("worker", Supervisor.run_worker)  # type: ignore[method-assign]
-    Supervisor.enter_status_child = holding(  # type: ignore[method-assign]
-        "status", Supervisor.enter_status_child
-    )
     cli.find = holding("find", cli.find)  # type: ignore[attr-defined]
     hold("proof" if upgrade.is_check() else "main")
     sys.exit(cli.main(timing=TIMING))
