@@ -16,6 +16,7 @@ import pytest
 from tailsrv.config import ExitStatus, Timing
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import unblock_all
+from tailsrv.supervisor.restart_policy import Failures
 from tailsrv.supervisor.rolling_restart import RollingRestart
 from tailsrv.supervisor.slot import Slot, State
 from tailsrv.supervisor.worker_pool import REPLACE_PATIENCE, CannotStart, WorkerPool
@@ -57,6 +58,7 @@ run    starting  cannot-boot  empty      give-up
 run    starting  serve-anew   leaving    TERM
 run    starting  drain        draining   Drain TERM
 run    starting  kill         killed     KILL
+run    ready     alive        ready
 run    ready     done         due+0
 run    ready     killed       due+0
 run    ready     fault        due+0
@@ -108,6 +110,12 @@ drain  due       kill         empty
 # The end.
 kill   killed    killed       empty
 """
+
+NOTICES = {
+    "ready": Notices(ready=True),
+    "alive": Notices(alive=True),
+    "emptied": Notices(emptied=True),
+}
 
 SERVES = ["serve", "other-ready"]
 # What must happen for a slot to be in a state of the table.
@@ -268,8 +276,8 @@ class Bench:
                 getattr(self, event)()
             case "serve-anew":
                 self.serve_anew()
-            case "ready" | "emptied":
-                self.report(self.slot, Notices(ready=event == "ready", emptied=event == "emptied"))
+            case "ready" | "alive" | "emptied":
+                self.report(self.slot, NOTICES[event])
             case "replace":
                 RollingRestart(self.pool, under_way=True).advance()
             case "time":
@@ -357,3 +365,35 @@ def test_table(bench: Bench, row: list[str]) -> None:
     events = bench.pool.take_events()
     bench.done += ["give-up" for each in events if isinstance(each, CannotStart)]
     assert (bench.state(), sorted(bench.done)) == (new_state, sorted(actions))
+
+
+def test_rolling_restart(bench: Bench) -> None:
+    """Workers are replaced one after another, each when the one before it is ready."""
+    bench.serve()
+    bench.upgrade()
+    bench.serve()
+    restart = RollingRestart(bench.pool, under_way=True)
+    first, second = bench.slots
+    for slot in (first, second):
+        assert not restart.advance()
+        assert slot.state.value == "leaving"
+        # One that is leaving is not ready any more.
+        bench.report(slot, NOTICES["ready"])
+        assert not restart.advance()
+        bench.end(slot, 0)
+        assert slot.state.value == "serving"
+        assert not restart.advance()
+        assert second.state is (State.OUTDATED if slot is first else State.SERVING)
+        bench.report(slot, NOTICES["ready"])
+    assert restart.advance()
+    assert not restart.under_way
+    assert not restart.advance()
+
+
+def test_failures_are_forgotten(bench: Bench) -> None:
+    """The failures of a slot count no more when a worker of it has ended as it should."""
+    for step in [*WAYS["run again"], "ready", "upgrade", "serve", "replace"]:
+        bench.happen(step)
+    assert bench.slot.failures != Failures()
+    bench.happen("done")
+    assert bench.slot.failures == Failures()
