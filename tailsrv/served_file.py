@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tailsrv.error_hints import absolute, cannot_open
 from tailsrv.file_identity import FileIdentity
@@ -145,11 +145,11 @@ class ServedFile:
             retired_size=_total_size(retired),
         )
 
-    def describe_segments(self, positions: Iterable[int], most: int) -> tuple[SegmentStatus, ...]:
-        """Return the status of each segment, of the last `most` ones if there are more.
+    def describe_segments(self, positions: Iterable[int], most: int) -> Iterator[SegmentStatus]:
+        """Yield the status of each segment, of the last `most` ones if there are more.
 
-        This makes a few system calls for each segment, and its time grows with the number of
-        `positions`, so it is too expensive for the supervisor itself.
+        This makes a few system calls for each segment. Nothing is looked up by its path if the file
+        server may not answer.
 
         Args:
             positions: The log offset that each client has reached.
@@ -157,19 +157,22 @@ class ServedFile:
 
         """
         if (log := self.log) is None:
-            return ()
+            return
         # A client may be at an offset that this process does not know of yet, but not before the
         # first segment: the supervisor would still hold the one before.
         clients = Counter(log.find(max(position, log.first)).base for position in positions)
-        return tuple(_describe_segment(segment, clients) for segment in list(log)[-most:])
+        for segment in list(log)[-most:]:
+            yield _describe_segment(segment, clients, named=self.polling is None)
 
 
 def _total_size(sealed: Iterable[Segment]) -> int:
     return sum(segment.end - segment.base for segment in sealed)
 
 
-def _describe_segment(segment: Segment, clients: Counter[int]) -> SegmentStatus:
-    path, deleted = (None, True) if segment.file == NO_FILE else name_of(segment.file)
+def _describe_segment(segment: Segment, clients: Counter[int], named: bool) -> SegmentStatus:
+    path, deleted = None, segment.file == NO_FILE
+    if named and not deleted:
+        path, deleted = name_of(segment.file)
     return SegmentStatus(
         base=segment.base,
         size=segment.size if segment.sealed else size_of(segment.file),

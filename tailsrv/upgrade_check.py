@@ -1,8 +1,8 @@
 """Answers the check before an upgrade, in which the installed program shows that it can take over.
 
 The running server starts the program with its own command line, and with its state at standard
-input: see upgrade.py. The program reads that state, and boots a worker until this is ready. The
-worker has no listeners, and adopts one client, which is the program itself. So a version whose
+input: see upgrade.py. The program reads that state, starts a worker, and waits until it is ready.
+The worker has no listeners, and adopts one client, which is the program itself. So a version whose
 workers do not start, or cannot adopt clients, is found before anything is replaced.
 """
 
@@ -30,6 +30,8 @@ from tailsrv.worker_context import Entry, WorkerContext
 
 # Seconds that a worker may need until it is ready. The running server waits 30 seconds.
 BOOT_TIMEOUT = 20.0
+# Seconds to wait for a connection of this process to itself.
+CONNECT_TIMEOUT = 1.0
 
 
 def answer_check(config: Config) -> int:
@@ -50,9 +52,9 @@ def answer_check(config: Config) -> int:
 
 
 def boot_worker(config: Config) -> str:
-    """Boot a worker, and return why it does not get ready, an empty text if it does.
+    """Start a worker, and return why it does not get ready, an empty text if it does.
 
-    It ends when it finds that it has no supervisor. Raises OSError.
+    The worker ends when it finds that it has no supervisor. Raises OSError.
     """
     with ExitStack() as stack:
         errors = stack.enter_context(open(memory_file_with(b""), "rb"))
@@ -82,7 +84,9 @@ def _connect(stack: ExitStack) -> socket.socket | None:
     """
     try:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        stack.enter_context(socket.create_connection(listener.getsockname()))
+        # A firewall may discard the packets.
+        listener.settimeout(CONNECT_TIMEOUT)
+        stack.enter_context(socket.create_connection(listener.getsockname(), CONNECT_TIMEOUT))
         client = stack.enter_context(listener.accept()[0])
     except OSError:
         return None

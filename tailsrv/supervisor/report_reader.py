@@ -141,7 +141,7 @@ class ReportReader:
         except OSError:
             # The kernel lacks memory for the packet. Retry soon. If the worker has been reaped,
             # read_remaining() retries instead, and then the channel is closed.
-            if not worker.dead:
+            if slot.worker is worker:
                 self._loop.stall(channel.fileno(), MEMORY_RETRY)
             return 0
         # End of file: the worker is exiting. It is reaped on SIGCHLD. Should it live on, it would

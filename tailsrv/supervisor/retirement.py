@@ -13,7 +13,6 @@ from tailsrv.segments import NO_FILE
 from tailsrv.served_file import ServedFile
 from tailsrv.supervisor.late_appends import LateAppends
 from tailsrv.supervisor.segment_finder import MAX_SEGMENTS
-from tailsrv.supervisor.slot import WorkerProcess
 from tailsrv.supervisor.worker_pool import WorkerPool
 from tailsrv.worker_channel import Retire
 
@@ -31,11 +30,6 @@ class Retirement:
     def __init__(self, pool: WorkerPool, served_file: ServedFile, late: LateAppends) -> None:
         self._pool, self._served_file, self._late = pool, served_file, late
         self._too_many = RateLimited(logging.WARNING, burst=1)
-
-    def note_needs(self, worker: WorkerProcess, needs: int) -> None:
-        """Record that `worker` does not need the segments that end at `needs`."""
-        worker.needs = needs
-        self._close_unneeded()
 
     def check(self) -> None:
         """Find the segments that were deleted, and order the workers to close them.
@@ -61,9 +55,9 @@ class Retirement:
             log.retire(start)
             self._pool.order_all(Retire(start))
             logger.info("log begins later, segments were deleted: %s", fields(start=start))
-        self._close_unneeded()
+        self.close_unneeded()
 
-    def _close_unneeded(self) -> None:
+    def close_unneeded(self) -> None:
         """Close the deleted segments that no worker needs."""
         log = self._served_file.log
         assert log is not None

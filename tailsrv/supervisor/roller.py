@@ -424,15 +424,13 @@ class Roller:
         self._loop.timers.cancel(self._kill_silent)
         self._loop.timers.set(self.check, self._loop.now)
 
-    def handle_notices(self, worker: WorkerProcess, notices: Notices) -> None:
-        """Handle what `worker` has reported about the log."""
+    def handle_notices(self, notices: Notices) -> None:
+        """Handle what a worker has reported about the log."""
         self._reported = self._reported or notices.gone
         if notices.truncated is not None:
             self._roll_truncated(notices.truncated)
-        if notices.frozen is not None:
-            worker.frozen = notices.frozen
         if notices.needs is not None:
-            self._retirement.note_needs(worker, notices.needs)
+            self._retirement.close_unneeded()
 
     def advance(self) -> None:
         """Do the next step of the roll that is under way. Call this in every turn."""

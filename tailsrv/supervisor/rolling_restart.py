@@ -35,6 +35,10 @@ class RollingRestart:
                 self.under_way = False
         return not self.under_way
 
+    def is_stuck(self) -> bool:
+        """Return whether a slot waits for its next worker, because the last one has died."""
+        return self.under_way and any(slot.state is State.DUE for slot in self._pool.slots)
+
     def cancel(self) -> None:
         """Replace no more workers, because the server ends."""
         self.under_way = False

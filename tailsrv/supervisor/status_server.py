@@ -36,7 +36,7 @@ from tailsrv.titles import service_status, supervisor_title
 # Seconds that a caller has to read its answer. Then its connection is closed.
 ANSWER_TIMEOUT = 10.0
 # Clients that are described in one turn, which takes about a millisecond.
-CLIENTS_PER_TURN = 100
+LISTED_PER_TURN = 100
 
 # An answer that is being composed: yields after each part of the work, and returns the answer.
 Composition = Generator[None, None, bytes]
@@ -69,6 +69,10 @@ class StatusServer:
             loop.register(sock.fileno(), partial(self._answer_status, sock))
         for sock in control.clients:
             loop.register(sock.fileno(), partial(self._answer_clients, sock))
+
+    def is_idle(self) -> bool:
+        """Return whether no caller waits for its answer."""
+        return not self._compositions and not self._callers
 
     def close_in_child(self) -> None:
         """In a forked child, close the connections to the callers."""
@@ -262,17 +266,22 @@ class StatusWriter:
         positions: list[int] = []
         for slot in self._pool.slots:
             numbers = list(slot.client_table.clients)
-            for first in range(0, len(numbers), CLIENTS_PER_TURN):
-                batch = numbers[first : first + CLIENTS_PER_TURN]
+            for first in range(0, len(numbers), LISTED_PER_TURN):
+                batch = numbers[first : first + LISTED_PER_TURN]
                 clients = slot.client_table.describe(slot.index, batch)
                 parts += map(encode_client, clients)
                 positions += [each.position for each in clients if each.position is not None]
                 yield
+        # Read after the positions: no client can have reached bytes beyond this end.
+        end = self._served_file.end()
+        segments = []
+        for segment in self._served_file.describe_segments(positions, MAX_LISTED_SEGMENTS):
+            segments.append(segment)
+            yield
         listing = Listing(
             pid=os.getpid(),
-            # Read after the positions: no client can have reached bytes beyond this end.
-            end=self._served_file.end(),
-            segments=self._served_file.describe_segments(positions, MAX_LISTED_SEGMENTS),
+            end=end,
+            segments=tuple(segments),
             clients=(),
         )
         return encode_listing(listing, parts)

@@ -39,7 +39,7 @@ from tailsrv.supervisor.roller import Roller
 from tailsrv.supervisor.rolling_restart import RollingRestart
 from tailsrv.supervisor.slot import Slot, WorkerProcess
 from tailsrv.supervisor.status_server import StatusServer, StatusWriter
-from tailsrv.supervisor.upgrade import Upgrader
+from tailsrv.supervisor.upgrade import Upgrader, reason_of
 from tailsrv.supervisor.upgrade_state import LogState, UpgradeState
 from tailsrv.supervisor.watchdog import Watchdog
 from tailsrv.supervisor.worker_pool import (
@@ -220,12 +220,24 @@ class Supervisor:
         # Clients of all workers wait while the log rolls.
         if self.roller is None or not self.roller.rolling:
             self.pool.report_reader.yield_to_workers()
-        if self.upgrader.needs_state():
-            self.upgrader.advance(self.save(), self.loop.now)
+        self.continue_upgrade()
         if self.is_ending() and self.pool.finished():
             self.ended = True
         elif self.roller is not None:
             self.roller.advance()
+
+    def continue_upgrade(self) -> None:
+        """Do the next step of an upgrade, if one can be done now."""
+        if self.restart.is_stuck() and self.upgrader.has_request():
+            # The next program may have workers that start.
+            self.upgrader.finish()
+        # exec(2) would close the connections to the callers that wait for an answer.
+        while self.upgrader.needs_state() and self.status_server.is_idle():
+            try:
+                self.upgrader.advance(self.save(), self.loop.now)
+            # Catch every error: this program can still serve, and an upgrade must never end it.
+            except Exception as error:
+                self.upgrader.fail(reason_of(error))
 
     def is_ending(self) -> bool:
         return self.phase in (Phase.DRAINING, Phase.KILLING)
@@ -352,7 +364,6 @@ class Supervisor:
             raise_oom_score()
             self.close_in_child()
             self.pool.close_in_child(keep=slot)
-            channel.setblocking(False)
             roller = self.roller
             status = self.work(
                 WorkerContext(
@@ -410,15 +421,16 @@ class Supervisor:
             case Reported(slot, worker, notices):
                 if notices.ready:
                     self.handle_ready(slot, worker)
-                self.handle_notices(worker, notices)
+                self.handle_notices(notices)
             case StartedUp():
                 self.lifecycle.ready()
+                self.status.update(self.state())
                 # Send the status text now. Otherwise it might be sent only after its interval.
                 systemd.notify(f"STATUS={self.status.summary()}")
             case CannotStart(reason) if not self.is_ending():
                 self.give_up(reason)
 
-    def handle_notices(self, worker: WorkerProcess, notices: Notices) -> None:
+    def handle_notices(self, notices: Notices) -> None:
         if notices.polling is not None and self.served_file.polling is None:
             self.served_file.polling = notices.polling
             logger.warning(
@@ -426,7 +438,7 @@ class Supervisor:
                 fields(reason=notices.polling),
             )
         if self.roller is not None and not self.is_ending():
-            self.roller.handle_notices(worker, notices)
+            self.roller.handle_notices(notices)
         elif (
             notices.truncated is not None
             and self.loop.now - self.truncation_logged >= TRUNCATION_INTERVAL

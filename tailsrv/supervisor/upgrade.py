@@ -127,7 +127,7 @@ class Check:
             output, errors = _read_and_close(self._stdout), _read_and_close(self._stderr)
         except (OSError, TypeError) as error:
             # If read(2) fails with EAGAIN, the interpreter raises TypeError.
-            return None, f"cannot read the output of the installed program: {_reason(error)}"
+            return None, f"cannot read the output of the installed program: {reason_of(error)}"
         try:
             if status == 0:
                 return str(json.loads(output)["version"]), ""
@@ -171,7 +171,7 @@ def execute(handed_on: upgrade_state.UpgradeState, wakeup: Wakeup, again: bool) 
         os.close(fd)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the message of `error`: the kernel's text for an OSError, else the exception."""
     return (isinstance(error, OSError) and error.strerror) or repr(error)
 
@@ -230,29 +230,26 @@ class Upgrader:
         """Return whether the next step of an upgrade can be done now."""
         return self._check_due or self._checked_version is not None
 
+    def has_request(self) -> bool:
+        """Return whether another upgrade is to follow."""
+        return self._requested
+
     def advance(self, state: upgrade_state.UpgradeState, now: float) -> None:
         """Start the check, or replace this program with the version that has passed it.
 
         Call this only when every signal that has been read is handled: exec would lose the others.
+        Raises an exception if the step has failed, usually OSError. Call fail() then.
         """
         version, self._checked_version = self._checked_version, None
         if version is None or self._stale:
             self._start_check(state, now)
             return
         logger.info("upgrade: %s", fields(old=__version__, new=version))
-        try:
-            execute(state, self._wakeup, self._requested)
-        # Catch every error: this program can still serve, and an upgrade must never end the server.
-        except Exception as error:
-            self._fail(_reason(error))
+        execute(state, self._wakeup, self._requested)
 
     def _start_check(self, state: upgrade_state.UpgradeState, now: float) -> None:
         self._check_due = self._stale = False
-        try:
-            self._check = Check(upgrade_state.encode(state))
-        except Exception as error:
-            self._fail(_reason(error))
-            return
+        self._check = Check(upgrade_state.encode(state))
         self._timers.set(self.kill_check, now + CHECK_TIMEOUT)
         logger.info("upgrade: checking whether the installed program starts")
 
@@ -285,7 +282,7 @@ class Upgrader:
         if ending:
             return True
         if version is None:
-            self._fail(reason)
+            self.fail(reason)
         self._checked_version = version
         return True
 
@@ -297,7 +294,9 @@ class Upgrader:
             self._requested = False
             self.request()
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """Log why the upgrade has failed, and end it."""
+        self._check_due, self._checked_version = False, None
         logger.error(
             "upgrade failed, the running version continues to serve: %s", fields(reason=reason)
         )

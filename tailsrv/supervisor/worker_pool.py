@@ -1,7 +1,7 @@
 """The pool of workers: forks a worker for each slot, replaces workers, and drains or kills them.
 
 A worker may die at any time. Its clients stay in the client table of the slot, and the next worker
-of the slot adopts them. What happens to a slot is decided by one table, and done in one place.
+of the slot adopts them. One table says what to do when something happens to a slot.
 """
 
 import logging
@@ -187,7 +187,7 @@ class WorkerPool:
         """Return whether no slot has a worker, and none is to be spawned."""
         return all(slot.state is EMPTY for slot in self.slots)
 
-    def all_ready(self) -> bool:
+    def _all_ready(self) -> bool:
         """Return whether every slot has a worker that is ready."""
         return all(slot.worker is not None and slot.worker.ready for slot in self.slots)
 
@@ -265,7 +265,7 @@ class WorkerPool:
             self._handle(slot, Event.OVERDUE)
 
     def _handle(self, slot: Slot, event: Event) -> None:
-        """Do what the table says, except if a worker has exited: see handle_exit()."""
+        """Do what the table says, except if a worker has exited: see _handle_exit()."""
         worker = slot.worker
         match TABLE.get((self._mode, slot.state, event)):
             case Action.FORK:
@@ -412,7 +412,8 @@ class WorkerPool:
             channel, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(worker_end)
             now = self._loop.now
-            worker = WorkerProcess(slot.index, 0, channel, now, ping_sent=now)
+            # It is not to be killed before it has a pid.
+            worker = WorkerProcess(slot.index, 0, channel, now, ping_sent=now, dead=True)
             worker.adopted = bool(slot.client_table.clients)
             try:
                 channel.setblocking(False)
@@ -420,19 +421,17 @@ class WorkerPool:
                 with blocked():
                     if (pid := os.fork()) == 0:
                         channel.close()
+                        worker_end.setblocking(False)
                         self._run_worker(slot, worker_end, sockets)
             except OSError:
                 self._loop.unregister(channel.fileno())
                 channel.close()
                 raise
-            worker.pid = pid
+            worker.pid, worker.dead = pid, False
         return worker
 
-    def close_in_child(self, keep: Slot | None = None) -> None:
-        """In a forked child, close the channels and the listeners, except those of the slot `keep`.
-
-        The child that is the worker of that slot does not need the clients of the others either.
-        """
+    def close_in_child(self, keep: Slot) -> None:
+        """In a forked child, close everything that the worker of the slot `keep` does not need."""
         for worker in self.workers():
             # A worker exits when the supervisor's end of its channel is closed. A copy of that end
             # in another process would prevent this.
@@ -444,8 +443,7 @@ class WorkerPool:
                 # child kept the listener of another slot open after the worker there has closed it,
                 # connections would wait in its queue forever.
                 slot.close_listeners()
-                if keep is not None:
-                    slot.client_table.close_in_child()
+                slot.client_table.close_in_child()
 
     # Reports
 
@@ -463,9 +461,11 @@ class WorkerPool:
             if notices.ready or notices.alive:
                 worker.ping_sent = None
             worker.ready = worker.ready or notices.ready
+            worker.frozen = worker.frozen if notices.frozen is None else notices.frozen
+            worker.needs = worker.needs if notices.needs is None else notices.needs
             if notices.emptied:
                 slot.close_listeners()
-            self._events.append(Reported(slot, worker, notices))
-            if notices.ready and self._mode is RUN and not self.started_up and self.all_ready():
+            if notices.ready and self._mode is RUN and not self.started_up and self._all_ready():
                 self.started_up = True
                 self._events.append(StartedUp())
+            self._events.append(Reported(slot, worker, notices))

@@ -65,9 +65,10 @@ class Client:
 
 
 class Departures:
-    """The clients that the worker stops serving at the end of a step, each with the reason.
+    """The clients that the worker drops before it accepts others, each with the reason.
 
-    Until then their sockets stay open, so that no new client gets the same descriptor.
+    Until then their sockets stay open, so that no other client gets the same descriptor while the
+    events of this turn are handled.
     """
 
     def __init__(self) -> None:

@@ -64,7 +64,7 @@ class HeaderReader:
     def add(self, client: Client) -> None:
         """Wait for the header of `client`."""
         self._awaited[client] = self._loop.now
-        if self._timeout and len(self._awaited) == 1:
+        if self._timeout and self._expire not in self._loop.timers:
             self._loop.timers.set(self._expire, self._loop.now + self._timeout)
 
     def forget(self, client: Client) -> None:

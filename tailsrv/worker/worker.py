@@ -207,6 +207,7 @@ class Worker:
         if not self.waiting:
             self.file_monitor.begin()
             self.close_unneeded()
+        self.drop_departures()
         self.report()
         while not self.ended:
             self.step(0 if self.streams.behind else self.loop.timeout())
@@ -225,6 +226,8 @@ class Worker:
                 # A descriptor without a handler was unregistered earlier in this turn.
                 handler()
         self.loop.timers.run(self.loop.now)
+        # Those that have left make room for others.
+        self.drop_departures()
         for accepted in self.acceptor.accept():
             self.handle_accepted(accepted)
         self.start_streams()
@@ -262,11 +265,10 @@ class Worker:
 
     def report(self) -> None:
         """Report to the supervisor, and start the streams whose start it knows now."""
-        started = self.reporter.flush()
+        for client, offset, end in self.reporter.flush():
+            self.start_stream(client, offset, end)
         if self.reporter.supervisor_gone:
             self.handle_channel()
-        for client, offset, end in started:
-            self.start_stream(client, offset, end)
 
     def pump(self) -> None:
         """Send one turn's share of bytes to the clients that are behind."""

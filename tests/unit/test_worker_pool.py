@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from support.waiting import DEADLINE
 from tailsrv.config import ExitStatus, Timing
 from tailsrv.linux.event_loop import EventLoop
 from tailsrv.linux.signals import unblock_all
@@ -23,7 +24,7 @@ from tailsrv.supervisor.worker_pool import REPLACE_PATIENCE, CannotStart, Worker
 from tailsrv.worker_channel import MAX_PACKET, Notices, Ping, WorkerReport, decode, encode
 
 # When the grace period of a drain ends, by the clock of the test.
-DEADLINE = 100.0
+GRACE_OVER = 100.0
 TIMING = Timing(first_delay=2.0, max_delay=30.0, fork_retry=3.0, long_life=10.0)
 
 # How a worker may end: by a signal, or with an exit status.
@@ -146,6 +147,7 @@ class Bench:
         self.slots = [Slot(index, [socket.create_server(("127.0.0.1", 0))]) for index in range(2)]
         self.slot = self.slots[0]
         self.journal, self._note_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.journal.settimeout(DEADLINE)
         self.done: list[str] = []
         self.mode = "idle"
         self.make_pool()
@@ -166,6 +168,7 @@ class Bench:
 
         try:
             faulthandler.disable()
+            channel.setblocking(True)
             signal.signal(signal.SIGTERM, lambda *_: note("TERM"))
             unblock_all()
             note("fork")
@@ -249,7 +252,7 @@ class Bench:
     def drain(self) -> None:
         """Begin a drain."""
         self.mode = "drain"
-        self.pool.drain(DEADLINE)
+        self.pool.drain(GRACE_OVER)
 
     def kill(self) -> None:
         """Kill all workers, and wait until the worker of the slot is dead."""
@@ -289,7 +292,7 @@ class Bench:
             case "other-ready":
                 self.report(self.slots[1], Notices(ready=True))
             case "grace-over":
-                self.clock = self.loop.now = DEADLINE
+                self.clock = self.loop.now = GRACE_OVER
             case _:
                 self.end(self.slot, ENDS[event])
 
