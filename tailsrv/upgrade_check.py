@@ -86,7 +86,9 @@ def _connect(stack: ExitStack) -> socket.socket | None:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         # A firewall may discard the packets.
         listener.settimeout(CONNECT_TIMEOUT)
-        stack.enter_context(socket.create_connection(listener.getsockname(), CONNECT_TIMEOUT))
+        ours = stack.enter_context(socket.socket())
+        ours.settimeout(CONNECT_TIMEOUT)
+        ours.connect(listener.getsockname())
         client = stack.enter_context(listener.accept()[0])
     except OSError:
         return None

@@ -34,7 +34,9 @@ class Reporter:
         loop: The worker's event loop.
 
     Attributes:
-        supervisor_gone: Whether the supervisor has exited. Its last orders can still be read.
+        supervisor_gone: Whether the supervisor has exited, so that nothing is sent any more.
+        broken: Whether the last report could not be sent because the supervisor has exited. Its
+            last orders can still be read.
 
     """
 
@@ -48,7 +50,7 @@ class Reporter:
         self.left: list[int] = []
         self.notices = NO_NOTICES
         self._channel, self._loop = channel, loop
-        self.supervisor_gone = False
+        self.supervisor_gone = self.broken = False
         # Whether a report is due because its time has come.
         self._due = False
 
@@ -90,7 +92,7 @@ class Reporter:
 
         """
         self._loop.timers.cancel(self._set_due)
-        self._due = False
+        self._due = self.broken = False
         started: list[tuple[Client, int, int | None]] = []
         while self.left or self.joined or self.starting or self.notices is not NO_NOTICES:
             joined, left = self.joined[:MAX_REPORTED_SOCKETS], self.left[:MAX_REPORTED_CLIENTS]
@@ -109,10 +111,10 @@ class Reporter:
             )
             try:
                 self._send(report, [client.fd for client in joined])
-            except (BrokenPipeError, ConnectionResetError):
-                self.supervisor_gone = True
-            except OSError:
-                # The channel is full, or the kernel is short of memory.
+            except OSError as error:
+                # The supervisor has exited, or the channel is full, or the kernel is short of
+                # memory.
+                self.broken = isinstance(error, ConnectionError)
                 self._loop.timers.set(self._set_due, self._loop.now + REPORT_RETRY)
                 break
             del self.joined[: len(joined)], self.starting[: len(starting)], self.left[: len(left)]

@@ -267,7 +267,7 @@ class Worker:
         """Report to the supervisor, and start the streams whose start it knows now."""
         for client, offset, end in self.reporter.flush():
             self.start_stream(client, offset, end)
-        if self.reporter.supervisor_gone:
+        if self.reporter.broken:
             self.handle_channel()
 
     def pump(self) -> None:

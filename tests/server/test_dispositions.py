@@ -9,15 +9,14 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 
 from support.files import append, random_bytes
 from support.interpreter import program
 from support.processes import children
-from support.server import HELD, Serve, Server
+from support.server import Serve, Server
 from support.sockets import expect, recv_all
-from support.waiting import DEADLINE, eventually
+from support.waiting import eventually
 from tailsrv.linux.signals import STRAY, name_of
 from tailsrv.stray_signals import StraySignals
 
@@ -246,33 +245,6 @@ def open_gate(path: Path) -> int | None:
         return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
-
-
-def test_stray_signals_to_the_child_that_lists_clients(
-    serve: Serve, path: Path, tmp_path: Path
-) -> None:
-    """The child that answers a request for the list of clients survives stray signals."""
-    hold = tmp_path / "hold"
-    hold.mkdir()
-    server = serve(path, wrapper=("env", f"TAILSRV_TEST_HOLD={hold}"), program=HELD)
-    server.workers(1)
-    (hold / "status").touch()
-    with socket.socket(socket.AF_UNIX) as control:
-        control.settimeout(DEADLINE)
-        control.connect(f"\0tailsrv:*:{server.port}/clients")
-        (child,) = eventually(lambda: stopped(server.pid))
-        # SIGALRM is meant to end the child, in case its reader stalls.
-        send([child], STRAY - {signal.SIGALRM})
-        os.kill(child, signal.SIGCONT)
-        assert recv_all(control).endswith(b"\n")
-
-
-def stopped(pid: int) -> list[int]:
-    """Return the pids of the stopped children of the process `pid`."""
-    found = [
-        child for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_STOPPED
-    ]
-    return [child.pid for child in found]
 
 
 def test_stray_signals_during_an_upgrade(server: Server, client: socket.socket, path: Path) -> None:

@@ -420,9 +420,9 @@ def test_program_that_was_removed(serve: Serve, path: Path, installed: Installed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT"])
+@pytest.mark.parametrize("ends", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT"])
 def test_workers_that_do_not_start_after_the_check(
-    serve: Serve, path: Path, installed: Installed, tmp_path: Path, status: str
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path, ends: str
 ) -> None:
     """If new workers fail after all, the old ones serve until there is one that does not."""
     path.write_bytes(SMALL)
@@ -438,7 +438,7 @@ def test_workers_that_do_not_start_after_the_check(
         "worker/worker.py",
         WORKER_BEGINS,
         f"    if os.access({str(broken)!r}, os.F_OK) and context.listeners:\n"
-        f"        return {status}\n{WORKER_BEGINS}",
+        f"        return {ends}\n{WORKER_BEGINS}",
     )
     server.signal(signal.SIGHUP)
     server.logged("respawning after a delay: slot=0")
@@ -451,9 +451,36 @@ def test_workers_that_do_not_start_after_the_check(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT"])
+def test_upgrade_after_one_whose_workers_do_not_start(
+    serve: Serve, path: Path, installed: Installed
+) -> None:
+    """If new workers fail after all, the next version can be installed and replaces them."""
+    path.write_bytes(SMALL)
+    server = serve(path, "-w", "2", program=installed.hurried)
+    ready_workers(server)
+    clients = [server.connect(b"0\n") for _ in range(20)]
+    for client in clients:
+        expect(client, SMALL)
+    await_clients(server, 20)
+    installed.edit(
+        "worker/worker.py",
+        WORKER_BEGINS,
+        f"    if context.listeners:\n        return ExitStatus.CANNOT_BOOT\n{WORKER_BEGINS}",
+    )
+    server.signal(signal.SIGHUP)
+    server.logged("respawning after a delay: slot=0")
+    installed.install("98.0")
+    upgrade(server)
+    assert status(server)["version"] == "98.0"
+    append(path, APPENDED)
+    for client in clients:
+        expect(client, APPENDED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["os.EX_TEMPFAIL", "ExitStatus.CANNOT_BOOT"])
 def test_workers_that_do_not_start_any_more(
-    serve: Serve, path: Path, installed: Installed, tmp_path: Path, status: str
+    serve: Serve, path: Path, installed: Installed, tmp_path: Path, ends: str
 ) -> None:
     """A server that has started goes on, although workers of one slot cannot start for a while."""
     path.write_bytes(SMALL)
@@ -461,7 +488,7 @@ def test_workers_that_do_not_start_any_more(
     installed.edit(
         "worker/worker.py",
         WORKER_BEGINS,
-        f"    if os.access({str(broken)!r}, os.F_OK):\n        return {status}\n{WORKER_BEGINS}",
+        f"    if os.access({str(broken)!r}, os.F_OK):\n        return {ends}\n{WORKER_BEGINS}",
     )
     server = serve(path, "-w", "2", program=installed.hurried)
     workers = ready_workers(server)

@@ -191,6 +191,21 @@ def test_header_timeout(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert bench.receive(streaming, 4) == b"more"
 
 
+def test_header_timeout_of_a_client_that_connects_when_another_leaves(path: Path) -> None:
+    """A client that connects in the turn in which the last one is refused has its time, too."""
+    with working(path, header_timeout=1000.0) as bench, socket.socket() as second:
+        first, _ = bench.connect()
+        bench.skew += 1000
+        second.settimeout(DEADLINE)
+        second.connect(bench.address)
+        bench.worker.step(None)
+        assert not recv_all(first)
+        bench.until(lambda: len(bench.worker.clients) == 1)
+        bench.skew += 1000
+        bench.until(lambda: not bench.worker.clients)
+        assert not recv_all(second)
+
+
 def test_no_header_timeout(bench: WorkerBench) -> None:
     """Without a header timeout a connection may be silent without limit, and no timer is set."""
     far, client = bench.connect()
